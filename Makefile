@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. Each sets up a virtual environment of its own and all it needs.
+# `make check` is the fast half of the tests. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKED := slipway training tests tools
+# One BLAS and one torch thread per test process: xdist already uses every core.
+WORKERS ?= 2
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/core.stamp
+	$(BIN)/slipway generate --prompt "def read_lines(path, encoding='utf-8'):" --max-tokens 96 --show-speed
+
+test: $(VENV)/test.stamp check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 8
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/python tools/sizes.py
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m host -p no:xdist
+
+bench: $(VENV)/test.stamp
+	$(BIN)/slipway bench engine --against transformers
+
+$(VENV)/core.stamp: pyproject.toml
+	tools/venv.sh $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml
+	tools/venv.sh $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet --editable .[test]
+	touch $@ $(VENV)/core.stamp
+
+clean:
+	rm -rf $(VENV)

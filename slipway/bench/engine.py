@@ -1,0 +1,129 @@
+"""`slipway bench engine`: what a step costs on the host, and how fast the engine is beside transformers.
+
+Decides the loads and how they are timed: alternating rounds in one process, medians, ratios. Knows no kernels.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from slipway.bench.peers import Transformers
+from slipway.engine.request import SamplingParams
+from slipway.llm import LLM
+
+# The published shape of Qwen3-0.6B.
+QWEN3_SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
+    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+    "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
+}  # fmt: skip
+BATCHES = (1, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineBench:
+    """Host cost per step on nano; with --against, prefill and decode of a Qwen3-0.6B shape beside transformers."""
+
+    against: Literal["none", "transformers"] = "none"
+    """The rival to time in the same run."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of our weights."""
+    against_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the rival's."""
+    rows: int = 64
+    """Running requests for the host's cost."""
+    rounds: int = 5
+    """Alternating rounds of each measurement."""
+    prefill_tokens: int = 512
+    decode_tokens: int = 16
+    """Steps timed per decode measurement."""
+    out: Path | None = None
+    """Write the figures here as JSON."""
+
+    def run(self) -> None:
+        """Measure and print."""
+        figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "jax": jax.__version__}
+        figures["host"] = host_cost(self.rows)
+        if self.against == "transformers":
+            figures["speed"] = self._speed()
+        print(json.dumps(figures, indent=2))
+        if self.out is not None:
+            self.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+    def _speed(self) -> dict[str, Any]:
+        """Seconds per prefill and per decode step, ours and theirs, in alternating rounds."""
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "config.json").write_text(json.dumps(QWEN3_SHAPE))
+            ours = Ours(directory, self.dtype, self.prefill_tokens + self.decode_tokens + 1)
+        theirs = Transformers(QWEN3_SHAPE, self.against_dtype)
+        loads: dict[str, Callable[[Ours | Transformers], float]] = {
+            f"prefill {self.prefill_tokens}": lambda engine: engine.prefill(self.prefill_tokens)
+        }
+        for batch in BATCHES:
+            loads[f"decode step, batch {batch}"] = lambda engine, b=batch: engine.decode(b, self.decode_tokens)
+        return {name: compare(lambda f=f: f(ours), lambda f=f: f(theirs), self.rounds) for name, f in loads.items()}
+
+
+def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> dict[str, float]:
+    """Medians of alternating rounds after one warm-up each, and the median of the rounds' ratios."""
+    ours(), theirs()
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    return {
+        "ours_s": round(statistics.median(a for a, _ in pairs), 4),
+        "theirs_s": round(statistics.median(b for _, b in pairs), 4),
+        "times_as_fast": round(statistics.median(b / a for a, b in pairs), 2),
+    }
+
+
+def host_cost(rows: int) -> dict[str, float]:
+    """Milliseconds a step, apart from the device's, while ``rows`` requests of nano decode and stream text."""
+    llm = LLM(max_num_seqs=rows, max_num_batched_tokens=max(rows, 128))
+    rng, steps = np.random.default_rng(0), 64
+    for _ in range(rows):
+        llm.engine.add(rng.integers(3, 4000, 8).tolist(), SamplingParams(max_tokens=steps + 32, ignore_eos=True))
+    stats, costs = llm.engine.stats, []
+    while llm.engine.has_work():
+        before, generated = stats.host_s, stats.generated_tokens
+        llm.engine.step()
+        if stats.generated_tokens - generated == rows:
+            costs.append((stats.host_s - before) * 1e3)
+    costs = sorted(costs[:steps])
+    return {
+        "rows": rows, "median_ms": round(statistics.median(costs), 3), "p90_ms": round(costs[int(len(costs) * 0.9)], 3),
+        "device_ms": round(stats.device_s / stats.steps * 1e3, 2),
+    }  # fmt: skip
+
+
+class Ours:
+    """Our engine on random weights of a shape."""
+
+    def __init__(self, directory: str, dtype: str, max_model_len: int):
+        self._llm = LLM(
+            directory, load_format="dummy", dtype=dtype, skip_tokenizer_init=True,
+            max_model_len=max_model_len, max_num_seqs=max(BATCHES), max_num_batched_tokens=512,
+        )  # fmt: skip
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds from a prompt of ``tokens`` to its first output token."""
+        return self._run([[7] * tokens], 1)
+
+    def decode(self, batch: int, steps: int) -> float:
+        """Seconds per step of ``batch`` sequences, after their first token."""
+        prompts = [[7 + i] * 16 for i in range(batch)]
+        return (self._run(prompts, steps + 1) - self._run(prompts, 1)) / steps
+
+    def _run(self, prompts: list[list[int]], max_tokens: int) -> float:
+        started = time.perf_counter()
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        self._llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - started

@@ -1,0 +1,246 @@
+"""Decides whether a directory is a sound HF checkpoint and where each tensor's bytes lie; knows no models and no JAX.
+
+Tensors are views of read-only file mappings: opening costs a header per file, whatever the model's size. Pickles are
+never opened. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from slipway.errors import CheckpointError
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: its bytes are ``start`` to ``stop``, counted from the beginning of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A sound HF directory. Views handed out keep their file mapped; nothing needs closing."""
+
+    directory: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    _maps: dict[Path, mmap.mmap] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of its file, at whatever alignment the file gives it."""
+        tensor = self.tensors[name]
+        return np.ndarray(tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start)
+
+    def drop(self, name: str) -> None:
+        """Give the tensor's resident pages back to the system; views stay valid and fault them in again."""
+        tensor = self.tensors[name]
+        first = -(-tensor.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, first, length)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as f:
+                # setdefault: of two threads that get here at once, both use the same mapping
+                self._maps.setdefault(file, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._maps[file]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read and validate the configuration and every tensor's place.
+
+    Raises CheckpointError, listing every problem found.
+    """
+    problems: list[str] = []
+    config, generation_config = _configuration(directory, problems)
+    if (directory / SINGLE).exists():  # before the index, as transformers does
+        tensors = _header(directory / SINGLE, problems) or {}
+    elif (directory / INDEX).exists():
+        tensors = _sharded(directory, problems)
+    else:
+        tensors = {}
+        problems.append(_absence(directory))
+    if problems:
+        raise CheckpointError(directory, problems)
+    return Checkpoint(directory, config, generation_config, tensors)
+
+
+def open_without_weights(directory: Path) -> Checkpoint:
+    """The configuration alone, for a model whose weights come from elsewhere: no tensors.
+
+    Raises CheckpointError, listing every problem found.
+    """
+    problems: list[str] = []
+    config, generation_config = _configuration(directory, problems)
+    if problems:
+        raise CheckpointError(directory, problems)
+    return Checkpoint(directory, config, generation_config, {})
+
+
+def _configuration(directory: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and, where it exists, generation_config.json."""
+    if not directory.is_dir():
+        raise CheckpointError(directory, ["not a directory" if directory.exists() else "no such directory"])
+    config = _json_object(directory / "config.json", problems)
+    generation = directory / "generation_config.json"
+    return config, _json_object(generation, problems) if generation.exists() else {}
+
+
+def _json_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        problems.append(f"{path.name}: missing")
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: not readable as JSON: {error}")
+    else:
+        if isinstance(value, dict):
+            return value
+        problems.append(f"{path.name}: got {type(value).__name__}, expected a JSON object")
+    return {}
+
+
+def _absence(directory: Path) -> str:
+    """Why there are no weights to read."""
+    expected = f"neither {SINGLE} nor {INDEX}"
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        return f"{expected}; {', '.join(others)} cannot be used without an index (a single file must be named {SINGLE})"
+    if pickles := sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern)):
+        return f"{expected}, only pickles, which are never loaded: {', '.join(pickles)}"
+    return expected
+
+
+def _sharded(directory: Path, problems: list[str]) -> dict[str, Tensor]:
+    """The tensors of every shard that the index names; index and shards must agree."""
+    weight_map = _json_object(directory / INDEX, problems).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        problems.append(f"{INDEX}: weight_map must map tensor names to file names")
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+            problems.append(f"{INDEX}: file name {shard!r} refused, expected *.safetensors in this directory")
+            continue
+        held = _header(directory / shard, problems)
+        if held is None:
+            continue
+        named = {name for name, file in weight_map.items() if file == shard}
+        problems += [f"{INDEX}: places {name} in {shard}, which does not hold it" for name in sorted(named - {*held})]
+        for name in sorted({*held} - named):
+            other = weight_map.get(name)
+            place = "does not name" if other is None else f"places in {other}"
+            problems.append(f"{shard}: holds {name}, which the index {place}")
+        tensors |= held
+    return tensors
+
+
+def _header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
+    """The tensors of one file; None if its header cannot be read."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                problems.append(
+                    f"{path.name}: claims a header of {length} bytes, expected at most {MAX_HEADER_BYTES} "
+                    f"within the file's {size} (truncated, or not safetensors)"
+                )
+                return None
+            entries = json.loads(f.read(length), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        problems.append(f"{path.name}: missing, though the index names it")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: header not readable as JSON: {error}")
+        return None
+    if not isinstance(entries, dict):
+        problems.append(f"{path.name}: header is {type(entries).__name__}, expected a JSON object")
+        return None
+    entries.pop("__metadata__", None)
+    tensors, data = {}, 8 + length
+    for name, entry in entries.items():
+        if fault := _fault(entry, size - data):
+            problems.append(f"{path.name}: {name}: {fault}")
+        else:
+            start, stop = entry["data_offsets"]
+            tensors[name] = Tensor(name, entry["dtype"], tuple(entry["shape"]), path, data + start, data + stop)
+    if len(tensors) == len(entries):  # a faulty entry would be reported again as a hole
+        problems += _gaps(path, tensors, data, size)
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return entries
+
+
+def _fault(entry: Any, data_bytes: int) -> str:
+    """What is wrong with one header entry, given the size of the data behind the header; empty if nothing is."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "expected dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}"
+    if not _counts(shape):
+        return f"shape {shape!r}, expected non-negative integers"
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets {offsets!r}, expected [start, stop]"
+    if offsets[1] > data_bytes:
+        return f"ends at byte {offsets[1]} of {data_bytes} (truncated file?)"
+    held, needed = offsets[1] - offsets[0], math.prod(shape) * DTYPES[dtype].itemsize
+    return f"{held} bytes, but {dtype} of shape {tuple(shape)} takes {needed}" if held != needed else ""
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)  # bool is an int, but no size
+
+
+def _gaps(path: Path, tensors: Mapping[str, Tensor], data: int, size: int) -> list[str]:
+    """Overlaps, holes and trailing bytes: every byte behind the header belongs to exactly one tensor."""
+    problems, end, before = [], data, "the header"
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if tensor.start < end:
+            problems.append(f"{path.name}: {tensor.name} overlaps {before} by {end - tensor.start} bytes")
+        elif tensor.start > end:
+            problems.append(f"{path.name}: a hole of {tensor.start - end} bytes between {before} and {tensor.name}")
+        if tensor.stop >= end:
+            end, before = tensor.stop, tensor.name
+    if end < size:
+        problems.append(f"{path.name}: {size - end} trailing bytes")
+    return problems

@@ -1,0 +1,69 @@
+"""Decides which local directory a model's name means, downloading it if need be; knows no file formats.
+
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured by huggingface_hub.
+"""
+
+import os
+from pathlib import Path
+
+from slipway.errors import CheckpointError, InvalidConfig
+
+ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # no code, no pickles
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The directory of ``model``: a local directory, else the snapshot of a hub id (``org/name``) at ``revision``.
+
+    Raises InvalidConfig for an empty name or a revision of a local directory, CheckpointError for what is neither a
+    directory nor a hub id, or cannot be had.
+    """
+    if not model:
+        raise InvalidConfig("model", model, "a directory or a hub id")
+    path = Path(os.path.expanduser(model))
+    if path.is_dir():
+        if revision is not None:
+            raise InvalidConfig("revision", revision, f"none, since {model} is a local directory")
+        return path
+    if path.exists() or model.startswith(("/", "./", "../", "~")):
+        raise CheckpointError(model, ["not a directory" if path.exists() else "no such directory"])
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    # Imported here: huggingface_hub takes half a second, which a local directory need not wait for.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOW_PATTERNS)))
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        match error:
+            case errors.HFValidationError():
+                problem = f"neither a local directory nor a hub id: {_first_line(error)}"
+            case errors.GatedRepoError():  # before RepositoryNotFoundError, its base
+                problem = "a gated repository: accept its terms on the hub, then set HF_TOKEN"
+            case errors.RepositoryNotFoundError():
+                problem = "no such directory here and no such repository on the hub; if it is private, set HF_TOKEN"
+            case errors.RevisionNotFoundError():
+                problem = f"the repository has no revision {revision!r}"
+            case errors.LocalEntryNotFoundError():
+                problem = "not in the local cache, and the hub is out of reach (HF_HUB_OFFLINE is set, or no network)"
+            case _:
+                problem = f"the download failed: {type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(model, [problem]) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def cached() -> list[str]:
+    """The ids of the models in the hub's local cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        repositories = huggingface_hub.scan_cache_dir().repos
+    except errors.CacheNotFound:
+        return []
+    return sorted(repository.repo_id for repository in repositories if repository.repo_type == "model")

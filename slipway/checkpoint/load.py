@@ -1,0 +1,262 @@
+"""Decides how a checkpoint's tensors become the arrays of a declaration on a mesh; knows no models and no file format.
+
+Everything is checked before any device memory is taken. Then each device's block is read by itself: a CPU device maps
+the file where layout, dtype and alignment allow it, and any other block is filled a few megabytes at a time, with the
+file's pages dropped behind, so that the host never holds a second copy of the weights.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from slipway import layout, tree
+from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
+from slipway.errors import CheckpointError
+from slipway.mesh import shardings
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+ALIGNMENT = 64  # bytes: where it starts on such a boundary, JAX uses a host buffer on a CPU device as it is
+DUMMY_STD = 0.02
+_SCAN_BYTES = 1 << 18  # of a tensor at a time, so that the second pass over it finds it in the cache
+_COPY_BYTES = 1 << 23  # between two drops of the file's pages
+_log = logging.getLogger(__name__)
+
+Bounds = tuple[tuple[int, int], ...]  # start and stop of a block in every dimension
+
+
+def load(declaration: Any, checkpoint: Checkpoint, mesh: Mesh, dtype: Any, ignore: Sequence[str] = ()) -> Any:
+    """The declaration's tree with arrays for Params, sharded as ``mesh.shardings`` says.
+
+    On CPU devices, arrays may be the checkpoint's files themselves: these must not change while the arrays live.
+    Raises CheckpointError as ``check`` does.
+    """
+    dtype, start = np.dtype(dtype), time.monotonic()
+    check(declaration, checkpoint, dtype, ignore)
+    checked = time.monotonic()
+    pairs = list(zip(tree.leaves(declaration), jax.tree.leaves(shardings(declaration, mesh))))
+    arrays = [_load_leaf(leaf, checkpoint, sharding, dtype) for leaf, sharding in pairs]
+    size_gb = sum(array.nbytes for array in arrays) / 1e9
+    seconds = f"checked in {checked - start:.1f} s, loaded in {time.monotonic() - checked:.1f} s"
+    _log.info("%s: %d arrays, %.2f GB, %s", checkpoint.directory, len(arrays), size_gb, seconds)
+    return _unflatten(declaration, arrays)
+
+
+def check(declaration: Any, checkpoint: Checkpoint, dtype: Any, ignore: Sequence[str] = ()) -> None:
+    """Compare every tensor's presence, shape, dtype and values with the declaration.
+
+    ``ignore`` holds glob patterns of tensors that may be present without being declared. A value must be finite as
+    ``dtype``. A Param's alias may be absent, but where present it must equal the Param bit for bit.
+    Raises CheckpointError, listing every mismatch.
+    """
+    leaves = list(tree.leaves(declaration))
+    params = {key: leaf.param for leaf in leaves for key in leaf.keys.values()}
+    misfits = {key: _misfit(key, param, checkpoint.tensors.get(key)) for key, param in params.items()}
+    problems = [misfit for misfit in misfits.values() if misfit]
+    sound = [key for key, misfit in misfits.items() if not misfit]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy lets go of the interpreter while it scans
+        found = pool.map(lambda key: _overflow(key, checkpoint, np.dtype(dtype)), sound)
+        problems += [problem for problem in found if problem]
+    aliases = [(params[key].alias, key) for key in sound if params[key].alias in checkpoint.tensors]
+    problems += [f"{alias}: differs from {key}" for alias, key in aliases if not _equal(alias, key, checkpoint)]
+    declared = {*params, *(param.alias for param in params.values())}
+    problems += [
+        f"{name}: unexpected"
+        for name in checkpoint.tensors
+        if name not in declared and not any(fnmatchcase(name, pattern) for pattern in ignore)
+    ]
+    if problems:
+        raise CheckpointError(checkpoint.directory, problems)
+
+
+def _misfit(key: str, param: tree.Param, tensor: Tensor | None) -> str:
+    """What is wrong with a tensor short of its values; empty if nothing is."""
+    if tensor is None:
+        return f"{key}: missing"
+    if tensor.shape != param.hf_shape:
+        return f"{key}: shape {tensor.shape} in the file, {param.hf_shape} declared"
+    if tensor.dtype not in WEIGHT_DTYPES:
+        return f"{key}: dtype {tensor.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}"
+    return ""
+
+
+def _overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
+    """The tensor's values that ``dtype`` cannot hold as finite numbers; empty if there are none.
+
+    Without its sign, a float's bits order as its magnitude does, infinities and NaN last: one integer comparison.
+    """
+    array = checkpoint.array(key)
+    bits = np.dtype(f"u{array.itemsize}").type
+    flat, limit, magnitude = array.reshape(-1).view(bits), _limit(array.dtype, dtype), bits(np.iinfo(bits).max >> 1)
+    step, count, first = _SCAN_BYTES // array.itemsize, 0, 0
+    buffer = np.empty(min(step, flat.size), bits)
+    for start in range(0, flat.size, step):
+        part = flat[start : start + step]
+        masked = np.bitwise_and(part, magnitude, out=buffer[: part.size])
+        if masked.max() > limit:
+            over = masked > limit
+            first = first if count else start + int(over.argmax())
+            count += int(np.count_nonzero(over))
+    checkpoint.drop(key)
+    if not count:
+        return ""
+    at = tuple(map(int, np.unravel_index(first, array.shape)))
+    return f"{key}: {count} values are not finite as {dtype}, the first {array[at]} at {at}"
+
+
+@functools.cache
+def _limit(source: np.dtype, target: np.dtype) -> int:
+    """The bits of the largest ``source`` number that does not exceed ``target``'s largest."""
+    largest = float(ml_dtypes.finfo(target).max)
+    nearest = np.asarray(min(largest, float(ml_dtypes.finfo(source).max))).astype(source)
+    return int(nearest.view(f"u{source.itemsize}")) - (float(nearest) > largest)
+
+
+def _equal(alias: str, key: str, checkpoint: Checkpoint) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit."""
+    one, two = checkpoint.array(alias), checkpoint.array(key)
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    one, two = one.reshape(-1).view(np.uint8), two.reshape(-1).view(np.uint8)
+    cuts = range(0, one.size, _SCAN_BYTES)
+    equal = all(np.array_equal(one[cut : cut + _SCAN_BYTES], two[cut : cut + _SCAN_BYTES]) for cut in cuts)
+    checkpoint.drop(alias)
+    checkpoint.drop(key)
+    return equal
+
+
+def _load_leaf(leaf: tree.Leaf, checkpoint: Checkpoint, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
+    shape, blocks, parts = leaf.param.shape, {}, []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+        if bounds not in blocks:  # devices that hold the same block read it once
+            blocks[bounds] = _block(leaf, checkpoint, bounds, dtype)
+        parts.append(jax.device_put(blocks[bounds], device, may_alias=True))
+    # Waiting bounds the number of blocks that are in host memory, on their way to the devices, at a time.
+    array = jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, parts))
+    if next(iter(sharding.device_set)).platform != "cpu":  # an accelerator has copied even what was a view
+        for key in leaf.keys.values():
+            checkpoint.drop(key)
+    return array
+
+
+def _block(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    """One device's part of a leaf: a view of the file if it lies there as it is and is aligned, else a copy."""
+    param, stacked = leaf.param, len(leaf.param.stacks)
+    index = tuple(slice(*bound) for bound in bounds[stacked:])
+    if _lies_as_declared(param) and DTYPES[checkpoint.tensors[leaf.keys[()]].dtype] == dtype:
+        view = param.read(checkpoint.array(leaf.keys[()]), index)
+        if view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0:
+            return view
+    block = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+    for at in itertools.product(*(range(start, stop) for start, stop in bounds[:stacked])):
+        key = leaf.keys[at]
+        target = block[(*(i - start for i, (start, _) in zip(at, bounds)), ...)]
+        for rows, part in _pieces(param, index, dtype.itemsize):
+            target[rows] = param.read(checkpoint.array(key), part)
+            checkpoint.drop(key)
+    return block
+
+
+def _lies_as_declared(param: tree.Param) -> bool:
+    same_order = layout.parse(param.hf_layout).axes == layout.parse(param.axes).axes
+    return same_order and not (param.stacks or param.repeats or param.pads)
+
+
+def _pieces(param: tree.Param, index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[Any, tuple[slice, ...]]]:
+    """The block at ``index`` in pieces along its first dimension: where each goes in the block, and its own index."""
+    if not index:
+        yield ..., ()
+        return
+    first, rest = index[0], index[1:]
+    inner = math.prod(param.sizes[axis] for axis in layout.parse(param.axes).groups[0][1:])
+    row_bytes = math.prod(part.stop - part.start for part in rest) * inner * itemsize
+    # A transposed tensor's pages are all faulted in anew for each piece: at most 16 of them.
+    piece_bytes = max(_COPY_BYTES, row_bytes * ((first.stop - first.start) // inner) // 16)
+    step = max(1, piece_bytes // max(1, row_bytes)) * inner
+    for start in range(first.start, first.stop, step):
+        stop = min(start + step, first.stop)
+        yield slice(start - first.start, stop - first.start), (slice(start, stop), *rest)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory on a boundary that JAX can take as it is (NumPy's own lie on 16 bytes)."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def dummy(declaration: Any, mesh: Mesh, dtype: Any, seed: int = 0) -> Any:
+    """The declaration's tree with random weights, made on the devices.
+
+    Each of the checkpoint's tensors has numbers of its own, a function of the seed, its HF key and the position in it:
+    they do not depend on the mesh, nor on whether layers are stacked.
+    """
+    arrays = []
+    for leaf, sharding in zip(tree.leaves(declaration), jax.tree.leaves(shardings(declaration, mesh))):
+        param = leaf.param
+        salts = [zlib.crc32(f"{seed}:{key}".encode()) for key in leaf.keys.values()]
+        stacks = [n for _, n in param.stacks]
+        salt = np.array(salts, np.uint32).reshape(*stacks, *(1 for _ in param.shape[len(stacks) :]))
+        arrays.append(_draw(param.init, np.dtype(dtype), sharding)(salt, _positions(param)))
+    return _unflatten(declaration, arrays)
+
+
+def _positions(param: tree.Param) -> list[np.ndarray]:
+    """For each unstacked dimension, each index's share of the position in the checkpoint's tensor; -1 for padding."""
+    shares, stride, ndim = [], 1, len(param.shape)
+    for dim, group in reversed(list(enumerate(layout.parse(param.axes).groups, len(param.stacks)))):
+        outer, inner = group[0], math.prod(param.sizes[axis] for axis in group[1:])
+        row, within = np.divmod(np.arange(param.shape[dim]), inner)
+        row //= param.repeats.get(outer, 1)
+        # Wraps beyond 2^31 elements, where the numbers begin to repeat.
+        share = np.where(row < param.sizes[outer], ((row * inner + within) * stride) & 0x7FFFFFFF, -1)
+        shares.append(share.astype(np.int32).reshape([-1 if d == dim else 1 for d in range(ndim)]))
+        stride *= inner * param.sizes[outer]
+    return shares
+
+
+@functools.cache
+def _draw(init: str, dtype: np.dtype, sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """A compiled draw: a hash of every element's position, which each device computes for its own part.
+
+    Threefry took 12 times as long on two cores, because it runs one block cipher for each element. The hash is
+    lowbias32 (https://nullprogram.com/blog/2018/07/31/) with the tensor's salt put in half-way.
+    """
+
+    def draw(salt: jax.Array, positions: list[jax.Array]) -> jax.Array:
+        shape = jnp.broadcast_shapes(salt.shape, *(share.shape for share in positions))
+        held = functools.reduce(jnp.logical_and, [share >= 0 for share in positions], jnp.ones_like(salt, bool))
+        if init == "zeros":
+            x = jnp.zeros(shape, dtype)
+        elif init == "ones":
+            x = jnp.ones(shape, dtype)
+        else:
+            bits = functools.reduce(jnp.add, [share.astype(jnp.uint32) for share in positions], jnp.zeros_like(salt))
+            bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)
+            bits = bits ^ salt
+            bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)
+            bits = bits ^ (bits >> np.uint32(16))
+            uniform = jax.lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32)
+            x = (uniform * np.float32(DUMMY_STD * math.sqrt(3) / 2**31)).astype(dtype)
+        return jnp.where(held, x, jnp.zeros((), dtype))
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def _unflatten(declaration: Any, arrays: Sequence[jax.Array]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(declaration, is_leaf=tree.is_param), arrays)

@@ -1,0 +1,145 @@
+"""The `slipway` command: which subcommands there are and how they print; flags come from the config dataclasses."""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from slipway.bench.engine import EngineBench
+from slipway.checkpoint import hub
+from slipway.engine.config import EngineConfig
+from slipway.engine.request import RequestOutput, SamplingParams
+from slipway.errors import SlipwayError
+from slipway.llm import LLM, NANO
+from slipway.models import ARCHITECTURES
+
+ONE_AT_A_TIME = EngineConfig(max_num_seqs=1, max_num_batched_tokens=32)  # few shapes to compile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Complete a prompt and stream the text."""
+
+    model: Positional[str] = "nano"
+    """A directory or a hub id; nano is the shipped model."""
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])]
+    """The text to complete."""
+    show_speed: bool = False
+    """Print the time to the first token and the tokens per second."""
+    engine: OmitArgPrefixes[EngineConfig] = ONE_AT_A_TIME
+    sampling: OmitArgPrefixes[SamplingParams] = SamplingParams(max_tokens=128, temperature=0.0)
+
+    def run(self) -> None:
+        """Print the prompt and what follows it."""
+        if self.sampling.n > 1:
+            rows = dataclasses.replace(self.engine, max_num_seqs=max(self.sampling.n, self.engine.max_num_seqs))
+            for output in _load(self.model, rows).generate(self.prompt, self.sampling)[0].outputs:
+                print(f"--- {output.index}\n{self.prompt}{output.text}")
+            return
+        stream = _load(self.model, self.engine).stream(self.prompt, self.sampling)
+        print(self.prompt, end="", flush=True)
+        _print_stream(stream, self.show_speed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk to a model in the terminal; end with Ctrl-D."""
+
+    model: Positional[str] = "nano"
+    """A directory or a hub id; nano is the shipped model."""
+    system: str | None = None
+    """A system message to begin with."""
+    engine: OmitArgPrefixes[EngineConfig] = ONE_AT_A_TIME
+    sampling: OmitArgPrefixes[SamplingParams] = SamplingParams(max_tokens=256, temperature=0.6, top_p=0.9)
+
+    def run(self) -> None:
+        """Read, answer, repeat."""
+        llm = _load(self.model, self.engine)
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        while (line := _ask()) is not None:
+            messages.append({"role": "user", "content": line})
+            text = _print_stream(llm.stream(llm.chat_prompt(messages), self.sampling), False)
+            messages.append({"role": "assistant", "content": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """List the architectures that Slipway implements, the shipped model, and what the hub cache holds."""
+
+    def run(self) -> None:
+        """Print them."""
+        print("architectures:", *sorted(ARCHITECTURES), sep="\n  ")
+        print("shipped:", f"nano  ({NANO})", sep="\n  ")
+        print("in the hub cache:", *(hub.cached() or ["nothing"]), sep="\n  ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure: figures as a table and as JSON."""
+
+    what: Annotated[EngineBench, tyro.conf.subcommand("engine")] | Annotated[None, tyro.conf.subcommand("none")]
+
+    def run(self) -> None:
+        """Run the benchmark that was named."""
+        if self.what is not None:
+            self.what.run()
+
+
+def main() -> None:
+    """Run the command line. Where Slipway refuses: one line to stderr, no traceback, exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
+    try:
+        tyro.cli(Generate | Chat | Models | Bench, prog="slipway").run()  # type: ignore[arg-type]  # tyro takes unions
+    except SlipwayError as error:
+        print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _load(model: str, engine: EngineConfig) -> LLM:
+    options = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    return LLM(NANO if model == "nano" else model, **options)
+
+
+def _print_stream(outputs: Iterator[RequestOutput], show_speed: bool) -> str:
+    """Print text as it comes, and return it whole."""
+    text, count, first = "", 0, time.perf_counter()
+    for output in outputs:
+        if not count:
+            first = time.perf_counter()
+        sample = output.outputs[0]
+        print(sample.text[len(text) :], end="", flush=True)
+        text, count = sample.text, len(sample.token_ids)
+    print()
+    if show_speed and count > 1:
+        seconds = time.perf_counter() - first
+        started = _process_start()
+        print(
+            f"\n[{(count - 1) / seconds:.1f} tokens/s after the first; first token {first - started:.1f} s after the "
+            f"process started; {count} tokens]", file=sys.stderr,
+        )  # fmt: skip
+    return text
+
+
+def _process_start() -> float:
+    """When this process began, on the clock of ``time.perf_counter`` (Linux: since boot, as /proc counts)."""
+    with open("/proc/self/stat") as f:
+        ticks = int(f.read().rsplit(")", 1)[1].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / 100
+    return time.perf_counter() - age_s
+
+
+def _ask() -> str | None:
+    """A line from the terminal; None at its end."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None

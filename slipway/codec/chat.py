@@ -1,0 +1,185 @@
+"""Decides how a conversation becomes one prompt text, by the model's own Jinja template; knows no tokens.
+
+Templates come from strangers and are programs, so they run in Jinja's immutable sandbox. What a template may use, and
+what it is given, follows transformers' apply_chat_template, so that prompts equal those the model was trained on.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from slipway.errors import CheckpointError, InvalidRequest
+
+# What a template written by a stranger may raise: its own errors, the sandbox's, and those of Python's operators.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # the trailing space shows whether the template trims messages
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    `special_tokens` ("bos_token" -> "<s>") are variables in it. Raises CheckpointError where `source` is no template;
+    None, for a model without one, refuses every conversation.
+    """
+
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]):
+        environment = _environment()
+        self._special_tokens = dict(special_tokens)
+        self._reserved = {*special_tokens, *environment.globals, "messages", "self"}
+        self._template = None
+        if source is None:
+            return
+        try:
+            self._template = environment.from_string(source)
+            self._reads_parts = _mentions(environment.parse(source), "text")
+        except TemplateSyntaxError as error:
+            raise CheckpointError("chat template", [f"line {error.lineno}: {error.message}"]) from error
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        /,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a conversation.
+
+        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open
+        instead. `kwargs` (tools, documents, enable_thinking, ...) are variables of the template. A template that knows
+        no content parts gets their texts joined. Raises InvalidRequest, naming the field that is wrong.
+        """
+        _check_messages(messages)
+        for name in kwargs.keys() & self._reserved:
+            raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a name that is not the template's own")
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest("add_generation_prompt", True, "false with continue_final_message")
+        if self._template is None:
+            raise InvalidRequest("messages", messages, "a model with a chat template; this one takes plain prompts")
+        chat = [self._prepared(message) for message in messages]
+        if continue_final_message:
+            last = _mark_end(chat[-1], f"messages[{len(chat) - 1}].content")
+        variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
+        try:
+            text = self._template.render(variables, messages=chat, add_generation_prompt=add_generation_prompt)
+        except TEMPLATE_ERRORS as error:
+            raise InvalidRequest("messages", messages, f"what the chat template takes: {error}") from error
+        return _cut_at_mark(text, last) if continue_final_message else text
+
+    def _prepared(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A copy as templates expect it: no key that is None, reasoning under both its names, content they can read."""
+        message = {key: value for key, value in message.items() if value is not None}
+        names = ("reasoning_content", "thinking", "reasoning")
+        reasoning = next((message[name] for name in names if name in message), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        if isinstance(message.get("content"), list):
+            parts = [dict(part) for part in message["content"]]
+            message["content"] = parts if self._reads_parts else "".join(part["text"] for part in parts)
+        return message
+
+
+class GenerationTag(Extension):
+    """{% generation %} marks the assistant's text for training; here its body is rendered, in its own scope."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    # A function in place of the type: `dict.update(message, ...)` would get around the immutable sandbox.
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _dict}
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes <, > and & for HTML, which models were not trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _mentions(template: nodes.Template, name: str) -> bool:
+    """Whether the template reads an item or attribute of that name anywhere."""
+    return any(node.value == name for node in template.find_all(nodes.Const)) or any(
+        node.attr == name for node in template.find_all(nodes.Getattr)
+    )
+
+
+def _check_messages(messages: object) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages", messages, "a list of at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"messages[{i}]", message, 'an object with "role" and "content"')
+        if not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"messages[{i}].role", message.get("role"), "a string")
+        _check_content(message.get("content"), f"messages[{i}].content", optional=bool(message.get("tool_calls")))
+
+
+def _check_content(content: object, field: str, optional: bool) -> None:
+    """`optional`: a message that calls tools may say nothing."""
+    match content:
+        case str():
+            return
+        case None if optional:
+            return
+        case list():
+            for i, part in enumerate(content):
+                match part:
+                    case {"type": "text", "text": str()}:
+                        continue
+                raise InvalidRequest(f"{field}[{i}]", part, '{"type": "text", "text": "..."}')
+        case _:
+            raise InvalidRequest(field, content, "a string or a list of text parts")
+
+
+def _mark_end(message: dict[str, Any], field: str) -> str:
+    """Append the mark to the message's text, in place; return the text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + CUT
+        return content
+    if not content:
+        raise InvalidRequest(field, content, "text to continue")
+    text: str = content[-1]["text"]
+    content[-1]["text"] = text + CUT
+    return text
+
+
+def _cut_at_mark(text: str, last: str) -> str:
+    """The prompt up to the end of the last message, whose own trailing space goes if the template trims messages."""
+    at = text.rfind(CUT.strip())
+    if at < 0 or last.strip() not in text:
+        raise InvalidRequest("continue_final_message", True, "a chat template that renders the final message in full")
+    return text[:at] if text.startswith(CUT, at) else text[:at].rstrip()

@@ -1,0 +1,195 @@
+"""Decides when the text of a token is certain, from the decoder in tokenizer.json; knows nothing of stop strings.
+
+Re-decoding a window of recent tokens, as tokenizers.DecodeStream does, guesses where the window may start: it raises on
+bytes that are no UTF-8 (huggingface/tokenizers#1705, vllm-project/vllm#17448). Reading the decoder needs no guess:
+
+    ByteLevel       every token is a few bytes, and the text is the UTF-8 decoding of all of them: `ByteStream`
+    anything else   every token is a piece of text that depends on being first, or not: `TextStream`. Only a run of
+                    byte tokens ("<0xE2>") is decoded as a whole; one bad byte turns all of it into U+FFFD.
+"""
+
+import codecs
+import json
+import re
+from typing import Any, Protocol
+
+import tokenizers
+
+from slipway.errors import UnsupportedModel
+
+# Decoders that treat each token alone, apart from the start of the text and runs of byte tokens.
+TOKENWISE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece"})
+
+
+class Stream(Protocol):
+    """The text of one sequence, token by token: all pushes plus the flush equal the decoding of all ids."""
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that no later token can change."""
+        ...
+
+    def flush(self) -> str:
+        """Return the text still undecided, as the end of the sequence decides it."""
+        ...
+
+
+class Pieces(Protocol):
+    """What each token of one vocabulary stands for, computed once per token and shared by every stream."""
+
+    def stream(self) -> Stream: ...
+
+
+def pieces(raw: tokenizers.Tokenizer, skip_special_tokens: bool) -> Pieces:
+    """The pieces of `raw`. Raises UnsupportedModel for a decoder whose text cannot be told token by token."""
+    decoders = _decoders(raw)
+    kinds = [decoder["type"] for decoder in decoders]
+    if kinds == ["ByteLevel"]:
+        return BytePieces(raw, skip_special_tokens)
+    if not all(map(_is_tokenwise, decoders)):
+        raise UnsupportedModel("tokenizer.json decoder", kinds, f"ByteLevel alone, or any of {sorted(TOKENWISE)}")
+    return TextPieces(raw, skip_special_tokens, byte_fallback="ByteFallback" in kinds)
+
+
+class BytePieces(dict[int, bytes]):
+    """Token id -> its bytes; empty for an id that the full decode drops. Filled as ids come up."""
+
+    def __init__(self, raw: tokenizers.Tokenizer, skip_special_tokens: bool):
+        super().__init__()
+        self._raw = raw
+        self._dropped = special_ids(raw) if skip_special_tokens else frozenset()
+        self._byte_of = _byte_alphabet()
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = None if token_id in self._dropped else self._raw.id_to_token(token_id)
+        if token is None:
+            piece = b""
+        elif all(char in self._byte_of for char in token):
+            piece = bytes(self._byte_of[char] for char in token)
+        else:  # an added token is written in plain text, not in the byte alphabet
+            piece = token.encode()
+        self[token_id] = piece
+        return piece
+
+    def stream(self) -> "ByteStream":
+        return ByteStream(self)
+
+
+class ByteStream:
+    """Holds back the bytes of an unfinished character, three at most."""
+
+    def __init__(self, pieces: BytePieces):
+        self._pieces = pieces
+        # "replace" writes one U+FFFD per maximal invalid subpart, as Rust's from_utf8_lossy does in the full decode.
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, token_id: int) -> str:
+        return self._decode(self._pieces[token_id])
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+
+class TextPieces(dict[int, str | None]):
+    """Token id -> its text anywhere but at the start; None for an id that the full decode drops. Filled as ids come up.
+
+    A token's text is what it adds to the text of `anchor`, some ordinary token standing before it.
+    """
+
+    def __init__(self, raw: tokenizers.Tokenizer, skip_special_tokens: bool, byte_fallback: bool):
+        super().__init__()
+        vocab = raw.get_vocab()
+        special = special_ids(raw)
+        self._raw, self._skip = raw, skip_special_tokens
+        self._dropped = special if skip_special_tokens else frozenset()
+        is_byte = re.compile(r"<0x[0-9A-Fa-f]{2}>").fullmatch
+        self.byte_ids = frozenset(i for token, i in vocab.items() if byte_fallback and is_byte(token))
+        ordinary = (i for i in sorted(vocab.values()) if i not in special and i not in self.byte_ids)
+        self.anchor = next(i for i in ordinary if self.decode([i]).strip())
+        self._anchor_text = self.decode([self.anchor])
+
+    def __missing__(self, token_id: int) -> str | None:
+        dropped = token_id in self._dropped or self._raw.id_to_token(token_id) is None
+        self[token_id] = piece = None if dropped else self.continuation([token_id])
+        return piece
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids` at the start of a sequence."""
+        return self._raw.decode(ids, skip_special_tokens=self._skip)
+
+    def continuation(self, ids: list[int]) -> str:
+        """The text of `ids` after other text."""
+        text = self.decode([self.anchor, *ids])
+        assert text.startswith(self._anchor_text), "a tokenwise decoder rewrote an earlier token"
+        return text[len(self._anchor_text) :]
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+
+class TextStream:
+    """Holds back a run of byte tokens until an ordinary token, or the end, closes it."""
+
+    def __init__(self, pieces: TextPieces):
+        self._pieces = pieces
+        self._at_start = True
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        piece = self._pieces[token_id]
+        if piece is None:  # dropped before decoding, so it does not even close a run of byte tokens
+            return ""
+        if token_id in self._pieces.byte_ids:
+            self._pending.append(token_id)
+            return ""
+        if not self._at_start and not self._pending:
+            return piece
+        self._pending.append(token_id)
+        return self.flush()
+
+    def flush(self) -> str:
+        if self._at_start:
+            text = self._pieces.decode(self._pending)
+            if not text:  # only stripped spaces so far: the next token may be stripped too
+                return ""
+            self._at_start = False
+        else:
+            text = self._pieces.continuation(self._pending)
+        self._pending.clear()
+        return text
+
+
+def special_ids(raw: tokenizers.Tokenizer) -> frozenset[int]:
+    """The ids that a decode with skip_special_tokens leaves out."""
+    return frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
+
+
+def _decoders(raw: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The decoder of tokenizer.json with its sequences flattened; [] where it has none, and tokens join by a space."""
+    if raw.decoder is None:
+        return []
+    found, left = [], [json.loads(raw.decoder.__getstate__())]
+    while left:
+        decoder = left.pop(0)
+        if decoder["type"] == "Sequence":
+            left = decoder["decoders"] + left
+        else:
+            found.append(decoder)
+    return found
+
+
+def _is_tokenwise(decoder: dict[str, Any]) -> bool:
+    match decoder:
+        case {"type": "Replace", "pattern": {"String": str(pattern)}}:
+            return len(pattern) == 1  # a longer one could match across two tokens, once they are fused
+        case {"type": "Replace"}:
+            return False
+        case {"type": "Strip", "stop": stop}:
+            return bool(stop == 0)  # the end of the text is known only at the end
+    return decoder["type"] in TOKENWISE
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte: itself if printable, else the next one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

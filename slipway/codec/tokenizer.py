@@ -1,0 +1,198 @@
+"""Decides how a checkpoint's tokenizer files are read, and turns text into ids and back; knows no chat, no stop string.
+
+What it reads, it reads as transformers 5 does, so that ids equal those the model was trained on: tokenizer.json alone
+says whether a bos token is added, and add_bos_token of tokenizer_config.json, meant for slow tokenizers, says nothing.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from slipway.codec.pieces import Pieces, Stream, pieces, special_ids
+from slipway.errors import CheckpointError, InvalidRequest
+
+NO_TOKENIZER = (
+    "tokenizer.json is missing. A sentencepiece tokenizer.model alone is not read; to convert it: "
+    'transformers.AutoTokenizer.from_pretrained("{directory}").save_pretrained("{directory}")'
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text <-> token ids, and the tokenizer's own settings.
+
+    `special_tokens` maps names to texts ("bos_token" -> "<s>"), as chat templates see them. `eos_token_id` is the
+    tokenizer's end of sequence, or None; `eos_token_ids` are all ids that end a generation, those of
+    generation_config.json included. `chat_template` is the template's source, or None.
+    """
+
+    raw: tokenizers.Tokenizer
+    special_tokens: dict[str, str]
+    eos_token_ids: frozenset[int]
+    chat_template: str | None
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Read a checkpoint directory. Raises CheckpointError, naming every unreadable file."""
+        problems: list[str] = []
+        raw = _read_raw(directory, problems)
+        config = _read_json(directory / "tokenizer_config.json", problems)
+        if "added_tokens_decoder" not in config:  # written before transformers 4.34, or without such tokens
+            config |= _read_json(directory / "special_tokens_map.json", problems)
+        generation = _read_json(directory / "generation_config.json", problems)
+        chat_template = _chat_template(directory, config, problems)
+        if raw is None or problems:
+            raise CheckpointError(directory, problems)
+        special_tokens = {name: text for name in config if name.endswith("_token") and (text := _content(config[name]))}
+        _add_tokens(raw, config, special_tokens)
+        ends = [raw.token_to_id(special_tokens.get("eos_token", "")), *_as_list(generation.get("eos_token_id"))]
+        return cls(raw, special_tokens, frozenset(i for i in ends if i is not None), chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; with `add_special_tokens`, what the post-processor adds too (often a bos token)."""
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of each text, on several threads. Raises InvalidRequest for text that has no UTF-8 form."""
+        for text in texts:
+            _check_text(text)
+        encodings = self.raw.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Ids beyond the vocabulary, which a padded lm_head can produce, have no text."""
+        return self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, skip_special_tokens: bool = True) -> Stream:
+        """A fresh stream for one sequence: what `decode` does, token by token."""
+        return (self._visible_pieces if skip_special_tokens else self._all_pieces).stream()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id, added tokens included; the model's embedding may be larger."""
+        return max(self.raw.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that `decode` leaves out unless asked not to."""
+        return special_ids(self.raw)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._named_id("eos_token")
+
+    @cached_property
+    def _visible_pieces(self) -> Pieces:
+        return pieces(self.raw, skip_special_tokens=True)
+
+    @cached_property
+    def _all_pieces(self) -> Pieces:
+        return pieces(self.raw, skip_special_tokens=False)
+
+    def _named_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self.raw.token_to_id(text)
+
+
+def _read_raw(directory: Path, problems: list[str]) -> tokenizers.Tokenizer | None:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        problems.append(NO_TOKENIZER.format(directory=directory))
+        return None
+    with _BareExceptions(problems, "tokenizer.json"):
+        raw = tokenizers.Tokenizer.from_file(str(path))
+        # Some repositories save the limits of their training run; a prompt is never cut or padded silently.
+        raw.no_truncation()
+        raw.no_padding()
+        return raw
+    return None
+
+
+class _BareExceptions:
+    """Collects what the tokenizers library raises: Exception itself, where an except clause would swallow any bug."""
+
+    def __init__(self, problems: list[str], name: str):
+        self._problems, self._name = problems, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        if kind is not Exception:
+            return False
+        self._problems.append(f"{self._name}: {error}")
+        return True
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problems.append(f"{path.name}: {error}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name}: got {type(value).__name__}, expected an object")
+        return {}
+    return value
+
+
+def _chat_template(directory: Path, config: dict[str, Any], problems: list[str]) -> str | None:
+    """chat_template.jinja if there is one, else tokenizer_config.json's template, or its "default" among several."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    match config.get("chat_template"):
+        case None | str() as source:
+            return source
+        case [*entries]:
+            named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+            if isinstance(named.get("default"), str):
+                return named["default"]
+            problems.append(f'tokenizer_config.json chat_template: got templates {list(named)}, expected a "default"')
+        case other:
+            problems.append(f"tokenizer_config.json chat_template: got {type(other).__name__}, expected a string")
+    return None
+
+
+def _add_tokens(raw: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
+    """Add the tokens that tokenizer_config.json declares and tokenizer.json lacks; those it has stay as they are."""
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    declared = config.get("added_tokens_decoder", {})
+    tokens = [tokenizers.AddedToken(**declared[i]) for i in sorted(declared, key=int)]
+    raw.add_tokens([token for token in tokens if token.content not in known])
+    known |= {token.content for token in tokens}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = [*special_tokens.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]
+    raw.add_special_tokens([text for text in special if text and text not in known])
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("prompt", text, f"text without lone surrogates (one at {error.start})") from error
+
+
+def _content(token: object) -> str | None:
+    """The text of a token, which config files write as a string or as {"content": ...}."""
+    match token:
+        case str(text) | {"content": str(text)}:
+            return text
+    return None
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,120 @@
+"""From scheduled chunks to the arrays of a step: bucket shapes, positions, slots; knows no model and no device.
+
+Every step has one of a few shapes, so that nothing compiles once the engine is warm. A bucket is a number of flat
+tokens; it has as many rows as that, but no more than may run at once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from slipway.engine.scheduler import Chunk
+from slipway.tree import module
+
+SMALLEST, GROWTH = 2, 4  # XLA's one-row dot is slower than its two-row dot
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The shape of a step on one copy of the weights."""
+
+    num_tokens: int
+    num_rows: int
+
+
+@module
+class Batch:
+    """One step's input. Copies of the weights lie one after the other along the first axis of each array.
+
+    ``sample_at_B``: the flat token whose hidden state a row samples from. ``wants_B``: bit 0 set if the row samples at
+    all, bit 1 if it reports log probabilities.
+    """
+
+    num_tokens_1: np.ndarray
+    ids_T: np.ndarray
+    positions_T: np.ndarray
+    contexts_T: np.ndarray
+    slots_T: np.ndarray
+    starts_B: np.ndarray
+    counts_B: np.ndarray
+    lengths_B: np.ndarray
+    page_table_BM: np.ndarray
+    sample_at_B: np.ndarray
+    wants_B: np.ndarray
+    temperature_B: np.ndarray
+    top_k_B: np.ndarray
+    top_p_B: np.ndarray
+    min_p_B: np.ndarray
+    seed_B: np.ndarray
+
+
+def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
+    """Every shape, smallest first: powers of four, the most rows that decode together, the most tokens."""
+    sizes, size = {max(SMALLEST, max_num_seqs), max(SMALLEST, max_num_tokens)}, SMALLEST
+    while size < max_num_tokens:
+        sizes.add(size)
+        size *= GROWTH
+    return [Bucket(size, min(size, max(SMALLEST, max_num_seqs))) for size in sorted(sizes)]
+
+
+def choose(shapes: Sequence[Bucket], chunks: Sequence[Sequence[Chunk]]) -> Bucket:
+    """The smallest bucket that holds the chunks of every copy of the weights."""
+    tokens = max(sum(chunk.count for chunk in rank) for rank in chunks)
+    return next(bucket for bucket in shapes if bucket.num_tokens >= tokens)
+
+
+def build(chunks: Sequence[Chunk], bucket: Bucket, page_size: int, num_pages: int, table_width: int) -> Batch:
+    """The arrays of one copy of the weights. Slots of padding lie past the last page."""
+    batch = empty(bucket, page_size, num_pages, table_width)
+    if not chunks:
+        return batch
+    B, counts_B = len(chunks), np.array([chunk.count for chunk in chunks], np.int32)
+    sequences = [chunk.sequence for chunk in chunks]
+    params = [sequence.request.params for sequence in sequences]
+    ends_B, first_B = np.cumsum(counts_B, dtype=np.int32), np.array([chunk.start for chunk in chunks], np.int32)
+    T, starts_B = int(ends_B[-1]), ends_B - counts_B
+    row_T = np.repeat(np.arange(B), counts_B)
+    positions_T = np.arange(T, dtype=np.int32) + (first_B - starts_B)[row_T]
+    prompts_B = np.array([len(sequence.request.prompt_token_ids) for sequence in sequences], np.int32)
+
+    batch.num_tokens_1[0] = T
+    batch.ids_T[:T] = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.count)]
+    batch.positions_T[:T] = positions_T
+    batch.contexts_T[:T] = np.maximum(positions_T + 1, prompts_B[row_T])
+    batch.page_table_BM[:B] = [sequence.page_row for sequence in sequences]
+    pages_T = batch.page_table_BM[row_T, positions_T // page_size]
+    batch.slots_T[:T] = pages_T * page_size + positions_T % page_size
+    batch.starts_B[:B], batch.counts_B[:B], batch.lengths_B[:B] = starts_B, counts_B, first_B + counts_B
+    batch.sample_at_B[:B] = ends_B - 1
+    batch.wants_B[:B] = [chunk.samples * (1 + 2 * (p.logprobs is not None)) for chunk, p in zip(chunks, params)]
+    batch.temperature_B[:B] = [p.temperature for p in params]
+    batch.top_k_B[:B] = [max(0, p.top_k) for p in params]
+    batch.top_p_B[:B] = [p.top_p for p in params]
+    batch.min_p_B[:B] = [p.min_p for p in params]
+    batch.seed_B[:B] = [sequence.seed for sequence in sequences]
+    return batch
+
+
+def empty(bucket: Bucket, page_size: int, num_pages: int, table_width: int) -> Batch:
+    """A batch of nothing but padding."""
+    T, B = bucket.num_tokens, bucket.num_rows
+
+    def zeros(size: int, dtype: type = np.int32) -> np.ndarray:
+        return np.zeros(size, dtype)
+
+    return Batch(
+        num_tokens_1=zeros(1), ids_T=zeros(T), positions_T=zeros(T), contexts_T=zeros(T),
+        slots_T=np.full(T, num_pages * page_size, np.int32), starts_B=zeros(B), counts_B=zeros(B), lengths_B=zeros(B),
+        page_table_BM=np.zeros((B, table_width), np.int32), sample_at_B=zeros(B), wants_B=zeros(B),
+        temperature_B=zeros(B, np.float32), top_k_B=zeros(B), top_p_B=np.ones(B, np.float32),
+        min_p_B=zeros(B, np.float32), seed_B=zeros(B, np.uint32),
+    )  # fmt: skip
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The batches of every copy of the weights as one."""
+    if len(batches) == 1:
+        return batches[0]
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: np.concatenate([getattr(batch, name) for batch in batches]) for name in fields})

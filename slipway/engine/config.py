@@ -1,0 +1,63 @@
+"""The engine's options, their ranges and which contradict each other; knows no model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from slipway.errors import InvalidConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is loaded and run."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, activations and cache; auto: the checkpoint's own."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: the directory's safetensors; dummy: random weights, config.json alone is read."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    tensor_parallel_size: int = 1
+    """Devices that share each layer."""
+    data_parallel_size: int = 1
+    """Copies of the weights, each serving its own requests."""
+    max_model_len: int | None = None
+    """Longest prompt plus output in tokens; default: what the model can read."""
+    max_num_seqs: int = 64
+    """Sequences that run at once, per copy of the weights."""
+    max_num_batched_tokens: int = 512
+    """Tokens of one step, prompts' chunks included."""
+    page_size: int = 16
+    """Tokens per page of the cache."""
+    memory_fraction: float | None = None
+    """Share of the free memory that weights, cache and temporaries may take; default 0.25 on a CPU, else 0.9."""
+    seed: int = 0
+    """Of requests that bring none, and of dummy weights."""
+    skip_tokenizer_init: bool = False
+    """Token ids in, token ids out; no tokenizer is read."""
+    hf_overrides: Mapping[str, Any] | None = None
+    """Fields to replace in config.json; None removes one."""
+
+    def __post_init__(self):
+        for name in (
+            "tensor_parallel_size",
+            "data_parallel_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+        ):
+            _need(name, value := getattr(self, name), type(value) is int and value >= 1, "an integer of at least 1")
+        length, fraction = self.max_model_len, self.memory_fraction
+        _need("max_model_len", length, length is None or (type(length) is int and length >= 1), "at least 1, or None")
+        _need("memory_fraction", fraction, fraction is None or 0 < fraction <= 1, "more than 0, at most 1, or None")
+        _need("seed", self.seed, type(self.seed) is int and 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
+        _need("dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16", "float16"), "a float type, or auto")
+        _need("load_format", self.load_format, self.load_format in ("auto", "dummy"), "auto or dummy")
+        tokens = self.max_num_batched_tokens
+        expected = f"at least max_num_seqs ({self.max_num_seqs}), or running requests could not all decode"
+        _need("max_num_batched_tokens", tokens, tokens >= self.max_num_seqs, expected)
+
+
+def _need(field: str, value: object, fine: bool, expected: str) -> None:
+    if not fine:
+        raise InvalidConfig(field, value, expected)

@@ -1,0 +1,143 @@
+"""From a model's name to an engine that runs: reads, declares, sizes the cache, loads and compiles; keeps nothing.
+
+Loading and compiling overlap: both need only the declaration.
+"""
+
+import logging
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from slipway import mesh as meshes
+from slipway import models, ops, tree
+from slipway.checkpoint import files, hub, load
+from slipway.codec.tokenizer import Tokenizer
+from slipway.engine import batch as batches
+from slipway.engine import memory
+from slipway.engine.batch import Bucket
+from slipway.engine.config import EngineConfig
+from slipway.engine.engine import Engine, Limits
+from slipway.engine.step import KV_SPEC, Step
+from slipway.errors import InvalidConfig
+
+logger = logging.getLogger(__name__)
+
+LAYERS = {"cpu": tree.separate}  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
+IGNORED_TENSORS = ("*.rotary_emb.inv_freq",)  # old Llama files hold what follows from config.json
+NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def launch(model: str, config: EngineConfig) -> Engine:
+    """Load ``model``, a directory or a hub id, and compile it.
+
+    Raises CheckpointError, UnsupportedModel, InvalidConfig or OutOfMemory; nothing is held then.
+    """
+    started = time.perf_counter()
+    directory = hub.resolve(model, config.revision)
+    dummy = config.load_format == "dummy"
+    checkpoint = files.open_without_weights(directory) if dummy else files.open_checkpoint(directory)
+    raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides or {})).items() if v is not None}
+    tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(directory)
+    mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
+    declaration = models.declare(raw)
+    model_config = declaration.config
+    platform = mesh.devices.flat[0].platform
+    declaration = meshes.fit(LAYERS.get(platform, lambda same: same)(declaration), mesh)
+    dtype = _dtype(config.dtype, raw)
+    length = _max_model_len(config.max_model_len, model_config.max_context)
+    step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)
+
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(step.compile, [shape for shape in shapes if shape != shapes[-1]])
+        if dummy:
+            params = load.dummy(declaration, mesh, dtype, config.seed)
+        else:
+            params = load.load(declaration, checkpoint, mesh, dtype, IGNORED_TENSORS)
+        kv = jax.jit(lambda: jnp.zeros(step.kv.shape, step.kv.dtype), out_shardings=step.kv.sharding)()
+        rest.result()
+    limits = Limits(
+        vocab_size=model_config.vocab_size,
+        max_model_len=length,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        copies=config.data_parallel_size,
+    )
+    _announce(model, platform, np.dtype(dtype).name, mesh, limits, time.perf_counter() - started)
+    return Engine(
+        step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer), config.seed
+    )
+
+
+def _compiled(
+    declaration: Any, mesh: Mesh, dtype: Any, length: int, config: EngineConfig
+) -> tuple[Step, list[Bucket], int]:
+    """The step with its largest shape compiled, and the pages that fit beside what that shape needs.
+
+    The cache's size is part of the program: it is first compiled as if it needed no temporaries, which is final where
+    the cache is as large as could be useful, and compiled once more with fewer pages where they do not fit.
+    """
+    model = declaration.config
+    heads = max(model.num_key_value_heads, mesh.shape[meshes.TENSOR])
+    empty = jax.eval_shape(
+        lambda: ops.allocate_kv(model.num_hidden_layers, 1, config.page_size, heads, model.head_dim, dtype)
+    )
+    devices = mesh.shape[meshes.TENSOR]
+    page_bytes = math.prod(empty.shape) * empty.dtype.itemsize // devices
+    weights = sum(_shard_bytes(leaf.param, mesh, np.dtype(dtype).itemsize) for leaf in tree.leaves(declaration))
+    device = mesh.devices.flat[0]
+    budget = memory.budget(config.memory_fraction, device, mesh.devices.size, weights, page_bytes)
+    table_width = -(-length // config.page_size)
+    shapes = batches.buckets(config.max_num_seqs, config.max_num_batched_tokens)
+    temp, useful = 0, config.max_num_seqs * table_width
+    while True:
+        num_pages = budget.pages(temp, useful)
+        shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
+        kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, KV_SPEC))
+        step = Step(declaration, mesh, kv, dtype, table_width)
+        step.compile(shapes[-1:])
+        temp = step.temp_bytes(shapes[-1])
+        if budget.pages(temp, useful) >= num_pages:
+            return step, shapes, num_pages
+
+
+def _shard_bytes(param: tree.Param, mesh: Mesh, itemsize: int) -> int:
+    return math.prod(NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)) * itemsize
+
+
+def _dtype(name: str, raw: dict[str, Any]) -> Any:
+    if name == "auto":
+        name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    if name not in NAMED_DTYPES:
+        raise InvalidConfig("dtype", name, " | ".join(NAMED_DTYPES))
+    return NAMED_DTYPES[name]
+
+
+def _max_model_len(asked: int | None, longest: int) -> int:
+    if asked is not None and asked > longest:
+        raise InvalidConfig("max_model_len", asked, f"at most {longest}, what the model can read")
+    return asked or longest
+
+
+def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every token that ends an output: config.json's, generation_config.json's and the tokenizer's."""
+    stated = [raw.get("eos_token_id"), generation.get("eos_token_id")]
+    ids = [token for value in stated if value is not None for token in (value if isinstance(value, list) else [value])]
+    return frozenset(ids) | (frozenset() if tokenizer is None else tokenizer.eos_token_ids)
+
+
+def _announce(model: str, platform: str, dtype: str, mesh: Mesh, limits: Limits, seconds: float) -> None:
+    tokens = limits.num_pages * limits.page_size
+    logger.info("%s on %s, %s, mesh %s; op bodies %s", model, platform, dtype, dict(mesh.shape), ops.BODIES)
+    logger.info(
+        "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
+        limits.num_pages, limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,
+    )  # fmt: skip

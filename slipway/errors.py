@@ -1,0 +1,71 @@
+"""The exception tree: decides what can go wrong and what each failure must say; knows nothing of who raises it.
+
+SlipwayError
+├── InvalidInput (ValueError)      one field of something a caller passed: .field, .got, .expected
+│   ├── InvalidRequest             a prompt or a sampling parameter
+│   │   └── InvalidBatch           several requests of one call: .errors, and .outputs of those that finished
+│   ├── InvalidConfig              an engine option, or options that contradict each other
+│   └── UnsupportedModel           an architecture or a config.json value that is not implemented
+├── CheckpointError (ValueError)   a directory that is no model, or does not fit its declaration: .problems
+└── OutOfMemory (MemoryError)      the weights, or a single page, exceed the memory budget
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class SlipwayError(Exception):
+    """Base of everything that Slipway raises on purpose."""
+
+
+class InvalidInput(SlipwayError, ValueError):
+    """One field holds a value that cannot be honoured."""
+
+    def __init__(self, field: str, got: object, expected: str):
+        super().__init__(f"{field}: got {_short(got)}, expected {expected}")
+        self.field, self.got, self.expected = field, got, expected
+
+
+class InvalidRequest(InvalidInput):
+    """A prompt or a sampling parameter is out of its range."""
+
+
+class InvalidBatch(InvalidRequest):
+    """Some requests of one call were refused; the others ran to their end.
+
+    ``errors`` maps a prompt's position to its InvalidRequest; ``outputs`` holds, in the order of the prompts, what
+    finished, and None where the request was refused.
+    """
+
+    def __init__(self, errors: Mapping[int, InvalidRequest], outputs: Sequence[Any]):
+        first = next(iter(errors))
+        super().__init__(f"prompts[{first}].{errors[first].field}", errors[first].got, errors[first].expected)
+        self.errors, self.outputs = dict(errors), list(outputs)
+        if len(errors) > 1:
+            self.args = ("\n".join(f"prompts[{i}].{error}" for i, error in errors.items()),)
+
+
+class InvalidConfig(InvalidInput):
+    """An engine option is out of range, or contradicts another one."""
+
+
+class UnsupportedModel(InvalidInput):
+    """The checkpoint's architecture or one of its config values is not implemented: refused, never approximated."""
+
+
+class CheckpointError(SlipwayError, ValueError):
+    """A checkpoint is not what its files, or the model's declaration, say it is. ``problems`` lists every mismatch."""
+
+    def __init__(self, path: object, problems: Sequence[str]):
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{path}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+        self.path, self.problems = path, list(problems)
+
+
+class OutOfMemory(SlipwayError, MemoryError):
+    """The memory budget does not hold the weights and at least one request's pages."""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

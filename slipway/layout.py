@@ -1,0 +1,103 @@
+"""Decides how an array under one axis string becomes the array under another; knows no models, no files, no JAX.
+
+An axis string names an array's axes in einops notation: ``"(heads head_dim) embed"`` is a matrix whose rows run over
+heads, and within a head over its dimensions. Two strings over the same axes determine a split, a permutation and a
+merge; the way back follows by swapping the two. Nothing is ever reshaped freely, so an error of equal size cannot hide.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+Sizes = Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A parsed axis string: one tuple of axis names per dimension of the array."""
+
+    groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis, in memory order, groups taken apart."""
+        return tuple(axis for group in self.groups for axis in group)
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """The shape of an array of this layout; an empty group has size 1."""
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+
+    def split(self, sizes: Sizes) -> tuple[int, ...]:
+        """The shape with every group taken apart into its axes."""
+        return tuple(sizes[axis] for axis in self.axes)
+
+
+@functools.cache
+def parse(axes: str) -> Layout:
+    """Read an axis string.
+
+    Raises ValueError if parentheses do not match, an axis occurs twice or a name is not an identifier.
+    """
+    tokens = re.findall(r"\([^()]*\)|[^\s()]+|[()]", axes)
+    groups = tuple(tuple(token.strip("()").split()) for token in tokens)
+    layout = Layout(groups)
+    if "(" in tokens or ")" in tokens:
+        raise ValueError(f"axis string {axes!r}: unmatched parenthesis")
+    if len(set(layout.axes)) != len(layout.axes):
+        raise ValueError(f"axis string {axes!r}: an axis occurs twice")
+    if bad := [axis for axis in layout.axes if not axis.isidentifier()]:
+        raise ValueError(f"axis string {axes!r}: {bad[0]!r} is not a name")
+    return layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Rearrange:
+    """The way from one layout to another at given sizes: reshape, transpose, reshape."""
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __call__(self, x):
+        """Rearrange ``x``, a NumPy or JAX array; of NumPy a view wherever one exists."""
+        return self.atoms(x).reshape(self.shape)
+
+    def atoms(self, x):
+        """``x`` with every group taken apart, axes already in the target's order: always a view of a C-ordered array."""
+        return x.reshape(self.split).transpose(self.order)
+
+
+@functools.cache
+def _order(source: str, target: str) -> tuple[int, ...]:
+    theirs, ours = parse(source).axes, parse(target).axes
+    if sorted(theirs) != sorted(ours):
+        raise ValueError(f"{source!r} and {target!r} do not name the same axes")
+    return tuple(theirs.index(axis) for axis in ours)
+
+
+def rearrange(source: str, target: str, sizes: Sizes) -> Rearrange:
+    """The way from ``source`` to ``target``; swap the two for the inverse.
+
+    Raises ValueError if they do not name the same axes.
+    """
+    return Rearrange(parse(source).split(sizes), _order(source, target), parse(target).shape(sizes))
+
+
+def infer_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, int]:
+    """The size of every axis of an array of ``shape``, at most one axis per group being unknown.
+
+    Raises ValueError if a group does not divide, or the number of dimensions differs.
+    """
+    layout, sizes = parse(axes), dict(known)
+    if len(layout.groups) != len(shape):
+        raise ValueError(f"{axes!r} has {len(layout.groups)} dimensions, the array {len(shape)}: {shape}")
+    for group, size in zip(layout.groups, shape):
+        unknown = [axis for axis in group if axis not in sizes]
+        held = math.prod(sizes[axis] for axis in group if axis in sizes)
+        if len(unknown) > 1 or size % held or (not unknown and size != held):
+            raise ValueError(f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {dict(known)}")
+        if unknown:
+            sizes[unknown[0]] = size // held
+    return sizes

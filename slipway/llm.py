@@ -1,0 +1,153 @@
+"""The offline interface: prompts in, finished outputs out, in this process; knows the engine, no HTTP.
+
+Shaped like vLLM's ``LLM``, so that its users' scripts read on.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from slipway.codec.chat import ChatTemplate
+from slipway.engine.config import EngineConfig
+from slipway.engine.launch import launch
+from slipway.engine.request import RequestOutput, SamplingParams
+from slipway.errors import InvalidBatch, InvalidConfig, InvalidRequest
+
+NANO = str(Path(__file__).parent / "nano")
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = dict[str, Any]
+
+
+class LLM:
+    """A model ready to generate. ``model``: a directory or a hub id; without one, the shipped nano.
+
+    Keyword arguments are the fields of ``EngineConfig``. Raises CheckpointError, UnsupportedModel, InvalidConfig or
+    OutOfMemory.
+    """
+
+    def __init__(self, model: str | Path = NANO, **options: Any):
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        for name in options.keys() - known:
+            raise InvalidConfig(name, options[name], f"no such option; there are {', '.join(sorted(known))}")
+        self.engine = launch(str(model), EngineConfig(**options))
+        tokenizer = self.engine.tokenizer
+        self._chat = None if tokenizer is None else ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt: a text, token ids, ``{"prompt_token_ids": [...]}`` or ``{"prompt": text}``, or a list.
+
+        ``sampling_params``: one for all, one each, or the defaults. ``use_tqdm``: a progress bar for more than one.
+        Outputs come in the order of the prompts. Raises InvalidRequest; of several prompts the sound ones run to their
+        end first, and InvalidBatch holds their outputs.
+        """
+        listed = _is_batch(prompts)
+        items = list(prompts) if listed else [prompts]
+        params = _each(sampling_params, len(items))
+        ids: dict[str, int] = {}
+        errors: dict[int, InvalidRequest] = {}
+        for position, (prompt, params_of) in enumerate(zip(items, params)):
+            try:
+                ids[self._add(prompt, params_of)] = position
+            except InvalidRequest as error:
+                if not listed:
+                    raise
+                errors[position] = error
+        outputs: list[RequestOutput | None] = [None] * len(items)
+        for output in self._finished(ids, use_tqdm and len(items) > 1):
+            outputs[ids[output.request_id]] = output
+        if errors:
+            raise InvalidBatch(errors, outputs)
+        return [output for output in outputs if output is not None]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, giving what it has come to after every step. Leaving the loop early aborts it."""
+        request_id = self._add(prompt, sampling_params or SamplingParams())
+        finished = False
+        try:
+            while not finished:
+                for request in self.engine.step():
+                    if request.request_id == request_id:
+                        finished = request.finished
+                        yield request.output()
+        finally:
+            if not finished:
+                self.engine.abort(request_id)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, through the model's chat template.
+
+        ``template_options``: ``add_generation_prompt``, ``continue_final_message``, and variables of the template.
+        Raises InvalidRequest if there is no template or it refuses the conversation.
+        """
+        several = bool(messages) and isinstance(messages[0], Sequence)
+        conversations = messages if several else [messages]
+        prompts = [self.chat_prompt(conversation, **template_options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message], **template_options: Any) -> dict[str, Any]:
+        """A conversation as a prompt; the template has written its special tokens itself."""
+        if self._chat is None:
+            raise InvalidRequest("messages", messages, "a tokenizer; this engine runs with skip_tokenizer_init")
+        text = self._chat.render(list(messages), **template_options)
+        return {"prompt": text, "prompt_token_ids": self.engine.tokenizer.encode(text, add_special_tokens=False)}
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+        """Queue one prompt; its request id."""
+        text, ids = None, prompt
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif isinstance(prompt, str):
+            text, ids = prompt, None
+        if ids is None:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest("prompt", text, "a text that is not empty")
+            if self.engine.tokenizer is None:
+                raise InvalidRequest("prompt", text, "token ids; this engine runs with skip_tokenizer_init")
+            ids = self.engine.tokenizer.encode(text)
+        if not isinstance(ids, Sequence) or isinstance(ids, str):
+            raise InvalidRequest("prompt", ids, "a text, token ids, or a mapping with one of them")
+        return self.engine.add(list(ids), params, text)
+
+    def _finished(self, ids: Mapping[str, int], shown: bool) -> Iterator[RequestOutput]:
+        """Run the engine until the requests have ended, giving each as it ends."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, disable=not shown) as progress:
+            task = progress.add_task("prompts", total=len(ids))
+            left = set(ids)
+            while left:
+                for request in self.engine.step():
+                    if request.finished and request.request_id in left:
+                        left.remove(request.request_id)
+                        progress.advance(task)
+                        yield request.output()
+
+
+def _is_batch(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is a list of prompts; a list of integers is one prompt."""
+    return (
+        isinstance(prompts, Sequence) and not isinstance(prompts, str) and not (prompts and isinstance(prompts[0], int))
+    )
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    """Parameters for every prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
+    return params

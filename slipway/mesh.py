@@ -1,0 +1,86 @@
+"""Decides which logical axis lives on which mesh axis, and makes a declaration fit; knows no layers and no files.
+
+One replica is a (data, tensor) grid of devices. The engine's step runs under ``shard_map``: every device sees its local
+arrays, and the two collectives that a layer needs are written where they happen (``psum`` after a linear whose input
+axis is split, ``all_gather`` of the logits).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from slipway import tree
+from slipway.errors import InvalidConfig
+
+MESH_AXES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}  # all others are whole
+DATA, TENSOR = "data", "tensor"
+
+
+def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of ``data`` rows that each hold the weights once, split over ``tensor`` devices.
+
+    Raises InvalidConfig if there are fewer devices than that.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data * tensor > len(devices):
+        got = f"{data} x {tensor}"
+        raise InvalidConfig("data_parallel_size x tensor_parallel_size", got, f"at most {len(devices)} devices")
+    return Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), (DATA, TENSOR))
+
+
+def partition(param: tree.Param) -> PartitionSpec:
+    """How the mesh splits one tensor."""
+    return PartitionSpec(*(MESH_AXES.get(axis) for axis in param.shard_axes))
+
+
+def shardings(declaration: Any, mesh: Mesh) -> Any:
+    """The tree of NamedShardings of a declaration."""
+    return tree.map_params(lambda p: NamedSharding(mesh, partition(p)), declaration)
+
+
+def fit(declaration: Any, mesh: Mesh) -> Any:
+    """The declaration for a mesh that its axes need not divide.
+
+    KV heads fewer than devices are held several times, the vocabulary is padded with zero rows. Any other axis that does
+    not divide raises InvalidConfig.
+    """
+    n = mesh.shape[TENSOR]
+
+    def one(param: tree.Param) -> tree.Param:
+        repeats, pads = dict(param.repeats), dict(param.pads)
+        for axis in param.shard_axes:
+            if MESH_AXES.get(axis) != TENSOR or param.sizes[axis] % n == 0:
+                continue
+            size = param.sizes[axis]
+            if axis == "vocab":
+                pads[axis] = -(-size // n) * n
+            elif axis == "kv_heads" and n % size == 0:
+                repeats[axis] = n // size
+            else:
+                raise InvalidConfig("tensor_parallel_size", n, f"a divisor of the model's {size} {axis}")
+        return dataclasses.replace(param, repeats=repeats, pads=pads)
+
+    return tree.map_params(one, declaration)
+
+
+def psum(x, axis: str):
+    """Sum partial results over the devices that split ``axis``; the identity where none does."""
+    if MESH_AXES.get(axis) is None or jax.lax.axis_size(MESH_AXES[axis]) == 1:
+        return x
+    return jax.lax.psum(x, MESH_AXES[axis])
+
+
+def all_gather(x, axis: str):
+    """Join the last dimension, split along ``axis``, on every device."""
+    if MESH_AXES.get(axis) is None or jax.lax.axis_size(MESH_AXES[axis]) == 1:
+        return x
+    return jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True)
+
+
+def local_offset(axis: str, local_size: int):
+    """The global index at which this device's part of ``axis`` starts."""
+    return 0 if MESH_AXES.get(axis) is None else jax.lax.axis_index(MESH_AXES[axis]) * local_size

@@ -1,0 +1,1 @@
+"""Layers: a declaration of tensors and what is computed with them; knows no architecture, file or request."""

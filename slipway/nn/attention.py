@@ -1,0 +1,60 @@
+"""Grouped-query attention over the paged cache; decides projections, norms and rotation; knows no pages.
+
+Ainslie et al., GQA, 2023. Which tokens see which is in ``ragged``; the op reads and writes the cache.
+"""
+
+from typing import Any
+
+from slipway import ops
+from slipway.nn.linear import Linear
+from slipway.nn.norm import RMSNorm
+from slipway.nn.rope import rotate
+from slipway.tree import module, static
+
+
+@module
+class Attention:
+    """Queries, keys and values of every token, and their mix. ``q_norm`` and ``k_norm``: per head, or None."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    head_dim: int = static()
+    window: int | None = static()  # positions that a token sees, itself included; None: all
+
+    @staticmethod
+    def declare(
+        config: Any, window: int | None = None, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+    ) -> "Attention":
+        """Sizes from ``config``'s hidden_size, num_attention_heads, num_key_value_heads and head_dim."""
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        kv = Linear.declare("(kv_heads head_dim)", "embed", sizes, qkv_bias)
+        norm = RMSNorm.declare("head_dim", head_dim, config.rms_norm_eps) if qk_norm else None
+        return Attention(
+            q_proj=Linear.declare("(heads head_dim)", "embed", sizes, qkv_bias),
+            k_proj=kv,
+            v_proj=kv,
+            o_proj=Linear.declare("embed", "(heads head_dim)", sizes, out_bias),
+            q_norm=norm,
+            k_norm=norm,
+            head_dim=head_dim,
+            window=window,
+        )
+
+    def __call__(self, x_TD, kv, layer, ragged: ops.Ragged, angles):
+        """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's place in the cache, ``angles`` the rope's."""
+        tokens = x_TD.shape[0]
+
+        def heads(project: Linear, norm: RMSNorm | None):
+            x_TNH = project(x_TD, ragged.num_tokens).reshape(tokens, -1, self.head_dim)
+            return x_TNH if norm is None else norm(x_TNH)
+
+        q_TNH = rotate(heads(self.q_proj, self.q_norm), *angles)
+        k_TKH = rotate(heads(self.k_proj, self.k_norm), *angles)
+        kv = ops.write_kv(kv, layer, k_TKH, heads(self.v_proj, None), ragged)
+        o_TNH = ops.paged_attention(q_TNH, kv, layer, ragged, self.head_dim**-0.5, self.window)
+        return self.o_proj(o_TNH.reshape(tokens, -1), ragged.num_tokens), kv

@@ -1,0 +1,162 @@
+"""The portable bodies: what every op computes, on any backend that XLA knows; decides no dtype and no shape.
+
+Written around what XLA's CPU backend does badly (docs/performance.md): a dot with one row, or with a bf16 result, is a
+naive loop; a bf16 scatter or update widens the whole cache to f32, so 16-bit caches are stored as their bits.
+The second half of the file is the oracle: slow, obvious, and independent of the first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
+MASKED = -1e30  # finite, so that a row without any key stays free of NaN
+
+
+def embed(ids_T, table_VD):
+    """Rows of the table; an id that this device does not hold gives zeros."""
+    held_T = (ids_T >= 0) & (ids_T < table_VD.shape[0])
+    x_TD = table_VD[jnp.where(held_T, ids_T, 0)]
+    return jnp.where(held_T[:, None], x_TD, jnp.zeros_like(x_TD))
+
+
+def linear(x_TD, w_OD, num_tokens):
+    """``x @ w.T``, summed and returned in f32."""
+    del num_tokens  # XLA's dots cannot skip rows
+    rows = x_TD.shape[0]
+    if rows == 1:
+        x_TD = jnp.concatenate([x_TD, x_TD])
+    return lax.dot_general(x_TD, w_OD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:rows]
+
+
+def allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
+    """An empty cache kv_LPS2KH: per layer, page and slot the key and the value of every head."""
+    return jnp.zeros((num_layers, num_pages, page_size, 2, num_kv_heads, head_dim), _storage(dtype))
+
+
+def write_kv(kv, layer, k_TKH, v_TKH, ragged):
+    """Put the step's keys and values into their slots; a slot outside the cache is dropped."""
+    page_size = kv.shape[2]
+    rows = _to_storage(jnp.stack([k_TKH, v_TKH], axis=1))
+    return kv.at[layer, ragged.slots_T // page_size, ragged.slots_T % page_size].set(rows, mode="drop")
+
+
+def paged_attention(q_TNH, kv, layer, ragged, scale, window):
+    """Causal attention of every token to its sequence's cache, this step's tokens included.
+
+    ``window``: how many positions a token sees, itself included; None: all. Query head n reads KV head n // (N / K).
+    Rows with one token are taken together, in turns over their keys as long as the longest needs; longer rows tile by
+    tile, each over no more keys than it sees. So the cost follows the tokens that are there, not the shapes.
+    """
+    tokens, tile = q_TNH.shape[0], min(BLOCK_TOKENS, q_TNH.shape[0])
+    single_B = ragged.counts_B == 1
+    row_start_B = jnp.where(single_B, ragged.starts_B, tokens)
+    o_BNH = _attend(
+        q_TNH.at[row_start_B].get(mode="clip")[:, None],
+        ragged.positions_T.at[row_start_B].get(mode="clip")[:, None],
+        jnp.where(single_B, ragged.lengths_B, 0), ragged.page_table_BM, kv, layer, scale, window,
+    )[:, 0]  # fmt: skip
+    padded_TNH = jnp.pad(q_TNH, ((0, tile), (0, 0), (0, 0)))
+    positions_T = jnp.pad(ragged.positions_T, (0, tile))
+    tiles_B = jnp.where(ragged.counts_B > 1, -(-ragged.counts_B // tile), 0)
+    ends_B = jnp.cumsum(tiles_B)
+
+    def one_tile(i, out_TNH):
+        row = jnp.searchsorted(ends_B, i, side="right")
+        first = (i - ends_B[row] + tiles_B[row]) * tile
+        start = ragged.starts_B[row] + first
+        seen = jnp.minimum(first + tile, ragged.counts_B[row]) + ragged.lengths_B[row] - ragged.counts_B[row]
+        o_QNH = _attend(
+            lax.dynamic_slice_in_dim(padded_TNH, start, tile)[None],
+            lax.dynamic_slice_in_dim(positions_T, start, tile)[None],
+            seen[None], lax.dynamic_slice_in_dim(ragged.page_table_BM, row, 1), kv, layer, scale, window,
+        )[0]  # fmt: skip
+        mine_Q = (jnp.arange(tile) + first < ragged.counts_B[row])[:, None, None]
+        old_QNH = lax.dynamic_slice_in_dim(out_TNH, start, tile)
+        return lax.dynamic_update_slice_in_dim(out_TNH, jnp.where(mine_Q, o_QNH, old_QNH), start, 0)
+
+    # f32 in the loop: an update of a bf16 carry would be widened and narrowed again at every turn
+    out_TNH = lax.fori_loop(0, ends_B[-1], one_tile, jnp.zeros(padded_TNH.shape, jnp.float32))[:tokens]
+    return out_TNH.at[row_start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
+
+
+def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, window):
+    """Attention of R tiles of Q queries, each tile within one sequence, by an online softmax over blocks of pages.
+
+    Milakov and Gimelshein, Online normalizer calculation for softmax, 2018. Returns f32.
+    """
+    (R, Q, N, H), (page_size, K) = q_RQNH.shape, (kv.shape[2], kv.shape[4])
+    G, block_pages = N // K, max(1, BLOCK_TOKENS // page_size)
+    block = block_pages * page_size
+    page_table_RM = jnp.pad(page_table_RM, ((0, 0), (0, -page_table_RM.shape[1] % block_pages)))
+    q_RKXH = q_RQNH.astype(jnp.float32).reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * Q, H) * scale
+    positions_RX = jnp.tile(positions_RQ, (1, G))
+
+    def turn(j, carry):
+        peak_RKX, sum_RKX, o_RKXH = carry
+        pages_RP = lax.dynamic_slice_in_dim(page_table_RM, j * block_pages, block_pages, axis=1)
+        kv_RS2KH = _from_storage(kv[layer, pages_RP], q_RQNH.dtype).astype(jnp.float32).reshape(R, block, 2, K, H)
+        s_RKXS = jnp.einsum("rkxh,rskh->rkxs", q_RKXH, kv_RS2KH[:, :, 0])
+        at_S = (j * block + jnp.arange(block))[None, None]
+        seen_RXS = (at_S <= positions_RX[:, :, None]) & (at_S < lengths_R[:, None, None])
+        if window is not None:
+            seen_RXS &= at_S > positions_RX[:, :, None] - window
+        s_RKXS = jnp.where(seen_RXS[:, None], s_RKXS, MASKED)
+        new_RKX = jnp.maximum(peak_RKX, s_RKXS.max(-1))
+        p_RKXS = jnp.where(seen_RXS[:, None], jnp.exp(s_RKXS - new_RKX[..., None]), 0.0)
+        shrink_RKX = jnp.exp(peak_RKX - new_RKX)
+        o_RKXH = o_RKXH * shrink_RKX[..., None] + jnp.einsum("rkxs,rskh->rkxh", p_RKXS, kv_RS2KH[:, :, 1])
+        return new_RKX, sum_RKX * shrink_RKX + p_RKXS.sum(-1), o_RKXH
+
+    X = G * Q
+    empty = jnp.full((R, K, X), MASKED), jnp.zeros((R, K, X)), jnp.zeros((R, K, X, H))
+    first = 0
+    if window is not None:
+        oldest_R = jnp.where(lengths_R > 0, positions_RQ[:, 0] - window + 1, jnp.iinfo(jnp.int32).max)
+        first = jnp.maximum(0, jnp.min(oldest_R)) // block
+    _, sum_RKX, o_RKXH = lax.fori_loop(first, -(-jnp.max(lengths_R) // block), turn, empty)
+    o_RKXH = o_RKXH / jnp.maximum(sum_RKX, 1e-30)[..., None]
+    return o_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
+
+
+def _storage(dtype):
+    return jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
+
+
+def _to_storage(x):
+    return x if x.dtype.itemsize != 2 else lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _from_storage(x, dtype):
+    return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x, dtype)
+
+
+def linear_oracle(x_TD, w_OD, num_tokens):
+    """What ``linear`` means, in f32 throughout; padding rows are zero."""
+    y_TO = x_TD.astype(jnp.float32) @ w_OD.astype(jnp.float32).T
+    return jnp.where((jnp.arange(x_TD.shape[0]) < num_tokens)[:, None], y_TO, 0.0)
+
+
+def write_kv_oracle(kv, layer, k_TKH, v_TKH, ragged):
+    """What ``write_kv`` means: one token after the other."""
+    page_size = kv.shape[2]
+    for t in range(int(ragged.num_tokens)):
+        page, offset = divmod(int(ragged.slots_T[t]), page_size)
+        kv = kv.at[layer, page, offset].set(_to_storage(jnp.stack([k_TKH[t], v_TKH[t]])))
+    return kv
+
+
+def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window):
+    """What ``paged_attention`` means: for each token and head, a softmax over the keys it may see; f32."""
+    out_TNH = jnp.zeros(q_TNH.shape, jnp.float32)
+    group = q_TNH.shape[1] // kv.shape[4]
+    for row in range(ragged.starts_B.shape[0]):
+        cache = _from_storage(kv[layer, ragged.page_table_BM[row]], q_TNH.dtype).astype(jnp.float32)
+        k_SKH, v_SKH = (cache[:, :, i].reshape(-1, *kv.shape[4:]) for i in (0, 1))
+        for t in range(int(ragged.starts_B[row]), int(ragged.starts_B[row] + ragged.counts_B[row])):
+            stop = int(ragged.positions_T[t]) + 1
+            seen = slice(max(0, stop - window) if window else 0, stop)
+            for n in range(q_TNH.shape[1]):
+                weights_S = jax.nn.softmax(k_SKH[seen, n // group] @ q_TNH[t, n].astype(jnp.float32) * scale)
+                out_TNH = out_TNH.at[t, n].set(weights_S @ v_SKH[seen, n // group])
+    return out_TNH

@@ -1,0 +1,139 @@
+"""The one shared check of a model against transformers: makes tiny random checkpoints and runs both sides.
+
+Knows every architecture only through its transformers configuration.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from jax.sharding import PartitionSpec as P
+
+from slipway import LLM, SamplingParams, mesh, models, ops, tree
+from slipway.checkpoint import files, load, save
+from slipway.engine.step import KV_SPEC
+
+PROMPT_LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100)
+OUTPUT_TOKENS = 64
+PAGE_SIZE, PAGES = 16, 8  # a context of 128 for the bare forward pass
+TOKENS = PAGE_SIZE * PAGES
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One tiny model: a transformers model type and what differs from BASE."""
+
+    name: str
+    model_type: str
+    fields: dict[str, Any]
+
+
+BASE = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": False,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def make_checkpoint(case: Case, directory: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """Write a random checkpoint and return transformers' model of it."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(case.model_type, **(BASE | case.fields))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # biases start at 0 and norms at 1: make them count
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    model.to(dtype).save_pretrained(directory)
+    return model
+
+
+def prompts() -> list[list[int]]:
+    """Eight prompts of length 1 to 100."""
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, BASE["vocab_size"], length).tolist() for length in PROMPT_LENGTHS]
+
+
+def their_logits(model: transformers.PreTrainedModel, prompt: list[int]) -> np.ndarray:
+    """transformers' logits [T, V]."""
+    with torch.inference_mode():
+        return model(torch.tensor([prompt])).logits[0].float().numpy()
+
+
+def their_tokens(model: transformers.PreTrainedModel, prompt: list[int], count: int = OUTPUT_TOKENS) -> list[int]:
+    """transformers' greedy continuation."""
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        return out[0, len(prompt) :].tolist()
+
+
+def our_tokens(directory: Path, asked: list[list[int]], count: int = OUTPUT_TOKENS, **options: Any) -> list[list[int]]:
+    """Our engine's greedy continuations, all in one run."""
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 176} | options
+    llm = LLM(directory, skip_tokenizer_init=True, memory_fraction=0.1, **options)
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    return [output.outputs[0].token_ids for output in llm.generate(asked, params, use_tqdm=False)]
+
+
+class Forward:
+    """Our forward pass alone, over a cache for one sequence: logits of every token of a chunk."""
+
+    def __init__(self, directory: Path, dtype: Any = np.float32, tensor: int = 1, separate: bool = True):
+        checkpoint = files.open_checkpoint(directory)
+        self.mesh = mesh.make_mesh(1, tensor)
+        declaration = models.declare(checkpoint.config)
+        self.declaration = mesh.fit(tree.separate(declaration) if separate else declaration, self.mesh)
+        self.params = load.load(self.declaration, checkpoint, self.mesh, dtype)
+        config = declaration.config
+        heads = max(config.num_key_value_heads, tensor)
+        self.empty_cache = ops.allocate_kv(
+            config.num_hidden_layers, PAGES, PAGE_SIZE, heads, config.head_dim, jnp.dtype(dtype)
+        )
+        specs = tree.map_params(mesh.partition, self.declaration)
+        self._run = jax.jit(
+            jax.shard_map(
+                _logits, mesh=self.mesh, in_specs=(specs, KV_SPEC, P(), P()), out_specs=(P(), KV_SPEC), check_vma=False
+            )
+        )
+
+    def __call__(self, prompt: list[int], chunks: list[int] | None = None) -> np.ndarray:
+        """Logits [T, V] of the prompt, fed in chunks of the given sizes; None: at once."""
+        cache, parts, done = self.empty_cache, [], 0
+        for count in chunks or [len(prompt)]:
+            ids = np.zeros(TOKENS, np.int32)
+            ids[:count] = prompt[done : done + count]
+            logits, cache = self._run(self.params, cache, ids, _ragged(done, count, len(prompt)))
+            parts.append(np.asarray(logits)[:count])
+            done += count
+        return np.concatenate(parts)
+
+    def saved(self) -> dict[str, np.ndarray]:
+        """The loaded tree as HF tensors again."""
+        return dict(save.hf_tensors(self.declaration, self.params))
+
+
+def _logits(model: Any, cache: jax.Array, ids_T: jax.Array, ragged: ops.Ragged) -> tuple[jax.Array, jax.Array]:
+    x_TD, cache = model(ids_T, cache, ragged)
+    return model.logits(x_TD), cache
+
+
+def _ragged(done: int, count: int, prompt_length: int) -> ops.Ragged:
+    positions = done + np.arange(TOKENS, dtype=np.int32)
+    live = np.arange(TOKENS) < count
+    row = np.array([0], np.int32)
+    return ops.Ragged(
+        num_tokens=np.int32(count),
+        positions_T=np.where(live, positions, 0).astype(np.int32),
+        contexts_T=np.maximum(positions + 1, prompt_length).astype(np.int32),
+        slots_T=np.where(live, positions, TOKENS).astype(np.int32),
+        starts_B=row,
+        counts_B=row + np.int32(count),
+        lengths_B=row + np.int32(done + count),
+        page_table_BM=np.arange(PAGES, dtype=np.int32)[None],
+    )

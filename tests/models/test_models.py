@@ -1,0 +1,107 @@
+"""Every architecture against transformers in float32, on tiny random models that differ in shape."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from tests.models import runner
+from tests.models.runner import Case, Forward
+
+from slipway.checkpoint import files
+
+LOGITS = 1e-4  # float32, absolute; logits of these models are of size 10
+BF16_LOGITS = 0.06  # bfloat16, of the largest logit: 15 roundings of 2**-8, as both sides round each layer's results
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 500000.0,
+}  # fmt: skip
+WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+CASES = [
+    Case("llama2", "llama", {"num_key_value_heads": 8, "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    Case("llama3", "llama", {"head_dim": 64, "rope_parameters": LLAMA3, "vocab_size": 131}),
+    Case("llama-linear-biases-tied", "llama", {"head_dim": 40, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    Case("llama-dynamic", "llama", {"num_key_value_heads": 2, "head_dim": 80, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
+    Case("llama-yarn-mqa", "llama", {"num_key_value_heads": 1, "head_dim": 128, "rope_parameters": YARN}),
+    Case("qwen2", "qwen2", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    Case("qwen2-window-tied", "qwen2", WINDOW | {"tie_word_embeddings": True}),
+    Case("qwen3-tied", "qwen3", {"head_dim": 128, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    Case("qwen3-bias-yarn", "qwen3", {"num_key_value_heads": 1, "head_dim": 24, "attention_bias": True, "rope_parameters": YARN, "vocab_size": 131}),
+    Case("qwen3-window", "qwen3", WINDOW | {"num_key_value_heads": 8, "head_dim": 40}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def model(request, tmp_path_factory):
+    """A checkpoint and transformers' model of it."""
+    directory = tmp_path_factory.mktemp(request.param.name)
+    return directory, runner.make_checkpoint(request.param, directory)
+
+
+@pytest.fixture(scope="module")
+def forward(model) -> Forward:
+    """Our forward pass of the same checkpoint."""
+    return Forward(model[0])
+
+
+def test_logits(model, forward):
+    for prompt in runner.prompts():
+        np.testing.assert_allclose(forward(prompt), runner.their_logits(model[1], prompt), atol=LOGITS, rtol=0)
+
+
+def test_prefill_equals_token_by_token(forward):
+    prompt = runner.prompts()[-1]
+    whole = forward(prompt)
+    np.testing.assert_allclose(forward(prompt, [1] * len(prompt)), whole, atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(forward(prompt, [37, 1, 40, 22]), whole, atol=LOGITS, rtol=0)
+
+
+def test_greedy_tokens(model):
+    asked = runner.prompts()
+    assert runner.our_tokens(model[0], asked) == [_fresh(model[1], prompt) for prompt in asked]
+
+
+def _fresh(theirs, prompt: list[int]) -> list[int]:
+    theirs(torch.tensor([[0]]))  # a short input brings dynamic rope's frequencies back to the start
+    return runner.their_tokens(theirs, prompt)
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_tensor_parallel_equals_one_device(model, forward, tensor):
+    prompt = runner.prompts()[5]
+    np.testing.assert_allclose(Forward(model[0], tensor=tensor)(prompt), forward(prompt), atol=LOGITS, rtol=0)
+
+
+def test_stacked_layers_equal_separate_ones(model, forward):
+    prompt = runner.prompts()[5]
+    np.testing.assert_allclose(Forward(model[0], separate=False)(prompt), forward(prompt), atol=LOGITS, rtol=0)
+
+
+def test_round_trip_is_exact(model, forward):
+    checkpoint = files.open_checkpoint(model[0])
+    for held in (forward, Forward(model[0], tensor=8)):
+        saved = held.saved()
+        assert saved.keys() == checkpoint.tensors.keys()
+        for name, array in saved.items():
+            np.testing.assert_array_equal(array, checkpoint.array(name), err_msg=name)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7]], ids=lambda case: case.name)
+def test_bf16_logits(case, tmp_path: Path):
+    theirs = runner.make_checkpoint(case, tmp_path, torch.bfloat16)
+    ours = Forward(tmp_path, ml_dtypes.bfloat16)
+    for prompt in runner.prompts():
+        expected = runner.their_logits(theirs, prompt)
+        np.testing.assert_allclose(ours(prompt), expected, atol=BF16_LOGITS * abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[8]], ids=lambda case: case.name)
+@pytest.mark.parametrize("copies, tensor", [(2, 1), (2, 4)])
+def test_data_parallel_equals_one_device(case, copies, tensor, tmp_path: Path):
+    runner.make_checkpoint(case, tmp_path)
+    asked = runner.prompts()
+    alone = runner.our_tokens(tmp_path, asked, 16)
+    assert runner.our_tokens(tmp_path, asked, 16, data_parallel_size=copies, tensor_parallel_size=tensor) == alone

@@ -1,0 +1,147 @@
+"""Turn nano's training checkpoint into a Hugging Face directory: `python -m training.export`.
+
+Decides the names, layouts and dtype of the exported tensors and the configuration files beside them. Does not know
+how the weights were trained. The kept checkpoint (bfloat16) gives the exported file bit for bit.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from tokenizers import Tokenizer
+
+from slipway.layout import infer_sizes, rearrange
+from training.model import Model, ModelConfig
+from training.tokenizer import write_tokenizer_files
+from training.train import RUN_FOLDER, Checkpoints, TrainConfig, Trainer
+
+KEPT_CHECKPOINT = Path(__file__).parent / "checkpoint"
+NANO_FOLDER = Path(__file__).parent.parent / "slipway" / "nano"
+
+# Last attribute of ours -> our axes, Hugging Face's axes. The attribute becomes "weight"; all others are equal.
+AXES = {
+    "kernel": ("in out", "out in"),
+    "embedding": ("vocab embed", "vocab embed"),
+    "scale": ("embed", "embed"),
+}
+ALIGNMENT_BYTES = 64
+
+
+def keep_checkpoint(run_folder: Path, kept_folder: Path, model_config: ModelConfig) -> int:
+    """Write the run's last weights, rounded to bfloat16 and without optimizer state; return their step."""
+    trainer = Trainer(model_config, TrainConfig())
+    with Checkpoints(run_folder / "checkpoints") as checkpoints:
+        progress = checkpoints.restore(trainer.start())
+    if progress.step == 0:
+        raise FileNotFoundError(f"no checkpoint in {run_folder / 'checkpoints'}")
+    params = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), progress.params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(kept_folder.absolute(), params, force=True)
+    return progress.step
+
+
+def read_kept_checkpoint(kept_folder: Path, model_config: ModelConfig) -> nnx.State:
+    """The kept weights as the NNX state of a Model of this configuration, bfloat16."""
+    params = nnx.eval_shape(lambda: nnx.state(Model(model_config, nnx.Rngs(0)), nnx.Param))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16), params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(kept_folder.absolute(), abstract)
+
+
+def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> None:
+    """Write model.safetensors, config.json and generation_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", dict(hugging_face_tensors(params)))
+    _write_json(folder / "config.json", _model_json(model_config))
+    _write_json(folder / "generation_config.json", _generation_json())
+
+
+def hugging_face_tensors(params: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of each tensor, laid out as Hugging Face's Qwen3 has it."""
+    for path, param in nnx.to_flat_state(params):
+        *parents, last = map(str, path)
+        ours, theirs = AXES[last]
+        array = np.asarray(param[...])
+        move = rearrange(ours, theirs, infer_sizes(ours, array.shape, {}))
+        yield ".".join(["model", *parents, "weight"]), move(array)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file that can be mapped into memory and used in place.
+
+    The header is padded with spaces, so that the data starts on 64 bytes; each tensor's size is a multiple of 64, so
+    each starts there too. An aligned host array enters JAX on a CPU without a copy.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, array in tensors.items():
+        if array.dtype != ml_dtypes.bfloat16 or array.nbytes % ALIGNMENT_BYTES:
+            raise ValueError(f"{name}: expected bfloat16 and a multiple of 64 bytes, got {array.dtype} {array.shape}")
+        end = offset + array.nbytes
+        header[name] = {"dtype": "BF16", "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT_BYTES)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, help="first keep this run's last weights", nargs="?", const=RUN_FOLDER)
+    arguments = parser.parse_args()
+    model_config = ModelConfig()
+    if arguments.run:
+        step = keep_checkpoint(arguments.run, KEPT_CHECKPOINT, model_config)
+        for name in ("log.jsonl", "corpus.json"):
+            shutil.copy(arguments.run / name, KEPT_CHECKPOINT.parent / name)
+        tokenizer = Tokenizer.from_file(str(arguments.run / "tokenizer.json"))
+        NANO_FOLDER.mkdir(parents=True, exist_ok=True)
+        write_tokenizer_files(tokenizer, NANO_FOLDER, model_config.max_position_embeddings)
+        print(f"kept step {step}")
+    write_model(NANO_FOLDER, read_kept_checkpoint(KEPT_CHECKPOINT, model_config), model_config)
+
+
+def _model_json(model_config: ModelConfig) -> dict:
+    shape = asdict(model_config)
+    theta = shape.pop("rope_theta")
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **shape,
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "use_cache": True,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _generation_json() -> dict:
+    """A small model repeats itself when decoded greedily, and wanders when sampled at temperature 1."""
+    return {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 0], "pad_token_id": 0}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
