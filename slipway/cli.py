@@ -1,16 +1,19 @@
 """The `slipway` command: which subcommands there are and how they print; flags come from the config dataclasses."""
 
 import dataclasses
+import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from slipway.bench.engine import EngineBench
+from slipway.bench.layers import LayersBench
 from slipway.checkpoint import hub
 from slipway.engine.config import EngineConfig
 from slipway.engine.request import RequestOutput, SamplingParams
@@ -18,7 +21,23 @@ from slipway.errors import SlipwayError
 from slipway.llm import LLM, NANO
 from slipway.models import ARCHITECTURES
 
-ONE_AT_A_TIME = EngineConfig(max_num_seqs=1, max_num_batched_tokens=32)  # few shapes to compile
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineFlags(EngineConfig):
+    """The engine's options that make sense here: --seed is the request's, and text needs a tokenizer."""
+
+    seed: tyro.conf.Suppress[int] = 0
+    skip_tokenizer_init: tyro.conf.Suppress[bool] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingFlags(SamplingParams):
+    """How tokens are chosen and where they end; what is not printed is not asked for."""
+
+    logprobs: tyro.conf.Suppress[int | None] = None
+
+
+ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32)  # few shapes to compile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +50,8 @@ class Generate:
     """The text to complete."""
     show_speed: bool = False
     """Print the time to the first token and the tokens per second."""
-    engine: OmitArgPrefixes[EngineConfig] = ONE_AT_A_TIME
-    sampling: OmitArgPrefixes[SamplingParams] = SamplingParams(max_tokens=128, temperature=0.0)
+    engine: OmitArgPrefixes[EngineFlags] = ONE_AT_A_TIME
+    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(max_tokens=128, temperature=0.0)
 
     def run(self) -> None:
         """Print the prompt and what follows it."""
@@ -54,8 +73,8 @@ class Chat:
     """A directory or a hub id; nano is the shipped model."""
     system: str | None = None
     """A system message to begin with."""
-    engine: OmitArgPrefixes[EngineConfig] = ONE_AT_A_TIME
-    sampling: OmitArgPrefixes[SamplingParams] = SamplingParams(max_tokens=256, temperature=0.6, top_p=0.9)
+    engine: OmitArgPrefixes[EngineFlags] = ONE_AT_A_TIME
+    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(max_tokens=256, temperature=0.6, top_p=0.9)
 
     def run(self) -> None:
         """Read, answer, repeat."""
@@ -80,14 +99,15 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure: figures as a table and as JSON."""
+    """Measure; figures come as JSON."""
 
-    what: Annotated[EngineBench, tyro.conf.subcommand("engine")] | Annotated[None, tyro.conf.subcommand("none")]
+    what: (
+        Annotated[EngineBench, tyro.conf.subcommand("engine")] | Annotated[LayersBench, tyro.conf.subcommand("layers")]
+    )
 
     def run(self) -> None:
         """Run the benchmark that was named."""
-        if self.what is not None:
-            self.what.run()
+        self.what.run()
 
 
 def main() -> None:
@@ -95,12 +115,32 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
     try:
-        tyro.cli(Generate | Chat | Models | Bench, prog="slipway").run()  # type: ignore[arg-type]  # tyro takes unions
+        commands = Generate | Chat | Models | Bench
+        tyro.cli(commands, prog="slipway", registry=_registry()).run()  # type: ignore[arg-type]  # tyro takes unions
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _registry() -> ConstructorRegistry:
+    """Mappings are written as JSON: ``--hf-overrides '{"rope_scaling": null}'``."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type_origin is not Mapping:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: json.loads(words[0]),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    return registry
 
 
 def _load(model: str, engine: EngineConfig) -> LLM:

@@ -65,7 +65,7 @@ class Rearrange:
         return self.atoms(x).reshape(self.shape)
 
     def atoms(self, x):
-        """``x`` with every group taken apart, axes already in the target's order: always a view of a C-ordered array."""
+        """``x`` with every group taken apart, axes in the target's order: always a view of a C-ordered array."""
         return x.reshape(self.split).transpose(self.order)
 
 

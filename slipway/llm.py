@@ -50,7 +50,7 @@ class LLM:
         end first, and InvalidBatch holds their outputs.
         """
         listed = _is_batch(prompts)
-        items = list(prompts) if listed else [prompts]
+        items: list[Any] = list(prompts) if listed else [prompts]
         params = _each(sampling_params, len(items))
         ids: dict[str, int] = {}
         errors: dict[int, InvalidRequest] = {}
@@ -70,17 +70,18 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, giving what it has come to after every step. Leaving the loop early aborts it."""
-        request_id = self._add(prompt, sampling_params or SamplingParams())
-        finished = False
+        request = self.engine.request(self._add(prompt, sampling_params or SamplingParams()))
+        shown = 0
         try:
-            while not finished:
-                for request in self.engine.step():
-                    if request.request_id == request_id:
-                        finished = request.finished
-                        yield request.output()
+            while not request.finished or request.num_generated > shown:
+                if request.num_generated == shown:  # else another stream's step has moved this one too
+                    self.engine.step()
+                else:
+                    shown = request.num_generated
+                    yield request.output()
         finally:
-            if not finished:
-                self.engine.abort(request_id)
+            if not request.finished:
+                self.engine.abort(request.request_id)
 
     def chat(
         self,
@@ -95,31 +96,31 @@ class LLM:
         Raises InvalidRequest if there is no template or it refuses the conversation.
         """
         several = bool(messages) and isinstance(messages[0], Sequence)
-        conversations = messages if several else [messages]
+        conversations: Sequence[Any] = messages if several else [messages]
         prompts = [self.chat_prompt(conversation, **template_options) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], **template_options: Any) -> dict[str, Any]:
         """A conversation as a prompt; the template has written its special tokens itself."""
-        if self._chat is None:
+        tokenizer = self.engine.tokenizer
+        if self._chat is None or tokenizer is None:
             raise InvalidRequest("messages", messages, "a tokenizer; this engine runs with skip_tokenizer_init")
         text = self._chat.render(list(messages), **template_options)
-        return {"prompt": text, "prompt_token_ids": self.engine.tokenizer.encode(text, add_special_tokens=False)}
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         """Queue one prompt; its request id."""
-        text, ids = None, prompt
+        text: Any = prompt if isinstance(prompt, str) else None
+        ids: Any = None if isinstance(prompt, str) else prompt
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        elif isinstance(prompt, str):
-            text, ids = prompt, None
         if ids is None:
             if not isinstance(text, str) or not text:
                 raise InvalidRequest("prompt", text, "a text that is not empty")
             if self.engine.tokenizer is None:
                 raise InvalidRequest("prompt", text, "token ids; this engine runs with skip_tokenizer_init")
             ids = self.engine.tokenizer.encode(text)
-        if not isinstance(ids, Sequence) or isinstance(ids, str):
+        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
             raise InvalidRequest("prompt", ids, "a text, token ids, or a mapping with one of them")
         return self.engine.add(list(ids), params, text)
 
@@ -148,6 +149,8 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) 
     """Parameters for every prompt."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise InvalidRequest("sampling_params", params, "SamplingParams, one or a list of them")
     if len(params) != count:
         raise InvalidRequest("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
     return params

@@ -45,8 +45,8 @@ def shardings(declaration: Any, mesh: Mesh) -> Any:
 def fit(declaration: Any, mesh: Mesh) -> Any:
     """The declaration for a mesh that its axes need not divide.
 
-    KV heads fewer than devices are held several times, the vocabulary is padded with zero rows. Any other axis that does
-    not divide raises InvalidConfig.
+    KV heads fewer than devices are held several times, the vocabulary is padded with zero rows. Any other axis that
+    does not divide raises InvalidConfig.
     """
     n = mesh.shape[TENSOR]
 

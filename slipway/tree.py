@@ -16,6 +16,8 @@ import numpy as np
 
 from slipway import layout
 
+Tensor = Any  # a field of a module: a Param as declared, an array once loaded, a Pick while a fold runs
+
 
 @dataclass_transform(frozen_default=True)
 def module(cls: type) -> type:
@@ -247,7 +249,9 @@ def separate(declaration: Any, axis: str = "layers") -> Any:
     def apart(node):
         if not (isinstance(node, Stack) and node.axis == axis):
             return node
-        body = map_params(lambda p: dataclasses.replace(p, stacks=p.stacks[1:]), node.body)
+        body = map_params(
+            lambda p: dataclasses.replace(p, stacks=tuple(s for s in p.stacks if s[0] != axis)), node.body
+        )
         return Separate((body,) * node.n, node.first)
 
     return jax.tree.map(apart, declaration, is_leaf=lambda n: is_param(n) or (isinstance(n, Stack) and n.axis == axis))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from slipway import layout
 
+pytestmark = pytest.mark.host
 AXES = ("vocab", "heads", "head_dim", "embed")
 
 

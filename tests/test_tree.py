@@ -5,12 +5,14 @@ import math
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slipway import layout, tree
 from slipway.tree import Chain, Param, leaves, module, separate, stack
 
+pytestmark = pytest.mark.host
 AXES = ("vocab", "heads", "head_dim", "embed")
 
 

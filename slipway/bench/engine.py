@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,12 +67,14 @@ class EngineBench:
             (Path(directory) / "config.json").write_text(json.dumps(QWEN3_SHAPE))
             ours = Ours(directory, self.dtype, self.prefill_tokens + self.decode_tokens + 1)
         theirs = Transformers(QWEN3_SHAPE, self.against_dtype)
-        loads: dict[str, Callable[[Ours | Transformers], float]] = {
-            f"prefill {self.prefill_tokens}": lambda engine: engine.prefill(self.prefill_tokens)
+        tokens, steps = self.prefill_tokens, self.decode_tokens
+        figures = {
+            f"prefill {tokens}": compare(partial(ours.prefill, tokens), partial(theirs.prefill, tokens), self.rounds)
         }
         for batch in BATCHES:
-            loads[f"decode step, batch {batch}"] = lambda engine, b=batch: engine.decode(b, self.decode_tokens)
-        return {name: compare(lambda f=f: f(ours), lambda f=f: f(theirs), self.rounds) for name, f in loads.items()}
+            pair = partial(ours.decode, batch, steps), partial(theirs.decode, batch, steps)
+            figures[f"decode step, batch {batch}"] = compare(*pair, self.rounds)
+        return figures
 
 
 def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> dict[str, float]:

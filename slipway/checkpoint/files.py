@@ -33,6 +33,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
+_HUGE_PAGE_BYTES = 1 << 21
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -64,12 +65,15 @@ class Checkpoint:
         return np.ndarray(tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start)
 
     def drop(self, name: str) -> None:
-        """Give the tensor's resident pages back to the system; views stay valid and fault them in again."""
+        """Give the tensor's resident pages back to the system; views stay valid and fault them in again.
+
+        Outward to whole huge pages: touching a tensor's edge can map that much of its neighbours.
+        """
         tensor = self.tensors[name]
-        first = -(-tensor.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = tensor.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0:
-            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, first, length)
+        first = tensor.start // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        last = -(-tensor.stop // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES  # beyond the file's end, madvise stops there
+        if first < last:
+            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:

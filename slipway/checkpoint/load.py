@@ -32,7 +32,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 ALIGNMENT = 64  # bytes: where it starts on such a boundary, JAX uses a host buffer on a CPU device as it is
 DUMMY_STD = 0.02
 _SCAN_BYTES = 1 << 18  # of a tensor at a time, so that the second pass over it finds it in the cache
-_COPY_BYTES = 1 << 23  # between two drops of the file's pages
+_COPY_BYTES = 1 << 21  # between two drops of the file's pages
 _log = logging.getLogger(__name__)
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop of a block in every dimension
@@ -141,13 +141,14 @@ def _equal(alias: str, key: str, checkpoint: Checkpoint) -> bool:
 def _load_leaf(leaf: tree.Leaf, checkpoint: Checkpoint, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
     shape, blocks, parts = leaf.param.shape, {}, []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, "an addressable device holds a part"
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
         if bounds not in blocks:  # devices that hold the same block read it once
             blocks[bounds] = _block(leaf, checkpoint, bounds, dtype)
         parts.append(jax.device_put(blocks[bounds], device, may_alias=True))
     # Waiting bounds the number of blocks that are in host memory, on their way to the devices, at a time.
     array = jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, parts))
-    if next(iter(sharding.device_set)).platform != "cpu":  # an accelerator has copied even what was a view
+    if sharding.mesh.devices.flat[0].platform != "cpu":  # an accelerator has copied even what was a view
         for key in leaf.keys.values():
             checkpoint.drop(key)
     return array
@@ -164,7 +165,8 @@ def _block(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dt
     block = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
     for at in itertools.product(*(range(start, stop) for start, stop in bounds[:stacked])):
         key = leaf.keys[at]
-        target = block[(*(i - start for i, (start, _) in zip(at, bounds)), ...)]
+        place: tuple[Any, ...] = (*(i - start for i, (start, _) in zip(at, bounds)), ...)
+        target = block[place]
         for rows, part in _pieces(param, index, dtype.itemsize):
             target[rows] = param.read(checkpoint.array(key), part)
             checkpoint.drop(key)
@@ -210,8 +212,8 @@ def dummy(declaration: Any, mesh: Mesh, dtype: Any, seed: int = 0) -> Any:
     for leaf, sharding in zip(tree.leaves(declaration), jax.tree.leaves(shardings(declaration, mesh))):
         param = leaf.param
         salts = [zlib.crc32(f"{seed}:{key}".encode()) for key in leaf.keys.values()]
-        stacks = [n for _, n in param.stacks]
-        salt = np.array(salts, np.uint32).reshape(*stacks, *(1 for _ in param.shape[len(stacks) :]))
+        shape = [n for _, n in param.stacks] + [1] * (len(param.shape) - len(param.stacks))
+        salt = np.array(salts, np.uint32).reshape(shape)
         arrays.append(_draw(param.init, np.dtype(dtype), sharding)(salt, _positions(param)))
     return _unflatten(declaration, arrays)
 

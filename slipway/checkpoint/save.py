@@ -95,7 +95,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _plan(specs: Mapping[str, Spec], shard_size_bytes: int) -> dict[str, list[str]]:
     """The names of the files and of their tensors, filled in order; a larger tensor has a file of its own."""
-    shards, room = [[]], shard_size_bytes
+    shards: list[list[str]] = [[]]
+    room = shard_size_bytes
     for name, spec in specs.items():
         if shards[-1] and spec.nbytes > room:
             shards.append([])

@@ -6,12 +6,14 @@ tokens; it has as many rows as that, but no more than may run at once.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from slipway.engine.scheduler import Chunk
 from slipway.tree import module
 
+Array = Any  # NumPy on the host; inside the step what JAX makes of it
 SMALLEST, GROWTH = 2, 4  # XLA's one-row dot is slower than its two-row dot
 
 
@@ -31,22 +33,22 @@ class Batch:
     all, bit 1 if it reports log probabilities.
     """
 
-    num_tokens_1: np.ndarray
-    ids_T: np.ndarray
-    positions_T: np.ndarray
-    contexts_T: np.ndarray
-    slots_T: np.ndarray
-    starts_B: np.ndarray
-    counts_B: np.ndarray
-    lengths_B: np.ndarray
-    page_table_BM: np.ndarray
-    sample_at_B: np.ndarray
-    wants_B: np.ndarray
-    temperature_B: np.ndarray
-    top_k_B: np.ndarray
-    top_p_B: np.ndarray
-    min_p_B: np.ndarray
-    seed_B: np.ndarray
+    num_tokens_1: Array
+    ids_T: Array
+    positions_T: Array
+    contexts_T: Array
+    slots_T: Array
+    starts_B: Array
+    counts_B: Array
+    lengths_B: Array
+    page_table_BM: Array
+    sample_at_B: Array
+    wants_B: Array
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    min_p_B: Array
+    seed_B: Array
 
 
 def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
@@ -60,7 +62,7 @@ def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
 
 def choose(shapes: Sequence[Bucket], chunks: Sequence[Sequence[Chunk]]) -> Bucket:
     """The smallest bucket that holds the chunks of every copy of the weights."""
-    tokens = max(sum(chunk.count for chunk in rank) for rank in chunks)
+    tokens = max(sum(chunk.num_tokens for chunk in rank) for rank in chunks)
     return next(bucket for bucket in shapes if bucket.num_tokens >= tokens)
 
 
@@ -69,7 +71,7 @@ def build(chunks: Sequence[Chunk], bucket: Bucket, page_size: int, num_pages: in
     batch = empty(bucket, page_size, num_pages, table_width)
     if not chunks:
         return batch
-    B, counts_B = len(chunks), np.array([chunk.count for chunk in chunks], np.int32)
+    B, counts_B = len(chunks), np.array([chunk.num_tokens for chunk in chunks], np.int32)
     sequences = [chunk.sequence for chunk in chunks]
     params = [sequence.request.params for sequence in sequences]
     ends_B, first_B = np.cumsum(counts_B, dtype=np.int32), np.array([chunk.start for chunk in chunks], np.int32)
@@ -79,7 +81,7 @@ def build(chunks: Sequence[Chunk], bucket: Bucket, page_size: int, num_pages: in
     prompts_B = np.array([len(sequence.request.prompt_token_ids) for sequence in sequences], np.int32)
 
     batch.num_tokens_1[0] = T
-    batch.ids_T[:T] = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.count)]
+    batch.ids_T[:T] = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.num_tokens)]
     batch.positions_T[:T] = positions_T
     batch.contexts_T[:T] = np.maximum(positions_T + 1, prompts_B[row_T])
     batch.page_table_BM[:B] = [sequence.page_row for sequence in sequences]

@@ -35,7 +35,7 @@ class EngineConfig:
     """Of requests that bring none, and of dummy weights."""
     skip_tokenizer_init: bool = False
     """Token ids in, token ids out; no tokenizer is read."""
-    hf_overrides: Mapping[str, Any] | None = None
+    hf_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields to replace in config.json; None removes one."""
 
     def __post_init__(self):
@@ -49,7 +49,10 @@ class EngineConfig:
             _need(name, value := getattr(self, name), type(value) is int and value >= 1, "an integer of at least 1")
         length, fraction = self.max_model_len, self.memory_fraction
         _need("max_model_len", length, length is None or (type(length) is int and length >= 1), "at least 1, or None")
-        _need("memory_fraction", fraction, fraction is None or 0 < fraction <= 1, "more than 0, at most 1, or None")
+        fine = fraction is None or (type(fraction) in (int, float) and 0 < fraction <= 1)
+        _need("memory_fraction", fraction, fine, "more than 0, at most 1, or None")
+        overrides = self.hf_overrides
+        _need("hf_overrides", overrides, overrides is None or isinstance(overrides, Mapping), "a mapping, or None")
         _need("seed", self.seed, type(self.seed) is int and 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         _need("dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16", "float16"), "a float type, or auto")
         _need("load_format", self.load_format, self.load_format in ("auto", "dummy"), "auto or dummy")

@@ -49,7 +49,7 @@ class Stats:
 
 
 class Engine:
-    """The requests of one replica, its cache and its compiled step. Not thread-safe: one thread adds, steps and aborts."""
+    """The requests of one replica, its cache and its compiled step. Not thread-safe: one thread calls it."""
 
     def __init__(
         self,
@@ -101,6 +101,10 @@ class Engine:
         self._requests[request.request_id] = request, scheduler
         return request.request_id
 
+    def request(self, request_id: str) -> Request:
+        """A running request. Raises KeyError if it is not running."""
+        return self._requests[request_id][0]
+
     def abort(self, request_id: str) -> RequestOutput:
         """End a request where it stands; its pages are free at once. Raises KeyError if it is not running."""
         request, scheduler = self._requests.pop(request_id)
@@ -146,7 +150,7 @@ class Engine:
         tokens = sampled.token_B.tolist()
         for row, chunk in enumerate(chunks, first_row):
             sequence = chunk.sequence
-            self.stats.prompt_tokens += chunk.count - (chunk.start >= len(sequence.request.prompt_token_ids))
+            self.stats.prompt_tokens += chunk.num_tokens - (chunk.start >= len(sequence.request.prompt_token_ids))
             if chunk.samples:
                 top = sequence.request.params.logprobs
                 sequence.append(tokens[row], None if top is None else _logprobs(sampled, row, top))

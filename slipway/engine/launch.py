@@ -43,7 +43,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
     directory = hub.resolve(model, config.revision)
     dummy = config.load_format == "dummy"
     checkpoint = files.open_without_weights(directory) if dummy else files.open_checkpoint(directory)
-    raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides or {})).items() if v is not None}
+    raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides)).items() if v is not None}
     tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(directory)
     mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
     declaration = models.declare(raw)

@@ -5,7 +5,7 @@ The public names follow vLLM's, so that its users' scripts read on.
 
 import dataclasses
 import math
-from collections.abc import Sequence as Items
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +36,9 @@ class SamplingParams:
     """Drop tokens less likely than this share of the likeliest."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever else is in the batch."""
-    stop: str | Items[str] = ()
+    stop: str | tuple[str, ...] = ()
     """Strings that end the output."""
-    stop_token_ids: Items[int] = ()
+    stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the output, beside the model's own."""
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -48,14 +48,14 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
         integer, number = _is_integer, _is_number
         checks = {
             "n": (integer(self.n, 1), "an integer of at least 1"),
             "max_tokens": (self.max_tokens is None or integer(self.max_tokens, 1), "an integer of at least 1, or None"),
             "temperature": (number(self.temperature, 0, math.inf), "a finite number of at least 0"),
-            "top_k": (integer(self.top_k, -1), "an integer of at least -1"),
+            "top_k": (integer(self.top_k, -1, 2**31 - 1), "an integer from -1 to 2**31 - 1"),
             "top_p": (number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1"),
             "min_p": (number(self.min_p, 0, 1), "a number from 0 to 1"),
             "seed": (self.seed is None or integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1, or None"),
@@ -178,15 +178,26 @@ class Request:
         """Whether every sample has ended."""
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all its samples."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
     def output(self) -> RequestOutput:
         """What it has come to."""
         outputs = [sequence.output() for sequence in self.sequences]
         return RequestOutput(self.request_id, self.prompt, list(self.prompt_token_ids), outputs, self.finished)
 
 
-def _is_integer(value: object, low: int, high: float = math.inf) -> bool:
+def _items(field: str, value: object) -> tuple:
+    if value is not None and not isinstance(value, list | tuple | set | frozenset):
+        raise InvalidRequest(field, value, "a list")
+    return tuple(value or ())
+
+
+def _is_integer(value: Any, low: int, high: float = math.inf) -> bool:
     return type(value) is int and low <= value <= high
 
 
-def _is_number(value: object, low: float, high: float) -> bool:
+def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and low <= value <= high

@@ -29,7 +29,9 @@ def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw():
-        scaled_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
+        # from the largest down, so that a tiny temperature overflows to minus infinity only
+        lowered_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+        scaled_BV = lowered_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
         filtered = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
         kept_BV = lax.cond(jnp.any(filtered), lambda: keep(scaled_BV, top_k_B, top_p_B, min_p_B), lambda: scaled_BV)
         noise_BV = jax.vmap(lambda seed, at: _gumbel(seed, at, logits_BV.shape[1]))(seed_B, position_B)
@@ -40,13 +42,14 @@ def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position
 
 
 def keep(logits_BV, top_k_B, top_p_B, min_p_B):
-    """The logits with what min_p, then top_k, then top_p drop at minus infinity. Equal logits stand or fall together."""
+    """The logits, minus infinity where min_p, then top_k, then top_p drop. Equal logits stand or fall together."""
     floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)  # log(0): nothing is dropped
     logits_BV = jnp.where(logits_BV >= floor_B[:, None], logits_BV, DROPPED)
     wanted_B = jnp.where(top_k_B > 0, top_k_B, logits_BV.shape[1]).astype(jnp.float32)
     logits_BV = _largest(logits_BV, jnp.ones_like(logits_BV), wanted_B)
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
-    return _largest(logits_BV, probs_BV, jnp.where(top_p_B < 1, top_p_B, 2.0))
+    above_0_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)  # what f32 rounds to 0 would drop every token
+    return _largest(logits_BV, probs_BV, jnp.where(top_p_B < 1, above_0_B, 2.0))
 
 
 def logprobs(logits_BV, token_B, num_top: int):
@@ -59,7 +62,7 @@ def logprobs(logits_BV, token_B, num_top: int):
 
 
 def _largest(x_BV, weight_BV, wanted_B):
-    """``x`` with all dropped but the largest whose weights together reach ``wanted``; all stay if that is never reached.
+    """``x`` with all dropped but the largest whose weights reach ``wanted``; all stay if that is never reached.
 
     No sort: the threshold is found bit by bit, by 32 halvings of the integers that order floats.
     """

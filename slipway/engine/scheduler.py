@@ -15,16 +15,16 @@ from slipway.engine.request import Sequence
 
 
 class Chunk(NamedTuple):
-    """``count`` tokens of a sequence from position ``start`` on."""
+    """``num_tokens`` tokens of a sequence from position ``start`` on."""
 
     sequence: Sequence
     start: int
-    count: int
+    num_tokens: int
 
     @property
     def samples(self) -> bool:
         """Whether the last of these tokens is the sequence's last, so that the step chooses the next."""
-        return self.start + self.count == self.sequence.num_tokens
+        return self.start + self.num_tokens == self.sequence.num_tokens
 
 
 class Scheduler:

@@ -25,7 +25,7 @@ from slipway.engine.request import MAX_LOGPROBS
 logger = logging.getLogger(__name__)
 
 # docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
 KV_SPEC = P(None, meshes.DATA, None, None, meshes.TENSOR, None)  # layers, pages, slots, key and value, heads, head_dim
 
 

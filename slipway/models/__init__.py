@@ -8,7 +8,7 @@ from slipway.models.llama import LlamaForCausalLM
 from slipway.models.qwen2 import Qwen2ForCausalLM
 from slipway.models.qwen3 import Qwen3ForCausalLM
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Any] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,

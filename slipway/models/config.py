@@ -11,12 +11,13 @@ from slipway.errors import UnsupportedModel
 from slipway.nn.rope import Scaling
 
 # Fields that do not change what a forward pass computes.
-INERT = frozenset(
-    """architectures model_type dtype torch_dtype transformers_version use_cache initializer_range attention_dropout
-    bos_token_id eos_token_id pad_token_id pretraining_tp return_dict output_attentions output_hidden_states
-    is_encoder_decoder id2label label2id problem_type chunk_size_feed_forward torchscript use_bfloat16 pruned_heads
-    task_specific_params gradient_checkpointing unsloth_version unsloth_fixed""".split()
-)
+INERT = {
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "return_dict",
+    "output_attentions", "output_hidden_states", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+    "chunk_size_feed_forward", "torchscript", "use_bfloat16", "pruned_heads", "task_specific_params",
+    "gradient_checkpointing", "unsloth_version", "unsloth_fixed",
+}  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -76,13 +77,13 @@ class DenseConfig:
                 raise UnsupportedModel(f"config.json: {name}", None, "a value")
         typed = {name: _typed(field, values[name]) for name, field in known.items() if name in values}
         config = cls(**typed)
-        return _checked(
-            dataclasses.replace(
-                config,
-                num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
-                head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-            )
+        config = dataclasses.replace(
+            config,
+            num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         )
+        _check(config)
+        return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,16 +130,17 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
         value = tuple(value)
     if field.type in (float, "float") and type(value) is int:
         value = float(value)
-    kinds = {int: int, float: float, bool: bool, str: str, Scaling: Scaling}
-    kind = kinds.get(field.type, int if field.name == "sliding_window" else tuple)
+    kinds: dict[Any, type] = {int: int, float: float, bool: bool, str: str, Scaling: Scaling, int | None: int}
+    kind = kinds.get(field.type, tuple)
     if type(value) is not kind:
         raise UnsupportedModel(f"config.json: {field.name}", value, f"a value of type {kind.__name__}")
-    if kind in (int, float) and value <= 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
         raise UnsupportedModel(f"config.json: {field.name}", value, "a positive number")
     return value
 
 
-def _checked(config: DenseConfig) -> DenseConfig:
+def _check(config: DenseConfig) -> None:
+    """Refuse values that no layer computes, and values that contradict each other."""
     heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     checks = {
         "hidden_act": (config.hidden_act, config.hidden_act == "silu", "silu"),
@@ -161,4 +163,3 @@ def _checked(config: DenseConfig) -> DenseConfig:
     for field, (got, fine, expected) in checks.items():
         if not fine:
             raise UnsupportedModel(f"config.json: {field}", got, expected)
-    return config

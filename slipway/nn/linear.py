@@ -1,18 +1,17 @@
 """Matrices: decides how a projection, an embedding and an output head are declared and split; knows no attention."""
 
-import jax
 import jax.numpy as jnp
 
 from slipway import mesh, ops, tree
-from slipway.tree import Param, module, static
+from slipway.tree import Param, Tensor, module, static
 
 
 @module
 class Linear:
     """``x @ weight.T + bias``, the weight (out, in) as checkpoints hold it."""
 
-    weight: jax.Array
-    bias: jax.Array | None
+    weight: Tensor
+    bias: Tensor | None
     sums_over: str = static()  # the input axis: where a mesh splits it, partial sums are added
 
     @staticmethod
@@ -34,7 +33,7 @@ class Linear:
 class Embedding:
     """A table of rows, split by rows over the mesh; tied, it is the output head too."""
 
-    weight: jax.Array
+    weight: Tensor
 
     @staticmethod
     def declare(vocab: int, embed: int, alias: str = "") -> "Embedding":

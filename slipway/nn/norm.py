@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from slipway import tree
-from slipway.tree import Param, module, static
+from slipway.tree import Param, Tensor, module, static
 
 
 @module
 class RMSNorm:
     """Root mean square norm over the last dimension (Zhang and Sennrich, 2019)."""
 
-    weight: jax.Array
+    weight: Tensor
     eps: float = static()
 
     @staticmethod

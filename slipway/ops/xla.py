@@ -7,6 +7,7 @@ The second half of the file is the oracle: slow, obvious, and independent of the
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
@@ -147,16 +148,17 @@ def write_kv_oracle(kv, layer, k_TKH, v_TKH, ragged):
 
 
 def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window):
-    """What ``paged_attention`` means: for each token and head, a softmax over the keys it may see; f32."""
-    out_TNH = jnp.zeros(q_TNH.shape, jnp.float32)
-    group = q_TNH.shape[1] // kv.shape[4]
-    for row in range(ragged.starts_B.shape[0]):
-        cache = _from_storage(kv[layer, ragged.page_table_BM[row]], q_TNH.dtype).astype(jnp.float32)
-        k_SKH, v_SKH = (cache[:, :, i].reshape(-1, *kv.shape[4:]) for i in (0, 1))
-        for t in range(int(ragged.starts_B[row]), int(ragged.starts_B[row] + ragged.counts_B[row])):
-            stop = int(ragged.positions_T[t]) + 1
+    """What ``paged_attention`` means: for each token and head, a softmax over the keys it may see; NumPy, f32."""
+    kv = np.asarray(_from_storage(kv[layer], q_TNH.dtype).astype(jnp.float32))
+    q_TNH, ragged = np.asarray(q_TNH.astype(jnp.float32)), jax.tree.map(np.asarray, ragged)
+    out_TNH, group = np.zeros_like(q_TNH), q_TNH.shape[1] // kv.shape[3]
+    for row, (start, count) in enumerate(zip(ragged.starts_B, ragged.counts_B)):
+        k_SKH, v_SKH = (kv[ragged.page_table_BM[row], :, i].reshape(-1, *kv.shape[3:]) for i in (0, 1))
+        for t in range(start, start + count):
+            stop = ragged.positions_T[t] + 1
             seen = slice(max(0, stop - window) if window else 0, stop)
             for n in range(q_TNH.shape[1]):
-                weights_S = jax.nn.softmax(k_SKH[seen, n // group] @ q_TNH[t, n].astype(jnp.float32) * scale)
-                out_TNH = out_TNH.at[t, n].set(weights_S @ v_SKH[seen, n // group])
+                scores_S = k_SKH[seen, n // group] @ q_TNH[t, n] * scale
+                weights_S = np.exp(scores_S - scores_S.max())
+                out_TNH[t, n] = weights_S @ v_SKH[seen, n // group] / weights_S.sum()
     return out_TNH

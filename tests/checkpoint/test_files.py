@@ -4,13 +4,14 @@ import gc
 import json
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from slipway.checkpoint.files import DTYPES, INDEX, MAX_HEADER_BYTES, SINGLE, open_checkpoint
 from slipway.errors import CheckpointError
+
+pytestmark = pytest.mark.host
 
 
 def write_raw(path: Path, header: object, data: bytes, length: int | None = None) -> None:
@@ -173,7 +174,3 @@ def test_every_disagreement_of_index_and_shards_at_once(directory):
         "2.safetensors: holds twice, which the index places in 1.safetensors",
         "3.safetensors: missing, though the index names it",
     ]
-
-
-def test_dtypes_are_as_the_format_names_them():
-    assert DTYPES["F8_E4M3"] == ml_dtypes.float8_e4m3fn and DTYPES["BOOL"] == bool

@@ -10,6 +10,7 @@ import pytest
 from slipway.checkpoint.hub import resolve
 from slipway.errors import CheckpointError, InvalidConfig
 
+pytestmark = pytest.mark.host
 SHA = "a" * 40
 REFUSALS = {"org/gated": (403, "GatedRepo"), "org/absent": (404, "RepoNotFound"), "org/broken": (500, "")}
 FILES = {

@@ -75,7 +75,7 @@ def their_tokens(model: transformers.PreTrainedModel, prompt: list[int], count: 
 
 def our_tokens(directory: Path, asked: list[list[int]], count: int = OUTPUT_TOKENS, **options: Any) -> list[list[int]]:
     """Our engine's greedy continuations, all in one run."""
-    options = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 176} | options
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 176} | options
     llm = LLM(directory, skip_tokenizer_init=True, memory_fraction=0.1, **options)
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     return [output.outputs[0].token_ids for output in llm.generate(asked, params, use_tqdm=False)]

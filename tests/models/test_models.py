@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from tests.models import runner
-from tests.models.runner import Case, Forward
 
 from slipway.checkpoint import files
+from tests.models import runner
+from tests.models.runner import Case, Forward
 
 LOGITS = 1e-4  # float32, absolute; logits of these models are of size 10
 BF16_LOGITS = 0.06  # bfloat16, of the largest logit: 15 roundings of 2**-8, as both sides round each layer's results
@@ -20,18 +20,31 @@ LLAMA3 = {
     "original_max_position_embeddings": 64, "rope_theta": 500000.0,
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+DEFAULT, LINEAR, DYNAMIC = (
+    {"rope_type": "default", "rope_theta": 1000000.0},
+    {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+)
+TIED, BIASES = {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}
+
+
+def shape(kv_heads: int, head_dim: int, rope: dict, **fields) -> dict:
+    """Fields of a configuration with 8 heads."""
+    return {"num_key_value_heads": kv_heads, "head_dim": head_dim, "rope_parameters": rope, **fields}
+
+
 CASES = [
-    Case("llama2", "llama", {"num_key_value_heads": 8, "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
-    Case("llama3", "llama", {"head_dim": 64, "rope_parameters": LLAMA3, "vocab_size": 131}),
-    Case("llama-linear-biases-tied", "llama", {"head_dim": 40, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    Case("llama-dynamic", "llama", {"num_key_value_heads": 2, "head_dim": 80, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
-    Case("llama-yarn-mqa", "llama", {"num_key_value_heads": 1, "head_dim": 128, "rope_parameters": YARN}),
-    Case("qwen2", "qwen2", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
-    Case("qwen2-window-tied", "qwen2", WINDOW | {"tie_word_embeddings": True}),
-    Case("qwen3-tied", "qwen3", {"head_dim": 128, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
-    Case("qwen3-bias-yarn", "qwen3", {"num_key_value_heads": 1, "head_dim": 24, "attention_bias": True, "rope_parameters": YARN, "vocab_size": 131}),
-    Case("qwen3-window", "qwen3", WINDOW | {"num_key_value_heads": 8, "head_dim": 40}),
-]  # fmt: skip
+    Case("llama2", "llama", shape(8, 24, {"rope_type": "default", "rope_theta": 10000.0})),
+    Case("llama3", "llama", shape(4, 64, LLAMA3, vocab_size=131)),
+    Case("llama-linear-biases-tied", "llama", shape(4, 40, LINEAR, **BIASES, **TIED)),
+    Case("llama-dynamic", "llama", shape(2, 80, DYNAMIC, max_position_embeddings=64)),
+    Case("llama-yarn-mqa", "llama", shape(1, 128, YARN)),
+    Case("qwen2", "qwen2", {"num_key_value_heads": 2, "rope_parameters": DEFAULT}),
+    Case("qwen2-window-tied", "qwen2", {"num_key_value_heads": 4, **WINDOW, **TIED}),
+    Case("qwen3-tied", "qwen3", shape(4, 128, DEFAULT, **TIED)),
+    Case("qwen3-bias-yarn", "qwen3", shape(1, 24, YARN, attention_bias=True, vocab_size=131)),
+    Case("qwen3-window", "qwen3", shape(8, 40, DEFAULT, **WINDOW)),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)

@@ -1,0 +1,72 @@
+"""The command line: what it prints, and that it refuses with a short message and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slipway import cli
+from slipway.models import ARCHITECTURES
+
+
+@pytest.fixture
+def slipway(monkeypatch, capsys):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["slipway", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.host
+def test_models_lists_every_architecture(slipway, monkeypatch):
+    monkeypatch.setattr(cli.hub, "cached", lambda: ["somebody/something"])
+    code, out, _ = slipway("models")
+    assert code == 0
+    for name in (*ARCHITECTURES, "nano", "somebody/something"):
+        assert name in out
+
+
+REFUSED = {
+    "no model": (["generate", "{empty}", "-p", "x"], "config.json"),
+    "no directory": (["generate", "{empty}/absent", "-p", "x"], "no such directory"),
+    "an option out of range": (["generate", "nano", "-p", "x", "--page-size", "0"], "page_size"),
+    "options that contradict": (["generate", "nano", "-p", "x", "--max-num-seqs", "999"], "max_num_batched_tokens"),
+    "a parameter out of range": (["generate", "nano", "-p", "x", "--temperature", "-1"], "temperature"),
+    "too many devices": (["generate", "nano", "-p", "x", "--tensor-parallel-size", "64"], "at most 8 devices"),
+    "no prompt": (["generate", "nano"], "--prompt"),
+    "no such command": (["serv"], "serv"),
+    "no such flag": (["generate", "nano", "-p", "x", "--temprature", "1"], "temprature"),
+    "broken JSON": (["generate", "nano", "-p", "x", "--hf-overrides", "{"], "hf-overrides"),
+}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused_in_words(slipway, tmp_path, name):
+    words, expected = REFUSED[name]
+    code, out, err = slipway(*(word.format(empty=tmp_path) if "{e" in word else word for word in words))
+    assert code == 2 and out == ""
+    assert expected in err and "Traceback" not in err
+
+
+@pytest.mark.host
+def test_a_refusal_is_one_line(slipway):
+    _, _, err = slipway("generate", "nano", "-p", "x", "--tensor-parallel-size", "64")
+    assert err.count("\n") == 1 and err.startswith("slipway: InvalidConfig: ")
+
+
+def test_generate_prints_the_prompt_and_what_follows():
+    command = Path(sys.executable).parent / "slipway"
+    words = [command, "generate", "-p", "def f(", "--max-tokens", "4", "--max-num-batched-tokens", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def f(") and len(done.stdout.strip()) > len("def f(")

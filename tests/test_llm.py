@@ -1,0 +1,267 @@
+"""The offline interface: where outputs end and what they hold; bad input gives one typed error and harms nobody else."""
+
+import math
+
+import pytest
+
+from slipway.engine.config import EngineConfig
+from slipway.engine.request import SamplingParams
+from slipway.errors import CheckpointError, InvalidBatch, InvalidConfig, InvalidInput, InvalidRequest, UnsupportedModel
+from slipway.llm import LLM
+
+PROMPT = [5, 6, 7, 8]
+
+
+def params(**fields):
+    return SamplingParams(**({"temperature": 0, "max_tokens": 12, "ignore_eos": True} | fields))
+
+
+def complete(llm, prompt=PROMPT, **fields):
+    return llm.generate(prompt, params(**fields), use_tqdm=False)[0].outputs[0]
+
+
+@pytest.fixture
+def whole(llm):
+    """The 12 greedy tokens of PROMPT, all different up to the fifth."""
+    output = complete(llm)
+    assert (output.finish_reason, output.stop_reason, len(output.token_ids)) == ("length", None, 12)
+    assert output.text == llm.engine.tokenizer.decode(output.token_ids)
+    assert len({*output.token_ids[:5]}) == 5
+    return output
+
+
+def test_a_stop_string_ends_the_text_before_itself(llm, whole):
+    stop = whole.text[4:7]
+    at = whole.text.index(stop)
+    for include, text in ((False, whole.text[:at]), (True, whole.text[:at] + stop)):
+        output = complete(llm, stop=[stop, "never, never"], include_stop_str_in_output=include)
+        assert (output.text, output.finish_reason, output.stop_reason) == (text, "stop", stop)
+        assert output.token_ids == whole.token_ids[: len(output.token_ids)] and len(output.token_ids) < 12
+    assert complete(llm, stop=stop).text == whole.text[:at], "one string may stand for a list of it"
+    assert complete(llm, stop="never, never").text == whole.text, "text held back is released at the end"
+
+
+def test_a_stop_token_ends_the_output_and_has_no_text(llm, whole):
+    decode, ids = llm.engine.tokenizer.decode, whole.token_ids
+    output = complete(llm, stop_token_ids=[ids[3], 1])
+    assert (output.token_ids, output.finish_reason, output.stop_reason) == (ids[:4], "stop", ids[3])
+    assert output.text == decode(ids[:3])
+    assert complete(llm, stop_token_ids=[ids[3]], include_stop_str_in_output=True).text == decode(ids[:4])
+
+
+def test_the_models_end_token_ends_the_output_unless_ignored(llm, whole, monkeypatch):
+    monkeypatch.setattr(llm.engine, "_eos_ids", frozenset({whole.token_ids[2]}))
+    output = complete(llm, ignore_eos=False)
+    assert (output.token_ids, output.finish_reason, output.stop_reason) == (whole.token_ids[:3], "stop", None)
+    assert complete(llm).token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("asked, given", [(1, 1), (5, 5), (60, 60), (61, 60), (10**12, 60), (None, 60)])
+def test_max_tokens_is_met_and_the_context_is_the_limit(llm, asked, given):
+    output = complete(llm, max_tokens=asked)
+    assert (len(output.token_ids), output.finish_reason) == (given, "length")
+
+
+@pytest.mark.parametrize("top", [0, 1, 5, 20])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logprobs_hold_the_chosen_token_and_the_likeliest(llm, top, temperature):
+    output = complete(llm, logprobs=top, temperature=temperature, max_tokens=6, seed=1)
+    assert len(output.logprobs) == 6
+    for token, found in zip(output.token_ids, output.logprobs):
+        assert len(found) in (top, top + 1) and token in found and all(entry.logprob <= 0 for entry in found.values())
+        likeliest = sorted((entry for entry in found.values() if entry.rank <= top), key=lambda entry: entry.rank)
+        assert [entry.rank for entry in likeliest] == list(range(1, top + 1))
+        assert likeliest == sorted(likeliest, key=lambda entry: -entry.logprob)
+        assert math.fsum(math.exp(entry.logprob) for entry in found.values()) <= 1 + 1e-5
+        if temperature == 0:
+            assert found[token].rank == 1
+    assert complete(llm).logprobs is None
+
+
+def test_a_request_without_logprobs_gets_none_beside_one_with(llm):
+    with_them, without = llm.generate([PROMPT, PROMPT], [params(logprobs=1), params()], use_tqdm=False)
+    assert without.outputs[0].logprobs is None and len(with_them.outputs[0].logprobs) == 12
+    assert with_them.outputs[0].token_ids == without.outputs[0].token_ids
+
+
+def test_every_form_of_a_prompt_means_the_same(llm):
+    text = "def f(x):"
+    ids = llm.engine.tokenizer.encode(text)
+    forms = [
+        text,
+        ids,
+        tuple(ids),
+        {"prompt": text},
+        {"prompt_token_ids": ids},
+        {"prompt": text, "prompt_token_ids": ids},
+    ]
+    outputs = llm.generate(forms, params(), use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [ids] * len(forms)
+    assert [output.prompt for output in outputs] == [text, None, None, text, None, text]
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+    assert llm.generate([], params()) == []
+
+
+def test_a_stream_grows_to_what_generate_gives(llm, whole):
+    outputs = list(llm.stream(PROMPT, params()))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
+    assert [output.finished for output in outputs] == [False] * 11 + [True]
+    texts = [output.outputs[0].text for output in outputs]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:])) and texts[-1] == whole.text
+
+
+def test_leaving_a_stream_aborts_it(llm):
+    stream = llm.stream(PROMPT, params())
+    next(stream)
+    assert llm.engine.has_work()
+    stream.close()
+    assert not llm.engine.has_work()
+
+
+def test_streams_may_take_turns_with_each_other_and_with_generate(llm, whole):
+    last = None
+    for turn, (last, short) in enumerate(zip(llm.stream(PROMPT, params()), llm.stream(PROMPT, params(max_tokens=9)))):
+        if turn == 2:
+            assert complete(llm).token_ids == whole.token_ids
+    assert short.outputs[0].token_ids == whole.token_ids[:9]
+    assert last.outputs[0].token_ids == whole.token_ids
+
+
+PARAMETERS = [
+    ("n", 0), ("n", 1.0), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2.5), ("temperature", math.nan),
+    ("temperature", -0.1), ("temperature", math.inf), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01),
+    ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1), ("seed", 2**32),
+    ("seed", 0.5), ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", 5), ("stop_token_ids", [-1]),
+    ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
+]  # fmt: skip
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("field, value", PARAMETERS, ids=str)
+def test_a_parameter_out_of_range_is_named(field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.field == field and caught.value.expected
+    assert field in str(caught.value) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.host
+def test_stop_may_be_absent():
+    absent = SamplingParams(stop=None, stop_token_ids=None)
+    assert (absent.stop, absent.stop_token_ids) == ((), ())
+
+
+BAD_PROMPTS = {
+    "empty text": ("", "prompt"), "no tokens": ([], "prompt_token_ids"), "beyond the context": ([5] * 64, "prompt"),
+    "unknown id": ([5, 10**6], "prompt_token_ids"), "first unknown id": ([5, 4099], "prompt_token_ids"),
+    "negative id": ([-1], "prompt_token_ids"), "a float": ([5, 6.0], "prompt_token_ids"),
+    "a bool": ([5, True], "prompt_token_ids"), "text among ids": ([5, "a"], "prompt_token_ids"),
+    "a number": (3.5, "prompt"), "nothing": (None, "prompt"), "an empty mapping": ({}, "prompt"),
+    "ids as text": ({"prompt_token_ids": "abc"}, "prompt"), "text as a number": ({"prompt": 5}, "prompt"),
+    "bytes": (b"abc", "prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_a_bad_prompt_is_refused_and_the_others_finish(llm, whole, name):
+    prompt, field = BAD_PROMPTS[name]
+    if name == "first unknown id":
+        prompt = [5, llm.engine.limits.vocab_size]
+    with pytest.raises(InvalidBatch) as caught:
+        llm.generate([PROMPT, prompt, PROMPT], params(), use_tqdm=False)
+    batch = caught.value
+    assert list(batch.errors) == [1] and type(batch.errors[1]) is InvalidRequest and isinstance(batch, ValueError)
+    assert batch.errors[1].field == field and batch.errors[1].expected and batch.field == f"prompts[1].{field}"
+    assert batch.outputs[1] is None
+    assert [batch.outputs[i].outputs[0].token_ids for i in (0, 2)] == [whole.token_ids] * 2
+
+
+def test_several_bad_prompts_are_reported_at_once(llm):
+    with pytest.raises(InvalidBatch, match=r"prompts\[0\].*\n.*prompts\[2\]") as caught:
+        llm.generate([[], PROMPT, [-5]], params(), use_tqdm=False)
+    assert list(caught.value.errors) == [0, 2]
+
+
+def test_a_single_bad_prompt_raises_the_error_itself(llm):
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate("", params())
+    assert type(caught.value) is InvalidRequest
+    with pytest.raises(InvalidRequest):
+        next(llm.stream(""))
+
+
+@pytest.mark.parametrize("bad", [[params()], [params()] * 3, [params(), None], {"temperature": 0}, 0.5], ids=str)
+def test_parameters_that_do_not_match_the_prompts_are_refused(llm, bad):
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate([PROMPT, PROMPT], bad)
+    assert caught.value.field == "sampling_params"
+
+
+def test_text_needs_a_tokenizer(config_only, uncompiled):
+    llm = LLM(config_only(), load_format="dummy", skip_tokenizer_init=True)
+    for call, field in (
+        (lambda: llm.generate("text"), "prompt"),
+        (lambda: llm.generate([5], SamplingParams(stop="a")), "stop"),
+        (lambda: llm.chat([{"role": "user", "content": "hi"}]), "messages"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            call()
+        assert caught.value.field == field
+    assert not llm.engine.has_work()
+
+
+OPTIONS = [
+    ("max_num_batched_tokens", {"max_num_batched_tokens": 3, "max_num_seqs": 4}), ("max_num_seqs", {"max_num_seqs": 0}),
+    ("max_num_seqs", {"max_num_seqs": "4"}), ("page_size", {"page_size": 0}), ("dtype", {"dtype": "int8"}),
+    ("load_format", {"load_format": "gguf"}), ("memory_fraction", {"memory_fraction": 0}),
+    ("memory_fraction", {"memory_fraction": 1.5}), ("memory_fraction", {"memory_fraction": math.nan}),
+    ("memory_fraction", {"memory_fraction": "half"}), ("seed", {"seed": -1}), ("hf_overrides", {"hf_overrides": 5}),
+    ("max_model_len", {"max_model_len": 0}), ("max_model_len", {"max_model_len": 65}), ("revision", {"revision": "main"}),
+    ("data_parallel_size x tensor_parallel_size", {"tensor_parallel_size": 4, "data_parallel_size": 3}),
+    ("tensor_parallel_size", {"tensor_parallel_size": 3}), ("max_num_seq", {"max_num_seq": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, options", OPTIONS, ids=str)
+def test_a_bad_option_is_named(config_only, uncompiled, field, options):
+    with pytest.raises(InvalidConfig) as caught:
+        LLM(config_only(), **({"load_format": "dummy", "skip_tokenizer_init": True} | options))
+    assert caught.value.field == field and caught.value.expected and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.host
+def test_the_default_options_are_sound():
+    assert EngineConfig() == EngineConfig(max_num_seqs=64)
+
+
+MODELS = [
+    ("architectures", {"architectures": ["GPT2LMHeadModel"]}), ("architectures", {"architectures": None}),
+    ("hidden_act", {"hidden_act": "gelu"}), ("frobnicate", {"frobnicate": 3}), ("hidden_size", {"hidden_size": None}),
+    ("hidden_size", {"hidden_size": "32"}), ("num_key_value_heads", {"num_key_value_heads": 3}),
+    ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, fields", MODELS, ids=str)
+def test_a_model_that_is_not_implemented_is_refused_by_field(config_only, uncompiled, field, fields):
+    with pytest.raises(UnsupportedModel) as caught:
+        LLM(config_only(**fields), load_format="dummy", skip_tokenizer_init=True)
+    assert caught.value.field == f"config.json: {field}" and caught.value.expected
+    assert isinstance(caught.value, InvalidInput)
+
+
+def test_an_unknown_field_can_be_overridden_away(config_only, uncompiled):
+    directory = config_only(frobnicate=3, max_position_embeddings=32)
+    overrides = {"frobnicate": None, "max_position_embeddings": 48}
+    llm = LLM(directory, load_format="dummy", skip_tokenizer_init=True, hf_overrides=overrides)
+    assert llm.engine.limits.max_model_len == 48
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["empty", "absent", "file"])
+def test_a_directory_that_is_no_model_is_refused(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(CheckpointError) as caught:
+        LLM(tmp_path / name)
+    assert caught.value.problems and str(tmp_path) in str(caught.value)
