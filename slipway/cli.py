@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from slipway.bench.engine import EngineBench
@@ -37,7 +37,7 @@ class SamplingFlags(SamplingParams):
     logprobs: tyro.conf.Suppress[int | None] = None
 
 
-ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32)  # few shapes to compile
+ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=8)  # two shapes to compile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,12 @@ class Models:
 class Bench:
     """Measure; figures come as JSON."""
 
-    what: (
-        Annotated[EngineBench, tyro.conf.subcommand("engine")] | Annotated[LayersBench, tyro.conf.subcommand("layers")]
-    )
+    what: OmitArgPrefixes[
+        OmitSubcommandPrefixes[
+            Annotated[EngineBench, tyro.conf.subcommand("engine")]
+            | Annotated[LayersBench, tyro.conf.subcommand("layers")]
+        ]
+    ]
 
     def run(self) -> None:
         """Run the benchmark that was named."""

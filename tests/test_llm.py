@@ -1,5 +1,6 @@
-"""The offline interface: where outputs end and what they hold; bad input gives one typed error and harms nobody else."""
+"""The offline interface: where outputs end, what they hold; bad input gives one typed error and harms nobody else."""
 
+import itertools
 import math
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_stream_grows_to_what_generate_gives(llm, whole):
     assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
     assert [output.finished for output in outputs] == [False] * 11 + [True]
     texts = [output.outputs[0].text for output in outputs]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:])) and texts[-1] == whole.text
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)) and texts[-1] == whole.text
 
 
 def test_leaving_a_stream_aborts_it(llm):
@@ -119,20 +120,20 @@ def test_leaving_a_stream_aborts_it(llm):
 
 
 def test_streams_may_take_turns_with_each_other_and_with_generate(llm, whole):
-    last = None
-    for turn, (last, short) in enumerate(zip(llm.stream(PROMPT, params()), llm.stream(PROMPT, params(max_tokens=9)))):
-        if turn == 2:
-            assert complete(llm).token_ids == whole.token_ids
-    assert short.outputs[0].token_ids == whole.token_ids[:9]
-    assert last.outputs[0].token_ids == whole.token_ids
+    long, short = llm.stream(PROMPT, params()), llm.stream(PROMPT, params(max_tokens=9))
+    next(long), next(short), next(long)
+    assert complete(llm).token_ids == whole.token_ids
+    for stream, count in ((long, 12), (short, 9)):
+        assert list(stream)[-1].outputs[0].token_ids == whole.token_ids[:count]
 
 
 PARAMETERS = [
     ("n", 0), ("n", 1.0), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2.5), ("temperature", math.nan),
     ("temperature", -0.1), ("temperature", math.inf), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01),
-    ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1), ("seed", 2**32),
-    ("seed", 0.5), ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", 5), ("stop_token_ids", [-1]),
-    ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
+    ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1),
+    ("seed", 2**32), ("seed", 0.5), ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", 5),
+    ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("logprobs", -1), ("logprobs", 21),
+    ("logprobs", True),
 ]  # fmt: skip
 
 
@@ -216,7 +217,8 @@ OPTIONS = [
     ("load_format", {"load_format": "gguf"}), ("memory_fraction", {"memory_fraction": 0}),
     ("memory_fraction", {"memory_fraction": 1.5}), ("memory_fraction", {"memory_fraction": math.nan}),
     ("memory_fraction", {"memory_fraction": "half"}), ("seed", {"seed": -1}), ("hf_overrides", {"hf_overrides": 5}),
-    ("max_model_len", {"max_model_len": 0}), ("max_model_len", {"max_model_len": 65}), ("revision", {"revision": "main"}),
+    ("max_model_len", {"max_model_len": 0}), ("max_model_len", {"max_model_len": 65}),
+    ("revision", {"revision": "main"}),
     ("data_parallel_size x tensor_parallel_size", {"tensor_parallel_size": 4, "data_parallel_size": 3}),
     ("tensor_parallel_size", {"tensor_parallel_size": 3}), ("max_num_seq", {"max_num_seq": 3}),
 ]  # fmt: skip

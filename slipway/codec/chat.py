@@ -7,7 +7,7 @@ what it is given, follows transformers' apply_chat_template, so that prompts equ
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -89,7 +89,7 @@ class ChatTemplate:
 class GenerationTag(Extension):
     """{% generation %} marks the assistant's text for training; here its body is rendered, in its own scope."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance variable
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

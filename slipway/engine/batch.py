@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from slipway.engine.scheduler import Chunk
@@ -26,11 +27,23 @@ class Bucket:
 
 
 @module
+class Sampling:
+    """How each row's token is drawn; ``position_B``: the token's place in its sequence."""
+
+    temperature_B: Array
+    top_k_B: Array  # 0: all
+    top_p_B: Array
+    min_p_B: Array
+    seed_B: Array
+    position_B: Array
+    wants_logprobs_B: Array
+
+
+@module
 class Batch:
     """One step's input. Copies of the weights lie one after the other along the first axis of each array.
 
-    ``sample_at_B``: the flat token whose hidden state a row samples from. ``wants_B``: bit 0 set if the row samples at
-    all, bit 1 if it reports log probabilities.
+    ``sample_at_B``: the flat token whose hidden state a row samples from.
     """
 
     num_tokens_1: Array
@@ -43,12 +56,7 @@ class Batch:
     lengths_B: Array
     page_table_BM: Array
     sample_at_B: Array
-    wants_B: Array
-    temperature_B: Array
-    top_k_B: Array
-    top_p_B: Array
-    min_p_B: Array
-    seed_B: Array
+    sampling: Sampling
 
 
 def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
@@ -89,12 +97,14 @@ def build(chunks: Sequence[Chunk], bucket: Bucket, page_size: int, num_pages: in
     batch.slots_T[:T] = pages_T * page_size + positions_T % page_size
     batch.starts_B[:B], batch.counts_B[:B], batch.lengths_B[:B] = starts_B, counts_B, first_B + counts_B
     batch.sample_at_B[:B] = ends_B - 1
-    batch.wants_B[:B] = [chunk.samples * (1 + 2 * (p.logprobs is not None)) for chunk, p in zip(chunks, params)]
-    batch.temperature_B[:B] = [p.temperature for p in params]
-    batch.top_k_B[:B] = [max(0, p.top_k) for p in params]
-    batch.top_p_B[:B] = [p.top_p for p in params]
-    batch.min_p_B[:B] = [p.min_p for p in params]
-    batch.seed_B[:B] = [sequence.seed for sequence in sequences]
+    sampling = batch.sampling
+    sampling.temperature_B[:B] = [p.temperature for p in params]
+    sampling.top_k_B[:B] = [max(0, p.top_k) for p in params]
+    sampling.top_p_B[:B] = [p.top_p for p in params]
+    sampling.min_p_B[:B] = [p.min_p for p in params]
+    sampling.seed_B[:B] = [sequence.seed for sequence in sequences]
+    sampling.position_B[:B] = first_B + counts_B
+    sampling.wants_logprobs_B[:B] = [chunk.samples and p.logprobs is not None for chunk, p in zip(chunks, params)]
     return batch
 
 
@@ -105,12 +115,15 @@ def empty(bucket: Bucket, page_size: int, num_pages: int, table_width: int) -> B
     def zeros(size: int, dtype: type = np.int32) -> np.ndarray:
         return np.zeros(size, dtype)
 
+    sampling = Sampling(
+        temperature_B=zeros(B, np.float32), top_k_B=zeros(B), top_p_B=np.ones(B, np.float32),
+        min_p_B=zeros(B, np.float32), seed_B=zeros(B, np.uint32), position_B=zeros(B),
+        wants_logprobs_B=zeros(B, np.bool_),
+    )  # fmt: skip
     return Batch(
         num_tokens_1=zeros(1), ids_T=zeros(T), positions_T=zeros(T), contexts_T=zeros(T),
         slots_T=np.full(T, num_pages * page_size, np.int32), starts_B=zeros(B), counts_B=zeros(B), lengths_B=zeros(B),
-        page_table_BM=np.zeros((B, table_width), np.int32), sample_at_B=zeros(B), wants_B=zeros(B),
-        temperature_B=zeros(B, np.float32), top_k_B=zeros(B), top_p_B=np.ones(B, np.float32),
-        min_p_B=zeros(B, np.float32), seed_B=zeros(B, np.uint32),
+        page_table_BM=np.zeros((B, table_width), np.int32), sample_at_B=zeros(B), sampling=sampling,
     )  # fmt: skip
 
 
@@ -118,5 +131,4 @@ def join(batches: Sequence[Batch]) -> Batch:
     """The batches of every copy of the weights as one."""
     if len(batches) == 1:
         return batches[0]
-    fields = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{name: np.concatenate([getattr(batch, name) for batch in batches]) for name in fields})
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)

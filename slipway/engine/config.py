@@ -51,8 +51,7 @@ class EngineConfig:
         _need("max_model_len", length, length is None or (type(length) is int and length >= 1), "at least 1, or None")
         fine = fraction is None or (type(fraction) in (int, float) and 0 < fraction <= 1)
         _need("memory_fraction", fraction, fine, "more than 0, at most 1, or None")
-        overrides = self.hf_overrides
-        _need("hf_overrides", overrides, overrides is None or isinstance(overrides, Mapping), "a mapping, or None")
+        _need("hf_overrides", self.hf_overrides, isinstance(self.hf_overrides, Mapping), "a mapping")
         _need("seed", self.seed, type(self.seed) is int and 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         _need("dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16", "float16"), "a float type, or auto")
         _need("load_format", self.load_format, self.load_format in ("auto", "dummy"), "auto or dummy")

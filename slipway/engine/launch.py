@@ -55,7 +55,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
     step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)
 
     with ThreadPoolExecutor(1) as pool:
-        rest = pool.submit(step.compile, [shape for shape in shapes if shape != shapes[-1]])
+        rest = pool.submit(step.compile, shapes)
         if dummy:
             params = load.dummy(declaration, mesh, dtype, config.seed)
         else:
@@ -71,7 +71,8 @@ def launch(model: str, config: EngineConfig) -> Engine:
         num_pages=num_pages,
         copies=config.data_parallel_size,
     )
-    _announce(model, platform, np.dtype(dtype).name, mesh, limits, time.perf_counter() - started)
+    logger.info("%s with %s", model, config)
+    _announce(platform, np.dtype(dtype).name, mesh, limits, time.perf_counter() - started)
     return Engine(
         step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer), config.seed
     )
@@ -80,7 +81,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
 def _compiled(
     declaration: Any, mesh: Mesh, dtype: Any, length: int, config: EngineConfig
 ) -> tuple[Step, list[Bucket], int]:
-    """The step with its largest shape compiled, and the pages that fit beside what that shape needs.
+    """The step with its largest shape compiled, all its shapes, and the pages that fit beside what that shape needs.
 
     The cache's size is part of the program: it is first compiled as if it needed no temporaries, which is final where
     the cache is as large as could be useful, and compiled once more with fewer pages where they do not fit.
@@ -103,7 +104,8 @@ def _compiled(
         shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
         kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, KV_SPEC))
         step = Step(declaration, mesh, kv, dtype, table_width)
-        step.compile(shapes[-1:])
+        # memory is ample where the cache can be as large as useful: then all shapes compile at once
+        step.compile(shapes if num_pages == useful else shapes[-1:])
         temp = step.temp_bytes(shapes[-1])
         if budget.pages(temp, useful) >= num_pages:
             return step, shapes, num_pages
@@ -134,9 +136,9 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokeniz
     return frozenset(ids) | (frozenset() if tokenizer is None else tokenizer.eos_token_ids)
 
 
-def _announce(model: str, platform: str, dtype: str, mesh: Mesh, limits: Limits, seconds: float) -> None:
+def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, seconds: float) -> None:
     tokens = limits.num_pages * limits.page_size
-    logger.info("%s on %s, %s, mesh %s; op bodies %s", model, platform, dtype, dict(mesh.shape), ops.BODIES)
+    logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), ops.BODIES)
     logger.info(
         "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
         limits.num_pages, limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,

@@ -1,4 +1,6 @@
-"""The one compiled function: a ragged batch in, the cache and a token per row out; knows no scheduler.
+"""What is compiled: a ragged batch in, the cache and a token per row out; knows no scheduler.
+
+Two programs: the forward pass, one per bucket, and the sampler, which depends on the number of rows alone.
 
 Each bucket is compiled ahead of time; calling the step with any other shape is an error, so nothing compiles later.
 """
@@ -19,7 +21,7 @@ from slipway import mesh as meshes
 from slipway import ops, tree
 from slipway.engine import batch as batches
 from slipway.engine import sample
-from slipway.engine.batch import Batch, Bucket
+from slipway.engine.batch import Batch, Bucket, Sampling
 from slipway.engine.request import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
@@ -30,76 +32,100 @@ KV_SPEC = P(None, meshes.DATA, None, None, meshes.TENSOR, None)  # layers, pages
 
 
 class Step:
-    """The compiled steps of one model on one mesh, a program per bucket."""
+    """The compiled steps of one model on one mesh: a program per bucket, and a sampler per number of rows."""
 
     def __init__(self, declaration: Any, mesh: Mesh, kv: jax.ShapeDtypeStruct, dtype: Any, table_width: int):
-        self.mesh, self.kv, self.table_width = mesh, kv, table_width
-        self.params = jax.tree.map(
+        self.kv, self._mesh, self._table_width = kv, mesh, table_width
+        self._vocab_size = declaration.config.vocab_size
+        self._params = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s),
             declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
         )  # fmt: skip
-        specs = tree.map_params(meshes.partition, declaration)
-        rows = NamedSharding(mesh, P(meshes.DATA))
-        self._step = jax.jit(
+        specs, rows = tree.map_params(meshes.partition, declaration), P(meshes.DATA)
+        sharded = NamedSharding(mesh, rows)
+        self._forward = jax.jit(
             jax.shard_map(
-                _local_step, mesh=mesh, in_specs=(specs, KV_SPEC, P(meshes.DATA)),
-                out_specs=(KV_SPEC, P(meshes.DATA)), check_vma=False,
+                _forward, mesh=mesh, in_specs=(specs, KV_SPEC, rows), out_specs=(KV_SPEC, rows), check_vma=False
             ),
-            donate_argnums=1,
-            in_shardings=(None, None, rows),
+            donate_argnums=1, in_shardings=(None, None, sharded),
         )  # fmt: skip
+        self._sample = jax.jit(
+            jax.shard_map(_sample, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False),
+            in_shardings=(sharded, sharded),
+        )
         self._options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
         self._programs: dict[Bucket, Any] = {}
+        self._samplers: dict[int, Any] = {}
 
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far."""
-        return len(self._programs)
+        return len(self._programs) + len(self._samplers)
 
     def compile(self, shapes: Sequence[Bucket]) -> None:
-        """Compile the buckets, two at a time."""
+        """Compile the buckets that are not yet, and the samplers of their rows, two at a time."""
+        buckets = [bucket for bucket in shapes if bucket not in self._programs]
+        rows = sorted({bucket.num_rows for bucket in buckets} - self._samplers.keys())
         with ThreadPoolExecutor(2) as pool:
-            self._programs.update(zip(shapes, pool.map(self._compile, shapes)))
+            programs = [pool.submit(self._compile_forward, bucket) for bucket in buckets]
+            samplers = [pool.submit(self._compile_sampler, n) for n in rows]
+            self._programs.update(zip(buckets, [program.result() for program in programs]))
+            self._samplers.update(zip(rows, [sampler.result() for sampler in samplers]))
 
     def temp_bytes(self, bucket: Bucket) -> int:
         """The memory per device that the compiled bucket needs beside weights and cache."""
         analysis = self._programs[bucket].memory_analysis()
-        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        sampler = self._samplers[bucket.num_rows].memory_analysis().temp_size_in_bytes
+        logits = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return max(analysis.temp_size_in_bytes, sampler) + logits
 
     def __call__(self, params: Any, kv: jax.Array, bucket: Bucket, batch: Batch) -> tuple[jax.Array, sample.Sampled]:
         """Run one step; ``kv`` is consumed."""
-        return self._programs[bucket](params, kv, batch)
+        kv, logits_BV = self._programs[bucket](params, kv, batch)
+        return kv, self._samplers[bucket.num_rows](logits_BV, batch.sampling)
 
-    def _compile(self, bucket: Bucket) -> Any:
+    def _compile_forward(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
-        copies = self.mesh.shape[meshes.DATA]
-        shape = batches.empty(bucket, 1, 1, self.table_width)
-        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((copies * x.shape[0], *x.shape[1:]), x.dtype), shape)
-        program = self._step.lower(self.params, self.kv, inputs).compile(self._options)
+        program = self._forward.lower(self._params, self.kv, self._shapes(bucket)).compile(self._options)
         logger.info("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return program
 
+    def _compile_sampler(self, rows: int) -> Any:
+        sampling = self._shapes(Bucket(rows, rows)).sampling
+        logits = jax.ShapeDtypeStruct((sampling.seed_B.shape[0], self._vocab_size), np.float32)
+        return self._sample.lower(logits, sampling).compile(self._options)
 
-def _local_step(model: Any, kv: jax.Array, batch: Batch) -> tuple[jax.Array, sample.Sampled]:
-    """The step as each device sees it."""
+    def _shapes(self, bucket: Bucket) -> Batch:
+        """The shapes and dtypes of a batch over every copy of the weights."""
+        copies = self._mesh.shape[meshes.DATA]
+        one = batches.empty(bucket, 1, 1, self._table_width)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((copies * x.shape[0], *x.shape[1:]), x.dtype), one)
+
+
+def _forward(model: Any, kv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The forward pass as each device sees it: the cache, and logits of each row's last token."""
     ragged = ops.Ragged(
         batch.num_tokens_1[0], batch.positions_T, batch.contexts_T, batch.slots_T,
         batch.starts_B, batch.counts_B, batch.lengths_B, batch.page_table_BM,
     )  # fmt: skip
     x_TD, kv = model(batch.ids_T, kv, ragged)
-    logits_BV = model.logits(x_TD[batch.sample_at_B])
+    return kv, model.logits(x_TD[batch.sample_at_B])
+
+
+def _sample(logits_BV: jax.Array, sampling: Sampling) -> sample.Sampled:
+    """A token per row; log probabilities where some row wants them."""
     token_B = sample.sample(
-        logits_BV, batch.temperature_B, batch.top_k_B, batch.top_p_B, batch.min_p_B, batch.seed_B, batch.lengths_B
-    )
+        logits_BV, sampling.temperature_B, sampling.top_k_B, sampling.top_p_B, sampling.min_p_B,
+        sampling.seed_B, sampling.position_B,
+    )  # fmt: skip
     num_top = min(MAX_LOGPROBS, logits_BV.shape[1])
 
     def without():
-        rows = jnp.zeros(token_B.shape)
-        tops = jnp.zeros((*token_B.shape, num_top))
+        rows, tops = jnp.zeros(token_B.shape), jnp.zeros((*token_B.shape, num_top))
         return sample.Sampled(token_B, rows, rows.astype(jnp.int32), tops.astype(jnp.int32), tops)
 
-    wanted = jnp.any(batch.wants_B >= 2)
-    return kv, jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without)
+    wanted = jnp.any(sampling.wants_logprobs_B)
+    return jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without)
 
 
 def host(sampled: sample.Sampled) -> sample.Sampled:

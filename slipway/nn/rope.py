@@ -81,7 +81,7 @@ class Rope:
         return (1 - kept) * freqs / s.factor + kept * freqs
 
     def _yarn(self, freqs: np.ndarray) -> np.ndarray:
-        """Interpolated where a dimension turns less than beta_slow times in the original context, kept from beta_fast."""
+        """Interpolated where a dimension turns less than beta_slow times in the original context, kept where more."""
         s, dim = self.scaling, self.head_dim
 
         def dimension(turns: float) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
+FEW_ROWS = 2  # of a step that attends row by row
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 
 
@@ -49,21 +50,28 @@ def paged_attention(q_TNH, kv, layer, ragged, scale, window):
     Rows with one token are taken together, in turns over their keys as long as the longest needs; longer rows tile by
     tile, each over no more keys than it sees. So the cost follows the tokens that are there, not the shapes.
     """
-    tokens, tile = q_TNH.shape[0], min(BLOCK_TOKENS, q_TNH.shape[0])
-    single_B = ragged.counts_B == 1
-    row_start_B = jnp.where(single_B, ragged.starts_B, tokens)
+    alone_B = ragged.counts_B == 1
+    if ragged.counts_B.shape[0] <= FEW_ROWS:  # not worth a second attention to compile
+        return _tiles(q_TNH, kv, layer, ragged, jnp.zeros_like(alone_B), scale, window).astype(q_TNH.dtype)
+    start_B = jnp.where(alone_B, ragged.starts_B, q_TNH.shape[0])
     o_BNH = _attend(
-        q_TNH.at[row_start_B].get(mode="clip")[:, None],
-        ragged.positions_T.at[row_start_B].get(mode="clip")[:, None],
-        jnp.where(single_B, ragged.lengths_B, 0), ragged.page_table_BM, kv, layer, scale, window,
+        q_TNH.at[start_B].get(mode="clip")[:, None], ragged.positions_T.at[start_B].get(mode="clip")[:, None],
+        jnp.where(alone_B, ragged.lengths_B, 0), ragged.page_table_BM, kv, layer, scale, window,
     )[:, 0]  # fmt: skip
+    out_TNH = _tiles(q_TNH, kv, layer, ragged, alone_B, scale, window)
+    return out_TNH.at[start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
+
+
+def _tiles(q_TNH, kv, layer, ragged, skip_B, scale, window):
+    """Attention of the rows that are not skipped, tile by tile; f32."""
+    tokens, tile = q_TNH.shape[0], min(BLOCK_TOKENS, q_TNH.shape[0])
     padded_TNH = jnp.pad(q_TNH, ((0, tile), (0, 0), (0, 0)))
     positions_T = jnp.pad(ragged.positions_T, (0, tile))
-    tiles_B = jnp.where(ragged.counts_B > 1, -(-ragged.counts_B // tile), 0)
+    tiles_B = jnp.where(skip_B, 0, -(-ragged.counts_B // tile))
     ends_B = jnp.cumsum(tiles_B)
 
     def one_tile(i, out_TNH):
-        row = jnp.searchsorted(ends_B, i, side="right")
+        row = jnp.sum(ends_B <= i)
         first = (i - ends_B[row] + tiles_B[row]) * tile
         start = ragged.starts_B[row] + first
         seen = jnp.minimum(first + tile, ragged.counts_B[row]) + ragged.lengths_B[row] - ragged.counts_B[row]
@@ -77,8 +85,7 @@ def paged_attention(q_TNH, kv, layer, ragged, scale, window):
         return lax.dynamic_update_slice_in_dim(out_TNH, jnp.where(mine_Q, o_QNH, old_QNH), start, 0)
 
     # f32 in the loop: an update of a bf16 carry would be widened and narrowed again at every turn
-    out_TNH = lax.fori_loop(0, ends_B[-1], one_tile, jnp.zeros(padded_TNH.shape, jnp.float32))[:tokens]
-    return out_TNH.at[row_start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
+    return lax.fori_loop(0, ends_B[-1], one_tile, jnp.zeros(padded_TNH.shape, jnp.float32))[:tokens]
 
 
 def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, window):

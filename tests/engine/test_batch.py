@@ -1,7 +1,6 @@
 """Batches hold what their chunks say, by a plain loop's account; buckets cover every step and no more than needed."""
 
-import dataclasses
-
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,19 +50,24 @@ def reference(chunks_, batch):
             t += 1
         batch.page_table_BM[row, : len(sequence.pages)] = sequence.pages
         batch.sample_at_B[row] = t - 1
-        if start + count == len(tokens):
-            batch.wants_B[row] = 1 if params.logprobs is None else 3
-        batch.temperature_B[row], batch.top_k_B[row] = params.temperature, max(params.top_k, 0)
-        batch.top_p_B[row], batch.min_p_B[row], batch.seed_B[row] = params.top_p, params.min_p, sequence.seed
+        sampling = batch.sampling
+        sampling.wants_logprobs_B[row] = params.logprobs is not None and start + count == len(tokens)
+        sampling.temperature_B[row], sampling.top_k_B[row] = params.temperature, max(params.top_k, 0)
+        sampling.top_p_B[row], sampling.min_p_B[row] = params.top_p, params.min_p
+        sampling.seed_B[row], sampling.position_B[row] = sequence.seed, start + count
     batch.num_tokens_1[0] = t
     return batch
 
 
+def arrays(batch):
+    """Every array of a batch by its name."""
+    return {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(batch)}
+
+
 def same(got, expected):
-    for field in dataclasses.fields(got):
-        a, b = getattr(got, field.name), getattr(expected, field.name)
-        np.testing.assert_array_equal(a, b, err_msg=field.name)
-        assert a.dtype == b.dtype, field.name
+    for (name, a), b in zip(arrays(got).items(), arrays(expected).values(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+        assert a.dtype == b.dtype, name
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -77,8 +81,8 @@ def test_build_is_what_a_plain_loop_builds(found):
 def test_padding_points_past_the_last_page_and_asks_for_nothing():
     batch = empty(Bucket(8, 4), PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)
     assert (batch.slots_T >= NUM_PAGES * PAGE_SIZE).all()
-    for name in ("num_tokens_1", "counts_B", "lengths_B", "wants_B", "temperature_B"):
-        assert not getattr(batch, name).any(), name
+    for name in (".num_tokens_1", ".counts_B", ".lengths_B", ".sampling.wants_logprobs_B", ".sampling.temperature_B"):
+        assert not arrays(batch)[name].any(), name
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -86,13 +90,12 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
 def test_join_puts_the_ranks_one_after_the_other(first, second):
     bucket = Bucket(5 * LONGEST, 5)
     parts = [build(rank, bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH) for rank in (first, second)]
-    joined = join(parts)
+    joined = arrays(join(parts))
     for rank, part in enumerate(parts):
-        for field in dataclasses.fields(part):
-            array = getattr(part, field.name)
-            block = getattr(joined, field.name)[rank * len(array) : (rank + 1) * len(array)]
-            np.testing.assert_array_equal(block, array, err_msg=field.name)
-            assert len(getattr(joined, field.name)) == 2 * len(array)
+        for name, array in arrays(part).items():
+            block = joined[name][rank * len(array) : (rank + 1) * len(array)]
+            np.testing.assert_array_equal(block, array, err_msg=name)
+            assert len(joined[name]) == 2 * len(array)
 
 
 @given(st.integers(1, 70), st.integers(0, 600))

@@ -1,4 +1,4 @@
-"""The engine as a whole: tokens depend on the request alone, nothing compiles while it serves, memory is as budgeted."""
+"""The whole engine: tokens depend on the request alone, nothing compiles while it serves, memory is as budgeted."""
 
 import jax
 import numpy as np
@@ -70,7 +70,7 @@ def test_nothing_compiles_while_serving(llm):
             run(llm, prompts([length] * 3), kinds)
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    assert [event for event in compiled if "compile" in event] == [] and llm.engine.num_compiled == before == 4
+    assert [event for event in compiled if "compile" in event] == [] and llm.engine.num_compiled == before
 
 
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=8, seed=2**32 - 2, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The scheduler under random arrivals, aborts and ends: everyone moves, nobody is lost, no page and no token too many."""
+"""The scheduler under random arrivals, aborts and ends: everyone moves and ends, no page or token too many."""
 
 import random
 
@@ -59,7 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self):
         chunks = self.scheduler.schedule()
         assert bool(chunks) == bool(self.live), "there is work exactly as long as someone lives"
-        assert sum(chunk.count for chunk in chunks) <= self.budget and len(chunks) <= self.rows
+        assert sum(chunk.num_tokens for chunk in chunks) <= self.budget and len(chunks) <= self.rows
         moved = [chunk.sequence for chunk in chunks]
         assert len(moved) == len({*moved}), "one chunk a sequence"
         assert moved == self.scheduler.running, "every running sequence moves"
@@ -110,7 +110,7 @@ def test_a_long_prompt_does_not_hold_up_those_that_decode():
     counts = []
     while not second.finished:
         chunks = scheduler.schedule()
-        counts.append(tuple(chunk.count for chunk in chunks))
+        counts.append(tuple(chunk.num_tokens for chunk in chunks))
         for chunk in chunks:
             if chunk.samples:
                 chunk.sequence.append(0, None)
@@ -135,7 +135,7 @@ def test_chunks_sample_where_they_reach_the_end():
     seen = []
     while not request.finished:
         (chunk,) = scheduler.schedule()
-        seen.append((chunk.start, chunk.count, chunk.samples))
+        seen.append((chunk.start, chunk.num_tokens, chunk.samples))
         if chunk.samples:
             chunk.sequence.append(0, None)
         scheduler.commit([chunk])

@@ -25,6 +25,7 @@ STEPS = {
     "decodes": [(0, 1), (4, 1), (31, 1), (250, 1)],
     "mixed, with empty rows": [(9, 1), (0, 0), (0, 12), (140, 1), (0, 0), (7, 3)],
     "more than one tile": [(2, 1), (100, 150), (5, 2)],
+    "two rows": [(7, 5), (140, 1)],
     "nothing": [],
 }
 TOKENS, ROWS = 160, 6
@@ -42,6 +43,7 @@ class Shape:
     page_size: int = 16
     tokens: int = TOKENS
     traced: bool = False
+    rows: int = ROWS
 
     @property
     def num_pages(self):
@@ -55,6 +57,7 @@ SHAPES = [
     Shape(2, 2, 64, BF16, window=129),
     Shape(4, 2, 128, page_size=32),
     Shape(2, 1, 16, window=1, page_size=1, traced=True),
+    Shape(4, 2, 8, tokens=24, rows=2),
     Shape(8, 2, 8, tokens=24, page_size=160),  # a tile smaller than a block, a page larger than one
 ]
 
@@ -64,8 +67,8 @@ def make_ragged(rng, shape, rows):
     width = -(-300 // shape.page_size)
     T, pages = shape.tokens, rng.permutation(shape.num_pages)
     fields = {"positions_T": np.zeros(T, np.int32), "slots_T": np.full(T, shape.num_pages * shape.page_size, np.int32)}
-    table, counts, lengths = np.zeros((ROWS, width), np.int32), np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
-    starts, t = np.zeros(ROWS, np.int32), 0
+    table, t = np.zeros((shape.rows, width), np.int32), 0
+    starts, counts, lengths = np.zeros((3, shape.rows), np.int32)
     for row, (before, count) in enumerate(rows):
         needed = -(-(before + count) // shape.page_size)
         table[row, :needed], pages = pages[:needed], pages[needed:]
@@ -93,8 +96,12 @@ def random_kv(rng, shape):
     return xla._to_storage(normal(rng, *empty.shape, dtype=shape.dtype))
 
 
+def fits(rows, shape):
+    return sum(count for _, count in rows) <= shape.tokens and len(rows) <= shape.rows
+
+
 def fitting(shape):
-    return {name: rows for name, rows in STEPS.items() if sum(count for _, count in rows) <= shape.tokens}
+    return {name: rows for name, rows in STEPS.items() if fits(rows, shape)}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
