@@ -14,7 +14,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/slipway generate --prompt "def read_lines(path, encoding='utf-8'):" --max-tokens 96 --show-speed
 
 test: $(VENV)/test.stamp check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 8
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check $(CHECKED)

@@ -114,7 +114,7 @@ class Bench:
 
 
 def main() -> None:
-    """Run the command line. Where Slipway refuses: one line to stderr, no traceback, exit code 2."""
+    """Run the command line. Where Slipway refuses: what is wrong, to stderr, no traceback, exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slipway.codec.chat import ChatTemplate
@@ -122,26 +123,32 @@ class LLM:
             ids = self.engine.tokenizer.encode(text)
         if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
             raise InvalidRequest("prompt", ids, "a text, token ids, or a mapping with one of them")
-        return self.engine.add(list(ids), params, text)
+        return self.engine.add([int(i) if isinstance(i, np.integer) else i for i in ids], params, text)
 
     def _finished(self, ids: Mapping[str, int], shown: bool) -> Iterator[RequestOutput]:
-        """Run the engine until the requests have ended, giving each as it ends."""
+        """Run the engine until the requests have ended, giving each as it ends; an interruption aborts them."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not shown) as progress:
             task = progress.add_task("prompts", total=len(ids))
             left = set(ids)
-            while left:
-                for request in self.engine.step():
-                    if request.finished and request.request_id in left:
-                        left.remove(request.request_id)
-                        progress.advance(task)
-                        yield request.output()
+            try:
+                while left:
+                    for request in self.engine.step():
+                        if request.finished and request.request_id in left:
+                            left.remove(request.request_id)
+                            progress.advance(task)
+                            yield request.output()
+            finally:
+                for request_id in left:
+                    self.engine.abort(request_id)
 
 
 def _is_batch(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is a list of prompts; a list of integers is one prompt."""
     return (
-        isinstance(prompts, Sequence) and not isinstance(prompts, str) and not (prompts and isinstance(prompts[0], int))
+        isinstance(prompts, Sequence)
+        and not isinstance(prompts, str)
+        and not (prompts and isinstance(prompts[0], int | np.integer))
     )
 
 

@@ -10,6 +10,8 @@ from slipway.engine.request import SamplingParams
 from slipway.errors import CheckpointError, InvalidBatch, InvalidConfig, InvalidInput, InvalidRequest, UnsupportedModel
 from slipway.llm import LLM
 
+pytestmark = pytest.mark.xdist_group("engine")  # one worker compiles the shared engine
+
 PROMPT = [5, 6, 7, 8]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from slipway.codec.detokenizer import Detokenizer
 from slipway.errors import InvalidRequest
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS, MAX_N, MAX_TEMPERATURE = 20, 1024, 1e6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
         integer, number = _is_integer, _is_number
         checks = {
-            "n": (integer(self.n, 1), "an integer of at least 1"),
+            "n": (integer(self.n, 1, MAX_N), f"an integer from 1 to {MAX_N}"),
             "max_tokens": (self.max_tokens is None or integer(self.max_tokens, 1), "an integer of at least 1, or None"),
-            "temperature": (number(self.temperature, 0, math.inf), "a finite number of at least 0"),
+            "temperature": (number(self.temperature, 0, MAX_TEMPERATURE), f"a number from 0 to {MAX_TEMPERATURE:g}"),
             "top_k": (integer(self.top_k, -1, 2**31 - 1), "an integer from -1 to 2**31 - 1"),
             "top_p": (number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, at most 1"),
             "min_p": (number(self.min_p, 0, 1), "a number from 0 to 1"),
@@ -69,6 +69,9 @@ class SamplingParams:
         for field, (fine, expected) in checks.items():
             if not fine:
                 raise InvalidRequest(field, getattr(self, field), expected)
+        for field in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, field), bool):
+                raise InvalidRequest(field, getattr(self, field), "True or False")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +199,13 @@ def _items(field: str, value: object) -> tuple:
 
 
 def _is_integer(value: Any, low: int, high: float = math.inf) -> bool:
-    return type(value) is int and low <= value <= high
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    return (
+        isinstance(value, int | float | np.number)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    )

@@ -9,6 +9,8 @@ from slipway.engine.request import SamplingParams
 from slipway.errors import OutOfMemory
 from slipway.llm import LLM
 
+pytestmark = pytest.mark.xdist_group("engine")  # one worker compiles the shared engine
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LENGTHS = (1, 2, 3, 5, 8, 13, 31, 33, 50)
 

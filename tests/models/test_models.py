@@ -47,7 +47,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(
+    scope="module", params=[pytest.param(c, marks=pytest.mark.xdist_group(c.name), id=c.name) for c in CASES]
+)
 def model(request, tmp_path_factory):
     """A checkpoint and transformers' model of it."""
     directory = tmp_path_factory.mktemp(request.param.name)
