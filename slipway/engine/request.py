@@ -207,5 +207,5 @@ def _is_number(value: Any, low: float, high: float) -> bool:
         isinstance(value, int | float | np.number)
         and not isinstance(value, bool)
         and math.isfinite(value)
-        and low <= value <= high
+        and bool(low <= value <= high)
     )

@@ -5,6 +5,7 @@ Two programs: the forward pass, one per bucket, and the sampler, which depends o
 Each bucket is compiled ahead of time; calling the step with any other shape is an error, so nothing compiles later.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Step:
             jax.shard_map(_sample, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False),
             in_shardings=(sharded, sharded),
         )
-        self._options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+        self._options = _compiler_options(mesh.devices.flat[0].platform)
         self._programs: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
 
@@ -100,6 +101,18 @@ class Step:
         copies = self._mesh.shape[meshes.DATA]
         one = batches.empty(bucket, 1, 1, self._table_width)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((copies * x.shape[0], *x.shape[1:]), x.dtype), one)
+
+
+@functools.cache
+def _compiler_options(platform: str) -> dict[str, str | bool]:
+    """The options that this XLA knows: they come and go (the fusion emitters' is gone in JAX 0.12)."""
+    options = COMPILER_OPTIONS.get(platform, {})
+    try:
+        jax.jit(lambda: jnp.zeros(())).lower().compile(options)
+    except jax.errors.JaxRuntimeError:
+        logger.info("this XLA has no %s", ", ".join(options))
+        return {}
+    return options
 
 
 def _forward(model: Any, kv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
