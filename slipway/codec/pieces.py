@@ -50,8 +50,11 @@ def pieces(raw: tokenizers.Tokenizer, skip_special_tokens: bool) -> Pieces:
     return TextPieces(raw, skip_special_tokens, byte_fallback="ByteFallback" in kinds)
 
 
-class BytePieces(dict[int, bytes]):
-    """Token id -> its bytes; empty for an id that the full decode drops. Filled as ids come up."""
+class BytePieces(dict[int, str | bytes]):
+    """Token id -> its text, or its bytes where these are no whole characters. Filled as ids come up.
+
+    An id that the full decode drops has an empty text.
+    """
 
     def __init__(self, raw: tokenizers.Tokenizer, skip_special_tokens: bool):
         super().__init__()
@@ -59,7 +62,7 @@ class BytePieces(dict[int, bytes]):
         self._dropped = special_ids(raw) if skip_special_tokens else frozenset()
         self._byte_of = _byte_alphabet()
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         token = None if token_id in self._dropped else self._raw.id_to_token(token_id)
         if token is None:
             piece = b""
@@ -67,8 +70,8 @@ class BytePieces(dict[int, bytes]):
             piece = bytes(self._byte_of[char] for char in token)
         else:  # an added token is written in plain text, not in the byte alphabet
             piece = token.encode()
-        self[token_id] = piece
-        return piece
+        self[token_id] = text = _text_or_bytes(piece)
+        return text
 
     def stream(self) -> "ByteStream":
         return ByteStream(self)
@@ -80,13 +83,28 @@ class ByteStream:
     def __init__(self, pieces: BytePieces):
         self._pieces = pieces
         # "replace" writes one U+FFFD per maximal invalid subpart, as Rust's from_utf8_lossy does in the full decode.
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unfinished = False
 
     def push(self, token_id: int) -> str:
-        return self._decode(self._pieces[token_id])
+        piece = self._pieces[token_id]
+        if isinstance(piece, str):
+            if not self._unfinished:  # nearly always, at a fifth of the decoder's cost
+                return piece
+            piece = piece.encode()
+        text = self._decoder.decode(piece)
+        self._unfinished = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
+
+
+def _text_or_bytes(piece: bytes) -> str | bytes:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return piece
 
 
 class TextPieces(dict[int, str | None]):

@@ -74,38 +74,54 @@ def choose(shapes: Sequence[Bucket], chunks: Sequence[Sequence[Chunk]]) -> Bucke
     return next(bucket for bucket in shapes if bucket.num_tokens >= tokens)
 
 
-def build(chunks: Sequence[Chunk], bucket: Bucket, page_size: int, num_pages: int, table_width: int) -> Batch:
-    """The arrays of one copy of the weights. Slots of padding lie past the last page."""
-    batch = empty(bucket, page_size, num_pages, table_width)
-    if not chunks:
-        return batch
-    B, counts_B = len(chunks), np.array([chunk.num_tokens for chunk in chunks], np.int32)
-    sequences = [chunk.sequence for chunk in chunks]
-    params = [sequence.request.params for sequence in sequences]
-    ends_B, first_B = np.cumsum(counts_B, dtype=np.int32), np.array([chunk.start for chunk in chunks], np.int32)
-    T, starts_B = int(ends_B[-1]), ends_B - counts_B
-    row_T = np.repeat(np.arange(B), counts_B)
-    positions_T = np.arange(T, dtype=np.int32) + (first_B - starts_B)[row_T]
-    prompts_B = np.array([len(sequence.request.prompt_token_ids) for sequence in sequences], np.int32)
+class Builder:
+    """Makes the batches of one copy of the weights; remembers what stays while the same sequences run."""
 
-    batch.num_tokens_1[0] = T
-    batch.ids_T[:T] = [token for chunk in chunks for token in chunk.sequence.tokens(chunk.start, chunk.num_tokens)]
-    batch.positions_T[:T] = positions_T
-    batch.contexts_T[:T] = np.maximum(positions_T + 1, prompts_B[row_T])
-    batch.page_table_BM[:B] = [sequence.page_row for sequence in sequences]
-    pages_T = batch.page_table_BM[row_T, positions_T // page_size]
-    batch.slots_T[:T] = pages_T * page_size + positions_T % page_size
-    batch.starts_B[:B], batch.counts_B[:B], batch.lengths_B[:B] = starts_B, counts_B, first_B + counts_B
-    batch.sample_at_B[:B] = ends_B - 1
-    sampling = batch.sampling
-    sampling.temperature_B[:B] = [p.temperature for p in params]
-    sampling.top_k_B[:B] = [max(0, p.top_k) for p in params]
-    sampling.top_p_B[:B] = [p.top_p for p in params]
-    sampling.min_p_B[:B] = [p.min_p for p in params]
-    sampling.seed_B[:B] = [sequence.seed for sequence in sequences]
-    sampling.position_B[:B] = first_B + counts_B
-    sampling.wants_logprobs_B[:B] = [chunk.samples and p.logprobs is not None for chunk, p in zip(chunks, params)]
-    return batch
+    def __init__(self, page_size: int, num_pages: int, table_width: int):
+        self._page_size, self._num_pages, self._table_width = page_size, num_pages, table_width
+        self._lasting: tuple[Bucket, list, Array, Array, Sampling] | None = None
+
+    def build(self, chunks: Sequence[Chunk], bucket: Bucket) -> Batch:
+        """The arrays of a step. Slots of padding lie past the last page."""
+        sequences = [chunk.sequence for chunk in chunks]
+        if self._lasting is None or self._lasting[0] != bucket or self._lasting[1] != sequences:
+            batch = empty(bucket, self._page_size, self._num_pages, self._table_width)
+            self._lasting = (bucket, sequences, *_lasting(sequences, batch))
+        _, _, prompts_B, page_table_BM, sampling = self._lasting
+        ids_T, positions_T, contexts_T, slots_T = np.zeros((4, bucket.num_tokens), np.int32)
+        starts_B, counts_B, lengths_B, sample_at_B = np.zeros((4, bucket.num_rows), np.int32)
+        B, page_size = len(chunks), self._page_size
+
+        counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+        first = np.array([chunk.start for chunk in chunks], np.int32)
+        ends = np.cumsum(counts, dtype=np.int32)
+        T, starts = int(counts.sum()), ends - counts
+        row_of_token = np.repeat(np.arange(B), counts)
+        at = np.arange(T, dtype=np.int32) + (first - starts)[row_of_token]
+        ids_T[:T] = [token for sequence, start, count in chunks for token in sequence.tokens(start, count)]
+        positions_T[:T], contexts_T[:T] = at, np.maximum(at + 1, prompts_B[row_of_token])
+        slots_T[:T] = page_table_BM[row_of_token, at // page_size] * page_size + at % page_size
+        slots_T[T:] = self._num_pages * page_size
+        starts_B[:B], counts_B[:B], lengths_B[:B], sample_at_B[:B] = starts, counts, first + counts, ends - 1
+        return Batch(
+            np.array([T], np.int32), ids_T, positions_T, contexts_T, slots_T, starts_B, counts_B, lengths_B,
+            page_table_BM, sample_at_B, dataclasses.replace(sampling, position_B=lengths_B),
+        )  # fmt: skip
+
+
+def _lasting(sequences: Sequence[Any], batch: Batch) -> tuple[Array, Array, Sampling]:
+    """What does not change while sequences run: prompt lengths, the page table, parameters of sampling."""
+    rows, sampling, params = slice(len(sequences)), batch.sampling, [s.request.params for s in sequences]
+    for row, sequence in enumerate(sequences):
+        batch.page_table_BM[row] = sequence.page_row
+    sampling.temperature_B[rows] = [p.temperature for p in params]
+    sampling.top_k_B[rows] = [max(0, p.top_k) for p in params]
+    sampling.top_p_B[rows] = [p.top_p for p in params]
+    sampling.min_p_B[rows] = [p.min_p for p in params]
+    sampling.seed_B[rows] = [sequence.seed for sequence in sequences]
+    sampling.wants_logprobs_B[rows] = [p.logprobs is not None for p in params]
+    prompts_B = np.array([len(sequence.request.prompt_token_ids) for sequence in sequences], np.int32)
+    return prompts_B, batch.page_table_BM, sampling
 
 
 def empty(bucket: Bucket, page_size: int, num_pages: int, table_width: int) -> Batch:

@@ -76,6 +76,9 @@ class Engine:
             )
             for _ in range(limits.copies)
         ]
+        self._builders = [
+            batches.Builder(limits.page_size, limits.num_pages, self._table_width) for _ in range(limits.copies)
+        ]
         self._requests: dict[str, tuple[Request, Scheduler]] = {}
 
     @property
@@ -92,6 +95,7 @@ class Engine:
         request = Request(str(number), prompt, prompt_token_ids, params, self._check(prompt_token_ids, params))
         scheduler = min(self._schedulers, key=lambda scheduler: scheduler.load)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        self.stats.prompt_tokens += params.n * len(prompt_token_ids)
         for index in range(params.n):
             # without a seed of its own a request gets one from the engine's seed and its number
             seed = params.seed if params.seed is not None else _mix(self._seed, number)
@@ -125,10 +129,7 @@ class Engine:
         if not any(chunks):
             return []
         bucket = batches.choose(self._shapes, chunks)
-        limits = self.limits
-        batch = batches.join(
-            [batches.build(rank, bucket, limits.page_size, limits.num_pages, self._table_width) for rank in chunks]
-        )
+        batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
         dispatched = time.perf_counter()
         self._kv, sampled = self._step(self._params, self._kv, bucket, batch)
         sampled = host(sampled)
@@ -149,13 +150,13 @@ class Engine:
         """Give each sequence the token that its row sampled."""
         tokens = sampled.token_B.tolist()
         for row, chunk in enumerate(chunks, first_row):
-            sequence = chunk.sequence
-            self.stats.prompt_tokens += chunk.num_tokens - (chunk.start >= len(sequence.request.prompt_token_ids))
-            if chunk.samples:
-                top = sequence.request.params.logprobs
-                sequence.append(tokens[row], None if top is None else _logprobs(sampled, row, top))
-                self.stats.generated_tokens += 1
-                touched[sequence.request.request_id] = sequence.request
+            if not chunk.samples:
+                continue  # its prompt goes on
+            sequence, request = chunk.sequence, chunk.sequence.request
+            top = request.params.logprobs
+            sequence.append(tokens[row], None if top is None else _logprobs(sampled, row, top))
+            self.stats.generated_tokens += 1
+            touched[request.request_id] = request
 
     def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """The longest output that the request may have."""

@@ -115,16 +115,14 @@ class Sequence:
         self.detokenizer = detokenizer
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
+        self.num_tokens = len(request.prompt_token_ids)  # prompt and output together
+        self._num_read, self._flushed = 0, False  # how far the text has come
+        self._num_hidden = 0  # 1: the last token is a stop token, which the text leaves out
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.pages: list[int] = []
         self.page_row: np.ndarray | None = None  # the same, padded to the page table's width
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output together."""
-        return len(self.request.prompt_token_ids) + len(self.token_ids)
 
     @property
     def max_length(self) -> int:
@@ -133,6 +131,8 @@ class Sequence:
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Its tokens from position ``start`` on."""
+        if count == 1 and start + 1 == self.num_tokens and self.token_ids:  # decoding, nearly always
+            return self.token_ids[-1:]
         prompt = self.request.prompt_token_ids
         if start >= len(prompt):
             return self.token_ids[start - len(prompt) : start - len(prompt) + count]
@@ -140,30 +140,39 @@ class Sequence:
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Take a sampled token, and end where it, the text or the length says so."""
+        params = self.request.params
         self.token_ids.append(token_id)
+        self.num_tokens += 1
         if self.logprobs is not None:
             self.logprobs.append(logprobs or {})
-        stopped = token_id in self.stop_ids
-        if self.detokenizer is not None and (not stopped or self.request.params.include_stop_str_in_output):
-            self.detokenizer.add(token_id)
-        if stopped:
-            self.finish("stop", token_id if token_id in self.request.params.stop_token_ids else None)
-        elif self.detokenizer is not None and self.detokenizer.stopped is not None:
+        if token_id in self.stop_ids:
+            self._num_hidden = int(not params.include_stop_str_in_output)
+            self.finish("stop", token_id if token_id in params.stop_token_ids else None)
+        elif self.detokenizer is not None and params.stop and self._read().stopped is not None:
             self.finish("stop", self.detokenizer.stopped)
         elif len(self.token_ids) >= self.request.max_tokens:
             self.finish("length", None)
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """End; text held back for a stop string is released."""
+        """End, for this reason."""
         self.finish_reason, self.stop_reason = reason, stop_reason
-        if self.detokenizer is not None:
-            self.detokenizer.finish()
 
     def output(self) -> CompletionOutput:
         """What it has come to."""
-        text = "" if self.detokenizer is None else self.detokenizer.text
+        text = "" if self.detokenizer is None else self._read().text
         logprobs = None if self.logprobs is None else list(self.logprobs)
         return CompletionOutput(self.index, text, list(self.token_ids), logprobs, self.finish_reason, self.stop_reason)
+
+    def _read(self) -> Detokenizer:
+        """Detokenize what is new. Only a stop string needs that at every step; else it waits until someone looks."""
+        assert self.detokenizer is not None
+        for token_id in self.token_ids[self._num_read : len(self.token_ids) - self._num_hidden]:
+            self.detokenizer.add(token_id)
+            self._num_read += 1
+        if self.finish_reason is not None and not self._flushed:
+            self.detokenizer.finish()  # nothing can follow: what was held back is text
+            self._flushed = True
+        return self.detokenizer
 
 
 class Request:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.engine.batch import Bucket, buckets, build, choose, empty, join
+from slipway.engine.batch import Bucket, Builder, buckets, choose, empty, join
 from slipway.engine.request import Request, SamplingParams, Sequence
 from slipway.engine.scheduler import Chunk
 
@@ -29,6 +29,7 @@ def chunks(draw, max_rows=5):
         request = Request(str(number), None, [100 * number + i for i in range(prompt)], params, 4)
         sequence = Sequence(request, 0, draw(st.integers(0, 2**32 - 1)), frozenset(), None)
         sequence.token_ids = [100 * number + 50 + i for i in range(draw(st.integers(0, 3)))]
+        sequence.num_tokens += len(sequence.token_ids)
         sequence.pages = [next(pages) for _ in range(-(-sequence.max_length // PAGE_SIZE))]
         sequence.page_row = np.zeros(TABLE_WIDTH, np.int32)
         sequence.page_row[: len(sequence.pages)] = sequence.pages
@@ -38,7 +39,7 @@ def chunks(draw, max_rows=5):
 
 
 def reference(chunks_, batch):
-    """The same as ``build``, token by token and row by row, over an empty batch."""
+    """The same as ``Builder.build``, token by token and row by row, over an empty batch."""
     t = 0
     for row, (sequence, start, count) in enumerate(chunks_):
         tokens, params = sequence.request.prompt_token_ids + sequence.token_ids, sequence.request.params
@@ -51,7 +52,7 @@ def reference(chunks_, batch):
         batch.page_table_BM[row, : len(sequence.pages)] = sequence.pages
         batch.sample_at_B[row] = t - 1
         sampling = batch.sampling
-        sampling.wants_logprobs_B[row] = params.logprobs is not None and start + count == len(tokens)
+        sampling.wants_logprobs_B[row] = params.logprobs is not None
         sampling.temperature_B[row], sampling.top_k_B[row] = params.temperature, max(params.top_k, 0)
         sampling.top_p_B[row], sampling.min_p_B[row] = params.top_p, params.min_p
         sampling.seed_B[row], sampling.position_B[row] = sequence.seed, start + count
@@ -75,7 +76,21 @@ def same(got, expected):
 def test_build_is_what_a_plain_loop_builds(found):
     bucket = Bucket(5 * LONGEST, 7)
     expected = reference(found, empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH))
-    same(build(found, bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH), expected)
+    same(Builder(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH).build(found, bucket), expected)
+
+
+def test_a_builder_forgets_what_no_longer_runs():
+    builder, bucket = Builder(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH), Bucket(8, 4)
+
+    def running(number, pages):
+        params = SamplingParams(temperature=number / 8)
+        sequence = Sequence(Request(str(number), None, [1, 2, 3], params, 4), 0, number, frozenset(), None)
+        sequence.pages, sequence.page_row = pages, np.array(pages + [0] * (TABLE_WIDTH - len(pages)), np.int32)
+        return Chunk(sequence, 0, 3)
+
+    one, two, three = running(1, [5, 6]), running(2, [7, 8]), running(3, [9, 10])
+    for step in ([one, two], [one, two], [two], [two, three], [], [three]):
+        same(builder.build(step, bucket), reference(step, empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)))
 
 
 def test_padding_points_past_the_last_page_and_asks_for_nothing():
@@ -89,7 +104,7 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
 @given(chunks(), chunks())
 def test_join_puts_the_ranks_one_after_the_other(first, second):
     bucket = Bucket(5 * LONGEST, 5)
-    parts = [build(rank, bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH) for rank in (first, second)]
+    parts = [Builder(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH).build(rank, bucket) for rank in (first, second)]
     joined = arrays(join(parts))
     for rank, part in enumerate(parts):
         for name, array in arrays(part).items():
