@@ -138,7 +138,7 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokeniz
 
 def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, seconds: float) -> None:
     tokens = limits.num_pages * limits.page_size
-    logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), ops.BODIES)
+    logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), ops.bodies())
     logger.info(
         "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
         limits.num_pages, limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,

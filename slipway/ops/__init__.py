@@ -13,18 +13,44 @@ device's part: the ops run under shard_map and communicate with nobody.
 The cache goes to an op whole, with a layer index: a slice of it would be a copy.
 """
 
+import functools
+from pathlib import Path
+
 import jax
 
 from slipway.ops import xla
 from slipway.tree import module
 
-BODIES = {op: "xla" for op in ("embed", "linear", "write_kv", "paged_attention")}  # shown at start
-
 embed = xla.embed
-linear = xla.linear
 write_kv = xla.write_kv
 paged_attention = xla.paged_attention
 allocate_kv = xla.allocate_kv
+
+
+def linear(x_TD, w_OD, num_tokens):
+    """See above; the body depends on the processor."""
+    return (xla.linear_widened if _lacks_bf16() else xla.linear)(x_TD, w_OD, num_tokens)
+
+
+def bodies() -> dict[str, str]:
+    """Which body serves each op here, and why; shown at start."""
+    widened = "xla, widened to f32 from 128 rows (this CPU has no bf16 products)"
+    return {
+        "embed": "xla",
+        "linear": widened if _lacks_bf16() else "xla",
+        "write_kv": "xla",
+        "paged_attention": "xla",
+    }
+
+
+@functools.cache
+def _lacks_bf16() -> bool:
+    """Whether the backend is a CPU without 16-bit products; where that cannot be told, no."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if jax.default_backend() != "cpu" or not cpuinfo.exists():
+        return False
+    flags = cpuinfo.read_text()
+    return "flags" in flags and "avx512_bf16" not in flags and "amx_bf16" not in flags
 
 
 @module

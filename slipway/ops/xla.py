@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
+WIDENED_ROWS = 128  # 512 x 3,072 x 1,024 on AVX2: 27 ms against 51; with 32 rows it does not pay
 FEW_ROWS = 2  # of a step that attends row by row
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 
@@ -29,6 +30,13 @@ def linear(x_TD, w_OD, num_tokens):
     if rows == 1:
         x_TD = jnp.concatenate([x_TD, x_TD])
     return lax.dot_general(x_TD, w_OD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:rows]
+
+
+def linear_widened(x_TD, w_OD, num_tokens):
+    """The same, for a CPU that has no 16-bit products: from WIDENED_ROWS on, the operands are widened to f32 first."""
+    if x_TD.shape[0] >= WIDENED_ROWS:
+        x_TD, w_OD = x_TD.astype(jnp.float32), w_OD.astype(jnp.float32)
+    return linear(x_TD, w_OD, num_tokens)
 
 
 def allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
