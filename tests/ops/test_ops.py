@@ -135,11 +135,12 @@ def test_write_kv_equals_its_oracle_and_padding_writes_nothing(shape):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("rows", [1, 2, 9])
-def test_linear_equals_its_oracle(rows, dtype):
+@pytest.mark.parametrize("rows", [1, 2, 9, xla.WIDENED_ROWS])
+@pytest.mark.parametrize("linear", [ops.linear, xla.linear, xla.linear_widened])
+def test_linear_equals_its_oracle(linear, rows, dtype):
     rng, count = np.random.default_rng(2), jnp.int32(max(1, rows - 2))
     x_TD, w_OD = normal(rng, rows, 48, dtype=dtype), normal(rng, 20, 48, dtype=dtype)
-    got, expected = ops.linear(x_TD, w_OD, count), xla.linear_oracle(x_TD, w_OD, count)
+    got, expected = linear(x_TD, w_OD, count), xla.linear_oracle(x_TD, w_OD, count)
     assert got.dtype == F32 and got.shape == (rows, 20)
     np.testing.assert_allclose(got[:count], expected[:count], rtol=1e-5, atol=1e-5)
 
