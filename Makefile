@@ -11,7 +11,8 @@ WORKERS ?= 2
 .PHONY: demo test check bench clean
 
 demo: $(VENV)/core.stamp
-	$(BIN)/slipway generate --prompt "def read_lines(path, encoding='utf-8'):" --max-tokens 96 --show-speed
+	$(BIN)/slipway generate --prompt "def __init__(self, name, value):" --max-tokens 64 \
+		--temperature 0.7 --top-p 0.9 --seed 1 --show-speed
 
 test: $(VENV)/test.stamp check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 8
@@ -22,7 +23,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/python tools/sizes.py
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m host -p no:xdist
+	$(BIN)/python -m pytest -q -m host -n 0
 
 bench: $(VENV)/test.stamp
 	$(BIN)/slipway bench engine --against transformers

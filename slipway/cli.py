@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from slipway.bench.layers import LayersBench
 from slipway.checkpoint import hub
 from slipway.engine.config import EngineConfig
 from slipway.engine.request import RequestOutput, SamplingParams
-from slipway.errors import SlipwayError
+from slipway.errors import InvalidConfig, InvalidRequest, SlipwayError
 from slipway.llm import LLM, NANO
 from slipway.models import ARCHITECTURES
 
@@ -37,7 +38,14 @@ class SamplingFlags(SamplingParams):
     logprobs: tyro.conf.Suppress[int | None] = None
 
 
-ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=8)  # two shapes to compile
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatFlags(SamplingFlags):
+    """The same for a conversation, which has one answer."""
+
+    n: tyro.conf.Suppress[int] = 1
+
+
+ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32)  # two shapes to compile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +64,14 @@ class Generate:
     def run(self) -> None:
         """Print the prompt and what follows it."""
         if self.sampling.n > 1:
-            rows = dataclasses.replace(self.engine, max_num_seqs=max(self.sampling.n, self.engine.max_num_seqs))
+            if self.show_speed:
+                raise InvalidConfig("show_speed", True, "one sample (n = 1), whose text is streamed")
+            n = self.sampling.n
+            rows = dataclasses.replace(
+                self.engine,
+                max_num_seqs=max(n, self.engine.max_num_seqs),
+                max_num_batched_tokens=max(n, self.engine.max_num_batched_tokens),
+            )
             for output in _load(self.model, rows).generate(self.prompt, self.sampling)[0].outputs:
                 print(f"--- {output.index}\n{self.prompt}{output.text}")
             return
@@ -74,7 +89,7 @@ class Chat:
     system: str | None = None
     """A system message to begin with."""
     engine: OmitArgPrefixes[EngineFlags] = ONE_AT_A_TIME
-    sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(max_tokens=256, temperature=0.6, top_p=0.9)
+    sampling: OmitArgPrefixes[ChatFlags] = ChatFlags(max_tokens=256, temperature=0.6, top_p=0.9)
 
     def run(self) -> None:
         """Read, answer, repeat."""
@@ -82,8 +97,13 @@ class Chat:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         while (line := _ask()) is not None:
             messages.append({"role": "user", "content": line})
-            text = _print_stream(llm.stream(llm.chat_prompt(messages), self.sampling), False)
-            messages.append({"role": "assistant", "content": text})
+            try:
+                text = _print_stream(llm.stream(llm.chat_prompt(messages), self.sampling), False)
+            except InvalidRequest as error:  # longer than the context, say: the conversation so far is not lost
+                print(f"slipway: {error}", file=sys.stderr)
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +168,7 @@ def _registry() -> ConstructorRegistry:
 
 def _load(model: str, engine: EngineConfig) -> LLM:
     options = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
-    return LLM(NANO if model == "nano" else model, **options)
+    return LLM(model, **options)
 
 
 def _print_stream(outputs: Iterator[RequestOutput], show_speed: bool) -> str:
@@ -161,13 +181,11 @@ def _print_stream(outputs: Iterator[RequestOutput], show_speed: bool) -> str:
         print(sample.text[len(text) :], end="", flush=True)
         text, count = sample.text, len(sample.token_ids)
     print()
-    if show_speed and count > 1:
+    if show_speed:
         seconds = time.perf_counter() - first
-        started = _process_start()
-        print(
-            f"\n[{(count - 1) / seconds:.1f} tokens/s after the first; first token {first - started:.1f} s after the "
-            f"process started; {count} tokens]", file=sys.stderr,
-        )  # fmt: skip
+        rate = f"{(count - 1) / seconds:.1f} tokens/s after it, " if count > 1 else ""
+        started = f"first token {first - _process_start():.1f} s after the process started"
+        print(f"\n[{started}, {rate}{count} tokens]", file=sys.stderr)
     return text
 
 
@@ -175,7 +193,7 @@ def _process_start() -> float:
     """When this process began, on the clock of ``time.perf_counter`` (Linux: since boot, as /proc counts)."""
     with open("/proc/self/stat") as f:
         ticks = int(f.read().rsplit(")", 1)[1].split()[19])
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / 100
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.perf_counter() - age_s
 
 

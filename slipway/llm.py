@@ -24,17 +24,19 @@ Message = dict[str, Any]
 
 
 class LLM:
-    """A model ready to generate. ``model``: a directory or a hub id; without one, the shipped nano.
+    """A model ready to generate. ``model``: a directory or a hub id; by default ``"nano"``, which is shipped.
 
     Keyword arguments are the fields of ``EngineConfig``. Raises CheckpointError, UnsupportedModel, InvalidConfig or
     OutOfMemory.
     """
 
-    def __init__(self, model: str | Path = NANO, **options: Any):
+    def __init__(self, model: str | Path = "nano", **options: Any):
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         for name in options.keys() - known:
             raise InvalidConfig(name, options[name], f"no such option; there are {', '.join(sorted(known))}")
-        self.engine = launch(str(model), EngineConfig(**options))
+        if isinstance(model, Path):
+            model = str(model.absolute())  # never a hub id
+        self.engine = launch(NANO if model == "nano" else model, EngineConfig(**options))
         tokenizer = self.engine.tokenizer
         self._chat = None if tokenizer is None else ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
 
@@ -55,23 +57,28 @@ class LLM:
         params = _each(sampling_params, len(items))
         ids: dict[str, int] = {}
         errors: dict[int, InvalidRequest] = {}
-        for position, (prompt, params_of) in enumerate(zip(items, params)):
-            try:
-                ids[self._add(prompt, params_of)] = position
-            except InvalidRequest as error:
-                if not listed:
-                    raise
-                errors[position] = error
         outputs: list[RequestOutput | None] = [None] * len(items)
-        for output in self._finished(ids, use_tqdm and len(items) > 1):
-            outputs[ids[output.request_id]] = output
+        try:
+            for position, (prompt, params_of) in enumerate(zip(items, params)):
+                try:
+                    ids[self._add(prompt, params_of)] = position
+                except InvalidRequest as error:
+                    if not listed:
+                        raise
+                    errors[position] = error
+            for output in self._finished(ids, use_tqdm and len(items) > 1):
+                outputs[ids[output.request_id]] = output
+        finally:  # an interruption leaves nothing behind
+            for request_id, position in ids.items():
+                if outputs[position] is None:
+                    self.engine.abort(request_id)
         if errors:
             raise InvalidBatch(errors, outputs)
         return [output for output in outputs if output is not None]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, giving what it has come to after every step. Leaving the loop early aborts it."""
-        request = self.engine.request(self._add(prompt, sampling_params or SamplingParams()))
+        request = self.engine.request(self._add(prompt, _each(sampling_params, 1)[0]))
         shown = 0
         try:
             while not request.finished or request.num_generated > shown:
@@ -126,21 +133,17 @@ class LLM:
         return self.engine.add([int(i) if isinstance(i, np.integer) else i for i in ids], params, text)
 
     def _finished(self, ids: Mapping[str, int], shown: bool) -> Iterator[RequestOutput]:
-        """Run the engine until the requests have ended, giving each as it ends; an interruption aborts them."""
+        """Run the engine until the requests have ended, giving each as it ends."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not shown) as progress:
             task = progress.add_task("prompts", total=len(ids))
             left = set(ids)
-            try:
-                while left:
-                    for request in self.engine.step():
-                        if request.finished and request.request_id in left:
-                            left.remove(request.request_id)
-                            progress.advance(task)
-                            yield request.output()
-            finally:
-                for request_id in left:
-                    self.engine.abort(request_id)
+            while left:
+                for request in self.engine.step():
+                    if request.finished and request.request_id in left:
+                        left.remove(request.request_id)
+                        progress.advance(task)
+                        yield request.output()
 
 
 def _is_batch(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -4,15 +4,19 @@ HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured by huggingface_hu
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from slipway.errors import CheckpointError, InvalidConfig
 
-ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # no code, no pickles
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # no code, no pickles
+ALLOW_PATTERNS = (*WITHOUT_WEIGHTS, "*.safetensors")
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, patterns: Sequence[str] = ALLOW_PATTERNS) -> Path:
     """The directory of ``model``: a local directory, else the snapshot of a hub id (``org/name``) at ``revision``.
+
+    ``patterns``: the files that a download takes, of the repository's top level.
 
     Raises InvalidConfig for an empty name or a revision of a local directory, CheckpointError for what is neither a
     directory nor a hub id, or cannot be had.
@@ -26,16 +30,19 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return path
     if path.exists() or model.startswith(("/", "./", "../", "~")):
         raise CheckpointError(model, ["not a directory" if path.exists() else "no such directory"])
-    return _download(model, revision)
+    return _download(model, revision, patterns)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     # Imported here: huggingface_hub takes half a second, which a local directory need not wait for.
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOW_PATTERNS)))
+        directory = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+        return Path(directory)
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         match error:
             case errors.HFValidationError():

@@ -15,7 +15,7 @@ from slipway.engine.scheduler import Chunk
 from slipway.tree import module
 
 Array = Any  # NumPy on the host; inside the step what JAX makes of it
-SMALLEST, GROWTH = 2, 4  # XLA's one-row dot is slower than its two-row dot
+SMALLEST, SMALLEST_CHUNK, GROWTH = 2, 16, 4  # XLA's one-row dot is slower than its two-row dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,14 @@ class Batch:
 
 
 def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
-    """Every shape, smallest first: powers of four, the most rows that decode together, the most tokens."""
+    """Every shape, smallest first: powers of four, the most rows that decode together, the most tokens.
+
+    Below SMALLEST_CHUNK only those that decoding needs.
+    """
     sizes, size = {max(SMALLEST, max_num_seqs), max(SMALLEST, max_num_tokens)}, SMALLEST
     while size < max_num_tokens:
-        sizes.add(size)
+        if size <= max_num_seqs or size == SMALLEST or size >= SMALLEST_CHUNK:
+            sizes.add(size)
         size *= GROWTH
     return [Bucket(size, min(size, max(SMALLEST, max_num_seqs))) for size in sorted(sizes)]
 

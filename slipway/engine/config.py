@@ -12,9 +12,9 @@ class EngineConfig:
     """How a model is loaded and run."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights, activations and cache; auto: the checkpoint's own."""
+    """Of weights, activations and cache; auto: what config.json says, else the tensors."""
     load_format: Literal["auto", "dummy"] = "auto"
-    """auto: the directory's safetensors; dummy: random weights, config.json alone is read."""
+    """auto: the directory's safetensors; dummy: random weights, no weight file is read."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tensor_parallel_size: int = 1

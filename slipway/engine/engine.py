@@ -79,7 +79,7 @@ class Engine:
         self._builders = [
             batches.Builder(limits.page_size, limits.num_pages, self._table_width) for _ in range(limits.copies)
         ]
-        self._requests: dict[str, tuple[Request, Scheduler]] = {}
+        self._requests: dict[str, Request] = {}
 
     @property
     def num_compiled(self) -> int:
@@ -93,7 +93,6 @@ class Engine:
         """
         number = next(self._count)
         request = Request(str(number), prompt, prompt_token_ids, params, self._check(prompt_token_ids, params))
-        scheduler = min(self._schedulers, key=lambda scheduler: scheduler.load)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         self.stats.prompt_tokens += params.n * len(prompt_token_ids)
         for index in range(params.n):
@@ -101,19 +100,20 @@ class Engine:
             seed = params.seed if params.seed is not None else _mix(self._seed, number)
             sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(params))
             request.sequences.append(sequence)
-            scheduler.add(sequence)
-        self._requests[request.request_id] = request, scheduler
+            min(self._schedulers, key=lambda scheduler: scheduler.load).add(sequence)
+        self._requests[request.request_id] = request
         return request.request_id
 
     def request(self, request_id: str) -> Request:
         """A running request. Raises KeyError if it is not running."""
-        return self._requests[request_id][0]
+        return self._requests[request_id]
 
     def abort(self, request_id: str) -> RequestOutput:
         """End a request where it stands; its pages are free at once. Raises KeyError if it is not running."""
-        request, scheduler = self._requests.pop(request_id)
+        request = self._requests.pop(request_id)
         running = [sequence for sequence in request.sequences if sequence.finish_reason is None]
-        scheduler.abort(running)
+        for scheduler in self._schedulers:
+            scheduler.abort(running)
         for sequence in running:
             sequence.finish("abort")
         return request.output()

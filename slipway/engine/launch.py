@@ -25,7 +25,7 @@ from slipway.engine.batch import Bucket
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine, Limits
 from slipway.engine.step import KV_SPEC, Step
-from slipway.errors import InvalidConfig
+from slipway.errors import InvalidConfig, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +40,21 @@ def launch(model: str, config: EngineConfig) -> Engine:
     Raises CheckpointError, UnsupportedModel, InvalidConfig or OutOfMemory; nothing is held then.
     """
     started = time.perf_counter()
-    directory = hub.resolve(model, config.revision)
     dummy = config.load_format == "dummy"
+    directory = hub.resolve(model, config.revision, hub.WITHOUT_WEIGHTS if dummy else hub.ALLOW_PATTERNS)
     checkpoint = files.open_without_weights(directory) if dummy else files.open_checkpoint(directory)
-    raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides)).items() if v is not None}
+    removed = {key for key, value in config.hf_overrides.items() if value is None}
+    raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides)).items() if k not in removed}
     tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(directory)
     mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
     declaration = models.declare(raw)
     model_config = declaration.config
     platform = mesh.devices.flat[0].platform
     declaration = meshes.fit(LAYERS.get(platform, lambda same: same)(declaration), mesh)
-    dtype = _dtype(config.dtype, raw)
+    dtype = _dtype(config.dtype, raw, checkpoint)
     length = _max_model_len(config.max_model_len, model_config.max_context)
+    if not dummy:
+        load.check(declaration, checkpoint, dtype, IGNORED_TENSORS)  # before anything takes time
     step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)
 
     with ThreadPoolExecutor(1) as pool:
@@ -59,7 +62,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
         if dummy:
             params = load.dummy(declaration, mesh, dtype, config.seed)
         else:
-            params = load.load(declaration, checkpoint, mesh, dtype, IGNORED_TENSORS)
+            params = load.read(declaration, checkpoint, mesh, dtype)
         kv = jax.jit(lambda: jnp.zeros(step.kv.shape, step.kv.dtype), out_shardings=step.kv.sharding)()
         rest.result()
     limits = Limits(
@@ -115,11 +118,16 @@ def _shard_bytes(param: tree.Param, mesh: Mesh, itemsize: int) -> int:
     return math.prod(NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)) * itemsize
 
 
-def _dtype(name: str, raw: dict[str, Any]) -> Any:
+def _dtype(name: str, raw: dict[str, Any], checkpoint: files.Checkpoint) -> Any:
+    """The option, else what config.json says, else what most tensors are."""
+    stated = raw.get("dtype") or raw.get("torch_dtype")
+    if name == "auto" and stated is not None:
+        if stated not in NAMED_DTYPES:
+            raise UnsupportedModel("config.json: dtype", stated, " | ".join(NAMED_DTYPES))
+        name = stated
     if name == "auto":
-        name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-    if name not in NAMED_DTYPES:
-        raise InvalidConfig("dtype", name, " | ".join(NAMED_DTYPES))
+        held = [files.DTYPES[tensor.dtype].name for tensor in checkpoint.tensors.values()]
+        name = max(NAMED_DTYPES, key=held.count) if held else "bfloat16"
     return NAMED_DTYPES[name]
 
 

@@ -30,7 +30,7 @@ class Budget:
         if fit < 1:
             raise OutOfMemory(
                 f"memory budget {gib(self.total)}: weights take {gib(self.weights)}, temporaries {gib(temp)}, "
-                f"a page {gib(self.page)}; raise memory_fraction or max out fewer tokens a step"
+                f"a page {gib(self.page)}; raise memory_fraction or lower max_num_batched_tokens"
             )
         return min(fit, useful)
 
@@ -49,10 +49,12 @@ def free_bytes(device: jax.Device) -> int:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return available
+    group = Path("/sys/fs/cgroup")  # version 2; what its files hold in the page cache is given back when needed
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])
+        available = min(available, int(limit) - int((group / "memory.current").read_text()) + cached)
+    return max(0, available)
 
 
 def gib(size_bytes: int) -> str:

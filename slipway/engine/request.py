@@ -49,7 +49,11 @@ class SamplingParams:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
-        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
+        ids = _items("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) if isinstance(i, np.integer) else i for i in ids))
+        for field in ("n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs"):
+            if isinstance(value := getattr(self, field), np.integer | np.floating):
+                object.__setattr__(self, field, value.item())
         integer, number = _is_integer, _is_number
         checks = {
             "n": (integer(self.n, 1, MAX_N), f"an integer from 1 to {MAX_N}"),
@@ -151,7 +155,9 @@ class Sequence:
         elif self.detokenizer is not None and params.stop and self._read().stopped is not None:
             self.finish("stop", self.detokenizer.stopped)
         elif len(self.token_ids) >= self.request.max_tokens:
-            self.finish("length", None)
+            self.finish("length")
+            if self.detokenizer is not None and params.stop and self._read().stopped is not None:
+                self.finish("stop", self.detokenizer.stopped)  # completed by the very end of the text
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         """End, for this reason."""
@@ -208,13 +214,8 @@ def _items(field: str, value: object) -> tuple:
 
 
 def _is_integer(value: Any, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
+    return type(value) is int and low <= value <= high
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    return (
-        isinstance(value, int | float | np.number)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and bool(low <= value <= high)
-    )
+    return type(value) in (int, float) and low <= value <= high  # NaN is in no range

@@ -39,8 +39,8 @@ class Scheduler:
 
     @property
     def load(self) -> int:
-        """Sequences not yet finished."""
-        return len(self.waiting) + len(self.running)
+        """Tokens that its sequences may come to, at the most."""
+        return sum(sequence.max_length for queue in (self.waiting, self.running) for sequence in queue)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its pages must fit the pool."""
@@ -69,7 +69,7 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
 
     def abort(self, sequences: list[Sequence]) -> None:
-        """Drop sequences, wherever they are; their pages are free at once."""
+        """Drop those of the sequences that are here; their pages are free at once."""
         for sequence in sequences:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)

@@ -10,20 +10,23 @@ from typing import Any, Self
 from slipway.errors import UnsupportedModel
 from slipway.nn.rope import Scaling
 
-# Fields that do not change what a forward pass computes.
+# Fields that do not change what a forward pass computes; old files hold defaults of generation, too.
 INERT = {
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "return_dict",
     "output_attentions", "output_hidden_states", "is_encoder_decoder", "id2label", "label2id", "problem_type",
     "chunk_size_feed_forward", "torchscript", "use_bfloat16", "pruned_heads", "task_specific_params",
-    "gradient_checkpointing", "unsloth_version", "unsloth_fixed",
+    "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "max_length", "min_length", "num_beams",
+    "num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "do_sample",
 }  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+MAY_BE_ZERO = ("max_window_layers", "sliding_window", "num_key_value_heads", "head_dim", "mscale", "mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """What dense decoders share. ``sliding_window`` applies to the layers that ``layer_types`` calls sliding."""
+    """What dense decoders share."""
 
     vocab_size: int
     hidden_size: int
@@ -38,8 +41,6 @@ class DenseConfig:
     rope_theta: float = 10000.0
     rope_scaling: Scaling = Scaling()
     tie_word_embeddings: bool = False
-    sliding_window: int | None = None
-    layer_types: tuple[str, ...] = ()
 
     @property
     def max_context(self) -> int:
@@ -56,8 +57,7 @@ class DenseConfig:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Each layer's sliding window, None where it sees everything."""
-        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in types)
+        return (None,) * self.num_hidden_layers
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Self:
@@ -65,9 +65,10 @@ class DenseConfig:
 
         Raises UnsupportedModel, naming the field, on an unknown field that is set, a missing or impossible value.
         """
-        values = {key: value for key, value in raw.items() if value is not None}
-        values |= _rope(values, values.pop("rope_parameters", None) or values.pop("rope_scaling", None) or {})
         known = {field.name: field for field in dataclasses.fields(cls)}
+        values = {k: v for k, v in raw.items() if v is not None or (k in known and known[k].type == int | None)}
+        length = values.get("max_position_embeddings", known["max_position_embeddings"].default)
+        values |= _rope(values.pop("rope_scaling", None), values.pop("rope_parameters", None), values, length)
         for key, value in values.items():
             if key not in known and key not in INERT and not key.startswith("_") and value is not False:
                 expected = f"no such field; hf_overrides={{{key!r}: None}} loads the model as if it were absent"
@@ -88,78 +89,93 @@ class DenseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowedConfig(DenseConfig):
-    """Qwen's way to say which layers slide: those from ``max_window_layers`` on, if ``use_sliding_window``."""
+    """Qwen's way to say which layers slide: ``layer_types``, or those from ``max_window_layers`` on."""
 
     max_position_embeddings: int = 32768
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
     max_window_layers: int = 28
+    layer_types: tuple[str, ...] = ()
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Each layer's sliding window, None where it sees everything."""
         if not self.use_sliding_window:
             return (None,) * self.num_hidden_layers
+        full = [i < self.max_window_layers for i in range(self.num_hidden_layers)]
         if self.layer_types:
-            return super().windows
-        return tuple(None if i < self.max_window_layers else self.sliding_window for i in range(self.num_hidden_layers))
+            full = [kind == "full_attention" for kind in self.layer_types]
+        return tuple(None if whole else self.sliding_window for whole in full)
 
 
-def _rope(values: dict[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_theta`` and a Scaling, from either of the two ways in which config.json says them."""
-    rope = {"rope_type": rope.get("type", "default")} | {k: v for k, v in rope.items() if v is not None and k != "type"}
-    theta = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise UnsupportedModel("config.json: rope_scaling.rope_type", rope["rope_type"], " | ".join(ROPE_TYPES))
-    if rope["rope_type"] == "default":
-        rope = {key: rope[key] for key in rope if key != "factor"}
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel("config.json: partial_rotary_factor", "another value", "1.0")
-    fields = {field.name for field in dataclasses.fields(Scaling)}
-    if unknown := sorted(set(rope) - fields):
-        raise UnsupportedModel(f"config.json: rope_scaling.{unknown[0]}", rope[unknown[0]], "no such field")
-    length = values.get("max_position_embeddings", 0)
-    if rope["rope_type"] == "dynamic":  # transformers measures it against this field alone
-        rope["original_max_position_embeddings"] = length
-    rope.setdefault("original_max_position_embeddings", length)
-    return {"rope_theta": theta, "rope_scaling": Scaling(**rope)}
+def _rope(old: Any, new: Any, values: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """``rope_theta`` and a Scaling, from the two ways in which config.json says them: the old one wins, as in HF."""
+    for name, given in (("rope_scaling", old), ("rope_parameters", new)):
+        if given is not None and not isinstance(given, Mapping):
+            raise UnsupportedModel(f"config.json: {name}", given, "an object")
+    given = {key: value for key, value in (old or new or {}).items() if value is not None}
+    given["rope_type"] = given.pop("type", None) if "rope_type" not in given else given["rope_type"]
+    given["rope_type"] = given["rope_type"] or "default"
+    theta = given.pop("rope_theta", (new or {}).get("rope_theta", values.get("rope_theta", 10000.0)))
+    if values.get("rope_theta", theta) != theta:
+        raise UnsupportedModel("config.json: rope_theta", values["rope_theta"], f"{theta}, as its rope_parameters say")
+    if given["rope_type"] not in ROPE_TYPES:
+        raise UnsupportedModel("config.json: rope_scaling.rope_type", given["rope_type"], " | ".join(ROPE_TYPES))
+    given.pop("type", None)
+    if (part := given.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModel("config.json: partial_rotary_factor", part, "1.0")
+    if given["rope_type"] == "default":
+        return {"rope_theta": theta, "rope_scaling": Scaling()}
+    if given["rope_type"] == "dynamic":  # transformers measures it against this field alone
+        given["original_max_position_embeddings"] = length
+    original = given.setdefault("original_max_position_embeddings", length)
+    if given["rope_type"] == "yarn" and "factor" not in given and isinstance(original, int) and original > 0:
+        given["factor"] = length / original
+    if "factor" not in given:
+        raise UnsupportedModel("config.json: rope_scaling.factor", None, f"a number, for {given['rope_type']}")
+    fields = {field.name: field for field in dataclasses.fields(Scaling)}
+    if unknown := sorted(set(given) - set(fields)):
+        raise UnsupportedModel(f"config.json: rope_scaling.{unknown[0]}", given[unknown[0]], "no such field")
+    scaling = Scaling(**{key: _typed(fields[key], value, "rope_scaling.") for key, value in given.items()})
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _typed(field: dataclasses.Field, value: Any) -> Any:
+def _typed(field: dataclasses.Field, value: Any, prefix: str = "") -> Any:
+    """The value as the field's type, which a number that JSON wrote without a point may need."""
     if isinstance(value, list):
         value = tuple(value)
-    if field.type in (float, "float") and type(value) is int:
-        value = float(value)
     kinds: dict[Any, type] = {int: int, float: float, bool: bool, str: str, Scaling: Scaling, int | None: int}
-    kind = kinds.get(field.type, tuple)
+    kind = (kinds | {float | None: float}).get(field.type, tuple)
+    if value is None and field.type == int | None:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
     if type(value) is not kind:
-        raise UnsupportedModel(f"config.json: {field.name}", value, f"a value of type {kind.__name__}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-        raise UnsupportedModel(f"config.json: {field.name}", value, "a positive number")
+        raise UnsupportedModel(f"config.json: {prefix}{field.name}", value, f"a value of type {kind.__name__}")
+    number: Any = value
+    if kind in (int, float) and not number > 0 and not (number == 0 and field.name in MAY_BE_ZERO):
+        raise UnsupportedModel(f"config.json: {prefix}{field.name}", value, "a positive number")
     return value
 
 
 def _check(config: DenseConfig) -> None:
     """Refuse values that no layer computes, and values that contradict each other."""
-    heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     checks = {
         "hidden_act": (config.hidden_act, config.hidden_act == "silu", "silu"),
         "num_key_value_heads": (kv_heads, heads % kv_heads == 0, f"a divisor of the {heads} attention heads"),
         "head_dim": (config.head_dim, config.head_dim % 2 == 0, "an even number"),
-        "layer_types": (
-            config.layer_types,
-            not config.layer_types
-            or (
-                len(config.layer_types) == layers and set(config.layer_types) <= {"full_attention", "sliding_attention"}
-            ),
-            f"{layers} times full_attention or sliding_attention",
-        ),
-        "sliding_window": (
-            config.sliding_window,
-            config.sliding_window is not None or "sliding_attention" not in config.layer_types,
-            "a number of positions, for the layers that slide",
-        ),
     }
+    if isinstance(config, WindowedConfig):
+        kinds, layers, window = config.layer_types, config.num_hidden_layers, config.sliding_window
+        named = not kinds or (len(kinds) == layers and set(kinds) <= {"full_attention", "sliding_attention"})
+        slides = config.use_sliding_window and "sliding_attention" in kinds
+        checks["layer_types"] = (kinds, named, f"{layers} times full_attention or sliding_attention")
+        checks["sliding_window"] = (
+            window,
+            not (config.use_sliding_window and window == 0) and not (slides and window is None),
+            "a number of positions, for the layers that slide",
+        )
     for field, (got, fine, expected) in checks.items():
         if not fine:
             raise UnsupportedModel(f"config.json: {field}", got, expected)

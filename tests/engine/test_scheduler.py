@@ -82,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             owned = [page for sequence in self.arrived for page in sequence.pages]
             assert len(owned) == len({*owned}) == NUM_PAGES - self.scheduler.pages.num_free
             assert all(sequence in self.scheduler.running for sequence in self.arrived if sequence.pages)
-            assert self.scheduler.load == len(self.live)
+            assert self.scheduler.load == sum(sequence.max_length for sequence in self.live)
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
