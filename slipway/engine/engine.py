@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def num_compiled(self) -> int:
-        """Programs compiled since the start; constant once the engine runs."""
+        """Programs that the engine runs; constant once it has started."""
         return self._step.num_compiled
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None) -> str:
