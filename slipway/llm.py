@@ -69,9 +69,8 @@ class LLM:
             for output in self._finished(ids, use_tqdm and len(items) > 1):
                 outputs[ids[output.request_id]] = output
         finally:  # an interruption leaves nothing behind
-            for request_id, position in ids.items():
-                if outputs[position] is None:
-                    self.engine.abort(request_id)
+            for request_id in filter(self.engine.is_running, ids):
+                self.engine.abort(request_id)
         if errors:
             raise InvalidBatch(errors, outputs)
         return [output for output in outputs if output is not None]

@@ -269,3 +269,18 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError) as caught:
         LLM(tmp_path / name)
     assert caught.value.problems and str(tmp_path) in str(caught.value)
+
+
+def test_an_interruption_leaves_nothing_behind(llm, monkeypatch):
+    step = llm.engine.step
+
+    def interrupted():
+        moved = step()
+        if any(request.finished for request in moved):  # some have ended but have not been handed over
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 3, [params(max_tokens=n) for n in (2, 2, 9)], use_tqdm=False)
+    assert not llm.engine.has_work()

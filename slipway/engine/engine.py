@@ -118,6 +118,10 @@ class Engine:
             sequence.finish("abort")
         return request.output()
 
+    def is_running(self, request_id: str) -> bool:
+        """Whether a request has not ended."""
+        return request_id in self._requests
+
     def has_work(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._requests)

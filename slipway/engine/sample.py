@@ -15,7 +15,7 @@ DROPPED = -jnp.inf
 
 @module
 class Sampled:
-    """One step's choice for every row; the last two are zeros unless some row wants log probabilities."""
+    """One step's choice for every row; all but the token are zeros unless some row wants log probabilities."""
 
     token_B: jax.Array
     logprob_B: jax.Array

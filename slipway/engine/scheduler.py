@@ -36,16 +36,13 @@ class Scheduler:
         self.max_num_seqs, self.max_num_tokens = max_num_seqs, max_num_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-
-    @property
-    def load(self) -> int:
-        """Tokens that its sequences may come to, at the most."""
-        return sum(sequence.max_length for queue in (self.waiting, self.running) for sequence in queue)
+        self.load = 0  # tokens that its sequences may come to, at the most
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its pages must fit the pool."""
         assert self._pages_for(sequence) <= self.pages.num_pages, "refused when the request came in"
         self.waiting.append(sequence)
+        self.load += sequence.max_length
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks: one a sequence, at most ``max_num_tokens`` tokens; empty if there is no work."""
@@ -73,6 +70,7 @@ class Scheduler:
         for sequence in sequences:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
+                self.load -= sequence.max_length
             elif sequence in self.running:
                 self.running.remove(sequence)
                 self._release(sequence)
@@ -89,6 +87,7 @@ class Scheduler:
             self.running.append(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self.load -= sequence.max_length
         self.pages.give_back(sequence.pages)
         sequence.pages, sequence.page_row = [], None
 

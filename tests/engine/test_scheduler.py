@@ -26,6 +26,8 @@ def make_request(number, prompt_length, max_tokens, n=1):
 class SchedulerMachine(RuleBasedStateMachine):
     """The model that samples is a random number generator; token STOP ends a sequence."""
 
+    scheduler: Scheduler | None = None
+
     @initialize(rows=st.integers(1, 5), spare=st.integers(0, 12), seed=st.integers(0, 2**16))
     def start(self, rows, spare, seed):
         self.rows, self.budget, self.random = rows, rows + spare, random.Random(seed)
@@ -78,14 +80,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_belong_to_the_running(self):
-        if hasattr(self, "scheduler"):
+        if self.scheduler is not None:
             owned = [page for sequence in self.arrived for page in sequence.pages]
             assert len(owned) == len({*owned}) == NUM_PAGES - self.scheduler.pages.num_free
             assert all(sequence in self.scheduler.running for sequence in self.arrived if sequence.pages)
             assert self.scheduler.load == sum(sequence.max_length for sequence in self.live)
 
     def teardown(self):
-        if not hasattr(self, "scheduler"):
+        if self.scheduler is None:
             return
         for _ in range(LONGEST * max(1, len(self.live))):
             if not self.live:
