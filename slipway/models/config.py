@@ -124,6 +124,9 @@ def _rope(old: Any, new: Any, values: Mapping[str, Any], length: int) -> dict[st
     given.pop("type", None)
     if (part := given.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModel("config.json: partial_rotary_factor", part, "1.0")
+    fields = {field.name: field for field in dataclasses.fields(Scaling)}
+    if unknown := sorted(set(given) - set(fields)):
+        raise UnsupportedModel(f"config.json: rope_scaling.{unknown[0]}", given[unknown[0]], "no such field")
     if given["rope_type"] == "default":
         return {"rope_theta": theta, "rope_scaling": Scaling()}
     if given["rope_type"] == "dynamic":  # transformers measures it against this field alone
@@ -133,9 +136,6 @@ def _rope(old: Any, new: Any, values: Mapping[str, Any], length: int) -> dict[st
         given["factor"] = length / original
     if "factor" not in given:
         raise UnsupportedModel("config.json: rope_scaling.factor", None, f"a number, for {given['rope_type']}")
-    fields = {field.name: field for field in dataclasses.fields(Scaling)}
-    if unknown := sorted(set(given) - set(fields)):
-        raise UnsupportedModel(f"config.json: rope_scaling.{unknown[0]}", given[unknown[0]], "no such field")
     scaling = Scaling(**{key: _typed(fields[key], value, "rope_scaling.") for key, value in given.items()})
     return {"rope_theta": theta, "rope_scaling": scaling}
 

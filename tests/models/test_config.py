@@ -74,6 +74,7 @@ def test_windows(fields, windows):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_scaling.full_attention"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling.finetuned"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, "rope_theta"),
     ],
