@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
@@ -138,8 +138,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
     try:
-        commands = Generate | Chat | Models | Bench
-        tyro.cli(commands, prog="slipway", registry=_registry()).run()  # type: ignore[arg-type]  # tyro takes unions
+        commands: Any = Generate | Chat | Models | Bench
+        tyro.cli(commands, prog="slipway", registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
