@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 CHECKED := slipway training tests tools
 # One BLAS and one torch thread per test process: xdist already uses every core.
 WORKERS ?= 2
@@ -28,12 +29,12 @@ check: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/slipway bench engine --against transformers
 
-$(VENV)/core.stamp: pyproject.toml
+$(VENV)/core.stamp: $(BUILT_FROM)
 	tools/venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-$(VENV)/test.stamp: pyproject.toml
+$(VENV)/test.stamp: $(BUILT_FROM)
 	tools/venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --editable .[test]
 	touch $@ $(VENV)/core.stamp

@@ -7,20 +7,30 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from slipway.bench.convert import ConvertBench
 from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
+from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
+from slipway.checkpoint.save import write_json
+from slipway.convert.conversion import Conversion, ConvertConfig, convert, prepare
+from slipway.convert.formats import open_source
+from slipway.convert.run import Written
+from slipway.convert.verify import explain, report, summary, verify
 from slipway.engine.config import EngineConfig
 from slipway.engine.request import RequestOutput, SamplingParams
 from slipway.errors import InvalidConfig, InvalidRequest, SlipwayError
 from slipway.llm import LLM, NANO
 from slipway.models import ARCHITECTURES
+from slipway.parity import compare as parity_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,13 @@ class ChatFlags(SamplingFlags):
     n: tyro.conf.Suppress[int] = 1
 
 
+_PROGRESS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+)
 ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32)  # two shapes to compile
 
 
@@ -106,6 +123,48 @@ class Chat:
                 messages.append({"role": "assistant", "content": text})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Turn a JAX checkpoint into the safetensors directory that vLLM and SGLang load, or back (docs/convert.md)."""
+
+    source: Positional[Path]
+    """An Orbax directory, .msgpack, .npz, .h5 or .safetensors file, or an HF directory."""
+    out_dir: Positional[Path]
+    """A new or an empty directory."""
+    explain: bool = False
+    """Print what would become of every tensor, and stop."""
+    verify: bool = False
+    """Read the result anew, compare every tensor through the inverse rule, then logits; write report.json."""
+    options: OmitArgPrefixes[ConvertConfig] = ConvertConfig()
+
+    def run(self) -> None:
+        """Convert, with a progress bar."""
+        source = open_source(self.source)
+        if self.explain:
+            print(explain(prepare(source, self.options)))
+            return
+        with Progress(*_PROGRESS) as bar:
+            task = bar.add_task(f"{self.source.name} -> {self.out_dir}", total=None)
+            conversion, written = convert(
+                source,
+                self.out_dir,
+                self.options,
+                on_start=lambda size: bar.update(task, total=size),
+                progress=lambda size: bar.advance(task, size),
+            )
+        print(f"{self.out_dir}: {len(written)} tensors, {sum(w.nbytes for w in written) / 1e9:.2f} GB")
+        if self.verify:
+            self._verify(conversion, written)
+
+    def _verify(self, conversion: Conversion, written: list[Written]) -> None:
+        compared = verify(conversion, written, self.out_dir)
+        parity = None
+        if self.options.to == "hf" and "vocab_size" in conversion.config:
+            parity = dataclasses.asdict(parity_of(self.out_dir, conversion.config["vocab_size"]))
+        write_json(self.out_dir / "report.json", report(conversion, written, compared, parity))
+        print(summary(written, compared, parity))
+
+
 @dataclasses.dataclass(frozen=True)
 class Models:
     """List the architectures that Slipway implements, the shipped model, and what the hub cache holds."""
@@ -123,8 +182,10 @@ class Bench:
 
     what: OmitArgPrefixes[
         OmitSubcommandPrefixes[
-            Annotated[EngineBench, tyro.conf.subcommand("engine")]
+            Annotated[ConvertBench, tyro.conf.subcommand("convert")]
+            | Annotated[EngineBench, tyro.conf.subcommand("engine")]
             | Annotated[LayersBench, tyro.conf.subcommand("layers")]
+            | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
         ]
     ]
 
@@ -138,7 +199,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
     try:
-        commands: Any = Generate | Chat | Models | Bench
+        commands: Any = Generate | Chat | Convert | Models | Bench
         tyro.cli(commands, prog="slipway", registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)

@@ -85,8 +85,8 @@ def rearrange(source: str, target: str, sizes: Sizes) -> Rearrange:
     return Rearrange(parse(source).split(sizes), _order(source, target), parse(target).shape(sizes))
 
 
-def infer_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, int]:
-    """The size of every axis of an array of ``shape``, at most one axis per group being unknown.
+def solve_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, int]:
+    """``known`` and every further axis size that an array of ``shape`` settles: one unknown in its group.
 
     Raises ValueError if a group does not divide, or the number of dimensions differs.
     """
@@ -96,8 +96,24 @@ def infer_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, in
     for group, size in zip(layout.groups, shape):
         unknown = [axis for axis in group if axis not in sizes]
         held = math.prod(sizes[axis] for axis in group if axis in sizes)
-        if len(unknown) > 1 or size % held or (not unknown and size != held):
-            raise ValueError(f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {dict(known)}")
-        if unknown:
+        if (held and size % held) or (not unknown and size != held):
+            raise ValueError(f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {_named(group, sizes)}")
+        if len(unknown) == 1 and held:
             sizes[unknown[0]] = size // held
     return sizes
+
+
+def infer_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, int]:
+    """The size of every axis of an array of ``shape``, at most one axis per group being unknown.
+
+    Raises ValueError if a group does not divide, has two unknown axes, or the number of dimensions differs.
+    """
+    sizes = solve_sizes(axes, shape, known)
+    for group, size in zip(parse(axes).groups, shape):
+        if not sizes.keys() >= set(group):
+            raise ValueError(f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {_named(group, sizes)}")
+    return sizes
+
+
+def _named(group: tuple[str, ...], sizes: Sizes) -> str:
+    return ", ".join(f"{axis} {sizes.get(axis, '?')}" for axis in group)

@@ -90,16 +90,34 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     problems: list[str] = []
     config, generation_config = _configuration(directory, problems)
-    if (directory / SINGLE).exists():  # before the index, as transformers does
-        tensors = _header(directory / SINGLE, problems) or {}
-    elif (directory / INDEX).exists():
-        tensors = _sharded(directory, problems)
-    else:
-        tensors = {}
-        problems.append(_absence(directory))
+    tensors = _tensors(directory, problems)
     if problems:
         raise CheckpointError(directory, problems)
     return Checkpoint(directory, config, generation_config, tensors)
+
+
+def open_tensors(directory: Path) -> Checkpoint:
+    """The tensors alone, for a directory that may have no config.json.
+
+    Raises CheckpointError, listing every problem found.
+    """
+    problems: list[str] = []
+    tensors = _tensors(directory, problems)
+    if problems:
+        raise CheckpointError(directory, problems)
+    return Checkpoint(directory, {}, {}, tensors)
+
+
+def open_file(path: Path) -> Checkpoint:
+    """The tensors of one .safetensors file.
+
+    Raises CheckpointError, listing every problem found.
+    """
+    problems: list[str] = []
+    tensors = _header(path, problems) or {}
+    if problems:
+        raise CheckpointError(path, problems)
+    return Checkpoint(path, {}, {}, tensors)
 
 
 def open_without_weights(directory: Path) -> Checkpoint:
@@ -134,6 +152,15 @@ def _json_object(path: Path, problems: list[str]) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
         problems.append(f"{path.name}: got {type(value).__name__}, expected a JSON object")
+    return {}
+
+
+def _tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
+    if (directory / SINGLE).exists():  # before the index, as transformers does
+        return _header(directory / SINGLE, problems) or {}
+    if (directory / INDEX).exists():
+        return _sharded(directory, problems)
+    problems.append(_absence(directory))
     return {}
 
 

@@ -54,7 +54,7 @@ def save(
         for leaf, array in zip(tree.leaves(declaration), jax.tree.leaves(arrays))
         for key in leaf.keys.values()
     }
-    shards = _plan(specs, shard_size_bytes)
+    shards = plan_shards(specs, shard_size_bytes)
     weight_map = {key: file for file, keys in shards.items() for key in keys}
     with contextlib.ExitStack() as stack:  # all at once: a stacked leaf has tensors in every shard
         writers = {
@@ -63,10 +63,10 @@ def save(
         }
         for key, tensor in hf_tensors(declaration, arrays):
             writers[weight_map[key]](key, tensor)
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     if len(shards) > 1:
         total_size = sum(spec.nbytes for spec in specs.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     stale = {directory / SINGLE, directory / INDEX, *directory.glob("model-*-of-*.safetensors")}
     kept = {directory / file for file in shards} | ({directory / INDEX} if len(shards) > 1 else set())
     for path in stale - kept:
@@ -93,7 +93,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             put(name, tensor)
 
 
-def _plan(specs: Mapping[str, Spec], shard_size_bytes: int) -> dict[str, list[str]]:
+def plan_shards(specs: Mapping[str, Spec], shard_size_bytes: int) -> dict[str, list[str]]:
     """The names of the files and of their tensors, filled in order; a larger tensor has a file of its own."""
     shards: list[list[str]] = [[]]
     room = shard_size_bytes
@@ -111,9 +111,9 @@ def _plan(specs: Mapping[str, Spec], shard_size_bytes: int) -> dict[str, list[st
 @contextlib.contextmanager
 def _writer(path: Path, specs: Mapping[str, Spec]) -> Iterator[Callable[[str, np.ndarray], None]]:
     """A function that puts each tensor in its place, in any order; the file appears when the context ends."""
-    header, places = _header(path, specs)
+    head, places = header(path, specs)
     with _aside(path) as f:
-        f.write(header)
+        f.write(head)
 
         def put(name: str, tensor: np.ndarray) -> None:
             assert (tensor.dtype, tensor.shape) == (specs[name].dtype, specs[name].shape), f"{name} is not as planned"
@@ -124,7 +124,7 @@ def _writer(path: Path, specs: Mapping[str, Spec]) -> Iterator[Callable[[str, np
         assert not places, f"never written: {', '.join(places)}"
 
 
-def _header(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+def header(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
     """The bytes in front of the data, and where in the file each tensor starts."""
     unknown = [name for name, spec in specs.items() if spec.dtype not in _NAMES]
     if unknown:
@@ -143,7 +143,8 @@ def _header(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int
     return len(text).to_bytes(8, "little") + text, {name: data + offset for name, offset in offsets.items()}
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole or absent."""
     with _aside(path) as f:
         f.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 

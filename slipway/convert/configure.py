@@ -1,0 +1,95 @@
+"""Decides config.json: from what is given, what the tensors' shapes say and what the mapping settles; all must agree.
+Knows no files and reads no values.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from slipway import tree
+from slipway.checkpoint.save import Spec
+from slipway.convert.plan import Plan
+from slipway.convert.rules import TreeMapping
+from slipway.errors import UnsupportedModel
+from slipway.models import ARCHITECTURES, declare
+
+TIE = "tie_word_embeddings"
+
+
+@dataclasses.dataclass(frozen=True)
+class Configured:
+    """The content of config.json, and what contradicts it."""
+
+    config: dict[str, Any]
+    problems: tuple[str, ...]
+
+
+def known_sizes(mapping: TreeMapping, given: Mapping[str, Any]) -> dict[str, int]:
+    """The axis sizes that ``given`` states, for rules whose tensors do not show them."""
+    sizes = {axis: given[field] for axis, field in mapping.fields.items() if _is_count(given.get(field))}
+    if "head_dim" in mapping.fields and "head_dim" not in sizes and {"heads", "embed"} <= sizes.keys():
+        sizes["head_dim"] = sizes["embed"] // sizes["heads"]
+    if "kv_heads" in mapping.fields and "heads" in sizes:
+        sizes.setdefault("kv_heads", sizes["heads"])
+    return sizes
+
+
+def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec]) -> Configured:
+    """config.json for the HF directory that holds ``targets``, tied tensors already left out.
+
+    ``given`` comes first where it states a field; a tensor or the mapping that contradicts it is a problem.
+    """
+    mapping, config = plan.mapping, dict(given)
+    problems = [*_settle(config, _facts(plan, targets), given)]
+    problems += [
+        f"config.json: {field}: missing; no tensor tells it, give it with --config"
+        for field in mapping.required
+        if field not in config and field not in (config.get("rope_parameters") or {})
+    ]
+    dtypes = sorted({str(spec.dtype) for spec in targets.values()})
+    if len(dtypes) == 1:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtypes[0]
+    if not problems and (config.get("architectures") or [None])[0] in ARCHITECTURES:
+        problems += _against_declaration(config, targets)
+    return Configured(config, tuple(problems))
+
+
+def _facts(plan: Plan, targets: Mapping[str, Spec]) -> Iterator[tuple[str, Any, str]]:
+    """(field, value, what says so)."""
+    for field, value in plan.mapping.config.items():
+        yield field, value, f"mapping {plan.mapping.name!r}"
+    for axis, field in plan.mapping.fields.items():
+        if axis in plan.sizes:
+            yield field, plan.sizes[axis], f"axis {axis} of the tensors"
+    for head in plan.mapping.tied:
+        yield TIE, head not in targets, f"{head}, which is {'not ' if head not in targets else ''}there"
+
+
+def _settle(config: dict[str, Any], facts: Iterator[tuple[str, Any, str]], given: Mapping[str, Any]) -> Iterator[str]:
+    for field, value, reason in facts:
+        if field not in given:
+            config[field] = value
+        elif given[field] != value and not (given[field] is None and value is False):
+            yield f"config.json: {field}: got {given[field]!r}, expected {value!r} ({reason})"
+
+
+def _against_declaration(config: Mapping[str, Any], targets: Mapping[str, Spec]) -> Iterator[str]:
+    """What our own model of that architecture would not load."""
+    try:
+        declaration = declare(config)
+    except UnsupportedModel as error:
+        yield str(error)
+        return
+    declared = {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.keys.values()}
+    for key, shape in declared.items():
+        if key not in targets:
+            yield f"{key}: missing, though config.json asks for it"
+        elif targets[key].shape != shape:
+            yield f"{key}: shape {targets[key].shape}, but config.json asks for {shape}"
+    for key in targets.keys() - declared.keys():
+        yield f"{key}: unexpected under config.json"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0

@@ -1,0 +1,291 @@
+"""Decides what `slipway convert` does with its options: source, mapping, plan, checks, sink, in that order.
+
+Every problem that can be told before a value is read is collected into one error; on any error nothing stays behind.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from slipway.checkpoint import save
+from slipway.checkpoint.save import Spec
+from slipway.convert import mappings, move, run
+from slipway.convert.archives import NpzSink
+from slipway.convert.configure import TIE, configure, known_sizes
+from slipway.convert.lora import read_adapter
+from slipway.convert.orbax import OrbaxSink
+from slipway.convert.plan import Move, Plan, resolve
+from slipway.convert.rules import TreeMapping
+from slipway.convert.run import Options, Written
+from slipway.convert.sink import ASIDE, SafetensorsSink, Sink
+from slipway.convert.source import Source, fingerprint
+from slipway.convert.tokenizer import GENERATION, tokenizer_files, tokenizer_problems
+from slipway.errors import CheckpointError, InvalidConfig
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+To = Literal["hf", "maxtext", "orbax", "npz"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to convert, and how."""
+
+    mapping: str | None = None
+    """maxtext, nnx, linen, hf, or a Python or YAML file with a mapping; by default the one that fits."""
+    config: Path | None = None
+    """An HF directory or a JSON file: config.json's fields, those that no tensor tells at least."""
+    tokenizer: Path | None = None
+    """A directory whose tokenizer files are copied."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What floats become; by default they stay as they are."""
+    shard_size: str = "5GB"
+    """The largest size of one .safetensors file: a number with KB, MB, GB or TB."""
+    to: To = "hf"
+    """hf: an HF directory; else from an HF directory to MaxText's Orbax, any mapping's tree in Orbax, or an .npz."""
+    scan_layers: bool = True
+    """Whether layers are stacked in MaxText's tree (only with --to maxtext)."""
+    merge_lora: Path | None = None
+    """A PEFT adapter whose matrices are added to the weights."""
+    resume: bool = False
+    """Go on where a conversion that was killed ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A conversion that has been checked as far as it can be without reading values."""
+
+    plan: Plan
+    source: Source
+    options: Options
+    targets: Mapping[str, Spec]  # in the dtypes to be written
+    config: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+
+def convert(
+    source: Source,
+    out_dir: Path,
+    options: ConvertConfig,
+    given: Mapping[str, Any] | None = None,
+    candidates: Sequence[TreeMapping] | None = None,
+    on_start: Callable[[int], None] = lambda size_bytes: None,
+    progress: Callable[[int], None] = lambda size_bytes: None,
+) -> tuple[Conversion, list[Written]]:
+    """Convert ``source`` into ``out_dir``, which must be new, empty, or hold a conversion to resume.
+
+    ``given`` are config.json's fields where they do not come from ``options.config``, ``candidates`` mappings that
+    are none of the built-in ones. ``on_start`` is told the bytes to write, ``progress`` those of each tensor written.
+    Raises InvalidConfig for an option, CheckpointError for everything else that does
+    not fit, listing all of it.
+    """
+    conversion = prepare(source, options, given, candidates)
+    if conversion.problems:
+        raise CheckpointError(source.path or "the tree", [*conversion.problems, *_values(conversion)])
+    on_start(sum(spec.nbytes for spec in conversion.targets.values()))
+    with _new_directory(out_dir, options.resume):
+        sink = _sink(conversion, out_dir, options)
+        written = run.execute(conversion.plan, source, sink, conversion.options, progress)
+        if options.to == "hf":
+            for name, value in conversion.plan.mapping.hf_constants.items():
+                sink.write(name, iter([(0, np.array([value]))]))
+            _write_extras(out_dir / ASIDE, conversion, options)
+        sink.finish()
+    return conversion, written
+
+
+def prepare(
+    source: Source,
+    options: ConvertConfig,
+    given: Mapping[str, Any] | None = None,
+    candidates: Sequence[TreeMapping] | None = None,
+) -> Conversion:
+    """Find the mapping and resolve it; what does not fit is in the conversion's ``problems``.
+
+    Raises InvalidConfig for an option that cannot be honoured.
+    """
+    _check(options)
+    given = dict(given if given is not None else read_config(options.config, source.path))
+    plan = _plan(source, options, given, candidates)
+    plan, tied = _without_tied(plan, given)
+    targets = {name: Spec(_dtype(options.dtype, spec.dtype), spec.shape) for name, spec in plan.targets.items()}
+    problems = list(plan.problems)
+    if options.to == "hf":
+        configured = configure(plan, given, targets)
+        problems += configured.problems
+        problems += tokenizer_problems(options.tokenizer, options.config, configured.config)
+        given = configured.config
+    else:
+        problems += configure(dataclasses.replace(plan, mapping=plan.mapping), given, _hf_side(plan)).problems
+    adapter = read_adapter(options.merge_lora, targets) if options.merge_lora else None
+    dtypes = {name: spec.dtype for name, spec in targets.items()}
+    run_options = Options(dtypes, adapter.deltas() if adapter else {}, tied)
+    return Conversion(plan, source, run_options, targets, given, tuple(dict.fromkeys(problems)))
+
+
+def read_config(path: Path | None, source: Path | None) -> dict[str, Any]:
+    """config.json's fields: of the directory or file ``path``, else of the source where it is an HF directory.
+
+    Raises InvalidConfig where ``path`` holds none.
+    """
+    file = path / "config.json" if path is not None and path.is_dir() else path
+    if file is None and source is not None and (source / "config.json").is_file():
+        file = source / "config.json"
+    if file is None:
+        return {}
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidConfig("config", str(file), f"a readable JSON file ({error})") from error
+    if not isinstance(config, dict):
+        raise InvalidConfig("config", str(file), "a JSON object")
+    return config
+
+
+def size_bytes(text: str) -> int:
+    """``"5GB"`` as a number, with decimal units as in Hugging Face's ``max_shard_size``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise InvalidConfig("shard_size", text, "a size such as 500MB or 5GB")
+    return size
+
+
+def _check(options: ConvertConfig) -> None:
+    size_bytes(options.shard_size)
+    backward = options.to != "hf"
+    for field, is_set in (("tokenizer", options.tokenizer), ("merge_lora", options.merge_lora)):
+        if backward and is_set:
+            raise InvalidConfig(field, str(is_set), "nothing, since --to is not hf")
+    if not options.scan_layers and options.to != "maxtext":
+        raise InvalidConfig("scan_layers", False, "True, since --to is not maxtext")
+    if options.to == "maxtext" and options.mapping not in (None, "maxtext"):
+        raise InvalidConfig("mapping", options.mapping, "maxtext, since --to is maxtext")
+
+
+def _plan(
+    source: Source, options: ConvertConfig, given: Mapping[str, Any], candidates: Sequence[TreeMapping] | None
+) -> Plan:
+    """The plan of the mapping that fits best: the first that leaves the fewest tensors without a counterpart."""
+    backward = options.to != "hf"
+    name = "maxtext" if options.to == "maxtext" else options.mapping or ("hf" if backward else None)
+    found = list(candidates or mappings.find(name, source.specs, given))
+    if options.to == "maxtext":
+        found = [mapping for mapping in found if ("not scanned" in mapping.name) != options.scan_layers]
+    plans = [
+        resolve(mapping, "to_jax" if backward else "to_hf", source.specs, known_sizes(mapping, given))
+        for mapping in found
+    ]
+    # By names alone: where the right mapping meets a wrong shape, it stays the right one.
+    return min(plans, key=lambda plan: len(plan.unmatched))
+
+
+def _without_tied(plan: Plan, given: Mapping[str, Any]) -> tuple[Plan, dict[str, tuple[Move, Move]]]:
+    """The plan without tensors that only repeat another, and those pairs: they are compared, not written."""
+    if not given.get(TIE):
+        return plan, {}
+    by_hf = {_hf_name(plan, group[0]): target for target, group in plan.moves.items()}
+    tied = {head: table for head, table in plan.mapping.tied.items() if head in by_hf and table in by_hf}
+    pairs = {head: (plan.moves[by_hf[head]][0], plan.moves[by_hf[table]][0]) for head, table in tied.items()}
+    gone = {by_hf[head] for head in tied}
+    moves = {name: group for name, group in plan.moves.items() if name not in gone}
+    targets = {name: spec for name, spec in plan.targets.items() if name not in gone}
+    return dataclasses.replace(plan, moves=moves, targets=targets), pairs
+
+
+def _hf_name(plan: Plan, move: Move) -> str:
+    return move.target.name if plan.direction == "to_hf" else move.source.name
+
+
+def _hf_side(plan: Plan) -> dict[str, Spec]:
+    """The HF tensors that a plan away from them reads."""
+    used = {move.source.name for group in plan.moves.values() for move in group}
+    return {name: spec for name, spec in plan.sources.items() if name in used}
+
+
+def _dtype(asked: str | None, source: np.dtype) -> np.dtype:
+    return DTYPES[asked] if asked and move.is_float(source) else source
+
+
+def _values(conversion: Conversion) -> Iterator[str]:
+    """What is wrong with the source's values, for an error that already lists other things."""
+    for name in conversion.source.specs:
+        if name in conversion.plan.ignored:
+            continue
+        try:
+            with conversion.source.open(name) as array:
+                count = sum(
+                    move.not_finite(array.reshape(-1)[i : i + (1 << 20)]) for i in range(0, array.size, 1 << 20)
+                )
+        except CheckpointError as error:
+            yield from error.problems
+        else:
+            if count:
+                yield f"{name}: {count} values are not finite"
+
+
+def _sink(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Sink:
+    identity = _identity(conversion, options)
+    mapping = conversion.plan.mapping
+    match options.to:
+        case "hf":
+            constants = {name: Spec(np.dtype(np.int64), ()) for name in conversion.plan.mapping.hf_constants}
+            specs = {**conversion.targets, **constants}
+            return SafetensorsSink(out_dir, specs, size_bytes(options.shard_size), identity, options.resume)
+        case "npz":
+            return NpzSink(out_dir, conversion.targets)
+        case _:
+            numbers = {name: value for name, value in mapping.jax_constants.items() if isinstance(value, int)}
+            empties = tuple(name for name, value in mapping.jax_constants.items() if not isinstance(value, int))
+            item = "0/items" if options.to == "maxtext" else ""
+            return OrbaxSink(out_dir, conversion.targets, identity, options.resume, item, numbers, empties)
+
+
+def _identity(conversion: Conversion, options: ConvertConfig) -> str:
+    """Equal for two runs exactly if what the first has written is what the second would write."""
+    adapter = options.merge_lora and [(p.name, p.stat().st_mtime_ns) for p in sorted(options.merge_lora.iterdir())]
+    parts = (
+        fingerprint(conversion.source),
+        [(rule.jax, rule.hf, rule.axes, rule.scale) for rule in conversion.plan.mapping.rules],
+        sorted((name, str(spec.dtype), spec.shape) for name, spec in conversion.targets.items()),
+        options.shard_size,
+        options.to,
+        adapter,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -> None:
+    """config.json and what is copied beside it."""
+    save.write_json(aside / "config.json", conversion.config)
+    if options.config is not None and (options.config / GENERATION).is_file():
+        shutil.copyfile(options.config / GENERATION, aside / GENERATION)
+    for file in tokenizer_files(options.tokenizer):
+        shutil.copyfile(file, aside / file.name)
+
+
+@contextlib.contextmanager
+def _new_directory(directory: Path, resume: bool) -> Iterator[None]:
+    """``directory`` made for what is written inside the context; gone again if that fails and it was not there."""
+    existed = directory.exists()
+    if existed and (not directory.is_dir() or (any(path.name != ASIDE for path in directory.iterdir()) and not resume)):
+        raise InvalidConfig("out_dir", str(directory), "a new or an empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(directory)
+        raise

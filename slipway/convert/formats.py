@@ -1,0 +1,45 @@
+"""Decides which format a path holds, by what lies there, not by its name alone. Knows the readers, no rules."""
+
+from pathlib import Path
+
+from slipway.checkpoint import files
+from slipway.convert.archives import open_h5, open_msgpack, open_npz
+from slipway.convert.orbax import is_orbax, open_orbax
+from slipway.convert.source import SafetensorsSource, Source
+from slipway.errors import CheckpointError
+
+_HDF5, _ZIP = b"\x89HDF", b"PK\x03\x04"
+
+
+def open_source(location: str | Path) -> Source:
+    """The checkpoint at a path, or at a ``gs://`` or ``s3://`` address that holds an Orbax tree.
+
+    Raises CheckpointError for what is none, listing everything wrong with what is one.
+    """
+    if "://" in str(location):
+        return open_orbax(str(location))
+    path = Path(location).expanduser()
+    if path.is_file():
+        return _open_file(path)
+    if not path.is_dir():
+        raise CheckpointError(location, ["no such file or directory"])
+    if any(path.glob("*.safetensors")) or (path / files.INDEX).exists():
+        return SafetensorsSource(files.open_tensors(path))
+    if (path / "params.npz").is_file():
+        return open_npz(path / "params.npz")
+    if is_orbax(path):
+        return open_orbax(str(path))
+    expected = "Orbax, safetensors, params.npz; or a .msgpack, .npz, .h5 or .safetensors file"
+    raise CheckpointError(location, [f"no checkpoint found in this directory; expected {expected}"])
+
+
+def _open_file(path: Path) -> Source:
+    with path.open("rb") as file:
+        head = file.read(4)
+    if path.suffix == ".safetensors":
+        return SafetensorsSource(files.open_file(path))
+    if head == _HDF5:
+        return open_h5(path)
+    if head == _ZIP or path.suffix == ".npz":
+        return open_npz(path)
+    return open_msgpack(path)

@@ -1,0 +1,97 @@
+"""The table of built-in mappings, and mappings from a user's file. Decides which are tried; knows no weights."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slipway.checkpoint.save import Spec
+from slipway.convert.mappings import flax, gemma, hf, maxtext
+from slipway.convert.rules import TreeMapping, rules
+from slipway.errors import InvalidConfig
+
+BUILT_IN: Mapping[str, Sequence[TreeMapping]] = {
+    "maxtext": maxtext.MAPPINGS,
+    "nnx": (*flax.MAPPINGS, *gemma.NNX),
+    "linen": (*flax.MAPPINGS, *gemma.LINEN),
+}
+_FIELDS = (
+    "sizes",
+    "parts",
+    "fields",
+    "config",
+    "tied",
+    "jax_constants",
+    "hf_constants",
+    "required",
+    "roots",
+    "ignored",
+)
+
+
+def find(name: str | None, specs: Mapping[str, Spec], given: Mapping[str, Any]) -> list[TreeMapping]:
+    """The mappings that ``name`` stands for, all built-in ones if it is None; those of another model_type than
+    ``given`` states are left out, unless none is left.
+
+    Raises InvalidConfig for an unknown name or a file that holds no mapping.
+    """
+    if name is not None and name.endswith((".py", ".yaml", ".yml")):
+        return [read_file(Path(name))]
+    if name == "hf":
+        return [hf.identity(specs, given)]
+    if name is not None and name not in BUILT_IN:
+        expected = f"{' | '.join([*BUILT_IN, 'hf'])}, or a .py or .yaml file"
+        raise InvalidConfig("mapping", name, expected)
+    found = list(BUILT_IN[name]) if name else [mapping for group in BUILT_IN.values() for mapping in group]
+    found = list({mapping.name: mapping for mapping in found}.values())
+    if name is None:
+        found.append(hf.identity(specs, given))
+    stated = given.get("model_type")
+    fitting = [mapping for mapping in found if mapping.config.get("model_type", stated) == stated]
+    return fitting if stated and fitting else found
+
+
+def read_file(path: Path) -> TreeMapping:
+    """The mapping in a Python file (``MAPPING``, a TreeMapping) or a YAML file (docs/convert.md).
+
+    Raises InvalidConfig for anything else.
+    """
+    if not path.is_file():
+        raise InvalidConfig("mapping", str(path), "a file that exists")
+    if path.suffix == ".py":
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        mapping = vars(module).get("MAPPING")
+        if not isinstance(mapping, TreeMapping):
+            raise InvalidConfig("mapping", str(path), "a Python file that defines MAPPING, a slipway TreeMapping")
+    else:
+        mapping = _from_yaml(path)
+    try:
+        for rule in mapping.rules:
+            rule.sides(mapping.parts)
+    except ValueError as error:
+        raise InvalidConfig("mapping", str(path), f"rules that can be read: {error}") from error
+    return mapping
+
+
+def _from_yaml(path: Path) -> TreeMapping:
+    import yaml  # only for those who bring such a file
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InvalidConfig("mapping", str(path), f"YAML: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("rules"), list):
+        raise InvalidConfig("mapping", str(path), "a mapping with a list of rules")
+    if unknown := sorted(content.keys() - {"rules", *_FIELDS}):
+        raise InvalidConfig("mapping", f"{path}: {unknown[0]}", f"rules | {' | '.join(_FIELDS)}")
+    for row in content["rules"]:
+        if not isinstance(row, list) or len(row) not in (3, 4) or not all(isinstance(item, str) for item in row):
+            raise InvalidConfig("mapping", f"{path}: {row}", "[JAX name, HF key, pattern] or with a scale as a fourth")
+    extra = {field: content[field] for field in _FIELDS if field in content}
+    for field in ("required", "roots", "ignored"):
+        if field in extra:
+            extra[field] = tuple(extra[field])
+    return TreeMapping(name=path.stem, rules=rules(content["rules"]), **extra)

@@ -1,0 +1,79 @@
+"""Decoders in Flax, NNX or Linen, whose modules bear Hugging Face's names: kernels are (in, out), norms have a scale.
+
+Llama, Qwen2 and Qwen3, with or without ``model.`` in front; layers one by one, or stacked along the first axis as
+``nn.scan`` and ``nnx.scan`` leave them. Decides names and axes only.
+"""
+
+from slipway.convert.rules import TreeMapping, rules, within
+
+_Row = tuple[str, str, str]
+_FIELDS = {
+    "vocab": "vocab_size",
+    "embed": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp": "intermediate_size",
+}
+_LINEAR = {  # module: out, in
+    "self_attn.q_proj": ("(heads head_dim)", "embed"),
+    "self_attn.k_proj": ("(kv_heads head_dim)", "embed"),
+    "self_attn.v_proj": ("(kv_heads head_dim)", "embed"),
+    "self_attn.o_proj": ("embed", "(heads head_dim)"),
+    "mlp.gate_proj": ("mlp", "embed"),
+    "mlp.up_proj": ("mlp", "embed"),
+    "mlp.down_proj": ("embed", "mlp"),
+}
+_FAMILIES = {  # model_type: architecture, the projections with a bias, whether query and key heads are normalized
+    "qwen3": ("Qwen3ForCausalLM", (), True),
+    "qwen2": ("Qwen2ForCausalLM", ("q", "k", "v"), False),
+    "llama": ("LlamaForCausalLM", (), False),
+}
+
+
+def _layer(biases: tuple[str, ...], normalized: bool, stacked: str) -> list[_Row]:
+    """The rules of one layer, or of all where ``stacked`` is ``"layers "``."""
+    rows = []
+    for module, (out, into) in _LINEAR.items():
+        rows.append((f"{module}.kernel", f"{module}.weight", f"{stacked}{into} {out} -> {stacked}{out} {into}"))
+    for name in biases:
+        out = _LINEAR[f"self_attn.{name}_proj"][0]
+        module = f"self_attn.{name}_proj"
+        rows.append((f"{module}.bias", f"{module}.bias", f"{stacked}{out} -> {stacked}{out}"))
+    norms = {"input_layernorm": "embed", "post_attention_layernorm": "embed"}
+    if normalized:
+        norms |= {"self_attn.q_norm": "head_dim", "self_attn.k_norm": "head_dim"}
+    for module, axis in norms.items():
+        rows.append((f"{module}.scale", f"{module}.weight", f"{stacked}{axis} -> {stacked}{axis}"))
+    return rows
+
+
+def _mapping(model_type: str, inside: str, is_scanned: bool) -> TreeMapping:
+    """``inside`` is ``"model."`` where the tree has such a level."""
+    architecture, biases, normalized = _FAMILIES[model_type]
+    layers = f"{inside}layers." if is_scanned else f"{inside}layers.{{layers}}."
+    outside = (
+        (f"{inside}embed_tokens.embedding", "model.embed_tokens.weight", "vocab+pad embed -> vocab embed"),
+        (f"{inside}norm.scale", "model.norm.weight", "embed -> embed"),
+        ("lm_head.kernel?", "lm_head.weight", "embed vocab+pad -> vocab embed"),
+    )
+    layer = _layer(biases, normalized, "layers " if is_scanned else "")
+    return TreeMapping(
+        name=f"{model_type} in Flax, {inside}layers {'stacked' if is_scanned else 'one by one'}",
+        rules=rules(outside + within(layers, "model.layers.{layers}.", layer)),
+        fields=_FIELDS,
+        config={"model_type": model_type, "architectures": [architecture], "hidden_act": "silu"},
+        required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
+        roots=("", "params.", "params.params."),
+        ignored=("step", "*opt_state*", "*.rngs.*", "rngs.*"),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+    )
+
+
+MAPPINGS = tuple(
+    _mapping(model_type, inside, is_scanned)
+    for model_type in _FAMILIES
+    for inside in ("", "model.")
+    for is_scanned in (False, True)
+)

@@ -1,0 +1,98 @@
+"""Decides how numbers get from one strided view to another: checked, scaled, rounded, in pieces that fit the cache.
+Knows views and dtypes; no names, no files.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from slipway.convert.native import copy_bits
+from slipway.convert.plan import Move
+
+PIECE_ELEMENTS = 1 << 20
+
+
+def pieces(move: Move, source: np.ndarray, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+    """The target of ``move``, which it fills whole, in C order: (first element, numbers) of one piece after another.
+
+    A piece is valid until the next is asked for.
+    """
+    view = broadcast(move, source)
+    outer = next((dim for dim, size in enumerate(view.shape) if size > 1), 0)
+    rows = view.shape[outer] if view.ndim else 1
+    row_size = view.size // rows if rows else 0
+    step = max(1, PIECE_ELEMENTS // max(1, row_size))
+    buffer = np.empty(min(step, rows) * row_size, dtype)
+    for start in range(0, rows if view.size else 0, step):
+        part = view[(slice(None),) * outer + (slice(start, start + step),)] if view.ndim else view
+        piece = buffer[: part.size]
+        fill(piece.reshape(part.shape), part, move.factor)
+        yield start * row_size, piece
+
+
+def broadcast(move: Move, source: np.ndarray) -> np.ndarray:
+    """The source's share, axes in the target's order; an axis that the source lacks is repeated without a copy."""
+    view = move.source.view(source, move.order)
+    shape = tuple(len(range(*part.indices(size))) for part, size in zip(move.target.take, move.target.split))
+    return np.broadcast_to(view, shape) if view.shape != shape else view
+
+
+def fill(target: np.ndarray, source: np.ndarray, factor: float) -> None:
+    """``target = source * factor`` for views of equal shape, rounded once, to the nearest."""
+    if factor == 1.0 and source.dtype == target.dtype:
+        copy_bits(target, source)
+    elif factor == 1.0:
+        contiguous = np.empty(source.shape, source.dtype)
+        copy_bits(contiguous, source)
+        with np.errstate(over="ignore", invalid="ignore"):  # checks look at the result
+            target[...] = contiguous.astype(target.dtype)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            target[...] = (source.astype(np.float32) * np.float32(factor)).astype(target.dtype)
+
+
+def not_finite(values: np.ndarray) -> int:
+    """How many of a contiguous array's floats are infinite or NaN; 0 for other dtypes."""
+    if not is_float(values.dtype) or not values.size:
+        return 0
+    bits = np.dtype(f"u{values.itemsize}").type
+    magnitude = values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)
+    limit = _largest(values.dtype)
+    return int(np.count_nonzero(magnitude > limit)) if magnitude.max() > limit else 0
+
+
+def max_ulp(one: np.ndarray, two: np.ndarray) -> int:
+    """The largest distance of two arrays of one float dtype, in representable numbers between them."""
+    a, b = (_ordered(np.ascontiguousarray(x)) for x in (one, two))
+    return int(np.abs(a - b).max()) if a.size else 0
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether the dtype is a floating-point one, ml_dtypes' included."""
+    return dtype.kind == "f" or dtype in _EXTENDED
+
+
+_EXTENDED = {np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
+
+
+def narrows(source: np.dtype, target: np.dtype) -> bool:
+    """Whether some ``source`` number has no equal in ``target``."""
+    if source == target:
+        return False
+    if is_float(source) and is_float(target):
+        a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
+        return a.nmant > b.nmant or a.maxexp > b.maxexp or a.minexp < b.minexp
+    return not np.can_cast(source, target, "safe")
+
+
+@functools.cache
+def _largest(dtype: np.dtype) -> int:
+    return int(np.asarray(ml_dtypes.finfo(dtype).max).astype(dtype).view(f"u{dtype.itemsize}"))
+
+
+def _ordered(values: np.ndarray) -> np.ndarray:
+    """Integers that are ordered, and spaced by one, as the floats are."""
+    bits = values.view(f"i{values.itemsize}").astype(np.int64)
+    return np.where(bits < 0, np.int64(-(1 << (8 * values.itemsize - 1))) - bits, bits)

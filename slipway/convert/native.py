@@ -1,0 +1,44 @@
+"""Decides who copies bits between strided views: the compiled csrc/copy.cc, or NumPy where it was not built."""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
+
+
+def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
+    """``target[...] = source`` for views of one shape and item size, bit for bit; lets go of the interpreter."""
+    assert target.shape == source.shape and target.itemsize == source.itemsize
+    library = _library()
+    if library is None or target.itemsize > 8:
+        target[...] = source.view(target.dtype)
+        return
+    ndim = target.ndim
+    longs = ctypes.c_int64 * ndim
+    library.slipway_copy(
+        ctypes.c_void_p(target.ctypes.data),
+        ctypes.c_void_p(source.ctypes.data),
+        ctypes.c_int64(ndim),
+        longs(*target.shape),
+        longs(*target.strides),
+        longs(*source.strides),
+        ctypes.c_int64(target.itemsize),
+    )
+
+
+def is_compiled() -> bool:
+    """Whether the compiled copy is in use."""
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    spec = importlib.util.find_spec("slipway._native")
+    if spec is None or spec.origin is None:
+        _log.warning("slipway was installed without a C++ compiler: NumPy transposes, several times slower")
+        return None
+    return ctypes.CDLL(spec.origin)

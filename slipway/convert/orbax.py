@@ -1,0 +1,289 @@
+"""Orbax checkpoints, read and written through tensorstore: decides where a tree lies below a directory and how its
+leaves are named. Knows no rules; needs no Orbax.
+
+Format: https://orbax.readthedocs.io (``_METADATA`` and one zarr array for each leaf, in OCDBT or in folders).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipway.checkpoint import save
+from slipway.checkpoint.save import Spec
+from slipway.convert.sink import ASIDE, JOURNAL, Facts, Pieces, journal
+from slipway.convert.source import dotted
+from slipway.errors import CheckpointError
+
+METADATA = "_METADATA"
+_ITEMS = ("default", "items", "state", "params", "model")  # folders in which Orbax's managers put a tree
+_NO_ARRAYS = ("Dict", "List", "Tuple", "NamedTuple", "None", "string")
+_ARRAY_FILES = ("zarr.json", ".zarray")
+_CHUNK_BYTES = 1 << 26  # of one chunk that is written: what is encoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the store: its key there, and what tensorstore has opened."""
+
+    key: str
+    spec: Spec
+    store: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxSource:
+    """A tree in an Orbax checkpoint."""
+
+    path: Path | None
+    location: str
+    leaves: Mapping[str, Leaf]
+
+    mapped = False
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every leaf's dtype and shape."""
+        return {name: leaf.spec for name, leaf in self.leaves.items()}
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[np.ndarray]:
+        """The whole leaf, read into memory."""
+        leaf = self.leaves[name]
+        try:
+            array = leaf.store.read(order="C").result()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CheckpointError(self.location, [f"{name}: cannot be read: {_first_line(error)}"]) from error
+        yield np.asarray(array, leaf.spec.dtype)
+
+    def drop(self, name: str) -> None:
+        """Nothing: a leaf is in memory until it is closed."""
+
+
+def open_orbax(location: str) -> OrbaxSource:
+    """The tree at a directory, or at a ``gs://`` or ``s3://`` address that tensorstore can read.
+
+    A directory of steps stands for its newest complete one. Raises CheckpointError for anything else, and for leaves
+    of which data is missing.
+    """
+    ts = _tensorstore(location)
+    path = None if "://" in location else Path(location)
+    base = _find_tree(Path(location)) if path is not None else location
+    root = f"file://{base.absolute()}/" if isinstance(base, Path) else f"{location.rstrip('/')}/"
+    files = ts.KvStore.open(root).result()
+    metadata = json.loads(files.read(METADATA).result().value or b"{}")
+    is_ocdbt = bool(files.read("manifest.ocdbt").result().value)
+    kvstore = {"driver": "ocdbt", "base": root} if is_ocdbt else root
+    store = ts.KvStore.open(kvstore).result()
+    try:
+        keys = [key.decode() for key in store.list().result()]
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(location, [f"the store cannot be listed: {_first_line(error)}"]) from error
+    names = dict(_named(metadata, keys))
+    opening = {
+        name: ts.open(
+            {"driver": "zarr3" if f"{key}/zarr.json" in keys else "zarr", "kvstore": _below(kvstore, key)}, open=True
+        )
+        for name, key in names.items()
+    }
+    leaves, problems = {}, []
+    counts = _chunk_counts(keys)
+    for name, future in opening.items():
+        try:
+            array = future.result()
+        except (ValueError, OSError, RuntimeError) as error:
+            problems.append(f"{name}: cannot be opened: {_first_line(error)}")
+            continue
+        leaves[name] = Leaf(names[name], Spec(np.dtype(array.dtype.numpy_dtype), tuple(array.shape)), array)
+        if metadata.get("store_array_data_equal_to_fill_value"):
+            grid = array.chunk_layout.write_chunk.shape
+            chunks = math.prod(-(-size // max(1, chunk)) for size, chunk in zip(array.shape, grid or ()))
+            if (held := counts.get(names[name], 0)) < chunks:
+                problems.append(f"{name}: {chunks - held} of its {chunks} chunks are missing")
+    if not names:
+        problems.append("no arrays found: neither _METADATA nor zarr arrays")
+    if problems:
+        raise CheckpointError(location, problems)
+    return OrbaxSource(base if isinstance(base, Path) else None, location, leaves)
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a directory looks like an Orbax checkpoint, or like steps of some."""
+    try:
+        _find_tree(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+class OrbaxSink:
+    """A tree written as Orbax's PyTree handler would write it: zarr3 in OCDBT, uncompressed.
+
+    Compressing bf16 weights with zstd saves about a fifth of the size and takes several times as long.
+    ``item`` is the folder of the tree below ``directory`` (MaxText's ``0/items``), ``constants`` are whole numbers that
+    are leaves too, ``empties`` empty dictionaries.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, Spec],
+        identity: str,
+        resume: bool,
+        item: str = "",
+        constants: Mapping[str, int] | None = None,
+        empties: tuple[str, ...] = (),
+    ):
+        self._ts = _tensorstore(str(directory))
+        self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
+        self._tree = self._aside / item
+        self._identity, self._lock = identity, threading.Lock()
+        self._constants, self._empties = dict(constants or {}), empties
+        self._done = journal(self._aside, identity) if resume else {}
+        if not self._done and self._aside.exists():
+            shutil.rmtree(self._aside)
+        self._tree.mkdir(parents=True, exist_ok=True)
+        self._kvstore = {"driver": "ocdbt", "base": f"file://{self._tree.absolute()}/"}
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        """One leaf, put together in memory."""
+        spec = self._specs[name]
+        whole = np.empty(math.prod(spec.shape), spec.dtype)
+        for first, piece in pieces:
+            whole[first : first + piece.size] = piece
+        self._put(name, whole.reshape(spec.shape))
+
+    def done(self) -> Mapping[str, Facts]:
+        """The leaves that an earlier run has left whole, with what it noted of each."""
+        return dict(self._done)
+
+    def mark(self, name: str, facts: Facts) -> None:
+        """Note a leaf as written; tensorstore has made it durable."""
+        with self._lock:
+            self._done[name] = facts
+            save.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": self._done})
+
+    def finish(self) -> None:
+        """Write the metadata and move the tree into place."""
+        for name, number in self._constants.items():
+            self._put(name, np.asarray(number))
+        scalars = {name: "scalar" for name in self._constants}
+        kinds = dict.fromkeys(self._specs, "np.ndarray") | scalars | dict.fromkeys(self._empties, "Dict")
+        tree = {
+            str(tuple(name.split("."))): {
+                "key_metadata": [{"key": key, "key_type": 2} for key in name.split(".")],
+                "value_metadata": {"value_type": kind, "skip_deserialize": kind == "Dict"},
+            }
+            for name, kind in kinds.items()
+        }
+        facts = {"use_ocdbt": True, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
+        (self._tree / METADATA).write_text(json.dumps({"tree_metadata": tree, **facts, "custom_metadata": None}))
+        top = self._tree.parent if self._tree != self._aside else self._tree
+        handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+        handlers: Any = {self._tree.name: handler} if self._tree != self._aside else handler
+        (top / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handlers, "custom_metadata": {}}))
+        (self._aside / JOURNAL).unlink(missing_ok=True)
+        for path in sorted(self._aside.iterdir()):
+            os.replace(path, self._directory / path.name)
+        shutil.rmtree(self._aside)
+
+    def abandon(self) -> None:
+        """Remove all that was written."""
+        shutil.rmtree(self._aside)
+
+    def _put(self, name: str, array: np.ndarray) -> None:
+        rows = max(1, _CHUNK_BYTES // max(1, array.nbytes // max(1, array.shape[0]))) if array.ndim else 1
+        chunk = [min(rows, array.shape[0]), *array.shape[1:]] if array.ndim else []
+        metadata = {
+            "shape": list(array.shape),
+            "data_type": array.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in chunk]}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }
+        spec = {
+            "driver": "zarr3",
+            "kvstore": _below(self._kvstore, name),
+            "metadata": metadata,
+            "store_data_equal_to_fill_value": True,
+        }
+        store = self._ts.open(spec, create=True, delete_existing=True).result()
+        store.write(array, can_reference_source_data_indefinitely=True).result()
+
+
+def _tensorstore(location: str) -> Any:
+    try:
+        import tensorstore  # an extra: only those who have Orbax checkpoints need it
+    except ModuleNotFoundError as error:
+        raise CheckpointError(location, ["Orbax checkpoints need tensorstore: pip install slipway[orbax]"]) from error
+    return tensorstore
+
+
+def _find_tree(path: Path) -> Path:
+    """The directory that holds the tree itself: ``path``, a folder of it, or that of its newest complete step."""
+    if _is_tree(path):
+        return path
+    held = [path / item for item in _ITEMS if _is_tree(path / item)]
+    if held:
+        return held[0]
+    steps = {}
+    for folder in path.iterdir() if path.is_dir() else ():
+        found = re.fullmatch(r"(?:.*[_-])?(\d+)", folder.name)
+        if found and folder.is_dir():
+            steps[int(found[1])] = folder
+    committed = {
+        n: f for n, f in steps.items() if any((f / m).exists() for m in ("_CHECKPOINT_METADATA", "commit_success.txt"))
+    }
+    for _, folder in sorted((committed or steps).items(), reverse=True):
+        return _find_tree(folder)
+    raise CheckpointError(path, ["no Orbax checkpoint: no _METADATA, no zarr arrays, no step directories"])
+
+
+def _is_tree(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    if (path / METADATA).is_file() or (path / "manifest.ocdbt").is_file():
+        return True
+    return any((folder / file).is_file() for folder in path.iterdir() for file in _ARRAY_FILES)
+
+
+def _named(metadata: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str, str]]:
+    """Dotted name and key in the store of every array: as the metadata says, or as the store lists them."""
+    tree = metadata.get("tree_metadata")
+    if tree is None:
+        for key in keys:
+            folder, _, file = key.rpartition("/")
+            if file in _ARRAY_FILES:
+                yield dotted(tuple(folder.split("."))), folder
+        return
+    for entry in tree.values():
+        value = entry["value_metadata"]
+        if value["value_type"] not in _NO_ARRAYS and not value.get("skip_deserialize"):
+            path = tuple(str(part["key"]) for part in entry["key_metadata"])
+            yield dotted(path), ".".join(path)
+
+
+def _chunk_counts(keys: list[str]) -> dict[str, int]:
+    """For every array the number of chunks that the store holds."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        folder, _, rest = key.partition("/")
+        if rest and rest not in (*_ARRAY_FILES, ".zattrs", ".zgroup"):
+            counts[folder] = counts.get(folder, 0) + 1
+    return counts
+
+
+def _below(kvstore: Any, key: str) -> Any:
+    return {**kvstore, "path": f"{key}/"} if isinstance(kvstore, dict) else f"{kvstore}{key}/"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,362 @@
+"""Decides which tensors of a source become which of a target: rules resolved against names and shapes, before any value
+is read. Knows no files; either side may be the source.
+
+Every mismatch is collected. A plan that has none accounts for each source tensor exactly once.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+
+from slipway import layout
+from slipway.checkpoint.save import Spec
+from slipway.convert.rules import Rule, Side, TreeMapping
+
+Direction = Literal["to_hf", "to_jax"]
+Sizes = dict[str, int]
+Labels = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """One tensor's share in a move: its axes taken apart, and the part of each that takes part."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    split: tuple[int, ...]
+    take: tuple[slice, ...]
+    data_size: int  # elements that are not padding
+
+    @property
+    def filled(self) -> int:
+        """The number of elements in the share."""
+        return math.prod(len(range(*part.indices(size))) for part, size in zip(self.take, self.split))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the share is the whole tensor."""
+        return all(len(range(*part.indices(size))) == size for part, size in zip(self.take, self.split))
+
+    def view(self, array: np.ndarray, order: tuple[str, ...]) -> np.ndarray:
+        """The share as a view of ``array``, axes in ``order``; an axis that this end lacks has size 1."""
+        taken: Any = (*self.take, ...)  # with the ellipsis a view, even of a scalar
+        atoms = array.reshape(self.split)[taken]
+        kept = [axis for axis in order if axis in self.axes]
+        dropped = [axis for axis in self.axes if axis not in order]
+        first: Any = (*(0,) * len(dropped), ...)
+        atoms = atoms.transpose([self.axes.index(axis) for axis in (*dropped, *kept)])[first]
+        spread: Any = (*(slice(None) if axis in self.axes else None for axis in order), ...)
+        return atoms[spread]
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Numbers that lie in ``source`` and shall lie in ``target``, multiplied by ``factor``."""
+
+    rule: Rule
+    source: End
+    target: End
+    factor: float
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The axes in the order in which the target holds them."""
+        return self.target.axes
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Axes along which the source holds the same numbers again."""
+        return tuple(axis for axis in self.source.axes if axis not in self.target.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of every tensor. ``moves`` are grouped by target, in the target's order of writing."""
+
+    mapping: TreeMapping
+    direction: Direction
+    root: str
+    sizes: Sizes
+    local_sizes: tuple[Sizes, ...]  # for each rule, of the axes that only it has
+    moves: Mapping[str, tuple[Move, ...]]
+    targets: Mapping[str, Spec]
+    sources: Mapping[str, Spec]
+    ignored: tuple[str, ...]
+    unmatched: tuple[str, ...]  # tensors that no rule names, and tensors that a rule needs and the source lacks
+    problems: tuple[str, ...]
+
+    def jobs(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Sources and targets in the smallest groups that can be read and written each by itself."""
+        group_of: dict[str, list[str]] = {}
+        for target, moves in self.moves.items():
+            groups = {id(g): g for g in (group_of.get(move.source.name) for move in moves) if g is not None}
+            merged = [target, *itertools.chain.from_iterable(groups.values())]
+            for name in merged:
+                for move in self.moves[name]:
+                    group_of[move.source.name] = merged
+        done: set[int] = set()
+        for group in group_of.values():
+            if id(group) not in done:
+                done.add(id(group))
+                yield sorted({move.source.name for name in group for move in self.moves[name]}), sorted(group)
+
+
+def resolve(mapping: TreeMapping, direction: Direction, sources: Mapping[str, Spec], known: Mapping[str, int]) -> Plan:
+    """Resolve every rule against the source's tensors; ``known`` are axis sizes that a configuration states.
+
+    Nothing is raised: what does not fit is in the plan's ``problems``.
+    """
+    root = _root(mapping, sources) if direction == "to_hf" else mapping.roots[0]
+    return _resolve(mapping, direction, sources, root, known, ({},) * len(mapping.rules))
+
+
+def inverse(plan: Plan, sources: Mapping[str, Spec]) -> Plan:
+    """The way back from ``sources``, tensors that ``plan`` has written, to where its own lay."""
+    back: Direction = "to_jax" if plan.direction == "to_hf" else "to_hf"
+    return _resolve(plan.mapping, back, sources, plan.root, plan.sizes, plan.local_sizes)
+
+
+def _resolve(
+    mapping: TreeMapping,
+    direction: Direction,
+    sources: Mapping[str, Spec],
+    root: str,
+    known: Mapping[str, int],
+    local_sizes: Sequence[Mapping[str, int]],
+) -> Plan:
+    ignored = tuple(name for name in sources if any(fnmatchcase(name, glob) for glob in mapping.ignored))
+    kept = {name: spec for name, spec in sources.items() if name not in ignored}
+    turn = 1 if direction == "to_hf" else -1
+    rules = [
+        _Rule(rule, source, target, dict(local))
+        for (rule, *sides), local in zip(mapping.sides(), local_sizes)
+        for source, target in [sides[::turn]]
+    ]
+    resolver = _Resolver(mapping, rules, dict(mapping.sizes))
+    prefixes = (root, "")[::turn]
+    resolver.match(kept, prefixes[0])
+    resolver.solve(known)
+    resolver.complete(prefixes[0])
+    moves = resolver.moves(*prefixes)
+    targets = {name: Spec(kept[group[0].source.name].dtype, group[0].target.shape) for name, group in moves.items()}
+    problems = (*resolver.problems, *_gaps(moves, kept))
+    local = tuple(rule.local for rule in rules)
+    unmatched = tuple(resolver.unmatched)
+    return Plan(mapping, direction, root, resolver.sizes, local, moves, targets, kept, ignored, unmatched, problems)
+
+
+def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
+    """The first root under which any rule finds a tensor."""
+    names = list(sources)
+    for root in mapping.roots:
+        held = [name.removeprefix(root) for name in names if name.startswith(root)]
+        if any(ours.match(name, mapping.parts) is not None for _, ours, _ in mapping.sides() for name in held):
+            return root
+    return mapping.roots[0]
+
+
+@dataclasses.dataclass
+class _Rule:
+    """A rule, its sides in the direction of travel, what it matched and the sizes that only it uses."""
+
+    rule: Rule
+    source: Side
+    target: Side
+    local: Sizes
+    found: dict[str, tuple[Labels, Spec]] = dataclasses.field(default_factory=dict)
+
+
+class _Resolver:
+    """Collects sizes and problems over all rules."""
+
+    def __init__(self, mapping: TreeMapping, rules: list[_Rule], sizes: Sizes):
+        self.mapping, self.rules, self.sizes = mapping, rules, sizes
+        self.problems: list[str] = []
+        self.unmatched: list[str] = []
+
+    def match(self, sources: Mapping[str, Spec], prefix: str) -> None:
+        """Give each source tensor to the first rule that names it, and count the indices in the names."""
+        indices: dict[str, set[int]] = {}
+        for name, spec in sources.items():
+            for rule in self.rules:
+                labels = (
+                    rule.source.match(name.removeprefix(prefix), self.mapping.parts)
+                    if name.startswith(prefix)
+                    else None
+                )
+                if labels is not None:
+                    rule.found[name] = (labels, spec)
+                    for axis, label in labels.items():
+                        if axis not in self.mapping.parts:
+                            indices.setdefault(axis, set()).add(int(label))
+                    break
+            else:
+                self.unmatched.append(name)
+                self.problems.append(f"{name}: no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})")
+        for axis, numbers in indices.items():
+            self._settle(axis, max(numbers) + 1, "the names' indices")
+
+    def solve(self, known: Mapping[str, int]) -> None:
+        """Infer axis sizes from shapes until nothing more follows; then with ``known``, which so cannot contradict
+        a shape; then padded axes that nothing else settled.
+        """
+        for more, final in (({}, False), (known, False), ({}, True)):
+            self.sizes = {**more, **self.sizes}
+            before = None
+            while before != (before := self._known()):
+                for rule in self.rules:
+                    for name, (labels, spec) in rule.found.items():
+                        self._solve_one(rule, name, labels, spec, final)
+        self.problems = list(dict.fromkeys(self.problems))
+
+    def complete(self, prefix: str) -> None:
+        """Note every tensor that a rule needs and the source lacks."""
+        for rule in self.rules:
+            if rule.rule.optional and not rule.found:
+                continue
+            for labels in self._combinations(rule.source.indices):
+                name = prefix + rule.source.format(labels)
+                if name not in rule.found:
+                    self.unmatched.append(name)
+                    self.problems.append(f"{name}: missing")
+
+    def moves(self, source_prefix: str, target_prefix: str) -> dict[str, tuple[Move, ...]]:
+        """Every move, by target; none of a rule whose tensors did not fit."""
+        moves: dict[str, list[Move]] = {}
+        for rule in self.rules:
+            sizes = self.sizes | rule.local
+            indices = dict.fromkeys((*rule.source.indices, *rule.target.indices))
+            for labels in self._combinations(tuple(indices)) if rule.found else ():
+                name = source_prefix + rule.source.format(labels)
+                if name not in rule.found:
+                    continue
+                try:
+                    source = self._end(rule.source, name, labels, sizes, rule.source.flipped ^ rule.target.flipped)
+                    target = self._end(rule.target, target_prefix + rule.target.format(labels), labels, sizes)
+                except KeyError as error:
+                    self.problems.append(f"{name}: the size of axis {error.args[0]!r} follows from nothing here")
+                    break
+                if source.shape != rule.found[name][1].shape:
+                    continue  # solve() has said so
+                moves.setdefault(target.name, []).append(Move(rule.rule, source, target, self._factor(rule, sizes)))
+        return {name: tuple(group) for name, group in moves.items()}
+
+    def _factor(self, rule: _Rule, sizes: Sizes) -> float:
+        factor = rule.rule.factor(sizes)
+        return factor if rule.source.name == rule.rule.jax else 1 / factor
+
+    def _known(self) -> tuple[int, int]:
+        return len(self.sizes), sum(len(rule.local) for rule in self.rules)
+
+    def _solve_one(self, rule: _Rule, name: str, labels: Labels, spec: Spec, final: bool) -> None:
+        side, parts = rule.source, self.mapping.parts
+        known = {axis: size for axis, size in (self.sizes | rule.local).items() if axis not in side.pads}
+        for axis, label in labels.items():
+            known[axis] = 1
+            if axis in parts:
+                known.pop(axis)
+                if (size := self._part_size(parts[axis][label], rule)) is not None:
+                    known[axis] = size
+        for axis in parts:  # of a tensor that holds all parts
+            sizes = [self._part_size(expression, rule) for expression in parts[axis].values()]
+            if axis not in labels and None not in sizes:
+                known[axis] = sum(size for size in sizes if size is not None)
+        try:
+            solved = layout.solve_sizes(side.axes, spec.shape, known)
+        except ValueError as error:
+            self.problems.append(f"{name}: shape {spec.shape}: {error}")
+            return
+        for axis in layout.parse(side.axes).axes:
+            if axis not in solved:
+                continue
+            if axis in side.pads:
+                self._settle_padded(axis, side.pads[axis], solved[axis], name, final)
+            elif axis in parts:
+                expression = parts[axis][labels[axis]] if axis in labels else 0
+                if isinstance(expression, str):
+                    self._settle(expression, solved[axis], name)
+            elif axis not in side.indices:
+                self._settle(axis, solved[axis], name, rule)
+
+    def _part_size(self, expression: int | str, rule: _Rule) -> int | None:
+        return expression if isinstance(expression, int) else (self.sizes | rule.local).get(expression)
+
+    def _settle(self, axis: str, size: int, where: str, rule: _Rule | None = None) -> None:
+        sizes = self.sizes if rule is None or self.mapping.is_global(axis) else rule.local
+        if sizes.setdefault(axis, size) != size:
+            self.problems.append(f"{where}: axis {axis} has size {size}, elsewhere {sizes[axis]}")
+
+    def _settle_padded(self, axis: str, pad: str, size: int, name: str, final: bool) -> None:
+        if axis not in self.sizes and not final:
+            return
+        held = self.sizes.setdefault(axis, size)
+        if size < held:
+            self.problems.append(
+                f"{name}: axis {axis} has size {size}, but {self.mapping.fields.get(axis, axis)} is {held}"
+            )
+        else:
+            self._settle(pad, size - held, name)
+
+    def _combinations(self, axes: tuple[str, ...]) -> Iterator[Labels]:
+        """Every combination of labels; none where an axis's size is unknown."""
+        if all(axis in self.mapping.parts or axis in self.sizes for axis in axes):
+            labels = [
+                list(self.mapping.parts[a]) if a in self.mapping.parts else list(map(str, range(self.sizes[a])))
+                for a in axes
+            ]
+            yield from (dict(zip(axes, values)) for values in itertools.product(*labels))
+
+    def _end(self, side: Side, name: str, labels: Labels, sizes: Sizes, flipped: frozenset[str] = frozenset()) -> End:
+        """One tensor's share in the move at ``labels``. Raises KeyError for an axis of unknown size."""
+        held, take, data = {}, {}, {}
+        for axis in layout.parse(side.axes).axes:
+            start, stop = 0, None
+            if axis in self.mapping.parts:
+                held[axis], start, stop = self._part(axis, labels.get(axis), sizes, own=axis in side.indices)
+            elif axis in side.pads:
+                stop, held[axis] = sizes[axis], sizes[axis] + sizes.get(side.pads[axis], 0)
+                data[axis] = stop
+            else:
+                held[axis] = sizes[axis]
+                if axis in labels and axis not in side.indices:
+                    start, stop = int(labels[axis]), int(labels[axis]) + 1
+            take[axis] = slice(start, held[axis] if stop is None else stop)
+            if axis in flipped:
+                take[axis] = _backwards(take[axis])
+        parsed = layout.parse(side.axes)
+        split = tuple(held[axis] for axis in parsed.axes)
+        takes, data_size = tuple(take[axis] for axis in parsed.axes), math.prod(parsed.shape(held | data))
+        return End(name, parsed.shape(held), parsed.axes, split, takes, data_size)
+
+    def _part(self, axis: str, label: str | None, sizes: Sizes, own: bool) -> tuple[int, int, int | None]:
+        """The axis's size in a tensor, and the rows of the part ``label`` in it; ``own``: it holds that part alone."""
+        counts = {k: v if isinstance(v, int) else sizes[v] for k, v in self.mapping.parts[axis].items()}
+        if own:
+            assert label is not None
+            return counts[label], 0, None
+        if label is None:
+            return sum(counts.values()), 0, None
+        before = list(counts).index(label)
+        start = sum(list(counts.values())[:before])
+        return sum(counts.values()), start, start + counts[label]
+
+
+def _backwards(part: slice) -> slice:
+    return slice(part.stop - 1, None if part.start == 0 else part.start - 1, -1)
+
+
+def _gaps(moves: Mapping[str, tuple[Move, ...]], sources: Mapping[str, Spec]) -> Iterator[str]:
+    """Targets of which the moves fill more or less than the whole, or that tensors of unlike dtype fill."""
+    for name, group in moves.items():
+        filled, size = sum(move.target.filled for move in group), group[0].target.data_size
+        if filled != size:
+            yield f"{name}: {filled} of {size} elements have a source"
+        dtypes = {str(sources[move.source.name].dtype) for move in group}
+        if len(dtypes) > 1:
+            yield f"{name}: made of tensors of different dtypes, {' and '.join(sorted(dtypes))}"

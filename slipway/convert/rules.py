@@ -1,0 +1,172 @@
+"""Decides what one rule means: which tensors of a JAX tree and of an HF directory hold the same numbers, and how they
+lie. Knows no files, no values and no particular model; the way back is the same rule read from right to left.
+
+A rule is three strings: ``("layers.attn.q.kernel", "model.layers.{layers}.q_proj.weight",
+"embed layers heads head_dim -> layers (heads head_dim) embed")``. In addition to layout.py's axis notation:
+
+``{layers}`` in a name      one tensor per index of that axis, which the tensor itself then lacks
+``{qkv}``, a part axis      one tensor per named part of that axis: ``parts={"qkv": {"q": "heads", "k": ...}}``
+``-h``                      the axis runs backwards
+``vocab+pad``               the axis has ``pad`` more rows at its end, which hold nothing
+an axis on one side only    that side holds the same numbers once per index
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from slipway import layout
+
+ARROW = "->"
+_TOKEN = re.compile(r"[()]|[^\s()]+")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_SCALE = re.compile(r"\* (\w+|\d+\.?\d*)(?: \*\* (-?\d+\.?\d*))?")
+
+Parts = Mapping[str, Mapping[str, int | str]]  # of an axis: each part's label and size, a number or another axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a rule: the names of its tensors, and the axes of each."""
+
+    name: str  # with placeholders
+    axes: str  # in layout.py's notation, of one tensor
+    flipped: frozenset[str]
+    pads: Mapping[str, str]  # padded axis -> the axis that counts the rows added
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """The axes of which every index, or part, has a tensor of its own."""
+        return tuple(_PLACEHOLDER.findall(self.name))
+
+    def format(self, labels: Mapping[str, str]) -> str:
+        """The tensor's name at one label for each of ``indices``."""
+        return _PLACEHOLDER.sub(lambda found: labels[found[1]], self.name)
+
+    def match(self, name: str, parts: Parts) -> dict[str, str] | None:
+        """The labels at which ``format`` gives ``name``; None if it never does."""
+        found = _pattern(self.name, tuple((axis, tuple(labels)) for axis, labels in parts.items())).fullmatch(name)
+        return None if found is None else found.groupdict()
+
+
+@functools.cache
+def _pattern(template: str, parts: tuple[tuple[str, tuple[str, ...]], ...]) -> re.Pattern[str]:
+    labels, regex, end, seen = dict(parts), "", 0, set()
+    for found in _PLACEHOLDER.finditer(template):
+        axis = found[1]
+        values = "|".join(map(re.escape, labels[axis])) if axis in labels else r"0|[1-9]\d*"
+        regex += re.escape(template[end : found.start()])
+        regex += f"(?P={axis})" if axis in seen else f"(?P<{axis}>{values})"
+        end = found.end()
+        seen.add(axis)
+    return re.compile(regex + re.escape(template[end:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One tensor, or one family of tensors, on both sides.
+
+    ``scale`` is what the HF side is multiplied by, ``"* head_dim ** 0.5"`` or ``"* 2.0"``, computed in float32.
+    An ``optional`` rule may match nothing.
+    """
+
+    jax: str
+    hf: str
+    axes: str
+    scale: str = ""
+    optional: bool = False
+
+    def sides(self, parts: Parts) -> tuple[Side, Side]:
+        """The JAX side and the HF side.
+
+        Raises ValueError if the pattern cannot be read or the two sides do not fit together.
+        """
+        ours, arrow, theirs = self.axes.partition(ARROW)
+        if not arrow:
+            raise ValueError(f"pattern {self.axes!r}: expected two sides and {ARROW!r} between them")
+        return _side(self.jax, ours, parts), _side(self.hf, theirs, parts)
+
+    def factor(self, sizes: Mapping[str, int]) -> float:
+        """What the HF side is multiplied by."""
+        if not self.scale:
+            return 1.0
+        found = _SCALE.fullmatch(self.scale)
+        if found is None:
+            raise ValueError(f"scale {self.scale!r}: expected '* axis ** power' or '* number'")
+        base = float(sizes[found[1]]) if found[1].isidentifier() else float(found[1])
+        return base ** float(found[2] or 1)
+
+
+def _side(name: str, text: str, parts: Parts) -> Side:
+    flipped, pads, words = set(), {}, []
+    for token in _TOKEN.findall(text):
+        axis, plus, pad = token.partition("+")
+        if axis.startswith("-"):
+            axis = axis[1:]
+            flipped.add(axis)
+        if plus:
+            pads[axis] = pad
+        words.append(axis)
+    axes = " ".join(words).replace("( ", "(").replace(" )", ")")
+    groups = layout.parse(axes).groups
+    named = set(_PLACEHOLDER.findall(name))
+    kept = [group for group in groups if not (len(group) == 1 and group[0] in named and _vanishes(group[0], parts))]
+    rest = " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in kept)
+    return Side(name, rest, frozenset(flipped), pads)
+
+
+def _vanishes(axis: str, parts: Parts) -> bool:
+    """Whether a tensor that holds one index of the axis has no dimension for it."""
+    return axis not in parts or all(size == 1 for size in parts[axis].values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeMapping:
+    """All rules of one family of trees, and what else must be known of it.
+
+    ``fields`` names the config.json field that states an axis's size, ``config`` the fields that the tree itself
+    settles, ``required`` those that nothing in the tree can tell. ``roots`` are prefixes under which the tree may
+    lie, the one that is written first; ``ignored`` are globs of names, roots included, that hold no weights. ``tied``
+    maps an HF key to the key it repeats where ``tie_word_embeddings`` is true. ``jax_constants`` and ``hf_constants``
+    are what only one side has, by its whole name: integers, or empty mappings.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parts: Parts = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ("",)
+    ignored: tuple[str, ...] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    jax_constants: Mapping[str, int | Mapping] = dataclasses.field(default_factory=dict)
+    hf_constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def sides(self) -> Iterator[tuple[Rule, Side, Side]]:
+        """Every rule with its JAX and its HF side."""
+        for rule in self.rules:
+            yield rule, *rule.sides(self.parts)
+
+    def is_global(self, axis: str) -> bool:
+        """Whether the axis means the same in every rule; any other name means something in its own rule only."""
+        return axis in self.fields or axis in self.sizes or axis in self.parts or axis in self._indices
+
+    @functools.cached_property
+    def _indices(self) -> frozenset[str]:
+        return frozenset(axis for rule in self.rules for axis in _PLACEHOLDER.findall(rule.jax + rule.hf))
+
+
+def rules(rows: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
+    """Rules from rows of (JAX name, HF key, pattern[, scale]); a JAX name that ends in ``?`` is optional."""
+    return tuple(
+        Rule(row[0].removesuffix("?"), row[1], row[2], row[3] if len(row) > 3 else "", row[0].endswith("?"))
+        for row in rows
+    )
+
+
+def within(jax: str, hf: str, rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The rows with a prefix to their JAX names and one to their HF keys."""
+    return tuple((f"{jax}{row[0]}", f"{hf}{row[1]}", *row[2:]) for row in rows)

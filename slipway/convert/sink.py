@@ -1,0 +1,138 @@
+"""Decides how converted tensors reach the disk: aside, flushed, renamed when all are whole. Knows no rules.
+
+Everything is written below ``OUT/.slipway-convert`` first; ``finish`` moves it into place, ``abandon`` removes it.
+After a kill nothing in OUT bears a checkpoint's name, and the journal says which tensors are whole.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from slipway.checkpoint import save
+from slipway.checkpoint.files import INDEX
+from slipway.checkpoint.save import Spec
+
+ASIDE = ".slipway-convert"
+JOURNAL = "journal.json"
+JOURNAL_EVERY_S = 5.0
+
+Facts = Mapping[str, Any]  # what JSON can hold
+Pieces = Iterator[tuple[int, np.ndarray]]
+
+
+class Sink(Protocol):
+    """Where converted tensors go. Threads may write different tensors at a time."""
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        """One tensor: (first element, numbers) in C order, which together are the whole."""
+
+    def done(self) -> Mapping[str, Facts]:
+        """The tensors that an earlier run has left whole, with what it noted of each."""
+
+    def mark(self, name: str, facts: Facts) -> None:
+        """This tensor is written: a later run may leave it out."""
+
+    def finish(self) -> None:
+        """Everything is written: put it into place."""
+
+    def abandon(self) -> None:
+        """Remove all that was written."""
+
+
+class SafetensorsSink:
+    """An HF directory's weights: preallocated shards, filled in any order.
+
+    ``identity`` names the conversion: a journal of another one is not resumed.
+    """
+
+    def __init__(self, directory: Path, specs: Mapping[str, Spec], shard_size_bytes: int, identity: str, resume: bool):
+        self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
+        self._shards = save.plan_shards(specs, shard_size_bytes)
+        self._identity, self._lock, self._flushed_at = identity, threading.Lock(), time.monotonic()
+        self._done = journal(self._aside, identity) if resume else {}
+        self._writing = threading.Lock()
+        self._places: dict[str, tuple[int, int]] = {}  # name -> file descriptor, first byte
+        self._open_files()
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        """One tensor into its shard."""
+        file, start = self._places[name]
+        itemsize = self._specs[name].dtype.itemsize
+        for first, piece in pieces:
+            data, offset = memoryview(piece.reshape(-1).view(np.uint8).data), start + first * itemsize
+            with self._writing:  # two threads that write to one file at a time spin on its lock
+                while data:
+                    count = os.pwrite(file, data, offset)
+                    data, offset = data[count:], offset + count
+
+    def done(self) -> Mapping[str, Facts]:
+        """The tensors that an earlier run has left whole, with what it noted of each."""
+        return dict(self._done)
+
+    def mark(self, name: str, facts: Facts) -> None:
+        """Note a tensor as written; every few seconds what is noted is made durable."""
+        with self._lock:
+            self._done[name] = facts
+            if time.monotonic() - self._flushed_at > JOURNAL_EVERY_S:
+                self._flush()
+                self._flushed_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Flush all shards, rename them and what lies beside them, write the index."""
+        self._flush()
+        for file in self._files.values():
+            os.fsync(file)
+            os.close(file)
+        for path in sorted(self._aside.iterdir()):  # weights and what was put beside them
+            if path.name != JOURNAL:
+                os.replace(path, self._directory / path.name)
+        if len(self._shards) > 1:
+            weight_map = {name: shard for shard, names in self._shards.items() for name in names}
+            total_size = sum(spec.nbytes for spec in self._specs.values())
+            save.write_json(self._directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        shutil.rmtree(self._aside)
+
+    def abandon(self) -> None:
+        """Remove all that was written."""
+        for file in self._files.values():
+            os.close(file)
+        shutil.rmtree(self._aside)
+
+    def _open_files(self) -> None:
+        if not self._done and self._aside.exists():
+            shutil.rmtree(self._aside)
+        self._aside.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, int] = {}
+        for shard, names in self._shards.items():
+            moved = self._directory / shard
+            if moved.exists() and not (self._aside / shard).exists() and self._done.keys() >= set(names):
+                continue  # the earlier run was killed between two renames
+            header, places = save.header(self._directory / shard, {name: self._specs[name] for name in names})
+            file = os.open(self._aside / shard, os.O_RDWR | os.O_CREAT, 0o644)
+            self._files[shard] = file
+            size = len(header) + sum(self._specs[name].nbytes for name in names)
+            os.ftruncate(file, size)  # sparse: writing into extents that were allocated ahead took ten times as long
+            os.pwrite(file, header, 0)
+            self._places |= {name: (file, place) for name, place in places.items()}
+
+    def _flush(self) -> None:
+        noted = dict(self._done)
+        for file in self._files.values():
+            os.fdatasync(file)
+        save.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": noted})
+
+
+def journal(aside: Path, identity: str) -> dict[str, Facts]:
+    """What a journal of this very conversion lists."""
+    try:
+        journal: dict[str, Any] = json.loads((aside / JOURNAL).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return journal["done"] if journal.get("identity") == identity else {}

@@ -1,0 +1,46 @@
+"""Decides which files belong to a tokenizer and whether its ids fit a vocabulary; knows no weights."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+GENERATION = "generation_config.json"
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def tokenizer_files(directory: Path | None) -> list[Path]:
+    """The tokenizer's files in ``directory``."""
+    return [] if directory is None else [directory / name for name in FILES if (directory / name).is_file()]
+
+
+def tokenizer_problems(directory: Path | None, config_path: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
+    """What does not fit the vocabulary: ids beyond it, a directory without a tokenizer."""
+    vocab_size = config.get("vocab_size")
+    if directory is not None:
+        if not tokenizer_files(directory):
+            yield f"{directory}: no tokenizer files"
+        elif (directory / "tokenizer.json").is_file() and isinstance(vocab_size, int):
+            yield from _beyond(directory / "tokenizer.json", _largest_id(directory / "tokenizer.json"), vocab_size)
+    generation = config_path / GENERATION if config_path is not None else None
+    if generation is not None and generation.is_file() and isinstance(vocab_size, int):
+        values = json.loads(generation.read_bytes())
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = values.get(field)
+            numbers = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+            yield from _beyond(f"{GENERATION}: {field}", max(numbers, default=-1), vocab_size)
+
+
+def _beyond(where: object, largest: int, vocab_size: int) -> Iterator[str]:
+    if largest >= vocab_size:
+        yield f"{where}: id {largest}, but the vocabulary has {vocab_size} entries (vocab_size)"
+
+
+def _largest_id(path: Path) -> int:
+    content = json.loads(path.read_bytes())
+    vocab = content["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    return max([*ids, *(token["id"] for token in content.get("added_tokens", []))], default=-1)

@@ -1,0 +1,148 @@
+"""Decides whether a converted checkpoint holds what its source holds: the way back, compared number by number.
+
+Knows no formats. What may differ, and by how much, is what the conversion reported while it wrote.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipway.convert import move
+from slipway.convert.conversion import Conversion
+from slipway.convert.formats import open_source
+from slipway.convert.plan import inverse
+from slipway.convert.run import Options, Written, execute
+from slipway.convert.sink import Facts, Pieces
+from slipway.convert.source import Source
+from slipway.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """How one source tensor compares with what the way back gives."""
+
+    name: str
+    differing: int
+    max_ulp: int
+
+
+class _Comparing:
+    """A sink that compares what it is given with the tensors of ``source``."""
+
+    def __init__(self, source: Source):
+        self._source, self._lock = source, threading.Lock()
+        self.compared: list[Compared] = []
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        """Compare one tensor."""
+        differing = ulp = 0
+        with self._source.open(name) as array:
+            flat = array.reshape(-1)
+            for first, piece in pieces:
+                held = flat[first : first + piece.size]
+                if not np.array_equal(held.view(np.uint8), piece.view(np.uint8)):
+                    differing += int(np.count_nonzero(held != piece))
+                    ulp = max(ulp, move.max_ulp(held, piece) if move.is_float(held.dtype) else 1)
+        with self._lock:
+            self.compared.append(Compared(name, differing, ulp))
+
+    def done(self) -> Mapping[str, Facts]:
+        return {}
+
+    def mark(self, name: str, facts: Facts) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+
+def verify(conversion: Conversion, written: Sequence[Written], directory: Path) -> list[Compared]:
+    """Read ``directory`` anew and compare every source tensor with what the inverse of its rule gives.
+
+    Raises CheckpointError, listing every tensor that differs by more than its conversion reported, or that nothing
+    in ``directory`` gives back.
+    """
+    plan, source = conversion.plan, conversion.source
+    made = open_source(directory)
+    back = inverse(plan, made.specs)
+    comparing = _Comparing(source)
+    dtypes = {name: plan.sources[name].dtype for name in back.moves if name in plan.sources}
+    problems = [*back.problems, *(f"{name}: not in the source" for name in back.moves if name not in dtypes)]
+    if problems:
+        raise CheckpointError(directory, problems)
+    execute(back, made, comparing, Options(dtypes))
+    noted = {name for w in written if w.notes for name in w.sources}
+    bounds: dict[str, int] = {}
+    for name, ulp in ((name, w.max_ulp) for w in written for name in w.sources):
+        bounds[name] = max(ulp, bounds.get(name, 0))
+    tied = {pair[0].source.name for pair in conversion.options.tied.values()}
+    for entry in comparing.compared:
+        if entry.differing and entry.name not in noted and entry.max_ulp > bounds.get(entry.name, 0):
+            problems.append(
+                f"{entry.name}: {entry.differing} numbers come back differently, by up to {entry.max_ulp} ulp"
+            )
+    missing = plan.sources.keys() - {entry.name for entry in comparing.compared} - tied
+    problems += [f"{name}: nothing gives it back" for name in sorted(missing)]
+    if problems:
+        raise CheckpointError(directory, problems)
+    return sorted(comparing.compared, key=lambda c: c.name)
+
+
+def report(
+    conversion: Conversion, written: Sequence[Written], compared: Sequence[Compared], logits: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that is known of a conversion, as JSON."""
+    return {
+        "source": str(conversion.source.path),
+        "mapping": conversion.plan.mapping.name,
+        "direction": conversion.plan.direction,
+        "ignored": list(conversion.plan.ignored),
+        "tied": {name: pair[0].source.name for name, pair in conversion.options.tied.items()},
+        "tensors": [{**dataclasses.asdict(w), "lossless": w.lossless} for w in written],
+        "verified": [dataclasses.asdict(c) for c in compared],
+        "logits": logits,
+    }
+
+
+def explain(conversion: Conversion) -> str:
+    """Every tensor's rule, shapes before and after and bytes, and what stands in the way; nothing is read."""
+    plan, lines = conversion.plan, []
+    for name, moves in plan.moves.items():
+        spec = conversion.targets[name]
+        for held in moves:
+            source = plan.sources[held.source.name]
+            lines.append(
+                f"{held.source.name} {source.dtype}{list(source.shape)} -> {name} {spec.dtype}{list(spec.shape)}"
+                f"  {spec.nbytes:,} B\n    {held.rule.axes}{f'  {held.rule.scale}' if held.rule.scale else ''}"
+            )
+    lines += [f"{name}: must equal what it is tied to, not written" for name in conversion.options.tied]
+    lines += [f"{name}: no weight, left out" for name in plan.ignored]
+    total = sum(spec.nbytes for spec in conversion.targets.values())
+    lines.append(f"mapping {plan.mapping.name!r}: {len(conversion.targets)} tensors, {total:,} bytes")
+    if conversion.problems:
+        lines += [f"{len(conversion.problems)} problems:", *(f"  - {problem}" for problem in conversion.problems)]
+    return "\n".join(lines)
+
+
+def summary(written: Sequence[Written], compared: Sequence[Compared], logits: Mapping[str, Any] | None) -> str:
+    """A report a person reads: what is not bit for bit, and what was compared."""
+    lossy = [w for w in written if not w.lossless]
+    lines = [f"{len(compared)} source tensors compared through the inverse: {len(written) - len(lossy)} of "]
+    lines[0] += f"{len(written)} written ones are bit for bit"
+    lines += [
+        f"  {w.name}: {w.source_dtype} -> {w.dtype}, back within {w.max_ulp} ulp {'; '.join(w.notes)}" for w in lossy
+    ]
+    if logits and logits["max_logprob_difference"] is not None:
+        lines.append(
+            f"{' and '.join(logits['programs'])} agree on {logits['tokens']} tokens: "
+            f"log-probabilities differ by at most {logits['max_logprob_difference']:.1e}"
+        )
+    lines += [f"not run: {reason}" for reason in (logits or {}).get("not_run", ())]
+    return "\n".join(lines)
