@@ -1,12 +1,15 @@
 """The command line: what it prints, and that it refuses with a short message and exit code 2."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from slipway import cli
+from slipway import cli, parity
+from slipway.errors import CheckpointError
 from slipway.models import ARCHITECTURES
 
 
@@ -70,3 +73,40 @@ def test_generate_prints_the_prompt_and_what_follows():
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def f(") and len(done.stdout.strip()) > len("def f(")
+
+
+def test_convert_verifies_with_the_engine_and_transformers(slipway, tmp_path):
+    words = ["convert", "training/checkpoint", tmp_path / "out", "--config", cli.NANO, "--tokenizer", cli.NANO]
+    code, out, err = slipway(*words, "--verify")
+    assert code == 0, err
+    assert "68 of 68 written ones are bit for bit" in out
+    assert "slipway and transformers agree on 32 tokens" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["logits"]["same_choices"] and report["logits"]["max_logprob_difference"] < 1e-4
+
+
+def test_parity_notices_another_model(tmp_path, monkeypatch):
+    answers = parity._complete(Path(cli.NANO), [list(range(100, 124))] * 4)
+    monkeypatch.setattr(parity, "_complete", lambda directory, prompts: answers)
+    other = shutil.copytree(cli.NANO, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match="differ by"):
+        parity.compare(other, config["vocab_size"])
+
+
+@pytest.mark.host
+def test_convert_explains_and_writes_nothing(slipway, tmp_path):
+    code, out, _ = slipway("convert", "training/checkpoint", tmp_path / "out", "--config", cli.NANO, "--explain")
+    assert code == 0 and not (tmp_path / "out").exists()
+    assert "layers.0.mlp.down_proj.kernel" in out and "mlp embed -> embed mlp" in out
+
+
+@pytest.mark.host
+def test_convert_refuses_with_all_problems_and_leaves_nothing(slipway, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "num_attention_heads": 3}')
+    words = ["convert", "training/checkpoint", tmp_path / "out", "--config", tmp_path / "config.json"]
+    code, _, err = slipway(*words)
+    assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
+    for field in ("num_attention_heads: got 3", "rope_theta: missing", "rms_norm_eps: missing"):
+        assert field in err
