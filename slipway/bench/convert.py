@@ -6,7 +6,6 @@ its imports and its end, and the kernel's of its largest memory. Knows no rules.
 
 import dataclasses
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -119,26 +118,27 @@ def main() -> None:
         convert(open_source(source), out, ConvertConfig(config=config))
     else:
         _forty_lines(source, out)
-    print(time.perf_counter() - started)
+    print(time.perf_counter() - started, _peak_rss_mb())
+
+
+def _peak_rss_mb() -> float:
+    """Of this process: the kernel's figure for a child would include the parent that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
 
 
 def _timed(way: Way, source: Path, out: Path, config: Path) -> tuple[float, float, float]:
-    """Seconds of the work, of the whole process, and its peak memory in MB."""
+    """Seconds of the work, of the whole process, and its peak memory in MB (0 for cp)."""
     own = ["cp", "-r", str(source), str(out)]
     command = [sys.executable, "-m", "slipway.bench.convert", way, str(source), str(out), str(config)]
     if way == "cp":
         out.mkdir()
         own[-1] = str(out / "copy")
     started = time.perf_counter()
-    process = subprocess.Popen(own if way == "cp" else command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    done = subprocess.run(own if way == "cp" else command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - started
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return float(printed) if way != "cp" else seconds, seconds, usage.ru_maxrss / 1e3
+    work, peak = map(float, done.stdout.split()) if way != "cp" else (seconds, 0.0)
+    return work, seconds, peak
 
 
 def _forty_lines(source: Path, out: Path) -> None:

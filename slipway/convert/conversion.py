@@ -25,7 +25,7 @@ from slipway.convert.lora import read_adapter
 from slipway.convert.orbax import OrbaxSink
 from slipway.convert.plan import Move, Plan, resolve
 from slipway.convert.rules import TreeMapping
-from slipway.convert.run import Options, Written
+from slipway.convert.run import Delta, Options, Written
 from slipway.convert.sink import ASIDE, SafetensorsSink, Sink
 from slipway.convert.source import Source, fingerprint
 from slipway.convert.tokenizer import GENERATION, tokenizer_files, tokenizer_problems
@@ -81,17 +81,18 @@ def convert(
     options: ConvertConfig,
     given: Mapping[str, Any] | None = None,
     candidates: Sequence[TreeMapping] | None = None,
+    deltas: Mapping[str, Delta] | None = None,
     on_start: Callable[[int], None] = lambda size_bytes: None,
     progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> tuple[Conversion, list[Written]]:
     """Convert ``source`` into ``out_dir``, which must be new, empty, or hold a conversion to resume.
 
     ``given`` are config.json's fields where they do not come from ``options.config``, ``candidates`` mappings that
-    are none of the built-in ones. ``on_start`` is told the bytes to write, ``progress`` those of each tensor written.
-    Raises InvalidConfig for an option, CheckpointError for everything else that does
-    not fit, listing all of it.
+    are none of the built-in ones, ``deltas`` what to add to which target. ``on_start`` is told the bytes to write,
+    ``progress`` those of each tensor written. Raises InvalidConfig for an option, CheckpointError for everything else
+    that does not fit, listing all of it.
     """
-    conversion = prepare(source, options, given, candidates)
+    conversion = prepare(source, options, given, candidates, deltas)
     if conversion.problems:
         raise CheckpointError(source.path or "the tree", [*conversion.problems, *_values(conversion)])
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
@@ -111,6 +112,7 @@ def prepare(
     options: ConvertConfig,
     given: Mapping[str, Any] | None = None,
     candidates: Sequence[TreeMapping] | None = None,
+    deltas: Mapping[str, Delta] | None = None,
 ) -> Conversion:
     """Find the mapping and resolve it; what does not fit is in the conversion's ``problems``.
 
@@ -131,7 +133,7 @@ def prepare(
         problems += configure(dataclasses.replace(plan, mapping=plan.mapping), given, _hf_side(plan)).problems
     adapter = read_adapter(options.merge_lora, targets) if options.merge_lora else None
     dtypes = {name: spec.dtype for name, spec in targets.items()}
-    run_options = Options(dtypes, adapter.deltas() if adapter else {}, tied)
+    run_options = Options(dtypes, {**(deltas or {}), **(adapter.deltas() if adapter else {})}, tied)
     return Conversion(plan, source, run_options, targets, given, tuple(dict.fromkeys(problems)))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from slipway.checkpoint import save
 from slipway.checkpoint.files import INDEX
 from slipway.checkpoint.save import Spec
+from slipway.convert.native import start_writeback
 
 ASIDE = ".slipway-convert"
 JOURNAL = "journal.json"
@@ -67,10 +68,12 @@ class SafetensorsSink:
         itemsize = self._specs[name].dtype.itemsize
         for first, piece in pieces:
             data, offset = memoryview(piece.reshape(-1).view(np.uint8).data), start + first * itemsize
+            begin, size = offset, len(data)
             with self._writing:  # two threads that write to one file at a time spin on its lock
                 while data:
                     count = os.pwrite(file, data, offset)
                     data, offset = data[count:], offset + count
+            start_writeback(file, begin, size)
 
     def done(self) -> Mapping[str, Facts]:
         """The tensors that an earlier run has left whole, with what it noted of each."""
