@@ -190,8 +190,8 @@ def _plan(
         resolve(mapping, "to_jax" if backward else "to_hf", source.specs, known_sizes(mapping, given))
         for mapping in found
     ]
-    # By names alone: where the right mapping meets a wrong shape, it stays the right one.
-    return min(plans, key=lambda plan: len(plan.unmatched))
+    # By names first, so that the right mapping that meets a wrong shape stays the right one. Any names fit "hf".
+    return min(plans, key=lambda plan: (len(plan.unmatched), plan.mapping.name == "hf", len(plan.problems)))
 
 
 def _without_tied(plan: Plan, given: Mapping[str, Any]) -> tuple[Plan, dict[str, tuple[Move, Move]]]:

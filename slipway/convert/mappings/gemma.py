@@ -71,10 +71,10 @@ def _mapping(kind: str, model_type: str, layers: str, mlp: tuple, fused: bool, p
 NNX = tuple(
     _mapping("NNX", model_type, "layers.{layers}.", _NNX_MLP, fused, "post_attn_norm")
     for model_type in _ARCHITECTURES
-    for fused in (False, True)
+    for fused in (True, False)  # equal heads are fused; unequal ones do not fit the first
 )
 LINEN = tuple(
     _mapping("Linen", model_type, "layer_{layers}.", _LINEN_MLP, fused, "post_attention_norm")
     for model_type in _ARCHITECTURES
-    for fused in (False, True)
+    for fused in (True, False)  # equal heads are fused; unequal ones do not fit the first
 )
