@@ -20,7 +20,7 @@ from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
 from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
-from slipway.checkpoint.save import write_json
+from slipway.checkpoint.shards import write_json
 from slipway.convert.conversion import Conversion, ConvertConfig, convert, prepare
 from slipway.convert.formats import open_source
 from slipway.convert.run import Written
@@ -29,7 +29,6 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.request import RequestOutput, SamplingParams
 from slipway.errors import InvalidConfig, InvalidRequest, SlipwayError
 from slipway.llm import LLM, NANO
-from slipway.models import ARCHITECTURES
 from slipway.parity import compare as parity_of
 
 
@@ -171,6 +170,8 @@ class Models:
 
     def run(self) -> None:
         """Print them."""
+        from slipway.models import ARCHITECTURES  # brings JAX, which the other commands may not need
+
         print("architectures:", *sorted(ARCHITECTURES), sep="\n  ")
         print("shipped:", f"nano  ({NANO})", sep="\n  ")
         print("in the hub cache:", *(hub.cached() or ["nothing"]), sep="\n  ")

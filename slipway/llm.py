@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slipway.codec.chat import ChatTemplate
 from slipway.engine.config import EngineConfig
-from slipway.engine.launch import launch
 from slipway.engine.request import RequestOutput, SamplingParams
 from slipway.errors import InvalidBatch, InvalidConfig, InvalidRequest
 
@@ -36,6 +35,9 @@ class LLM:
             raise InvalidConfig(name, options[name], f"no such option; there are {', '.join(sorted(known))}")
         if isinstance(model, Path):
             model = str(model.absolute())  # never a hub id
+        # Imported here: an engine brings JAX, half a second and 170 MB, which commands that have none do without.
+        from slipway.engine.launch import launch
+
         self.engine = launch(NANO if model == "nano" else model, EngineConfig(**options))
         tokenizer = self.engine.tokenizer
         self._chat = None if tokenizer is None else ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)

@@ -110,3 +110,9 @@ def test_convert_refuses_with_all_problems_and_leaves_nothing(slipway, tmp_path)
     assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
     for field in ("num_attention_heads: got 3", "rope_theta: missing", "rms_norm_eps: missing"):
         assert field in err
+
+
+@pytest.mark.host
+def test_the_command_line_and_conversion_start_without_jax():
+    code = "import sys, slipway.cli, slipway.convert.conversion; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint import save
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint import shards
+from slipway.checkpoint.shards import Spec
 from slipway.convert.conversion import ConvertConfig, convert
 from slipway.convert.formats import open_source
 from slipway.convert.mappings import BUILT_IN
@@ -205,7 +205,7 @@ def _pieces(spec: Spec, noise: np.ndarray) -> Pieces:
 
 def _write(path: Path, plan: Plan, noise: np.ndarray) -> None:
     """One safetensors file of the plan's targets, a piece at a time."""
-    header, places = save.header(path, plan.targets)
+    header, places = shards.header(path, plan.targets)
     with path.open("wb") as file:
         file.write(header)
         for name, start in places.items():

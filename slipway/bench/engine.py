@@ -11,10 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from slipway.bench.peers import Transformers
@@ -53,7 +53,7 @@ class EngineBench:
 
     def run(self) -> None:
         """Measure and print."""
-        figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "jax": jax.__version__}
+        figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "jax": version("jax")}
         figures["host"] = host_cost(self.rows)
         if self.against == "transformers":
             figures["speed"] = self._speed()

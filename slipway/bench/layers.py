@@ -1,46 +1,8 @@
-"""`slipway bench layers`: scan, loop over separate arrays, or unroll? Compile and step time of one model in each form.
-
-Decides nothing but how it is measured; what follows from it stands in docs/adr/003.
-"""
+"""`slipway bench layers`: the command line of bench/forms.py, which brings JAX; decides nothing itself."""
 
 import dataclasses
 import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-
-from slipway import mesh as meshes
-from slipway import models, ops, tree
-from slipway.bench.engine import QWEN3_SHAPE
-from slipway.checkpoint import load
-from slipway.engine import batch as batches
-from slipway.engine.batch import Bucket
-from slipway.engine.step import KV_SPEC, Step
-
-PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Unrolled(tree.Separate):
-    """Separate arrays, each layer compiled for itself: the form that lost."""
-
-    def fold(self, step: Callable, carry: Any) -> Any:
-        """``carry = step(layer, index, carry)`` in a Python loop."""
-        for index, layer in enumerate(self.bodies, self.first):
-            carry = step(layer, index, carry)
-        return carry
-
-
-FORMS = {
-    "scan over stacked arrays": lambda declaration: declaration,
-    "loop over separate arrays": tree.separate,
-    "unrolled": lambda declaration: _replace(tree.separate(declaration)),
-}
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,48 +16,7 @@ class LayersBench:
 
     def run(self) -> None:
         """Measure each form in turn, and print."""
-        figures = {name: self._measure(form) for name, form in FORMS.items()}
+        from slipway.bench.forms import FORMS, measure  # with JAX, which other commands may not need
+
+        figures = {name: measure(name, self.dtype, self.rows, self.rounds) for name in FORMS}
         print(json.dumps({"rows": self.rows, "dtype": self.dtype, "forms": figures}, indent=2))
-
-    def _measure(self, form: Callable[[Any], Any]) -> dict[str, float]:
-        dtype = jnp.dtype(self.dtype)
-        mesh, declaration = meshes.make_mesh(), form(models.declare(QWEN3_SHAPE))
-        config = declaration.config
-        kv = jax.eval_shape(
-            lambda: ops.allocate_kv(
-                config.num_hidden_layers, NUM_PAGES, PAGE_SIZE, config.num_key_value_heads, config.head_dim, dtype
-            )
-        )
-        shape = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, KV_SPEC))
-        step, bucket = Step(declaration, mesh, shape, dtype, TABLE_WIDTH), Bucket(self.rows, self.rows)
-        started = time.perf_counter()
-        step.compile([bucket])
-        compiled = time.perf_counter() - started
-        params, cache = load.dummy(declaration, mesh, dtype, seed=0), jnp.zeros(kv.shape, kv.dtype)
-        batch, times = self._batch(bucket), []
-        for _ in range(self.rounds + 1):
-            started = time.perf_counter()
-            cache, sampled = step(params, cache, bucket, batch)
-            jax.block_until_ready(sampled)
-            times.append(time.perf_counter() - started)
-        return {
-            "compile_s": round(compiled, 2),
-            "step_ms": round(statistics.median(times[1:]) * 1e3, 1),
-            "temp_mb": round(step.temp_bytes(bucket) / 1e6, 1),
-        }
-
-    def _batch(self, bucket: Bucket) -> batches.Batch:
-        batch = batches.empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)
-        batch.num_tokens_1[0], batch.counts_B[:], batch.lengths_B[:] = self.rows, 1, 128
-        batch.positions_T[:], batch.slots_T[:] = 127, range(self.rows)
-        batch.starts_B[:] = batch.sample_at_B[:] = range(self.rows)
-        return batch
-
-
-def _replace(declaration: Any) -> Any:
-    """The declaration with every Separate an Unrolled."""
-
-    def one(node: Any) -> Any:
-        return Unrolled(node.bodies, node.first) if isinstance(node, tree.Separate) else node
-
-    return jax.tree.map(one, declaration, is_leaf=lambda node: isinstance(node, tree.Separate) or tree.is_param(node))

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.sink import ASIDE, Facts, Pieces
 from slipway.convert.source import dotted
 from slipway.errors import CheckpointError

@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from slipway import tree
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.plan import Plan
 from slipway.convert.rules import TreeMapping
 from slipway.errors import UnsupportedModel
-from slipway.models import ARCHITECTURES, declare
 
 TIE = "tie_word_embeddings"
 
@@ -50,7 +48,7 @@ def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec])
     if len(dtypes) == 1:
         config.pop("torch_dtype", None)
         config["dtype"] = dtypes[0]
-    if not problems and (config.get("architectures") or [None])[0] in ARCHITECTURES:
+    if not problems:
         problems += _against_declaration(config, targets)
     return Configured(config, tuple(problems))
 
@@ -75,7 +73,13 @@ def _settle(config: dict[str, Any], facts: Iterator[tuple[str, Any, str]], given
 
 
 def _against_declaration(config: Mapping[str, Any], targets: Mapping[str, Spec]) -> Iterator[str]:
-    """What our own model of that architecture would not load."""
+    """What our own model of that architecture, where there is one, would not load."""
+    # Imported here: models bring JAX, half a second and 170 MB, which nothing else in a conversion needs.
+    from slipway import tree
+    from slipway.models import ARCHITECTURES, declare
+
+    if (config.get("architectures") or [None])[0] not in ARCHITECTURES:
+        return
     try:
         declaration = declare(config)
     except UnsupportedModel as error:

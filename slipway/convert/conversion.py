@@ -16,8 +16,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint import save
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint import shards
+from slipway.checkpoint.shards import Spec
 from slipway.convert import mappings, move, run
 from slipway.convert.archives import NpzSink
 from slipway.convert.configure import TIE, configure, known_sizes
@@ -271,7 +271,7 @@ def _identity(conversion: Conversion, options: ConvertConfig) -> str:
 
 def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -> None:
     """config.json and what is copied beside it."""
-    save.write_json(aside / "config.json", conversion.config)
+    shards.write_json(aside / "config.json", conversion.config)
     if options.config is not None and (options.config / GENERATION).is_file():
         shutil.copyfile(options.config / GENERATION, aside / GENERATION)
     for file in tokenizer_files(options.tokenizer):

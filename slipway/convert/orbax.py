@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from slipway.checkpoint import save
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint import shards
+from slipway.checkpoint.shards import Spec
 from slipway.convert.sink import ASIDE, JOURNAL, Facts, Pieces, journal
 from slipway.convert.source import dotted
 from slipway.errors import CheckpointError
@@ -170,7 +170,7 @@ class OrbaxSink:
         """Note a leaf as written; tensorstore has made it durable."""
         with self._lock:
             self._done[name] = facts
-            save.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": self._done})
+            shards.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": self._done})
 
     def finish(self) -> None:
         """Write the metadata and move the tree into place."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from slipway import layout
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.rules import Rule, Side, TreeMapping
 
 Direction = Literal["to_hf", "to_jax"]

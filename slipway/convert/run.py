@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert import move as moving
 from slipway.convert.plan import Move, Plan
 from slipway.convert.sink import Pieces, Sink

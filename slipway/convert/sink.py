@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from slipway.checkpoint import save
+from slipway.checkpoint import shards
 from slipway.checkpoint.files import INDEX
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.native import start_writeback
 
 ASIDE = ".slipway-convert"
@@ -55,7 +55,7 @@ class SafetensorsSink:
 
     def __init__(self, directory: Path, specs: Mapping[str, Spec], shard_size_bytes: int, identity: str, resume: bool):
         self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
-        self._shards = save.plan_shards(specs, shard_size_bytes)
+        self._shards = shards.plan_shards(specs, shard_size_bytes)
         self._identity, self._lock, self._flushed_at = identity, threading.Lock(), time.monotonic()
         self._done = journal(self._aside, identity) if resume else {}
         self._writing = threading.Lock()
@@ -99,7 +99,9 @@ class SafetensorsSink:
         if len(self._shards) > 1:
             weight_map = {name: shard for shard, names in self._shards.items() for name in names}
             total_size = sum(spec.nbytes for spec in self._specs.values())
-            save.write_json(self._directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+            shards.write_json(
+                self._directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            )
         shutil.rmtree(self._aside)
 
     def abandon(self) -> None:
@@ -117,7 +119,7 @@ class SafetensorsSink:
             moved = self._directory / shard
             if moved.exists() and not (self._aside / shard).exists() and self._done.keys() >= set(names):
                 continue  # the earlier run was killed between two renames
-            header, places = save.header(self._directory / shard, {name: self._specs[name] for name in names})
+            header, places = shards.header(self._directory / shard, {name: self._specs[name] for name in names})
             file = os.open(self._aside / shard, os.O_RDWR | os.O_CREAT, 0o644)
             self._files[shard] = file
             size = len(header) + sum(self._specs[name].nbytes for name in names)
@@ -129,7 +131,7 @@ class SafetensorsSink:
         noted = dict(self._done)
         for file in self._files.values():
             os.fdatasync(file)
-        save.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": noted})
+        shards.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": noted})
 
 
 def journal(aside: Path, identity: str) -> dict[str, Facts]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from slipway.checkpoint import files
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 
 
 class Source(Protocol):

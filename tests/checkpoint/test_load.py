@@ -15,7 +15,7 @@ import pytest
 from slipway import tree
 from slipway.checkpoint.files import SINGLE, open_checkpoint
 from slipway.checkpoint.load import DUMMY_STD, check, dummy, load
-from slipway.checkpoint.save import write_safetensors
+from slipway.checkpoint.shards import write_safetensors
 from slipway.errors import CheckpointError
 from slipway.mesh import fit, make_mesh
 from slipway.tree import Chain, Param, module, separate, stack

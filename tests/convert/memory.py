@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.plan import Direction, Plan, inverse, resolve
 from slipway.convert.rules import TreeMapping
 from slipway.convert.run import Options, Written, execute

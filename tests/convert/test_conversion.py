@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from slipway import errors
-from slipway.checkpoint import save
+from slipway.checkpoint import shards
 from slipway.convert import run
 from slipway.convert.conversion import ConvertConfig, convert, prepare
 from slipway.convert.formats import open_source
@@ -116,7 +116,7 @@ def test_an_adapter_is_added(tmp_path):
     a, b = rng.standard_normal((4, 64)).astype(np.float32), rng.standard_normal((32, 4)).astype(np.float32)
     key, adapter = "model.layers.1.self_attn.v_proj", tmp_path / "adapter"
     adapter.mkdir()
-    save.write_safetensors(
+    shards.write_safetensors(
         adapter / "adapter_model.safetensors",
         {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b},
     )

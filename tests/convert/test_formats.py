@@ -14,7 +14,7 @@ from flax import serialization
 from flax.traverse_util import unflatten_dict
 
 from slipway import errors
-from slipway.checkpoint import save
+from slipway.checkpoint import shards
 from slipway.convert.conversion import ConvertConfig, convert
 from slipway.convert.formats import open_source
 from slipway.convert.source import flatten
@@ -37,7 +37,7 @@ def write(tree: dict, form: str, folder: Path) -> Path:
             (folder / "t.msgpack").write_bytes(serialization.msgpack_serialize({"params": tree}))
             return folder / "t.msgpack"
         case "safetensors":
-            save.write_safetensors(folder / "t.safetensors", flat)
+            shards.write_safetensors(folder / "t.safetensors", flat)
             return folder / "t.safetensors"
         case "orbax standard":
             with ocp.StandardCheckpointer() as checkpointer:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.mappings import flax, gemma, hf, maxtext
 from slipway.convert.rules import TreeMapping, rules
 from slipway.errors import InvalidConfig

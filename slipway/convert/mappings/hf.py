@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slipway.checkpoint.save import Spec
+from slipway.checkpoint.shards import Spec
 from slipway.convert.rules import Rule, TreeMapping
 
 _ROOTS = ("params.params.", "params.", "")

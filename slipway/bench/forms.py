@@ -1,0 +1,87 @@
+"""Scan, loop over separate arrays, or unroll: decides how one model's step is built and timed in each form.
+
+What follows from it stands in docs/adr/003.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from slipway import mesh as meshes
+from slipway import models, ops, tree
+from slipway.bench.engine import QWEN3_SHAPE
+from slipway.checkpoint import load
+from slipway.engine import batch as batches
+from slipway.engine.batch import Bucket
+from slipway.engine.step import KV_SPEC, Step
+
+PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Unrolled(tree.Separate):
+    """Separate arrays, each layer compiled for itself: the form that lost."""
+
+    def fold(self, step: Callable, carry: Any) -> Any:
+        """``carry = step(layer, index, carry)`` in a Python loop."""
+        for index, layer in enumerate(self.bodies, self.first):
+            carry = step(layer, index, carry)
+        return carry
+
+
+FORMS = {
+    "scan over stacked arrays": lambda declaration: declaration,
+    "loop over separate arrays": tree.separate,
+    "unrolled": lambda declaration: _replace(tree.separate(declaration)),
+}
+
+
+def measure(name: str, dtype_name: str, rows: int, rounds: int) -> dict[str, float]:
+    """Compile time, median step time and temporaries of one form."""
+    dtype = jnp.dtype(dtype_name)
+    mesh, declaration = meshes.make_mesh(), FORMS[name](models.declare(QWEN3_SHAPE))
+    config = declaration.config
+    kv = jax.eval_shape(
+        lambda: ops.allocate_kv(
+            config.num_hidden_layers, NUM_PAGES, PAGE_SIZE, config.num_key_value_heads, config.head_dim, dtype
+        )
+    )
+    shape = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, KV_SPEC))
+    step, bucket = Step(declaration, mesh, shape, dtype, TABLE_WIDTH), Bucket(rows, rows)
+    started = time.perf_counter()
+    step.compile([bucket])
+    compiled = time.perf_counter() - started
+    params, cache = load.dummy(declaration, mesh, dtype, seed=0), jnp.zeros(kv.shape, kv.dtype)
+    batch, times = _batch(bucket, rows), []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        cache, sampled = step(params, cache, bucket, batch)
+        jax.block_until_ready(sampled)
+        times.append(time.perf_counter() - started)
+    return {
+        "compile_s": round(compiled, 2),
+        "step_ms": round(statistics.median(times[1:]) * 1e3, 1),
+        "temp_mb": round(step.temp_bytes(bucket) / 1e6, 1),
+    }
+
+
+def _batch(bucket: Bucket, rows: int) -> batches.Batch:
+    batch = batches.empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)
+    batch.num_tokens_1[0], batch.counts_B[:], batch.lengths_B[:] = rows, 1, 128
+    batch.positions_T[:], batch.slots_T[:] = 127, range(rows)
+    batch.starts_B[:] = batch.sample_at_B[:] = range(rows)
+    return batch
+
+
+def _replace(declaration: Any) -> Any:
+    """The declaration with every Separate an Unrolled."""
+
+    def one(node: Any) -> Any:
+        return Unrolled(node.bodies, node.first) if isinstance(node, tree.Separate) else node
+
+    return jax.tree.map(one, declaration, is_leaf=lambda node: isinstance(node, tree.Separate) or tree.is_param(node))
