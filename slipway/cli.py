@@ -126,8 +126,8 @@ class Chat:
 class Convert:
     """Turn a JAX checkpoint into the safetensors directory that vLLM and SGLang load, or back (docs/convert.md)."""
 
-    source: Positional[Path]
-    """An Orbax directory, .msgpack, .npz, .h5 or .safetensors file, or an HF directory."""
+    source: Positional[str]
+    """An Orbax directory (also gs:// and s3://), .msgpack, .npz, .h5 or .safetensors file, or an HF directory."""
     out_dir: Positional[Path]
     """A new or an empty directory."""
     explain: bool = False
@@ -143,7 +143,7 @@ class Convert:
             print(explain(prepare(source, self.options)))
             return
         with Progress(*_PROGRESS) as bar:
-            task = bar.add_task(f"{self.source.name} -> {self.out_dir}", total=None)
+            task = bar.add_task(f"{Path(self.source).name} -> {self.out_dir}", total=None)
             conversion, written = convert(
                 source,
                 self.out_dir,

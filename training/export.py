@@ -1,13 +1,14 @@
 """Turn nano's training checkpoint into a Hugging Face directory: `python -m training.export`.
 
-Decides the names, layouts and dtype of the exported tensors and the configuration files beside them. Does not know
-how the weights were trained. The kept checkpoint (bfloat16) gives the exported file bit for bit.
+Decides the exported dtype and the configuration files; names and layouts are the converter's. Does not know how the
+weights were trained. The kept checkpoint (bfloat16) gives the exported file bit for bit.
 """
 
 import argparse
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,21 +19,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from slipway.layout import infer_sizes, rearrange
+from slipway.convert.conversion import ConvertConfig, convert
+from slipway.convert.source import MemorySource
 from training.model import Model, ModelConfig
 from training.tokenizer import write_tokenizer_files
 from training.train import RUN_FOLDER, Checkpoints, TrainConfig, Trainer
 
 KEPT_CHECKPOINT = Path(__file__).parent / "checkpoint"
 NANO_FOLDER = Path(__file__).parent.parent / "slipway" / "nano"
-
-# Last attribute of ours -> our axes, Hugging Face's axes. The attribute becomes "weight"; all others are equal.
-AXES = {
-    "kernel": ("in out", "out in"),
-    "embedding": ("vocab embed", "vocab embed"),
-    "scale": ("embed", "embed"),
-}
-ALIGNMENT_BYTES = 64
 
 
 def keep_checkpoint(run_folder: Path, kept_folder: Path, model_config: ModelConfig) -> int:
@@ -57,42 +51,15 @@ def read_kept_checkpoint(kept_folder: Path, model_config: ModelConfig) -> nnx.St
 
 
 def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> None:
-    """Write model.safetensors, config.json and generation_config.json."""
+    """Write model.safetensors, config.json and generation_config.json, as `slipway convert --mapping nnx` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", dict(hugging_face_tensors(params)))
-    _write_json(folder / "config.json", _model_json(model_config))
+    arrays = {".".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(params)}
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        converted = Path(aside) / "nano"
+        convert(MemorySource(arrays), converted, ConvertConfig(mapping="nnx"), given=_model_json(model_config))
+        for file in converted.iterdir():
+            os.replace(file, folder / file.name)
     _write_json(folder / "generation_config.json", _generation_json())
-
-
-def hugging_face_tensors(params: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and array of each tensor, laid out as Hugging Face's Qwen3 has it."""
-    for path, param in nnx.to_flat_state(params):
-        *parents, last = map(str, path)
-        ours, theirs = AXES[last]
-        array = np.asarray(param[...])
-        move = rearrange(ours, theirs, infer_sizes(ours, array.shape, {}))
-        yield ".".join(["model", *parents, "weight"]), move(array)
-
-
-def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file that can be mapped into memory and used in place.
-
-    The header is padded with spaces, so that the data starts on 64 bytes; each tensor's size is a multiple of 64, so
-    each starts there too. An aligned host array enters JAX on a CPU without a copy.
-    """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, array in tensors.items():
-        if array.dtype != ml_dtypes.bfloat16 or array.nbytes % ALIGNMENT_BYTES:
-            raise ValueError(f"{name}: expected bfloat16 and a multiple of 64 bytes, got {array.dtype} {array.shape}")
-        end = offset + array.nbytes
-        header[name] = {"dtype": "BF16", "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT_BYTES)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            file.write(np.ascontiguousarray(array).tobytes())
 
 
 def main() -> None:
@@ -129,8 +96,6 @@ def _model_json(model_config: ModelConfig) -> dict:
         "eos_token_id": 2,
         "pad_token_id": 0,
         "use_cache": True,
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
     }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from slipway.checkpoint.shards import Spec
 from slipway.convert.plan import Plan
 from slipway.convert.rules import TreeMapping
-from slipway.errors import UnsupportedModel
 
 TIE = "tie_word_embeddings"
 
@@ -48,8 +47,6 @@ def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec])
     if len(dtypes) == 1:
         config.pop("torch_dtype", None)
         config["dtype"] = dtypes[0]
-    if not problems:
-        problems += _against_declaration(config, targets)
     return Configured(config, tuple(problems))
 
 
@@ -70,29 +67,6 @@ def _settle(config: dict[str, Any], facts: Iterator[tuple[str, Any, str]], given
             config[field] = value
         elif given[field] != value and not (given[field] is None and value is False):
             yield f"config.json: {field}: got {given[field]!r}, expected {value!r} ({reason})"
-
-
-def _against_declaration(config: Mapping[str, Any], targets: Mapping[str, Spec]) -> Iterator[str]:
-    """What our own model of that architecture, where there is one, would not load."""
-    # Imported here: models bring JAX, half a second and 170 MB, which nothing else in a conversion needs.
-    from slipway import tree
-    from slipway.models import ARCHITECTURES, declare
-
-    if (config.get("architectures") or [None])[0] not in ARCHITECTURES:
-        return
-    try:
-        declaration = declare(config)
-    except UnsupportedModel as error:
-        yield str(error)
-        return
-    declared = {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.keys.values()}
-    for key, shape in declared.items():
-        if key not in targets:
-            yield f"{key}: missing, though config.json asks for it"
-        elif targets[key].shape != shape:
-            yield f"{key}: shape {targets[key].shape}, but config.json asks for {shape}"
-    for key in targets.keys() - declared.keys():
-        yield f"{key}: unexpected under config.json"
 
 
 def _is_count(value: Any) -> bool:

@@ -28,7 +28,7 @@ from slipway.convert.rules import TreeMapping
 from slipway.convert.run import Delta, Options, Written
 from slipway.convert.sink import ASIDE, SafetensorsSink, Sink
 from slipway.convert.source import Source, fingerprint
-from slipway.convert.tokenizer import GENERATION, tokenizer_files, tokenizer_problems
+from slipway.convert.tokenizer import GENERATION, generation_file, tokenizer_files, tokenizer_problems
 from slipway.errors import CheckpointError, InvalidConfig
 
 DTYPES = {
@@ -96,14 +96,17 @@ def convert(
     if conversion.problems:
         raise CheckpointError(source.path or "the tree", [*conversion.problems, *_values(conversion)])
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
-    with _new_directory(out_dir, options.resume):
-        sink = _sink(conversion, out_dir, options)
-        written = run.execute(conversion.plan, source, sink, conversion.options, progress)
-        if options.to == "hf":
-            for name, value in conversion.plan.mapping.hf_constants.items():
-                sink.write(name, iter([(0, np.array([value]))]))
-            _write_extras(out_dir / ASIDE, conversion, options)
-        sink.finish()
+    try:
+        with _new_directory(out_dir, options.resume):
+            sink = _sink(conversion, out_dir, options)
+            written = run.execute(conversion.plan, source, sink, conversion.options, progress)
+            if options.to == "hf":
+                for name, value in conversion.plan.mapping.hf_constants.items():
+                    sink.write(name, iter([(0, np.array([value]))]))
+                _write_extras(out_dir / ASIDE, conversion, options)
+            sink.finish()
+    except OSError as error:
+        raise CheckpointError(out_dir, [f"cannot be written: {error}"]) from error
     return conversion, written
 
 
@@ -127,7 +130,8 @@ def prepare(
     if options.to == "hf":
         configured = configure(plan, given, targets)
         problems += configured.problems
-        problems += tokenizer_problems(options.tokenizer, options.config, configured.config)
+        generation = generation_file(options.config, source.path)
+        problems += tokenizer_problems(options.tokenizer, generation, configured.config)
         given = configured.config
     else:
         problems += configure(dataclasses.replace(plan, mapping=plan.mapping), given, _hf_side(plan)).problems
@@ -228,9 +232,7 @@ def _values(conversion: Conversion) -> Iterator[str]:
             continue
         try:
             with conversion.source.open(name) as array:
-                count = sum(
-                    move.not_finite(array.reshape(-1)[i : i + (1 << 20)]) for i in range(0, array.size, 1 << 20)
-                )
+                count = move.not_finite(array)
         except CheckpointError as error:
             yield from error.problems
         else:
@@ -272,8 +274,8 @@ def _identity(conversion: Conversion, options: ConvertConfig) -> str:
 def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -> None:
     """config.json and what is copied beside it."""
     shards.write_json(aside / "config.json", conversion.config)
-    if options.config is not None and (options.config / GENERATION).is_file():
-        shutil.copyfile(options.config / GENERATION, aside / GENERATION)
+    if (generation := generation_file(options.config, conversion.source.path)) is not None:
+        shutil.copyfile(generation, aside / GENERATION)
     for file in tokenizer_files(options.tokenizer):
         shutil.copyfile(file, aside / file.name)
 

@@ -58,9 +58,12 @@ def not_finite(values: np.ndarray) -> int:
     if not is_float(values.dtype) or not values.size:
         return 0
     bits = np.dtype(f"u{values.itemsize}").type
-    magnitude = values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)
-    limit = _largest(values.dtype)
-    return int(np.count_nonzero(magnitude > limit)) if magnitude.max() > limit else 0
+    flat, limit, count = values.reshape(-1).view(bits), _largest(values.dtype), 0
+    for start in range(0, flat.size, PIECE_ELEMENTS):
+        magnitude = flat[start : start + PIECE_ELEMENTS] & bits(np.iinfo(bits).max >> 1)
+        if magnitude.max() > limit:
+            count += int(np.count_nonzero(magnitude > limit))
+    return count
 
 
 def max_ulp(one: np.ndarray, two: np.ndarray) -> int:

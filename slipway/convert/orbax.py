@@ -157,10 +157,15 @@ class OrbaxSink:
     def write(self, name: str, pieces: Pieces) -> None:
         """One leaf, put together in memory."""
         spec = self._specs[name]
-        whole = np.empty(math.prod(spec.shape), spec.dtype)
+        whole: np.ndarray | None = None
         for first, piece in pieces:
+            if piece.size == math.prod(spec.shape):  # put together already
+                whole = piece
+                continue
+            if whole is None:
+                whole = np.empty(math.prod(spec.shape), spec.dtype)
             whole[first : first + piece.size] = piece
-        self._put(name, whole.reshape(spec.shape))
+        self._put(name, np.empty(spec.shape, spec.dtype) if whole is None else whole.reshape(spec.shape))
 
     def done(self) -> Mapping[str, Facts]:
         """The leaves that an earlier run has left whole, with what it noted of each."""
@@ -216,7 +221,11 @@ class OrbaxSink:
             "store_data_equal_to_fill_value": True,
         }
         store = self._ts.open(spec, create=True, delete_existing=True).result()
-        store.write(array, can_reference_source_data_indefinitely=True).result()
+        if not array.ndim:
+            store.write(array).result()
+        for start in range(0, array.shape[0] if array.ndim else 0, rows):  # one chunk at a time is encoded
+            part = array[start : start + rows]
+            store[start : start + len(part)].write(part, can_reference_source_data_indefinitely=True).result()
 
 
 def _tensorstore(location: str) -> Any:

@@ -110,16 +110,21 @@ class Plan:
 def resolve(mapping: TreeMapping, direction: Direction, sources: Mapping[str, Spec], known: Mapping[str, int]) -> Plan:
     """Resolve every rule against the source's tensors; ``known`` are axis sizes that a configuration states.
 
+    Where tensors contradict it, the tensors count; unless they then contradict each other, and do so less with it.
     Nothing is raised: what does not fit is in the plan's ``problems``.
     """
     root = _root(mapping, sources) if direction == "to_hf" else mapping.roots[0]
-    return _resolve(mapping, direction, sources, root, known, ({},) * len(mapping.rules))
+    local: tuple[Sizes, ...] = ({},) * len(mapping.rules)
+    plan = _resolve(mapping, direction, sources, root, {}, known, local)
+    if not plan.problems:
+        return plan
+    return min(plan, _resolve(mapping, direction, sources, root, known, {}, local), key=lambda p: len(p.problems))
 
 
 def inverse(plan: Plan, sources: Mapping[str, Spec]) -> Plan:
     """The way back from ``sources``, tensors that ``plan`` has written, to where its own lay."""
     back: Direction = "to_jax" if plan.direction == "to_hf" else "to_hf"
-    return _resolve(plan.mapping, back, sources, plan.root, plan.sizes, plan.local_sizes)
+    return _resolve(plan.mapping, back, sources, plan.root, plan.sizes, {}, plan.local_sizes)
 
 
 def _resolve(
@@ -127,7 +132,8 @@ def _resolve(
     direction: Direction,
     sources: Mapping[str, Spec],
     root: str,
-    known: Mapping[str, int],
+    first: Mapping[str, int],
+    then: Mapping[str, int],
     local_sizes: Sequence[Mapping[str, int]],
 ) -> Plan:
     ignored = tuple(name for name in sources if any(fnmatchcase(name, glob) for glob in mapping.ignored))
@@ -138,10 +144,10 @@ def _resolve(
         for (rule, *sides), local in zip(mapping.sides(), local_sizes)
         for source, target in [sides[::turn]]
     ]
-    resolver = _Resolver(mapping, rules, dict(mapping.sizes))
+    resolver = _Resolver(mapping, rules, {**mapping.sizes, **first})
     prefixes = (root, "")[::turn]
     resolver.match(kept, prefixes[0])
-    resolver.solve(known)
+    resolver.solve(then)
     resolver.complete(prefixes[0])
     moves = resolver.moves(*prefixes)
     targets = {name: Spec(kept[group[0].source.name].dtype, group[0].target.shape) for name, group in moves.items()}
@@ -183,7 +189,7 @@ class _Resolver:
     def match(self, sources: Mapping[str, Spec], prefix: str) -> None:
         """Give each source tensor to the first rule that names it, and count the indices in the names."""
         indices: dict[str, set[int]] = {}
-        for name, spec in sources.items():
+        for name, spec in sorted(sources.items()):
             for rule in self.rules:
                 labels = (
                     rule.source.match(name.removeprefix(prefix), self.mapping.parts)
@@ -202,11 +208,11 @@ class _Resolver:
         for axis, numbers in indices.items():
             self._settle(axis, max(numbers) + 1, "the names' indices")
 
-    def solve(self, known: Mapping[str, int]) -> None:
-        """Infer axis sizes from shapes until nothing more follows; then with ``known``, which so cannot contradict
-        a shape; then padded axes that nothing else settled.
+    def solve(self, then: Mapping[str, int]) -> None:
+        """Infer axis sizes from shapes until nothing more follows; with the sizes of ``then`` that are still open; at
+        last padded axes that nothing else settled.
         """
-        for more, final in (({}, False), (known, False), ({}, True)):
+        for more, final in (({}, False), (then, False), ({}, True)):
             self.sizes = {**more, **self.sizes}
             before = None
             while before != (before := self._known()):

@@ -22,7 +22,7 @@ from slipway.convert.source import Source
 from slipway.errors import CheckpointError
 
 DROP_BYTES = 1 << 25  # between two times that a source's pages are given back
-CONCURRENT_BYTES = 1 << 28  # of tensors that had to be read into memory, beyond the largest group
+CONCURRENT_BYTES = 1 << 27  # of tensors that had to be read into memory, beyond the largest group
 Arrays = Mapping[str, np.ndarray]
 Delta = Callable[[int, int], np.ndarray]  # what to add, in float32, to the elements from .. to of a target
 
@@ -92,13 +92,13 @@ class _Run:
         done = self.sink.done()
         self.written += [Written(**facts) for facts in done.values()]
         jobs = [(names, [t for t in targets if t not in done]) for names, targets in self.plan.jobs()]
-        jobs = sorted(((n, t) for n, t in jobs if t), key=lambda job: -self._memory(job[0]))
-        largest = max((self._memory(names) for names, _ in jobs), default=0)
+        jobs = sorted(((n, t) for n, t in jobs if t), key=lambda job: -sum(self.plan.sources[n].nbytes for n in job[0]))
+        largest = max((self._memory(*job) for job in jobs), default=0)
         gate = _Gate(max(largest, CONCURRENT_BYTES))
         with ThreadPoolExecutor(self.options.workers or min(8, os.cpu_count() or 1)) as pool:
             ends: list[Future] = []
             for names, targets in jobs:
-                size = 0 if self.source.mapped else self._memory(names)
+                size = self._memory(names, targets)
                 gate.enter(size)
                 ends += self._submit(pool, names, targets, functools.partial(gate.leave, size))
             try:
@@ -108,8 +108,14 @@ class _Run:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _memory(self, names: list[str]) -> int:
-        return sum(self.plan.sources[name].nbytes for name in names)
+    def _memory(self, names: list[str], targets: list[str]) -> int:
+        """What a job holds in memory: sources that are no views of files, targets that have to be put together."""
+        read = 0 if self.source.mapped else sum(self.plan.sources[name].nbytes for name in names)
+        return read + sum(self.plan.targets[name].nbytes for name in targets if not self._leaves_in_pieces(name))
+
+    def _leaves_in_pieces(self, target: str) -> bool:
+        moves = self.plan.moves[target]
+        return len(moves) == 1 and moves[0].target.is_whole
 
     def _submit(
         self, pool: ThreadPoolExecutor, names: list[str], targets: list[str], then: Callable[[], None]
@@ -143,10 +149,10 @@ class _Run:
         first = self.plan.sources[moves[0].source.name]
         names = tuple(dict.fromkeys(move.source.name for move in moves))
         written = Written(target, names, moves[0].rule.axes, spec.shape, str(first.dtype), str(spec.dtype))
-        if len(moves) == 1 and moves[0].target.is_whole:
+        if self._leaves_in_pieces(target):
             parts = moving.pieces(moves[0], arrays[moves[0].source.name], spec.dtype)
         else:
-            parts = _assembled(moves, arrays, spec)
+            parts = self._assembled(moves, arrays, spec)
         if target in self.options.deltas:
             parts = _added(parts, self.options.deltas[target])
             written.notes.append("an adapter was added")
@@ -163,6 +169,15 @@ class _Run:
         self.written.append(written)
         self.sink.mark(target, dataclasses.asdict(written))
         self.progress(spec.nbytes)
+
+    def _assembled(self, moves: tuple[Move, ...], arrays: Arrays, spec: Spec) -> Pieces:
+        """A target made of several sources, or with padding: put together in memory, and given away in one piece."""
+        whole = np.zeros(spec.shape, spec.dtype)
+        for move in moves:
+            view = move.target.view(whole, move.order)
+            moving.fill(view, moving.broadcast(move, arrays[move.source.name]), move.factor)
+            self.source.drop(move.source.name)
+        yield 0, whole.reshape(-1)
 
 
 class _Gate:
@@ -201,15 +216,6 @@ class _Watch:
                 for name in self._names:
                     self._source.drop(name)
                 passed = 0
-
-
-def _assembled(moves: tuple[Move, ...], arrays: Arrays, spec: Spec) -> Pieces:
-    """A target made of several sources, or with padding: put together in memory."""
-    whole = np.zeros(spec.shape, spec.dtype)
-    for move in moves:
-        view = move.target.view(whole, move.order)
-        moving.fill(view, moving.broadcast(move, arrays[move.source.name]), move.factor)
-    yield 0, whole.reshape(-1)
 
 
 def _added(parts: Pieces, delta: Delta) -> Pieces:

@@ -17,7 +17,13 @@ def tokenizer_files(directory: Path | None) -> list[Path]:
     return [] if directory is None else [directory / name for name in FILES if (directory / name).is_file()]
 
 
-def tokenizer_problems(directory: Path | None, config_path: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
+def generation_file(config: Path | None, source: Path | None) -> Path | None:
+    """generation_config.json beside the config.json that is used, where there is one."""
+    directory = config or source
+    return directory / GENERATION if directory is not None and (directory / GENERATION).is_file() else None
+
+
+def tokenizer_problems(directory: Path | None, generation: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
     """What does not fit the vocabulary: ids beyond it, a directory without a tokenizer."""
     vocab_size = config.get("vocab_size")
     if directory is not None:
@@ -25,8 +31,7 @@ def tokenizer_problems(directory: Path | None, config_path: Path | None, config:
             yield f"{directory}: no tokenizer files"
         elif (directory / "tokenizer.json").is_file() and isinstance(vocab_size, int):
             yield from _beyond(directory / "tokenizer.json", _largest_id(directory / "tokenizer.json"), vocab_size)
-    generation = config_path / GENERATION if config_path is not None else None
-    if generation is not None and generation.is_file() and isinstance(vocab_size, int):
+    if generation is not None and isinstance(vocab_size, int):
         values = json.loads(generation.read_bytes())
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = values.get(field)

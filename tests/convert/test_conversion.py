@@ -237,6 +237,23 @@ def test_a_directory_that_holds_files_is_not_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_disk_that_is_full_is_told_and_nothing_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slipway.convert.sink.os.pwrite", full)
+    with pytest.raises(errors.CheckpointError, match="No space left"):
+        convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_hf_directory_in_another_dtype(tmp_path):
+    convert(open_source(MAXTEXT / "hf_qwen3moe"), tmp_path / "out", ConvertConfig(dtype="float32"))
+    wanted = {name: x.astype(np.float32) for name, x in tensors(MAXTEXT / "hf_qwen3moe").items()}
+    assert_same(tensors(tmp_path / "out"), wanted)
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing is cleaned up behind it."""
 

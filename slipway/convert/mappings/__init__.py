@@ -14,6 +14,7 @@ BUILT_IN: Mapping[str, Sequence[TreeMapping]] = {
     "maxtext": maxtext.MAPPINGS,
     "nnx": (*flax.MAPPINGS, *gemma.NNX),
     "linen": (*flax.MAPPINGS, *gemma.LINEN),
+    "hf": hf.DECODERS,
 }
 _FIELDS = (
     "sizes",
@@ -37,18 +38,15 @@ def find(name: str | None, specs: Mapping[str, Spec], given: Mapping[str, Any]) 
     """
     if name is not None and name.endswith((".py", ".yaml", ".yml")):
         return [read_file(Path(name))]
-    if name == "hf":
-        return [hf.identity(specs, given)]
     if name is not None and name not in BUILT_IN:
-        expected = f"{' | '.join([*BUILT_IN, 'hf'])}, or a .py or .yaml file"
-        raise InvalidConfig("mapping", name, expected)
+        raise InvalidConfig("mapping", name, f"{' | '.join(BUILT_IN)}, or a .py or .yaml file")
     found = list(BUILT_IN[name]) if name else [mapping for group in BUILT_IN.values() for mapping in group]
     found = list({mapping.name: mapping for mapping in found}.values())
-    if name is None:
-        found.append(hf.identity(specs, given))
     stated = given.get("model_type")
-    fitting = [mapping for mapping in found if mapping.config.get("model_type", stated) == stated]
-    return fitting if stated and fitting else found
+    fitting = [mapping for mapping in found if stated is not None and mapping.config["model_type"] == stated]
+    if name in (None, "hf") and not (stated and any(mapping in hf.DECODERS for mapping in fitting)):
+        fitting.append(hf.identity(specs))  # nothing holds its tensors against config.json
+    return fitting or found
 
 
 def read_file(path: Path) -> TreeMapping:

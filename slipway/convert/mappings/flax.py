@@ -7,7 +7,7 @@ Llama, Qwen2 and Qwen3, with or without ``model.`` in front; layers one by one, 
 from slipway.convert.rules import TreeMapping, rules, within
 
 _Row = tuple[str, str, str]
-_FIELDS = {
+FIELDS = {
     "vocab": "vocab_size",
     "embed": "hidden_size",
     "layers": "num_hidden_layers",
@@ -25,18 +25,20 @@ _LINEAR = {  # module: out, in
     "mlp.up_proj": ("mlp", "embed"),
     "mlp.down_proj": ("embed", "mlp"),
 }
-_FAMILIES = {  # model_type: architecture, the projections with a bias, whether query and key heads are normalized
-    "qwen3": ("Qwen3ForCausalLM", (), True),
-    "qwen2": ("Qwen2ForCausalLM", ("q", "k", "v"), False),
-    "llama": ("LlamaForCausalLM", (), False),
+# model_type: projections with a bias, whether query and key heads are normalized, what config.json says
+FAMILIES: dict[str, tuple[tuple[str, ...], bool, dict[str, object]]] = {
+    "qwen3": ((), True, {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False}),
+    "qwen2": (("q", "k", "v"), False, {"architectures": ["Qwen2ForCausalLM"]}),
+    "llama": ((), False, {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False}),
 }
 
 
-def _layer(biases: tuple[str, ...], normalized: bool, stacked: str) -> list[_Row]:
-    """The rules of one layer, or of all where ``stacked`` is ``"layers "``."""
+def decoder_layer(biases: tuple[str, ...], normalized: bool, stacked: str, kernel: str, scale: str) -> list[_Row]:
+    """The rules of one layer, or of all where ``stacked`` is ``"layers "``; ``kernel`` and ``scale`` are leaf names."""
     rows = []
     for module, (out, into) in _LINEAR.items():
-        rows.append((f"{module}.kernel", f"{module}.weight", f"{stacked}{into} {out} -> {stacked}{out} {into}"))
+        ours = f"{out} {into}" if kernel == "weight" else f"{into} {out}"
+        rows.append((f"{module}.{kernel}", f"{module}.weight", f"{stacked}{ours} -> {stacked}{out} {into}"))
     for name in biases:
         out = _LINEAR[f"self_attn.{name}_proj"][0]
         module = f"self_attn.{name}_proj"
@@ -45,25 +47,25 @@ def _layer(biases: tuple[str, ...], normalized: bool, stacked: str) -> list[_Row
     if normalized:
         norms |= {"self_attn.q_norm": "head_dim", "self_attn.k_norm": "head_dim"}
     for module, axis in norms.items():
-        rows.append((f"{module}.scale", f"{module}.weight", f"{stacked}{axis} -> {stacked}{axis}"))
+        rows.append((f"{module}.{scale}", f"{module}.weight", f"{stacked}{axis} -> {stacked}{axis}"))
     return rows
 
 
 def _mapping(model_type: str, inside: str, is_scanned: bool) -> TreeMapping:
     """``inside`` is ``"model."`` where the tree has such a level."""
-    architecture, biases, normalized = _FAMILIES[model_type]
+    biases, normalized, config = FAMILIES[model_type]
     layers = f"{inside}layers." if is_scanned else f"{inside}layers.{{layers}}."
     outside = (
         (f"{inside}embed_tokens.embedding", "model.embed_tokens.weight", "vocab+pad embed -> vocab embed"),
         (f"{inside}norm.scale", "model.norm.weight", "embed -> embed"),
         ("lm_head.kernel?", "lm_head.weight", "embed vocab+pad -> vocab embed"),
     )
-    layer = _layer(biases, normalized, "layers " if is_scanned else "")
+    layer = decoder_layer(biases, normalized, "layers " if is_scanned else "", "kernel", "scale")
     return TreeMapping(
         name=f"{model_type} in Flax, {inside}layers {'stacked' if is_scanned else 'one by one'}",
         rules=rules(outside + within(layers, "model.layers.{layers}.", layer)),
-        fields=_FIELDS,
-        config={"model_type": model_type, "architectures": [architecture], "hidden_act": "silu"},
+        fields=FIELDS,
+        config={"model_type": model_type, "hidden_act": "silu", **config},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
         roots=("", "params.", "params.params."),
         ignored=("step", "*opt_state*", "*.rngs.*", "rngs.*"),
@@ -73,7 +75,7 @@ def _mapping(model_type: str, inside: str, is_scanned: bool) -> TreeMapping:
 
 MAPPINGS = tuple(
     _mapping(model_type, inside, is_scanned)
-    for model_type in _FAMILIES
+    for model_type in FAMILIES
     for inside in ("", "model.")
     for is_scanned in (False, True)
 )
