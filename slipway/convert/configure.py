@@ -45,8 +45,7 @@ def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec])
     ]
     dtypes = sorted({str(spec.dtype) for spec in targets.values()})
     if len(dtypes) == 1:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtypes[0]
+        config |= {field: dtypes[0] for field in ("dtype", "torch_dtype") if field == "dtype" or field in config}
     return Configured(config, tuple(problems))
 
 

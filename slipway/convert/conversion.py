@@ -134,7 +134,7 @@ def prepare(
         problems += tokenizer_problems(options.tokenizer, generation, configured.config)
         given = configured.config
     else:
-        problems += configure(dataclasses.replace(plan, mapping=plan.mapping), given, _hf_side(plan)).problems
+        problems += configure(plan, given, _hf_side(plan)).problems
     adapter = read_adapter(options.merge_lora, targets) if options.merge_lora else None
     dtypes = {name: spec.dtype for name, spec in targets.items()}
     run_options = Options(dtypes, {**(deltas or {}), **(adapter.deltas() if adapter else {})}, tied)

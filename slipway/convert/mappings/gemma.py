@@ -4,17 +4,9 @@ Decides names and axes only. Both store ``scale`` of a norm as Hugging Face does
 Gemma 1 and 2; queries, keys and values are fused where heads and kv_heads are equal, keys and values otherwise.
 """
 
+from slipway.convert.mappings.flax import FIELDS
 from slipway.convert.rules import TreeMapping, rules, within
 
-_FIELDS = {
-    "vocab": "vocab_size",
-    "embed": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp": "intermediate_size",
-}
 _PARTS = {"qkv": {"q": 1, "k": 1, "v": 1}, "kv": {"k": 1, "v": 1}, "gate_up": {"gate": 1, "up": 1}}
 _KV = "kv kv_heads embed head_dim -> kv (kv_heads head_dim) embed"
 _QKV = "qkv heads embed head_dim -> qkv (heads head_dim) embed"
@@ -58,7 +50,7 @@ def _mapping(kind: str, model_type: str, layers: str, mlp: tuple, fused: bool, p
     return TreeMapping(
         name=f"{model_type} in {kind}{', qkv fused' if fused else ''}",
         rules=rules(_OUTSIDE + within(layers, "model.layers.{layers}.", rows)),
-        fields={axis: field for axis, field in _FIELDS.items() if not (fused and axis == "kv_heads")},
+        fields={axis: field for axis, field in FIELDS.items() if not (fused and axis == "kv_heads")},
         parts=_PARTS,
         config={"model_type": model_type, "architectures": [_ARCHITECTURES[model_type]]},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),

@@ -7,6 +7,7 @@ behind it there. Read off checkpoints that MaxText wrote (tests/data/maxtext).
 
 import dataclasses
 
+from slipway.convert.mappings.flax import FIELDS
 from slipway.convert.rules import TreeMapping, rules, within
 
 _OUTSIDE = (
@@ -71,14 +72,6 @@ _EXPERTS = (
         "experts layers moe_mlp embed -> layers experts embed moe_mlp",
     ),
 )
-_FIELDS = {
-    "vocab": "vocab_size",
-    "embed": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-}
 
 
 def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) -> tuple[TreeMapping, TreeMapping]:
@@ -87,7 +80,7 @@ def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) ->
         name=f"maxtext {name}, scanned",
         rules=rules(_OUTSIDE + within("decoder.layers.", "model.layers.{layers}.", layer)),
         sizes=sizes,
-        fields=_FIELDS | fields,
+        fields=fields,
         config={"hidden_act": "silu", "attention_bias": False, **config},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
         roots=("params.params.", "params.", ""),
@@ -108,21 +101,22 @@ MAPPINGS = (
         "llama",
         _COMMON + _ROTATED_IN_PAIRS + _MLP,
         {"two": 2},
-        {"mlp": "intermediate_size"},
+        FIELDS,
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": False},
     ),
     *_family(
         "qwen3",
         _COMMON + _NORMALIZED + _MLP,
         {},
-        {"mlp": "intermediate_size"},
+        FIELDS,
         {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     ),
     *_family(
         "qwen3_moe",
         _COMMON + _NORMALIZED + _EXPERTS,
         {},
-        {"experts": "num_experts", "moe_mlp": "moe_intermediate_size"},
+        {axis: field for axis, field in FIELDS.items() if axis != "mlp"}
+        | {"experts": "num_experts", "moe_mlp": "moe_intermediate_size"},
         {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1},
     ),
 )
