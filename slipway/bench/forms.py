@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from slipway import mesh as meshes
@@ -41,10 +42,13 @@ FORMS = {
 }
 
 
-def measure(name: str, dtype_name: str, rows: int, rounds: int) -> dict[str, float]:
-    """Compile time, median step time and temporaries of one form."""
-    dtype = jnp.dtype(dtype_name)
-    mesh, declaration = meshes.make_mesh(), FORMS[name](models.declare(QWEN3_SHAPE))
+def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | None) -> dict[str, float]:
+    """Compile time, temporaries for each device and, where the devices are there, median step time of one form."""
+    dtype, devices = jnp.dtype(dtype_name), None
+    if topology is not None:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = meshes.make_mesh(tensor=1 if devices is None else len(devices), devices=devices)
+    declaration = FORMS[name](meshes.fit(models.declare(QWEN3_SHAPE), mesh))
     config = declaration.config
     kv = jax.eval_shape(
         lambda: ops.allocate_kv(
@@ -55,7 +59,12 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int) -> dict[str, flo
     step, bucket = Step(declaration, mesh, shape, dtype, TABLE_WIDTH), Bucket(rows, rows)
     started = time.perf_counter()
     step.compile([bucket])
-    compiled = time.perf_counter() - started
+    figures = {
+        "compile_s": round(time.perf_counter() - started, 2),
+        "temp_mb": round(step.temp_bytes(bucket) / 1e6, 1),
+    }
+    if topology is not None:
+        return figures
     params, cache = load.dummy(declaration, mesh, dtype, seed=0), jnp.zeros(kv.shape, kv.dtype)
     batch, times = _batch(bucket, rows), []
     for _ in range(rounds + 1):
@@ -63,11 +72,7 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int) -> dict[str, flo
         cache, sampled = step(params, cache, bucket, batch)
         jax.block_until_ready(sampled)
         times.append(time.perf_counter() - started)
-    return {
-        "compile_s": round(compiled, 2),
-        "step_ms": round(statistics.median(times[1:]) * 1e3, 1),
-        "temp_mb": round(step.temp_bytes(bucket) / 1e6, 1),
-    }
+    return figures | {"step_ms": round(statistics.median(times[1:]) * 1e3, 1)}
 
 
 def _batch(bucket: Bucket, rows: int) -> batches.Batch:

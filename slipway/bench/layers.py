@@ -13,10 +13,14 @@ class LayersBench:
     rows: int = 2
     """Rows, each at a context of 128 tokens."""
     rounds: int = 5
+    topology: str | None = None
+    """A TPU to compile for without having one, such as v6e:2x4; needs libtpu (jax[tpu]). Nothing runs then."""
 
     def run(self) -> None:
         """Measure each form in turn, and print."""
         from slipway.bench.forms import FORMS, measure  # with JAX, which other commands may not need
 
-        figures = {name: measure(name, self.dtype, self.rows, self.rounds) for name in FORMS}
-        print(json.dumps({"rows": self.rows, "dtype": self.dtype, "forms": figures}, indent=2))
+        figures = {name: measure(name, self.dtype, self.rows, self.rounds, self.topology) for name in FORMS}
+        print(
+            json.dumps({"topology": self.topology, "rows": self.rows, "dtype": self.dtype, "forms": figures}, indent=2)
+        )
