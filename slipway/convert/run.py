@@ -91,6 +91,7 @@ class _Run:
     def all_jobs(self) -> None:
         done = self.sink.done()
         self.written += [Written(**facts) for facts in done.values()]
+        self.progress(sum(written.nbytes for written in self.written))
         jobs = [(names, [t for t in targets if t not in done]) for names, targets in self.plan.jobs()]
         jobs = sorted(((n, t) for n, t in jobs if t), key=lambda job: -sum(self.plan.sources[n].nbytes for n in job[0]))
         largest = max((self._memory(*job) for job in jobs), default=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from slipway import errors
@@ -22,6 +23,7 @@ from slipway.convert.sink import ASIDE
 from slipway.convert.source import MemorySource, flatten
 from slipway.convert.verify import explain, report, summary, verify
 from tests.convert.twins import BF16, MAXTEXT, NANO, assert_same, flax_tree, tensors
+from training.model import Model, ModelConfig
 
 pytestmark = pytest.mark.host
 PAIRS = [
@@ -197,6 +199,15 @@ def test_a_number_that_the_dtype_cannot_hold(tmp_path):
     options = ConvertConfig(config=MAXTEXT / "hf_qwen3", mapping="nnx", dtype="float16")
     with pytest.raises(errors.CheckpointError, match=r"model.norm.weight: 1 values are not finite as float16"):
         convert(MemorySource(flatten(tree)), tmp_path / "out", options)
+
+
+def test_an_nnx_state_in_memory(tmp_path):
+    model = Model(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=16), nnx.Rngs(0))
+    given = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 1024}
+    convert(MemorySource(flatten(nnx.state(model))), tmp_path / "out", ConvertConfig(mapping="nnx"), given)
+    kernel = np.asarray(model.layers[1].mlp.up_proj.kernel[...])
+    assert np.array_equal(tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"], kernel.T)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_a_tied_head_may_be_there_if_it_is_equal(tmp_path):
