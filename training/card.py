@@ -66,6 +66,7 @@ def main() -> None:
         parameters=f"{model.num_parameters():,}",
         python=corpus["python"],
         library_tokens=f"{corpus['library']:,}",
+        library_lines_tokens=f"{corpus['library_lines']:,}",
         chat_tokens=f"{corpus['chat']:,}",
         test_tokens=f"{corpus['tests']:,}",
         held_out_tokens=f"{corpus['held_out']:,}",

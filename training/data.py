@@ -6,6 +6,7 @@ Knows nothing of the model, the optimizer or the loss. All of it is deterministi
 
 import ast
 import hashlib
+import re
 import sysconfig
 import textwrap
 import warnings
@@ -56,9 +57,14 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The corpus as token ids, uint16, each text followed by the end-of-text id."""
+    """The corpus as token ids, uint16, each text followed by the end-of-text id.
+
+    ``library_lines`` is the library once more, each line encoded by itself: elsewhere ``"):"`` and the line break after
+    it are one token, and a prompt that ends in ``"):"`` would end where no text that the model saw goes on.
+    """
 
     library: np.ndarray
+    library_lines: np.ndarray
     chat: np.ndarray
     tests: np.ndarray
     held_out: np.ndarray
@@ -68,6 +74,7 @@ class Tokens:
         """Tokens of each group, and the held-out text's size in bytes."""
         return {
             "library": len(self.library),
+            "library_lines": len(self.library_lines),
             "chat": len(self.chat),
             "tests": len(self.tests),
             "held_out": len(self.held_out),
@@ -75,12 +82,13 @@ class Tokens:
         }
 
     def epoch(self, seed: int, context: int) -> np.ndarray:
-        """Rows [N, context + 1] of one epoch: library twice, chat once, half of the tests, in an order drawn from seed.
+        """Rows [N, context + 1] of one epoch, in an order drawn from seed.
 
-        Each copy is cut at its own random offset, so that the same text meets other row borders the next time.
+        That is the library in both forms, the conversations and half of the tests. Each part is cut at its own random
+        offset, so that the same text meets other row borders the next time.
         """
         generator = np.random.default_rng(seed)
-        parts = (self.library, self.library, self.chat, self.tests)
+        parts = (self.library, self.library_lines, self.chat, self.tests)
         rows = [_rows(part, int(generator.integers(context)), context) for part in parts]
         rows[-1] = generator.permutation(rows[-1])[::2]
         return generator.permutation(np.concatenate(rows))
@@ -122,6 +130,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
     """Encode every group; chat samples come from the library group only, never from held-out files."""
     return Tokens(
         library=_encode((d.text for d in corpus.library), tokenizer),
+        library_lines=_encode_lines((d.text for d in corpus.library), tokenizer),
         chat=_encode(chat_samples(corpus.library), tokenizer),
         tests=_encode((d.text for d in corpus.tests), tokenizer),
         held_out=_encode((d.text for d in corpus.held_out), tokenizer),
@@ -209,6 +218,16 @@ def _parse(text: str) -> ast.Module:
 def _encode(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
     end = tokenizer.token_to_id(END_OF_TEXT)
     pieces = [np.array([*encoding.ids, end], np.uint16) for encoding in tokenizer.encode_batch(list(texts))]
+    return np.concatenate(pieces)
+
+
+def _encode_lines(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Line breaks begin a piece that is encoded by itself, with the indentation and the line behind them."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    pieces: list[np.ndarray] = []
+    for text in texts:
+        encodings = tokenizer.encode_batch(re.split(r"(?<!\n)(?=\n)", text))
+        pieces.append(np.array([*(i for encoding in encodings for i in encoding.ids), end], np.uint16))
     return np.concatenate(pieces)
 
 

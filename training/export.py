@@ -101,7 +101,7 @@ def _model_json(model_config: ModelConfig) -> dict:
 
 def _generation_json() -> dict:
     """A small model repeats itself when decoded greedily, and wanders when sampled at temperature 1."""
-    return {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 0], "pad_token_id": 0}
+    return {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "eos_token_id": [2, 0], "pad_token_id": 0}
 
 
 def _write_json(path: Path, content: dict) -> None:

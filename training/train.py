@@ -1,4 +1,4 @@
-"""Train nano: `python -m training.train --minutes 76`. Run again to go on from the last checkpoint.
+"""Train nano: `python -m training.train --minutes 115`. Run again to go on from the last checkpoint.
 
 Decides loss, optimizer, learning rate, and when to evaluate, save and end. Does not know what the text is
 (training.data) or what becomes of the weights (training.export).
@@ -41,7 +41,7 @@ class TrainConfig:
     `seconds` and `steps` may change when a run is resumed; the rest may not.
     """
 
-    seconds: float = 76 * 60
+    seconds: float = 115 * 60
     steps: int = 20_000
     context: int = 512
     rows_per_batch: int = 4

@@ -66,7 +66,7 @@ def trainer() -> Trainer:
 @pytest.fixture(scope="module")
 def tokens() -> Tokens:
     generator = np.random.default_rng(0)
-    streams = [generator.integers(0, TINY.vocab_size, 300).astype(np.uint16) for _ in range(4)]
+    streams = [generator.integers(0, TINY.vocab_size, 300).astype(np.uint16) for _ in range(5)]
     return Tokens(*streams, held_out_bytes=1200)
 
 
@@ -91,6 +91,13 @@ def test_rows_overlap_by_one_token(library: Path, tokenizer: Tokenizer) -> None:
     rows = tokenize(read_corpus(library), tokenizer).held_out_rows(context=16)
     assert rows.shape[1] == 17
     np.testing.assert_array_equal(rows[:-1, -1], rows[1:, 0])
+
+
+def test_lines_read_by_themselves_hold_the_same_text(library: Path, tokenizer: Tokenizer) -> None:
+    tokens = tokenize(read_corpus(library), tokenizer)
+    assert tokenizer.decode(tokens.library_lines.tolist()) == tokenizer.decode(tokens.library.tolist())
+    pieces = {tokenizer.decode([int(i)]) for i in tokens.library_lines}
+    assert not any("\n" in piece.lstrip("\n") for piece in pieces), "a line break only begins a token"
 
 
 def test_batches_follow_from_the_step_alone(tokens: Tokens) -> None:
