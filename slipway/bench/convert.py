@@ -6,6 +6,7 @@ its imports and its end, and the kernel's of its largest memory. Knows no rules.
 
 import dataclasses
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -30,8 +31,8 @@ from slipway.convert.sink import Pieces
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 16, 8, 128, 65536
 LAYER_BYTES = 2 * (EMBED * MLP * 3 + EMBED * HEAD_DIM * (HEADS + KV_HEADS) * 2)
-Way = Literal["ours", "forty_lines", "cp"]
-WAYS: tuple[Way, ...] = ("cp", "ours", "forty_lines")
+Way = Literal["ours", "forty_lines", "cp", "cp_and_flush"]
+WAYS: tuple[Way, ...] = ("cp", "cp_and_flush", "ours", "forty_lines")  # ours flushes, forty lines do not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class ConvertBench:
             },
             "peak_rss_mb": {way: round(max(t[2] for t in runs)) for way, runs in taken.items()},
             "ours_to_cp": round(seconds["ours"] / seconds["cp"], 2),
+            "ours_to_cp_and_flush": round(seconds["ours"] / seconds["cp_and_flush"], 2),
             "forty_lines_to_ours": round(seconds["forty_lines"] / seconds["ours"], 2),
         }
 
@@ -129,15 +131,17 @@ def _peak_rss_mb() -> float:
 
 def _timed(way: Way, source: Path, out: Path, config: Path) -> tuple[float, float, float]:
     """Seconds of the work, of the whole process, and its peak memory in MB (0 for cp)."""
-    own = ["cp", "-r", str(source), str(out)]
+    own = ["cp", "-r", str(source), str(out / "copy")]
     command = [sys.executable, "-m", "slipway.bench.convert", way, str(source), str(out), str(config)]
-    if way == "cp":
+    is_copy = way.startswith("cp")
+    if is_copy:
         out.mkdir()
-        own[-1] = str(out / "copy")
+    if way == "cp_and_flush":
+        own = ["sh", "-c", f"{shlex.join(own)} && find {shlex.quote(str(out))} -type f -exec sync {{}} +"]
     started = time.perf_counter()
-    done = subprocess.run(own if way == "cp" else command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(own if is_copy else command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - started
-    work, peak = map(float, done.stdout.split()) if way != "cp" else (seconds, 0.0)
+    work, peak = map(float, done.stdout.split()) if not is_copy else (seconds, 0.0)
     return work, seconds, peak
 
 
