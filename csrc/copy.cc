@@ -1,4 +1,4 @@
-// Copies one strided array to another of the same shape, transposing in blocks that fit the cache.
+// Copies one strided array to another of the same shape, transposing in blocks that fit the cache; counts large items.
 //
 // Decides the order in which elements are visited. Knows item sizes, no dtypes; starts no threads.
 
@@ -130,7 +130,26 @@ void copy(char* dst, const char* src, std::vector<Dim> dims) {
   }
 }
 
+template <class T>
+int64_t count_above(const T* items, int64_t n, uint64_t limit) {
+  constexpr T magnitude = static_cast<T>(~T{0}) >> 1;
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += (items[i] & magnitude) > static_cast<T>(limit);
+  return count;
+}
+
 }  // namespace
+
+// How many of n items exceed `limit` without their highest bit: of floats, those larger than the float with these bits.
+// Returns -1 for an item size other than 2, 4 and 8 bytes.
+extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t itemsize, uint64_t limit) {
+  switch (itemsize) {
+    case 2: return count_above(static_cast<const uint16_t*>(items), n, limit);
+    case 4: return count_above(static_cast<const uint32_t*>(items), n, limit);
+    case 8: return count_above(static_cast<const uint64_t*>(items), n, limit);
+    default: return -1;
+  }
+}
 
 // Copies items of 1, 2, 4 or 8 bytes; strides in bytes, of either sign, 0 in the source where an item is repeated.
 // Returns 0, or 1 for another item size.

@@ -85,7 +85,7 @@ class ConvertBench:
 def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path, int]:
     """A checkpoint of random numbers, its config.json and its size."""
     layers = max(1, round((size_gb * 1e9 - 2 * VOCAB * EMBED) / LAYER_BYTES))
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "vocab_size": VOCAB,
         "hidden_size": EMBED, "intermediate_size": MLP, "num_hidden_layers": layers, "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
@@ -94,7 +94,7 @@ def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path
     (folder / "config.json").write_text(json.dumps(config))
     name = "maxtext qwen3, scanned" if tree == "maxtext" else "qwen3 in Flax, layers one by one"
     mapping = next(mapping for group in BUILT_IN.values() for mapping in group if mapping.name == name)
-    sizes = {axis: int(config[field]) for axis, field in mapping.fields.items()}  # type: ignore[call-overload]
+    sizes = {axis: int(config[field]) for axis, field in mapping.fields.items()}
     plan = resolve(mapping, "to_jax", {name: Spec(BF16, shape) for name, shape in _hf_shapes(layers)}, sizes)
     assert not plan.problems, plan.problems
     noise = (np.random.default_rng(0).standard_normal(1 << 23) * 0.02).astype(BF16)

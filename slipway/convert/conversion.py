@@ -36,6 +36,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+Dtype = Literal["float32", "bfloat16", "float16"]
 To = Literal["hf", "maxtext", "orbax", "npz"]
 
 
@@ -49,7 +50,7 @@ class ConvertConfig:
     """An HF directory or a JSON file: config.json's fields, those that no tensor tells at least."""
     tokenizer: Path | None = None
     """A directory whose tokenizer files are copied."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     """What floats become; by default they stay as they are."""
     shard_size: str = "5GB"
     """The largest size of one .safetensors file: a number with KB, MB, GB or TB."""

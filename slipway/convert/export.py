@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from slipway.convert.conversion import ConvertConfig, convert
+from slipway.convert.conversion import ConvertConfig, Dtype, convert
 from slipway.convert.layers import ATTRIBUTES, STATE, TABLE, LayerTable, NotLinear, Row
 from slipway.convert.lora import Adapter
 from slipway.convert.rules import TreeMapping, rules
@@ -42,7 +42,7 @@ def export(
     renames: Mapping[str, str] | None = None,
     layers: Mapping[type, Sequence[Row]] | None = None,
     extra: Sequence[Row] = (),
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     shard_size: str = "5GB",
 ) -> list[Written]:
     """Write ``module`` as safetensors in torch's layout, with ``config`` as config.json, into a new directory.
@@ -55,7 +55,7 @@ def export(
     Raises CheckpointError, listing all that is not understood, and InvalidConfig for a flatten that does not fit.
     """
     derived = derive(module, flatten or {}, renames or {}, layers or {}, extra)
-    options = ConvertConfig(dtype=dtype, shard_size=shard_size)  # type: ignore[arg-type]
+    options = ConvertConfig(dtype=dtype, shard_size=shard_size)
     source = MemorySource(derived.arrays)
     deltas = derived.adapter.deltas()
     _, written = convert(source, Path(out_dir), options, config, [derived.mapping], deltas=deltas)

@@ -8,23 +8,28 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from slipway.convert.native import copy_bits
+from slipway.convert.native import copy_bits, count_above
 from slipway.convert.plan import Move
 
 PIECE_ELEMENTS = 1 << 20
 
 
-def pieces(move: Move, source: np.ndarray, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+def pieces(
+    move: Move, source: np.ndarray, dtype: np.dtype, memory: np.ndarray | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """The target of ``move``, which it fills whole, in C order: (first element, numbers) of one piece after another.
 
-    A piece is valid until the next is asked for.
+    A piece is valid until the next is asked for. ``memory``: bytes to put pieces into where they suffice; new memory is
+    faulted in page by page, for every tensor anew.
     """
     view = broadcast(move, source)
     outer = next((dim for dim, size in enumerate(view.shape) if size > 1), 0)
     rows = view.shape[outer] if view.ndim else 1
     row_size = view.size // rows if rows else 0
     step = max(1, PIECE_ELEMENTS // max(1, row_size))
-    buffer = np.empty(min(step, rows) * row_size, dtype)
+    size = min(step, rows) * row_size
+    fits = memory is not None and memory.nbytes >= size * dtype.itemsize
+    buffer = memory[: size * dtype.itemsize].view(dtype) if memory is not None and fits else np.empty(size, dtype)
     for start in range(0, rows if view.size else 0, step):
         part = view[(slice(None),) * outer + (slice(start, start + step),)] if view.ndim else view
         piece = buffer[: part.size]
@@ -57,13 +62,8 @@ def not_finite(values: np.ndarray) -> int:
     """How many of a contiguous array's floats are infinite or NaN; 0 for other dtypes."""
     if not is_float(values.dtype) or not values.size:
         return 0
-    bits = np.dtype(f"u{values.itemsize}").type
-    flat, limit, count = values.reshape(-1).view(bits), _largest(values.dtype), 0
-    for start in range(0, flat.size, PIECE_ELEMENTS):
-        magnitude = flat[start : start + PIECE_ELEMENTS] & bits(np.iinfo(bits).max >> 1)
-        if magnitude.max() > limit:
-            count += int(np.count_nonzero(magnitude > limit))
-    return count
+    flat, limit = values.reshape(-1), _largest(values.dtype)
+    return sum(count_above(flat[i : i + PIECE_ELEMENTS], limit) for i in range(0, flat.size, PIECE_ELEMENTS))
 
 
 def max_ulp(one: np.ndarray, two: np.ndarray) -> int:

@@ -34,6 +34,16 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
     )
 
 
+def count_above(values: np.ndarray, limit: int) -> int:
+    """How many of a contiguous array's items exceed ``limit`` as unsigned integers without their highest bit."""
+    library = _library()
+    if library is not None and values.itemsize in (2, 4, 8):
+        pointer, size = ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(values.size)
+        return library.slipway_count_above(pointer, size, ctypes.c_int64(values.itemsize), ctypes.c_uint64(limit))
+    bits = np.dtype(f"u{values.itemsize}").type
+    return int(np.count_nonzero((values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)) > limit))
+
+
 def start_writeback(file: int, offset: int, size_bytes: int) -> None:
     """Let the kernel begin to write a file's range to the disk, so that the flush at the end finds little left."""
     if _LIBC is not None:
@@ -56,4 +66,6 @@ def _library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         _log.warning("slipway was installed without a C++ compiler: NumPy transposes, several times slower")
         return None
-    return ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(spec.origin)
+    library.slipway_count_above.restype = ctypes.c_int64
+    return library

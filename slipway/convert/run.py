@@ -21,6 +21,7 @@ from slipway.convert.sink import Pieces, Sink
 from slipway.convert.source import Source
 from slipway.errors import CheckpointError
 
+MAX_ITEMSIZE = 4  # bytes; pieces of wider items get memory of their own
 DROP_BYTES = 1 << 25  # between two times that a source's pages are given back
 CONCURRENT_BYTES = 1 << 27  # of tensors that had to be read into memory, beyond the largest group
 Arrays = Mapping[str, np.ndarray]
@@ -87,6 +88,7 @@ class _Run:
         self.plan, self.source, self.sink, self.options, self.progress = plan, source, sink, options, progress
         self.written: list[Written] = []
         self.problems: list[str] = []
+        self._local = threading.local()
 
     def all_jobs(self) -> None:
         done = self.sink.done()
@@ -113,6 +115,12 @@ class _Run:
         """What a job holds in memory: sources that are no views of files, targets that have to be put together."""
         read = 0 if self.source.mapped else sum(self.plan.sources[name].nbytes for name in names)
         return read + sum(self.plan.targets[name].nbytes for name in targets if not self._leaves_in_pieces(name))
+
+    def _memory_of_thread(self) -> np.ndarray:
+        """Bytes for the pieces of one thread's targets, one after another."""
+        if not vars(self._local):
+            self._local.memory = np.empty(moving.PIECE_ELEMENTS * MAX_ITEMSIZE, np.uint8)
+        return self._local.memory
 
     def _leaves_in_pieces(self, target: str) -> bool:
         moves = self.plan.moves[target]
@@ -151,7 +159,7 @@ class _Run:
         names = tuple(dict.fromkeys(move.source.name for move in moves))
         written = Written(target, names, moves[0].rule.axes, spec.shape, str(first.dtype), str(spec.dtype))
         if self._leaves_in_pieces(target):
-            parts = moving.pieces(moves[0], arrays[moves[0].source.name], spec.dtype)
+            parts = moving.pieces(moves[0], arrays[moves[0].source.name], spec.dtype, self._memory_of_thread())
         else:
             parts = self._assembled(moves, arrays, spec)
         if target in self.options.deltas:

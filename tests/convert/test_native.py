@@ -39,6 +39,18 @@ def test_any_view_is_copied_as_numpy_copies_it(data):
     assert np.array_equal(target, view)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_infinities_and_nans_are_counted(dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    values = np.random.default_rng(0).standard_normal(1001).astype(dtype)
+    values[[3, 500, 1000]] = np.nan, np.inf, -np.inf
+    values[7], values[8] = np.finfo(dtype).max, np.finfo(dtype).min
+    limit = int(np.asarray(np.finfo(dtype).max).view(f"u{values.itemsize}"))
+    assert native.count_above(values, limit) == 3
+
+
 @pytest.mark.parametrize("shape", [(1000, 700), (64, 64), (65, 127), (3, 513, 66)])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_large_transposes(shape, dtype):
