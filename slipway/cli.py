@@ -138,6 +138,8 @@ class Convert:
 
     def run(self) -> None:
         """Convert, with a progress bar."""
+        if self.explain and (self.verify or self.options.resume):
+            raise InvalidConfig("explain", True, "neither --verify nor --resume, since nothing is written")
         source = open_source(self.source)
         if self.explain:
             print(explain(prepare(source, self.options)))

@@ -176,6 +176,10 @@ def _check(options: ConvertConfig) -> None:
     for field, is_set in (("tokenizer", options.tokenizer), ("merge_lora", options.merge_lora)):
         if backward and is_set:
             raise InvalidConfig(field, str(is_set), "nothing, since --to is not hf")
+    if backward and options.shard_size != ConvertConfig.shard_size:
+        raise InvalidConfig("shard_size", options.shard_size, "nothing, since --to is not hf")
+    if options.to == "npz" and options.resume:
+        raise InvalidConfig("resume", True, "False: an .npz cannot be gone on with")
     if not options.scan_layers and options.to != "maxtext":
         raise InvalidConfig("scan_layers", False, "True, since --to is not maxtext")
     if options.to == "maxtext" and options.mapping not in (None, "maxtext"):
@@ -285,12 +289,13 @@ def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -
 def _new_directory(directory: Path, resume: bool) -> Iterator[None]:
     """``directory`` made for what is written inside the context; gone again if that fails and it was not there."""
     existed = directory.exists()
-    if existed and (not directory.is_dir() or (any(path.name != ASIDE for path in directory.iterdir()) and not resume)):
+    is_begun = resume and (directory / ASIDE).is_dir()  # its files may be among those in place already
+    if existed and not is_begun and (not directory.is_dir() or any(path.name != ASIDE for path in directory.iterdir())):
         raise InvalidConfig("out_dir", str(directory), "a new or an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException:  # an interruption, too, leaves nothing behind
         if not existed:
             shutil.rmtree(directory)
         raise

@@ -80,7 +80,10 @@ def open_orbax(location: str) -> OrbaxSource:
     base = _find_tree(Path(location)) if path is not None else location
     root = f"file://{base.absolute()}/" if isinstance(base, Path) else f"{location.rstrip('/')}/"
     files = ts.KvStore.open(root).result()
-    metadata = json.loads(files.read(METADATA).result().value or b"{}")
+    try:
+        metadata = json.loads(files.read(METADATA).result().value or b"{}")
+    except ValueError as error:
+        raise CheckpointError(location, [f"{METADATA}: not readable as JSON: {error}"]) from error
     is_ocdbt = bool(files.read("manifest.ocdbt").result().value)
     kvstore = {"driver": "ocdbt", "base": root} if is_ocdbt else root
     store = ts.KvStore.open(kvstore).result()

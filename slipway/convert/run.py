@@ -75,7 +75,7 @@ def execute(
         run.problems += [p for name, pair in options.tied.items() if (p := _untied(name, pair, source))]
         if run.problems:
             raise CheckpointError(source.path or "the tree", sorted(run.problems))
-    except BaseException:
+    except BaseException:  # an interruption, too, leaves nothing behind
         sink.abandon()
         raise
     return sorted(run.written, key=lambda w: w.name)
@@ -107,7 +107,7 @@ class _Run:
             try:
                 for end in ends:
                     end.result()
-            except BaseException:
+            except BaseException:  # what has not begun never will
                 pool.shutdown(cancel_futures=True)
                 raise
 

@@ -232,6 +232,7 @@ def test_a_tokenizer_larger_than_the_vocabulary():
     [
         ({"mapping": "keras"}, "mapping"), ({"mapping": "none.yaml"}, "mapping"), ({"shard_size": "5"}, "shard_size"),
         ({"scan_layers": False}, "scan_layers"), ({"to": "npz", "tokenizer": NANO}, "tokenizer"),
+        ({"to": "npz", "resume": True}, "resume"), ({"to": "maxtext", "shard_size": "1GB"}, "shard_size"),
         ({"to": "maxtext", "mapping": "nnx"}, "mapping"), ({"config": Path("nowhere.json")}, "config"),
     ],
 )  # fmt: skip
@@ -241,10 +242,12 @@ def test_an_option_that_cannot_be_honoured(options, field):
     assert caught.value.field == field
 
 
-def test_a_directory_that_holds_files_is_not_written_to(tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_that_holds_files_is_not_written_to(resume, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
+    options = ConvertConfig(config=MAXTEXT / "hf_qwen3", resume=resume)
     with pytest.raises(errors.InvalidConfig, match="out_dir"):
-        convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path, ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+        convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path, options)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

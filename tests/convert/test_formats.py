@@ -97,6 +97,13 @@ def test_keras_weights(tmp_path):
     assert_same(tensors(tmp_path / "out"), {"fc.weight": np.ascontiguousarray(kernel.T), "fc.bias": bias})
 
 
+def test_orbax_metadata_that_is_no_json(tmp_path):
+    shutil.copytree(MAXTEXT / "qwen3_scan_orbax", tmp_path / "torn")
+    (tmp_path / "torn" / "0" / "items" / "_METADATA").write_text('{"tree_metadata"')
+    with pytest.raises(errors.CheckpointError, match="_METADATA: not readable"):
+        open_source(tmp_path / "torn")
+
+
 @pytest.mark.parametrize("torn", ["truncated", "missing"])
 def test_a_torn_orbax_store(torn, tmp_path):
     shutil.copytree(MAXTEXT / "qwen3_scan_orbax", tmp_path / "torn")
