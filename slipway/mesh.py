@@ -67,18 +67,19 @@ def fit(declaration: Any, mesh: Mesh) -> Any:
     return tree.map_params(one, declaration)
 
 
+def splits(axis: str) -> bool:
+    """Whether several devices share ``axis``; asked where the step is traced."""
+    return MESH_AXES.get(axis) is not None and jax.lax.axis_size(MESH_AXES[axis]) > 1
+
+
 def psum(x, axis: str):
     """Sum partial results over the devices that split ``axis``; the identity where none does."""
-    if MESH_AXES.get(axis) is None or jax.lax.axis_size(MESH_AXES[axis]) == 1:
-        return x
-    return jax.lax.psum(x, MESH_AXES[axis])
+    return jax.lax.psum(x, MESH_AXES[axis]) if splits(axis) else x
 
 
 def all_gather(x, axis: str):
     """Join the last dimension, split along ``axis``, on every device."""
-    if MESH_AXES.get(axis) is None or jax.lax.axis_size(MESH_AXES[axis]) == 1:
-        return x
-    return jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True)
+    return jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True) if splits(axis) else x
 
 
 def local_offset(axis: str, local_size: int):

@@ -139,9 +139,9 @@ class Stack:
         return self.n, self.first, self.axis
 
 
-@dataclasses.dataclass(frozen=True)
+@module
 class Pick:
-    """One of several equally shaped arrays, by a traced index; a leaf that ``call`` resolves where it is read."""
+    """One of several equally shaped arrays, by a traced index; a leaf that an op resolves where it is read."""
 
     arrays: tuple[jax.Array, ...]
     index: jax.Array

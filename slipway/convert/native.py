@@ -1,17 +1,15 @@
 """Decides who copies bits between strided views: the compiled csrc/copy.cc, or NumPy where it was not built."""
 
 import ctypes
-import functools
-import importlib.util
-import logging
 import sys
 from typing import Any
 
 import numpy as np
 
+from slipway.native import library as _library
+
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 _LIBC: Any = ctypes.CDLL(None).sync_file_range if sys.platform == "linux" else None
-_log = logging.getLogger(__name__)
 
 
 def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
@@ -39,6 +37,7 @@ def count_above(values: np.ndarray, limit: int) -> int:
     library = _library()
     if library is not None and values.itemsize in (2, 4, 8):
         pointer, size = ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(values.size)
+        library.slipway_count_above.restype = ctypes.c_int64
         return library.slipway_count_above(pointer, size, ctypes.c_int64(values.itemsize), ctypes.c_uint64(limit))
     bits = np.dtype(f"u{values.itemsize}").type
     return int(np.count_nonzero((values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)) > limit))
@@ -58,14 +57,3 @@ def start_writeback(file: int, offset: int, size_bytes: int) -> None:
 def is_compiled() -> bool:
     """Whether the compiled copy is in use."""
     return _library() is not None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    spec = importlib.util.find_spec("slipway._native")
-    if spec is None or spec.origin is None:
-        _log.warning("slipway was installed without a C++ compiler: NumPy transposes, several times slower")
-        return None
-    library = ctypes.CDLL(spec.origin)
-    library.slipway_count_above.restype = ctypes.c_int64
-    return library

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
-KV_SPEC = P(None, meshes.DATA, None, None, meshes.TENSOR, None)  # layers, pages, slots, key and value, heads, head_dim
+KV_SPEC = P(None, meshes.DATA, meshes.TENSOR, None, None, None)  # layers, pages, heads, key and value, slots, head_dim
 
 
 class Step:

@@ -22,8 +22,9 @@ class Linear:
 
     def __call__(self, x_TD, num_tokens):
         """[T, in] -> [T, out] in x's dtype; sums in f32, over devices too."""
-        y_TO = tree.call(lambda w_OD: ops.linear(x_TD, w_OD, num_tokens), self.weight)
-        y_TO = mesh.psum(y_TO, self.sums_over)
+        if not mesh.splits(self.sums_over):
+            return ops.linear(x_TD, self.weight, num_tokens, self.bias, x_TD.dtype)
+        y_TO = mesh.psum(ops.linear(x_TD, self.weight, num_tokens), self.sums_over)
         if self.bias is not None:
             y_TO = y_TO + tree.value(self.bias).astype(jnp.float32)[None]
         return y_TO.astype(x_TD.dtype)

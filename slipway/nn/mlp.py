@@ -1,8 +1,6 @@
 """The gated feed-forward layer; knows no experts and no norm."""
 
-import jax
-import jax.numpy as jnp
-
+from slipway import ops
 from slipway.nn.linear import Linear
 from slipway.tree import module
 
@@ -24,5 +22,6 @@ class MLP:
 
     def __call__(self, x_TD, num_tokens):
         """[T, embed] -> [T, embed]."""
-        gate_TF = self.gate_proj(x_TD, num_tokens).astype(jnp.float32)
-        return self.down_proj(jax.nn.silu(gate_TF).astype(x_TD.dtype) * self.up_proj(x_TD, num_tokens), num_tokens)
+        gate, up = self.gate_proj, self.up_proj
+        y_TF = ops.gated_linear(x_TD, gate.weight, up.weight, num_tokens, gate.bias, up.bias, x_TD.dtype)
+        return self.down_proj(y_TF, num_tokens)

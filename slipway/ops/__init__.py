@@ -5,52 +5,72 @@ Every op takes arrays and returns arrays. ``ragged`` says where each of a step's
 device's part: the ops run under shard_map and communicate with nobody.
 
     embed(ids_T, table_VD) -> x_TD                              rows of the table; an id outside gives zeros
-    linear(x_TD, w_OD, num_tokens) -> y_TO                      weights (out, in) as checkpoints hold them; f32 out
+    linear(x_TD, weight, num_tokens, bias, dtype) -> y_TO       weights (out, in) as checkpoints hold them; sums in f32
+    gated_linear(x_TD, gate, up, num_tokens, ...) -> y_TO       silu(x @ gate.T) * (x @ up.T)
     write_kv(kv, layer, k_TKH, v_TKH, ragged) -> kv             in place where the caller donates kv
     paged_attention(q_TNH, kv, layer, ragged, scale, window) -> o_TNH
-    allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPS2KH
+    allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
 
-The cache goes to an op whole, with a layer index: a slice of it would be a copy.
+Weights may be Picks: one of several arrays by a traced index. The cache goes to an op whole, with a layer index: a
+slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair, so the body that
+wrote a cache reads it: both follow from its shape and dtype.
 """
 
-import functools
-from pathlib import Path
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from slipway.ops import xla
+from slipway.ops import cpu, xla
 from slipway.tree import module
 
 embed = xla.embed
-write_kv = xla.write_kv
-paged_attention = xla.paged_attention
 allocate_kv = xla.allocate_kv
 
 
-def linear(x_TD, w_OD, num_tokens):
-    """See above; the body depends on the processor."""
-    return (xla.linear_widened if _lacks_bf16() else xla.linear)(x_TD, w_OD, num_tokens)
+def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
+    """See above."""
+    portable = partial(xla.linear, dtype=dtype)
+    if cpu.refuses(x_TD.dtype):
+        return portable(x_TD, weight, num_tokens, bias)
+    compiled = partial(cpu.linear, dtype=dtype)
+    return lax.platform_dependent(x_TD, weight, num_tokens, bias, cpu=compiled, default=portable)
 
 
-def bodies() -> dict[str, str]:
-    """Which body serves each op here, and why; shown at start."""
-    widened = "xla, widened to f32 from 128 rows (this CPU has no bf16 products)"
-    return {
-        "embed": "xla",
-        "linear": widened if _lacks_bf16() else "xla",
-        "write_kv": "xla",
-        "paged_attention": "xla",
-    }
+def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype=jnp.float32):
+    """See above."""
+    args, portable = (x_TD, gate, up, num_tokens, gate_bias, up_bias), partial(xla.gated_linear, dtype=dtype)
+    if cpu.refuses(x_TD.dtype):
+        return portable(*args)
+    return lax.platform_dependent(*args, cpu=partial(cpu.gated_linear, dtype=dtype), default=portable)
 
 
-@functools.cache
-def _lacks_bf16() -> bool:
-    """Whether the backend is a CPU without 16-bit products; where that cannot be told, no."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if jax.default_backend() != "cpu" or not cpuinfo.exists():
-        return False
-    flags = cpuinfo.read_text()
-    return "flags" in flags and "avx512_bf16" not in flags and "amx_bf16" not in flags
+def write_kv(kv, layer, k_TKH, v_TKH, ragged):
+    """See above."""
+    args = kv, layer, k_TKH, v_TKH, ragged
+    if cpu.refuses_cache(kv, k_TKH.dtype):
+        return xla.write_kv(*args)
+    return lax.platform_dependent(*args, cpu=cpu.write_kv, default=xla.write_kv)
+
+
+def paged_attention(q_TNH, kv, layer, ragged, scale, window):
+    """See above."""
+    args, portable = (q_TNH, kv, layer, ragged), partial(xla.paged_attention, scale=scale, window=window)
+    if cpu.refuses_cache(kv, q_TNH.dtype):
+        return portable(*args)
+    compiled = partial(cpu.paged_attention, scale=scale, window=window)
+    return lax.platform_dependent(*args, cpu=compiled, default=portable)
+
+
+def bodies(platform: str, kv, dtype) -> dict[str, str]:
+    """Which body serves each op on ``platform`` with this cache, and why not another; shown at start."""
+
+    def body(why_not: str) -> str:
+        return "xla" if platform != "cpu" else f"xla ({why_not})" if why_not else f"c++ {cpu.isa()}"
+
+    linear, cache = body(cpu.refuses(dtype)), body(cpu.refuses_cache(kv, dtype))
+    return {"embed": "xla", "linear": linear, "gated_linear": linear, "write_kv": cache, "paged_attention": cache}
 
 
 @module

@@ -5,14 +5,17 @@ naive loop; a bf16 scatter or update widens the whole cache to f32, so 16-bit ca
 The second half of the file is the oracle: slow, obvious, and independent of the first.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from slipway import tree
+
 BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
 LONE_BLOCK_TOKENS = 16  # keys per turn of a single query: 0.14 ms a layer against 0.36 at a context of 240
-WIDENED_ROWS = 128  # 512 x 3,072 x 1,024 on AVX2: 27 ms against 51; with 32 rows it does not pay
 FEW_ROWS = 2  # of a step that attends row by row
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 
@@ -24,32 +27,39 @@ def embed(ids_T, table_VD):
     return jnp.where(held_T[:, None], x_TD, jnp.zeros_like(x_TD))
 
 
-def linear(x_TD, w_OD, num_tokens):
-    """``x @ w.T``, summed and returned in f32."""
+def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
+    """``x @ weight.T + bias``, summed in f32."""
     del num_tokens  # XLA's dots cannot skip rows
     rows = x_TD.shape[0]
     if rows == 1:
         x_TD = jnp.concatenate([x_TD, x_TD])
-    return lax.dot_general(x_TD, w_OD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:rows]
+    y_TO = tree.call(partial(_dot, x_TD), weight)[:rows]
+    if bias is not None:
+        y_TO = y_TO + tree.value(bias).astype(jnp.float32)[None]
+    return y_TO.astype(dtype)
 
 
-def linear_widened(x_TD, w_OD, num_tokens):
-    """The same, for a CPU that has no 16-bit products: from WIDENED_ROWS on, the operands are widened to f32 first."""
-    if x_TD.shape[0] >= WIDENED_ROWS:
-        x_TD, w_OD = x_TD.astype(jnp.float32), w_OD.astype(jnp.float32)
-    return linear(x_TD, w_OD, num_tokens)
+def _dot(x_TD, w_OD):
+    return lax.dot_general(x_TD, w_OD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype=jnp.float32):
+    """``silu(linear(x, gate)) * linear(x, up)`` (Shazeer, GLU variants, 2020), in f32 until the end."""
+    gate_TO = linear(x_TD, gate, num_tokens, gate_bias)
+    return (jax.nn.silu(gate_TO) * linear(x_TD, up, num_tokens, up_bias)).astype(dtype)
 
 
 def allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
-    """An empty cache kv_LPS2KH: per layer, page and slot the key and the value of every head."""
-    return jnp.zeros((num_layers, num_pages, page_size, 2, num_kv_heads, head_dim), _storage(dtype))
+    """An empty cache kv_LPK2SH: per layer, page and head the keys, then the values."""
+    return jnp.zeros((num_layers, num_pages, num_kv_heads, 2, page_size, head_dim), _storage(dtype))
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     """Put the step's keys and values into their slots; a slot outside the cache is dropped."""
-    page_size = kv.shape[2]
-    rows = _to_storage(jnp.stack([k_TKH, v_TKH], axis=1))
-    return kv.at[layer, ragged.slots_T // page_size, ragged.slots_T % page_size].set(rows, mode="drop")
+    page_size = kv.shape[4]
+    rows_TK2H = _to_storage(jnp.stack([k_TKH, v_TKH], axis=2))
+    at = kv.at[layer, ragged.slots_T // page_size, :, :, ragged.slots_T % page_size]
+    return at.set(rows_TK2H, mode="drop")
 
 
 def paged_attention(q_TNH, kv, layer, ragged, scale, window):
@@ -102,7 +112,7 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, wi
 
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018. Returns f32.
     """
-    (R, Q, N, H), (page_size, K) = q_RQNH.shape, (kv.shape[2], kv.shape[4])
+    (R, Q, N, H), (K, page_size) = q_RQNH.shape, (kv.shape[2], kv.shape[4])
     G, block_pages = N // K, max(1, (BLOCK_TOKENS if R * Q > 1 else LONE_BLOCK_TOKENS) // page_size)
     block = block_pages * page_size
     page_table_RM = jnp.pad(page_table_RM, ((0, 0), (0, -page_table_RM.shape[1] % block_pages)))
@@ -112,8 +122,8 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, wi
     def turn(j, carry):
         peak_RKX, sum_RKX, o_RKXH = carry
         pages_RP = lax.dynamic_slice_in_dim(page_table_RM, j * block_pages, block_pages, axis=1)
-        # Heads go in front while the numbers are 16 bits wide: XLA would transpose them in f32, three times as slow.
-        kv_2RKSH = kv[layer, pages_RP].reshape(R, block, 2, K, H).transpose(2, 0, 3, 1, 4)
+        # Transposed while the numbers are 16 bits wide: XLA would do it in f32, three times as slow.
+        kv_2RKSH = kv[layer, pages_RP].transpose(3, 0, 2, 1, 4, 5).reshape(2, R, K, block, H)
         kv_2RKSH = _from_storage(kv_2RKSH, q_RQNH.dtype).astype(jnp.float32)
         s_RKXS = jnp.einsum("rkxh,rksh->rkxs", q_RKXH, kv_2RKSH[0])
         at_S = (j * block + jnp.arange(block))[None, None]
@@ -123,8 +133,10 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, wi
         s_RKXS = jnp.where(seen_RXS[:, None], s_RKXS, MASKED)
         new_RKX = jnp.maximum(peak_RKX, s_RKXS.max(-1))
         p_RKXS = jnp.where(seen_RXS[:, None], jnp.exp(s_RKXS - new_RKX[..., None]), 0.0)
+        written_RS = at_S[:, 0] < lengths_R[:, None]  # what lies past it may be NaN, and 0 * NaN counts
+        v_RKSH = jnp.where(written_RS[:, None, :, None], kv_2RKSH[1], 0.0)
         shrink_RKX = jnp.exp(peak_RKX - new_RKX)
-        o_RKXH = o_RKXH * shrink_RKX[..., None] + jnp.einsum("rkxs,rksh->rkxh", p_RKXS, kv_2RKSH[1])
+        o_RKXH = o_RKXH * shrink_RKX[..., None] + jnp.einsum("rkxs,rksh->rkxh", p_RKXS, v_RKSH)
         return new_RKX, sum_RKX * shrink_RKX + p_RKXS.sum(-1), o_RKXH
 
     X = G * Q
@@ -158,10 +170,10 @@ def linear_oracle(x_TD, w_OD, num_tokens):
 
 def write_kv_oracle(kv, layer, k_TKH, v_TKH, ragged):
     """What ``write_kv`` means: one token after the other."""
-    page_size = kv.shape[2]
+    page_size = kv.shape[4]
     for t in range(int(ragged.num_tokens)):
         page, offset = divmod(int(ragged.slots_T[t]), page_size)
-        kv = kv.at[layer, page, offset].set(_to_storage(jnp.stack([k_TKH[t], v_TKH[t]])))
+        kv = kv.at[layer, page, :, :, offset].set(_to_storage(jnp.stack([k_TKH[t], v_TKH[t]], axis=1)))
     return kv
 
 
@@ -169,9 +181,10 @@ def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window):
     """What ``paged_attention`` means: for each token and head, a softmax over the keys it may see; NumPy, f32."""
     kv = np.asarray(_from_storage(kv[layer], q_TNH.dtype).astype(jnp.float32))
     q_TNH, ragged = np.asarray(q_TNH.astype(jnp.float32)), jax.tree.map(np.asarray, ragged)
-    out_TNH, group = np.zeros_like(q_TNH), q_TNH.shape[1] // kv.shape[3]
+    out_TNH, group = np.zeros_like(q_TNH), q_TNH.shape[1] // kv.shape[1]
     for row, (start, count) in enumerate(zip(ragged.starts_B, ragged.counts_B)):
-        k_SKH, v_SKH = (kv[ragged.page_table_BM[row], :, i].reshape(-1, *kv.shape[3:]) for i in (0, 1))
+        pages_PKSH = (kv[ragged.page_table_BM[row], :, i] for i in (0, 1))
+        k_SKH, v_SKH = (x.transpose(0, 2, 1, 3).reshape(-1, kv.shape[1], kv.shape[4]) for x in pages_PKSH)
         for t in range(start, start + count):
             stop = ragged.positions_T[t] + 1
             seen = slice(max(0, stop - window) if window else 0, stop)

@@ -1,0 +1,189 @@
+// The doors through which XLA calls the kernels: unpacks buffers, shares work over XLA's own threads. Checks what Python
+// has promised (csrc knows the shapes' names in slipway/ops/cpu.py) and computes nothing.
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using slipway::Type;
+
+// A thread's own memory, kept and grown.
+void* scratch(int64_t bytes) {
+  struct Memory {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory memory;
+  if (bytes > memory.size) {
+    std::free(memory.data);
+    memory.size = (bytes + 4095) / 4096 * 4096;
+    memory.data = std::aligned_alloc(4096, memory.size);
+  }
+  return memory.data;
+}
+
+// XLA's threads and the caller take items from one counter; the caller waits for items that somebody runs, never for a
+// thread to start. A thread that comes late finds no item, and touches nothing that the caller owned.
+class PoolTeam final : public slipway::Team {
+ public:
+  PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {}
+
+  int64_t threads() const override { return threads_; }
+
+  void run(int64_t items, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
+    const int64_t helpers = std::min<int64_t>(threads_, items) - 1;
+    if (helpers <= 0) {
+      for (int64_t i = 0; i < items; ++i) body(context, i, scratch(bytes));
+      return;
+    }
+    auto job = std::make_shared<Job>();
+    job->items = items, job->bytes = bytes, job->body = body, job->context = context;
+    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([job] { job->work(); });
+    job->work();
+    for (int turns = 0; job->done.load(std::memory_order_acquire) < items; ++turns)
+      if (turns > 4096) std::this_thread::yield();
+  }
+
+ private:
+  struct Job {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t items, bytes;
+    void (*body)(const void*, int64_t, void*);
+    const void* context;
+
+    void work() {
+      int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= items) return;
+      void* memory = scratch(bytes);
+      for (; i < items; i = next.fetch_add(1, std::memory_order_relaxed)) {
+        body(context, i, memory);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  };
+
+  ffi::ThreadPool& pool_;
+  int64_t threads_;
+};
+
+constexpr int64_t kAloneBytes = 1 << 17;  // reading less than this is over before another thread has started
+
+Type type_of(ffi::DataType type) { return type == ffi::DataType::F32 ? Type::kFloat : Type::kBFloat16; }
+
+// `arrays` holds groups of equally many arrays, one per layer; which layer is known only when it runs.
+const void* pick(const ffi::RemainingArgs& arrays, size_t layers, size_t group, int32_t layer) {
+  return arrays.get<ffi::AnyBuffer>(group * layers + layer)->untyped_data();
+}
+
+// Groups: weights; biases, if biased; ups, if gated; their biases, if both.
+ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer,
+                  ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, bool gated, bool biased) {
+  const size_t layers = arrays.size() / ((1 + gated) * (1 + biased));
+  const int32_t at = layer.typed_data()[0];
+  if (at < 0 || static_cast<size_t>(at) >= layers) return ffi::Error::InvalidArgument("linear: no such layer");
+  slipway::Linear op{};
+  op.weight = pick(arrays, layers, 0, at);
+  if (biased) op.bias = pick(arrays, layers, 1, at);
+  if (gated) op.up = pick(arrays, layers, 1 + biased, at);
+  if (gated && biased) op.up_bias = pick(arrays, layers, 3, at);
+  op.type = type_of(x.element_type()), op.out_type = type_of(out->element_type());
+  op.tokens = std::min<int64_t>(tokens.typed_data()[0], x.dimensions()[0]);
+  op.in = x.dimensions()[1], op.out_size = out->dimensions()[1];
+  op.x = x.untyped_data(), op.out = out->untyped_data();
+  PoolTeam team(pool, op.in * op.out_size * size_of(op.type) < kAloneBytes);
+  slipway::kernels()->linear(op, team);
+  return ffi::Error::Success();
+}
+
+slipway::Cache cache_of(ffi::AnyBuffer kv, void* data, int32_t layer) {  // [L][P][K][2][S][H]
+  const auto d = kv.dimensions();
+  const int64_t layer_bytes = d[1] * d[2] * d[3] * d[4] * d[5] * static_cast<int64_t>(ffi::ByteWidth(kv.element_type()));
+  const Type type = kv.element_type() == ffi::DataType::F32 ? Type::kFloat : Type::kBFloat16;
+  return {type, d[1], d[2], d[4], d[5], static_cast<char*>(data) + layer * layer_bytes};
+}
+
+ffi::Error WriteKv(ffi::ThreadPool pool, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32> layer, ffi::AnyBuffer keys,
+                   ffi::AnyBuffer values, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> slots,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  if (out->untyped_data() != kv.untyped_data())
+    return ffi::Error::Internal("write_kv: the cache was copied, not updated in place");
+  slipway::WriteKv op{};
+  op.cache = cache_of(kv, out->untyped_data(), layer.typed_data()[0]);
+  op.ragged.tokens = std::min<int64_t>(tokens.typed_data()[0], slots.element_count());
+  op.ragged.slots = slots.typed_data();
+  op.keys = keys.untyped_data(), op.values = values.untyped_data();
+  PoolTeam team(pool, op.ragged.tokens * static_cast<int64_t>(keys.size_bytes()) < kAloneBytes);
+  slipway::kernels()->write_kv(op, team);
+  return ffi::Error::Success();
+}
+
+ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32> layer,
+                     ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> counts,
+                     ffi::Buffer<ffi::S32> page_table, ffi::RemainingArgs sinks, ffi::Result<ffi::AnyBuffer> out,
+                     float scale, int64_t window, float soft_cap) {
+  slipway::Attention op{};
+  op.cache = cache_of(kv, kv.untyped_data(), layer.typed_data()[0]);
+  op.ragged.rows = counts.element_count(), op.ragged.table_width = page_table.dimensions()[1];
+  op.ragged.positions = positions.typed_data(), op.ragged.starts = starts.typed_data();
+  op.ragged.counts = counts.typed_data(), op.ragged.page_table = page_table.typed_data();
+  op.heads = q.dimensions()[1], op.scale = scale, op.soft_cap = soft_cap, op.window = window;
+  if (sinks.size() == 1) {
+    auto held = sinks.get<ffi::Buffer<ffi::F32>>(0);
+    if (held.has_error()) return held.error();
+    op.sinks = held->typed_data();
+  }
+  op.q = q.untyped_data(), op.out = out->untyped_data();
+  int64_t keys = 0;
+  for (int64_t row = 0; row < op.ragged.rows; ++row)
+    if (op.ragged.counts[row] > 0)
+      keys += op.ragged.counts[row] * (1 + op.ragged.positions[op.ragged.starts[row] + op.ragged.counts[row] - 1]);
+  PoolTeam team(pool, keys * op.heads * op.cache.head_dim < kAloneBytes);
+  slipway::kernels()->attention(op, team);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_linear, Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("gated")
+                                  .Attr<bool>("biased"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_write_kv, WriteKv,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("soft_cap"));

@@ -1,0 +1,15 @@
+// The kernels of one instruction set: compiled once per set, with its flags and SLIPWAY_ISA naming it.
+
+#include "attention.h"
+#include "linear.h"
+
+namespace slipway {
+namespace SLIPWAY_ISA {
+
+extern const Kernels table;
+#define SLIPWAY_TEXT(x) #x
+#define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
+const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, write_kv, attention};
+
+}  // namespace SLIPWAY_ISA
+}  // namespace slipway

@@ -1,0 +1,71 @@
+// What the kernels are asked: shapes, pointers and a team to share the work with. Knows no instruction set and no XLA.
+
+#pragma once
+
+#include <cstdint>
+
+namespace slipway {
+
+enum class Type : int32_t { kFloat, kBFloat16 };
+constexpr int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
+
+// The threads that share one call. `run` calls body(context, item, scratch) for every item below `items`, in any order and
+// on any thread, and returns when all are done; scratch is at least `scratch_bytes` of the thread's own memory, 64-aligned.
+class Team {
+ public:
+  virtual int64_t threads() const = 0;
+  virtual void run(int64_t items, int64_t scratch_bytes, void (*body)(const void*, int64_t, void*),
+                   const void* context) = 0;
+  virtual ~Team() = default;
+};
+
+// out[t][o] = sum over k of x[t][k] * weight[o][k], + bias[o]; with `up`: silu(that) * (the same of `up`). Row-major.
+struct Linear {
+  Type type, out_type;           // of x, weights and biases; of out
+  int64_t tokens, in, out_size;  // `tokens`: live rows, the only ones read and written
+  const void *x, *weight, *bias, *up, *up_bias;  // biases and up may be null
+  void* out;
+};
+
+// The cache of one layer, [pages][kv_heads][2][page_size * head_dim]. With u = 1 float or 2 bfloat16 per unit, a key block
+// is [head_dim / u][page_size] units, each of u neighbours in the head; a value block is [page_size / u][head_dim] units,
+// each of u neighbours in the page: the order in which the matrix kernel reads its second operand.
+struct Cache {
+  Type type;
+  int64_t pages, kv_heads, page_size, head_dim;
+  void* data;
+};
+
+struct Ragged {
+  int64_t tokens, rows, table_width;
+  const int32_t *positions, *slots, *starts, *counts, *lengths, *page_table;
+};
+
+struct WriteKv {
+  Cache cache;
+  Ragged ragged;
+  const void *keys, *values;  // [tokens][kv_heads][head_dim]
+};
+
+struct Attention {
+  Cache cache;
+  Ragged ragged;
+  int64_t heads;
+  float scale, soft_cap;  // soft_cap: 0 for none
+  int64_t window;         // 0 for none
+  const float* sinks;     // null, or [heads]
+  const void* q;          // [tokens][heads][head_dim]
+  void* out;
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const Linear&, Team&);
+  void (*write_kv)(const WriteKv&, Team&);
+  void (*attention)(const Attention&, Team&);
+};
+
+// The best that this processor runs, or the one that the environment variable SLIPWAY_ISA names; null if it runs no such.
+const Kernels* kernels();
+
+}  // namespace slipway

@@ -1,0 +1,90 @@
+"""The C++ bodies (csrc/): decides what they serve and how XLA is told of them; computes nothing.
+
+They run on XLA's own threads, read weights where they are mapped, and touch live tokens only. A row's sums run in one
+order whatever else is in the batch. The environment's SLIPWAY_ISA names an instruction set of csrc/dispatch.cc to use
+instead of the best, or ``xla`` to use none.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slipway import native
+from slipway.tree import Pick
+
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+PAGE_MULTIPLE = 16  # the keys that the widest vector holds
+_TARGETS = ("linear", "write_kv", "attention")
+
+
+@functools.cache
+def isa() -> str | None:
+    """The instruction set in use, and XLA told of its kernels; None if none serves here."""
+    library = native.library()
+    if library is None:
+        return None
+    library.slipway_isa.restype = ctypes.c_char_p
+    name = library.slipway_isa()
+    if name is None:
+        return None
+    for target in _TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, f"slipway_{target}"))
+        jax.ffi.register_ffi_target(f"slipway_{target}", handler, platform="cpu")
+    return name.decode()
+
+
+def refuses(dtype: Any) -> str:
+    """Why no kernel takes numbers of ``dtype`` here; empty if they do."""
+    if isa() is None:
+        return "no C++ kernels for this processor" if native.library() else "built without a C++ compiler"
+    return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
+
+
+def refuses_cache(kv, dtype: Any) -> str:
+    """Why ``write_kv`` and ``paged_attention`` do not take this cache of ``dtype``; empty if they do."""
+    if kv.shape[4] % PAGE_MULTIPLE:
+        return f"a page of {kv.shape[4]} tokens, no multiple of {PAGE_MULTIPLE}"
+    return f"head_dim {kv.shape[5]}" if kv.shape[5] % 2 else refuses(dtype)
+
+
+def linear(x_TD, weight, num_tokens, bias, dtype):
+    """As ops.linear; ``weight`` and ``bias`` may be Picks."""
+    return _linear(x_TD, [weight], num_tokens, [bias], dtype)
+
+
+def gated_linear(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype):
+    """As ops.gated_linear."""
+    return _linear(x_TD, [gate, up], num_tokens, [gate_bias, up_bias], dtype)
+
+
+def _linear(x_TD, weights, num_tokens, biases, dtype):
+    biased = biases[0] is not None
+    groups = [leaf for pair in zip(weights, biases) for leaf in pair if leaf is not None]
+    layer = groups[0].index if isinstance(groups[0], Pick) else jnp.int32(0)
+    out = jax.ShapeDtypeStruct((x_TD.shape[0], _arrays(weights[0])[0].shape[0]), dtype)
+    arrays = [array for leaf in groups for array in _arrays(leaf)]
+    call = jax.ffi.ffi_call("slipway_linear", out)
+    return call(x_TD, jnp.int32(num_tokens), jnp.int32(layer), *arrays, gated=len(weights) == 2, biased=biased)
+
+
+def write_kv(kv, layer, k_TKH, v_TKH, ragged):
+    """As ops.write_kv; within a page the order is csrc/kernels.h's."""
+    call = jax.ffi.ffi_call("slipway_write_kv", jax.ShapeDtypeStruct(kv.shape, kv.dtype), input_output_aliases={0: 0})
+    return call(kv, jnp.int32(layer), k_TKH, v_TKH, ragged.num_tokens, ragged.slots_T)
+
+
+def paged_attention(q_TNH, kv, layer, ragged, scale, window):
+    """As ops.paged_attention."""
+    call = jax.ffi.ffi_call("slipway_attention", jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))
+    return call(
+        q_TNH, kv, jnp.int32(layer), ragged.positions_T, ragged.starts_B, ragged.counts_B, ragged.page_table_BM,
+        scale=np.float32(scale), window=int(window or 0), soft_cap=np.float32(0),
+    )  # fmt: skip
+
+
+def _arrays(leaf: Any) -> tuple[jax.Array, ...]:
+    return leaf.arrays if isinstance(leaf, Pick) else (leaf,)
