@@ -93,92 +93,100 @@ inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
 template <class T>
 void score(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk) {
   const int64_t S = op.cache.page_size, units = op.cache.head_dim / T::kPerUnit;
-  constexpr int64_t step = kTileCols * kLanes;
-  for (int64_t s = 0; s < count; s += step) {
+  for (int64_t s = 0; s < count; s += kTileCols * kLanes) {
     const uint32_t* columns[kTileCols];
-    int64_t held = 0;
-    for (int j = 0; j < kTileCols; ++j) {
+    int held = 0;
+    for (int j = 0; j < kTileCols && s + j * kLanes < count; ++j, ++held) {
       const int64_t at = first + s + j * kLanes;
-      if (s + j * kLanes < count) held = j + 1;
-      columns[j] = s + j * kLanes < count ? block_of<T>(op.cache, pages[at / S], head, 0) + at % S : columns[0];
+      columns[j] = block_of<T>(op.cache, pages[at / S], head, 0) + at % S;
     }
-    float* out = desk.scores + s;
-    if (held == kTileCols)
-      tiles<T, kTileCols>(desk.rows, desk.q, units, columns, S, units, out, kBlock, true);
-    else
-      for (int64_t j = 0; j < held; ++j)
-        tiles<T, 1>(desk.rows, desk.q, units, columns + j, S, units, out + j * kLanes, kBlock, true);
+    if (held == kTileCols) {
+      tiles<T, kTileCols>(desk.rows, desk.q, units, {columns, units, units, S}, desk.scores + s, kBlock, true);
+    } else {
+      for (int j = 0; j < held; ++j)
+        tiles<T, 1>(desk.rows, desk.q, units, {columns + j, units, units, S}, desk.scores + s + j * kLanes, kBlock,
+                    true);
+    }
   }
 }
 
-// One row's scores to weights: masked, capped, exponentiated; scales what was summed before. Returns nothing to add.
-template <class T>
+// One row's scores to weights: capped, masked, exponentiated; what was summed before is scaled to the new maximum.
+template <class T, bool kSeesAll>
 void soften(const Attention& op, int64_t position, int64_t first, int64_t count, int64_t row, const Desk& desk) {
   float* scores = desk.scores + row * kBlock;
-  const int64_t block = padded(count);
   I at;
   for (int i = 0; i < kLanes; ++i) at[i] = i;
   const int32_t stop = static_cast<int32_t>(position + 1 - first);
   const int32_t start = op.window ? static_cast<int32_t>(position + 1 - op.window - first) : INT32_MIN;
   F peak = all(kMasked);
-  for (int64_t s = 0; s < block; s += kLanes) {
-    const I here = at + static_cast<int32_t>(s);
+  for (int64_t s = 0; s < count; s += kLanes) {
     F x = load<F>(scores + s) * op.scale;
     if (op.soft_cap > 0) x = (1.0f - 2.0f / (exp(x * (2.0f / op.soft_cap)) + 1.0f)) * op.soft_cap;
-    x = select((here < stop) & (here >= start), x, all(kMasked));
+    const I here = at + static_cast<int32_t>(s);
+    if (!kSeesAll) x = select((here < stop) & (here >= start), x, all(kMasked));
     store(scores + s, x);
     peak = max(peak, x);
   }
-  const float before = desk.peak[row], now = highest(peak) > before ? highest(peak) : before;
-  const float shrink = exp(all(before - now))[0];
+  const float before = desk.peak[row], highest_here = highest(peak), now = highest_here > before ? highest_here : before;
   F total = {};
-  for (int64_t s = 0; s < block; s += kLanes) {
+  for (int64_t s = 0; s < count; s += kLanes) {
+    F p = exp(load<F>(scores + s) - now);
     const I here = at + static_cast<int32_t>(s);
-    const F p = select((here < stop) & (here >= start), exp(load<F>(scores + s) - now), F{});
+    if (!kSeesAll) p = select((here < stop) & (here >= start), p, F{});
     total = total + p;
-    uint8_t* weights = reinterpret_cast<uint8_t*>(desk.weights + row * kBlock / T::kPerUnit);
-    if constexpr (T::kPerUnit == 1)
-      store(weights + 4 * s, p);
-    else
-      store(weights + 2 * s, to_bfloat16(p));
+    T::write(desk.weights + row * kBlock / T::kPerUnit, s, p, kLanes);
   }
-  desk.total[row] = desk.total[row] * shrink + sum(total);
   desk.peak[row] = now;
-  if (shrink != 1.0f)
-    for (int64_t d = 0; d < desk.width; d += kLanes)
-      store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
+  if (now == before) {
+    desk.total[row] += sum(total);
+    return;
+  }
+  const float shrink = exp(all(before - now))[0];
+  desk.total[row] = desk.total[row] * shrink + sum(total);
+  for (int64_t d = 0; d < desk.width; d += kLanes)
+    store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
+}
+
+// Where the values of the block's keys lie: in their pages, or in a copy without lanes past the head and with zeros for
+// neighbours that were never written.
+template <class T>
+Operand values_of(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count,
+                  const Desk& desk, const uint32_t** bases) {
+  const int64_t S = op.cache.page_size, D = op.cache.head_dim;
+  const int64_t together = (S & -S) < kBlock ? S & -S : kBlock;  // keys of a block that surely lie in one page
+  const int64_t rows = (count + T::kPerUnit - 1) / T::kPerUnit, segment = together / T::kPerUnit;
+  int64_t segments = 0;
+  for (int64_t s = 0; s < count; s += together)
+    bases[segments++] = block_of<T>(op.cache, pages[(first + s) / S], head, 1) + (first + s) % S / T::kPerUnit * D;
+  if (D == desk.width && count % T::kPerUnit == 0) return {bases, rows, segment, D};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t s = first + r * T::kPerUnit;
+    const uint32_t* from = block_of<T>(op.cache, pages[s / S], head, 1) + s % S / T::kPerUnit * D;
+    std::memset(desk.values + r * desk.width, 0, 4 * desk.width);
+    std::memcpy(desk.values + r * desk.width, from, 4 * D);
+  }
+  if (count % T::kPerUnit)
+    for (int64_t d = 0; d < D; ++d) desk.values[(rows - 1) * desk.width + d] &= 0xffffu;
+  bases[0] = desk.values;
+  return {bases, rows, rows, desk.width};
 }
 
 // o[r] += sum over the block's keys of weight[r][s] * value[first + s].
 template <class T>
 void mix(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk) {
-  const int64_t S = op.cache.page_size, D = op.cache.head_dim;
-  for (int64_t s = 0; s < count;) {
-    const int64_t at = first + s, run = S - at % S < count - s ? S - at % S : count - s;
-    const int64_t pairs = (run + T::kPerUnit - 1) / T::kPerUnit;
-    const uint32_t* values = block_of<T>(op.cache, pages[at / S], head, 1) + at % S / T::kPerUnit * D;
-    int64_t width = D;
-    if (D != desk.width || run % T::kPerUnit) {  // lanes past the head, or a neighbour that was never written
-      for (int64_t i = 0; i < pairs; ++i) {
-        std::memset(desk.values + i * desk.width, 0, 4 * desk.width);
-        std::memcpy(desk.values + i * desk.width, values + i * D, 4 * D);
-      }
-      if (run % T::kPerUnit)
-        for (int64_t d = 0; d < D; ++d) desk.values[(pairs - 1) * desk.width + d] &= 0xffffu;
-      values = desk.values;
-      width = desk.width;
-    }
-    const uint32_t* weights = desk.weights + s / T::kPerUnit;
-    for (int64_t d = 0; d < desk.width; d += kTileCols * kLanes) {
-      const uint32_t* columns[kTileCols];
-      for (int j = 0; j < kTileCols; ++j) columns[j] = values + d + j * kLanes;
-      float* out = desk.o + d;
-      if (desk.width - d >= kTileCols * kLanes)
-        tiles<T, kTileCols>(desk.rows, weights, kBlock / T::kPerUnit, columns, width, pairs, out, desk.width, false);
-      else
-        tiles<T, 1>(desk.rows, weights, kBlock / T::kPerUnit, columns, width, pairs, out, desk.width, false);
-    }
-    s += run;
+  const uint32_t *bases[kBlock / kGroup], *columns[kTileCols * kBlock / kGroup];
+  const Operand values = values_of<T>(op, pages, head, first, count, desk, bases);
+  const int64_t segments = (values.rows + values.segment - 1) / values.segment;
+  for (int64_t d = 0; d < desk.width; d += kTileCols * kLanes) {
+    const bool whole = desk.width - d >= kTileCols * kLanes;
+    const int64_t cols = whole ? kTileCols : 1;
+    for (int64_t s = 0; s < segments; ++s)
+      for (int64_t j = 0; j < cols; ++j) columns[s * cols + j] = bases[s] + d + j * kLanes;
+    const Operand b{columns, values.rows, values.segment, values.step};
+    if (whole)
+      tiles<T, kTileCols>(desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
+    else
+      tiles<T, 1>(desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
   }
 }
 
@@ -199,24 +207,21 @@ void attend(const Attention& op, const Item& item, int64_t head, void* memory) {
   for (int64_t first = item.oldest / kBlock * kBlock; first < item.seen; first += kBlock) {
     const int64_t count = item.seen - first < kBlock ? item.seen - first : kBlock;
     score<T>(op, pages, head, first, count, desk);
-    for (int64_t r = 0; r < desk.rows; ++r)
-      soften<T>(op, op.ragged.positions[item.first + r / group], first, count, r, desk);
+    for (int64_t r = 0; r < desk.rows; ++r) {
+      const int64_t position = op.ragged.positions[item.first + r / group];
+      const bool sees_all = count % kLanes == 0 && position + 1 - first >= count;
+      if (sees_all && (!op.window || position + 1 - op.window <= first))
+        soften<T, true>(op, position, first, count, r, desk);
+      else
+        soften<T, false>(op, position, first, count, r, desk);
+    }
     mix<T>(op, pages, head, first, count, desk);
   }
   for (int64_t r = 0; r < desk.rows; ++r) {
     const float share = desk.total[r] > 0 ? 1.0f / desk.total[r] : 0.0f;
     const int64_t row = (item.first + r / group) * op.heads + head * group + r % group;
-    uint8_t* out = static_cast<uint8_t*>(op.out) + row * D * 4 / T::kPerUnit;
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const F o = load<F>(desk.o + r * desk.width + d) * share;
-      const int64_t n = D - d < kLanes ? D - d : kLanes;
-      if constexpr (T::kPerUnit == 1) {
-        std::memcpy(out + 4 * d, &o, 4 * n);
-      } else {
-        const H rounded = to_bfloat16(o);
-        std::memcpy(out + 2 * d, &rounded, 2 * n);
-      }
-    }
+    for (int64_t d = 0; d < D; d += kLanes)
+      T::write(op.out, row * D + d, load<F>(desk.o + r * desk.width + d) * share, D - d);
   }
 }
 

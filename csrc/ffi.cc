@@ -1,6 +1,7 @@
 // The doors through which XLA calls the kernels: unpacks buffers, shares work over XLA's own threads. Checks what Python
 // has promised (csrc knows the shapes' names in slipway/ops/cpu.py) and computes nothing.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -74,32 +75,74 @@ class PoolTeam final : public slipway::Team {
   int64_t threads_;
 };
 
-constexpr int64_t kAloneBytes = 1 << 17;  // reading less than this is over before another thread has started
+// Less work than this is over before another thread has started.
+constexpr int64_t kAloneBytes = 1 << 17, kAloneNumbers = 1 << 14;
 
 Type type_of(ffi::DataType type) { return type == ffi::DataType::F32 ? Type::kFloat : Type::kBFloat16; }
 
-// `arrays` holds groups of equally many arrays, one per layer; which layer is known only when it runs.
-const void* pick(const ffi::RemainingArgs& arrays, size_t layers, size_t group, int32_t layer) {
-  return arrays.get<ffi::AnyBuffer>(group * layers + layer)->untyped_data();
+int64_t live(ffi::Buffer<ffi::S32> tokens, int64_t rows) { return std::min<int64_t>(tokens.typed_data()[0], rows); }
+
+// `arrays` holds groups of equally many arrays, one per layer; which layer is known only when it runs. An index outside is
+// clamped, as XLA's own are.
+const void* pick(const ffi::RemainingArgs& arrays, size_t groups, size_t group, int32_t layer) {
+  const int64_t layers = arrays.size() / groups, at = std::clamp<int64_t>(layer, 0, layers - 1);
+  return arrays.get<ffi::AnyBuffer>(group * layers + at)->untyped_data();
 }
 
 // Groups: weights; biases, if biased; ups, if gated; their biases, if both.
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer,
                   ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, bool gated, bool biased) {
-  const size_t layers = arrays.size() / ((1 + gated) * (1 + biased));
+  const size_t groups = (1 + gated) * (1 + biased);
   const int32_t at = layer.typed_data()[0];
-  if (at < 0 || static_cast<size_t>(at) >= layers) return ffi::Error::InvalidArgument("linear: no such layer");
   slipway::Linear op{};
-  op.weight = pick(arrays, layers, 0, at);
-  if (biased) op.bias = pick(arrays, layers, 1, at);
-  if (gated) op.up = pick(arrays, layers, 1 + biased, at);
-  if (gated && biased) op.up_bias = pick(arrays, layers, 3, at);
+  op.weight = pick(arrays, groups, 0, at);
+  if (biased) op.bias = pick(arrays, groups, 1, at);
+  if (gated) op.up = pick(arrays, groups, 1 + biased, at);
+  if (gated && biased) op.up_bias = pick(arrays, groups, 3, at);
   op.type = type_of(x.element_type()), op.out_type = type_of(out->element_type());
-  op.tokens = std::min<int64_t>(tokens.typed_data()[0], x.dimensions()[0]);
+  op.tokens = live(tokens, x.dimensions()[0]);
   op.in = x.dimensions()[1], op.out_size = out->dimensions()[1];
   op.x = x.untyped_data(), op.out = out->untyped_data();
   PoolTeam team(pool, op.in * op.out_size * size_of(op.type) < kAloneBytes);
   slipway::kernels()->linear(op, team);
+  return ffi::Error::Success();
+}
+
+ffi::Error Norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer,
+                ffi::RemainingArgs weights, ffi::Result<ffi::AnyBuffer> out, float eps) {
+  slipway::Norm op{};
+  op.type = type_of(x.element_type());
+  op.tokens = live(tokens, x.dimensions()[0]), op.size = x.dimensions()[1];
+  op.x = x.untyped_data(), op.weight = pick(weights, 1, 0, layer.typed_data()[0]), op.eps = eps;
+  op.out = out->untyped_data();
+  PoolTeam team(pool, op.tokens * op.size < kAloneNumbers);
+  slipway::kernels()->norm(op, team);
+  return ffi::Error::Success();
+}
+
+ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
+                  ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs weights,
+                  ffi::Result<ffi::AnyBuffer> out, float eps) {
+  slipway::Rotate op{};
+  op.type = type_of(x.element_type());
+  op.tokens = live(tokens, x.dimensions()[0]), op.heads = x.dimensions()[1], op.head_dim = x.dimensions()[2];
+  op.x = x.untyped_data(), op.weight = weights.size() ? pick(weights, 1, 0, layer.typed_data()[0]) : nullptr;
+  op.cos = cos.typed_data(), op.sin = sin.typed_data(), op.eps = eps, op.out = out->untyped_data();
+  PoolTeam team(pool, op.tokens * op.heads * op.head_dim < kAloneNumbers);
+  slipway::kernels()->rotate(op, team);
+  return ffi::Error::Success();
+}
+
+ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> temperature,
+                  ffi::Buffer<ffi::S32> top_k, ffi::Buffer<ffi::F32> top_p, ffi::Buffer<ffi::F32> min_p,
+                  ffi::Buffer<ffi::F32> uniform, ffi::Result<ffi::Buffer<ffi::S32>> token) {
+  slipway::Sample op{};
+  op.rows = logits.dimensions()[0], op.vocab = logits.dimensions()[1];
+  op.logits = logits.typed_data(), op.temperature = temperature.typed_data(), op.top_k = top_k.typed_data();
+  op.top_p = top_p.typed_data(), op.min_p = min_p.typed_data(), op.uniform = uniform.typed_data();
+  op.token = token->typed_data();
+  PoolTeam team(pool, op.rows * op.vocab < kAloneNumbers);
+  slipway::kernels()->sample(op, team);
   return ffi::Error::Success();
 }
 
@@ -117,7 +160,7 @@ ffi::Error WriteKv(ffi::ThreadPool pool, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32
     return ffi::Error::Internal("write_kv: the cache was copied, not updated in place");
   slipway::WriteKv op{};
   op.cache = cache_of(kv, out->untyped_data(), layer.typed_data()[0]);
-  op.ragged.tokens = std::min<int64_t>(tokens.typed_data()[0], slots.element_count());
+  op.ragged.tokens = live(tokens, slots.element_count());
   op.ragged.slots = slots.typed_data();
   op.keys = keys.untyped_data(), op.values = values.untyped_data();
   PoolTeam team(pool, op.ragged.tokens * static_cast<int64_t>(keys.size_bytes()) < kAloneBytes);
@@ -162,6 +205,36 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_linear, Linear,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("gated")
                                   .Attr<bool>("biased"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_norm, Norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_rotate, Rotate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_sample, Sample,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_write_kv, WriteKv,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -2,6 +2,8 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "norm.h"
+#include "sample.h"
 
 namespace slipway {
 namespace SLIPWAY_ISA {
@@ -9,7 +11,7 @@ namespace SLIPWAY_ISA {
 extern const Kernels table;
 #define SLIPWAY_TEXT(x) #x
 #define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
-const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, write_kv, attention};
+const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, norm, rotate, write_kv, attention, sample};
 
 }  // namespace SLIPWAY_ISA
 }  // namespace slipway

@@ -27,6 +27,35 @@ struct Linear {
   void* out;
 };
 
+// out[t] = x[t] / sqrt(mean(x[t]^2) + eps), rounded to its type, times weight[size].
+struct Norm {
+  Type type;
+  int64_t tokens, size;
+  const void *x, *weight;
+  float eps;
+  void* out;
+};
+
+// Each head of each token: with a weight [head_dim] normalized as above, then rotated by cos and sin [tokens][head_dim / 2].
+struct Rotate {
+  Type type;
+  int64_t tokens, heads, head_dim;
+  const void *x, *weight;
+  const float *cos, *sin;
+  float eps;
+  void* out;
+};
+
+// A token of each row of logits [rows][vocab]. Temperature 0: the first of the largest; else a draw by `uniform` in [0, 1)
+// from the tokens that min_p, then top_k (0: all), then top_p keep.
+struct Sample {
+  int64_t rows, vocab;
+  const float *logits, *temperature;
+  const int32_t* top_k;
+  const float *top_p, *min_p, *uniform;
+  int32_t* token;
+};
+
 // The cache of one layer, [pages][kv_heads][2][page_size * head_dim]. With u = 1 float or 2 bfloat16 per unit, a key block
 // is [head_dim / u][page_size] units, each of u neighbours in the head; a value block is [page_size / u][head_dim] units,
 // each of u neighbours in the page: the order in which the matrix kernel reads its second operand.
@@ -61,8 +90,11 @@ struct Attention {
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&, Team&);
+  void (*norm)(const Norm&, Team&);
+  void (*rotate)(const Rotate&, Team&);
   void (*write_kv)(const WriteKv&, Team&);
   void (*attention)(const Attention&, Team&);
+  void (*sample)(const Sample&, Team&);
 };
 
 // The best that this processor runs, or the one that the environment variable SLIPWAY_ISA names; null if it runs no such.

@@ -23,14 +23,15 @@ struct Panel {
 
 // kLanes units of one block's rows from unit k on, transposed: a lane is a row. Past the rows' end: zeros.
 template <bool kFetch>
-inline void load_block(const Panel& panel, int column, int64_t k, U (&block)[kLanes]) {
+ALWAYS void load_block(const Panel& panel, int column, int64_t k, U (&block)[kLanes]) {
   const uint8_t* const* rows = panel.rows[column];
   const int64_t bytes = panel.row_bytes - 4 * k;
+  const uint8_t* next = rows[0] + panel.ahead + 4 * kLanes * k;  // in the order of memory
   if (bytes >= 4 * kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       block[i] = load<U>(rows[i] + 4 * k);
-      if (kFetch) __builtin_prefetch(rows[i] + 4 * k + panel.ahead, 0, 2);
+      if (kFetch) __builtin_prefetch(next + 4 * kLanes * i, 0, 3);
     }
   } else {
     for (int i = 0; i < kLanes; ++i) {
@@ -87,24 +88,9 @@ void many(int64_t rows, const Panel& panel, const uint32_t* x, int64_t ldx, int6
         load_block<false>(panel, j, first + k, block);
         for (int u = 0; u < kLanes; ++u) store(packed + (k + u) * width + j * kLanes, block[u]);
       }
-    const uint8_t* next = rows <= kPieceRows ? panel.rows[0][0] + panel.ahead + 4 * first * width : nullptr;
-    tiles<T, kTileCols>(rows, x + first, ldx, columns, width, count, sums, width, first == 0, next);
-  }
-}
-
-inline F silu(F x) { return x / (exp(F{} - x) + 1.0f); }
-
-template <class T>
-F with_bias(F y, const void* bias, int64_t at, int64_t n) {
-  if (!bias) return y;
-  if constexpr (T::kPerUnit == 1) {
-    F b = {};
-    std::memcpy(&b, static_cast<const float*>(bias) + at, 4 * n);
-    return y + b;
-  } else {
-    H b = {};
-    std::memcpy(&b, static_cast<const uint16_t*>(bias) + at, 2 * n);
-    return y + from_bfloat16(b);
+    const uint8_t* next[kTileCols];
+    for (int j = 0; j < kTileCols; ++j) next[j] = panel.rows[j][0] + panel.ahead + 4 * first * kLanes;
+    tiles<T, kTileCols>(rows, x + first, ldx, {columns, count, count, width}, sums, width, first == 0, next);
   }
 }
 
@@ -112,17 +98,19 @@ F with_bias(F y, const void* bias, int64_t at, int64_t n) {
 template <class T>
 void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
   for (int j = 0; j < (op.up ? 1 : kTileCols); ++j) {
-    const int64_t at = first + j * kLanes, n = least(kLanes, op.out_size - at);
+    const int64_t at = first + j * kLanes, n = op.out_size - at;
     if (n <= 0) return;
-    F y = with_bias<T>(load<F>(sums + j * kLanes), op.bias, at, n);
-    if (op.up) y = silu(y) * with_bias<T>(load<F>(sums + kLanes), op.up_bias, at, n);
-    uint8_t* out = static_cast<uint8_t*>(op.out) + (token * op.out_size + at) * size_of(op.out_type);
-    if (op.out_type == Type::kFloat) {
-      std::memcpy(out, &y, 4 * n);
-    } else {
-      const H rounded = to_bfloat16(y);
-      std::memcpy(out, &rounded, 2 * n);
+    F y = load<F>(sums + j * kLanes);
+    if (op.bias) y = y + T::read(op.bias, at, n);
+    if (op.up) {
+      F up = load<F>(sums + kLanes);
+      if (op.up_bias) up = up + T::read(op.up_bias, at, n);
+      y = y / (exp(F{} - y) + 1.0f) * up;
     }
+    if (op.out_type == Type::kFloat)
+      Float::write(op.out, token * op.out_size + at, y, n);
+    else
+      BFloat16::write(op.out, token * op.out_size + at, y, n);
   }
 }
 

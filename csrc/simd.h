@@ -14,6 +14,9 @@
 
 #include "kernels.h"
 
+// What inner loops are made of: a call would pass its vectors through memory.
+#define ALWAYS inline __attribute__((always_inline))
+
 namespace slipway {
 namespace SLIPWAY_ISA {
 
@@ -32,30 +35,43 @@ typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 
 template <class V>
-inline V load(const void* p) {
+ALWAYS V load(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 template <class V>
-inline void store(void* p, V v) {
+ALWAYS void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-inline U as_units(F x) { return reinterpret_cast<U>(x); }
-inline F as_floats(U x) { return reinterpret_cast<F>(x); }
-inline F all(float x) { return F{} + x; }
-inline U all(uint32_t x) { return U{} + x; }
-inline F select(I mask, F yes, F no) { return mask ? yes : no; }
-inline F max(F a, F b) { return a > b ? a : b; }
+// The first `n` lanes, or all if n is larger; the others zero.
+template <class V>
+ALWAYS V load_part(const void* p, int64_t n) {
+  if (n >= kLanes) return load<V>(p);
+  V v = {};
+  std::memcpy(&v, p, n * sizeof(V) / kLanes);
+  return v;
+}
+template <class V>
+ALWAYS void store_part(void* p, V v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  std::memcpy(p, &v, n * sizeof(V) / kLanes);
+}
+ALWAYS U as_units(F x) { return reinterpret_cast<U>(x); }
+ALWAYS F as_floats(U x) { return reinterpret_cast<F>(x); }
+ALWAYS F all(float x) { return F{} + x; }
+ALWAYS U all(uint32_t x) { return U{} + x; }
+ALWAYS F select(I mask, F yes, F no) { return mask ? yes : no; }
+ALWAYS F max(F a, F b) { return a > b ? a : b; }
 
-inline float sum(F x) {  // in a fixed order: halves onto each other
+ALWAYS float sum(F x) {  // in a fixed order: halves onto each other
   float lanes[kLanes];
   store(lanes, x);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
   return lanes[0];
 }
-inline float highest(F x) {
+ALWAYS float highest(F x) {
   float lanes[kLanes], best;
   store(lanes, x);
   best = lanes[0];
@@ -64,27 +80,11 @@ inline float highest(F x) {
 }
 
 // Two bfloat16 in a unit: the first in memory is the lower half.
-inline F low(U pairs) { return as_floats(pairs << 16); }
-inline F high(U pairs) { return as_floats(pairs & 0xffff0000u); }
-
-struct Float {
-  static constexpr int kPerUnit = 1;
-  static inline F dot(F sum, U a, U b) { return sum + as_floats(a) * as_floats(b); }
-};
-struct BFloat16 {
-  static constexpr int kPerUnit = 2;
-  static inline F dot(F sum, U a, U b) {
-#if defined(__AVX512BF16__)
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-#else
-    sum = sum + low(a) * low(b);
-    return sum + high(a) * high(b);
-#endif
-  }
-};
+ALWAYS F low(U pairs) { return as_floats(pairs << 16); }
+ALWAYS F high(U pairs) { return as_floats(pairs & 0xffff0000u); }
 
 // Round to nearest, ties to even; NaN stays NaN.
-inline H to_bfloat16(F x) {
+ALWAYS H to_bfloat16(F x) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<H>(_mm512_cvtneps_pbh(x));
 #else
@@ -92,10 +92,37 @@ inline H to_bfloat16(F x) {
   return __builtin_convertvector(((x == x) ? rounded : bits | 0x400000u) >> 16, H);
 #endif
 }
-inline F from_bfloat16(H x) { return as_floats(__builtin_convertvector(x, U) << 16); }
+ALWAYS F from_bfloat16(H x) { return as_floats(__builtin_convertvector(x, U) << 16); }
+
+// The two types: how many numbers a unit holds, its products, and `n` numbers to and from floats.
+struct Float {
+  static constexpr int kPerUnit = 1;
+  static ALWAYS F dot(F sum, U a, U b) { return sum + as_floats(a) * as_floats(b); }
+  static ALWAYS F read(const void* p, int64_t i, int64_t n) { return load_part<F>(static_cast<const float*>(p) + i, n); }
+  static ALWAYS void write(void* p, int64_t i, F x, int64_t n) { store_part(static_cast<float*>(p) + i, x, n); }
+  static ALWAYS F round(F x) { return x; }
+};
+struct BFloat16 {
+  static constexpr int kPerUnit = 2;
+  static ALWAYS F dot(F sum, U a, U b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+    sum = sum + low(a) * low(b);
+    return sum + high(a) * high(b);
+#endif
+  }
+  static ALWAYS F read(const void* p, int64_t i, int64_t n) {
+    return from_bfloat16(load_part<H>(static_cast<const uint16_t*>(p) + i, n));
+  }
+  static ALWAYS void write(void* p, int64_t i, F x, int64_t n) {
+    store_part(static_cast<uint16_t*>(p) + i, to_bfloat16(x), n);
+  }
+  static ALWAYS F round(F x) { return from_bfloat16(to_bfloat16(x)); }
+};
 
 // Cephes' expf: exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6; relative error below 2e-7.
-inline F exp(F x) {
+ALWAYS F exp(F x) {
   x = max(x < 88.0f ? x : all(88.0f), all(-87.0f));
   const F turns = x * 1.44269504f;
   const I n = __builtin_convertvector(turns + (turns < 0.0f ? all(-0.5f) : all(0.5f)), I);
@@ -111,7 +138,7 @@ inline F exp(F x) {
 }
 
 // rows[i] lane j -> rows[j] lane i: rounds of pairwise interleaving, first within 128 bits and then of them.
-inline void transpose(U (&rows)[kLanes]) {
+ALWAYS void transpose(U (&rows)[kLanes]) {
   U turned[kLanes];
 #if defined(__AVX512F__)
 #pragma GCC unroll 8
@@ -164,30 +191,48 @@ inline void transpose(U (&rows)[kLanes]) {
 #endif
 }
 
-// c[i][j * kLanes + lane] += sum over k < n of a[i][k] . b[j][k * ldb + lane]; k in order, so that the result does not
-// depend on how many rows are computed together. `fresh`: c is written, not added to. Distances in units. `ahead`: n
-// cache lines to fetch meanwhile, or null.
+// The second operand of a product: row k holds kLanes units for each column. Row k of column j lies at
+// at[k / segment * kCols + j] + k % segment * step: rows may lie in several places, as a cache's pages do.
+struct Operand {
+  const uint32_t* const* at;
+  int64_t rows, segment, step;
+};
+
+// c[i][j * kLanes + lane] += sum over k of a[i][k] . b[k][j][lane]; k in order, so that the result does not depend on how
+// many rows are computed together. `fresh`: c is written, not added to. Distances in units. `ahead`: what to fetch
+// meanwhile, kLanes units for each k; or null.
 template <class T, int kRows, int kCols>
-inline void tile(const uint32_t* a, int64_t lda, const uint32_t* const* b, int64_t ldb, int64_t n, float* c,
-                 int64_t ldc, bool fresh, const uint8_t* ahead = nullptr) {
+inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh,
+                 const uint8_t* ahead) {
   F sums[kRows][kCols];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kCols; ++j) sums[i][j] = fresh ? F{} : load<F>(c + i * ldc + j * kLanes);
-  const uint32_t* at[kCols];
+  const int64_t step = b.step;
+  for (int64_t first = 0, s = 0; first < b.rows; first += b.segment, s += kCols) {
+    const uint32_t* at[kCols];
 #pragma GCC unroll 4
-  for (int j = 0; j < kCols; ++j) at[j] = b[j];
-  for (int64_t k = 0; k < n; ++k) {
-    U weights[kCols];
-    if (ahead) __builtin_prefetch(ahead + 64 * k, 0, 2);
+    for (int j = 0; j < kCols; ++j) at[j] = b.at[s + j];
+    const int64_t n = b.rows - first < b.segment ? b.rows - first : b.segment;
+    const uint32_t* third[(kRows + 2) / 3];  // every third row: the two behind it are an index away, so few registers do
 #pragma GCC unroll 4
-    for (int j = 0; j < kCols; ++j) weights[j] = load<U>(at[j] + k * ldb);
+    for (int i = 0; i < kRows; i += 3) third[i / 3] = a + first + i * lda;
+    for (int64_t k = 0; k < n; ++k) {
+      U weights[kCols];
+      if (ahead) __builtin_prefetch(ahead + 4 * kLanes * (first + k), 0, 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCols; ++j) weights[j] = load<U>(at[j]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCols; ++j) at[j] += step;
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const U x = all(a[i * lda + k]);
+      for (int i = 0; i < kRows; ++i) {
+        const U x = all(third[i / 3][i % 3 * lda]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kCols; ++j) sums[i][j] = T::dot(sums[i][j], weights[j], x);
+        for (int j = 0; j < kCols; ++j) sums[i][j] = T::dot(sums[i][j], weights[j], x);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; i += 3) third[i / 3] += 1;
     }
   }
 #pragma GCC unroll 16
@@ -197,25 +242,25 @@ inline void tile(const uint32_t* a, int64_t lda, const uint32_t* const* b, int64
 }
 
 template <class T, int kCols, int kRows = kTileRows>
-inline void tile_of(int rows, const uint32_t* a, int64_t lda, const uint32_t* const* b, int64_t ldb, int64_t n,
-                    float* c, int64_t ldc, bool fresh, const uint8_t* ahead = nullptr) {
+inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh,
+                    const uint8_t* ahead) {
   if (rows == kRows)
-    tile<T, kRows, kCols>(a, lda, b, ldb, n, c, ldc, fresh, ahead);
+    tile<T, kRows, kCols>(a, lda, b, c, ldc, fresh, ahead);
   else if constexpr (kRows > 1)
-    tile_of<T, kCols, kRows - 1>(rows, a, lda, b, ldb, n, c, ldc, fresh, ahead);
+    tile_of<T, kCols, kRows - 1>(rows, a, lda, b, c, ldc, fresh, ahead);
 }
 
-// The same for any number of rows, in tiles as equal as they can be; the first kFetchTurns of them fetch n lines each,
-// as many as the second operand has.
-constexpr int64_t kFetchTurns = 4 * kTileCols * kLanes / 64;
-
+// The same for any number of rows, in tiles as equal as they can be. `ahead`: per column where the next operand lies, of
+// which the last tiles fetch as much as this one has; or null.
 template <class T, int kCols>
-inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const uint32_t* const* b, int64_t ldb, int64_t n,
-                  float* c, int64_t ldc, bool fresh, const uint8_t* ahead = nullptr) {
-  const int64_t full = (rows + kTileRows - 1) / kTileRows, turns = ahead && full < kFetchTurns ? kFetchTurns : full;
+inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh,
+                  const uint8_t* const* ahead = nullptr) {
+  const int64_t full = (rows + kTileRows - 1) / kTileRows, turns = ahead && full < kCols ? kCols : full;
   for (int64_t turn = 0, first = 0; turn < turns; ++turn) {
     const int64_t count = (rows - first) / (turns - turn) + ((rows - first) % (turns - turn) != 0);
-    tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, ldb, n, c + first * ldc, ldc, fresh, ahead && turn < kFetchTurns ? ahead + turn * 64 * n : nullptr);
+    const int64_t column = turn - (turns - kCols);
+    tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, c + first * ldc, ldc, fresh,
+                      ahead && column >= 0 ? ahead[column] : nullptr);
     first += count;
   }
 }

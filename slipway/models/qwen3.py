@@ -43,9 +43,9 @@ class Layer:
 
     def __call__(self, x_TD, kv, index, ragged: ops.Ragged, angles):
         """[T, embed] -> ([T, embed], kv)."""
-        y_TD, kv = self.self_attn(self.input_layernorm(x_TD), kv, index, ragged, angles)
+        y_TD, kv = self.self_attn(self.input_layernorm(x_TD, ragged.num_tokens), kv, index, ragged, angles)
         x_TD = x_TD + y_TD
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), ragged.num_tokens), kv
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD, ragged.num_tokens), ragged.num_tokens), kv
 
 
 @module
@@ -82,7 +82,7 @@ class Qwen3ForCausalLM:
         x_TD, kv = self.model.layers.fold(
             lambda layer, index, carry: layer(*carry, index, ragged, angles), (self.model.embed_tokens(ids_T), kv)
         )
-        return self.model.norm(x_TD), kv
+        return self.model.norm(x_TD, ragged.num_tokens), kv
 
     def logits(self, x_BD):
         """Hidden states [B, embed] -> f32 logits [B, vocab]."""

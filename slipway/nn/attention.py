@@ -8,7 +8,6 @@ from typing import Any
 from slipway import ops
 from slipway.nn.linear import Linear
 from slipway.nn.norm import RMSNorm
-from slipway.nn.rope import rotate
 from slipway.tree import module, static
 
 
@@ -47,14 +46,16 @@ class Attention:
 
     def __call__(self, x_TD, kv, layer, ragged: ops.Ragged, angles):
         """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's place in the cache, ``angles`` the rope's."""
-        tokens = x_TD.shape[0]
+        num_tokens = ragged.num_tokens
 
-        def heads(project: Linear, norm: RMSNorm | None):
-            x_TNH = project(x_TD, ragged.num_tokens).reshape(tokens, -1, self.head_dim)
-            return x_TNH if norm is None else norm(x_TNH)
+        def heads(project: Linear):
+            return project(x_TD, num_tokens).reshape(x_TD.shape[0], -1, self.head_dim)
 
-        q_TNH = rotate(heads(self.q_proj, self.q_norm), *angles)
-        k_TKH = rotate(heads(self.k_proj, self.k_norm), *angles)
-        kv = ops.write_kv(kv, layer, k_TKH, heads(self.v_proj, None), ragged)
+        def rotated(project: Linear, norm: RMSNorm | None):
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            return ops.rotate(heads(project), weight, angles, num_tokens, eps)
+
+        q_TNH, k_TKH = rotated(self.q_proj, self.q_norm), rotated(self.k_proj, self.k_norm)
+        kv = ops.write_kv(kv, layer, k_TKH, heads(self.v_proj), ragged)
         o_TNH = ops.paged_attention(q_TNH, kv, layer, ragged, self.head_dim**-0.5, self.window)
-        return self.o_proj(o_TNH.reshape(tokens, -1), ragged.num_tokens), kv
+        return self.o_proj(o_TNH.reshape(x_TD.shape[0], -1), num_tokens), kv

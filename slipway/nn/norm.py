@@ -1,9 +1,6 @@
 """Normalization; decides that it is computed in f32; knows no layer around it."""
 
-import jax
-import jax.numpy as jnp
-
-from slipway import tree
+from slipway import ops
 from slipway.tree import Param, Tensor, module, static
 
 
@@ -19,8 +16,6 @@ class RMSNorm:
         """A norm over ``axis``."""
         return RMSNorm(Param(axis, {axis: size}, init="ones"), eps)
 
-    def __call__(self, x):
+    def __call__(self, x_TD, num_tokens):
         """The same shape and dtype; as in transformers, rounded to it before the weight is applied."""
-        x32 = x.astype(jnp.float32)
-        normed = (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
-        return normed * jnp.expand_dims(tree.value(self.weight), range(x.ndim - 1))
+        return ops.rms_norm(x_TD, self.weight, num_tokens, self.eps)

@@ -103,11 +103,3 @@ class Rope:
         stretch_T = s.factor * length_T / s.original_max_position_embeddings - (s.factor - 1)
         base_T = self.theta * stretch_T ** (dim / (dim - 2))
         return 1.0 / base_T[:, None] ** (np.arange(0, dim, 2, dtype=np.float32) / dim)[None]
-
-
-def rotate(x_TNH, cos_TH, sin_TH):
-    """Turn each pair (i, i + H/2) of every head by its angle; computed in f32."""
-    first_TNH, second_TNH = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    cos_TNH, sin_TNH = cos_TH[:, None], sin_TH[:, None]
-    turned = first_TNH * cos_TNH - second_TNH * sin_TNH, second_TNH * cos_TNH + first_TNH * sin_TNH
-    return jnp.concatenate(turned, axis=-1).astype(x_TNH.dtype)

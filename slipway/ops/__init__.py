@@ -7,9 +7,12 @@ device's part: the ops run under shard_map and communicate with nobody.
     embed(ids_T, table_VD) -> x_TD                              rows of the table; an id outside gives zeros
     linear(x_TD, weight, num_tokens, bias, dtype) -> y_TO       weights (out, in) as checkpoints hold them; sums in f32
     gated_linear(x_TD, gate, up, num_tokens, ...) -> y_TO       silu(x @ gate.T) * (x @ up.T)
+    rms_norm(x_TD, weight, num_tokens, eps) -> y_TD
+    rotate(x_TNH, weight, angles, num_tokens, eps) -> y_TNH         heads normalized, if weight is given, and turned
     write_kv(kv, layer, k_TKH, v_TKH, ragged) -> kv             in place where the caller donates kv
     paged_attention(q_TNH, kv, layer, ragged, scale, window) -> o_TNH
     allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
+    sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
 Weights may be Picks: one of several arrays by a traced index. The cache goes to an op whole, with a layer index: a
 slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair, so the body that
@@ -46,6 +49,30 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
     return lax.platform_dependent(*args, cpu=partial(cpu.gated_linear, dtype=dtype), default=portable)
 
 
+def rms_norm(x_TD, weight, num_tokens, eps):
+    """See above."""
+    args, portable = (x_TD, weight, num_tokens), partial(xla.rms_norm, eps=eps)
+    if cpu.refuses(x_TD.dtype):
+        return portable(*args)
+    return lax.platform_dependent(*args, cpu=partial(cpu.rms_norm, eps=eps), default=portable)
+
+
+def rotate(x_TNH, weight, angles, num_tokens, eps=0.0):
+    """See above."""
+    args, portable = (x_TNH, weight, angles, num_tokens), partial(xla.rotate, eps=eps)
+    if cpu.refuses(x_TNH.dtype):
+        return portable(*args)
+    return lax.platform_dependent(*args, cpu=partial(cpu.rotate, eps=eps), default=portable)
+
+
+def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
+    """See above."""
+    args = logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B
+    if cpu.refuses(logits_BV.dtype):
+        return xla.sample(*args)
+    return lax.platform_dependent(*args, cpu=cpu.sample, default=xla.sample)
+
+
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     """See above."""
     args = kv, layer, k_TKH, v_TKH, ragged
@@ -69,8 +96,13 @@ def bodies(platform: str, kv, dtype) -> dict[str, str]:
     def body(why_not: str) -> str:
         return "xla" if platform != "cpu" else f"xla ({why_not})" if why_not else f"c++ {cpu.isa()}"
 
-    linear, cache = body(cpu.refuses(dtype)), body(cpu.refuses_cache(kv, dtype))
-    return {"embed": "xla", "linear": linear, "gated_linear": linear, "write_kv": cache, "paged_attention": cache}
+    dense, cache, logits = (
+        body(why) for why in (cpu.refuses(dtype), cpu.refuses_cache(kv, dtype), cpu.refuses(jnp.float32))
+    )
+    return {
+        "embed": "xla", "linear": dense, "gated_linear": dense, "rms_norm": dense, "rotate": dense,
+        "write_kv": cache, "paged_attention": cache, "sample": logits,
+    }  # fmt: skip
 
 
 @module

@@ -18,7 +18,7 @@ from slipway.tree import Pick
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 PAGE_MULTIPLE = 16  # the keys that the widest vector holds
-_TARGETS = ("linear", "write_kv", "attention")
+_TARGETS = ("linear", "norm", "rotate", "write_kv", "attention", "sample")
 
 
 @functools.cache
@@ -64,11 +64,29 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype):
 def _linear(x_TD, weights, num_tokens, biases, dtype):
     biased = biases[0] is not None
     groups = [leaf for pair in zip(weights, biases) for leaf in pair if leaf is not None]
-    layer = groups[0].index if isinstance(groups[0], Pick) else jnp.int32(0)
     out = jax.ShapeDtypeStruct((x_TD.shape[0], _arrays(weights[0])[0].shape[0]), dtype)
     arrays = [array for leaf in groups for array in _arrays(leaf)]
     call = jax.ffi.ffi_call("slipway_linear", out)
-    return call(x_TD, jnp.int32(num_tokens), jnp.int32(layer), *arrays, gated=len(weights) == 2, biased=biased)
+    return call(x_TD, jnp.int32(num_tokens), _index(groups[0]), *arrays, gated=len(weights) == 2, biased=biased)
+
+
+def rms_norm(x_TD, weight, num_tokens, eps):
+    """As ops.rms_norm."""
+    call = jax.ffi.ffi_call("slipway_norm", jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype))
+    return call(x_TD, jnp.int32(num_tokens), _index(weight), *_arrays(weight), eps=np.float32(eps))
+
+
+def rotate(x_TNH, weight, angles, num_tokens, eps):
+    """As ops.rotate."""
+    call = jax.ffi.ffi_call("slipway_rotate", jax.ShapeDtypeStruct(x_TNH.shape, x_TNH.dtype))
+    arrays = () if weight is None else _arrays(weight)
+    return call(x_TNH, *angles, jnp.int32(num_tokens), _index(weight), *arrays, eps=np.float32(eps))
+
+
+def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
+    """As ops.sample."""
+    call = jax.ffi.ffi_call("slipway_sample", jax.ShapeDtypeStruct(temperature_B.shape, jnp.int32))
+    return call(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):
@@ -88,3 +106,7 @@ def paged_attention(q_TNH, kv, layer, ragged, scale, window):
 
 def _arrays(leaf: Any) -> tuple[jax.Array, ...]:
     return leaf.arrays if isinstance(leaf, Pick) else (leaf,)
+
+
+def _index(leaf: Any) -> jax.Array:
+    return jnp.int32(leaf.index) if isinstance(leaf, Pick) else jnp.int32(0)

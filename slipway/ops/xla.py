@@ -18,6 +18,7 @@ BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile 
 LONE_BLOCK_TOKENS = 16  # keys per turn of a single query: 0.14 ms a layer against 0.36 at a context of 240
 FEW_ROWS = 2  # of a step that attends row by row
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
+DROPPED = -jnp.inf
 
 
 def embed(ids_T, table_VD):
@@ -47,6 +48,29 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
     """``silu(linear(x, gate)) * linear(x, up)`` (Shazeer, GLU variants, 2020), in f32 until the end."""
     gate_TO = linear(x_TD, gate, num_tokens, gate_bias)
     return (jax.nn.silu(gate_TO) * linear(x_TD, up, num_tokens, up_bias)).astype(dtype)
+
+
+def rms_norm(x_TD, weight, num_tokens, eps):
+    """Root mean square norm in f32; rounded to x's dtype before the weight is applied, as transformers does."""
+    del num_tokens
+    return _normed(x_TD, tree.value(weight), eps)
+
+
+def _normed(x, weight, eps):
+    x32 = x.astype(jnp.float32)
+    normed = (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return normed * jnp.expand_dims(weight, range(x.ndim - 1))
+
+
+def rotate(x_TNH, weight, angles, num_tokens, eps):
+    """Each pair (i, i + H/2) of every head turned by its angle, in f32; with a weight, the head is normalized first."""
+    del num_tokens
+    if weight is not None:
+        x_TNH = _normed(x_TNH, tree.value(weight), eps)
+    first_TNH, second_TNH = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    cos_TNH, sin_TNH = (x_TH[:, None] for x_TH in angles)
+    turned = first_TNH * cos_TNH - second_TNH * sin_TNH, second_TNH * cos_TNH + first_TNH * sin_TNH
+    return jnp.concatenate(turned, axis=-1).astype(x_TNH.dtype)
 
 
 def allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
@@ -160,6 +184,65 @@ def _to_storage(x):
 
 def _from_storage(x, dtype):
     return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x, dtype)
+
+
+def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
+    """A token per row, by inversion: the first up to which the kept probability exceeds ``uniform`` of the whole."""
+    greedy_B = _argmax(logits_BV)
+
+    def draw():
+        # from the largest down, so that a tiny temperature overflows to minus infinity only
+        lowered_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+        scaled_BV = lowered_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
+        filtered = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
+        kept_BV = lax.cond(jnp.any(filtered), lambda: keep(scaled_BV, top_k_B, top_p_B, min_p_B), lambda: scaled_BV)
+        reached_BV = jnp.cumsum(jnp.exp(kept_BV), axis=-1)
+        return _first(reached_BV > reached_BV[:, -1:] * uniform_B[:, None])
+
+    drawn_B = lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
+    return jnp.where(temperature_B > 0, drawn_B, greedy_B)
+
+
+def keep(logits_BV, top_k_B, top_p_B, min_p_B):
+    """The logits, minus infinity where min_p, then top_k, then top_p drop. Equal logits stand or fall together."""
+    floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)  # log(0): nothing is dropped
+    logits_BV = jnp.where(logits_BV >= floor_B[:, None], logits_BV, DROPPED)
+    wanted_B = jnp.where(top_k_B > 0, top_k_B, logits_BV.shape[1]).astype(jnp.float32)
+    logits_BV = _largest(logits_BV, jnp.ones_like(logits_BV), wanted_B)
+    probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+    above_0_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)  # what f32 rounds to 0 would drop every token
+    return _largest(logits_BV, probs_BV, jnp.where(top_p_B < 1, above_0_B, 2.0))
+
+
+def _argmax(x_BV):
+    """The first largest of each row, in two passes that XLA vectorizes: a tenth of jnp.argmax's time on a CPU."""
+    return _first(x_BV == jnp.max(x_BV, axis=-1, keepdims=True))
+
+
+def _first(true_BV):
+    ids_V = jnp.arange(true_BV.shape[1], dtype=jnp.int32)
+    return jnp.min(jnp.where(true_BV, ids_V[None], true_BV.shape[1] - 1), axis=-1)
+
+
+def _largest(x_BV, weight_BV, wanted_B):
+    """``x`` with all dropped but the largest whose weights reach ``wanted``; all stay if that is never reached.
+
+    No sort: the threshold is found bit by bit, by 32 halvings of the integers that order floats.
+    """
+    bits_BV = lax.bitcast_convert_type(x_BV, jnp.int32)
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ jnp.int32(0x7FFFFFFF), bits_BV)
+
+    def halve(_, bounds):
+        low_B, high_B = bounds  # at low the weights suffice, at high they do not
+        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
+        held_B = jnp.sum(jnp.where(order_BV >= middle_B[:, None], weight_BV, 0.0), axis=-1)
+        enough_B = held_B >= wanted_B
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    limits = jnp.iinfo(jnp.int32)
+    ends = jnp.full(x_BV.shape[:1], limits.min, jnp.int32), jnp.full(x_BV.shape[:1], limits.max, jnp.int32)
+    threshold_B, _ = lax.fori_loop(0, 32, halve, ends)
+    return jnp.where(order_BV >= threshold_B[:, None], x_BV, DROPPED)
 
 
 def linear_oracle(x_TD, w_OD, num_tokens):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slipway import ops
 from slipway.engine import sample
 from slipway.engine.step import COMPILER_OPTIONS
+from slipway.ops import xla
 
 V = 37
 OPTIONS = COMPILER_OPTIONS["cpu"]
-keep, draw = jax.jit(sample.keep, compiler_options=OPTIONS), jax.jit(sample.sample, compiler_options=OPTIONS)
+keep, draw = jax.jit(xla.keep, compiler_options=OPTIONS), jax.jit(sample.sample, compiler_options=OPTIONS)
 
 
 def definition(logits, top_k, top_p, min_p):
@@ -108,6 +110,15 @@ def test_a_row_draws_the_same_in_any_company_and_bucket():
     )  # fmt: skip
     np.testing.assert_array_equal(mixed[1::2], whole[1::2])
     np.testing.assert_array_equal(mixed[::2], logits[::2].argmax(-1))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_body_draws_the_same_token_by_the_same_number(name):
+    rng, rows = np.random.default_rng(6), 256
+    logits, uniform = random_logits(rng, rows), rng.random(rows, np.float32)
+    arguments = jnp.full(rows, 0.8, jnp.float32), *columns(rows, *FILTERS[name]), jnp.asarray(uniform)
+    chosen, portable = (jax.jit(body.sample)(jnp.asarray(logits), *arguments) for body in (ops, xla))
+    np.testing.assert_array_equal(chosen, portable)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}])

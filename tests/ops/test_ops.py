@@ -227,6 +227,40 @@ def test_linear_equals_its_oracle(body, rows, size, out, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", [8, 24, 40, 128, 333])
+def test_rms_norm_equals_its_definition(size, dtype):
+    rng = np.random.default_rng(10)
+    x_TD, weight = normal(rng, 7, size, dtype=dtype), normal(rng, size, dtype=dtype)
+    wide = np.asarray(x_TD, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    for body in (ops, xla):
+        got = body.rms_norm(x_TD, weight, jnp.int32(5), 1e-6)
+        assert got.dtype == dtype
+        rtol = 1e-5 if dtype == F32 else 2**-7  # two roundings
+        np.testing.assert_allclose(np.asarray(got[:5], np.float64), expected[:5], rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 80, 128])
+@pytest.mark.parametrize("normed", [True, False])
+def test_rotate_turns_pairs_as_complex_numbers(normed, head_dim, dtype):
+    rng, half = np.random.default_rng(11), head_dim // 2
+    x_TNH, weight = normal(rng, 6, 3, head_dim, dtype=dtype), normal(rng, head_dim, dtype=dtype) if normed else None
+    angles = rng.normal(size=(6, half)).astype(np.float32)
+    heads = x_TNH.reshape(18, head_dim)
+    heads = heads if weight is None else xla.rms_norm(heads, weight, jnp.int32(18), 1e-6)
+    wide = np.asarray(heads, np.float64).reshape(6, 3, head_dim)
+    turned = (wide[..., :half] + 1j * wide[..., half:]) * np.exp(1j * angles.astype(np.float64))[:, None]
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    for body in (ops, xla):
+        got = body.rotate(x_TNH, weight, (jnp.cos(angles), jnp.sin(angles)), jnp.int32(5), 1e-6)
+        assert got.dtype == dtype
+        # in 16 bits the normalized head may round the other way once in a body that sums in another order
+        atol = 1e-5 if dtype == F32 else 2**-6
+        np.testing.assert_allclose(np.asarray(got[:5], np.float64), expected[:5], rtol=2**-8, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
 def test_linear_picks_the_weight_of_a_traced_layer(dtype):
     rng, x_TD = np.random.default_rng(8), jnp.ones((3, 32), dtype)
     weights = tuple(normal(rng, 8, 32, dtype=dtype) for _ in range(3))

@@ -1,0 +1,117 @@
+// A token per row of logits: the largest, or a draw from those that the filters keep. One instruction set per inclusion.
+//
+// No sort. With s = (logit - largest) / temperature <= 0, the bits of |s| order the tokens as integers, so "the k largest"
+// and "the fewest that reach p" are thresholds on those bits, found digit by digit from histograms. Equal logits stand or
+// fall together. The draw: the first token, in the order of ids, up to which the kept probability exceeds u of the whole.
+
+#pragma once
+
+#include "simd.h"
+
+namespace slipway {
+namespace SLIPWAY_ISA {
+
+constexpr int kDigits[] = {11, 11, 10};  // bits of each digit, from the highest
+constexpr int64_t kRun = 1024;           // tokens whose probabilities are summed before one is looked for
+
+struct Row {
+  int64_t size;
+  uint32_t* keys;  // [size]: bits of |s|
+  float* probs;    // [size]: exp(s), 0 where dropped
+};
+
+// The first of the largest.
+inline int64_t argmax(const float* logits, int64_t size) {
+  F best = all(logits[0]);
+  for (int64_t i = 0; i + kLanes <= size; i += kLanes) best = max(load<F>(logits + i), best);
+  float largest = highest(best);
+  for (int64_t i = size / kLanes * kLanes; i < size; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  for (int64_t i = 0; i < size; ++i)
+    if (logits[i] == largest) return i;
+  return 0;
+}
+
+// The smallest key up to which the tokens' weights (1 each, or their probabilities) reach `wanted`; kNoLimit if never.
+constexpr uint32_t kNoLimit = 0xffffffffu;
+
+template <bool kCounts>
+uint32_t reach(const Row& row, double wanted) {
+  double histogram[1 << 11], reached = 0;
+  uint32_t prefix = 0;
+  int shift = 32;
+  for (int digit : kDigits) {
+    const uint32_t above = shift == 32 ? 0 : kNoLimit << shift;
+    shift -= digit;
+    const uint32_t mask = (1u << digit) - 1;
+    for (uint32_t i = 0; i <= mask; ++i) histogram[i] = 0;
+    for (int64_t i = 0; i < row.size; ++i)
+      if ((row.keys[i] & above) == prefix && row.probs[i] > 0)
+        histogram[row.keys[i] >> shift & mask] += kCounts ? 1.0 : static_cast<double>(row.probs[i]);
+    uint32_t bin = 0;
+    while (bin <= mask && reached + histogram[bin] < wanted) reached += histogram[bin++];
+    if (bin > mask) return kNoLimit;
+    prefix |= bin << shift;
+  }
+  return prefix;
+}
+
+inline void drop_beyond(const Row& row, uint32_t limit) {
+  if (limit == kNoLimit) return;
+  for (int64_t i = 0; i < row.size; ++i) row.probs[i] = row.keys[i] <= limit ? row.probs[i] : 0.0f;
+}
+
+inline double total(const float* probs, int64_t n) {
+  double whole = 0;
+  for (int64_t i = 0; i < n; i += kLanes) whole += static_cast<double>(sum(load_part<F>(probs + i, n - i)));
+  return whole;
+}
+
+inline int64_t draw(const Row& row, float uniform) {
+  double before = 0;
+  const double target = static_cast<double>(uniform) * total(row.probs, row.size);
+  int64_t last = 0;
+  for (int64_t first = 0; first < row.size; first += kRun) {
+    const int64_t n = row.size - first < kRun ? row.size - first : kRun;
+    const double here = total(row.probs + first, n);
+    if (before + here > target) {
+      for (int64_t i = first; i < first + n; ++i) {
+        if (row.probs[i] > 0) last = i;
+        before += static_cast<double>(row.probs[i]);
+        if (before > target) return i;
+      }
+      return last;  // the two sums differ in their last bit
+    }
+    before += here;
+  }
+  return last;
+}
+
+inline void sample_row(const Sample& op, int64_t b, void* memory) {
+  const float* logits = op.logits + b * op.vocab;
+  const int64_t best = argmax(logits, op.vocab), V = op.vocab;
+  const float temperature = op.temperature[b];
+  op.token[b] = static_cast<int32_t>(best);
+  if (!(temperature > 0)) return;
+  const Row row{V, static_cast<uint32_t*>(memory), static_cast<float*>(memory) + (V + 15) / 16 * 16};
+  const float least_kept = op.min_p[b] > 0 ? __builtin_logf(op.min_p[b]) : -__builtin_inff();
+  for (int64_t i = 0; i < V; i += kLanes) {
+    const int64_t n = V - i;
+    const F s = (load_part<F>(logits + i, n) - logits[best]) / temperature;
+    store_part(row.keys + i, as_units(s) & 0x7fffffffu, n);
+    store_part(row.probs + i, select(s >= least_kept, select(s > -87.0f, exp(s), F{}), F{}), n);
+  }
+  if (op.top_k[b] > 0 && op.top_k[b] < V) drop_beyond(row, reach<true>(row, op.top_k[b]));
+  if (op.top_p[b] < 1) drop_beyond(row, reach<false>(row, op.top_p[b] * total(row.probs, V)));
+  op.token[b] = static_cast<int32_t>(draw(row, op.uniform[b]));
+}
+
+inline void sample(const Sample& op, Team& team) {
+  team.run(op.rows, 8 * (op.vocab + 32),
+           [](const void* context, int64_t b, void* memory) {
+             sample_row(*static_cast<const Sample*>(context), b, memory);
+           },
+           &op);
+}
+
+}  // namespace SLIPWAY_ISA
+}  // namespace slipway
