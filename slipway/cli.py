@@ -18,6 +18,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from slipway.bench.convert import ConvertBench
 from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
+from slipway.bench.peers import PeersBench
 from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
 from slipway.checkpoint.shards import write_json
@@ -188,6 +189,7 @@ class Bench:
             Annotated[ConvertBench, tyro.conf.subcommand("convert")]
             | Annotated[EngineBench, tyro.conf.subcommand("engine")]
             | Annotated[LayersBench, tyro.conf.subcommand("layers")]
+            | Annotated[PeersBench, tyro.conf.subcommand("peers")]
             | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
         ]
     ]

@@ -1,6 +1,6 @@
 """`slipway bench engine`: what a step costs on the host, and how fast the engine is beside transformers.
 
-Decides the loads and how they are timed: alternating rounds in one process, medians, ratios. Knows no kernels.
+Decides the loads and how they are compared: alternating rounds, medians, ratios. Knows no kernels.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import json
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -17,17 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipway.bench.peers import Transformers
+from slipway.bench import rivals
+from slipway.bench.models import QWEN3_SHAPE, random_model
 from slipway.engine.request import SamplingParams
 from slipway.llm import LLM
 
-# The published shape of Qwen3-0.6B.
-QWEN3_SHAPE = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
-    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-    "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
-    "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
-}  # fmt: skip
 BATCHES = (1, 8)
 
 
@@ -63,17 +56,22 @@ class EngineBench:
 
     def _speed(self) -> dict[str, Any]:
         """Seconds per prefill and per decode step, ours and theirs, in alternating rounds."""
-        with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "config.json").write_text(json.dumps(QWEN3_SHAPE))
-            ours = Ours(directory, self.dtype, self.prefill_tokens + self.decode_tokens + 1)
-        theirs = Transformers(QWEN3_SHAPE, self.against_dtype)
-        tokens, steps = self.prefill_tokens, self.decode_tokens
-        figures = {
-            f"prefill {tokens}": compare(partial(ours.prefill, tokens), partial(theirs.prefill, tokens), self.rounds)
-        }
-        for batch in BATCHES:
-            pair = partial(ours.decode, batch, steps), partial(theirs.decode, batch, steps)
-            figures[f"decode step, batch {batch}"] = compare(*pair, self.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            random_model(QWEN3_SHAPE, Path(folder))
+            sizes = self.prefill_tokens + self.decode_tokens + 1, max(BATCHES)
+            ours, theirs = (
+                rivals.Worker(name, Path(folder), dtype, *sizes)
+                for name, dtype in (("ours", self.dtype), (self.against, self.against_dtype))
+            )
+            prompt = [7] * self.prefill_tokens
+            pair = partial(ours.prefill, prompt), partial(theirs.prefill, prompt)
+            figures = {f"prefill {len(prompt)}": compare(*pair, self.rounds)}
+            for batch in BATCHES:
+                asked = [[7 + i] * 16 for i in range(batch)], self.decode_tokens
+                pair = partial(ours.decode, *asked), partial(theirs.decode, *asked)
+                figures[f"decode step, batch {batch}"] = compare(*pair, self.rounds)
+            ours.stop()
+            theirs.stop()
         return figures
 
 
@@ -105,28 +103,3 @@ def host_cost(rows: int) -> dict[str, float]:
         "rows": rows, "median_ms": round(statistics.median(costs), 3), "p90_ms": round(costs[int(len(costs) * 0.9)], 3),
         "device_ms": round(stats.device_s / stats.steps * 1e3, 2),
     }  # fmt: skip
-
-
-class Ours:
-    """Our engine on random weights of a shape."""
-
-    def __init__(self, directory: str, dtype: str, max_model_len: int):
-        self._llm = LLM(
-            directory, load_format="dummy", dtype=dtype, skip_tokenizer_init=True,
-            max_model_len=max_model_len, max_num_seqs=max(BATCHES), max_num_batched_tokens=512,
-        )  # fmt: skip
-
-    def prefill(self, tokens: int) -> float:
-        """Seconds from a prompt of ``tokens`` to its first output token."""
-        return self._run([[7] * tokens], 1)
-
-    def decode(self, batch: int, steps: int) -> float:
-        """Seconds per step of ``batch`` sequences, after their first token."""
-        prompts = [[7 + i] * 16 for i in range(batch)]
-        return (self._run(prompts, steps + 1) - self._run(prompts, 1)) / steps
-
-    def _run(self, prompts: list[list[int]], max_tokens: int) -> float:
-        started = time.perf_counter()
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        self._llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - started

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from slipway import mesh as meshes
 from slipway import models, ops, tree
-from slipway.bench.engine import QWEN3_SHAPE
+from slipway.bench.models import QWEN3_SHAPE
 from slipway.checkpoint import load
 from slipway.engine import batch as batches
 from slipway.engine.batch import Bucket

@@ -1,0 +1,186 @@
+"""llama.cpp as a rival: decides how it is built, how a model becomes a GGUF file, and which of its tools times what.
+
+Built natively from the source package that llama-cpp-python publishes, once, in the user's cache. Decode and prefill
+are timed by its own llama-bench and llama-batched-bench, requests by its own server.
+"""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipway.checkpoint import files
+
+SOURCE = "llama-cpp-python==0.3.36"
+TOOLS = ("llama-bench", "llama-batched-bench", "llama-server", "llama-quantize")
+OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def environment(folder: Path) -> Path:
+    """The folder of llama.cpp's tools; built, some ten minutes on two cores, on the first call."""
+    binaries, source = folder / "build" / "bin", folder / "source"
+    if all((binaries / tool).exists() for tool in TOOLS):
+        return binaries
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", SOURCE]
+    subprocess.run([*command, "--dest", str(folder)], check=True, stdout=sys.stderr)
+    with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
+        archive.extractall(source, filter="data")
+    root = next(source.glob("*/vendor/llama.cpp"))
+    subprocess.run(["cmake", "-S", root, "-B", folder / "build", *OPTIONS], check=True, stdout=sys.stderr)
+    jobs = str(os.cpu_count())
+    build = ["cmake", "--build", str(folder / "build"), "-j", jobs, "--target", *TOOLS]
+    subprocess.run(build, check=True, stdout=sys.stderr)
+    return binaries
+
+
+def write_gguf(directory: Path, out: Path, folder: Path) -> None:
+    """A bf16 GGUF of a Qwen3 directory, its vocabulary of invented words: only token ids are ever sent."""
+    sys.path.insert(0, str(next((folder / "source").glob("*/vendor/llama.cpp/gguf-py"))))
+    import gguf  # llama.cpp's own writer, from the source that was built
+
+    checkpoint = files.open_checkpoint(directory)
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(out, "qwen3")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    words = [f"<{i}>" for i in range(config["vocab_size"])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(words)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
+    writer.add_token_merges([f"{words[0]} {words[1]}"])
+    writer.add_eos_token_id(0)
+    for key in checkpoint.tensors:
+        array = checkpoint.array(key)
+        if array.ndim == 1:
+            writer.add_tensor(gguf_name(key), array.astype(np.float32))
+        else:
+            bits = np.ascontiguousarray(array).view(np.uint8)
+            writer.add_tensor(gguf_name(key), bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(key: str) -> str:
+    """The name that llama.cpp gives an HF tensor."""
+    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if key in fixed or key == "lm_head.weight":
+        return fixed.get(key, "output.weight")
+    layer, name = key.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{NAMES[name.removesuffix('.weight')]}.weight"
+
+
+def quantize(binaries: Path, source: Path, out: Path, kind: str) -> None:
+    """Write ``source`` as ``kind``, such as Q8_0."""
+    subprocess.run([binaries / "llama-quantize", source, out, kind], check=True, stdout=sys.stderr, stderr=sys.stderr)
+
+
+def prefill(binaries: Path, model: Path, tokens: int, threads: int) -> float:
+    """Seconds of a prompt of ``tokens``, by llama-bench."""
+    return tokens / _bench(binaries, model, ["-p", str(tokens), "-n", "0"], threads)
+
+
+def decode(binaries: Path, model: Path, batch: int, steps: int, threads: int) -> float:
+    """Seconds of a step of ``batch`` sequences after prompts of 16, by llama-batched-bench."""
+    size = str(batch * (16 + steps) + 64)
+    command = [binaries / "llama-batched-bench", "-m", model, "-c", size, "-b", "2048", "-t", str(threads)]
+    command += ["-npp", "16", "-ntg", str(steps), "-npl", str(batch), "--output-format", "jsonl"]
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    return batch / json.loads(done.stdout.strip().splitlines()[-1])["speed_tg"]
+
+
+def _bench(binaries: Path, model: Path, what: list[str], threads: int) -> float:
+    command = [binaries / "llama-bench", "-m", model, *what, "-r", "1", "-t", str(threads), "-o", "json"]
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)[0]["avg_ts"]
+
+
+class Server:
+    """llama-server with ``slots`` sequences at once; its time to the first answer counts as its start."""
+
+    def __init__(self, binaries: Path, model: Path, slots: int, max_model_len: int, threads: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        command = [binaries / "llama-server", "-m", model, "--port", self._port, "-t", threads, "-np", slots]
+        command += ["-c", slots * max_model_len, "--no-webui", "-b", 2048]
+        self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not self._is_ready():
+            time.sleep(0.02)
+
+    def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
+        """As bench/load.py's drive: each client sends its next prompt when its last has ended."""
+        started, times = [0.0] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
+        waiting, lock, begin = iter(range(len(prompts))), threading.Lock(), time.perf_counter()
+
+        def client() -> None:
+            while True:
+                with lock:
+                    number = next(waiting, None)
+                if number is None:
+                    return
+                started[number] = time.perf_counter() - begin
+                for _ in self._tokens(prompts[number], max_tokens):
+                    times[number].append(time.perf_counter() - begin)
+
+        clients = [threading.Thread(target=client) for _ in range(concurrency)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        return {"started": started, "times": times}
+
+    def stop(self) -> None:
+        """End the server."""
+        self.process.terminate()
+        self.process.wait()
+
+    def _tokens(self, prompt: list[int], max_tokens: int):
+        body = {
+            "prompt": prompt, "n_predict": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+            "samplers": ["temperature"], "cache_prompt": False,
+        }  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b"data:") and not json.loads(line[5:]).get("stop"):
+                yield line
+        connection.close()
+
+    def _is_ready(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"llama-server ended with {self.process.returncode}")
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
