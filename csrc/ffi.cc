@@ -15,7 +15,9 @@ namespace {
 namespace ffi = xla::ffi;
 using slipway::Type;
 
-// A thread's own memory, kept and grown.
+// A thread's own memory, kept and grown: one buffer for the items that it runs, one for the calls that it leads.
+enum Use { kItems, kCall };
+template <Use>
 void* scratch(int64_t bytes) {
   struct Memory {
     void* data = nullptr;
@@ -38,11 +40,12 @@ class PoolTeam final : public slipway::Team {
   PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {}
 
   int64_t threads() const override { return threads_; }
+  void* shared(int64_t bytes) override { return scratch<kCall>(bytes); }
 
   void run(int64_t items, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
     const int64_t helpers = std::min<int64_t>(threads_, items) - 1;
     if (helpers <= 0) {
-      for (int64_t i = 0; i < items; ++i) body(context, i, scratch(bytes));
+      for (int64_t i = 0; i < items; ++i) body(context, i, scratch<kItems>(bytes));
       return;
     }
     auto job = std::make_shared<Job>();
@@ -63,7 +66,7 @@ class PoolTeam final : public slipway::Team {
     void work() {
       int64_t i = next.fetch_add(1, std::memory_order_relaxed);
       if (i >= items) return;
-      void* memory = scratch(bytes);
+      void* memory = scratch<kItems>(bytes);
       for (; i < items; i = next.fetch_add(1, std::memory_order_relaxed)) {
         body(context, i, memory);
         done.fetch_add(1, std::memory_order_release);

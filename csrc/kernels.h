@@ -14,6 +14,7 @@ constexpr int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 class Team {
  public:
   virtual int64_t threads() const = 0;
+  virtual void* shared(int64_t bytes) = 0;  // one buffer for the whole call, 64-aligned; the caller's scratch is another
   virtual void run(int64_t items, int64_t scratch_bytes, void (*body)(const void*, int64_t, void*),
                    const void* context) = 0;
   virtual ~Team() = default;

@@ -1,8 +1,10 @@
-// Weights (out, in) times tokens: decides panels, packing and when to pack at all. One instruction set per inclusion.
+// Weights (out, in) times tokens: decides panels, the order of sums, and when weights are packed. One set per inclusion.
 //
-// A panel is kTileCols blocks of kLanes output rows. Its units are transposed on the fly, so that a lane is an output and
-// the sum over k runs in order: a token's result is the same bits whatever else is in the batch, and weights stay as they
-// are mapped from the file. Few tokens use the transposed registers at once; more find the panel packed in the cache.
+// Weights stay as they are mapped from the file: rows of units along `in`. A sum has kQuads parts: unit u of a row belongs
+// to part u / 4 % kQuads; each part runs in order, and the parts are added in pairs. Both kernels below keep that order, so
+// a token's result is the same bits whatever else is in the batch:
+//   few tokens:  a vector holds the parts of four tokens, and rows are read as they lie, at the speed of memory;
+//   many tokens: a vector holds one part of kLanes outputs, packed in the cache and used for every token.
 
 #pragma once
 
@@ -11,90 +13,155 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int kPieceRows = 48;    // up to here weights are read from memory while sums are computed
-constexpr int64_t kPiece = 256;   // units of k that are packed at a time then
+constexpr int kWidth = kTileCols * kLanes;  // outputs of a panel
+constexpr int64_t kChunk = 48;              // tokens between two looks at a packed panel
+constexpr int64_t kPiece = 256;             // units that are packed at a time where all tokens are one chunk
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-struct Panel {
-  const uint8_t* rows[kTileCols][kLanes];  // past the last output: the last one again
-  int64_t row_bytes, ahead;                // ahead: bytes from here to the panel that this thread is likely to take next
+template <class T>
+struct Call {
+  const Linear& op;
+  uint32_t* x;                            // the tokens, in the order that the kernel reads them
+  int64_t steps, outs, threads;           // steps: of kLanes units, the last one filled up with zeros
+  int64_t row_bytes() const { return op.in * 4 / T::kPerUnit; }
 };
 
-// kLanes units of one block's rows from unit k on, transposed: a lane is a row. Past the rows' end: zeros.
-template <bool kFetch>
-ALWAYS void load_block(const Panel& panel, int column, int64_t k, U (&block)[kLanes]) {
-  const uint8_t* const* rows = panel.rows[column];
-  const int64_t bytes = panel.row_bytes - 4 * k;
-  const uint8_t* next = rows[0] + panel.ahead + 4 * kLanes * k;  // in the order of memory
-  if (bytes >= 4 * kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      block[i] = load<U>(rows[i] + 4 * k);
-      if (kFetch) __builtin_prefetch(next + 4 * kLanes * i, 0, 3);
-    }
-  } else {
-    for (int i = 0; i < kLanes; ++i) {
-      uint32_t rest[kLanes] = {};
-      std::memcpy(rest, rows[i] + 4 * k, bytes);
-      block[i] = load<U>(rest);
-    }
-  }
-  transpose(block);
+struct Panel {
+  const uint8_t* rows[kWidth];  // past the last output: the last one again
+  int64_t ahead;                // bytes from here to the panel that this thread is likely to take next
+};
+
+// kLanes units of a row from step `t` on; zeros past its end.
+ALWAYS U load_step(const uint8_t* row, int64_t t, int64_t row_bytes) {
+  return load_part<U>(row + 4 * kLanes * t, (row_bytes - 4 * kLanes * t) / 4);
 }
 
-// Straight from transposed registers.
-template <class T, int kRows>
-void few_of(const Panel& panel, int column, const uint32_t* x, int64_t ldx, int64_t units, float* sums) {
-  F acc[kRows] = {};
-  for (int64_t k = 0; k < units; k += kLanes) {
-    U block[kLanes];
-    load_block<true>(panel, column, k, block);
-    if (units - k >= kLanes) {
+// Four tokens for `few`, those past the last zeros: for each step and c < 4 a vector whose lane 4 q + i is unit 4 q + c of
+// token i; fours side by side.
+template <class T>
+void interleave(const Call<T>& call, int64_t four) {
+  const int64_t fours = (call.op.tokens + 3) / 4, row_bytes = call.row_bytes();
+  for (int64_t t = 0; t < call.steps; ++t) {
+    U x[4] = {};
+    for (int64_t i = 0; i < least(4, call.op.tokens - 4 * four); ++i)
+      x[i] = load_step(static_cast<const uint8_t*>(call.op.x) + (4 * four + i) * row_bytes, t, row_bytes);
+    quads(x);
+    for (int c = 0; c < 4; ++c) store(call.x + ((t * 4 + c) * fours + four) * kLanes, x[c]);
+  }
+}
+
+// Adds up the parts of four tokens.
+ALWAYS void join_parts(F parts, float* sums) {
+  float p[kLanes];
+  store(p, parts);
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kQuads == 4)
+      sums[i * kWidth] = (p[i] + p[4 + i]) + (p[8 + i] + p[12 + i]);
+    else if constexpr (kQuads == 2)
+      sums[i * kWidth] = p[i] + p[4 + i];
+    else
+      sums[i * kWidth] = p[i];
+  }
+}
+
+template <class T, int kFours>
+void few_of(const Call<T>& call, const Panel& panel, float* sums) {
+  constexpr int kRows = kFours <= 2 ? kFewRows : kFewRows / 2;
+  const int64_t row_bytes = call.row_bytes();
+  for (int first = 0; first < kWidth; first += kRows) {
+    F acc[kRows][kFours] = {};
+    const uint8_t* next = panel.rows[first] + panel.ahead;  // fetched in the order of memory
+    const uint32_t* x = call.x;
+    for (int64_t t = 0; t < call.steps; ++t) {
+      U w[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        w[r] = load_step(panel.rows[first + r], t, row_bytes);
+        __builtin_prefetch(next, 0, 3);
+        next += 4 * kLanes;
+      }
+#pragma GCC unroll 4
+      for (uint32_t c = 0; c < 4; ++c) {
+        U xs[kFours];
+#pragma GCC unroll 4
+        for (int f = 0; f < kFours; ++f, x += kLanes) xs[f] = load<U>(x);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const U unit = __builtin_shuffle(w[r], kFirstOfQuad + c);
+#pragma GCC unroll 4
+          for (int f = 0; f < kFours; ++f) acc[r][f] = T::dot(acc[r][f], unit, xs[f]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int f = 0; f < kFours; ++f) join_parts(acc[r][f], sums + 4 * f * kWidth + first + r);
+  }
+}
+
+template <class T, int kFours = kFewTokens / 4>
+void few(const Call<T>& call, const Panel& panel, float* sums) {
+  if ((call.op.tokens + 3) / 4 == kFours)
+    few_of<T, kFours>(call, panel, sums);
+  else if constexpr (kFours > 1)
+    few<T, kFours - 1>(call, panel, sums);
+}
+
+// A token for `many`: its parts one after the other.
+template <class T>
+void part(const Call<T>& call, int64_t token) {
+  const uint8_t* row = static_cast<const uint8_t*>(call.op.x) + token * call.row_bytes();
+  uint32_t* out = call.x + token * call.steps * kLanes;
+  for (int64_t t = 0; t < call.steps; ++t) {
+    uint32_t units[kLanes];
+    store(units, load_step(row, t, call.row_bytes()));
+    for (int q = 0; q < kQuads; ++q) std::memcpy(out + (q * call.steps + t) * 4, units + 4 * q, 16);
+  }
+}
+
+// Steps `first` to `first + count` of a panel: for each part and unit of it one vector per column.
+template <class T>
+void pack(const Call<T>& call, const Panel& panel, int64_t first, int64_t count, uint32_t* packed) {
+  for (int64_t t = 0; t < count; ++t)
+    for (int j = 0; j < kTileCols; ++j) {
+      U block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load_step(panel.rows[j * kLanes + i], first + t, call.row_bytes());
+      transpose(block);
 #pragma GCC unroll 16
       for (int u = 0; u < kLanes; ++u)
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) acc[m] = T::dot(acc[m], block[u], all(x[m * ldx + k + u]));
-    } else {
-      for (int u = 0; u < units - k; ++u)
-        for (int m = 0; m < kRows; ++m) acc[m] = T::dot(acc[m], block[u], all(x[m * ldx + k + u]));
+        store(packed + ((u / 4 * count + t) * 4 + u % 4) * kWidth + j * kLanes, block[u]);
     }
-  }
-  for (int m = 0; m < kRows; ++m) store(sums + (m * kTileCols + column) * kLanes, acc[m]);
 }
 
-template <class T, int kRows = kFewRows>
-void few(int64_t rows, const Panel& panel, const uint32_t* x, int64_t ldx, int64_t units, float* sums) {
-  if (rows == kRows) {
-    for (int j = 0; j < kTileCols; ++j) few_of<T, kRows>(panel, j, x, ldx, units, sums);
-  } else if constexpr (kRows > 1) {
-    few<T, kRows - 1>(rows, panel, x, ldx, units, sums);
-  }
-}
-
-// Packed a piece at a time; the next panel is fetched while this one is multiplied.
+// Multiplies a chunk of tokens by what is packed; parts[q] [tokens][kWidth] are written or, if not `fresh`, added to.
 template <class T>
-void many(int64_t rows, const Panel& panel, const uint32_t* x, int64_t ldx, int64_t units, uint32_t* packed,
-          float* sums) {
-  constexpr int64_t width = kTileCols * kLanes;
-  const uint32_t* columns[kTileCols];
-  for (int j = 0; j < kTileCols; ++j) columns[j] = packed + j * kLanes;
-  const int64_t piece = rows <= kPieceRows ? kPiece : units;
-  for (int64_t first = 0; first < units; first += piece) {
-    const int64_t count = least(piece, units - first);
-    for (int64_t k = 0; k < count; k += kLanes)
-      for (int j = 0; j < kTileCols; ++j) {
-        U block[kLanes];
-        load_block<false>(panel, j, first + k, block);
-        for (int u = 0; u < kLanes; ++u) store(packed + (k + u) * width + j * kLanes, block[u]);
-      }
-    const uint8_t* next[kTileCols];
-    for (int j = 0; j < kTileCols; ++j) next[j] = panel.rows[j][0] + panel.ahead + 4 * first * kLanes;
-    tiles<T, kTileCols>(rows, x + first, ldx, {columns, count, count, width}, sums, width, first == 0, next);
+void multiply(const Call<T>& call, int64_t token, int64_t tokens, int64_t first, int64_t count, const uint32_t* packed,
+              float* parts, const uint8_t* const* next) {
+  for (int q = 0; q < kQuads; ++q) {
+    const uint32_t* columns[kTileCols];
+    for (int j = 0; j < kTileCols; ++j) columns[j] = packed + q * count * 4 * kWidth + j * kLanes;
+    const uint32_t* x = call.x + token * call.steps * kLanes + (q * call.steps + first) * 4;
+    const uint8_t* ahead[kTileCols];
+    for (int j = 0; j < kTileCols && next; ++j) ahead[j] = next[j] + q * count * 4 * 4 * kLanes;
+    tiles<T, kTileCols>(tokens, x, call.steps * kLanes, {columns, count * 4, count * 4, kWidth},
+                        parts + q * kChunk * kWidth, kWidth, first == 0, next ? ahead : nullptr);
   }
 }
 
-// One token's sums of the panel from output `first` on, to where they belong.
+// Sums of a chunk from its parts, into the first.
+inline void join_chunk(float* parts, int64_t tokens) {
+  if constexpr (kQuads == 1) return;
+  for (int64_t i = 0; i < tokens * kWidth; i += kLanes) {
+    auto at = [parts, i](int q) { return load<F>(parts + q * kChunk * kWidth + i); };
+    if constexpr (kQuads == 4)
+      store(parts + i, (at(0) + at(1)) + (at(2) + at(3)));
+    else
+      store(parts + i, at(0) + at(1));
+  }
+}
+
+// One token's sums of a panel, to where they belong.
 template <class T>
 void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
   for (int j = 0; j < (op.up ? 1 : kTileCols); ++j) {
@@ -115,45 +182,60 @@ void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
 }
 
 template <class T>
-struct Call {
-  const Linear& op;
-  const uint32_t* x;
-  int64_t ldx, units, outs, threads;  // outs: of one panel
-};
+void many(const Call<T>& call, const Panel& panel, int64_t first_out, float* parts, uint32_t* packed) {
+  const int64_t tokens = call.op.tokens, steps = call.steps, piece = tokens <= kChunk ? kPiece / kLanes : steps;
+  for (int64_t first = 0; first < steps; first += piece) {
+    const int64_t count = least(piece, steps - first);
+    pack(call, panel, first, count, packed);
+    for (int64_t token = 0; token < tokens; token += kChunk) {
+      const int64_t n = least(kChunk, tokens - token);
+      const uint8_t* next[kTileCols];
+      for (int j = 0; j < kTileCols; ++j) next[j] = panel.rows[j * kLanes] + panel.ahead + first * kLanes * 4 * kLanes;
+      multiply(call, token, n, first, count, packed, parts, token + n == tokens ? next : nullptr);
+      if (first + count < steps) continue;
+      join_chunk(parts, n);
+      for (int64_t t = 0; t < n; ++t) finish<T>(call.op, first_out, parts + t * kWidth, token + t);
+    }
+  }
+}
 
 template <class T>
 void panel_of(const Call<T>& call, int64_t item, void* scratch) {
   const Linear& op = call.op;
-  const int64_t first = item * call.outs;
+  const int64_t first = item * call.outs, row_bytes = call.row_bytes();
   Panel panel;
-  panel.row_bytes = op.in * size_of(op.type);
-  panel.ahead = call.threads * call.outs * panel.row_bytes;
-  for (int j = 0; j < kTileCols; ++j)
-    for (int i = 0; i < kLanes; ++i) {  // gate and up share a panel
-      const uint8_t* weight = static_cast<const uint8_t*>(op.up && j ? op.up : op.weight);
-      const int64_t row = first + (op.up ? 0 : j * kLanes) + i;
-      panel.rows[j][i] = weight + least(row, op.out_size - 1) * panel.row_bytes;
-    }
-  float* sums = static_cast<float*>(scratch);
-  if (op.tokens <= kFewRows) {
-    few<T>(op.tokens, panel, call.x, call.ldx, call.units, sums);
-  } else {
-    uint32_t* packed = reinterpret_cast<uint32_t*>(sums + op.tokens * kTileCols * kLanes);
-    many<T>(op.tokens, panel, call.x, call.ldx, call.units, packed, sums);
+  panel.ahead = call.threads * call.outs * row_bytes;
+  for (int i = 0; i < kWidth; ++i) {  // gate and up share a panel
+    const bool up = op.up && i >= kLanes;
+    const uint8_t* weight = static_cast<const uint8_t*>(up ? op.up : op.weight);
+    panel.rows[i] = weight + least(first + (up ? i - kLanes : i), op.out_size - 1) * row_bytes;
   }
-  for (int64_t t = 0; t < op.tokens; ++t) finish<T>(op, first, sums + t * kTileCols * kLanes, t);
+  if (op.up)  // past the gate's half of the last panel
+    for (int i = 0; i < kLanes; ++i)
+      panel.rows[i] = static_cast<const uint8_t*>(op.weight) + least(first + i, op.out_size - 1) * row_bytes;
+  float* sums = static_cast<float*>(scratch);
+  if (op.tokens > kFewTokens)
+    return many(call, panel, first, sums, reinterpret_cast<uint32_t*>(sums + kQuads * kChunk * kWidth));
+  few(call, panel, sums);
+  for (int64_t t = 0; t < op.tokens; ++t) finish<T>(op, first, sums + t * kWidth, t);
 }
 
 template <class T>
 void linear_of(const Linear& op, Team& team) {
-  constexpr int64_t width = kTileCols * kLanes;
-  const int64_t units = (op.in + T::kPerUnit - 1) / T::kPerUnit;
-  const Call<T> call{op, static_cast<const uint32_t*>(op.x), op.in / T::kPerUnit, units, op.up ? kLanes : width,
-                     team.threads()};
-  const int64_t packed = op.tokens <= kFewRows ? 0 : (op.tokens <= kPieceRows ? least(kPiece, units) : units) + kLanes;
-  team.run((op.out_size + call.outs - 1) / call.outs, 4 * width * (op.tokens + packed),
+  const int64_t units = (op.in + T::kPerUnit - 1) / T::kPerUnit, steps = (units + kLanes - 1) / kLanes;
+  const bool is_few = op.tokens <= kFewTokens;
+  Call<T> call{op, nullptr, steps, op.up ? kLanes : kWidth, team.threads()};
+  call.x = static_cast<uint32_t*>(team.shared(4 * (op.tokens + 3) / 4 * 4 * steps * kLanes));
+  if (is_few) {
+    for (int64_t four = 0; four < (op.tokens + 3) / 4; ++four) interleave(call, four);
+  } else {
+    team.run(op.tokens, 0,
+             [](const void* context, int64_t t, void*) { part(*static_cast<const Call<T>*>(context), t); }, &call);
+  }
+  const int64_t packed = (op.tokens <= kChunk ? least(kPiece / kLanes, steps) : steps) * kLanes * kWidth;
+  team.run((op.out_size + call.outs - 1) / call.outs, 4 * (kQuads * kChunk * kWidth + (is_few ? 0 : packed)),
            [](const void* context, int64_t item, void* memory) {
-             panel_of<T>(*static_cast<const Call<T>*>(context), item, memory);
+             panel_of(*static_cast<const Call<T>*>(context), item, memory);
            },
            &call);
 }

@@ -22,11 +22,11 @@ namespace SLIPWAY_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2;  // 24 sums, 2 weights, 1 broadcast of 32 registers
-constexpr int kFewRows = 8;  // rows whose sums fit the registers beside a transposed block
+constexpr int kFewTokens = 16, kFewRows = 8;  // 16 sums, 8 rows, 2 tokens, 1 broadcast
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFewRows = 4;
+constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFewTokens = 8, kFewRows = 4;
 #else
-constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFewRows = 4;
+constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFewTokens = 8, kFewRows = 4;
 #endif
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
@@ -137,56 +137,48 @@ ALWAYS F exp(F x) {
   return p * reinterpret_cast<F>((n + 127) << 23);
 }
 
-// rows[i] lane j -> rows[j] lane i: rounds of pairwise interleaving, first within 128 bits and then of them.
-ALWAYS void transpose(U (&rows)[kLanes]) {
-  U turned[kLanes];
+// A vector is kQuads runs of four lanes. Four rows w[i], lane j -> w[c], lane 4 q + i: what row i holds at 4 q + c.
+constexpr int kQuads = kLanes / 4;
 #if defined(__AVX512F__)
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    turned[i] = __builtin_shuffle(rows[i], rows[i + 1], U{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29});
-    turned[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], U{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31});
-  }
-  constexpr U lows{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-  constexpr U highs{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+constexpr U kLow{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+constexpr U kHigh{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+constexpr U kLowPair{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+constexpr U kHighPair{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+constexpr U kFirstOfQuad{0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+#elif defined(__AVX2__)
+constexpr U kLow{0, 8, 1, 9, 4, 12, 5, 13}, kHigh{2, 10, 3, 11, 6, 14, 7, 15};
+constexpr U kLowPair{0, 1, 8, 9, 4, 5, 12, 13}, kHighPair{2, 3, 10, 11, 6, 7, 14, 15};
+constexpr U kFirstOfQuad{0, 0, 0, 0, 4, 4, 4, 4};
+#else
+constexpr U kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7}, kLowPair{0, 1, 4, 5}, kHighPair{2, 3, 6, 7}, kFirstOfQuad{0, 0, 0, 0};
+#endif
+ALWAYS void quads(U* w) {
+  const U a = __builtin_shuffle(w[0], w[1], kLow), b = __builtin_shuffle(w[0], w[1], kHigh);
+  const U c = __builtin_shuffle(w[2], w[3], kLow), d = __builtin_shuffle(w[2], w[3], kHigh);
+  w[0] = __builtin_shuffle(a, c, kLowPair), w[1] = __builtin_shuffle(a, c, kHighPair);
+  w[2] = __builtin_shuffle(b, d, kLowPair), w[3] = __builtin_shuffle(b, d, kHighPair);
+}
+
+// rows[i] lane j -> rows[j] lane i: quads, and then those across rows.
+ALWAYS void transpose(U (&rows)[kLanes]) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // rows[i + c]: column c of each 128 bits, of rows i to i + 3
-    rows[i] = __builtin_shuffle(turned[i], turned[i + 2], lows);
-    rows[i + 1] = __builtin_shuffle(turned[i], turned[i + 2], highs);
-    rows[i + 2] = __builtin_shuffle(turned[i + 1], turned[i + 3], lows);
-    rows[i + 3] = __builtin_shuffle(turned[i + 1], turned[i + 3], highs);
-  }
+  for (int i = 0; i < kLanes; i += 4) quads(rows + i);
+#if defined(__AVX512F__)
   constexpr U even{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
   constexpr U odd{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    turned[c] = __builtin_shuffle(rows[c], rows[c + 4], even);
-    turned[c + 4] = __builtin_shuffle(rows[c], rows[c + 4], odd);
-    turned[c + 8] = __builtin_shuffle(rows[c + 8], rows[c + 12], even);
-    turned[c + 12] = __builtin_shuffle(rows[c + 8], rows[c + 12], odd);
+    const U a = __builtin_shuffle(rows[c], rows[c + 4], even), b = __builtin_shuffle(rows[c], rows[c + 4], odd);
+    const U d = __builtin_shuffle(rows[c + 8], rows[c + 12], even), e = __builtin_shuffle(rows[c + 8], rows[c + 12], odd);
+    rows[c] = __builtin_shuffle(a, d, even), rows[c + 8] = __builtin_shuffle(a, d, odd);
+    rows[c + 4] = __builtin_shuffle(b, e, even), rows[c + 12] = __builtin_shuffle(b, e, odd);
   }
+#elif defined(__AVX2__)
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    rows[c] = __builtin_shuffle(turned[c], turned[c + 8], even);
-    rows[c + 4] = __builtin_shuffle(turned[c + 4], turned[c + 12], even);
-    rows[c + 8] = __builtin_shuffle(turned[c], turned[c + 8], odd);
-    rows[c + 12] = __builtin_shuffle(turned[c + 4], turned[c + 12], odd);
-  }
-#else
-#pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kLanes / 2; ++i) {
-      const U a = rows[i], b = rows[i + kLanes / 2];
-#if defined(__AVX2__)
-      turned[2 * i] = __builtin_shuffle(a, b, U{0, 8, 1, 9, 2, 10, 3, 11});
-      turned[2 * i + 1] = __builtin_shuffle(a, b, U{4, 12, 5, 13, 6, 14, 7, 15});
-#else
-      turned[2 * i] = __builtin_shuffle(a, b, U{0, 4, 1, 5});
-      turned[2 * i + 1] = __builtin_shuffle(a, b, U{2, 6, 3, 7});
-#endif
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
+    const U a = rows[c], b = rows[c + 4];
+    rows[c] = __builtin_shuffle(a, b, U{0, 1, 2, 3, 8, 9, 10, 11});
+    rows[c + 4] = __builtin_shuffle(a, b, U{4, 5, 6, 7, 12, 13, 14, 15});
   }
 #endif
 }

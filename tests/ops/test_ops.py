@@ -276,7 +276,7 @@ def test_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
     rng = np.random.default_rng(9)
     x_TD, weight = normal(rng, 200, 330, dtype=dtype), normal(rng, 50, 330, dtype=dtype)
     whole = ops.linear(x_TD, weight, jnp.int32(200))
-    for count in (1, 2, 7, 8, 9, 12, 13, 31, 48, 49, 100):
+    for count in (1, 2, 4, 5, 8, 9, 16, 17, 31, 48, 49, 97):
         np.testing.assert_array_equal(
             ops.linear(x_TD[:count], weight, jnp.int32(count)), whole[:count], err_msg=str(count)
         )
