@@ -83,7 +83,7 @@ class PeersBench:
                 take(f"decode b{batch} tok/s", partial(_decode_rate, prompts=asked, steps=steps), names)
             for length in PREFILLS if self.model != "nano" else PREFILLS[:1]:
                 take(f"prefill {length} tok/s", partial(_prefill_rate, prompts=prompts, length=length), names)
-            for load in self.loads:
+            for load in self.loads if turn else ():
                 length, out, shared = SERVES[load]
                 for name in names:
                     if name == "transformers":

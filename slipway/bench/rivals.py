@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,11 @@ class Worker:
         if name == "vllm":
             python, script = [str(vllm.environment()), "-P"], [str(Path(__file__).parent / "worker_vllm.py")]
             variables |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
+        self._name, self._errors = name, tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         started = time.perf_counter()
         self._process = subprocess.Popen(
             [*python, *script, str(directory), dtype, str(max_model_len), str(max_num_seqs)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env=os.environ | variables,
         )  # fmt: skip
         self._read()
@@ -66,7 +68,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker ended with {self._process.wait()}")
+            self._errors.seek(0)
+            tail = self._errors.read()[-2000:].decode(errors="replace")
+            raise RuntimeError(f"{self._name} ended with {self._process.wait()}:\n{tail}")
         return json.loads(line)
 
 

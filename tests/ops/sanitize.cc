@@ -1,0 +1,127 @@
+// Runs every kernel on ragged shapes over buffers of exactly the right size; a sanitizer looks on. Prints how many calls.
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "isa.cc"
+
+namespace {
+
+using namespace slipway;
+
+struct Alone final : Team {
+  std::vector<char> memory, common;
+  int64_t threads() const override { return 2; }
+  void* shared(int64_t bytes) override { return aligned(common, bytes); }
+  void run(int64_t items, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
+    void* scratch = aligned(memory, bytes);
+    for (int64_t i = 0; i < items; ++i) body(context, i, scratch);
+  }
+  static void* aligned(std::vector<char>& held, int64_t bytes) {
+    std::vector<char>(bytes + 64).swap(held);  // new for each call: what is too small shows
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
+  }
+};
+
+std::mt19937 random_bits(7);
+Alone team;
+int calls = 0;
+
+std::vector<char> numbers(int64_t count, Type type) {
+  std::vector<char> held(count * size_of(type));
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = normal(random_bits);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits >>= type == Type::kFloat ? 0 : 16;
+    std::memcpy(held.data() + i * size_of(type), &bits, size_of(type));
+  }
+  return held;
+}
+
+void linears(Type type) {
+  for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100})
+    for (int64_t in : {2, 8, 34, 64, 514})
+      for (int64_t out_size : {1, 15, 16, 33, 70}) {
+        auto x = numbers(tokens * in, type), w = numbers(out_size * in, type), up = numbers(out_size * in, type);
+        auto bias = numbers(out_size, type);
+        std::vector<char> out(tokens * out_size * 4);
+        Linear op{type, Type::kFloat, tokens, in, out_size, x.data(), w.data(), bias.data(), nullptr, nullptr, out.data()};
+        SLIPWAY_ISA::table.linear(op, team);
+        out.resize(tokens * out_size * size_of(type)), out.shrink_to_fit();
+        op.out_type = type, op.up = up.data(), op.out = out.data();
+        SLIPWAY_ISA::table.linear(op, team);
+        calls += 2;
+      }
+}
+
+void norms(Type type) {
+  for (int64_t head_dim : {8, 24, 40, 128})
+    for (bool normed : {false, true}) {
+      const int64_t tokens = 3, heads = 2, all = tokens * heads * head_dim;
+      auto x = numbers(all, type), weight = numbers(head_dim, type), out = numbers(all, type);
+      auto cos = numbers(tokens * head_dim / 2, Type::kFloat), sin = cos;
+      SLIPWAY_ISA::table.norm({type, tokens * heads, head_dim, x.data(), weight.data(), 1e-6f, out.data()}, team);
+      SLIPWAY_ISA::table.rotate({type, tokens, heads, head_dim, x.data(), normed ? weight.data() : nullptr,
+                                 reinterpret_cast<float*>(cos.data()), reinterpret_cast<float*>(sin.data()), 1e-6f,
+                                 out.data()}, team);
+      calls += 2;
+    }
+}
+
+void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, int64_t kv_heads, int64_t window) {
+  const std::vector<std::pair<int32_t, int32_t>> rows{{0, 5}, {70, 1}, {0, 0}, {100, 61}, {15, 1}};  // cached, new
+  const int64_t width = (161 + page_size - 1) / page_size, pages = width * 5;
+  std::vector<int32_t> positions, slots, starts, counts, lengths, table;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    starts.push_back(positions.size()), counts.push_back(rows[r].second), lengths.push_back(rows[r].first + rows[r].second);
+    for (int64_t p = 0; p < width; ++p) table.push_back((r * width + p) * 3 % pages);
+    for (int32_t i = rows[r].first; i < lengths.back(); ++i) {
+      positions.push_back(i);
+      slots.push_back(table[r * width + i / page_size] * page_size + i % page_size);
+    }
+  }
+  slots.back() = pages * page_size;  // padding's
+  const int64_t tokens = positions.size();
+  auto data = numbers(pages * kv_heads * 2 * page_size * head_dim, type), q = numbers(tokens * heads * head_dim, type);
+  auto k = numbers(tokens * kv_heads * head_dim, type), v = k, out = q, sinks = numbers(heads, Type::kFloat);
+  const Cache cache{type, pages, kv_heads, page_size, head_dim, data.data()};
+  const Ragged ragged{tokens, static_cast<int64_t>(rows.size()), width, positions.data(), slots.data(),
+                      starts.data(), counts.data(), lengths.data(), table.data()};
+  SLIPWAY_ISA::table.write_kv({cache, ragged, k.data(), v.data()}, team);
+  for (float soft_cap : {0.0f, 30.0f})
+    for (bool sinking : {false, true})
+      SLIPWAY_ISA::table.attention({cache, ragged, heads, 0.2f, soft_cap, window,
+                                    sinking ? reinterpret_cast<float*>(sinks.data()) : nullptr, q.data(), out.data()}, team);
+  calls += 5;
+}
+
+void samples() {
+  for (int64_t vocab : {1, 15, 37, 4096, 5001}) {
+    auto logits = numbers(2 * vocab, Type::kFloat);
+    const float temperature[] = {0, 0.8f}, top_p[] = {1, 0.9f}, min_p[] = {0, 0.01f}, uniform[] = {0.5f, 0.9999999f};
+    const int32_t top_k[] = {0, 5};
+    int32_t token[2];
+    SLIPWAY_ISA::table.sample({2, vocab, reinterpret_cast<float*>(logits.data()), temperature, top_k, top_p, min_p, uniform,
+                               token}, team);
+    if (token[0] < 0 || token[0] >= vocab || token[1] < 0 || token[1] >= vocab) std::abort();
+    ++calls;
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (Type type : {Type::kFloat, Type::kBFloat16}) {
+    linears(type), norms(type);
+    for (int64_t page_size : {16, 48, 64, 128})
+      for (int64_t head_dim : {8, 24, 64, 80})
+        attentions(type, page_size, head_dim, 6, 3, page_size == 48 ? 20 : 0);
+    attentions(type, 16, 16, 40, 1, 0);
+  }
+  samples();
+  std::printf("%d\n", calls);
+}
