@@ -35,7 +35,7 @@ void write_row(const Cache& cache, int64_t slot, int64_t head, const uint8_t* ke
 
 template <class T>
 void write_kv_of(const WriteKv& op, Team& team) {
-  team.run(op.cache.kv_heads, 0,
+  team.run(op.cache.kv_heads, 1, 0,
            [](const void* context, int64_t head, void*) {
              const WriteKv& op = *static_cast<const WriteKv*>(context);
              const Cache& cache = op.cache;
@@ -257,7 +257,7 @@ void attention_of(const Attention& op, Team& team) {
   const int64_t rows = (longest < piece ? longest : piece) * group;
   const Desk none = lay_out(nullptr, rows, op.cache.head_dim);
   const Call call{op, piece, pieces};
-  team.run(pieces * op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
+  team.run(pieces * op.cache.kv_heads, 1, reinterpret_cast<int64_t>(none.keys),
            [](const void* context, int64_t i, void* memory) {
              const Call& call = *static_cast<const Call*>(context);
              // the last pieces of a prompt see the most keys: they come first

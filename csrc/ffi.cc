@@ -39,17 +39,18 @@ class PoolTeam final : public slipway::Team {
  public:
   PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {}
 
-  int64_t threads() const override { return threads_; }
   void* shared(int64_t bytes) override { return scratch<kCall>(bytes); }
 
-  void run(int64_t items, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
+  void run(int64_t items, int64_t together, int64_t bytes, void (*body)(const void*, int64_t, void*),
+           const void* context) override {
     const int64_t helpers = std::min<int64_t>(threads_, items) - 1;
     if (helpers <= 0) {
       for (int64_t i = 0; i < items; ++i) body(context, i, scratch<kItems>(bytes));
       return;
     }
     auto job = std::make_shared<Job>();
-    job->items = items, job->bytes = bytes, job->body = body, job->context = context;
+    job->items = items, job->share = 2 * (helpers + 1), job->together = together, job->bytes = bytes;
+    job->body = body, job->context = context;
     for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([job] { job->work(); });
     job->work();
     for (int turns = 0; job->done.load(std::memory_order_acquire) < items; ++turns)
@@ -59,17 +60,20 @@ class PoolTeam final : public slipway::Team {
  private:
   struct Job {
     std::atomic<int64_t> next{0}, done{0};
-    int64_t items, bytes;
+    int64_t items, share, together, bytes;
     void (*body)(const void*, int64_t, void*);
     const void* context;
 
     void work() {
-      int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= items) return;
-      void* memory = scratch<kItems>(bytes);
-      for (; i < items; i = next.fetch_add(1, std::memory_order_relaxed)) {
-        body(context, i, memory);
-        done.fetch_add(1, std::memory_order_release);
+      int64_t i = next.load(std::memory_order_relaxed);
+      while (i < items) {
+        // a share of what is left, so that all end at about the same time
+        const int64_t count = std::clamp<int64_t>((items - i) / share, 1, together);
+        if (!next.compare_exchange_weak(i, i + count, std::memory_order_relaxed)) continue;
+        void* memory = scratch<kItems>(bytes);
+        for (int64_t item = i; item < i + count; ++item) body(context, item, memory);
+        done.fetch_add(count, std::memory_order_release);
+        i = next.load(std::memory_order_relaxed);
       }
     }
   };

@@ -10,12 +10,12 @@ enum class Type : int32_t { kFloat, kBFloat16 };
 constexpr int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 
 // The threads that share one call. `run` calls body(context, item, scratch) for every item below `items`, in any order and
-// on any thread, and returns when all are done; scratch is at least `scratch_bytes` of the thread's own memory, 64-aligned.
+// on any thread, and returns when all are done; a thread takes up to `together` neighbours at once. scratch is at least
+// `scratch_bytes` of the thread's own memory, 64-aligned.
 class Team {
  public:
-  virtual int64_t threads() const = 0;
   virtual void* shared(int64_t bytes) = 0;  // one buffer for the whole call, 64-aligned; the caller's scratch is another
-  virtual void run(int64_t items, int64_t scratch_bytes, void (*body)(const void*, int64_t, void*),
+  virtual void run(int64_t items, int64_t together, int64_t scratch_bytes, void (*body)(const void*, int64_t, void*),
                    const void* context) = 0;
   virtual ~Team() = default;
 };

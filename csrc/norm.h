@@ -48,13 +48,13 @@ void rotate_row(const Rotate& op, int64_t token, int64_t head) {
 
 template <class T>
 void norm_of(const Norm& op, Team& team) {
-  team.run(op.tokens, 0,
+  team.run(op.tokens, 16, 0,
            [](const void* context, int64_t t, void*) { norm_row<T>(*static_cast<const Norm*>(context), t); }, &op);
 }
 
 template <class T>
 void rotate_of(const Rotate& op, Team& team) {
-  team.run(op.tokens, 0,
+  team.run(op.tokens, 16, 0,
            [](const void* context, int64_t t, void*) {
              const Rotate& op = *static_cast<const Rotate*>(context);
              for (int64_t head = 0; head < op.heads; ++head) rotate_row<T>(op, t, head);

@@ -106,7 +106,7 @@ inline void sample_row(const Sample& op, int64_t b, void* memory) {
 }
 
 inline void sample(const Sample& op, Team& team) {
-  team.run(op.rows, 8 * (op.vocab + 32),
+  team.run(op.rows, 1, 8 * (op.vocab + 32),
            [](const void* context, int64_t b, void* memory) {
              sample_row(*static_cast<const Sample*>(context), b, memory);
            },

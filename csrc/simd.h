@@ -22,11 +22,11 @@ namespace SLIPWAY_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2;  // 24 sums, 2 weights, 1 broadcast of 32 registers
-constexpr int kFewTokens = 16, kFewRows = 8;  // 16 sums, 8 rows, 2 tokens, 1 broadcast
+constexpr int kFewTokens = 16;  // 16 sums, 4 rows, 4 tokens, 1 shuffled
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFewTokens = 8, kFewRows = 4;
+constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFewTokens = 8;
 #else
-constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFewTokens = 8, kFewRows = 4;
+constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFewTokens = 8;
 #endif
 
 typedef float F __attribute__((vector_size(4 * kLanes)));

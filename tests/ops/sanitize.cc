@@ -13,9 +13,8 @@ using namespace slipway;
 
 struct Alone final : Team {
   std::vector<char> memory, common;
-  int64_t threads() const override { return 2; }
   void* shared(int64_t bytes) override { return aligned(common, bytes); }
-  void run(int64_t items, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
+  void run(int64_t items, int64_t, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
     void* scratch = aligned(memory, bytes);
     for (int64_t i = 0; i < items; ++i) body(context, i, scratch);
   }
