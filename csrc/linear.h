@@ -13,7 +13,7 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int kWidth = kTileCols * kLanes;  // outputs of a panel
+constexpr int kWidth = kTileCols * kLanes;  // outputs of a panel; a gated one holds half as many of either weight
 constexpr int kFewRows = 4;                 // read side by side: 40 GB/s where 8 read 36 and 16 read 35
 constexpr int64_t kTogether = 32;           // panels that a thread takes at once: 44 GB/s where one by one has 39
 constexpr int64_t kChunk = 48;              // tokens between two looks at a packed panel
@@ -24,13 +24,13 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T>
 struct Call {
   const Linear& op;
-  uint32_t* x;                            // the tokens, in the order that the kernel reads them
-  int64_t steps, outs;                    // steps: of kLanes units, the last one filled up with zeros
+  uint32_t* x;          // the tokens, in the order that the kernel reads them
+  int64_t steps, outs;  // of kLanes units, the last one filled up with zeros; outputs of a panel
   int64_t row_bytes() const { return op.in * 4 / T::kPerUnit; }
 };
 
 struct Panel {
-  const uint8_t* rows[kWidth];  // past the last output: the last one again
+  const uint8_t* rows[kWidth];     // past the last output: the last one again
   const uint8_t* next[kTileCols];  // where the columns of the next panel start
 };
 
@@ -211,9 +211,6 @@ void panel_of(const Call<T>& call, int64_t item, void* scratch) {
     const uint8_t* weight = static_cast<const uint8_t*>(up ? op.up : op.weight);
     panel.rows[i] = weight + least(first + (up ? i - kLanes : i), op.out_size - 1) * row_bytes;
   }
-  if (op.up)  // past the gate's half of the last panel
-    for (int i = 0; i < kLanes; ++i)
-      panel.rows[i] = static_cast<const uint8_t*>(op.weight) + least(first + i, op.out_size - 1) * row_bytes;
   for (int j = 0; j < kTileCols; ++j) panel.next[j] = panel.rows[j * kLanes] + call.outs * row_bytes;
   float* sums = static_cast<float*>(scratch);
   if (op.tokens > kFewTokens)

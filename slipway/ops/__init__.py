@@ -19,6 +19,7 @@ slice of it would be a copy. What order the S * H numbers of a page have is the 
 wrote a cache reads it: both follow from its shape and dtype.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -34,60 +35,50 @@ allocate_kv = xla.allocate_kv
 
 def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
     """See above."""
-    portable = partial(xla.linear, dtype=dtype)
-    if cpu.refuses(x_TD.dtype):
-        return portable(x_TD, weight, num_tokens, bias)
-    compiled = partial(cpu.linear, dtype=dtype)
-    return lax.platform_dependent(x_TD, weight, num_tokens, bias, cpu=compiled, default=portable)
+    why_not = cpu.refuses(x_TD, weight, bias) or cpu.refuses_row(x_TD)
+    return _serve(why_not, cpu.linear, xla.linear, x_TD, weight, num_tokens, bias, dtype=dtype)
 
 
 def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype=jnp.float32):
     """See above."""
-    args, portable = (x_TD, gate, up, num_tokens, gate_bias, up_bias), partial(xla.gated_linear, dtype=dtype)
-    if cpu.refuses(x_TD.dtype):
-        return portable(*args)
-    return lax.platform_dependent(*args, cpu=partial(cpu.gated_linear, dtype=dtype), default=portable)
+    why_not = cpu.refuses(x_TD, gate, up, gate_bias, up_bias) or cpu.refuses_row(x_TD)
+    args = x_TD, gate, up, num_tokens, gate_bias, up_bias
+    return _serve(why_not, cpu.gated_linear, xla.gated_linear, *args, dtype=dtype)
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):
     """See above."""
-    args, portable = (x_TD, weight, num_tokens), partial(xla.rms_norm, eps=eps)
-    if cpu.refuses(x_TD.dtype):
-        return portable(*args)
-    return lax.platform_dependent(*args, cpu=partial(cpu.rms_norm, eps=eps), default=portable)
+    return _serve(cpu.refuses(x_TD, weight), cpu.rms_norm, xla.rms_norm, x_TD, weight, num_tokens, eps=eps)
 
 
 def rotate(x_TNH, weight, angles, num_tokens, eps=0.0):
     """See above."""
-    args, portable = (x_TNH, weight, angles, num_tokens), partial(xla.rotate, eps=eps)
-    if cpu.refuses(x_TNH.dtype):
-        return portable(*args)
-    return lax.platform_dependent(*args, cpu=partial(cpu.rotate, eps=eps), default=portable)
+    return _serve(cpu.refuses(x_TNH, weight), cpu.rotate, xla.rotate, x_TNH, weight, angles, num_tokens, eps=eps)
 
 
 def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
     """See above."""
     args = logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B
-    if cpu.refuses(logits_BV.dtype):
-        return xla.sample(*args)
-    return lax.platform_dependent(*args, cpu=cpu.sample, default=xla.sample)
+    return _serve(cpu.refuses(logits_BV), cpu.sample, xla.sample, *args)
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     """See above."""
-    args = kv, layer, k_TKH, v_TKH, ragged
-    if cpu.refuses_cache(kv, k_TKH.dtype):
-        return xla.write_kv(*args)
-    return lax.platform_dependent(*args, cpu=cpu.write_kv, default=xla.write_kv)
+    return _serve(cpu.refuses_cache(kv, k_TKH.dtype), cpu.write_kv, xla.write_kv, kv, layer, k_TKH, v_TKH, ragged)
 
 
 def paged_attention(q_TNH, kv, layer, ragged, scale, window):
     """See above."""
-    args, portable = (q_TNH, kv, layer, ragged), partial(xla.paged_attention, scale=scale, window=window)
-    if cpu.refuses_cache(kv, q_TNH.dtype):
-        return portable(*args)
-    compiled = partial(cpu.paged_attention, scale=scale, window=window)
-    return lax.platform_dependent(*args, cpu=compiled, default=portable)
+    why_not, static = cpu.refuses_cache(kv, q_TNH.dtype), {"scale": scale, "window": window}
+    return _serve(why_not, cpu.paged_attention, xla.paged_attention, q_TNH, kv, layer, ragged, **static)
+
+
+def _serve(why_not: str, compiled: Callable, portable: Callable, *args, **static):
+    """Call the portable body, or the compiled one where the step is lowered for a CPU and nothing speaks against it."""
+    if why_not:
+        return portable(*args, **static)
+    bodies = {"cpu": partial(compiled, **static), "default": partial(portable, **static)}
+    return lax.platform_dependent(*args, **bodies)
 
 
 def bodies(platform: str, kv, dtype) -> dict[str, str]:
@@ -97,7 +88,7 @@ def bodies(platform: str, kv, dtype) -> dict[str, str]:
         return "xla" if platform != "cpu" else f"xla ({why_not})" if why_not else f"c++ {cpu.isa()}"
 
     dense, cache, logits = (
-        body(why) for why in (cpu.refuses(dtype), cpu.refuses_cache(kv, dtype), cpu.refuses(jnp.float32))
+        body(why) for why in (cpu.refuses_dtype(dtype), cpu.refuses_cache(kv, dtype), cpu.refuses_dtype(jnp.float32))
     )
     return {
         "embed": "xla", "linear": dense, "gated_linear": dense, "rms_norm": dense, "rotate": dense,

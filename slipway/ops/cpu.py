@@ -37,18 +37,29 @@ def isa() -> str | None:
     return name.decode()
 
 
-def refuses(dtype: Any) -> str:
+def refuses(*leaves: Any) -> str:
+    """Why no kernel takes these arrays and Picks, or None for absent ones, together; empty if they do."""
+    dtypes = {array.dtype for leaf in leaves if leaf is not None for array in _arrays(leaf)}
+    return "unlike dtypes" if len(dtypes) > 1 else refuses_dtype(dtypes.pop())
+
+
+def refuses_dtype(dtype: Any) -> str:
     """Why no kernel takes numbers of ``dtype`` here; empty if they do."""
     if isa() is None:
         return "no C++ kernels for this processor" if native.library() else "built without a C++ compiler"
     return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
 
 
+def refuses_row(x_TD) -> str:
+    """Why no kernel takes weights with rows of this size: they are read 32 bits at a time."""
+    return "rows of no whole 32-bit units" if x_TD.shape[1] * x_TD.dtype.itemsize % 4 else ""
+
+
 def refuses_cache(kv, dtype: Any) -> str:
     """Why ``write_kv`` and ``paged_attention`` do not take this cache of ``dtype``; empty if they do."""
     if kv.shape[4] % PAGE_MULTIPLE:
         return f"a page of {kv.shape[4]} tokens, no multiple of {PAGE_MULTIPLE}"
-    return f"head_dim {kv.shape[5]}" if kv.shape[5] % 2 else refuses(dtype)
+    return f"head_dim {kv.shape[5]}" if kv.shape[5] % 2 else refuses_dtype(dtype)
 
 
 def linear(x_TD, weight, num_tokens, bias, dtype):

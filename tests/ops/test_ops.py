@@ -17,6 +17,7 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 # The sums are f32 in any case: f32 differs by their order, bf16 by one rounding of the result (half of 2^-8) besides.
 BOUNDS = {F32: {"rtol": 1e-5, "atol": 1e-5}, BF16: {"rtol": 2**-8, "atol": 1e-5}}
 NUM_LAYERS = 2
+LINEARS = [(1, 48, 20), (2, 96, 32), (3, 33, 17), (9, 48, 33), (14, 30, 16), (70, 600, 40)]  # tokens, in, out
 
 # Rows of (tokens in the cache before, tokens of this step); the number says what the step is like.
 STEPS = {
@@ -208,7 +209,9 @@ def test_the_chosen_write_kv_touches_the_live_slots_of_one_layer_alone(shape):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("rows", "size", "out"), [(1, 48, 20), (2, 96, 32), (9, 48, 33), (14, 30, 16), (70, 600, 40)])
+@pytest.mark.parametrize(
+    ("rows", "size", "out"), [(1, 48, 20), (2, 96, 32), (9, 48, 33), (14, 30, 16), (70, 600, 40), (3, 33, 17)]
+)
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
 def test_linear_equals_its_oracle(body, rows, size, out, dtype):
     rng, count = np.random.default_rng(2), jnp.int32(max(1, rows - 2))
@@ -269,9 +272,17 @@ def test_linear_picks_the_weight_of_a_traced_layer(dtype):
         np.testing.assert_array_equal(pick(i, weights), ops.linear(x_TD, weights[i], jnp.int32(3)))
 
 
+def test_linear_takes_weights_of_another_dtype():
+    rng = np.random.default_rng(12)
+    x_TD, weight = normal(rng, 3, 32), normal(rng, 8, 32, dtype=BF16)
+    with jax.numpy_dtype_promotion("standard"):
+        got, expected = (f(x_TD, weight, jnp.int32(3)) for f in (ops.linear, xla.linear_oracle))
+    np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
-    if cpu.refuses(dtype):
+    if cpu.refuses_dtype(dtype):
         pytest.skip("the portable body promises equal numbers, not equal bits")
     rng = np.random.default_rng(9)
     x_TD, weight = normal(rng, 200, 330, dtype=dtype), normal(rng, 50, 330, dtype=dtype)
