@@ -10,7 +10,7 @@ device's part: the ops run under shard_map and communicate with nobody.
     rms_norm(x_TD, weight, num_tokens, eps) -> y_TD
     rotate(x_TNH, weight, angles, num_tokens, eps) -> y_TNH         heads normalized, if weight is given, and turned
     write_kv(kv, layer, k_TKH, v_TKH, ragged) -> kv             in place where the caller donates kv
-    paged_attention(q_TNH, kv, layer, ragged, scale, window) -> o_TNH
+    paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N) -> o_TNH
     allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
     sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
@@ -67,10 +67,10 @@ def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     return _serve(cpu.refuses_cache(kv, k_TKH.dtype), cpu.write_kv, xla.write_kv, kv, layer, k_TKH, v_TKH, ragged)
 
 
-def paged_attention(q_TNH, kv, layer, ragged, scale, window):
+def paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap=None, sinks_N=None):
     """See above."""
-    why_not, static = cpu.refuses_cache(kv, q_TNH.dtype), {"scale": scale, "window": window}
-    return _serve(why_not, cpu.paged_attention, xla.paged_attention, q_TNH, kv, layer, ragged, **static)
+    why_not, static = cpu.refuses_cache(kv, q_TNH.dtype), {"scale": scale, "window": window, "soft_cap": soft_cap}
+    return _serve(why_not, cpu.paged_attention, xla.paged_attention, q_TNH, kv, layer, ragged, sinks_N, **static)
 
 
 def _serve(why_not: str, compiled: Callable, portable: Callable, *args, **static):

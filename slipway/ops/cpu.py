@@ -106,12 +106,13 @@ def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     return call(kv, jnp.int32(layer), k_TKH, v_TKH, ragged.num_tokens, ragged.slots_T)
 
 
-def paged_attention(q_TNH, kv, layer, ragged, scale, window):
+def paged_attention(q_TNH, kv, layer, ragged, sinks_N, *, scale, window, soft_cap):
     """As ops.paged_attention."""
     call = jax.ffi.ffi_call("slipway_attention", jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))
     return call(
         q_TNH, kv, jnp.int32(layer), ragged.positions_T, ragged.starts_B, ragged.counts_B, ragged.page_table_BM,
-        scale=np.float32(scale), window=int(window or 0), soft_cap=np.float32(0),
+        *(() if sinks_N is None else (sinks_N.astype(jnp.float32),)),
+        scale=np.float32(scale), window=int(window or 0), soft_cap=np.float32(soft_cap or 0),
     )  # fmt: skip
 
 

@@ -86,26 +86,29 @@ def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     return at.set(rows_TK2H, mode="drop")
 
 
-def paged_attention(q_TNH, kv, layer, ragged, scale, window):
+def paged_attention(q_TNH, kv, layer, ragged, sinks_N=None, *, scale, window=None, soft_cap=None):
     """Causal attention of every token to its sequence's cache, this step's tokens included.
 
     ``window``: how many positions a token sees, itself included; None: all. Query head n reads KV head n // (N / K).
+    ``soft_cap``: scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, 2024). ``sinks_N``: a score per head that
+    takes its share of the softmax and adds nothing (gpt-oss, 2025).
     Rows with one token are taken together, in turns over their keys as long as the longest needs; longer rows tile by
     tile, each over no more keys than it sees. So the cost follows the tokens that are there, not the shapes.
     """
+    attend = partial(_attend, kv=kv, layer=layer, sinks_N=sinks_N, scale=scale, window=window, soft_cap=soft_cap)
     alone_B = ragged.counts_B == 1
     if ragged.counts_B.shape[0] <= FEW_ROWS:  # not worth a second attention to compile
-        return _tiles(q_TNH, kv, layer, ragged, jnp.zeros_like(alone_B), scale, window).astype(q_TNH.dtype)
+        return _tiles(attend, q_TNH, ragged, jnp.zeros_like(alone_B)).astype(q_TNH.dtype)
     start_B = jnp.where(alone_B, ragged.starts_B, q_TNH.shape[0])
-    o_BNH = _attend(
+    o_BNH = attend(
         q_TNH.at[start_B].get(mode="clip")[:, None], ragged.positions_T.at[start_B].get(mode="clip")[:, None],
-        jnp.where(alone_B, ragged.lengths_B, 0), ragged.page_table_BM, kv, layer, scale, window,
+        jnp.where(alone_B, ragged.lengths_B, 0), ragged.page_table_BM,
     )[:, 0]  # fmt: skip
-    out_TNH = _tiles(q_TNH, kv, layer, ragged, alone_B, scale, window)
+    out_TNH = _tiles(attend, q_TNH, ragged, alone_B)
     return out_TNH.at[start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
 
 
-def _tiles(q_TNH, kv, layer, ragged, skip_B, scale, window):
+def _tiles(attend, q_TNH, ragged, skip_B):
     """Attention of the rows that are not skipped, tile by tile; f32."""
     tokens, tile = q_TNH.shape[0], min(BLOCK_TOKENS, q_TNH.shape[0])
     padded_TNH = jnp.pad(q_TNH, ((0, tile), (0, 0), (0, 0)))
@@ -118,10 +121,10 @@ def _tiles(q_TNH, kv, layer, ragged, skip_B, scale, window):
         first = (i - ends_B[row] + tiles_B[row]) * tile
         start = ragged.starts_B[row] + first
         seen = jnp.minimum(first + tile, ragged.counts_B[row]) + ragged.lengths_B[row] - ragged.counts_B[row]
-        o_QNH = _attend(
+        o_QNH = attend(
             lax.dynamic_slice_in_dim(padded_TNH, start, tile)[None],
             lax.dynamic_slice_in_dim(positions_T, start, tile)[None],
-            seen[None], lax.dynamic_slice_in_dim(ragged.page_table_BM, row, 1), kv, layer, scale, window,
+            seen[None], lax.dynamic_slice_in_dim(ragged.page_table_BM, row, 1),
         )[0]  # fmt: skip
         mine_Q = (jnp.arange(tile) + first < ragged.counts_B[row])[:, None, None]
         old_QNH = lax.dynamic_slice_in_dim(out_TNH, start, tile)
@@ -131,7 +134,7 @@ def _tiles(q_TNH, kv, layer, ragged, skip_B, scale, window):
     return lax.fori_loop(0, ends_B[-1], one_tile, jnp.zeros(padded_TNH.shape, jnp.float32))[:tokens]
 
 
-def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, window):
+def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_N, scale, window, soft_cap):
     """Attention of R tiles of Q queries, each tile within one sequence, by an online softmax over blocks of pages.
 
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018. Returns f32.
@@ -150,6 +153,8 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, wi
         kv_2RKSH = kv[layer, pages_RP].transpose(3, 0, 2, 1, 4, 5).reshape(2, R, K, block, H)
         kv_2RKSH = _from_storage(kv_2RKSH, q_RQNH.dtype).astype(jnp.float32)
         s_RKXS = jnp.einsum("rkxh,rksh->rkxs", q_RKXH, kv_2RKSH[0])
+        if soft_cap is not None:
+            s_RKXS = jnp.tanh(s_RKXS / soft_cap) * soft_cap
         at_S = (j * block + jnp.arange(block))[None, None]
         seen_RXS = (at_S <= positions_RX[:, :, None]) & (at_S < lengths_R[:, None, None])
         if window is not None:
@@ -165,6 +170,9 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, kv, layer, scale, wi
 
     X = G * Q
     empty = jnp.full((R, K, X), MASKED), jnp.zeros((R, K, X)), jnp.zeros((R, K, X, H))
+    if sinks_N is not None:
+        sinks_KX = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), Q, axis=1)
+        empty = jnp.broadcast_to(sinks_KX, (R, K, X)), jnp.ones((R, K, X)), empty[2]
     first = 0
     if window is not None:
         oldest_R = jnp.where(lengths_R > 0, positions_RQ[:, 0] - window + 1, jnp.iinfo(jnp.int32).max)
@@ -260,7 +268,7 @@ def write_kv_oracle(kv, layer, k_TKH, v_TKH, ragged):
     return kv
 
 
-def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window):
+def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window, soft_cap=None, sinks_N=None):
     """What ``paged_attention`` means: for each token and head, a softmax over the keys it may see; NumPy, f32."""
     kv = np.asarray(_from_storage(kv[layer], q_TNH.dtype).astype(jnp.float32))
     q_TNH, ragged = np.asarray(q_TNH.astype(jnp.float32)), jax.tree.map(np.asarray, ragged)
@@ -273,6 +281,9 @@ def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window):
             seen = slice(max(0, stop - window) if window else 0, stop)
             for n in range(q_TNH.shape[1]):
                 scores_S = k_SKH[seen, n // group] @ q_TNH[t, n] * scale
-                weights_S = np.exp(scores_S - scores_S.max())
-                out_TNH[t, n] = weights_S @ v_SKH[seen, n // group] / weights_S.sum()
+                scores_S = scores_S if soft_cap is None else soft_cap * np.tanh(scores_S / soft_cap)
+                sink = -np.inf if sinks_N is None else float(sinks_N[n])
+                weights_S = np.exp(scores_S - max(scores_S.max(), sink))
+                total = weights_S.sum() + np.exp(sink - max(scores_S.max(), sink))
+                out_TNH[t, n] = weights_S @ v_SKH[seen, n // group] / total
     return out_TNH

@@ -172,13 +172,27 @@ def test_attention_of_a_token_is_the_same_bits_alone_in_a_batch_and_in_a_chunk(s
 
 
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
+@pytest.mark.parametrize(("soft_cap", "sinks"), [(2.0, False), (None, True), (30.0, True)])
+def test_attention_caps_scores_and_shares_with_sinks(body, soft_cap, sinks):
+    shape, rng = Shape(4, 2, 24, window=33), np.random.default_rng(13)
+    held, sinks_N = random_keys_and_values(rng, shape), normal(rng, 4) * 3 if sinks else None
+    ragged = make_ragged(rng, shape, STEPS["mixed, with empty rows"])
+    q_TNH, count = normal(rng, shape.tokens, 4, 24), int(ragged.num_tokens)
+    options = {"scale": 0.5, "window": shape.window, "soft_cap": soft_cap, "sinks_N": sinks_N}
+    got = body.paged_attention(q_TNH, filled(body, shape, held), 1, ragged, **options)
+    expected = xla.paged_attention_oracle(q_TNH, filled(xla, shape, held), 1, ragged, **options)
+    np.testing.assert_allclose(got[:count], expected[:count], **BOUNDS[F32])
+
+
+@pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_attention_never_looks_at_slots_that_were_not_written(body, dtype):
     shape, rng = Shape(4, 2, 24, dtype), np.random.default_rng(7)
     poison = jnp.full((shape.num_pages * shape.page_size, 2, 24), jnp.nan, dtype)
     kv, ragged = filled(body, shape, [(poison, poison)] * NUM_LAYERS), make_ragged(rng, shape, [(0, 21), (0, 1)])
     q_TNH, k_TKH, v_TKH = (normal(rng, TOKENS, heads, 24, dtype=dtype) for heads in (4, 2, 2))
-    out_TNH = body.paged_attention(q_TNH, body.write_kv(kv, 1, k_TKH, v_TKH, ragged), 1, ragged, 0.2, None)
+    kv = body.write_kv(kv, 1, k_TKH, v_TKH, ragged)
+    out_TNH = body.paged_attention(q_TNH, kv, 1, ragged, scale=0.2, window=None)
     assert bool(jnp.isfinite(out_TNH[:22].astype(F32)).all())
 
 
