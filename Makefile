@@ -13,7 +13,7 @@ WORKERS ?= 2
 
 demo: $(VENV)/core.stamp
 	$(BIN)/slipway generate --prompt "$$(printf '%s\n' 'class Stack:' '    def __init__(self):' '        self.items = []' '' \
-		'    def push(self, item):')" --max-tokens 64 --temperature 0.8 --top-p 0.95 --seed 2 --show-speed
+		'    def push(self, item):')" --max-tokens 64 --temperature 0.8 --top-p 0.95 --seed 14 --show-speed
 
 test: $(VENV)/test.stamp check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 8
