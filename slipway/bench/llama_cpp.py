@@ -138,7 +138,8 @@ class Server:
 
     def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
         """As bench/load.py's drive: each client sends its next prompt when its last has ended."""
-        started, times = [0.0] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
+        started = [0.0] * len(prompts)
+        times: list[list[float]] = [[] for _ in prompts]
         waiting, lock, begin = iter(range(len(prompts))), threading.Lock(), time.perf_counter()
 
         def client() -> None:
