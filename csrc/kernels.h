@@ -68,7 +68,7 @@ struct Cache {
 
 struct Ragged {
   int64_t tokens, rows, table_width;
-  const int32_t *positions, *slots, *starts, *counts, *lengths, *page_table;
+  const int32_t *positions, *slots, *starts, *counts, *page_table;
 };
 
 struct WriteKv {

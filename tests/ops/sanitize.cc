@@ -89,7 +89,7 @@ void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, i
   auto k = numbers(tokens * kv_heads * head_dim, type), v = k, out = q, sinks = numbers(heads, Type::kFloat);
   const Cache cache{type, pages, kv_heads, page_size, head_dim, data.data()};
   const Ragged ragged{tokens, static_cast<int64_t>(rows.size()), width, positions.data(), slots.data(),
-                      starts.data(), counts.data(), lengths.data(), table.data()};
+                      starts.data(), counts.data(), table.data()};
   SLIPWAY_ISA::table.write_kv({cache, ragged, k.data(), v.data()}, team);
   for (float soft_cap : {0.0f, 30.0f})
     for (bool sinking : {false, true})
