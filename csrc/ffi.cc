@@ -1,5 +1,5 @@
-// The doors through which XLA calls the kernels: unpacks buffers, shares work over XLA's own threads. Checks what Python
-// has promised (csrc knows the shapes' names in slipway/ops/cpu.py) and computes nothing.
+// The doors through which XLA calls the kernels: unpacks buffers and shares work over XLA's own threads. Computes nothing;
+// dtypes and shapes are as slipway/ops/cpu.py has checked them.
 
 #include <algorithm>
 #include <atomic>

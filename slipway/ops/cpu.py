@@ -46,7 +46,11 @@ def refuses(*leaves: Any) -> str:
 def refuses_dtype(dtype: Any) -> str:
     """Why no kernel takes numbers of ``dtype`` here; empty if they do."""
     if isa() is None:
-        return "no C++ kernels for this processor" if native.library() else "built without a C++ compiler"
+        return (
+            "no C++ kernels for this processor, or none by SLIPWAY_ISA"
+            if native.library()
+            else "built without a C++ compiler"
+        )
     return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
 
 
@@ -75,8 +79,9 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype):
 def _linear(x_TD, weights, num_tokens, biases, dtype):
     biased = biases[0] is not None
     groups = [leaf for pair in zip(weights, biases) for leaf in pair if leaf is not None]
-    out = jax.ShapeDtypeStruct((x_TD.shape[0], _arrays(weights[0])[0].shape[0]), dtype)
-    arrays = [array for leaf in groups for array in _arrays(leaf)]
+    out_size, arrays = _arrays(weights[0])[0].shape[0], [array for leaf in groups for array in _arrays(leaf)]
+    assert {array.shape for array in arrays} <= {(out_size, x_TD.shape[1]), (out_size,)}, "weights are (out, in)"
+    out = jax.ShapeDtypeStruct((x_TD.shape[0], out_size), dtype)
     call = jax.ffi.ffi_call("slipway_linear", out)
     return call(x_TD, jnp.int32(num_tokens), _index(groups[0]), *arrays, gated=len(weights) == 2, biased=biased)
 
