@@ -66,8 +66,9 @@ def launch(model: str, config: EngineConfig) -> Engine:
         kv = jax.jit(lambda: jnp.zeros(step.kv.shape, step.kv.dtype), out_shardings=step.kv.sharding)()
         rest.result()
     limits = Limits(
-        model_config.vocab_size, length, config.max_num_seqs, config.max_num_batched_tokens,
-        config.page_size, num_pages, config.data_parallel_size,
+        vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
+        copies=config.data_parallel_size,
     )  # fmt: skip
     logger.info("%s with %s", model, config)
     bodies = ops.bodies(platform, step.kv, dtype)
