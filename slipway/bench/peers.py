@@ -29,7 +29,10 @@ SLOTS, MAX_MODEL_LEN = 16, 2176
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeersBench:
-    """Ours, transformers, vLLM and llama.cpp: decode, prefill, requests at concurrency 16, cold start, memory."""
+    """Ours, transformers, vLLM and llama.cpp: decode, prefill, requests at concurrency 16, cold start, memory.
+
+    Needs torch (the test extra), whose product is the host's limit.
+    """
 
     engines: tuple[Engine, ...] = ("ours", "transformers", "vllm", "llama.cpp")
     """Each rival is installed on first use, in the user's cache."""
