@@ -79,13 +79,33 @@ void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_s
       std::memcpy(dst + c * dst_step + r * size, src + r * src_step + c * size, size);
 }
 
-// Source and target have different fastest axes: `a` is the source's, `b` the target's.
+// The next block along the source's rows, fetched while this one is transposed: its rows are too far apart for the
+// processor to foresee.
+template <class T>
+inline void prefetch(const char* src, int64_t src_step, int64_t rows) {
+#if defined(__GNUC__)
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t at = 0; at < kBlock * int64_t{sizeof(T)}; at += 64) __builtin_prefetch(src + r * src_step + at);
+#endif
+}
+
+// Source and target have different fastest axes: `a` is the source's, `b` the target's. A block is transposed into memory
+// of its own and its rows go to the target as whole lines: rows that lie a power of two apart share a set of the first
+// cache, which would lose each line between two of its parts.
 template <class T>
 void transpose(const char* src, char* dst, const Dim& a, const Dim& b) {
-  for (int64_t i = 0; i < b.size; i += kBlock)
-    for (int64_t j = 0; j < a.size; j += kBlock)
-      transpose_block<T>(src + i * b.src + j * a.src, b.src, dst + i * b.dst + j * a.dst, a.dst,
-                         std::min(kBlock, b.size - i), std::min(kBlock, a.size - j));
+  alignas(64) T block[kBlock * kBlock];
+  for (int64_t i = 0; i < b.size; i += kBlock) {
+    const int64_t rows = std::min(kBlock, b.size - i);
+    for (int64_t j = 0; j < a.size; j += kBlock) {
+      const int64_t cols = std::min(kBlock, a.size - j);
+      const char* from = src + i * b.src + j * a.src;
+      prefetch<T>(from + kBlock * a.src, b.src, rows);
+      transpose_block<T>(from, b.src, reinterpret_cast<char*>(block), kBlock * sizeof(T), rows, cols);
+      for (int64_t c = 0; c < cols; ++c)
+        std::memcpy(dst + (j + c) * a.dst + i * b.dst, block + c * kBlock, rows * sizeof(T));
+    }
+  }
 }
 
 template <class T>
@@ -130,11 +150,18 @@ void copy(char* dst, const char* src, std::vector<Dim> dims) {
   }
 }
 
+// Counted in items of the same size, as many at a time as these can count: that is one comparison and one subtraction
+// for a whole register.
 template <class T>
 int64_t count_above(const T* items, int64_t n, uint64_t limit) {
   constexpr T magnitude = static_cast<T>(~T{0}) >> 1;
+  constexpr int64_t most = std::min<uint64_t>(magnitude, 1 << 14);
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += (items[i] & magnitude) > static_cast<T>(limit);
+  for (int64_t i = 0; i < n; i += most) {
+    T part = 0;
+    for (int64_t j = i; j < std::min(n, i + most); ++j) part += static_cast<T>((items[j] & magnitude) > static_cast<T>(limit));
+    count += part;
+  }
   return count;
 }
 

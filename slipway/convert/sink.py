@@ -73,7 +73,7 @@ class SafetensorsSink:
                 while data:
                     count = os.pwrite(file, data, offset)
                     data, offset = data[count:], offset + count
-            start_writeback(file, begin, size)
+                start_writeback(file, begin, size)
 
     def done(self) -> Mapping[str, Facts]:
         """The tensors that an earlier run has left whole, with what it noted of each."""
