@@ -96,22 +96,26 @@ const void* pick(const ffi::RemainingArgs& arrays, size_t groups, size_t group, 
   return arrays.get<ffi::AnyBuffer>(group * layers + at)->untyped_data();
 }
 
-// Groups: weights; biases, if biased; ups, if gated; their biases, if both.
+// Groups: weights; their scales, if packed; their biases, if biased; then, if gated, the same of up.
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer,
-                  ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, bool gated, bool biased) {
-  const size_t groups = (1 + gated) * (1 + biased);
+                  ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, bool gated, bool biased, int64_t bits,
+                  int64_t group) {
+  const size_t each = 1 + (bits > 0) + biased, groups = (1 + gated) * each;
   const int32_t at = layer.typed_data()[0];
   slipway::Linear op{};
   op.weight = pick(arrays, groups, 0, at);
-  if (biased) op.bias = pick(arrays, groups, 1, at);
-  if (gated) op.up = pick(arrays, groups, 1 + biased, at);
-  if (gated && biased) op.up_bias = pick(arrays, groups, 3, at);
+  if (bits) op.scale = pick(arrays, groups, 1, at);
+  if (biased) op.bias = pick(arrays, groups, each - 1, at);
+  if (gated) op.up = pick(arrays, groups, each, at);
+  if (gated && bits) op.up_scale = pick(arrays, groups, each + 1, at);
+  if (gated && biased) op.up_bias = pick(arrays, groups, 2 * each - 1, at);
   op.type = type_of(x.element_type()), op.out_type = type_of(out->element_type());
   op.tokens = live(tokens, x.dimensions()[0]);
   op.in = x.dimensions()[1], op.out_size = out->dimensions()[1];
   op.x = x.untyped_data(), op.out = out->untyped_data();
-  PoolTeam team(pool, op.in * op.out_size * size_of(op.type) < kAloneBytes);
-  slipway::kernels()->linear(op, team);
+  op.bits = static_cast<int32_t>(bits), op.group = group;
+  PoolTeam team(pool, op.in * op.out_size * (bits ? bits : 8 * size_of(op.type)) / 8 < kAloneBytes);
+  (bits ? slipway::kernels()->quantized_linear : slipway::kernels()->linear)(op, team);
   return ffi::Error::Success();
 }
 
@@ -211,7 +215,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_linear, Linear,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("gated")
-                                  .Attr<bool>("biased"));
+                                  .Attr<bool>("biased")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_norm, Norm,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

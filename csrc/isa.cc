@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "quantized.h"
 #include "sample.h"
 
 namespace slipway {
@@ -11,7 +12,7 @@ namespace SLIPWAY_ISA {
 extern const Kernels table;
 #define SLIPWAY_TEXT(x) #x
 #define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
-const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, norm, rotate, write_kv, attention, sample};
+const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, quantized_linear, norm, rotate, write_kv, attention, sample};
 
 }  // namespace SLIPWAY_ISA
 }  // namespace slipway

@@ -26,6 +26,11 @@ struct Linear {
   int64_t tokens, in, out_size;  // `tokens`: live rows, the only ones read and written
   const void *x, *weight, *bias, *up, *up_bias;  // biases and up may be null
   void* out;
+  // Packed weights alone: their bits, 4 or 8, eight or four in a 32-bit word, the first lowest, stored without a sign; the
+  // value is (stored - 2^(bits - 1)) * scale, and `group` of them along `in`, a power of two, or all (0) share a scale.
+  int32_t bits;
+  int64_t group;
+  const void *scale, *up_scale;  // [out][in / group], of x's type
 };
 
 // out[t] = x[t] / sqrt(mean(x[t]^2) + eps), rounded to its type, times weight[size].
@@ -91,6 +96,7 @@ struct Attention {
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&, Team&);
+  void (*quantized_linear)(const Linear&, Team&);
   void (*norm)(const Norm&, Team&);
   void (*rotate)(const Rotate&, Team&);
   void (*write_kv)(const WriteKv&, Team&);

@@ -201,17 +201,23 @@ void many(const Call<T>& call, const Panel& panel, int64_t first_out, float* par
   }
 }
 
-template <class T>
-void panel_of(const Call<T>& call, int64_t item, void* scratch) {
-  const Linear& op = call.op;
-  const int64_t first = item * call.outs, row_bytes = call.row_bytes();
+// The rows of a panel whose first output is `first`; a gated one holds half as many of gate and up each.
+inline Panel panel_at(const Linear& op, int64_t first, int64_t outs, int64_t row_bytes) {
   Panel panel;
-  for (int i = 0; i < kWidth; ++i) {  // gate and up share a panel
+  for (int i = 0; i < kWidth; ++i) {
     const bool up = op.up && i >= kLanes;
     const uint8_t* weight = static_cast<const uint8_t*>(up ? op.up : op.weight);
     panel.rows[i] = weight + least(first + (up ? i - kLanes : i), op.out_size - 1) * row_bytes;
   }
-  for (int j = 0; j < kTileCols; ++j) panel.next[j] = panel.rows[j * kLanes] + call.outs * row_bytes;
+  for (int j = 0; j < kTileCols; ++j) panel.next[j] = panel.rows[j * kLanes] + outs * row_bytes;
+  return panel;
+}
+
+template <class T>
+void panel_of(const Call<T>& call, int64_t item, void* scratch) {
+  const Linear& op = call.op;
+  const int64_t first = item * call.outs;
+  const Panel panel = panel_at(op, first, call.outs, call.row_bytes());
   float* sums = static_cast<float*>(scratch);
   if (op.tokens > kFewTokens)
     return many(call, panel, first, sums, reinterpret_cast<uint32_t*>(sums + kQuads * kChunk * kWidth));

@@ -44,13 +44,21 @@ template <class V>
 ALWAYS void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-// The first `n` lanes, or all if n is larger; the others zero.
+// The first `n` lanes, or all if n is larger; the others zero. `n` is at least 1.
 template <class V>
 ALWAYS V load_part(const void* p, int64_t n) {
   if (n >= kLanes) return load<V>(p);
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << n) - 1;
+  if constexpr (sizeof(V) == 64)
+    return reinterpret_cast<V>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), p));
+  else
+    return reinterpret_cast<V>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+#else
   V v = {};
   std::memcpy(&v, p, n * sizeof(V) / kLanes);
   return v;
+#endif
 }
 template <class V>
 ALWAYS void store_part(void* p, V v, int64_t n) {

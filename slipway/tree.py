@@ -43,8 +43,9 @@ class Param:
     axes: str
     sizes: Mapping[str, int]
     hf: str = ""
-    init: str = "normal"  # of dummy weights: "normal" | "ones" | "zeros"
+    init: str = "normal"  # of dummy weights: "normal" | "ones" | "zeros" | "bits" | "scale"
     alias: str = ""
+    dtype: str = ""  # of the array and of the checkpoint's tensors; by default the engine's, made from any float
     stacks: tuple[tuple[str, int], ...] = ()
     repeats: Mapping[str, int] = dataclasses.field(default_factory=dict)
     pads: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -148,10 +149,15 @@ class Pick:
 
 
 def call(f: Callable, leaf: Any) -> Any:
-    """``f(leaf)``, of a Pick that of the picked array: a branch per array, so that none is ever copied."""
-    if not isinstance(leaf, Pick):
+    """``f(leaf)``; where ``leaf`` holds Picks, of what they pick: a branch per array, so that none is ever copied."""
+    picks = [node for node in jax.tree.leaves(leaf, is_leaf=_is_pick) if _is_pick(node)]
+    if not picks:
         return f(leaf)
-    return jax.lax.switch(leaf.index, [lambda array=array: f(array) for array in leaf.arrays])
+
+    def branch(i: int) -> Callable:
+        return lambda: f(jax.tree.map(lambda node: node.arrays[i] if _is_pick(node) else node, leaf, is_leaf=_is_pick))
+
+    return jax.lax.switch(picks[0].index, [branch(i) for i in range(len(picks[0].arrays))])
 
 
 def value(leaf: Any) -> Any:
@@ -217,6 +223,10 @@ class Chain(tuple):
     def tree_unflatten(cls, _, children):
         """The inverse of tree_flatten (called by JAX)."""
         return cls(children)
+
+
+def _is_pick(node: Any) -> bool:
+    return isinstance(node, Pick)
 
 
 def is_param(node: Any) -> bool:

@@ -14,7 +14,7 @@ device's part: the ops run under shard_map and communicate with nobody.
     allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
     sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
-Weights may be Picks: one of several arrays by a traced index. The cache goes to an op whole, with a layer index: a
+Weights may be Picks: one of several arrays by a traced index; those of linears and tables may be Quantized. The cache goes to an op whole, with a layer index: a
 slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair, so the body that
 wrote a cache reads it: both follow from its shape and dtype.
 """

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import native
+from slipway.ops.quantized import Quantized
 from slipway.tree import Pick
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -38,8 +39,9 @@ def isa() -> str | None:
 
 
 def refuses(*leaves: Any) -> str:
-    """Why no kernel takes these arrays and Picks, or None for absent ones, together; empty if they do."""
-    dtypes = {array.dtype for leaf in leaves if leaf is not None for array in _arrays(leaf)}
+    """Why no kernel takes these arrays, Picks and Quantized, or None for absent ones, together; empty if they do."""
+    numbers = [leaf.scale if isinstance(leaf, Quantized) else leaf for leaf in leaves if leaf is not None]
+    dtypes = {array.dtype for leaf in numbers for array in _arrays(leaf)}
     return "unlike dtypes" if len(dtypes) > 1 else refuses_dtype(dtypes.pop())
 
 
@@ -67,7 +69,7 @@ def refuses_cache(kv, dtype: Any) -> str:
 
 
 def linear(x_TD, weight, num_tokens, bias, dtype):
-    """As ops.linear; ``weight`` and ``bias`` may be Picks."""
+    """As ops.linear; ``weight``, or what a Quantized one holds, and ``bias`` may be Picks."""
     return _linear(x_TD, [weight], num_tokens, [bias], dtype)
 
 
@@ -77,13 +79,20 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype):
 
 
 def _linear(x_TD, weights, num_tokens, biases, dtype):
-    biased = biases[0] is not None
-    groups = [leaf for pair in zip(weights, biases) for leaf in pair if leaf is not None]
-    out_size, arrays = _arrays(weights[0])[0].shape[0], [array for leaf in groups for array in _arrays(leaf)]
-    assert {array.shape for array in arrays} <= {(out_size, x_TD.shape[1]), (out_size,)}, "weights are (out, in)"
+    biased, packed = biases[0] is not None, isinstance(weights[0], Quantized)
+    bits, group = (weights[0].bits, weights[0].group) if packed else (0, 0)
+    matrices = [weight.packed if packed else weight for weight in weights]
+    scales = [weight.scale if packed else None for weight in weights]
+    out_size, in_size = _arrays(matrices[0])[0].shape[0], x_TD.shape[1]
+    row, row_scales = (in_size * bits // 32, in_size // group if group else 1) if packed else (in_size, 0)
+    groups = [leaf for leaves in zip(matrices, scales, biases) for leaf in leaves if leaf is not None]
+    shapes = {array.shape for leaf in groups for array in _arrays(leaf)}
+    assert shapes <= {(out_size, row), (out_size, row_scales), (out_size,)}, "weights are (out, in)"
     out = jax.ShapeDtypeStruct((x_TD.shape[0], out_size), dtype)
     call = jax.ffi.ffi_call("slipway_linear", out)
-    return call(x_TD, jnp.int32(num_tokens), _index(groups[0]), *arrays, gated=len(weights) == 2, biased=biased)
+    arrays = [array for leaf in groups for array in _arrays(leaf)]
+    static = {"gated": len(weights) == 2, "biased": biased, "bits": bits, "group": group}
+    return call(x_TD, jnp.int32(num_tokens), _index(groups[0]), *arrays, **static)
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from slipway import tree
+from slipway.ops.quantized import Quantized, dequantized
 
 BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
 LONE_BLOCK_TOKENS = 16  # keys per turn of a single query: 0.14 ms a layer against 0.36 at a context of 240
@@ -23,8 +24,10 @@ DROPPED = -jnp.inf
 
 def embed(ids_T, table_VD):
     """Rows of the table; an id that this device does not hold gives zeros."""
-    held_T = (ids_T >= 0) & (ids_T < table_VD.shape[0])
-    x_TD = table_VD[jnp.where(held_T, ids_T, 0)]
+    packed = isinstance(table_VD, Quantized)
+    held_T = (ids_T >= 0) & (ids_T < (table_VD.packed if packed else table_VD).shape[0])
+    rows_T = jnp.where(held_T, ids_T, 0)
+    x_TD = dequantized(table_VD, rows_T).astype(table_VD.scale.dtype) if packed else table_VD[rows_T]
     return jnp.where(held_T[:, None], x_TD, jnp.zeros_like(x_TD))
 
 
@@ -41,6 +44,8 @@ def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
 
 
 def _dot(x_TD, w_OD):
+    if isinstance(w_OD, Quantized):
+        x_TD, w_OD = x_TD.astype(jnp.float32), dequantized(w_OD)
     return lax.dot_general(x_TD, w_OD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -255,7 +260,8 @@ def _largest(x_BV, weight_BV, wanted_B):
 
 def linear_oracle(x_TD, w_OD, num_tokens):
     """What ``linear`` means, in f32 throughout; padding rows are zero."""
-    y_TO = x_TD.astype(jnp.float32) @ w_OD.astype(jnp.float32).T
+    w_OD = dequantized(w_OD) if isinstance(w_OD, Quantized) else w_OD.astype(jnp.float32)
+    y_TO = x_TD.astype(jnp.float32) @ w_OD.T
     return jnp.where((jnp.arange(x_TD.shape[0]) < num_tokens)[:, None], y_TO, 0.0)
 
 

@@ -34,6 +34,8 @@ def test_ops_hold_on_every_instruction_set_of_this_processor(name):
         pytest.skip(f"this processor has no {name}")
     else:
         assert used == name
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", str(Path(__file__).parent / "test_ops.py")]
+    folder = Path(__file__).parent
+    tests = [str(folder / "test_ops.py"), str(folder / "test_quantized.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
     run = subprocess.run(command, env=os.environ | {"SLIPWAY_ISA": name}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
