@@ -25,6 +25,11 @@ class Layout:
         """Every axis, in memory order, groups taken apart."""
         return tuple(axis for group in self.groups for axis in group)
 
+    @property
+    def text(self) -> str:
+        """The axis string."""
+        return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.groups)
+
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """The shape of an array of this layout; an empty group has size 1."""
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)

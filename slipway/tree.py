@@ -56,6 +56,10 @@ class Param:
         grown = {axis: self.pads.get(axis, size * self.repeats.get(axis, 1)) for axis, size in self.sizes.items()}
         return (*(n for _, n in self.stacks), *layout.parse(self.axes).shape(grown))
 
+    def held_as(self, dtype: Any) -> np.dtype:
+        """The array's dtype where floats are ``dtype``."""
+        return np.dtype(self.dtype or dtype)
+
     @property
     def shard_axes(self) -> tuple[str, ...]:
         """For each dimension the axis along which it may be split: the outermost of its group."""
@@ -273,6 +277,12 @@ class Leaf:
 
     param: Param
     keys: Mapping[tuple[int, ...], str]
+
+    def names(self) -> Iterator[str]:
+        """Every key under which a checkpoint may hold it, the alias included."""
+        yield from self.keys.values()
+        if self.param.alias:
+            yield self.param.alias
 
 
 def leaves(declaration: Any) -> Iterator[Leaf]:

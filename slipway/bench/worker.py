@@ -4,6 +4,7 @@ Decides how each is called at its best; measures nothing itself.
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 from slipway.bench.load import answer
@@ -12,13 +13,15 @@ from slipway.bench.load import answer
 class Ours:
     """Our engine, offline."""
 
-    def __init__(self, directory: str, dtype: str, max_model_len: int, max_num_seqs: int):
+    def __init__(
+        self, directory: str, dtype: str, max_model_len: int, max_num_seqs: int, quantization: str | None = None
+    ):
         from slipway import LLM, SamplingParams  # with JAX, which the other worker does without
 
         self._params = SamplingParams
         self._engine = LLM(
             directory, dtype=dtype, skip_tokenizer_init=True, max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max(512, max_num_seqs),
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max(512, max_num_seqs), quantization=quantization,
         ).engine  # fmt: skip
         self._numbers: dict[str, int] = {}
 
@@ -66,7 +69,12 @@ class Transformers:
         return self._running
 
 
-ENGINES: dict[str, Any] = {"ours": Ours, "transformers": Transformers}
+ENGINES: dict[str, Any] = {
+    "ours": Ours,
+    "ours int8": partial(Ours, quantization="int8"),
+    "ours int4": partial(Ours, quantization="int4"),
+    "transformers": Transformers,
+}
 
 if __name__ == "__main__":
     name, directory, dtype, *sizes = sys.argv[1:]

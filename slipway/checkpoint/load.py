@@ -52,7 +52,7 @@ def read(declaration: Any, checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> An
     """``load`` for a checkpoint that has passed ``check``."""
     dtype, start = np.dtype(dtype), time.monotonic()
     pairs = list(zip(tree.leaves(declaration), jax.tree.leaves(shardings(declaration, mesh))))
-    arrays = [_load_leaf(leaf, checkpoint, sharding, dtype) for leaf, sharding in pairs]
+    arrays = [_load_leaf(leaf, checkpoint, sharding, leaf.param.held_as(dtype)) for leaf, sharding in pairs]
     size_gb = sum(array.nbytes for array in arrays) / 1e9
     seconds = time.monotonic() - start
     _log.info("%s: %d arrays, %.2f GB, loaded in %.1f s", checkpoint.directory, len(arrays), size_gb, seconds)
@@ -92,8 +92,9 @@ def _misfit(key: str, param: tree.Param, tensor: Tensor | None) -> str:
         return f"{key}: missing"
     if tensor.shape != param.hf_shape:
         return f"{key}: shape {tensor.shape} in the file, {param.hf_shape} declared"
-    if tensor.dtype not in WEIGHT_DTYPES:
-        return f"{key}: dtype {tensor.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}"
+    expected = [name for name, dtype in DTYPES.items() if dtype == param.dtype] if param.dtype else WEIGHT_DTYPES
+    if tensor.dtype not in expected:
+        return f"{key}: dtype {tensor.dtype}, expected one of {', '.join(expected)}"
     return ""
 
 
@@ -103,6 +104,8 @@ def _overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
     Without its sign, a float's bits order as its magnitude does, infinities and NaN last: one integer comparison.
     """
     array = checkpoint.array(key)
+    if array.dtype.kind == "i":
+        return ""
     bits = np.dtype(f"u{array.itemsize}").type
     flat, limit, magnitude = array.reshape(-1).view(bits), _limit(array.dtype, dtype), bits(np.iinfo(bits).max >> 1)
     step, count, first = _SCAN_BYTES // array.itemsize, 0, 0
@@ -218,7 +221,7 @@ def dummy(declaration: Any, mesh: Mesh, dtype: Any, seed: int = 0) -> Any:
         salts = [zlib.crc32(f"{seed}:{key}".encode()) for key in leaf.keys.values()]
         shape = [n for _, n in param.stacks] + [1] * (len(param.shape) - len(param.stacks))
         salt = np.array(salts, np.uint32).reshape(shape)
-        arrays.append(_draw(param.init, np.dtype(dtype), sharding)(salt, _positions(param)))
+        arrays.append(_draw(param.init, param.held_as(dtype), sharding)(salt, _positions(param)))
     return _unflatten(declaration, arrays)
 
 
@@ -251,14 +254,17 @@ def _draw(init: str, dtype: np.dtype, sharding: NamedSharding) -> Callable[..., 
             x = jnp.zeros(shape, dtype)
         elif init == "ones":
             x = jnp.ones(shape, dtype)
+        elif init == "scale":  # of whole numbers of 4 or 8 bits
+            x = jnp.full(shape, DUMMY_STD / 64, dtype)
         else:
             bits = functools.reduce(jnp.add, [share.astype(jnp.uint32) for share in positions], jnp.zeros_like(salt))
             bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)
             bits = bits ^ salt
             bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)
             bits = bits ^ (bits >> np.uint32(16))
-            uniform = jax.lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32)
-            x = (uniform * np.float32(DUMMY_STD * math.sqrt(3) / 2**31)).astype(dtype)
+            whole = jax.lax.bitcast_convert_type(bits, jnp.int32)
+            uniform = whole.astype(jnp.float32) * np.float32(DUMMY_STD * math.sqrt(3) / 2**31)
+            x = whole if init == "bits" else uniform.astype(dtype)
         return jnp.where(held, x, jnp.zeros((), dtype))
 
     return jax.jit(draw, out_shardings=sharding)

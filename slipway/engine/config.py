@@ -15,6 +15,9 @@ class EngineConfig:
     """Of weights, activations and cache; auto: what config.json says, else the tensors."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: the directory's safetensors; dummy: random weights, no weight file is read."""
+    quantization: Literal["int8", "int4"] | None = None
+    """Pack the weights while loading: int8, a scale for each row; int4, one for 32 numbers, tables in int8. None: as
+    the files are."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tensor_parallel_size: int = 1
@@ -54,6 +57,8 @@ class EngineConfig:
         _need("hf_overrides", self.hf_overrides, isinstance(self.hf_overrides, Mapping), "a mapping")
         _need("seed", self.seed, type(self.seed) is int and 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         _need("dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16", "float16"), "a float type, or auto")
+        packed = self.quantization
+        _need("quantization", packed, packed in (None, "int8", "int4"), "int8, int4 or None")
         _need("load_format", self.load_format, self.load_format in ("auto", "dummy"), "auto or dummy")
         tokens = self.max_num_batched_tokens
         expected = f"at least max_num_seqs ({self.max_num_seqs}), or running requests could not all decode"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from slipway import mesh as meshes
 from slipway import models, ops, tree
-from slipway.checkpoint import files, hub, load
+from slipway.checkpoint import files, hub, load, quantize
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
 from slipway.engine import memory
@@ -26,11 +26,13 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine, Limits
 from slipway.engine.step import KV_SPEC, Step
 from slipway.errors import InvalidConfig, UnsupportedModel
+from slipway.nn import linear
 
 logger = logging.getLogger(__name__)
 
 LAYERS = {"cpu": tree.separate}  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
-IGNORED_TENSORS = ("*.rotary_emb.inv_freq",)  # old Llama files hold what follows from config.json
+IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.weight_shape")  # what follows from config.json
+SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
 NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -47,12 +49,18 @@ def launch(model: str, config: EngineConfig) -> Engine:
     raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides)).items() if k not in removed}
     tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(directory)
     mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
-    declaration = models.declare(raw)
+    scheme = _scheme(config.quantization, raw)
+    declaration = models.declare({key: value for key, value in raw.items() if key != quantize.FIELD})
     model_config = declaration.config
+    if scheme is not None:
+        declaration = linear.quantize(declaration, scheme.bits, scheme.group)
     platform = mesh.devices.flat[0].platform
     declaration = meshes.fit(LAYERS.get(platform, lambda same: same)(declaration), mesh)
     dtype = _dtype(config.dtype, raw, checkpoint)
     length = _max_model_len(config.max_model_len, model_config.max_context)
+    if not dummy and scheme is not None:
+        wanted = {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.names()}
+        checkpoint = quantize.packed_view(checkpoint, wanted)
     if not dummy:
         load.check(declaration, checkpoint, dtype, IGNORED_TENSORS)  # before anything takes time
     step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)
@@ -93,7 +101,7 @@ def _compiled(
     )
     devices = mesh.shape[meshes.TENSOR]
     page_bytes = math.prod(empty.shape) * empty.dtype.itemsize // devices
-    weights = sum(_shard_bytes(leaf.param, mesh, np.dtype(dtype).itemsize) for leaf in tree.leaves(declaration))
+    weights = sum(_shard_bytes(leaf.param, mesh, dtype) for leaf in tree.leaves(declaration))
     device = mesh.devices.flat[0]
     budget = memory.budget(config.memory_fraction, device, mesh.devices.size, weights, page_bytes)
     table_width = -(-length // config.page_size)
@@ -111,8 +119,20 @@ def _compiled(
             return step, shapes, num_pages
 
 
-def _shard_bytes(param: tree.Param, mesh: Mesh, itemsize: int) -> int:
-    return math.prod(NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)) * itemsize
+def _shard_bytes(param: tree.Param, mesh: Mesh, dtype: Any) -> int:
+    shape = NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)
+    return math.prod(shape) * param.held_as(dtype).itemsize
+
+
+def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
+    """How the projections are packed: as the files are, or as asked."""
+    held = quantize.read_scheme(raw)
+    if asked is None:
+        return held
+    if held is not None and SCHEMES[asked] != held:
+        expected = f"none, for files of {held.bits} bits in groups of {held.group or 'a row'}"
+        raise InvalidConfig("quantization", asked, expected)
+    return SCHEMES[asked]
 
 
 def _dtype(name: str, raw: dict[str, Any], checkpoint: files.Checkpoint) -> Any:

@@ -39,7 +39,7 @@ class Step:
         self.kv, self._mesh, self._table_width = kv, mesh, table_width
         self._vocab_size = declaration.config.vocab_size
         self._params = jax.tree.map(
-            lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s),
+            lambda p, s: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=s),
             declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
         )  # fmt: skip
         specs, rows = tree.map_params(meshes.partition, declaration), P(meshes.DATA)

@@ -23,5 +23,5 @@ class MLP:
     def __call__(self, x_TD, num_tokens):
         """[T, embed] -> [T, embed]."""
         gate, up = self.gate_proj, self.up_proj
-        y_TF = ops.gated_linear(x_TD, gate.weight, up.weight, num_tokens, gate.bias, up.bias, x_TD.dtype)
+        y_TF = ops.gated_linear(x_TD, gate.matrix, up.matrix, num_tokens, gate.bias, up.bias, x_TD.dtype)
         return self.down_proj(y_TF, num_tokens)

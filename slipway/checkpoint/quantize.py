@@ -1,0 +1,185 @@
+"""Decides how a float checkpoint is read as a packed one: which tensors, with what scales; knows no model and no JAX.
+
+``packed_view`` stands where a checkpoint does: what a declaration wants packed and the files hold as floats is rounded
+when it is first read. `slipway quantize` writes what that view shows. The files' layout is compressed-tensors'
+"pack-quantized" (https://github.com/vllm-project/compressed-tensors), which vLLM and SGLang read.
+"""
+
+import ctypes
+import dataclasses
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
+from slipway.errors import UnsupportedModel
+from slipway.native import library
+
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # appended to the name of the weight
+FIELD = "quantization_config"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+CANDIDATES = 12  # scales tried for each group of 4-bit numbers, on either side
+_ROWS_BYTES = 1 << 22  # of floats that are rounded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Bits of a projection's weights; ``group`` neighbours along its input share a scale, 0: the whole row."""
+
+    bits: int
+    group: int
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """What config.json says of its projections' weights; None if they are floats.
+
+    Raises UnsupportedModel for another method, or for what changes the numbers' meaning.
+    """
+    held = config.get(FIELD)
+    if held is None:
+        return None
+    groups = held.get("config_groups") or {}
+    group = next(iter(groups.values()), {})
+    weights: dict[str, Any] = group.get("weights") or {}
+    size = 0 if weights.get("strategy") == "channel" else weights.get("group_size")
+    checks = {
+        "quant_method": (held.get("quant_method"), ["compressed-tensors"]),
+        "format": (held.get("format"), ["pack-quantized"]),
+        "config_groups": (len(groups), [1]),
+        "targets": (group.get("targets"), [["Linear"]]),
+        "input_activations": (group.get("input_activations"), [None]),
+        "num_bits": (weights.get("num_bits"), [4, 8]),
+        "type": (weights.get("type"), ["int"]),
+        "symmetric": (weights.get("symmetric"), [True]),
+        "actorder": (weights.get("actorder"), [None]),
+        "strategy": (weights.get("strategy"), ["group", "channel"]),
+        "group_size": (size, [0] if weights.get("strategy") == "channel" else [32, 64, 128]),
+        "ignore": (held.get("ignore", []), [[], ["lm_head"]]),
+    }
+    for field, (got, expected) in checks.items():
+        if got not in expected:
+            raise UnsupportedModel(f"config.json: {FIELD}: {field}", got, " | ".join(map(str, expected)))
+    return Scheme(weights["num_bits"], size)
+
+
+def config_of(scheme: Scheme) -> dict[str, Any]:
+    """The ``quantization_config`` of a scheme: ``read_scheme``'s inverse."""
+    group = {"strategy": "group", "group_size": scheme.group} if scheme.group else {"strategy": "channel"}
+    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False, **group}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head"],
+    }  # fmt: skip
+
+
+def packed_view(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """The checkpoint with those tensors packed that ``wanted`` (name -> shape) names so and the files hold as floats."""
+    tensors, views = dict(checkpoint.tensors), {}
+    for name, shape in wanted.items():
+        source = checkpoint.tensors.get(name.removesuffix(PACKED))
+        if not name.endswith(PACKED) or name in tensors or source is None or len(source.shape) != 2:
+            continue  # checked as any other tensor is: missing, or of another shape
+        scales = source.name + SCALE
+        bits, groups = 32 * shape[1] // source.shape[1], wanted[scales][1]
+        if shape != (source.shape[0], source.shape[1] * bits // 32) or bits not in (4, 8) or scales in tensors:
+            continue
+        dtype = source.dtype if source.dtype == "BF16" else "F32"
+        pair = _Pair(checkpoint, source.name, Scheme(bits, source.shape[1] // groups), DTYPES[dtype])
+        del tensors[source.name]
+        tensors[name] = dataclasses.replace(source, name=name, dtype="I32", shape=shape)
+        tensors[scales] = dataclasses.replace(source, name=scales, dtype=dtype, shape=(source.shape[0], groups))
+        views |= {name: (pair, 0), scales: (pair, 1)}
+    return PackedView(checkpoint.directory, checkpoint.config, checkpoint.generation_config, tensors, checkpoint, views)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedView(Checkpoint):
+    """A checkpoint of which some tensors are made when they are first read, and then kept."""
+
+    base: Checkpoint
+    views: Mapping[str, tuple["_Pair", int]]
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor: a view of its file, or made from one."""
+        if name not in self.views:
+            return self.base.array(name)
+        pair, which = self.views[name]
+        return pair.made()[which]
+
+    def drop(self, name: str) -> None:
+        """Give back what the system can read again; what was made stays."""
+        if name not in self.views:
+            self.base.drop(name)
+
+
+class _Pair:
+    """Words and scales of one weight."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, scheme: Scheme, scale_dtype: np.dtype):
+        self._checkpoint, self._name, self._scheme, self._dtype = checkpoint, name, scheme, scale_dtype
+        self._lock, self._made = threading.Lock(), None
+
+    def made(self) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:
+            if self._made is None:
+                self._made = quantize(self._checkpoint.array(self._name), self._scheme, self._dtype)
+                self._checkpoint.drop(self._name)
+        return self._made
+
+
+def quantize(weight: np.ndarray, scheme: Scheme, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Words int32 [out, in * bits / 32] and scales [out, in / group] of a weight (out, in).
+
+    A number that is not finite makes its scale so. The words lie on 64 bytes.
+    """
+    out, size = weight.shape
+    group = scheme.group or size
+    words, scales = _aligned((out, size * scheme.bits // 32)), np.empty((out, size // group), np.float32)
+    step = max(1, _ROWS_BYTES // (4 * size))
+    for first in range(0, out, step):
+        rows = slice(first, first + step)
+        part = np.ascontiguousarray(weight[rows], np.float32)
+        if library() is None:
+            words[rows], scales[rows] = _quantized(part, scheme.bits, group, scale_dtype)
+        else:
+            _compiled(part, scheme.bits, group, scale_dtype == BF16, words[rows], scales[rows])
+    return words, scales.astype(scale_dtype)
+
+
+def _compiled(part: np.ndarray, bits: int, group: int, to_bf16: bool, words: np.ndarray, scales: np.ndarray) -> None:
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (part, words, scales)]
+    numbers = [ctypes.c_int64(number) for number in (*part.shape, bits, group, to_bf16)]
+    native: Any = library()
+    native.slipway_quantize(pointers[0], *numbers, *pointers[1:])
+
+
+def _quantized(x: np.ndarray, bits: int, group: int, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """csrc/quantize.cc's rules in NumPy."""
+    least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    x_RGI = x.reshape(x.shape[0], -1, group)
+    with np.errstate(all="ignore"):
+        at = np.abs(x_RGI).argmax(-1, keepdims=True)
+        peak_RG1 = np.take_along_axis(x_RGI, at, -1) + (x_RGI * 0).sum(-1, keepdims=True)
+        if bits == 8:
+            scale_RG1 = (np.abs(peak_RG1) / np.float32(127)).astype(scale_dtype).astype(np.float32)
+        else:
+            tried = [s * (-peak_RG1 / np.float32(6.5 + 0.2 * i)) for i in range(CANDIDATES) for s in (1, -1)]
+            tried = [scale.astype(scale_dtype).astype(np.float32) for scale in tried]
+            off = [((x_RGI - np.clip(np.rint(x_RGI / s), least, most) * s) ** 2).sum(-1) for s in tried]
+            scale_RG1 = np.choose(np.argmin(off, 0)[..., None], tried) if len(tried) <= 32 else tried[0]
+            scale_RG1 = np.where(np.isfinite(peak_RG1) & (peak_RG1 != 0), scale_RG1, peak_RG1)
+        q_RGI = np.clip(np.nan_to_num(np.rint(x_RGI * np.where(scale_RG1 == 0, 0, 1 / scale_RG1))), least, most)
+    stored = (q_RGI - least).astype(np.uint32).reshape(x.shape[0], -1, 32 // bits)
+    words = np.bitwise_or.reduce(stored << np.arange(0, 32, bits, dtype=np.uint32), axis=-1)
+    return words.astype(np.uint32).view(np.int32), scale_RG1[..., 0]
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """int32 on a boundary that JAX takes as it is."""
+    raw = np.empty(4 * shape[0] * shape[1] + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + 4 * shape[0] * shape[1]].view(np.int32).reshape(shape)
