@@ -65,11 +65,11 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | 
     }
     if topology is not None:
         return figures
-    params, cache = load.dummy(declaration, mesh, dtype, seed=0), jnp.zeros(kv.shape, kv.dtype)
+    leaves, cache = jax.tree.leaves(load.dummy(declaration, mesh, dtype, seed=0)), jnp.zeros(kv.shape, kv.dtype)
     batch, times = _batch(bucket, rows), []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        cache, sampled = step(params, cache, bucket, batch)
+        cache, sampled = step(leaves, cache, bucket, batch)
         jax.block_until_ready(sampled)
         times.append(time.perf_counter() - started)
     return figures | {"step_ms": round(statistics.median(times[1:]) * 1e3, 1)}

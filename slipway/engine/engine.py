@@ -63,7 +63,7 @@ class Engine:
         seed: int,
     ):
         self.limits, self.tokenizer, self.stats = limits, tokenizer, Stats()
-        self._step, self._params, self._kv, self._shapes = step, params, kv, shapes
+        self._step, self._params, self._kv, self._shapes = step, jax.tree.leaves(params), kv, shapes
         self._eos_ids, self._seed, self._count = eos_ids, seed, itertools.count()
         self._table_width = -(-limits.max_model_len // limits.page_size)
         self._schedulers = [

@@ -38,15 +38,17 @@ class Step:
     def __init__(self, declaration: Any, mesh: Mesh, kv: jax.ShapeDtypeStruct, dtype: Any, table_width: int):
         self.kv, self._mesh, self._table_width = kv, mesh, table_width
         self._vocab_size = declaration.config.vocab_size
-        self._params = jax.tree.map(
+        shapes = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=s),
             declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
         )  # fmt: skip
-        specs, rows = tree.map_params(meshes.partition, declaration), P(meshes.DATA)
+        self._leaves, structure = jax.tree.flatten(shapes)
+        specs, rows = jax.tree.leaves(tree.map_params(meshes.partition, declaration)), P(meshes.DATA)
         sharded = NamedSharding(mesh, rows)
+        forward = functools.partial(_forward, structure)
         self._forward = jax.jit(
             jax.shard_map(
-                _forward, mesh=mesh, in_specs=(specs, KV_SPEC, rows), out_specs=(KV_SPEC, rows), check_vma=False
+                forward, mesh=mesh, in_specs=(specs, KV_SPEC, rows), out_specs=(KV_SPEC, rows), check_vma=False
             ),
             donate_argnums=1, in_shardings=(None, None, sharded),
         )  # fmt: skip
@@ -80,14 +82,16 @@ class Step:
         logits = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return max(analysis.temp_size_in_bytes, sampler) + logits
 
-    def __call__(self, params: Any, kv: jax.Array, bucket: Bucket, batch: Batch) -> tuple[jax.Array, sample.Sampled]:
-        """Run one step; ``kv`` is consumed."""
-        kv, logits_BV = self._programs[bucket](params, kv, batch)
+    def __call__(
+        self, leaves: list[jax.Array], kv: jax.Array, bucket: Bucket, batch: Batch
+    ) -> tuple[jax.Array, sample.Sampled]:
+        """Run one step; ``kv`` is consumed. ``leaves``: the model's, flat, as flattening a tree takes a millisecond."""
+        kv, logits_BV = self._programs[bucket](leaves, kv, batch)
         return kv, self._samplers[bucket.num_rows](logits_BV, batch.sampling)
 
     def _compile_forward(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
-        program = self._forward.lower(self._params, self.kv, self._shapes(bucket)).compile(self._options)
+        program = self._forward.lower(self._leaves, self.kv, self._shapes(bucket)).compile(self._options)
         logger.info("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return program
 
@@ -115,8 +119,9 @@ def _compiler_options(platform: str) -> dict[str, str | bool]:
     return options
 
 
-def _forward(model: Any, kv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _forward(structure: Any, leaves: list[jax.Array], kv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The forward pass as each device sees it: the cache, and logits of each row's last token."""
+    model = jax.tree.unflatten(structure, leaves)
     ragged = ops.Ragged(
         batch.num_tokens_1[0], batch.positions_T, batch.contexts_T, batch.slots_T,
         batch.starts_B, batch.counts_B, batch.lengths_B, batch.page_table_BM,
