@@ -1,13 +1,14 @@
 // Rounds weights to 4 or 8 bits: decides scales, and how numbers lie in words. Starts no threads.
 //
 // 8 bits: the largest magnitude becomes 127. 4 bits: -8 to 7 reach further on one side; candidates put the largest number
-// on either, or a little beyond, and the scale of the least squared error is taken. A scale is rounded to its own type
-// before numbers are divided by it, so that its rounding adds no error.
+// on either, or a little beyond, each is fitted to the whole numbers that it gives by least squares, and the one of the least
+// squared error is taken. Errors weigh sqrt(|x|) (docs/log.md). A scale is rounded to its own type before numbers are
+// divided by it, so that its rounding adds no error.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define FOR_EVERY_SET __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -17,7 +18,8 @@
 
 namespace {
 
-constexpr int kCandidates = 12;
+constexpr int kCandidates = 8;                    // where the largest number comes to lie: 6.5 to 8.6
+constexpr float kNearest = 6.5f, kStep = 0.3f;
 
 float rounded(float x, bool to_bfloat16) {
   if (!to_bfloat16) return x;
@@ -29,18 +31,21 @@ float rounded(float x, bool to_bfloat16) {
   return x;
 }
 
-// The squared error of n numbers rounded to whole multiples of `scale` from `least` to `most`.
-FOR_EVERY_SET float error_of(const float* x, int64_t n, float scale, float least, float most) {
+struct Fit {
+  float xq, qq, error;  // weighted sums of x q, q q and the squared error
+};
+
+// n numbers rounded to whole multiples of `scale` from -8 to 7.
+FOR_EVERY_SET Fit fit(const float* x, const float* weight, int64_t n, float scale) {
   const float inverse = 1.0f / scale;
-  float sum = 0.0f;
-#pragma GCC ivdep
+  float xq = 0.0f, qq = 0.0f, error = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
     float q = std::nearbyintf(x[i] * inverse);
-    q = q < least ? least : q > most ? most : q;
+    q = q < -8.0f ? -8.0f : q > 7.0f ? 7.0f : q;
     const float d = x[i] - scale * q;
-    sum += d * d;
+    xq += weight[i] * x[i] * q, qq += weight[i] * q * q, error += weight[i] * d * d;
   }
-  return sum;
+  return {xq, qq, error};
 }
 
 FOR_EVERY_SET void pack(const float* x, int64_t n, float scale, int bits, uint32_t* words) {
@@ -69,17 +74,18 @@ FOR_EVERY_SET float largest(const float* x, int64_t n) {  // by magnitude, with 
   return (high > -low ? high : low) + all;
 }
 
-float scale_of(const float* x, int64_t n, int bits, bool to_bfloat16) {
+float scale_of(const float* x, int64_t n, int bits, bool to_bfloat16, float* weight) {
   const float peak = largest(x, n);
   if (peak == 0.0f || !(std::fabs(peak) <= 3.4028235e38f)) return peak;
   if (bits == 8) return rounded(std::fabs(peak) / 127.0f, to_bfloat16);
-  float best = 0.0f, least_error = INFINITY;
-  for (int i = 0; i < kCandidates; ++i) {
-    const float scale = rounded(-peak / (6.5f + 0.2f * i), to_bfloat16);  // peak becomes -6.5 to -8.7
-    for (const float signed_scale : {scale, -scale}) {
-      const float error = error_of(x, n, signed_scale, -8.0f, 7.0f);
-      if (error < least_error) best = signed_scale, least_error = error;
-    }
+  for (int64_t i = 0; i < n; ++i) weight[i] = std::sqrt(std::fabs(x[i]));
+  float best = 0.0f, least = INFINITY;
+  for (int i = 0; i < 2 * kCandidates; ++i) {
+    const float end = kNearest + kStep * static_cast<float>(i / 2), tried = i % 2 ? peak / end : -peak / end;
+    const Fit first = fit(x, weight, n, tried);
+    const float scale = rounded(first.qq > 0.0f ? first.xq / first.qq : tried, to_bfloat16);
+    const float error = scale == 0.0f ? INFINITY : fit(x, weight, n, scale).error;
+    if (error < least) best = scale, least = error;
   }
   return best;
 }
@@ -90,9 +96,10 @@ float scale_of(const float* x, int64_t n, int bits, bool to_bfloat16) {
 // `group` divides `in`, and 32 / bits divides `group`.
 extern "C" void slipway_quantize(const float* weights, int64_t out, int64_t in, int64_t bits, int64_t group,
                                  int64_t to_bfloat16, uint32_t* words, float* scales) {
+  std::vector<float> weight(group);
   for (int64_t g = 0; g < out * (in / group); ++g) {
     const float* x = weights + g * group;
-    scales[g] = scale_of(x, group, static_cast<int>(bits), to_bfloat16 != 0);
+    scales[g] = scale_of(x, group, static_cast<int>(bits), to_bfloat16 != 0, weight.data());
     pack(x, group, scales[g], static_cast<int>(bits), words + g * group * bits / 32);
   }
 }

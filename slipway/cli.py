@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -21,9 +21,11 @@ from slipway.bench.layers import LayersBench
 from slipway.bench.peers import PeersBench
 from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
+from slipway.checkpoint.quantize import Scheme
 from slipway.checkpoint.shards import write_json
 from slipway.convert.conversion import Conversion, ConvertConfig, convert, prepare
 from slipway.convert.formats import open_source
+from slipway.convert.pack import pack
 from slipway.convert.run import Written
 from slipway.convert.verify import explain, report, summary, verify
 from slipway.engine.config import EngineConfig
@@ -167,6 +169,36 @@ class Convert:
         print(summary(written, compared, parity))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Pack the projections of an HF directory in 8 or 4 bits, as vLLM and SGLang read them (docs/quantize.md)."""
+
+    model: Positional[str]
+    """A directory of float weights, or a hub id; nano is the shipped model."""
+    out_dir: Positional[Path]
+    """A new or an empty directory."""
+    bits: Literal[8, 4]
+    """Of each weight."""
+    group: Literal[32, 64, 128] | None = None
+    """Weights that share a scale: 32 by default with 4 bits; with 8, a whole row."""
+    shard_size: str = "5GB"
+    """Largest file."""
+
+    def run(self) -> None:
+        """Pack, with a progress bar."""
+        scheme = Scheme(self.bits, self.group or (32 if self.bits == 4 else 0))
+        with Progress(*_PROGRESS) as bar:
+            task = bar.add_task(f"{Path(self.model).name} -> {self.out_dir}", total=None)
+            pack(
+                NANO if self.model == "nano" else self.model,
+                self.out_dir,
+                scheme,
+                self.shard_size,
+                on_start=lambda size: bar.update(task, total=size),
+                progress=lambda size: bar.advance(task, size),
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Models:
     """List the architectures that Slipway implements, the shipped model, and what the hub cache holds."""
@@ -204,7 +236,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
     try:
-        commands: Any = Generate | Chat | Convert | Models | Bench
+        commands: Any = Generate | Chat | Convert | Quantize | Models | Bench
         tyro.cli(commands, prog="slipway", registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)

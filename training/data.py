@@ -138,6 +138,11 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
     )
 
 
+def held_out_rows(tokenizer: Tokenizer, context: int) -> np.ndarray:
+    """Rows [N, context + 1] of the held-out text alone, from the Python that runs this."""
+    return _rows(_encode((d.text for d in read_corpus().held_out), tokenizer), 0, context)
+
+
 def chat_samples(documents: tuple[Document, ...]) -> Iterator[str]:
     """Two conversations for each documented function that fits: writing it, and explaining it."""
     seen: set[str] = set()

@@ -59,6 +59,11 @@ def read(declaration: Any, checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> An
     return _unflatten(declaration, arrays)
 
 
+def wanted(declaration: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of the declaration may hold, aliases included."""
+    return {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.names()}
+
+
 def check(declaration: Any, checkpoint: Checkpoint, dtype: Any, ignore: Sequence[str] = ()) -> None:
     """Compare every tensor's presence, shape, dtype and values with the declaration.
 

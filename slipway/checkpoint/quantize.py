@@ -21,7 +21,7 @@ from slipway.native import library
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # appended to the name of the weight
 FIELD = "quantization_config"
 BF16 = np.dtype(ml_dtypes.bfloat16)
-CANDIDATES = 12  # scales tried for each group of 4-bit numbers, on either side
+CANDIDATES = [sign * (6.5 + 0.3 * i) for i in range(8) for sign in (-1, 1)]  # where the largest of 4 bits comes to lie
 _ROWS_BYTES = 1 << 22  # of floats that are rounded at a time
 
 
@@ -165,17 +165,32 @@ def _quantized(x: np.ndarray, bits: int, group: int, scale_dtype: np.dtype) -> t
         at = np.abs(x_RGI).argmax(-1, keepdims=True)
         peak_RG1 = np.take_along_axis(x_RGI, at, -1) + (x_RGI * 0).sum(-1, keepdims=True)
         if bits == 8:
-            scale_RG1 = (np.abs(peak_RG1) / np.float32(127)).astype(scale_dtype).astype(np.float32)
+            scale_RG1 = _rounded(np.abs(peak_RG1) / np.float32(127), scale_dtype)
         else:
-            tried = [s * (-peak_RG1 / np.float32(6.5 + 0.2 * i)) for i in range(CANDIDATES) for s in (1, -1)]
-            tried = [scale.astype(scale_dtype).astype(np.float32) for scale in tried]
-            off = [((x_RGI - np.clip(np.rint(x_RGI / s), least, most) * s) ** 2).sum(-1) for s in tried]
-            scale_RG1 = np.choose(np.argmin(off, 0)[..., None], tried) if len(tried) <= 32 else tried[0]
-            scale_RG1 = np.where(np.isfinite(peak_RG1) & (peak_RG1 != 0), scale_RG1, peak_RG1)
+            scale_RG1 = np.where(np.isfinite(peak_RG1) & (peak_RG1 != 0), _fitted(x_RGI, peak_RG1, scale_dtype), peak_RG1)
         q_RGI = np.clip(np.nan_to_num(np.rint(x_RGI * np.where(scale_RG1 == 0, 0, 1 / scale_RG1))), least, most)
     stored = (q_RGI - least).astype(np.uint32).reshape(x.shape[0], -1, 32 // bits)
     words = np.bitwise_or.reduce(stored << np.arange(0, 32, bits, dtype=np.uint32), axis=-1)
     return words.astype(np.uint32).view(np.int32), scale_RG1[..., 0]
+
+
+def _fitted(x_RGI: np.ndarray, peak_RG1: np.ndarray, scale_dtype: np.dtype) -> np.ndarray:
+    """The scale of each group's 4-bit numbers."""
+    weight_RGI, best_RG1, least_RG1 = np.sqrt(np.abs(x_RGI)), np.zeros_like(peak_RG1), np.full_like(peak_RG1, np.inf)
+    for end in CANDIDATES:
+        q_RGI = np.clip(np.rint(x_RGI / (peak_RG1 / np.float32(end))), -8, 7)
+        xq_RG1, qq_RG1 = ((weight_RGI * of * q_RGI).sum(-1, keepdims=True) for of in (x_RGI, q_RGI))
+        scale_RG1 = _rounded(np.where(qq_RG1 > 0, xq_RG1 / qq_RG1, peak_RG1 / np.float32(end)), scale_dtype)
+        q_RGI = np.clip(np.rint(x_RGI / scale_RG1), -8, 7)
+        error_RG1 = (weight_RGI * (x_RGI - q_RGI * scale_RG1) ** 2).sum(-1, keepdims=True)
+        better_RG1 = error_RG1 < least_RG1
+        best_RG1 = np.where(better_RG1, scale_RG1, best_RG1)
+        least_RG1 = np.where(better_RG1, error_RG1, least_RG1)
+    return best_RG1
+
+
+def _rounded(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return scale.astype(dtype).astype(np.float32)
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

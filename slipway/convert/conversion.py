@@ -98,7 +98,7 @@ def convert(
         raise CheckpointError(source.path or "the tree", [*conversion.problems, *_values(conversion)])
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
     try:
-        with _new_directory(out_dir, options.resume):
+        with new_directory(out_dir, options.resume):
             sink = _sink(conversion, out_dir, options)
             written = run.execute(conversion.plan, source, sink, conversion.options, progress)
             if options.to == "hf":
@@ -286,7 +286,7 @@ def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -
 
 
 @contextlib.contextmanager
-def _new_directory(directory: Path, resume: bool) -> Iterator[None]:
+def new_directory(directory: Path, resume: bool) -> Iterator[None]:
     """``directory`` made for what is written inside the context; gone again if that fails and it was not there."""
     existed = directory.exists()
     is_begun = resume and (directory / ASIDE).is_dir()  # its files may be among those in place already

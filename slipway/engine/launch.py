@@ -59,8 +59,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
     dtype = _dtype(config.dtype, raw, checkpoint)
     length = _max_model_len(config.max_model_len, model_config.max_context)
     if not dummy and scheme is not None:
-        wanted = {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.names()}
-        checkpoint = quantize.packed_view(checkpoint, wanted)
+        checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
     if not dummy:
         load.check(declaration, checkpoint, dtype, IGNORED_TENSORS)  # before anything takes time
     step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)

@@ -81,8 +81,8 @@ class Embedding:
         return mesh.all_gather(logits_BV, "vocab")[:, :vocab_size]
 
 
-def quantize(declaration: Any, bits: int, group: int) -> Any:
-    """The declaration with packed weights: projections of ``bits`` with a scale for each ``group``, tables of 8.
+def quantize(declaration: Any, bits: int, group: int, tables: bool = True) -> Any:
+    """The declaration with packed weights: projections of ``bits`` with a scale for each ``group``, ``tables`` of 8.
 
     Raises InvalidConfig where a row's innermost axis holds no whole words or groups.
     """
@@ -91,7 +91,7 @@ def quantize(declaration: Any, bits: int, group: int) -> Any:
         if isinstance(node, Linear):
             words, scales = _packed(node.weight, bits, group)
             return Linear(None, node.bias, words, scales, node.sums_over, bits, group)
-        return Embedding(None, *_packed(node.weight, TABLE_BITS, 0)) if isinstance(node, Embedding) else node
+        return Embedding(None, *_packed(node.weight, TABLE_BITS, 0)) if isinstance(node, Embedding) and tables else node
 
     matrices = (Linear, Embedding)
     return jax.tree.map(packed, declaration, is_leaf=lambda node: isinstance(node, matrices) or tree.is_param(node))

@@ -1,0 +1,77 @@
+"""`slipway quantize`: a float HF directory written with packed projections, whole or not at all; knows no rounding."""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from slipway.checkpoint import files, hub, quantize
+from slipway.checkpoint.quantize import PACKED, SHAPE, Scheme
+from slipway.checkpoint.shards import Spec, write_json
+from slipway.convert.conversion import new_directory, size_bytes
+from slipway.convert.sink import ASIDE, SafetensorsSink
+from slipway.convert.tokenizer import GENERATION, generation_file, tokenizer_files
+from slipway.errors import CheckpointError, InvalidConfig
+
+
+def pack(
+    model: str,
+    out_dir: Path,
+    scheme: Scheme,
+    shard_size: str = "5GB",
+    on_start: Callable[[int], None] = lambda size_bytes: None,
+    progress: Callable[[int], None] = lambda size_bytes: None,
+) -> None:
+    """Write ``model``, a directory or a hub id, to ``out_dir``, which must be new or empty; tables and norms as they are.
+
+    Raises UnsupportedModel for an architecture that Slipway does not run, InvalidConfig for a model that is packed
+    already or a group that no row holds, CheckpointError for what is wrong with the files.
+    """
+    from slipway import models  # with JAX, which the other commands of this folder do without
+    from slipway.checkpoint import load
+    from slipway.nn import linear
+
+    checkpoint = files.open_checkpoint(hub.resolve(model))
+    if quantize.FIELD in checkpoint.config:
+        raise InvalidConfig("model", model, f"float weights; its config.json has a {quantize.FIELD}")
+    declaration = models.declare(checkpoint.config)
+    load.check(declaration, checkpoint, np.float32)
+    wanted = load.wanted(linear.quantize(declaration, scheme.bits, scheme.group, tables=False))
+    view = quantize.packed_view(checkpoint, wanted)
+    specs = {name: Spec(files.DTYPES[tensor.dtype], tensor.shape) for name, tensor in view.tensors.items()}
+    shapes = {
+        name.removesuffix(PACKED) + SHAPE: np.array(checkpoint.tensors[name.removesuffix(PACKED)].shape, np.int64)
+        for name in specs
+        if name.endswith(PACKED)
+    }
+    specs |= {name: Spec(shape.dtype, shape.shape) for name, shape in shapes.items()}
+    on_start(sum(spec.nbytes for spec in specs.values()))
+    try:
+        with new_directory(out_dir, False):
+            sink = SafetensorsSink(out_dir, specs, size_bytes(shard_size), "", False)
+
+            def write(name: str) -> None:
+                sink.write(name, iter([(0, shapes[name] if name in shapes else np.ascontiguousarray(view.array(name)))]))
+                progress(specs[name].nbytes)
+
+            try:
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(write, specs))
+                _write_extras(out_dir / ASIDE, checkpoint, scheme)
+            except BaseException:
+                sink.abandon()
+                raise
+            sink.finish()
+    except OSError as error:
+        raise CheckpointError(out_dir, [f"cannot be written: {error}"]) from error
+
+
+def _write_extras(aside: Path, checkpoint: files.Checkpoint, scheme: Scheme) -> None:
+    """config.json with the scheme, and the files that belong to the model's text."""
+    write_json(aside / "config.json", checkpoint.config | {quantize.FIELD: quantize.config_of(scheme)})
+    if (generation := generation_file(None, checkpoint.directory)) is not None:
+        shutil.copyfile(generation, aside / GENERATION)
+    for file in tokenizer_files(checkpoint.directory):
+        shutil.copyfile(file, aside / file.name)
