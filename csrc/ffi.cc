@@ -96,26 +96,36 @@ const void* pick(const ffi::RemainingArgs& arrays, size_t groups, size_t group, 
   return arrays.get<ffi::AnyBuffer>(group * layers + at)->untyped_data();
 }
 
-// Groups: weights; their scales, if packed; their biases, if biased; then, if gated, the same of up.
+// Groups, for each result: weights; their scales, if packed; their biases, if biased. If gated, there is one result, and
+// the same of up follows.
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer,
-                  ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> out, bool gated, bool biased, int64_t bits,
+                  ffi::RemainingArgs arrays, ffi::RemainingRets outs, bool gated, bool biased, int64_t bits,
                   int64_t group) {
-  const size_t each = 1 + (bits > 0) + biased, groups = (1 + gated) * each;
+  constexpr size_t kMost = 4;
+  if (outs.size() > kMost) return ffi::Error::InvalidArgument("linear: more than 4 results");
+  const size_t each = 1 + (bits > 0) + biased, groups = (outs.size() + gated) * each;
   const int32_t at = layer.typed_data()[0];
-  slipway::Linear op{};
-  op.weight = pick(arrays, groups, 0, at);
-  if (bits) op.scale = pick(arrays, groups, 1, at);
-  if (biased) op.bias = pick(arrays, groups, each - 1, at);
-  if (gated) op.up = pick(arrays, groups, each, at);
-  if (gated && bits) op.up_scale = pick(arrays, groups, each + 1, at);
-  if (gated && biased) op.up_bias = pick(arrays, groups, 2 * each - 1, at);
-  op.type = type_of(x.element_type()), op.out_type = type_of(out->element_type());
-  op.tokens = live(tokens, x.dimensions()[0]);
-  op.in = x.dimensions()[1], op.out_size = out->dimensions()[1];
-  op.x = x.untyped_data(), op.out = out->untyped_data();
-  op.bits = static_cast<int32_t>(bits), op.group = group;
-  PoolTeam team(pool, op.in * op.out_size * (bits ? bits : 8 * size_of(op.type)) / 8 < kAloneBytes);
-  (bits ? slipway::kernels()->quantized_linear : slipway::kernels()->linear)(op, team);
+  slipway::Linear ops[kMost] = {};
+  int64_t bytes = 0;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    slipway::Linear& op = ops[i];
+    auto out = outs.get<ffi::AnyBuffer>(i).value();
+    const size_t first = i * each;
+    op.weight = pick(arrays, groups, first, at);
+    if (bits) op.scale = pick(arrays, groups, first + 1, at);
+    if (biased) op.bias = pick(arrays, groups, first + each - 1, at);
+    if (gated) op.up = pick(arrays, groups, each, at);
+    if (gated && bits) op.up_scale = pick(arrays, groups, each + 1, at);
+    if (gated && biased) op.up_bias = pick(arrays, groups, 2 * each - 1, at);
+    op.type = type_of(x.element_type()), op.out_type = type_of(out->element_type());
+    op.tokens = live(tokens, x.dimensions()[0]);
+    op.in = x.dimensions()[1], op.out_size = out->dimensions()[1];
+    op.x = x.untyped_data(), op.out = out->untyped_data();
+    op.bits = static_cast<int32_t>(bits), op.group = group;
+    bytes += op.in * op.out_size * (bits ? bits : 8 * size_of(op.type)) / 8;
+  }
+  PoolTeam team(pool, bytes < kAloneBytes);
+  (bits ? slipway::kernels()->quantized_linear : slipway::kernels()->linear)(ops, outs.size(), team);
   return ffi::Error::Success();
 }
 
@@ -213,7 +223,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_linear, Linear,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets()
                                   .Attr<bool>("gated")
                                   .Attr<bool>("biased")
                                   .Attr<int64_t>("bits")

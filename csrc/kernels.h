@@ -95,8 +95,9 @@ struct Attention {
 
 struct Kernels {
   const char* name;
-  void (*linear)(const Linear&, Team&);
-  void (*quantized_linear)(const Linear&, Team&);
+  // `count` matrices of one kind times the same x.
+  void (*linear)(const Linear*, int64_t count, Team&);
+  void (*quantized_linear)(const Linear*, int64_t count, Team&);
   void (*norm)(const Norm&, Team&);
   void (*rotate)(const Rotate&, Team&);
   void (*write_kv)(const WriteKv&, Team&);

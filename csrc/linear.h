@@ -21,11 +21,32 @@ constexpr int64_t kPiece = 256;             // units that are packed at a time w
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Matrices times the same tokens: the panels of one after those of the other.
+struct Batch {
+  const Linear* ops;
+  int64_t count;
+  int64_t outs;  // of a panel
+
+  int64_t panels(const Linear& op) const { return (op.out_size + outs - 1) / outs; }
+  int64_t panels() const {
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; ++i) all += panels(ops[i]);
+    return all;
+  }
+  // The matrix of a panel, and its number there.
+  const Linear& at(int64_t& panel) const {
+    int64_t i = 0;
+    for (; panel >= panels(ops[i]); ++i) panel -= panels(ops[i]);
+    return ops[i];
+  }
+};
+
 template <class T>
 struct Call {
-  const Linear& op;
+  Batch batch;
+  const Linear& op;     // the first: `x`, `tokens` and `in` are the same for all
   uint32_t* x;          // the tokens, in the order that the kernel reads them
-  int64_t steps, outs;  // of kLanes units, the last one filled up with zeros; outputs of a panel
+  int64_t steps;        // of kLanes units, the last one filled up with zeros
   int64_t row_bytes() const { return op.in * 4 / T::kPerUnit; }
 };
 
@@ -184,8 +205,8 @@ void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
 }
 
 template <class T>
-void many(const Call<T>& call, const Panel& panel, int64_t first_out, float* parts, uint32_t* packed) {
-  const int64_t tokens = call.op.tokens, steps = call.steps, piece = tokens <= kChunk ? kPiece / kLanes : steps;
+void many(const Call<T>& call, const Linear& op, const Panel& panel, int64_t first_out, float* parts, uint32_t* packed) {
+  const int64_t tokens = op.tokens, steps = call.steps, piece = tokens <= kChunk ? kPiece / kLanes : steps;
   for (int64_t first = 0; first < steps; first += piece) {
     const int64_t count = least(piece, steps - first);
     pack(call, panel, first, count, packed);
@@ -196,7 +217,7 @@ void many(const Call<T>& call, const Panel& panel, int64_t first_out, float* par
       multiply(call, token, n, first, count, packed, parts, token + n == tokens ? next : nullptr);
       if (first + count < steps) continue;
       join_chunk(parts, n);
-      for (int64_t t = 0; t < n; ++t) finish<T>(call.op, first_out, parts + t * kWidth, token + t);
+      for (int64_t t = 0; t < n; ++t) finish<T>(op, first_out, parts + t * kWidth, token + t);
     }
   }
 }
@@ -215,21 +236,22 @@ inline Panel panel_at(const Linear& op, int64_t first, int64_t outs, int64_t row
 
 template <class T>
 void panel_of(const Call<T>& call, int64_t item, void* scratch) {
-  const Linear& op = call.op;
-  const int64_t first = item * call.outs;
-  const Panel panel = panel_at(op, first, call.outs, call.row_bytes());
+  const Linear& op = call.batch.at(item);
+  const int64_t first = item * call.batch.outs;
+  const Panel panel = panel_at(op, first, call.batch.outs, call.row_bytes());
   float* sums = static_cast<float*>(scratch);
   if (op.tokens > kFewTokens)
-    return many(call, panel, first, sums, reinterpret_cast<uint32_t*>(sums + kQuads * kChunk * kWidth));
+    return many(call, op, panel, first, sums, reinterpret_cast<uint32_t*>(sums + kQuads * kChunk * kWidth));
   few(call, panel, sums);
   for (int64_t t = 0; t < op.tokens; ++t) finish<T>(op, first, sums + t * kWidth, t);
 }
 
 template <class T>
-void linear_of(const Linear& op, Team& team) {
+void linear_of(const Linear* ops, int64_t matrices, Team& team) {
+  const Linear& op = ops[0];
   const int64_t units = (op.in + T::kPerUnit - 1) / T::kPerUnit, steps = (units + kLanes - 1) / kLanes;
   const bool is_few = op.tokens <= kFewTokens;
-  Call<T> call{op, nullptr, steps, op.up ? kLanes : kWidth};
+  Call<T> call{{ops, matrices, op.up ? kLanes : kWidth}, op, nullptr, steps};
   call.x = static_cast<uint32_t*>(team.shared(4 * (op.tokens + 3) / 4 * 4 * steps * kLanes));
   if (is_few) {
     for (int64_t four = 0; four < (op.tokens + 3) / 4; ++four) interleave(call, four);
@@ -238,16 +260,16 @@ void linear_of(const Linear& op, Team& team) {
              [](const void* context, int64_t t, void*) { part(*static_cast<const Call<T>*>(context), t); }, &call);
   }
   const int64_t packed = (op.tokens <= kChunk ? least(kPiece / kLanes, steps) : steps) * kLanes * kWidth;
-  team.run((op.out_size + call.outs - 1) / call.outs, kTogether, 4 * (kQuads * kChunk * kWidth + (is_few ? 0 : packed)),
+  team.run(call.batch.panels(), kTogether, 4 * (kQuads * kChunk * kWidth + (is_few ? 0 : packed)),
            [](const void* context, int64_t item, void* memory) {
              panel_of(*static_cast<const Call<T>*>(context), item, memory);
            },
            &call);
 }
 
-inline void linear(const Linear& op, Team& team) {
-  if (op.tokens == 0) return;
-  op.type == Type::kFloat ? linear_of<Float>(op, team) : linear_of<BFloat16>(op, team);
+inline void linear(const Linear* ops, int64_t count, Team& team) {
+  if (ops->tokens == 0) return;
+  ops->type == Type::kFloat ? linear_of<Float>(ops, count, team) : linear_of<BFloat16>(ops, count, team);
 }
 
 }  // namespace SLIPWAY_ISA

@@ -177,17 +177,16 @@ void quantized_rows(const Packed& packed, int64_t token, int64_t count, const ui
 
 template <class T>
 struct QuantizedCall {
-  const Linear& op;
+  Batch batch;
   Packed packed;
-  int64_t outs;  // of a panel
 };
 
 template <class T>
 void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
-  const Linear& op = call.op;
+  const Linear& op = call.batch.at(item);
   const Packed& packed = call.packed;
-  const int64_t first = item * call.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
-  const Panel panel = panel_at(op, first, call.outs, 4 * packed.words);
+  const int64_t first = item * call.batch.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
+  const Panel panel = panel_at(op, first, call.batch.outs, 4 * packed.words);
   const uint8_t* scales[kWidth];
   for (int i = 0; i < kWidth; ++i) {
     const bool up = op.up && i >= kLanes;
@@ -206,7 +205,8 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
 }
 
 template <class T>
-void quantized_of(const Linear& op, Team& team) {
+void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
+  const Linear& op = ops[0];
   const int64_t words = op.in * op.bits / 32, steps = (words + kLanes - 1) / kLanes, step_bytes = 4 * kLanes;
   const int64_t group_words = op.group * op.bits / 32;
   int shift = -1;
@@ -215,28 +215,29 @@ void quantized_of(const Linear& op, Team& team) {
   auto* memory = static_cast<uint8_t*>(team.shared(op.tokens * steps * (1 + T::kUnits) * step_bytes));
   const Packed packed{words, steps, shift, groups, reinterpret_cast<float*>(memory),
                       reinterpret_cast<uint32_t*>(memory + op.tokens * steps * step_bytes)};
-  const QuantizedCall<T> call{op, packed, op.up ? kLanes : kWidth};
+  const QuantizedCall<T> call{{ops, matrices, op.up ? kLanes : kWidth}, packed};
   const auto one = [](const void* context, int64_t token, void*) {
     const auto& call = *static_cast<const QuantizedCall<T>*>(context);
-    spread<T>(call.packed, call.op.x, call.op.in, token);
+    spread<T>(call.packed, call.batch.ops->x, call.batch.ops->in, token);
   };
   if (op.tokens == 1)
     one(&call, 0, nullptr);
   else
     team.run(op.tokens, kQuantTokens, 0, one, &call);
-  team.run((op.out_size + call.outs - 1) / call.outs, kTogether, 4 * kQuantTokens * kWidth,
+  team.run(call.batch.panels(), kTogether, 4 * kQuantTokens * kWidth,
            [](const void* context, int64_t item, void* memory) {
              quantized_panel(*static_cast<const QuantizedCall<T>*>(context), item, static_cast<float*>(memory));
            },
            &call);
 }
 
-inline void quantized_linear(const Linear& op, Team& team) {
-  if (op.tokens == 0) return;
-  if (op.bits == 4)
-    op.type == Type::kFloat ? quantized_of<FloatNibbles>(op, team) : quantized_of<BFloat16Nibbles>(op, team);
+inline void quantized_linear(const Linear* ops, int64_t count, Team& team) {
+  if (ops->tokens == 0) return;
+  const bool is_float = ops->type == Type::kFloat;
+  if (ops->bits == 4)
+    is_float ? quantized_of<FloatNibbles>(ops, count, team) : quantized_of<BFloat16Nibbles>(ops, count, team);
   else
-    op.type == Type::kFloat ? quantized_of<FloatBytes>(op, team) : quantized_of<BFloat16Bytes>(op, team);
+    is_float ? quantized_of<FloatBytes>(ops, count, team) : quantized_of<BFloat16Bytes>(ops, count, team);
 }
 
 }  // namespace SLIPWAY_ISA

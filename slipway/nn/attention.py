@@ -6,7 +6,7 @@ Ainslie et al., GQA, 2023. Which tokens see which is in ``ragged``; the op reads
 from typing import Any
 
 from slipway import ops
-from slipway.nn.linear import Linear
+from slipway.nn.linear import Linear, together
 from slipway.nn.norm import RMSNorm
 from slipway.tree import module, static
 
@@ -47,15 +47,14 @@ class Attention:
     def __call__(self, x_TD, kv, layer, ragged: ops.Ragged, angles):
         """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's place in the cache, ``angles`` the rope's."""
         num_tokens = ragged.num_tokens
+        flat = together((self.q_proj, self.k_proj, self.v_proj), x_TD, num_tokens)
+        q_TNH, k_TKH, v_TKH = (y_TO.reshape(x_TD.shape[0], -1, self.head_dim) for y_TO in flat)
 
-        def heads(project: Linear):
-            return project(x_TD, num_tokens).reshape(x_TD.shape[0], -1, self.head_dim)
-
-        def rotated(project: Linear, norm: RMSNorm | None):
+        def rotated(x_TNH, norm: RMSNorm | None):
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return ops.rotate(heads(project), weight, angles, num_tokens, eps)
+            return ops.rotate(x_TNH, weight, angles, num_tokens, eps)
 
-        q_TNH, k_TKH = rotated(self.q_proj, self.q_norm), rotated(self.k_proj, self.k_norm)
-        kv = ops.write_kv(kv, layer, k_TKH, heads(self.v_proj), ragged)
+        q_TNH, k_TKH = rotated(q_TNH, self.q_norm), rotated(k_TKH, self.k_norm)
+        kv = ops.write_kv(kv, layer, k_TKH, v_TKH, ragged)
         o_TNH = ops.paged_attention(q_TNH, kv, layer, ragged, self.head_dim**-0.5, self.window)
         return self.o_proj(o_TNH.reshape(x_TD.shape[0], -1), num_tokens), kv

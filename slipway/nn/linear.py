@@ -3,6 +3,7 @@ attention.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,6 +49,13 @@ class Linear:
         if self.bias is not None:
             y_TO = y_TO + tree.value(self.bias).astype(jnp.float32)[None]
         return y_TO.astype(x_TD.dtype)
+
+
+def together(projections: Sequence[Linear], x_TD, num_tokens):
+    """Each projection of the same tokens, in one op: [T, in] -> [T, out] each, in x's dtype."""
+    assert not any(mesh.splits(projection.sums_over) for projection in projections), "no partial sums"
+    matrices, biases = ([getattr(p, name) for p in projections] for name in ("matrix", "bias"))
+    return ops.linears(x_TD, matrices, num_tokens, biases, x_TD.dtype)
 
 
 @module

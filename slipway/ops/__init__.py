@@ -6,6 +6,7 @@ device's part: the ops run under shard_map and communicate with nobody.
 
     embed(ids_T, table_VD) -> x_TD                              rows of the table; an id outside gives zeros
     linear(x_TD, weight, num_tokens, bias, dtype) -> y_TO       weights (out, in) as checkpoints hold them; sums in f32
+    linears(x_TD, weights, num_tokens, biases, dtype) -> (y_TO, ...)    of the same tokens, all packed alike or none
     gated_linear(x_TD, gate, up, num_tokens, ...) -> y_TO       silu(x @ gate.T) * (x @ up.T)
     rms_norm(x_TD, weight, num_tokens, eps) -> y_TD
     rotate(x_TNH, weight, angles, num_tokens, eps) -> y_TNH         heads normalized, if weight is given, and turned
@@ -14,8 +15,8 @@ device's part: the ops run under shard_map and communicate with nobody.
     allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
     sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
-Weights may be Picks: one of several arrays by a traced index; those of linears and tables may be Quantized. The cache goes to an op whole, with a layer index: a
-slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair, so the body that
+Weights may be Picks: one of several arrays by a traced index; matrices may be Quantized. The cache goes to an op whole,
+with a layer index: a slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair, so the body that
 wrote a cache reads it: both follow from its shape and dtype.
 """
 
@@ -35,8 +36,13 @@ allocate_kv = xla.allocate_kv
 
 def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
     """See above."""
-    why_not = cpu.refuses(x_TD, weight, bias) or cpu.refuses_row(x_TD)
-    return _serve(why_not, cpu.linear, xla.linear, x_TD, weight, num_tokens, bias, dtype=dtype)
+    return linears(x_TD, (weight,), num_tokens, (bias,), dtype)[0]
+
+
+def linears(x_TD, weights, num_tokens, biases, dtype=jnp.float32):
+    """See above."""
+    why_not = cpu.refuses(x_TD, *weights, *biases) or cpu.refuses_row(x_TD)
+    return _serve(why_not, cpu.linears, xla.linears, x_TD, weights, num_tokens, biases, dtype=dtype)
 
 
 def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype=jnp.float32):

@@ -68,31 +68,43 @@ def refuses_cache(kv, dtype: Any) -> str:
     return f"head_dim {kv.shape[5]}" if kv.shape[5] % 2 else refuses_dtype(dtype)
 
 
-def linear(x_TD, weight, num_tokens, bias, dtype):
-    """As ops.linear; ``weight``, or what a Quantized one holds, and ``bias`` may be Picks."""
-    return _linear(x_TD, [weight], num_tokens, [bias], dtype)
+def linears(x_TD, weights, num_tokens, biases, dtype):
+    """As ops.linears; weights, or what Quantized ones hold, and biases may be Picks."""
+    return tuple(_linear(x_TD, weights, num_tokens, biases, dtype, gated=False))
 
 
 def gated_linear(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype):
     """As ops.gated_linear."""
-    return _linear(x_TD, [gate, up], num_tokens, [gate_bias, up_bias], dtype)
+    return _linear(x_TD, [gate, up], num_tokens, [gate_bias, up_bias], dtype, gated=True)[0]
 
 
-def _linear(x_TD, weights, num_tokens, biases, dtype):
-    biased, packed = biases[0] is not None, isinstance(weights[0], Quantized)
+def _linear(x_TD, weights, num_tokens, biases, dtype, gated):
+    packed, groups, sizes = isinstance(weights[0], Quantized), [], []
     bits, group = (weights[0].bits, weights[0].group) if packed else (0, 0)
-    matrices = [weight.packed if packed else weight for weight in weights]
-    scales = [weight.scale if packed else None for weight in weights]
-    out_size, in_size = _arrays(matrices[0])[0].shape[0], x_TD.shape[1]
-    row, row_scales = (in_size * bits // 32, in_size // group if group else 1) if packed else (in_size, 0)
-    groups = [leaf for leaves in zip(matrices, scales, biases) for leaf in leaves if leaf is not None]
-    shapes = {array.shape for leaf in groups for array in _arrays(leaf)}
-    assert shapes <= {(out_size, row), (out_size, row_scales), (out_size,)}, "weights are (out, in)"
-    out = jax.ShapeDtypeStruct((x_TD.shape[0], out_size), dtype)
-    call = jax.ffi.ffi_call("slipway_linear", out)
+    for weight, bias in zip(weights, biases):
+        own, size = _operands(weight, bias, x_TD.shape[1])
+        groups += own
+        sizes.append(size)
+    assert not gated or len(set(sizes)) == 1, "gate and up are of one size"
+    outs = [jax.ShapeDtypeStruct((x_TD.shape[0], size), dtype) for size in sizes[: 1 if gated else None]]
+    call = jax.ffi.ffi_call("slipway_linear", outs)
     arrays = [array for leaf in groups for array in _arrays(leaf)]
-    static = {"gated": len(weights) == 2, "biased": biased, "bits": bits, "group": group}
+    static = {"gated": gated, "biased": biases[0] is not None, "bits": bits, "group": group}
     return call(x_TD, jnp.int32(num_tokens), _index(groups[0]), *arrays, **static)
+
+
+def _operands(weight, bias, in_size):
+    """What the kernel takes of one matrix, of checked shapes, and its number of outputs."""
+    leaves, rows = [weight], [in_size]
+    if isinstance(weight, Quantized):
+        leaves = [weight.packed, weight.scale]
+        rows = [in_size * weight.bits // 32, in_size // weight.group if weight.group else 1]
+    out_size = _arrays(leaves[0])[0].shape[0]
+    for leaf, row in zip(leaves, rows):
+        assert {array.shape for array in _arrays(leaf)} == {(out_size, row)}, "weights are (out, in)"
+    biases = [] if bias is None else [bias]
+    assert all(array.shape == (out_size,) for leaf in biases for array in _arrays(leaf)), "a bias is (out,)"
+    return leaves + biases, out_size
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):

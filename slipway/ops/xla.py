@@ -43,6 +43,11 @@ def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
     return y_TO.astype(dtype)
 
 
+def linears(x_TD, weights, num_tokens, biases, dtype=jnp.float32):
+    """``linear`` of the same tokens by each weight."""
+    return tuple(linear(x_TD, weight, num_tokens, bias, dtype) for weight, bias in zip(weights, biases))
+
+
 def _dot(x_TD, w_OD):
     if isinstance(w_OD, Quantized):
         x_TD, w_OD = x_TD.astype(jnp.float32), dequantized(w_OD)

@@ -49,12 +49,31 @@ void linears(Type type) {
         auto bias = numbers(out_size, type);
         std::vector<char> out(tokens * out_size * 4);
         Linear op{type, Type::kFloat, tokens, in, out_size, x.data(), w.data(), bias.data(), nullptr, nullptr, out.data()};
-        SLIPWAY_ISA::table.linear(op, team);
+        SLIPWAY_ISA::table.linear(&op, 1, team);
         out.resize(tokens * out_size * size_of(type)), out.shrink_to_fit();
         op.out_type = type, op.up = up.data(), op.out = out.data();
-        SLIPWAY_ISA::table.linear(op, team);
+        SLIPWAY_ISA::table.linear(&op, 1, team);
         calls += 2;
       }
+}
+
+void quantized_linears(Type type) {
+  for (int64_t tokens : {0, 1, 2, 3, 33, 40})
+    for (int64_t in : {32, 160, 384})
+      for (auto [bits, group] : {std::pair<int, int64_t>{8, 0}, {4, 32}, {4, 0}})
+        for (int64_t out_size : {1, 15, 33}) {
+          auto x = numbers(tokens * in, type), w = numbers(out_size * in * bits / 32, Type::kFloat), up = w;
+          auto scale = numbers(out_size * (group ? in / group : 1), type), up_scale = scale;
+          std::vector<char> out(tokens * out_size * 4), other = out;
+          Linear op{type, Type::kFloat, tokens, in, out_size, x.data(), w.data(), nullptr, nullptr, nullptr, out.data()};
+          op.bits = bits, op.group = group, op.scale = scale.data();
+          Linear both[] = {op, op};
+          both[1].out = other.data();
+          SLIPWAY_ISA::table.quantized_linear(both, 2, team);
+          op.up = up.data(), op.up_scale = up_scale.data();
+          SLIPWAY_ISA::table.quantized_linear(&op, 1, team);
+          calls += 2;
+        }
 }
 
 void norms(Type type) {
@@ -115,7 +134,7 @@ void samples() {
 
 int main() {
   for (Type type : {Type::kFloat, Type::kBFloat16}) {
-    linears(type), norms(type);
+    linears(type), quantized_linears(type), norms(type);
     for (int64_t page_size : {16, 48, 64, 128})
       for (int64_t head_dim : {8, 24, 64, 80})
         attentions(type, page_size, head_dim, 6, 3, page_size == 48 ? 20 : 0);
