@@ -42,7 +42,9 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
     steps = jnp.arange(context, dtype=jnp.int32)
     whole = [jnp.full(1, context, jnp.int32) for _ in range(2)]
     table = jnp.arange(pages, dtype=jnp.int32)[None]
-    ragged = ops.Ragged(jnp.int32(context), steps, whole[0].repeat(context), steps, jnp.zeros(1, jnp.int32), *whole, table)
+    ragged = ops.Ragged(
+        jnp.int32(context), steps, whole[0].repeat(context), steps, jnp.zeros(1, jnp.int32), *whole, table
+    )
 
     def loss(model, cache, row):
         x_TD, _ = model(row[:-1], cache, ragged)

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
+from slipway.checkpoint.files import DTYPES, Checkpoint
 from slipway.errors import UnsupportedModel
 from slipway.native import library
 
@@ -42,10 +42,10 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     if held is None:
         return None
     groups = held.get("config_groups") or {}
-    group = next(iter(groups.values()), {})
+    group: dict[str, Any] = next(iter(groups.values()), {})
     weights: dict[str, Any] = group.get("weights") or {}
-    size = 0 if weights.get("strategy") == "channel" else weights.get("group_size")
-    checks = {
+    size: Any = 0 if weights.get("strategy") == "channel" else weights.get("group_size")
+    checks: dict[str, tuple[Any, list[Any]]] = {
         "quant_method": (held.get("quant_method"), ["compressed-tensors"]),
         "format": (held.get("format"), ["pack-quantized"]),
         "config_groups": (len(groups), [1]),
@@ -77,8 +77,12 @@ def config_of(scheme: Scheme) -> dict[str, Any]:
 
 
 def packed_view(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """The checkpoint with those tensors packed that ``wanted`` (name -> shape) names so and the files hold as floats."""
-    tensors, views = dict(checkpoint.tensors), {}
+    """The checkpoint with those tensors packed that ``wanted`` (name -> shape) names so and the files hold as floats.
+
+    What fits neither way is left to the check that every tensor undergoes.
+    """
+    tensors = dict(checkpoint.tensors)
+    views: dict[str, tuple[_Pair, int]] = {}
     for name, shape in wanted.items():
         source = checkpoint.tensors.get(name.removesuffix(PACKED))
         if not name.endswith(PACKED) or name in tensors or source is None or len(source.shape) != 2:
@@ -121,14 +125,15 @@ class _Pair:
 
     def __init__(self, checkpoint: Checkpoint, name: str, scheme: Scheme, scale_dtype: np.dtype):
         self._checkpoint, self._name, self._scheme, self._dtype = checkpoint, name, scheme, scale_dtype
-        self._lock, self._made = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._made: tuple[np.ndarray, np.ndarray] | None = None
 
     def made(self) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if self._made is None:
                 self._made = quantize(self._checkpoint.array(self._name), self._scheme, self._dtype)
                 self._checkpoint.drop(self._name)
-        return self._made
+            return self._made
 
 
 def quantize(weight: np.ndarray, scheme: Scheme, scale_dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +172,9 @@ def _quantized(x: np.ndarray, bits: int, group: int, scale_dtype: np.dtype) -> t
         if bits == 8:
             scale_RG1 = _rounded(np.abs(peak_RG1) / np.float32(127), scale_dtype)
         else:
-            scale_RG1 = np.where(np.isfinite(peak_RG1) & (peak_RG1 != 0), _fitted(x_RGI, peak_RG1, scale_dtype), peak_RG1)
+            scale_RG1 = np.where(
+                np.isfinite(peak_RG1) & (peak_RG1 != 0), _fitted(x_RGI, peak_RG1, scale_dtype), peak_RG1
+            )
         q_RGI = np.clip(np.nan_to_num(np.rint(x_RGI * np.where(scale_RG1 == 0, 0, 1 / scale_RG1))), least, most)
     stored = (q_RGI - least).astype(np.uint32).reshape(x.shape[0], -1, 32 // bits)
     words = np.bitwise_or.reduce(stored << np.arange(0, 32, bits, dtype=np.uint32), axis=-1)

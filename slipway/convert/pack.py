@@ -24,7 +24,7 @@ def pack(
     on_start: Callable[[int], None] = lambda size_bytes: None,
     progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> None:
-    """Write ``model``, a directory or a hub id, to ``out_dir``, which must be new or empty; tables and norms as they are.
+    """Write ``model``, a directory or a hub id, to ``out_dir``, which must be new or empty. Tables stay floats.
 
     Raises UnsupportedModel for an architecture that Slipway does not run, InvalidConfig for a model that is packed
     already or a group that no row holds, CheckpointError for what is wrong with the files.
@@ -53,19 +53,24 @@ def pack(
             sink = SafetensorsSink(out_dir, specs, size_bytes(shard_size), "", False)
 
             def write(name: str) -> None:
-                sink.write(name, iter([(0, shapes[name] if name in shapes else np.ascontiguousarray(view.array(name)))]))
+                array = shapes[name] if name in shapes else np.ascontiguousarray(view.array(name))
+                sink.write(name, iter([(0, array)]))
                 progress(specs[name].nbytes)
 
-            try:
-                with ThreadPoolExecutor() as pool:
-                    list(pool.map(write, specs))
-                _write_extras(out_dir / ASIDE, checkpoint, scheme)
-            except BaseException:
-                sink.abandon()
-                raise
+            _all(write, list(specs), sink)
+            _write_extras(out_dir / ASIDE, checkpoint, scheme)
             sink.finish()
     except OSError as error:
         raise CheckpointError(out_dir, [f"cannot be written: {error}"]) from error
+
+
+def _all(write: Callable[[str], None], names: list[str], sink: SafetensorsSink) -> None:
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, names))
+    except BaseException:  # an interruption, too, leaves nothing behind
+        sink.abandon()
+        raise
 
 
 def _write_extras(aside: Path, checkpoint: files.Checkpoint, scheme: Scheme) -> None:

@@ -16,8 +16,8 @@ device's part: the ops run under shard_map and communicate with nobody.
     sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
 Weights may be Picks: one of several arrays by a traced index; matrices may be Quantized. The cache goes to an op whole,
-with a layer index: a slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair, so the body that
-wrote a cache reads it: both follow from its shape and dtype.
+with a layer index: a slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair,
+so the body that wrote a cache reads it: both follow from its shape and dtype.
 """
 
 from collections.abc import Callable
