@@ -234,7 +234,8 @@ class Bench:
 def main() -> None:
     """Run the command line. Where Slipway refuses: what is wrong, to stderr, no traceback, exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("slipway.engine.launch").setLevel(logging.INFO)
+    for name in ("slipway.engine.launch", "slipway.engine.step"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         commands: Any = Generate | Chat | Convert | Quantize | Models | Bench
         tyro.cli(commands, prog="slipway", registry=_registry()).run()

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 # The published shape of Qwen3-0.6B.
-QWEN3_SHAPE = {
+QWEN3_SHAPE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
     "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
     "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
     "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
 }  # fmt: skip
+QWEN3_BYTES = 2 * 596_049_920  # its weights
 
 
 def random_model(config: Mapping[str, Any], directory: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,13 +19,17 @@ from typing import Any, Literal
 import numpy as np
 
 from slipway.bench import limits, llama_cpp, rivals
-from slipway.bench.models import QWEN3_SHAPE, random_model
+from slipway.bench.models import QWEN3_BYTES, QWEN3_SHAPE, random_model
 from slipway.llm import NANO
 
-Engine = Literal["ours", "transformers", "vllm", "llama.cpp"]
-BATCHES, PREFILLS = (1, 8, 16), (512, 2048)
+Engine = Literal[
+    "ours", "transformers", "vllm", "llama.cpp", "ours int8", "llama.cpp q8_0", "ours int4", "llama.cpp q4_0"
+]
+COUNTERPARTS = {"ours int8": "llama.cpp q8_0", "ours int4": "llama.cpp q4_0"}
+BATCHES, PREFILLS, CONTEXTS = (1, 8, 16), (512, 2048), (128, 512, 2048, 8192)
 SERVES = {"128/128": (128, 128, 0), "1024/128": (1024, 128, 0), "shared prefix": (512, 64, 448)}
-SLOTS, MAX_MODEL_LEN = 16, 2176
+SLOTS, MAX_MODEL_LEN, PACKED_MODEL_LEN = 16, 2176, 256
+UNPACKED = ("ours", "transformers", "vllm", "llama.cpp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,8 @@ class PeersBench:
     Needs torch (the test extra), whose product is the host's limit.
     """
 
-    engines: tuple[Engine, ...] = ("ours", "transformers", "vllm", "llama.cpp")
-    """Each rival is installed on first use, in the user's cache."""
+    engines: tuple[Engine, ...] = typing.get_args(Engine)
+    """Each rival is installed on first use, in the user's cache. Of packed weights the decode alone is timed."""
     model: Literal["qwen3-0.6b", "nano"] = "qwen3-0.6b"
     """Random bf16 weights of the published shape; or the shipped model, of which requests alone are timed."""
     rounds: int = 3
@@ -43,23 +48,37 @@ class PeersBench:
     decode_tokens: int = 24
     """Steps of a decode measurement."""
     requests: int = 64
-    loads: tuple[Literal["128/128", "1024/128", "shared prefix"], ...] = ("128/128",)
+    loads: tuple[Literal["128/128", "1024/128", "shared prefix"], ...] = ("128/128", "1024/128", "shared prefix")
     """Prompt and output tokens of the requests; shared prefix: 512 tokens, 448 of them common, and 64 out."""
+    contexts: bool = True
+    """Time a step of ours after prompts of 128 to 8,192 tokens, too."""
     out: Path | None = None
     """Write the figures here as JSON."""
+    plot: Path | None = None
+    """Draw how many times as good ours is, here, as PNG; needs matplotlib."""
 
     def run(self) -> None:
         """Measure, and print a table."""
         threads = len(os.sched_getaffinity(0))
-        with tempfile.TemporaryDirectory() as folder, _started(self, Path(folder), threads) as engines:
+        with tempfile.TemporaryDirectory() as folder, self._started(Path(folder), threads) as engines:
             figures = self._rounds(engines, threads)
-            figures["start s"] = {name: [engine.start_s] for name, engine in engines.items()}
-            figures["peak RSS MB"] = {name: [engine.peak_mb()] for name, engine in engines.items()}
+            figures["start s"] = {name: [engines[name].start_s] for name in engines if name in UNPACKED}
+            figures["peak RSS MB"] = {name: [engines[name].peak_mb()] for name in engines if name in UNPACKED}
+            for engine in engines.values():
+                engine.stop()
+            again = {name: self._start(name, Path(folder), threads) for name in engines if name in UNPACKED}
+            figures["start again s"] = {name: [engine.start_s] for name, engine in again.items()}
+            engines |= again
+            if self.contexts and "ours" in engines and self.model != "nano":
+                engines["ours, long"] = rivals.Worker("ours", Path(folder) / "model", "bfloat16", CONTEXTS[-1] + 64, 1)
+                figures |= self._contexts(engines["ours, long"])
         report = summary(figures) | {"versions": {name: version(name) for name in ("jax", "torch", "transformers")}}
         print(table(report["medians"]))
         print(json.dumps(report, indent=2))
         if self.out is not None:
             self.out.write_text(json.dumps(report, indent=2) + "\n")
+        if self.plot is not None:
+            draw(report["times_as_good"], self.plot)
 
     def _rounds(self, engines: dict[str, Any], threads: int) -> dict[str, dict[str, list[float]]]:
         """figure -> engine -> a value per round. Rates are tokens a second."""
@@ -80,11 +99,12 @@ class PeersBench:
                 figures.clear()  # the first round warms up
             for key, rate in (("read GB/s", limits.read_bandwidth(threads)), ("bf16 GFLOP/s", limits.matmul_rate())):
                 figures.setdefault(key, {}).setdefault("host", []).append(rate)
-            names = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
+            everyone = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
+            names = [name for name in everyone if name in UNPACKED]
             whole = self.model != "nano"  # whose steps are too short for a rival's tools to time
             for batch in BATCHES if whole else ():
                 asked, steps = prompts(batch, 16), self.decode_tokens
-                take(f"decode b{batch} tok/s", partial(_decode_rate, prompts=asked, steps=steps), names)
+                take(f"decode b{batch} tok/s", partial(_decode_rate, prompts=asked, steps=steps), everyone)
             for length in PREFILLS if whole else ():
                 take(f"prefill {length} tok/s", partial(_prefill_rate, prompts=prompts, length=length), names)
             for load in self.loads if turn else ():
@@ -97,6 +117,58 @@ class PeersBench:
                         figures.setdefault(f"{load} {figure}", {}).setdefault(name, []).append(value)
         return figures
 
+    @contextmanager
+    def _started(self, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
+        """The engines by name, one after the other started; those that are there at the end are ended."""
+        if self.model != "nano":
+            random_model(QWEN3_SHAPE, folder / "model")
+        if any(name.startswith("llama.cpp") for name in self.engines):
+            binaries = llama_cpp.environment(rivals.CACHE / "llama.cpp")
+            llama_cpp.write_gguf(self._directory(folder), folder / "bf16.gguf", rivals.CACHE / "llama.cpp")
+            for name in self.engines:
+                kind = name.removeprefix("llama.cpp").strip()
+                if name.startswith("llama.cpp") and kind:
+                    llama_cpp.quantize(binaries, folder / "bf16.gguf", folder / f"{kind}.gguf", kind.upper())
+        engines: dict[str, Any] = {}
+        try:
+            for name in self.engines:
+                engines[name] = self._start(name, folder, threads)
+            yield engines
+        finally:
+            for engine in engines.values():
+                engine.stop()
+
+    def _start(self, name: str, folder: Path, threads: int) -> Any:
+        """One engine; ours starts with an empty cache of compiled programs, if it is the first time in this run."""
+        directory = self._directory(folder)
+        length = MAX_MODEL_LEN if name in UNPACKED else PACKED_MODEL_LEN  # memory for all at once
+        if self.model == "nano":
+            length = json.loads((directory / "config.json").read_bytes())["max_position_embeddings"]
+        if name.startswith("llama.cpp"):
+            kind = name.removeprefix("llama.cpp").strip() or "bf16"
+            return rivals.LlamaCpp(folder / f"{kind}.gguf", length, SLOTS, threads, serves=kind == "bf16")
+        return rivals.Worker(name, directory, "bfloat16", length, SLOTS, folder / "cache")
+
+    def _directory(self, folder: Path) -> Path:
+        return Path(NANO) if self.model == "nano" else folder / "model"
+
+    def _contexts(self, engine: Any) -> dict[str, dict[str, list[float]]]:
+        """A step's time by context, and how it stands to what the bytes of weights and cache predict from the first."""
+        rng, shape = np.random.default_rng(1), QWEN3_SHAPE
+        step_ms: dict[int, list[float]] = {context: [] for context in CONTEXTS}
+        for _ in range(self.rounds):
+            for context in CONTEXTS:
+                prompt = rng.integers(0, shape["vocab_size"], context - self.decode_tokens // 2).tolist()
+                step_ms[context].append(1e3 * engine.decode([prompt], self.decode_tokens))
+        token_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+        weights = (QWEN3_BYTES + context * token_bytes for context in CONTEXTS)
+        read = dict(zip(CONTEXTS, weights))
+        figures = {f"step ms at context {context}": {"ours": times} for context, times in step_ms.items()}
+        for context in CONTEXTS[1:]:
+            ratios = [b / a * read[CONTEXTS[0]] / read[context] for a, b in zip(step_ms[CONTEXTS[0]], step_ms[context])]
+            figures[f"the same, over the bytes' prediction, {context}"] = {"ours": ratios}
+        return figures
+
 
 def _decode_rate(engine: Any, prompts: list[list[int]], steps: int) -> float:
     return len(prompts) / engine.decode(prompts, steps)
@@ -104,31 +176,6 @@ def _decode_rate(engine: Any, prompts: list[list[int]], steps: int) -> float:
 
 def _prefill_rate(engine: Any, prompts: Callable, length: int) -> float:
     return length / engine.prefill(prompts(1, length)[0])  # a new prompt each time: nobody's cache knows it
-
-
-@contextmanager
-def _started(bench: PeersBench, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
-    """The engines by name, one after the other started; ended together."""
-    directory = Path(NANO)
-    if bench.model != "nano":
-        directory = folder / "model"
-        random_model(QWEN3_SHAPE, directory)
-    length = MAX_MODEL_LEN if bench.model != "nano" else json.loads((directory / "config.json").read_bytes())[
-        "max_position_embeddings"
-    ]  # fmt: skip
-    engines: dict[str, Any] = {}
-    try:
-        for name in bench.engines:
-            if name == "llama.cpp":
-                llama_cpp.environment(rivals.CACHE / "llama.cpp")
-                llama_cpp.write_gguf(directory, folder / "model.gguf", rivals.CACHE / "llama.cpp")
-                engines[name] = rivals.LlamaCpp(folder / "model.gguf", length, SLOTS, threads)
-            else:
-                engines[name] = rivals.Worker(name, directory, "bfloat16", length, SLOTS)
-        yield engines
-    finally:
-        for engine in engines.values():
-            engine.stop()
 
 
 def served(run: dict[str, Any], max_tokens: int) -> dict[str, float]:
@@ -149,8 +196,9 @@ def summary(figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     ratios: dict[str, dict[str, float]] = {}
     for figure, runs in figures.items():
         for name, values in runs.items():
-            if name != "ours" and "ours" in runs:
-                pairs = [a / b for a, b in zip(runs["ours"], values)]
+            own = next((own for own, theirs in COUNTERPARTS.items() if theirs == name), "ours")
+            if not name.startswith("ours") and own in runs:
+                pairs = [a / b for a, b in zip(runs[own], values)]
                 ratio = statistics.median(pairs)
                 less_is_better = "tok/s" not in figure
                 ratios.setdefault(figure, {})[name] = round(1 / ratio if less_is_better else ratio, 2)
@@ -159,6 +207,25 @@ def summary(figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         "spread": {f: {n: [round(min(v), 2), round(max(v), 2)] for n, v in r.items()} for f, r in figures.items()},
         "times_as_good": ratios,
     }
+
+
+def draw(ratios: dict[str, dict[str, float]], out: Path) -> None:
+    """Bars by figure and rival; 1 is the rival's own."""
+    from matplotlib.figure import Figure  # an extra, for who asks for a plot
+
+    rivals_ = list(dict.fromkeys(name for row in ratios.values() for name in row))
+    figure = Figure(figsize=(9, 0.45 * len(ratios) + 1.5), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(rivals_)
+    for i, name in enumerate(rivals_):
+        at = [row + i * height for row, figure_ in enumerate(ratios) if name in ratios[figure_]]
+        axes.barh(at, [row[name] for row in ratios.values() if name in row], height, label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(ratios))], list(ratios))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times as good as the rival (right of 1: ours is better)")
+    axes.legend()
+    figure.savefig(out, dpi=120)
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:

@@ -18,12 +18,17 @@ CACHE = Path.home() / ".cache" / "slipway" / "peers"
 class Worker:
     """An engine behind bench/load.py's pipe."""
 
-    def __init__(self, name: str, directory: Path, dtype: str, max_model_len: int, max_num_seqs: int):
+    def __init__(
+        self, name: str, directory: Path, dtype: str, max_model_len: int, max_num_seqs: int, cache: Path | None = None
+    ):
+        """``cache``: where ours keeps compiled programs, instead of the user's cache."""
         python, script = [sys.executable, "-m", "slipway.bench.worker", name], []
         variables = {"HF_HUB_OFFLINE": "1"}
         if name == "vllm":
             python, script = [str(vllm.environment()), "-P"], [str(Path(__file__).parent / "worker_vllm.py")]
             variables |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
+        elif cache is not None:
+            variables["XDG_CACHE_HOME"] = str(cache)
         self._name, self._errors = name, tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         started = time.perf_counter()
         self._process = subprocess.Popen(
@@ -77,8 +82,12 @@ class Worker:
 class LlamaCpp:
     """llama.cpp's tools, and its server while requests are timed."""
 
-    def __init__(self, model: Path, max_model_len: int, max_num_seqs: int, threads: int):
+    def __init__(self, model: Path, max_model_len: int, max_num_seqs: int, threads: int, serves: bool):
+        """``serves``: with a server, beside its tools."""
         self._binaries, self._model, self._threads = llama_cpp.environment(CACHE / "llama.cpp"), model, threads
+        self._server: llama_cpp.Server | None = None
+        if not serves:
+            return
         started = time.perf_counter()
         self._server = llama_cpp.Server(self._binaries, model, max_num_seqs, max_model_len, threads)
         self._server.drive([[7, 8]], 1, 1)
@@ -86,6 +95,7 @@ class LlamaCpp:
 
     def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
         """As bench/load.py's, through the server."""
+        assert self._server is not None
         return self._server.drive(prompts, max_tokens, concurrency)
 
     def prefill(self, prompt: list[int]) -> float:
@@ -98,11 +108,13 @@ class LlamaCpp:
 
     def peak_mb(self) -> float:
         """Of the server."""
+        assert self._server is not None
         return _peak_mb(self._server.process.pid)
 
     def stop(self) -> None:
         """End the server."""
-        self._server.stop()
+        if self._server is not None:
+            self._server.stop()
 
 
 def _peak_mb(pid: int) -> float:

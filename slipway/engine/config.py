@@ -34,6 +34,8 @@ class EngineConfig:
     """Tokens per page of the cache."""
     memory_fraction: float | None = None
     """Share of the free memory that weights, cache and temporaries may take; default 0.25 on a CPU, else 0.9."""
+    compilation_cache: str = "auto"
+    """Where compiled programs are kept for the next start: a directory, auto (the user's cache), or off."""
     seed: int = 0
     """Of requests that bring none, and of dummy weights."""
     skip_tokenizer_init: bool = False
@@ -59,6 +61,8 @@ class EngineConfig:
         _need("dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16", "float16"), "a float type, or auto")
         packed = self.quantization
         _need("quantization", packed, packed in (None, "int8", "int4"), "int8, int4 or None")
+        kept = self.compilation_cache
+        _need("compilation_cache", kept, isinstance(kept, str) and bool(kept), "a directory, auto or off")
         _need("load_format", self.load_format, self.load_format in ("auto", "dummy"), "auto or dummy")
         tokens = self.max_num_batched_tokens
         expected = f"at least max_num_seqs ({self.max_num_seqs}), or running requests could not all decode"

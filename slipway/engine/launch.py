@@ -20,7 +20,7 @@ from slipway import models, ops, tree
 from slipway.checkpoint import files, hub, load, quantize
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
-from slipway.engine import memory
+from slipway.engine import compile_cache, memory
 from slipway.engine.batch import Bucket
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine, Limits
@@ -42,6 +42,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
     Raises CheckpointError, UnsupportedModel, InvalidConfig or OutOfMemory; nothing is held then.
     """
     started = time.perf_counter()
+    kept = compile_cache.use(config.compilation_cache)
     dummy = config.load_format == "dummy"
     directory = hub.resolve(model, config.revision, hub.WITHOUT_WEIGHTS if dummy else hub.ALLOW_PATTERNS)
     checkpoint = files.open_without_weights(directory) if dummy else files.open_checkpoint(directory)
@@ -77,7 +78,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
         copies=config.data_parallel_size,
     )  # fmt: skip
-    logger.info("%s with %s", model, config)
+    logger.info("%s with %s; compiled programs in %s", model, config, kept)
     bodies = ops.bodies(platform, step.kv, dtype)
     _announce(platform, np.dtype(dtype).name, mesh, bodies, limits, time.perf_counter() - started)
     return Engine(

@@ -9,7 +9,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -66,14 +66,18 @@ class Step:
         return len(self._programs) + len(self._samplers)
 
     def compile(self, shapes: Sequence[Bucket]) -> None:
-        """Compile the buckets that are not yet, and the samplers of their rows, two at a time."""
+        """Compile the buckets that are not yet, and the samplers of their rows, two at a time; says what is left."""
         buckets = [bucket for bucket in shapes if bucket not in self._programs]
         rows = sorted({bucket.num_rows for bucket in buckets} - self._samplers.keys())
+        started = time.perf_counter()
         with ThreadPoolExecutor(2) as pool:
-            programs = [pool.submit(self._compile_forward, bucket) for bucket in buckets]
-            samplers = [pool.submit(self._compile_sampler, n) for n in rows]
-            self._programs.update(zip(buckets, [program.result() for program in programs]))
-            self._samplers.update(zip(rows, [sampler.result() for sampler in samplers]))
+            programs = {pool.submit(self._compile_forward, bucket): bucket for bucket in buckets}
+            samplers = {pool.submit(self._compile_sampler, n): n for n in rows}
+            for count, _ in enumerate(as_completed([*programs, *samplers]), 1):
+                left, seconds = len(buckets) + len(rows) - count, time.perf_counter() - started
+                logger.info("compiled %d programs, %d left: about %.1f s", count, left, seconds / count * left)
+        self._programs.update({bucket: program.result() for program, bucket in programs.items()})
+        self._samplers.update({n: sampler.result() for sampler, n in samplers.items()})
 
     def temp_bytes(self, bucket: Bucket) -> int:
         """The memory per device that the compiled bucket needs beside weights and cache."""
@@ -90,10 +94,7 @@ class Step:
         return kv, self._samplers[bucket.num_rows](logits_BV, batch.sampling)
 
     def _compile_forward(self, bucket: Bucket) -> Any:
-        started = time.perf_counter()
-        program = self._forward.lower(self._leaves, self.kv, self._shapes(bucket)).compile(self._options)
-        logger.info("compiled %s in %.1f s", bucket, time.perf_counter() - started)
-        return program
+        return self._forward.lower(self._leaves, self.kv, self._shapes(bucket)).compile(self._options)
 
     def _compile_sampler(self, rows: int) -> Any:
         sampling = self._shapes(Bucket(rows, rows)).sampling
