@@ -10,11 +10,13 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
+_config: Any = jax.config  # its fields are made as it is imported
 
 MAX_BYTES = (
     2 << 30
@@ -27,7 +29,7 @@ def use(directory: str) -> Path | None:
 
     Returns where. A directory that JAX was told of already (JAX_COMPILATION_CACHE_DIR, say) stays.
     """
-    held = jax.config.read("jax_compilation_cache_dir")
+    held = _config.jax_compilation_cache_dir
     if held is not None and held != _ours.get("path"):
         return Path(held)
     if directory == OFF:
@@ -50,12 +52,12 @@ _ours: dict[str, str | None] = {}  # the directory that JAX has from us
 
 
 def _tell(path: str | None) -> None:
-    if path == jax.config.read("jax_compilation_cache_dir"):
+    if path == _config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_compilation_cache_dir", path)
+    _config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _config.update("jax_compilation_cache_dir", path)
     compilation_cache.reset_cache()  # it may have looked for a directory already, and found none
     _ours["path"] = path
 
