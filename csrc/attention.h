@@ -89,13 +89,35 @@ inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
   return desk;
 }
 
+// The lines of the next block's pages, each with its keys and values, asked for bit by bit while this one is computed: pages
+// lie apart, and the processor follows none into the next.
+template <class T>
+struct Ahead {
+  const Attention& op;
+  const int32_t* pages;
+  int64_t head, page, end, at = 0;  // `at`: units of `page` that were asked for
+
+  // The share of one call among the kTurns of a block.
+  ALWAYS void take() {
+    const int64_t units = 2 * op.cache.page_size * op.cache.head_dim / T::kPerUnit;
+    for (int64_t left = (kBlock / kTurns) * 2 * op.cache.head_dim / T::kPerUnit; left > 0 && page < end; left -= kLine) {
+      __builtin_prefetch(block_of<T>(op.cache, pages[page], head, 0) + at, 0, 2);
+      at += kLine;
+      if (at >= units) at = 0, ++page;
+    }
+  }
+  static constexpr int64_t kLine = 16, kTurns = 8;
+};
+
 // scores[r][s] = q[r] . key[first + s] for the block's keys; those past `count` are left as they come out.
 template <class T>
-void score(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk) {
+void score(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk,
+           Ahead<T>& ahead) {
   const int64_t S = op.cache.page_size, units = op.cache.head_dim / T::kPerUnit;
   for (int64_t s = 0; s < count; s += kTileCols * kLanes) {
     const uint32_t* columns[kTileCols];
     int held = 0;
+    ahead.take();
     for (int j = 0; j < kTileCols && s + j * kLanes < count; ++j, ++held) {
       const int64_t at = first + s + j * kLanes;
       columns[j] = block_of<T>(op.cache, pages[at / S], head, 0) + at % S;
@@ -173,13 +195,15 @@ Operand values_of(const Attention& op, const int32_t* pages, int64_t head, int64
 
 // o[r] += sum over the block's keys of weight[r][s] * value[first + s].
 template <class T>
-void mix(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk) {
+void mix(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk,
+         Ahead<T>& ahead) {
   const uint32_t *bases[kBlock / kGroup], *columns[kTileCols * kBlock / kGroup];
   const Operand values = values_of<T>(op, pages, head, first, count, desk, bases);
   const int64_t segments = (values.rows + values.segment - 1) / values.segment;
   for (int64_t d = 0; d < desk.width; d += kTileCols * kLanes) {
     const bool whole = desk.width - d >= kTileCols * kLanes;
     const int64_t cols = whole ? kTileCols : 1;
+    ahead.take();
     for (int64_t s = 0; s < segments; ++s)
       for (int64_t j = 0; j < cols; ++j) columns[s * cols + j] = bases[s] + d + j * kLanes;
     const Operand b{columns, values.rows, values.segment, values.step};
@@ -205,8 +229,10 @@ void attend(const Attention& op, const Item& item, int64_t head, void* memory) {
     desk.total[r] = op.sinks ? 1.0f : 0.0f;
   }
   for (int64_t first = item.oldest / kBlock * kBlock; first < item.seen; first += kBlock) {
-    const int64_t count = item.seen - first < kBlock ? item.seen - first : kBlock;
-    score<T>(op, pages, head, first, count, desk);
+    const int64_t count = item.seen - first < kBlock ? item.seen - first : kBlock, next = first + kBlock;
+    const int64_t S = op.cache.page_size, stop = next + kBlock < item.seen ? next + kBlock : item.seen;
+    Ahead<T> ahead{op, pages, head, next / S, next < item.seen ? (stop + S - 1) / S : 0};
+    score<T>(op, pages, head, first, count, desk, ahead);
     for (int64_t r = 0; r < desk.rows; ++r) {
       const int64_t position = op.ragged.positions[item.first + r / group];
       const bool sees_all = count % kLanes == 0 && position + 1 - first >= count;
@@ -214,8 +240,9 @@ void attend(const Attention& op, const Item& item, int64_t head, void* memory) {
         soften<T, true>(op, position, first, count, r, desk);
       else
         soften<T, false>(op, position, first, count, r, desk);
+      ahead.take();
     }
-    mix<T>(op, pages, head, first, count, desk);
+    mix<T>(op, pages, head, first, count, desk, ahead);
   }
   for (int64_t r = 0; r < desk.rows; ++r) {
     const float share = desk.total[r] > 0 ? 1.0f / desk.total[r] : 0.0f;
