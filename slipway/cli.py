@@ -19,6 +19,7 @@ from slipway.bench.convert import ConvertBench
 from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
 from slipway.bench.peers import PeersBench
+from slipway.bench.roofline import RooflineBench
 from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
 from slipway.checkpoint.quantize import Scheme
@@ -222,6 +223,7 @@ class Bench:
             | Annotated[EngineBench, tyro.conf.subcommand("engine")]
             | Annotated[LayersBench, tyro.conf.subcommand("layers")]
             | Annotated[PeersBench, tyro.conf.subcommand("peers")]
+            | Annotated[RooflineBench, tyro.conf.subcommand("roofline")]
             | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
         ]
     ]

@@ -14,7 +14,7 @@ MATRIX = 2048
 def read_bandwidth(threads: int, rounds: int = 3) -> float:
     """GB/s at which ``threads`` threads sum integers that no cache holds."""
     parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), threads)
-    return READ_BYTES / 1e9 / _median_s(lambda: _together([lambda part=part: part.sum() for part in parts]), rounds)
+    return READ_BYTES / 1e9 / median_s(lambda: _together([lambda part=part: part.sum() for part in parts]), rounds)
 
 
 def matmul_rate(rounds: int = 5) -> float:
@@ -22,7 +22,7 @@ def matmul_rate(rounds: int = 5) -> float:
     import torch  # a test extra
 
     a, b = (torch.randn(MATRIX, MATRIX).to(torch.bfloat16) for _ in range(2))
-    return 2 * MATRIX**3 / 1e9 / _median_s(lambda: a @ b, rounds)
+    return 2 * MATRIX**3 / 1e9 / median_s(lambda: a @ b, rounds)
 
 
 def _together(jobs: list[Callable]) -> None:
@@ -33,7 +33,8 @@ def _together(jobs: list[Callable]) -> None:
         thread.join()
 
 
-def _median_s(job: Callable, rounds: int) -> float:
+def median_s(job: Callable, rounds: int) -> float:
+    """Seconds of a job, run once before."""
     job()
     times = []
     for _ in range(rounds):
