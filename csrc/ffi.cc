@@ -129,6 +129,18 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   return ffi::Error::Success();
 }
 
+ffi::Error Embed(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::S32> tokens, ffi::AnyBuffer table,
+                 ffi::RemainingArgs scale, ffi::Result<ffi::AnyBuffer> out) {
+  slipway::Embed op{};
+  op.type = type_of(out->element_type());
+  op.tokens = live(tokens, ids.element_count()), op.rows = table.dimensions()[0], op.size = out->dimensions()[1];
+  op.ids = ids.typed_data(), op.table = table.untyped_data(), op.out = out->untyped_data();
+  if (scale.size()) op.scale = scale.get<ffi::AnyBuffer>(0)->untyped_data();
+  PoolTeam team(pool, op.tokens * op.size < kAloneNumbers);
+  slipway::kernels()->embed(op, team);
+  return ffi::Error::Success();
+}
+
 ffi::Error Norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens, ffi::Buffer<ffi::S32> layer,
                 ffi::RemainingArgs weights, ffi::Result<ffi::AnyBuffer> out, float eps) {
   slipway::Norm op{};
@@ -228,6 +240,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_linear, Linear,
                                   .Attr<bool>("biased")
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_embed, Embed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_norm, Norm,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

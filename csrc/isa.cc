@@ -1,6 +1,7 @@
 // The kernels of one instruction set: compiled once per set, with its flags and SLIPWAY_ISA naming it.
 
 #include "attention.h"
+#include "embed.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantized.h"
@@ -12,7 +13,7 @@ namespace SLIPWAY_ISA {
 extern const Kernels table;
 #define SLIPWAY_TEXT(x) #x
 #define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
-const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, quantized_linear, norm, rotate, write_kv, attention, sample};
+const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, quantized_linear, embed, norm, rotate, write_kv, attention, sample};
 
 }  // namespace SLIPWAY_ISA
 }  // namespace slipway

@@ -33,6 +33,15 @@ struct Linear {
   const void *scale, *up_scale;  // [out][in / group], of x's type
 };
 
+// out[t] = table[ids[t]], zeros for an id outside. With `scale` [rows], of `type`, the table holds bytes as Linear's do.
+struct Embed {
+  Type type;
+  int64_t tokens, rows, size;
+  const int32_t* ids;
+  const void *table, *scale;
+  void* out;
+};
+
 // out[t] = x[t] / sqrt(mean(x[t]^2) + eps), rounded to its type, times weight[size].
 struct Norm {
   Type type;
@@ -98,6 +107,7 @@ struct Kernels {
   // `count` matrices of one kind times the same x.
   void (*linear)(const Linear*, int64_t count, Team&);
   void (*quantized_linear)(const Linear*, int64_t count, Team&);
+  void (*embed)(const Embed&, Team&);
   void (*norm)(const Norm&, Team&);
   void (*rotate)(const Rotate&, Team&);
   void (*write_kv)(const WriteKv&, Team&);

@@ -52,8 +52,10 @@ ALWAYS V load_part(const void* p, int64_t n) {
   const uint32_t lanes = (1u << n) - 1;
   if constexpr (sizeof(V) == 64)
     return reinterpret_cast<V>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), p));
-  else
+  else if constexpr (sizeof(V) == 32)
     return reinterpret_cast<V>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+  else
+    return reinterpret_cast<V>(_mm_maskz_loadu_epi8(static_cast<__mmask16>(lanes), p));
 #else
   V v = {};
   std::memcpy(&v, p, n * sizeof(V) / kLanes);

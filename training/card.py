@@ -19,6 +19,7 @@ from training.export import NANO_FOLDER
 from training.train import TrainConfig
 
 RECORD_FOLDER = Path(__file__).parent
+PERPLEXITY = RECORD_FOLDER / "quantized.json"
 TEMPLATE = RECORD_FOLDER / "card_template.md"
 
 # They end before a line break: the tokenizer joins it to the indentation, which is the model's to choose.
@@ -81,10 +82,18 @@ def main() -> None:
         minutes=f"{record.last['seconds'] / 60:.0f}",
         held_out_loss=f"{record.last['held_out_loss']:.3f}",
         bits_per_byte=f"{record.last['bits_per_byte']:.3f}",
+        **_packed(json.loads(PERPLEXITY.read_text())["perplexity"]),
         completions=_quote(_complete(model, tokenizer, prompt) for prompt in COMPLETIONS),
         answers=_quote(_answer(model, tokenizer, question) for question in QUESTIONS),
     )
     (NANO_FOLDER / "README.md").write_text(text)
+
+
+def _packed(perplexity: dict[str, float]) -> dict[str, str]:
+    """The perplexity of each kind of weight, and its change from bfloat16's."""
+    change = {kind: value / perplexity["bfloat16"] - 1 for kind, value in perplexity.items()}
+    shown = {f"perplexity_{kind}": f"{value:.3f}" for kind, value in perplexity.items()}
+    return shown | {f"change_{kind}": f"{value:+.2%}" for kind, value in change.items()}
 
 
 def draw_curve(record: Record, path: Path) -> None:

@@ -80,7 +80,8 @@ class Qwen3ForCausalLM:
         rope = Rope(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         angles = rope(ragged.positions_T, ragged.contexts_T)
         x_TD, kv = self.model.layers.fold(
-            lambda layer, index, carry: layer(*carry, index, ragged, angles), (self.model.embed_tokens(ids_T), kv)
+            lambda layer, index, carry: layer(*carry, index, ragged, angles),
+            (self.model.embed_tokens(ids_T, ragged.num_tokens), kv),
         )
         return self.model.norm(x_TD, ragged.num_tokens), kv
 

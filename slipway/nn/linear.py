@@ -77,11 +77,11 @@ class Embedding:
         packed = self.weight_packed, self.weight_scale
         return Quantized(*packed, TABLE_BITS, 0) if self.weight is None else self.weight
 
-    def __call__(self, ids_T):
+    def __call__(self, ids_T, num_tokens):
         """[T] token ids -> [T, embed]."""
         held = self.weight_packed if self.weight is None else self.weight
         first = mesh.local_offset("vocab", held.shape[0])
-        return mesh.psum(ops.embed(ids_T - first, self.matrix), "vocab")
+        return mesh.psum(ops.embed(ids_T - first, self.matrix, num_tokens), "vocab")
 
     def logits(self, x_BD, vocab_size: int):
         """[B, embed] -> f32 [B, vocab_size], whole on every device, the mesh's padding cut off."""

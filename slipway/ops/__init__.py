@@ -4,7 +4,7 @@ Every op takes arrays and returns arrays. ``ragged`` says where each of a step's
 ``ragged.num_tokens`` are padding: a body may skip them, and nobody reads what it leaves there. Arrays are one
 device's part: the ops run under shard_map and communicate with nobody.
 
-    embed(ids_T, table_VD) -> x_TD                              rows of the table; an id outside gives zeros
+    embed(ids_T, table_VD, num_tokens) -> x_TD                  rows of the table; an id outside gives zeros
     linear(x_TD, weight, num_tokens, bias, dtype) -> y_TO       weights (out, in) as checkpoints hold them; sums in f32
     linears(x_TD, weights, num_tokens, biases, dtype) -> (y_TO, ...)    of the same tokens, all packed alike or none
     gated_linear(x_TD, gate, up, num_tokens, ...) -> y_TO       silu(x @ gate.T) * (x @ up.T)
@@ -30,8 +30,12 @@ from jax import lax
 from slipway.ops import cpu, xla
 from slipway.tree import module
 
-embed = xla.embed
 allocate_kv = xla.allocate_kv
+
+
+def embed(ids_T, table_VD, num_tokens):
+    """See above."""
+    return _serve(cpu.refuses_table(table_VD), cpu.embed, xla.embed, ids_T, table_VD, num_tokens)
 
 
 def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
@@ -97,7 +101,7 @@ def bodies(platform: str, kv, dtype) -> dict[str, str]:
         body(why) for why in (cpu.refuses_dtype(dtype), cpu.refuses_cache(kv, dtype), cpu.refuses_dtype(jnp.float32))
     )
     return {
-        "embed": "xla", "linear": dense, "gated_linear": dense, "rms_norm": dense, "rotate": dense,
+        "embed": dense, "linear": dense, "gated_linear": dense, "rms_norm": dense, "rotate": dense,
         "write_kv": cache, "paged_attention": cache, "sample": logits,
     }  # fmt: skip
 

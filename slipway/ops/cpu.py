@@ -19,7 +19,7 @@ from slipway.tree import Pick
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 PAGE_MULTIPLE = 16  # the keys that the widest vector holds
-_TARGETS = ("linear", "norm", "rotate", "write_kv", "attention", "sample")
+_TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample")
 
 
 @functools.cache
@@ -66,6 +66,21 @@ def refuses_cache(kv, dtype: Any) -> str:
     if kv.shape[4] % PAGE_MULTIPLE:
         return f"a page of {kv.shape[4]} tokens, no multiple of {PAGE_MULTIPLE}"
     return f"head_dim {kv.shape[5]}" if kv.shape[5] % 2 else refuses_dtype(dtype)
+
+
+def refuses_table(table) -> str:
+    """Why ``embed`` does not take this table; empty if it does."""
+    rows_of_bytes = not isinstance(table, Quantized) or (table.bits, table.group) == (8, 0)
+    return refuses(table) or ("" if rows_of_bytes else f"a packed table of {table.bits} bits, group {table.group}")
+
+
+def embed(ids_T, table_VD, num_tokens):
+    """As ops.embed."""
+    packed = isinstance(table_VD, Quantized)
+    held = (table_VD.packed, table_VD.scale) if packed else (table_VD,)
+    size = held[0].shape[1] * (4 if packed else 1)
+    call = jax.ffi.ffi_call("slipway_embed", jax.ShapeDtypeStruct((ids_T.shape[0], size), held[-1].dtype))
+    return call(ids_T, jnp.int32(num_tokens), *held)
 
 
 def linears(x_TD, weights, num_tokens, biases, dtype):

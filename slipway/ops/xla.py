@@ -22,8 +22,9 @@ MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 DROPPED = -jnp.inf
 
 
-def embed(ids_T, table_VD):
+def embed(ids_T, table_VD, num_tokens):
     """Rows of the table; an id that this device does not hold gives zeros."""
+    del num_tokens  # a gather cannot skip rows
     packed = isinstance(table_VD, Quantized)
     held_T = (ids_T >= 0) & (ids_T < (table_VD.packed if packed else table_VD).shape[0])
     rows_T = jnp.where(held_T, ids_T, 0)

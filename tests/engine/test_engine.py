@@ -1,5 +1,7 @@
 """The whole engine: tokens depend on the request alone, nothing compiles while it serves, memory is as budgeted."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from slipway.engine import memory
 from slipway.engine.request import SamplingParams
 from slipway.errors import OutOfMemory
 from slipway.llm import LLM
+from slipway.ops import cpu
 
 pytestmark = pytest.mark.xdist_group("engine")  # one worker compiles the shared engine
 
@@ -41,6 +44,22 @@ def test_greedy_tokens_do_not_depend_on_the_batch(llm, alone):
     mixed = [prompt for i, own in enumerate(prompts()) for prompt in (own, company[i % 3])]
     params = [each for i in range(len(LENGTHS)) for each in (GREEDY, noise[i % 3])]
     assert run(llm, mixed, params)[::2] == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
+def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options):
+    if cpu.isa() is None:
+        pytest.skip("the portable bodies promise equal tokens, not equal bits")
+    llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=40, page_size=16, skip_tokenizer_init=True, **options)
+    asked = dataclasses.replace(GREEDY, logprobs=3)
+    company = [SamplingParams(temperature=1.0, max_tokens=m, seed=m) for m in (3, 9, 17)]
+    mixed = [prompt for i, own in enumerate(prompts()) for prompt in (own, prompts((7, 40, 21), seed=1)[i % 3])]
+    params = [each for i in range(len(LENGTHS)) for each in (asked, company[i % 3])]
+    together = llm.generate(mixed, params, use_tqdm=False)[::2]
+    for prompt, output in zip(prompts(), together):
+        alone_ = llm.generate([prompt], asked, use_tqdm=False)[0].outputs[0]
+        assert alone_.token_ids == output.outputs[0].token_ids
+        assert alone_.logprobs == output.outputs[0].logprobs  # ranks, too, and floats to the last bit
 
 
 @pytest.mark.parametrize("budget", [4, 7, 32])

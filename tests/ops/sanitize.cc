@@ -76,6 +76,17 @@ void quantized_linears(Type type) {
         }
 }
 
+void embeds(Type type) {
+  for (int64_t size : {4, 16, 20, 128}) {
+    const std::vector<int32_t> ids{0, 4, -1, 5};
+    auto table = numbers(5 * size, type), bytes = numbers(5 * size / 4, Type::kFloat), scale = numbers(5, type);
+    auto out = numbers(4 * size, type);
+    SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), table.data(), nullptr, out.data()}, team);
+    SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), bytes.data(), scale.data(), out.data()}, team);
+    calls += 2;
+  }
+}
+
 void norms(Type type) {
   for (int64_t head_dim : {8, 24, 40, 128})
     for (bool normed : {false, true}) {
@@ -134,7 +145,7 @@ void samples() {
 
 int main() {
   for (Type type : {Type::kFloat, Type::kBFloat16}) {
-    linears(type), quantized_linears(type), norms(type);
+    linears(type), quantized_linears(type), embeds(type), norms(type);
     for (int64_t page_size : {16, 48, 64, 128})
       for (int64_t head_dim : {8, 24, 64, 80})
         attentions(type, page_size, head_dim, 6, 3, page_size == 48 ? 20 : 0);

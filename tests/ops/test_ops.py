@@ -307,10 +307,13 @@ def test_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
         )
 
 
-def test_embed_gives_rows_and_zeros_for_ids_held_elsewhere():
-    table = normal(np.random.default_rng(3), 5, 4)
-    got = ops.embed(jnp.asarray([4, -1, 0, 5, 2**31 - 1], jnp.int32), table)
-    np.testing.assert_array_equal(got, [table[4], np.zeros(4), table[0], np.zeros(4), np.zeros(4)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
+def test_embed_gives_rows_and_zeros_for_ids_held_elsewhere(body, dtype):
+    table, zeros = normal(np.random.default_rng(3), 5, 20, dtype=dtype), jnp.zeros(20, dtype)
+    got = body.embed(jnp.asarray([4, -1, 0, 5, 2**31 - 1], jnp.int32), table, jnp.int32(5))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, jnp.stack([table[4], zeros, table[0], zeros, zeros]))
 
 
 @module

@@ -86,9 +86,10 @@ def test_linear_picks_the_packed_weight_of_a_traced_layer(body):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("bits", "group"), KINDS)
-def test_embed_gives_rows_of_a_packed_table(bits, group, dtype):
+@pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
+def test_embed_gives_rows_of_a_packed_table(body, bits, group, dtype):
     table = packed(np.random.default_rng(5), 5, 128, bits, group, dtype)
     rows, zeros = dequantized(table).astype(dtype), jnp.zeros(128, dtype)
-    got = ops.embed(jnp.asarray([4, -1, 0, 5], jnp.int32), table)
+    got = body.embed(jnp.asarray([4, -1, 0, 5], jnp.int32), table, jnp.int32(4))
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, jnp.stack([rows[4], zeros, rows[0], zeros]))
