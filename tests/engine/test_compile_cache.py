@@ -12,7 +12,8 @@ pytestmark = pytest.mark.xdist_group("compile_cache")
 CODE = """
 import dataclasses, json, sys
 from slipway import LLM, SamplingParams
-llm = LLM("nano", max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, memory_fraction=0.05, **json.loads(sys.argv[1]))
+options = {"max_num_batched_tokens": 16, "max_model_len": 64, "memory_fraction": 0.05} | json.loads(sys.argv[1])
+llm = LLM("nano", max_num_seqs=2, **options)
 output = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0]
 print(json.dumps([output.token_ids, dataclasses.asdict(llm.engine.limits)]))
 """
