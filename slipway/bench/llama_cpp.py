@@ -14,6 +14,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,9 @@ class Server:
                 for _ in self._tokens(prompts[number], max_tokens):
                     times[number].append(time.perf_counter() - begin)
 
-        clients = [threading.Thread(target=client) for _ in range(concurrency)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
+        with ThreadPoolExecutor(concurrency) as pool:
+            for end in [pool.submit(client) for _ in range(concurrency)]:
+                end.result()
         return {"started": started, "times": times}
 
     def stop(self) -> None:
@@ -171,7 +170,12 @@ class Server:
         }  # fmt: skip
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-        for line in connection.getresponse():
+        response = connection.getresponse()
+        if response.status != http.client.OK:
+            raise RuntimeError(f"llama-server: {response.status} {response.read()[:500]!r}")
+        for line in response:
+            if line.startswith(b"error:"):
+                raise RuntimeError(f"llama-server: {line.decode()}")
             if line.startswith(b"data:") and not json.loads(line[5:]).get("stop"):
                 yield line
         connection.close()

@@ -218,7 +218,8 @@ def draw(ratios: dict[str, dict[str, float]], out: Path) -> None:
     axes, height = figure.subplots(), 0.8 / len(rivals_)
     for i, name in enumerate(rivals_):
         at = [row + i * height for row, figure_ in enumerate(ratios) if name in ratios[figure_]]
-        axes.barh(at, [row[name] for row in ratios.values() if name in row], height, label=name)
+        widths = [row[name] - 1 for row in ratios.values() if name in row]
+        axes.barh(at, widths, height, left=1, label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(ratios))], list(ratios))
     axes.invert_yaxis()
