@@ -41,11 +41,8 @@ def pack(
     wanted = load.wanted(linear.quantize(declaration, scheme.bits, scheme.group, tables=False))
     view = quantize.packed_view(checkpoint, wanted)
     specs = {name: Spec(files.DTYPES[tensor.dtype], tensor.shape) for name, tensor in view.tensors.items()}
-    shapes = {
-        name.removesuffix(PACKED) + SHAPE: np.array(checkpoint.tensors[name.removesuffix(PACKED)].shape, np.int64)
-        for name in specs
-        if name.endswith(PACKED)
-    }
+    packed = [name.removesuffix(PACKED) for name in specs if name.endswith(PACKED)]
+    shapes = {name + SHAPE: np.array(checkpoint.tensors[name].shape, np.int64) for name in packed}
     specs |= {name: Spec(shape.dtype, shape.shape) for name, shape in shapes.items()}
     on_start(sum(spec.nbytes for spec in specs.values()))
     try:
@@ -57,20 +54,16 @@ def pack(
                 sink.write(name, iter([(0, array)]))
                 progress(specs[name].nbytes)
 
-            _all(write, list(specs), sink)
-            _write_extras(out_dir / ASIDE, checkpoint, scheme)
+            try:
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(write, specs))
+                _write_extras(out_dir / ASIDE, checkpoint, scheme)
+            except BaseException:  # an interruption, too, leaves nothing behind
+                sink.abandon()
+                raise
             sink.finish()
     except OSError as error:
         raise CheckpointError(out_dir, [f"cannot be written: {error}"]) from error
-
-
-def _all(write: Callable[[str], None], names: list[str], sink: SafetensorsSink) -> None:
-    try:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(write, names))
-    except BaseException:  # an interruption, too, leaves nothing behind
-        sink.abandon()
-        raise
 
 
 def _write_extras(aside: Path, checkpoint: files.Checkpoint, scheme: Scheme) -> None:
