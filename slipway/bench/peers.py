@@ -48,7 +48,7 @@ class PeersBench:
     decode_tokens: int = 24
     """Steps of a decode measurement."""
     requests: int = 64
-    loads: tuple[Literal["128/128", "1024/128", "shared prefix"], ...] = ("128/128", "1024/128", "shared prefix")
+    loads: tuple[Literal["128/128", "1024/128", "shared prefix"], ...] = ("128/128",)
     """Prompt and output tokens of the requests; shared prefix: 512 tokens, 448 of them common, and 64 out."""
     contexts: bool = True
     """Time a step of ours after prompts of 128 to 8,192 tokens, too."""

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.files import DTYPES, Checkpoint
+from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import UnsupportedModel
 from slipway.native import library
 
@@ -85,7 +85,7 @@ def packed_view(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -
     views: dict[str, tuple[_Pair, int]] = {}
     for name, shape in wanted.items():
         source = checkpoint.tensors.get(name.removesuffix(PACKED))
-        if not name.endswith(PACKED) or name in tensors or source is None or len(source.shape) != 2:
+        if not name.endswith(PACKED) or name in tensors or source is None or not _is_float_matrix(source):
             continue  # checked as any other tensor is: missing, or of another shape
         scales = source.name + SCALE
         bits, groups = 32 * shape[1] // source.shape[1], wanted[scales][1]
@@ -98,6 +98,10 @@ def packed_view(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -
         tensors[scales] = dataclasses.replace(source, name=scales, dtype=dtype, shape=(source.shape[0], groups))
         views |= {name: (pair, 0), scales: (pair, 1)}
     return PackedView(checkpoint.directory, checkpoint.config, checkpoint.generation_config, tensors, checkpoint, views)
+
+
+def _is_float_matrix(tensor: Tensor) -> bool:
+    return tensor.dtype in ("BF16", "F16", "F32") and len(tensor.shape) == 2 and 0 not in tensor.shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 logger = logging.getLogger(__name__)
 _config: Any = jax.config  # its fields are made as it is imported
 
-MAX_BYTES = (
-    2 << 30
-)  # the oldest programs go first; with a bound JAX locks the directory, so several processes may share it
+# The oldest programs go first; with a bound JAX locks the directory, so several processes may share it.
+MAX_BYTES = 2 << 30
 OFF = "off"
 
 

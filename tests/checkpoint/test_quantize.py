@@ -9,7 +9,9 @@ import pytest
 
 from slipway import native
 from slipway.checkpoint import quantize
+from slipway.checkpoint.files import open_tensors
 from slipway.checkpoint.quantize import BF16, Scheme
+from slipway.checkpoint.shards import write_safetensors
 from slipway.errors import UnsupportedModel
 
 pytestmark = pytest.mark.host
@@ -87,6 +89,17 @@ def test_a_number_that_is_not_finite_shows_in_its_scale(scheme, portable, bad, m
     assert np.argwhere(~np.isfinite(scales.astype(np.float32))).tolist() == [
         [7, 40 // scheme.group if scheme.group else 0]
     ]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.ones((4, 64), np.int64), np.ones((4, 64)), np.ones((4, 0), np.float32)],
+    ids=["integers", "doubles", "no columns"],
+)
+def test_what_is_no_float_matrix_is_left_to_the_check_of_tensors(array, tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", {"a.weight": array})
+    view = quantize.packed_view(open_tensors(tmp_path), {"a.weight_packed": (4, 16), "a.weight_scale": (4, 1)})
+    assert list(view.tensors) == ["a.weight"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
