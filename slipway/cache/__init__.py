@@ -1,1 +1,1 @@
-"""Where tokens are kept: pages now, the radix prefix tree beside them later; knows no JAX."""
+"""Where tokens are kept: a pool of pages, and the radix tree that finds them again by their tokens; knows no JAX."""
