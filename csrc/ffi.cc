@@ -166,11 +166,11 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> 
   return ffi::Error::Success();
 }
 
-ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> temperature,
-                  ffi::Buffer<ffi::S32> top_k, ffi::Buffer<ffi::F32> top_p, ffi::Buffer<ffi::F32> min_p,
-                  ffi::Buffer<ffi::F32> uniform, ffi::Result<ffi::Buffer<ffi::S32>> token) {
+ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S32> rows,
+                  ffi::Buffer<ffi::F32> temperature, ffi::Buffer<ffi::S32> top_k, ffi::Buffer<ffi::F32> top_p,
+                  ffi::Buffer<ffi::F32> min_p, ffi::Buffer<ffi::F32> uniform, ffi::Result<ffi::Buffer<ffi::S32>> token) {
   slipway::Sample op{};
-  op.rows = logits.dimensions()[0], op.vocab = logits.dimensions()[1];
+  op.rows = live(rows, logits.dimensions()[0]), op.vocab = logits.dimensions()[1];
   op.logits = logits.typed_data(), op.temperature = temperature.typed_data(), op.top_k = top_k.typed_data();
   op.top_p = top_p.typed_data(), op.min_p = min_p.typed_data(), op.uniform = uniform.typed_data();
   op.token = token->typed_data();
@@ -272,6 +272,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_sample, Sample,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slipway.engine.request import SamplingParams
+from slipway.engine.params import SamplingParams
 from slipway.llm import LLM
 
 __all__ = ["LLM", "SamplingParams", "export"]

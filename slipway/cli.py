@@ -30,7 +30,8 @@ from slipway.convert.pack import pack
 from slipway.convert.run import Written
 from slipway.convert.verify import explain, report, summary, verify
 from slipway.engine.config import EngineConfig
-from slipway.engine.request import RequestOutput, SamplingParams
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestOutput
 from slipway.errors import InvalidConfig, InvalidRequest, SlipwayError
 from slipway.llm import LLM, NANO
 from slipway.parity import compare as parity_of

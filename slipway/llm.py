@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slipway.codec.chat import ChatTemplate
 from slipway.engine.config import EngineConfig
-from slipway.engine.request import RequestOutput, SamplingParams
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestOutput
 from slipway.errors import InvalidBatch, InvalidConfig, InvalidRequest
 
 NANO = str(Path(__file__).parent / "nano")

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from slipway.engine.request import RequestOutput, SamplingParams
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestOutput
 from slipway.errors import CheckpointError, UnsupportedModel
 from slipway.llm import LLM
 

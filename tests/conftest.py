@@ -25,9 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 TINY = {
-    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "tie_word_embeddings": False, "torch_dtype": "float32",
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "tie_word_embeddings": False, "torch_dtype": "float32",
 }  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def llm(_shared_llm):
     yield _shared_llm
     assert not _shared_llm.engine.has_work()
     for scheduler in _shared_llm.engine._schedulers:
-        assert scheduler.load == 0 and scheduler.pages.num_free == scheduler.pages.num_pages
+        assert scheduler.load == 0 and not scheduler.running and not scheduler.waiting
+        assert scheduler.pages.num_free + scheduler.tree.num_unlocked == scheduler.pages.num_pages
 
 
 @pytest.fixture

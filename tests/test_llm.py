@@ -6,7 +6,7 @@ import math
 import pytest
 
 from slipway.engine.config import EngineConfig
-from slipway.engine.request import SamplingParams
+from slipway.engine.params import SamplingParams
 from slipway.errors import CheckpointError, InvalidBatch, InvalidConfig, InvalidInput, InvalidRequest, UnsupportedModel
 from slipway.llm import LLM
 

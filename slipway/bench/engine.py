@@ -18,7 +18,7 @@ import numpy as np
 
 from slipway.bench import rivals
 from slipway.bench.models import QWEN3_SHAPE, random_model
-from slipway.engine.request import SamplingParams
+from slipway.engine.params import SamplingParams
 from slipway.llm import LLM
 
 BATCHES = (1, 8)

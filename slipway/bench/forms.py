@@ -3,6 +3,7 @@
 What follows from it stands in docs/adr/003.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
@@ -18,7 +20,7 @@ from slipway import models, ops, tree
 from slipway.bench.models import QWEN3_SHAPE
 from slipway.checkpoint import load
 from slipway.engine import batch as batches
-from slipway.engine.batch import Bucket
+from slipway.engine.batch import Bucket, Sizes
 from slipway.engine.step import KV_SPEC, Step
 
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
@@ -56,7 +58,7 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | 
         )
     )
     shape = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, KV_SPEC))
-    step, bucket = Step(declaration, mesh, shape, dtype, TABLE_WIDTH), Bucket(rows, rows)
+    step, bucket = Step(declaration, mesh, shape, dtype, _sizes(config), rows), Bucket(rows, rows)
     started = time.perf_counter()
     step.compile([bucket])
     figures = {
@@ -66,21 +68,28 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | 
     if topology is not None:
         return figures
     leaves, cache = jax.tree.leaves(load.dummy(declaration, mesh, dtype, seed=0)), jnp.zeros(kv.shape, kv.dtype)
-    batch, times = _batch(bucket, rows), []
+    batch, times = _batch(bucket, rows, _sizes(config)), []
+    newest = jax.device_put(np.zeros(step.newest.shape, np.int32), step.newest.sharding)
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        cache, sampled = step(leaves, cache, bucket, batch)
+        cache, newest, sampled, _ = step(leaves, cache, newest, bucket, batch)
         jax.block_until_ready(sampled)
         times.append(time.perf_counter() - started)
     return figures | {"step_ms": round(statistics.median(times[1:]) * 1e3, 1)}
 
 
-def _batch(bucket: Bucket, rows: int) -> batches.Batch:
-    batch = batches.empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)
-    batch.num_tokens_1[0], batch.counts_B[:], batch.lengths_B[:] = rows, 1, 128
-    batch.positions_T[:], batch.slots_T[:] = 127, range(rows)
-    batch.starts_B[:] = batch.sample_at_B[:] = range(rows)
-    return batch
+def _sizes(config: Any) -> Sizes:
+    return Sizes(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, config.vocab_size, TABLE_WIDTH * PAGE_SIZE)
+
+
+def _batch(bucket: Bucket, rows: int, sizes: Sizes) -> batches.Batch:
+    batch = batches.empty(bucket, sizes)
+    tokens = batch.tokens
+    tokens.num_tokens_1[0] = tokens.num_samples_1[0] = batch.sampling.num_rows_1[0] = rows
+    tokens.counts_B[:], tokens.lengths_B[:] = 1, 128
+    tokens.positions_T[:], tokens.slots_T[:] = 127, range(rows)
+    tokens.starts_B[:] = tokens.sample_at_B[:] = range(rows)
+    return dataclasses.replace(batch, edits=None)
 
 
 def _replace(declaration: Any) -> Any:

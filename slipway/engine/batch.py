@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from slipway.engine import edits
+from slipway.engine.edits import Edits
 from slipway.engine.scheduler import Chunk
 from slipway.tree import module
 
@@ -26,27 +28,47 @@ class Bucket:
     num_rows: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the arrays of every batch are measured by."""
+
+    page_size: int
+    num_pages: int
+    table_width: int
+    vocab_size: int
+    max_model_len: int
+
+
 @module
 class Sampling:
-    """How each row's token is drawn; ``position_B``: the token's place in its sequence."""
+    """How each row's token is drawn; ``position_B``: the token's place in its sequence.
 
+    ``given_B``: a token whose log probability is asked for instead, or -1. ``last_B``: the row of the last step's
+    results that holds the sequence's newest token, or -1 where the host knew it.
+    """
+
+    num_rows_1: Array
     temperature_B: Array
     top_k_B: Array  # 0: all
     top_p_B: Array
     min_p_B: Array
     seed_B: Array
     position_B: Array
+    given_B: Array
+    last_B: Array
     wants_logprobs_B: Array
 
 
 @module
-class Batch:
-    """One step's input. Copies of the weights lie one after the other along the first axis of each array.
+class Tokens:
+    """What the forward pass reads.
 
-    ``sample_at_B``: the flat token whose hidden state a row samples from.
+    ``ids_T``: token ids, or -1 - row of the last step's results. ``sample_at_B``: the flat token whose hidden state a
+    row of results comes from; there are ``num_samples_1`` of them.
     """
 
     num_tokens_1: Array
+    num_samples_1: Array
     ids_T: Array
     positions_T: Array
     contexts_T: Array
@@ -56,7 +78,18 @@ class Batch:
     lengths_B: Array
     page_table_BM: Array
     sample_at_B: Array
+
+
+@module
+class Batch:
+    """One step's input. Copies of the weights lie one after the other along the first axis of each array.
+
+    ``edits``: None where no row has any.
+    """
+
+    tokens: Tokens
     sampling: Sampling
+    edits: Edits | None
 
 
 def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
@@ -79,76 +112,137 @@ def choose(shapes: Sequence[Bucket], chunks: Sequence[Sequence[Chunk]]) -> Bucke
 
 
 class Builder:
-    """Makes the batches of one copy of the weights; remembers what stays while the same sequences run."""
+    """Makes the batches of one copy of the weights; keeps, slot by slot, what stays while a sequence runs."""
 
-    def __init__(self, page_size: int, num_pages: int, table_width: int):
-        self._page_size, self._num_pages, self._table_width = page_size, num_pages, table_width
-        self._lasting: tuple[Bucket, list, Array, Array, Sampling] | None = None
+    def __init__(self, sizes: Sizes, page_table: np.ndarray):
+        slots = len(page_table)
+        self._sizes, self._page_table = sizes, page_table  # the scheduler's, read here
+        self._owners: list[Any] = [None] * slots
+        self._prompts = np.zeros(slots, np.int32)
+        self._sampling = empty_sampling(slots)
 
     def build(self, chunks: Sequence[Chunk], bucket: Bucket) -> Batch:
-        """The arrays of a step. Slots of padding lie past the last page."""
-        sequences = [chunk.sequence for chunk in chunks]
-        if self._lasting is None or self._lasting[0] != bucket or self._lasting[1] != sequences:
-            batch = empty(bucket, self._page_size, self._num_pages, self._table_width)
-            self._lasting = (bucket, sequences, *_lasting(sequences, batch))
-        _, _, prompts_B, page_table_BM, sampling = self._lasting
+        """The arrays of a step. Slots of padding lie past the last page; where no row has edits, they are None."""
+        for chunk in chunks:
+            if self._owners[chunk.sequence.slot] is not chunk.sequence:
+                self._enter(chunk.sequence)
         ids_T, positions_T, contexts_T, slots_T = np.zeros((4, bucket.num_tokens), np.int32)
-        starts_B, counts_B, lengths_B, sample_at_B = np.zeros((4, bucket.num_rows), np.int32)
-        B, page_size = len(chunks), self._page_size
+        starts_B, counts_B, lengths_B = np.zeros((3, bucket.num_rows), np.int32)
+        B, page_size = len(chunks), self._sizes.page_size
 
+        slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
         counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
         first = np.array([chunk.start for chunk in chunks], np.int32)
         ends = np.cumsum(counts, dtype=np.int32)
         T, starts = int(counts.sum()), ends - counts
         row_of_token = np.repeat(np.arange(B), counts)
         at = np.arange(T, dtype=np.int32) + (first - starts)[row_of_token]
-        ids_T[:T] = [token for sequence, start, count in chunks for token in sequence.tokens(start, count)]
-        positions_T[:T], contexts_T[:T] = at, np.maximum(at + 1, prompts_B[row_of_token])
-        slots_T[:T] = page_table_BM[row_of_token, at // page_size] * page_size + at % page_size
-        slots_T[T:] = self._num_pages * page_size
-        starts_B[:B], counts_B[:B], lengths_B[:B], sample_at_B[:B] = starts, counts, first + counts, ends - 1
-        return Batch(
-            np.array([T], np.int32), ids_T, positions_T, contexts_T, slots_T, starts_B, counts_B, lengths_B,
-            page_table_BM, sample_at_B, dataclasses.replace(sampling, position_B=lengths_B),
+        for chunk, end in zip(chunks, ends.tolist()):
+            _read(chunk, ids_T[end - chunk.num_tokens : end])
+        positions_T[:T], contexts_T[:T] = at, np.maximum(at + 1, self._prompts[slots][row_of_token])
+        slots_T[:T] = self._page_table[slots[row_of_token], at // page_size] * page_size + at % page_size
+        slots_T[T:] = self._sizes.num_pages * page_size
+        starts_B[:B], counts_B[:B], lengths_B[:B] = starts, counts, first + counts
+        page_table_BM = np.zeros((bucket.num_rows, self._sizes.table_width), np.int32)
+        page_table_BM[:B] = self._page_table[slots]
+        sample_at_B, sampling, edited = self._rows(chunks, ends, bucket)
+        tokens = Tokens(
+            np.array([T], np.int32), sampling.num_rows_1, ids_T, positions_T, contexts_T, slots_T, starts_B, counts_B,
+            lengths_B, page_table_BM, sample_at_B,
         )  # fmt: skip
+        return Batch(tokens, sampling, edited)
+
+    def _rows(self, chunks: Sequence[Chunk], ends: np.ndarray, bucket: Bucket) -> tuple[Array, Sampling, Edits | None]:
+        """Rows of results, chunk after chunk: first those that score the prompt, then the one that samples.
+
+        Tells each sequence that samples its row.
+        """
+        slots, at, positions, given, last, changed = [], [], [], [], [], []
+        for chunk, end in zip(chunks, ends.tolist()):
+            sequence = chunk.sequence
+            for position in chunk.scored:
+                slots.append(sequence.slot)
+                at.append(end - (chunk.start + chunk.num_tokens - position))
+                positions.append(position + 1)
+                given.append(sequence.request.prompt_token_ids[position + 1])
+                last.append(-1)
+            if chunk.samples:
+                if sequence.request.rules is not None:
+                    changed.append((len(slots), chunk.start + chunk.num_tokens, sequence))
+                slots.append(sequence.slot)
+                at.append(end - 1)
+                positions.append(chunk.start + chunk.num_tokens)
+                given.append(-1)
+                last.append(sequence.last_row if chunk.start + chunk.num_tokens > sequence.num_tokens else -1)
+        n, chosen, sampling = len(slots), np.array(slots, np.int32), empty_sampling(bucket.num_rows)
+        sample_at_B = np.zeros(bucket.num_rows, np.int32)
+        sample_at_B[:n] = at
+        for name in ("temperature_B", "top_k_B", "top_p_B", "min_p_B", "seed_B", "wants_logprobs_B"):
+            getattr(sampling, name)[:n] = getattr(self._sampling, name)[chosen]
+        sampling.num_rows_1[0] = n
+        sampling.position_B[:n], sampling.given_B[:n], sampling.last_B[:n] = positions, given, last
+        row = 0
+        for chunk in chunks:
+            row += chunk.num_rows
+            if chunk.samples:
+                chunk.sequence.last_row = row - 1
+        sizes = self._sizes
+        edited = None
+        if changed:
+            edited = edits.build(edits.empty(bucket.num_rows, sizes.vocab_size, sizes.max_model_len), changed)
+        return sample_at_B, sampling, edited
+
+    def _enter(self, sequence: Any) -> None:
+        """Keep what does not change while a sequence runs."""
+        slot, params, sampling = sequence.slot, sequence.request.params, self._sampling
+        self._owners[slot], self._prompts[slot] = sequence, sequence.num_prompt
+        sampling.temperature_B[slot], sampling.top_k_B[slot] = params.temperature, max(0, params.top_k)
+        sampling.top_p_B[slot], sampling.min_p_B[slot] = params.top_p, params.min_p
+        sampling.seed_B[slot], sampling.wants_logprobs_B[slot] = sequence.seed, sequence.wants_logprobs
 
 
-def _lasting(sequences: Sequence[Any], batch: Batch) -> tuple[Array, Array, Sampling]:
-    """What does not change while sequences run: prompt lengths, the page table, parameters of sampling."""
-    rows, sampling, params = slice(len(sequences)), batch.sampling, [s.request.params for s in sequences]
-    for row, sequence in enumerate(sequences):
-        batch.page_table_BM[row] = sequence.page_row
-    sampling.temperature_B[rows] = [p.temperature for p in params]
-    sampling.top_k_B[rows] = [max(0, p.top_k) for p in params]
-    sampling.top_p_B[rows] = [p.top_p for p in params]
-    sampling.min_p_B[rows] = [p.min_p for p in params]
-    sampling.seed_B[rows] = [sequence.seed for sequence in sequences]
-    sampling.wants_logprobs_B[rows] = [p.logprobs is not None for p in params]
-    prompts_B = np.array([len(sequence.request.prompt_token_ids) for sequence in sequences], np.int32)
-    return prompts_B, batch.page_table_BM, sampling
+def _read(chunk: Chunk, ids: np.ndarray) -> None:
+    """Write a chunk's token ids; what is still on the device, as its row of the last step's results."""
+    sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+    known = min(end, sequence.num_tokens) - chunk.start
+    if known > 0:
+        ids[:known] = sequence.tokens[chunk.start : chunk.start + known]
+    if end > sequence.num_tokens:
+        ids[-1] = -1 - sequence.last_row
 
 
-def empty(bucket: Bucket, page_size: int, num_pages: int, table_width: int) -> Batch:
+def empty_sampling(num_rows: int) -> Sampling:
+    """Rows that take the likeliest token."""
+    B = num_rows
+    return Sampling(
+        num_rows_1=np.zeros(1, np.int32), temperature_B=np.zeros(B, np.float32), top_k_B=np.zeros(B, np.int32),
+        top_p_B=np.ones(B, np.float32), min_p_B=np.zeros(B, np.float32), seed_B=np.zeros(B, np.uint32),
+        position_B=np.zeros(B, np.int32), given_B=np.full(B, -1, np.int32), last_B=np.full(B, -1, np.int32),
+        wants_logprobs_B=np.zeros(B, np.bool_),
+    )  # fmt: skip
+
+
+def empty(bucket: Bucket, sizes: Sizes) -> Batch:
     """A batch of nothing but padding."""
     T, B = bucket.num_tokens, bucket.num_rows
 
-    def zeros(size: int, dtype: type = np.int32) -> np.ndarray:
-        return np.zeros(size, dtype)
+    def zeros(size: int) -> np.ndarray:
+        return np.zeros(size, np.int32)
 
-    sampling = Sampling(
-        temperature_B=zeros(B, np.float32), top_k_B=zeros(B), top_p_B=np.ones(B, np.float32),
-        min_p_B=zeros(B, np.float32), seed_B=zeros(B, np.uint32), position_B=zeros(B),
-        wants_logprobs_B=zeros(B, np.bool_),
+    tokens = Tokens(
+        num_tokens_1=zeros(1), num_samples_1=zeros(1), ids_T=zeros(T), positions_T=zeros(T), contexts_T=zeros(T),
+        slots_T=np.full(T, sizes.num_pages * sizes.page_size, np.int32), starts_B=zeros(B), counts_B=zeros(B),
+        lengths_B=zeros(B), page_table_BM=np.zeros((B, sizes.table_width), np.int32), sample_at_B=zeros(B),
     )  # fmt: skip
-    return Batch(
-        num_tokens_1=zeros(1), ids_T=zeros(T), positions_T=zeros(T), contexts_T=zeros(T),
-        slots_T=np.full(T, num_pages * page_size, np.int32), starts_B=zeros(B), counts_B=zeros(B), lengths_B=zeros(B),
-        page_table_BM=np.zeros((B, table_width), np.int32), sample_at_B=zeros(B), sampling=sampling,
-    )  # fmt: skip
+    return Batch(tokens, empty_sampling(B), edits.empty(B, sizes.vocab_size, sizes.max_model_len))
 
 
 def join(batches: Sequence[Batch]) -> Batch:
     """The batches of every copy of the weights as one."""
     if len(batches) == 1:
         return batches[0]
+    if (some := next((batch.edits for batch in batches if batch.edits is not None), None)) is not None:
+        rows, length = some.history_BL.shape
+        nothing = edits.empty(rows, some.vocab_size, length)
+        batches = [dataclasses.replace(batch, edits=batch.edits or nothing) for batch in batches]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)

@@ -32,6 +32,8 @@ class EngineConfig:
     """Tokens of one step, prompts' chunks included."""
     page_size: int = 16
     """Tokens per page of the cache."""
+    enable_prefix_caching: bool = True
+    """Keep the pages of what was computed, for prompts that begin alike."""
     memory_fraction: float | None = None
     """Share of the free memory that weights, cache and temporaries may take; default 0.25 on a CPU, else 0.9."""
     compilation_cache: str = "auto"
@@ -61,6 +63,8 @@ class EngineConfig:
         _need("dtype", self.dtype, self.dtype in ("auto", "float32", "bfloat16", "float16"), "a float type, or auto")
         packed = self.quantization
         _need("quantization", packed, packed in (None, "int8", "int4"), "int8, int4 or None")
+        caching = self.enable_prefix_caching
+        _need("enable_prefix_caching", caching, isinstance(caching, bool), "True or False")
         kept = self.compilation_cache
         _need("compilation_cache", kept, isinstance(kept, str) and bool(kept), "a directory, auto or off")
         _need("load_format", self.load_format, self.load_format in ("auto", "dummy"), "auto or dummy")

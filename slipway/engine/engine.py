@@ -1,24 +1,30 @@
 """Runs requests to their end, step by step: the only place where host state and device arrays meet.
 
-Knows no checkpoint (launch.py made its arrays) and no text but through each sequence's detokenizer.
+Knows no checkpoint (launch.py made its arrays) and no text but through each sequence's detokenizer. While the device
+computes a step, the host schedules, builds and dispatches the next one, then reads the results of the first.
 """
 
 import dataclasses
 import itertools
 import logging
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from slipway.codec.detokenizer import Detokenizer
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
-from slipway.engine.batch import Bucket
-from slipway.engine.request import Logprob, Request, RequestOutput, SamplingParams, Sequence
+from slipway.engine import edits
+from slipway.engine.batch import Bucket, Sizes
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import Logprob, Logprobs, Request, RequestOutput, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
-from slipway.engine.step import Step, host
+from slipway.engine.step import Step
 from slipway.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -35,6 +41,13 @@ class Limits:
     page_size: int
     num_pages: int
     copies: int
+    prefix_caching: bool
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of every batch."""
+        width = -(-self.max_model_len // self.page_size)
+        return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len)
 
 
 @dataclasses.dataclass
@@ -46,6 +59,16 @@ class Stats:
     generated_tokens: int = 0
     host_s: float = 0.0
     device_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step on the device: what each copy of the weights was asked, and where its results will be."""
+
+    chunks: list[list[Chunk]]
+    num_rows: int
+    sampled: Sampled
+    x_TD: jax.Array
 
 
 class Engine:
@@ -61,46 +84,66 @@ class Engine:
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
         seed: int,
+        defaults: Mapping[str, Any],
     ):
-        self.limits, self.tokenizer, self.stats = limits, tokenizer, Stats()
+        self.limits, self.tokenizer, self.stats, self.defaults = limits, tokenizer, Stats(), dict(defaults)
         self._step, self._params, self._kv, self._shapes = step, jax.tree.leaves(params), kv, shapes
+        self._newest = jax.device_put(np.zeros(step.newest.shape, np.int32), step.newest.sharding)
         self._eos_ids, self._seed, self._count = eos_ids, seed, itertools.count()
-        self._table_width = -(-limits.max_model_len // limits.page_size)
+        sizes = limits.sizes
         self._schedulers = [
             Scheduler(
-                limits.num_pages,
-                limits.page_size,
-                self._table_width,
-                limits.max_num_seqs,
-                limits.max_num_batched_tokens,
+                limits.num_pages, limits.page_size, sizes.table_width, limits.max_num_seqs,
+                limits.max_num_batched_tokens, limits.prefix_caching,
             )
             for _ in range(limits.copies)
-        ]
-        self._builders = [
-            batches.Builder(limits.page_size, limits.num_pages, self._table_width) for _ in range(limits.copies)
-        ]
+        ]  # fmt: skip
+        self._builders = [batches.Builder(sizes, scheduler.page_table) for scheduler in self._schedulers]
         self._requests: dict[str, Request] = {}
+        self._dispatched: Dispatched | None = None
+        self._has_deadlines = False
 
     @property
     def num_compiled(self) -> int:
         """Programs that the engine runs; constant once it has started."""
         return self._step.num_compiled
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None) -> str:
+    def add(
+        self, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None, *, priority: int = 0,
+        timeout_s: float | None = None, cache_salt: str = "", pooling: str = "",
+    ) -> str:  # fmt: skip
         """Queue a request and return its id.
 
-        Raises InvalidRequest if it is empty, longer than the context, holds an unknown id, or could never fit.
+        ``priority``: the smaller runs first. ``timeout_s``: it ends after as many seconds, with what it has.
+        ``cache_salt``: only requests of the same salt share cached pages. ``pooling``: last or mean, to get the
+        prompt's hidden state instead of an output. Raises InvalidRequest if the request is empty, longer than the
+        context, holds an unknown id, or could never fit.
         """
-        number = next(self._count)
-        request = Request(str(number), prompt, prompt_token_ids, params, self._check(prompt_token_ids, params))
+        if type(priority) is not int:
+            raise InvalidRequest("priority", priority, "an integer")
+        if timeout_s is not None and not (type(timeout_s) in (int, float) and timeout_s > 0):
+            raise InvalidRequest("timeout_s", timeout_s, "seconds above 0, or None")
+        if not isinstance(cache_salt, str):
+            raise InvalidRequest("cache_salt", cache_salt, "a text")
+        number, max_tokens = next(self._count), self._check(prompt_token_ids, params)
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        self._has_deadlines |= timeout_s is not None
+        request = Request(
+            str(number), prompt, prompt_token_ids, params, max_tokens, arrival=number, priority=priority,
+            deadline=deadline, cache_salt=cache_salt, pooling=pooling,
+        )  # fmt: skip
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        self.stats.prompt_tokens += params.n * len(prompt_token_ids)
-        for index in range(params.n):
+        if edits.needed(params):
+            request.rules = edits.Rules(params, stop_ids, self.tokenizer, self.limits.vocab_size)
+        self.stats.prompt_tokens += params.num_samples * len(prompt_token_ids)
+        # samples share their prompt's pages, so they run on one copy of the weights
+        request.copy = self._place(request)
+        for index in range(params.num_samples):
             # without a seed of its own a request gets one from the engine's seed and its number
             seed = params.seed if params.seed is not None else _mix(self._seed, number)
             sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(params))
             request.sequences.append(sequence)
-            min(self._schedulers, key=lambda scheduler: scheduler.load).add(sequence)
+            self._schedulers[request.copy].add(sequence)
         self._requests[request.request_id] = request
         return request.request_id
 
@@ -108,14 +151,13 @@ class Engine:
         """A running request. Raises KeyError if it is not running."""
         return self._requests[request_id]
 
-    def abort(self, request_id: str) -> RequestOutput:
+    def abort(self, request_id: str, reason: str = "abort") -> RequestOutput:
         """End a request where it stands; its pages are free at once. Raises KeyError if it is not running."""
         request = self._requests.pop(request_id)
-        running = [sequence for sequence in request.sequences if sequence.finish_reason is None]
-        for scheduler in self._schedulers:
-            scheduler.abort(running)
-        for sequence in running:
-            sequence.finish("abort")
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish(reason)
+                self._release(sequence)
         return request.output()
 
     def is_running(self, request_id: str) -> bool:
@@ -126,41 +168,107 @@ class Engine:
         """Whether any request has not ended."""
         return bool(self._requests)
 
+    def flush(self) -> int:
+        """Forget the cached prefixes; how many pages that freed. What runs keeps its own."""
+        return sum(scheduler.tree.flush() for scheduler in self._schedulers)
+
     def step(self) -> list[Request]:
-        """Compute one step and return the requests that got a token; the finished ones are no longer the engine's."""
-        started = time.perf_counter()
+        """Dispatch a step and take in the one before: the requests that moved; who finished is no longer the engine's.
+
+        The first call after a pause has nothing to take in, and returns an empty list.
+        """
+        started, waited = time.perf_counter(), 0.0
+        moved: dict[str, Request] = {}
+        if self._has_deadlines:
+            self._end_overdue(moved)
+        before, self._dispatched = self._dispatched, None
+        if before is not None and self._must_know_tokens():
+            waited += self._take(before, moved)
+            before = None
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
-        if not any(chunks):
-            return []
+        if any(chunks):
+            self._dispatched = self._dispatch(chunks)
+        if before is not None:
+            waited += self._take(before, moved)
+        for request in moved.values():
+            if request.finished:
+                self._requests.pop(request.request_id, None)
+        self.stats.device_s += waited
+        self.stats.host_s += time.perf_counter() - started - waited
+        return list(moved.values())
+
+    def _dispatch(self, chunks: list[list[Chunk]]) -> Dispatched:
         bucket = batches.choose(self._shapes, chunks)
         batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
-        dispatched = time.perf_counter()
-        self._kv, sampled = self._step(self._params, self._kv, bucket, batch)
-        sampled = host(sampled)
-        received = time.perf_counter()
-        touched: dict[str, Request] = {}
-        for rank, (scheduler, rank_chunks) in enumerate(zip(self._schedulers, chunks)):
-            self._take(rank_chunks, sampled, rank * bucket.num_rows, touched)
-            scheduler.commit(rank_chunks)
-        for request in touched.values():
-            if request.finished:
-                del self._requests[request.request_id]
+        self._kv, self._newest, sampled, x_TD = self._step(self._params, self._kv, self._newest, bucket, batch)
         self.stats.steps += 1
-        self.stats.device_s += received - dispatched
-        self.stats.host_s += dispatched - started + time.perf_counter() - received
-        return list(touched.values())
+        return Dispatched(chunks, bucket.num_rows, sampled, x_TD)
 
-    def _take(self, chunks: list[Chunk], sampled: Sampled, first_row: int, touched: dict[str, Request]) -> None:
-        """Give each sequence the token that its row sampled."""
-        tokens = sampled.token_B.tolist()
-        for row, chunk in enumerate(chunks, first_row):
-            if not chunk.samples:
-                continue  # its prompt goes on
-            sequence, request = chunk.sequence, chunk.sequence.request
-            top = request.params.logprobs
-            sequence.append(tokens[row], None if top is None else _logprobs(sampled, row, top))
+    def _take(self, step: Dispatched, moved: dict[str, Request]) -> float:
+        """Give the sequences what a step found; the seconds that it took to come."""
+        started = time.perf_counter()
+        asked = [chunk.sequence for rank in step.chunks for chunk in rank]
+        if any(sequence.wants_logprobs for sequence in asked):
+            sampled = jax.tree.map(np.asarray, step.sampled)
+        else:
+            sampled = step.sampled
+        tokens = np.asarray(sampled.token_B).tolist()
+        x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.pooling for s in asked) else None
+        waited = time.perf_counter() - started
+        for rank, chunks in enumerate(step.chunks):
+            row, first_token = rank * step.num_rows, rank * len(step.x_TD) // len(step.chunks)
+            for chunk in chunks:
+                sequence = chunk.sequence
+                if sequence.finish_reason is None:
+                    if chunk.scored:
+                        _score(sequence.request, sampled, row, chunk)
+                    if x_TD is not None and sequence.request.pooling:
+                        _pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
+                    if chunk.samples:
+                        self._append(sequence, tokens[row + len(chunk.scored)], sampled, row + len(chunk.scored))
+                        moved[sequence.request.request_id] = sequence.request
+                row, first_token = row + chunk.num_rows, first_token + chunk.num_tokens
+        return waited
+
+    def _append(self, sequence: Sequence, token: int, sampled: Sampled, row: int) -> None:
+        """Give a sequence its token; if that was its last, its pages are free."""
+        sequence.num_pending -= 1
+        params = sequence.request.params
+        if sequence.request.pooling:
+            sequence.finish("stop")
+        else:
+            if params.best_of is not None:
+                sequence.cumulative_logprob += float(sampled.logprob_B[row])
+            sequence.append(token, None if params.logprobs is None else _logprobs(sampled, row, params.logprobs))
             self.stats.generated_tokens += 1
-            touched[request.request_id] = request
+        if sequence.finish_reason is not None:
+            self._release(sequence)
+
+    def _must_know_tokens(self) -> bool:
+        """Whether what a running sequence may say next depends on a token that the host has not seen."""
+        return any(
+            sequence.request.rules is not None and sequence.request.rules.needs_newest
+            for scheduler in self._schedulers
+            for sequence in scheduler.running
+        )
+
+    def _end_overdue(self, moved: dict[str, Request]) -> None:
+        now = time.monotonic()
+        for request in [request for request in self._requests.values() if request.deadline <= now]:
+            self.abort(request.request_id, "timeout")
+            moved[request.request_id] = request
+        self._has_deadlines = any(request.deadline < math.inf for request in self._requests.values())
+
+    def _release(self, sequence: Sequence) -> None:
+        self._schedulers[sequence.request.copy].release(sequence)
+
+    def _place(self, request: Request) -> int:
+        """The copy of the weights with the least to do, once it has found what it holds of the prompt."""
+        if len(self._schedulers) == 1:
+            return 0
+        prompt = np.array(request.prompt_token_ids, np.int32)
+        left = [scheduler.load - scheduler.cached(request.cache_salt, prompt) for scheduler in self._schedulers]
+        return left.index(min(left))
 
     def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """The longest output that the request may have."""
@@ -185,15 +293,35 @@ class Engine:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
-        return Detokenizer(self.tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
+        return Detokenizer(
+            self.tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens,
+            params.min_tokens,
+        )  # fmt: skip
 
 
-def _logprobs(sampled: Sampled, row: int, top: int) -> dict[int, Logprob]:
+def _logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
     """The chosen token and the ``top`` likeliest, each with its rank."""
     ids, values = sampled.top_id_BX[row, :top].tolist(), sampled.top_logprob_BX[row, :top].tolist()
     found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(zip(ids, values), 1)}
     chosen = int(sampled.token_B[row])
     return {chosen: Logprob(float(sampled.logprob_B[row]), int(sampled.rank_B[row]))} | found
+
+
+def _score(request: Request, sampled: Sampled, row: int, chunk: Chunk) -> None:
+    """Log probabilities of the prompt's tokens that follow the scored ones."""
+    assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+    for index in range(len(chunk.scored)):
+        request.prompt_logprobs.append(_logprobs(sampled, row + index, request.params.prompt_logprobs))
+
+
+def _pool(sequence: Sequence, x_CD: np.ndarray, chunk: Chunk) -> None:
+    """Take in the hidden states of a chunk of the prompt: of its last token, or the mean of all."""
+    request = sequence.request
+    if request.pooling == "mean":
+        total = x_CD.sum(axis=0, dtype=np.float32) / sequence.num_prompt
+        request.hidden = total if chunk.start == 0 else request.hidden + total
+    elif chunk.samples:
+        request.hidden = x_CD[-1]
 
 
 def _mix(seed: int, number: int) -> int:

@@ -21,9 +21,10 @@ from slipway.checkpoint import files, hub, load, quantize
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
 from slipway.engine import compile_cache, memory
-from slipway.engine.batch import Bucket
+from slipway.engine.batch import Bucket, Sizes
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine, Limits
+from slipway.engine.params import generation_defaults
 from slipway.engine.step import KV_SPEC, Step
 from slipway.errors import InvalidConfig, UnsupportedModel
 from slipway.nn import linear
@@ -76,14 +77,15 @@ def launch(model: str, config: EngineConfig) -> Engine:
     limits = Limits(
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
-        copies=config.data_parallel_size,
+        copies=config.data_parallel_size, prefix_caching=_caches(config.enable_prefix_caching, model_config),
     )  # fmt: skip
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
     bodies = ops.bodies(platform, step.kv, dtype)
     _announce(platform, np.dtype(dtype).name, mesh, bodies, limits, time.perf_counter() - started)
     return Engine(
-        step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer), config.seed
-    )
+        step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
+        config.seed, generation_defaults(checkpoint.generation_config),
+    )  # fmt: skip
 
 
 def _compiled(
@@ -111,7 +113,8 @@ def _compiled(
         num_pages = budget.pages(temp, useful)
         shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
         kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, KV_SPEC))
-        step = Step(declaration, mesh, kv, dtype, table_width)
+        sizes = Sizes(config.page_size, num_pages, table_width, model.vocab_size, length)
+        step = Step(declaration, mesh, kv, dtype, sizes, shapes[-1].num_rows)
         # memory is ample where the cache can be as large as useful: then all shapes compile at once
         step.compile(shapes if num_pages == useful else shapes[-1:])
         temp = step.temp_bytes(shapes[-1])
@@ -133,6 +136,15 @@ def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
         expected = f"none, for files of {held.bits} bits in groups of {held.group or 'a row'}"
         raise InvalidConfig("quantization", asked, expected)
     return SCHEMES[asked]
+
+
+def _caches(asked: bool, model: Any) -> bool:
+    """Whether equal prefixes may share pages: not where a token's keys depend on how long its prompt is."""
+    scaling = model.rope_scaling
+    if asked and scaling is not None and scaling.rope_type == "dynamic":
+        logger.info("no prefix caching: dynamic rope scaling turns a prefix by the length of the whole prompt")
+        return False
+    return asked
 
 
 def _dtype(name: str, raw: dict[str, Any], checkpoint: files.Checkpoint) -> Any:

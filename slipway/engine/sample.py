@@ -1,7 +1,8 @@
 """From logits to tokens, row by row; decides where randomness comes from; knows no request.
 
-Order, as in vLLM: temperature, min_p, top_k, top_p, then a draw by one random number of the row's own (its seed, folded
-with the position), so that a row's token depends on nothing else in the batch.
+Order, as in vLLM: what is not allowed is ruled out, biases, penalties, temperature, min_p, top_k, top_p, then a draw by
+one random number of the row's own (its seed, folded with the position), so that a row's token depends on nothing else
+in the batch. Log probabilities are the model's own, before all that.
 """
 
 import jax
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from slipway import ops
+from slipway.engine.edits import WORD_BITS
 from slipway.tree import module
+
+BANNED = -jnp.inf
 
 
 @module
@@ -23,10 +27,44 @@ class Sampled:
     top_logprob_BX: jax.Array
 
 
-def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position_B):
+def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position_B):
     """A token per row; temperature 0: the likeliest."""
     uniform_B = jax.vmap(_uniform)(seed_B, position_B)
-    return ops.sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+    return ops.sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+
+
+def edit(logits_BV, edits, position_B, newest_B):
+    """The logits with what each row bans, adds and penalizes.
+
+    ``position_B``: how many tokens the row's sequence has; ``newest_B``: the last of them, or -1 if the history has it.
+    """
+    bits_W = jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    bits_BWX = (edits.allowed_BW[:, :, None] >> bits_W[None, None]) & jnp.uint32(1)
+    allowed_BV = bits_BWX.reshape(logits_BV.shape[0], -1)[:, : logits_BV.shape[1]] == 1
+    row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
+    logits_BV = jnp.where(allowed_BV, logits_BV, BANNED)
+    logits_BV = logits_BV.at[row_B1, edits.bias_id_BX].add(edits.bias_BX, mode="drop")
+    penalizes_B = (edits.repetition_B != 1) | (edits.frequency_B != 0) | (edits.presence_B != 0)
+    return lax.cond(
+        jnp.any(penalizes_B), lambda: _penalized(logits_BV, edits, position_B, newest_B, row_B1), lambda: logits_BV
+    )
+
+
+def _penalized(logits_BV, edits, position_B, newest_B, row_B1):
+    """Repetition: Keskar et al., CTRL, 2019, section 4.1; frequency and presence: OpenAI's API reference."""
+    at_1L = jnp.arange(edits.history_BL.shape[1], dtype=jnp.int32)[None]
+    is_newest_BL = (at_1L == position_B[:, None] - 1) & (newest_B >= 0)[:, None]
+    history_BL = jnp.where(is_newest_BL, newest_B[:, None], edits.history_BL)
+    nobody = jnp.int32(logits_BV.shape[1])
+    held_BL = jnp.where(at_1L < position_B[:, None], history_BL, nobody)
+    output_BL = jnp.where(at_1L >= edits.num_prompt_B[:, None], held_BL, nobody)
+    zeros_BV = jnp.zeros(logits_BV.shape, jnp.int32)
+    seen_BV = zeros_BV.at[row_B1, held_BL].set(1, mode="drop") == 1
+    count_BV = zeros_BV.at[row_B1, output_BL].add(1, mode="drop").astype(jnp.float32)
+    repetition_B1 = edits.repetition_B[:, None]
+    repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
+    logits_BV = jnp.where(seen_BV, repeated_BV, logits_BV) - edits.frequency_B[:, None] * count_BV
+    return logits_BV - edits.presence_B[:, None] * (count_BV > 0).astype(jnp.float32)
 
 
 def logprobs(logits_BV, token_B, num_top: int):

@@ -1,95 +1,255 @@
-"""Which sequences compute which tokens in the next step; knows pages by number, and no JAX.
+"""Which sequences compute which tokens in the next step; knows pages and the prefix tree, and no JAX.
 
-First come, first served. A sequence is admitted once all pages that it could ever need are free, so nothing that runs
-can run out. Running sequences come first, so that a long prompt never holds up those that decode; what is left of the
-step's token budget goes to prompts, in chunks.
+Who runs goes first, so that a prompt never holds up those that decode: each gets a token, and what is left of the
+step's budget goes to prompts, in chunks. Steps run on the device in the order in which they are scheduled, so what one
+has been asked to compute counts as computed for all later ones, and within a step for the other rows: pages go into the
+prefix tree at once.
+
+Waiting requests come by priority, then by arrival; of the first few equals, the one with the longest cached prefix goes
+first, but nobody is overtaken more than MAX_OVERTAKEN times. When pages run out, unlocked pages of the tree go, then
+the last of those that run is preempted: it waits again, at the head of its equals, and computes anew what was lost.
 """
 
-from collections import deque
+import bisect
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
 from slipway.cache.pages import Pages
+from slipway.cache.radix import RadixTree
 from slipway.engine.request import Sequence
+
+LOOKAHEAD = 8  # waiting sequences whose cached prefixes are compared
+MAX_OVERTAKEN = 16
 
 
 class Chunk(NamedTuple):
-    """``num_tokens`` tokens of a sequence from position ``start`` on."""
+    """``num_tokens`` tokens of a sequence from position ``start`` on.
+
+    ``samples``: the last of them is the sequence's last, so the step chooses the next. ``scored``: how many of its
+    last tokens before that say how likely the prompt's next one is.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool
+    scored: range = range(0)
 
     @property
-    def samples(self) -> bool:
-        """Whether the last of these tokens is the sequence's last, so that the step chooses the next."""
-        return self.start + self.num_tokens == self.sequence.num_tokens
+    def num_rows(self) -> int:
+        """Rows of results."""
+        return len(self.scored) + self.samples
+
+
+@dataclasses.dataclass
+class Counts:
+    """Sums since the start. Tokens asked of the tree, and found there, are those of prompts when they first run."""
+
+    queried_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    preemptions: int = 0
 
 
 class Scheduler:
     """The waiting and the running sequences of one copy of the weights, and the pages that they own."""
 
-    def __init__(self, num_pages: int, page_size: int, table_width: int, max_num_seqs: int, max_num_tokens: int):
+    def __init__(
+        self, num_pages: int, page_size: int, table_width: int, max_num_seqs: int, max_num_tokens: int,
+        prefix_caching: bool = True,
+    ):  # fmt: skip
         self.pages = Pages(num_pages)
-        self.page_size, self.table_width = page_size, table_width
+        self.tree = RadixTree(self.pages.give_back)
+        self.page_size, self.prefix_caching = page_size, prefix_caching
         self.max_num_seqs, self.max_num_tokens = max_num_seqs, max_num_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.page_table = np.zeros((max_num_seqs, table_width), np.int32)
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self.waiting: list[Sequence] = []  # both in order of Sequence.order
         self.running: list[Sequence] = []
         self.load = 0  # tokens that its sequences may come to, at the most
+        self.counts = Counts()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its pages must fit the pool."""
-        assert self._pages_for(sequence) <= self.pages.num_pages, "refused when the request came in"
-        self.waiting.append(sequence)
+        assert self._pages_for(sequence.max_length) <= self.pages.num_pages, "refused when the request came in"
+        bisect.insort(self.waiting, sequence, key=_order)
         self.load += sequence.max_length
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks: one a sequence, at most ``max_num_tokens`` tokens; empty if there is no work."""
-        self._admit()
+        """The next step's chunks: one a sequence, at most ``max_num_tokens`` tokens; empty if nobody can move.
+
+        At the most one step may be on the device whose results the sequences have not been given.
+        """
         chunks: list[Chunk] = []
-        budget = self.max_num_tokens - len(self.running)  # everyone decodes, or moves on by a token
-        for sequence in self.running:
-            left = sequence.num_tokens - sequence.num_computed
-            count = min(left, budget + 1)
-            budget -= count - 1
-            chunks.append(Chunk(sequence, sequence.num_computed, count))
+        tokens, rows = self.max_num_tokens - len(self.running), self.max_num_seqs - len(self.running)
+        for sequence in self.running.copy():
+            if sequence.slot < 0 or sequence.length >= sequence.max_length:
+                continue  # preempted just now, or its last token is on the device
+            self._adopt(sequence)
+            chunk = self._chunk(sequence, tokens, rows)
+            if self._grow(sequence, chunk):
+                chunks.append(chunk)
+                tokens, rows = tokens - chunk.num_tokens + 1, rows - max(chunk.num_rows, 1) + 1
+        while self.waiting and self._slots and tokens > 0 and rows > 0 and (admitted := self._admit()) is not None:
+            chunk = self._chunk(admitted, tokens - 1, rows - 1)
+            grown = self._grow(admitted, chunk)
+            assert grown, "its pages were there when it was admitted"
+            chunks.append(chunk)
+            tokens, rows = tokens - chunk.num_tokens, rows - max(chunk.num_rows, 1)
         return chunks
 
-    def commit(self, chunks: list[Chunk]) -> None:
-        """The step has computed ``chunks``; pages of what has finished are free again."""
-        for sequence, start, count in chunks:
-            sequence.num_computed = start + count
-        for sequence in self.running:
-            if sequence.finish_reason is not None:
-                self._release(sequence)
-        self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
+    def release(self, sequence: Sequence) -> None:
+        """Drop a sequence that has ended or is aborted; what it computed stays in the tree. Its pages are free."""
+        if sequence.slot >= 0:
+            self.running.remove(sequence)
+            self._leave(sequence)
+            self.load -= sequence.max_length
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+            self.load -= sequence.max_length
 
-    def abort(self, sequences: list[Sequence]) -> None:
-        """Drop those of the sequences that are here; their pages are free at once."""
-        for sequence in sequences:
-            if sequence in self.waiting:
-                self.waiting.remove(sequence)
-                self.load -= sequence.max_length
-            elif sequence in self.running:
-                self.running.remove(sequence)
-                self._release(sequence)
+    def cached(self, salt: str, prompt: np.ndarray) -> int:
+        """How many tokens of a prompt the tree holds."""
+        return self.tree.match(salt, self._blocks(prompt, len(prompt) - 1)).depth * self.page_size
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            needed = self._pages_for(self.waiting[0])
-            if needed > self.pages.num_free:
+    def _chunk(self, sequence: Sequence, spare_tokens: int, spare_rows: int) -> Chunk:
+        """What a sequence computes next, with as much beside its own token and row as is left."""
+        start = sequence.num_computed
+        count = min(sequence.length - start, spare_tokens + 1)
+        scored = range(0)
+        if sequence.scores and sequence.num_scored < sequence.num_prompt - 1:
+            count = min(count, spare_rows + 1)
+            scored = range(max(start, sequence.num_scored), min(start + count, sequence.num_prompt - 1))
+        elif start + count < sequence.length and count > self.page_size:
+            count -= (start + count) % self.page_size  # whole pages, so that others can go on from there
+        return Chunk(sequence, start, count, start + count == sequence.length, scored)
+
+    def _grow(self, sequence: Sequence, chunk: Chunk) -> bool:
+        """Give a sequence the pages of its chunk and count that as computed; False if it was preempted instead."""
+        end = chunk.start + chunk.num_tokens
+        needed = self._pages_for(end) - len(sequence.pages)
+        while needed > self._free(needed):
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+        if needed > 0:
+            self._hold(sequence, self.pages.take(needed))
+        sequence.num_computed = end
+        sequence.num_pending += chunk.samples
+        if chunk.scored:
+            sequence.num_scored = chunk.scored.stop
+        self.counts.computed_tokens += chunk.num_tokens
+        self._publish(sequence)
+        return True
+
+    def _free(self, needed: int) -> int:
+        """Free pages, after the tree has let go of what is needed beyond them."""
+        if needed > self.pages.num_free:
+            self.tree.evict(needed - self.pages.num_free)
+        return self.pages.num_free
+
+    def _admit(self) -> Sequence | None:
+        """Let the next waiting sequence run, if pages for all its tokens are there beside what the others will need."""
+        sequence = self._next()
+        node = self.tree.match(sequence.request.cache_salt, self._matchable(sequence))
+        self.tree.lock(node)
+        needed = self._pages_for(sequence.num_tokens) - node.depth
+        owed = sum(1 + max(0, self._pages_for(s.num_tokens) - len(s.pages)) for s in self.running)
+        if self.running and needed + owed > self.pages.num_free + self.tree.num_unlocked:
+            self.tree.unlock(node)
+            return None
+        if sequence is not self.waiting[0]:
+            self.waiting[0].overtaken += 1
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=_order)
+        sequence.slot, sequence.node = self._slots.pop(), node
+        sequence.num_computed = node.depth * self.page_size
+        self._hold(sequence, self.tree.pages(node))
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.counts.queried_tokens += sequence.num_prompt
+            self.counts.cached_tokens += sequence.num_computed
+        return sequence
+
+    def _next(self) -> Sequence:
+        """Of the first few equals, who has most of its tokens in the tree, unless the first was overtaken enough."""
+        first = self.waiting[0]
+        if first.overtaken >= MAX_OVERTAKEN or not self.prefix_caching or len(self.waiting) == 1:
+            return first
+        equals = [s for s in self.waiting[:LOOKAHEAD] if s.request.priority == first.request.priority]
+        return max(equals, key=lambda s: self.tree.match(s.request.cache_salt, self._matchable(s)).depth)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._leave(sequence)
+        sequence.num_computed, sequence.overtaken = 0, MAX_OVERTAKEN
+        bisect.insort(self.waiting, sequence, key=_order)
+        self.counts.preemptions += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages and slot; those that the tree holds stay there, unlocked."""
+        assert sequence.node is not None
+        self._publish(sequence)
+        self.pages.give_back(sequence.pages[sequence.node.depth :] + sequence.duplicates)
+        self.tree.unlock(sequence.node)
+        self._slots.append(sequence.slot)
+        sequence.pages, sequence.duplicates, sequence.node, sequence.slot = [], [], None, -1
+
+    def _hold(self, sequence: Sequence, pages: list[int]) -> None:
+        held = len(sequence.pages)
+        self.page_table[sequence.slot, held : held + len(pages)] = pages
+        sequence.pages += pages
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Hand the pages to the tree that are full of tokens known here, and computed."""
+        node = sequence.node
+        assert node is not None
+        full = min(sequence.num_computed, sequence.num_tokens) // self.page_size
+        if full == node.depth or not self.prefix_caching:
+            return
+        for block in self._blocks(sequence.tokens, full * self.page_size, node.depth):
+            child, page = node.children.get(block), sequence.pages[node.depth]
+            if child is None:
+                node = self.tree.extend(node, block, page)
+            else:  # another sequence computed the same; this one may be writing its own page yet, and keeps it
+                node = self.tree.descend(node, child)
+                sequence.duplicates.append(page)
+        sequence.node = node
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Go past pages that another sequence has computed since this one began."""
+        node = sequence.node
+        assert node is not None
+        if sequence.num_tokens - sequence.num_computed <= self.page_size or sequence.needs_every_token:
+            return
+        if sequence.num_computed != node.depth * self.page_size:
+            return  # in the midst of a page
+        first = node.depth
+        for block in self._blocks(sequence.tokens, sequence.num_tokens - 1, first):
+            if (child := node.children.get(block)) is None:
                 break
-            sequence = self.waiting.popleft()
-            sequence.pages = self.pages.take(needed)
-            sequence.page_row = np.zeros(self.table_width, np.int32)
-            sequence.page_row[:needed] = sequence.pages
-            self.running.append(sequence)
+            node = self.tree.descend(node, child)
+        if node.depth > first:
+            self.counts.cached_tokens += (node.depth - first) * self.page_size
+            self._hold(sequence, self.tree.pages(node)[first:])
+            sequence.node, sequence.num_computed = node, node.depth * self.page_size
 
-    def _release(self, sequence: Sequence) -> None:
-        self.load -= sequence.max_length
-        self.pages.give_back(sequence.pages)
-        sequence.pages, sequence.page_row = [], None
+    def _matchable(self, sequence: Sequence) -> list[bytes]:
+        """The pages that the tree may hold: not that of the last token, which gives the next, or of scored ones."""
+        if not self.prefix_caching or sequence.needs_every_token:
+            return []
+        return self._blocks(sequence.tokens, sequence.num_tokens - 1)
 
-    def _pages_for(self, sequence: Sequence) -> int:
-        return -(-sequence.max_length // self.page_size)
+    def _blocks(self, tokens: np.ndarray, count: int, first: int = 0) -> list[bytes]:
+        size = self.page_size
+        return [tokens[page * size : (page + 1) * size].tobytes() for page in range(first, count // size)]
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.order

@@ -1,10 +1,12 @@
 """What is compiled: a ragged batch in, the cache and a token per row out; knows no scheduler.
 
+A step's tokens stay on the device, where the next step finds them: it can be dispatched before the host has seen them.
 Two programs: the forward pass, one per bucket, and the sampler, which depends on the number of rows alone.
 
 Each bucket is compiled ahead of time; calling the step with any other shape is an error, so nothing compiles later.
 """
 
+import dataclasses
 import functools
 import logging
 import time
@@ -21,9 +23,11 @@ from jax.sharding import PartitionSpec as P
 from slipway import mesh as meshes
 from slipway import ops, tree
 from slipway.engine import batch as batches
+from slipway.engine import edits as editing
 from slipway.engine import sample
-from slipway.engine.batch import Batch, Bucket, Sampling
-from slipway.engine.request import MAX_LOGPROBS
+from slipway.engine.batch import Batch, Bucket, Sampling, Sizes, Tokens
+from slipway.engine.edits import Edits
+from slipway.engine.params import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
 
@@ -35,27 +39,29 @@ KV_SPEC = P(None, meshes.DATA, meshes.TENSOR, None, None, None)  # layers, pages
 class Step:
     """The compiled steps of one model on one mesh: a program per bucket, and a sampler per number of rows."""
 
-    def __init__(self, declaration: Any, mesh: Mesh, kv: jax.ShapeDtypeStruct, dtype: Any, table_width: int):
-        self.kv, self._mesh, self._table_width = kv, mesh, table_width
-        self._vocab_size = declaration.config.vocab_size
+    def __init__(self, declaration: Any, mesh: Mesh, kv: jax.ShapeDtypeStruct, dtype: Any, sizes: Sizes, max_rows: int):
+        self.kv, self._mesh, self._sizes = kv, mesh, sizes
         shapes = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=s),
             declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
         )  # fmt: skip
         self._leaves, structure = jax.tree.flatten(shapes)
         specs, rows = jax.tree.leaves(tree.map_params(meshes.partition, declaration)), P(meshes.DATA)
-        sharded = NamedSharding(mesh, rows)
-        forward = functools.partial(_forward, structure)
+        self._by_rows = sharded = NamedSharding(mesh, rows)
+        forward, choose = functools.partial(_forward, structure), functools.partial(_sample, max_rows)
         self._forward = jax.jit(
             jax.shard_map(
-                forward, mesh=mesh, in_specs=(specs, KV_SPEC, rows), out_specs=(KV_SPEC, rows), check_vma=False
+                forward, mesh=mesh, in_specs=(specs, KV_SPEC, rows, rows), out_specs=(KV_SPEC, rows, rows),
+                check_vma=False,
             ),
-            donate_argnums=1, in_shardings=(None, None, sharded),
+            donate_argnums=1, in_shardings=(None, None, sharded, sharded),
         )  # fmt: skip
         self._sample = jax.jit(
-            jax.shard_map(_sample, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False),
-            in_shardings=(sharded, sharded),
+            jax.shard_map(choose, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows, rows), check_vma=False),
+            in_shardings=(sharded,) * 4,
         )
+        self._no_edits: dict[int, Edits] = {}
+        self.newest = jax.ShapeDtypeStruct((self._copies * max_rows,), np.int32, sharding=sharded)
         self._options = _compiler_options(mesh.devices.flat[0].platform)
         self._programs: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
@@ -87,25 +93,48 @@ class Step:
         return max(analysis.temp_size_in_bytes, sampler) + logits
 
     def __call__(
-        self, leaves: list[jax.Array], kv: jax.Array, bucket: Bucket, batch: Batch
-    ) -> tuple[jax.Array, sample.Sampled]:
-        """Run one step; ``kv`` is consumed. ``leaves``: the model's, flat, as flattening a tree takes a millisecond."""
-        kv, logits_BV = self._programs[bucket](leaves, kv, batch)
-        return kv, self._samplers[bucket.num_rows](logits_BV, batch.sampling)
+        self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, batch: Batch
+    ) -> tuple[jax.Array, jax.Array, sample.Sampled, jax.Array]:
+        """Start one step: the cache, a token per row for the next step and for the host, hidden states [T, embed].
+
+        Does not wait for the device. ``kv`` is consumed. ``leaves``: the model's, flat, as flattening a tree takes a
+        millisecond.
+        """
+        kv, x_TD, logits_BV = self._programs[bucket](leaves, kv, newest, batch.tokens)
+        edits = self._edits(bucket.num_rows) if batch.edits is None else batch.edits
+        sampled, newest = self._samplers[bucket.num_rows](logits_BV, newest, batch.sampling, edits)
+        return kv, newest, sampled, x_TD
+
+    @property
+    def _copies(self) -> int:
+        return self._mesh.shape[meshes.DATA]
+
+    def _edits(self, num_rows: int) -> Edits:
+        """None, on the device: nothing to make or to send."""
+        if num_rows not in self._no_edits:
+            rows = self._copies * num_rows
+            nothing = editing.empty(rows, self._sizes.vocab_size, self._sizes.max_model_len)
+            nothing = dataclasses.replace(nothing, any_1=np.zeros(self._copies, np.bool_))
+            self._no_edits[num_rows] = jax.tree.map(self._put, nothing)
+        return self._no_edits[num_rows]
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._by_rows)
 
     def _compile_forward(self, bucket: Bucket) -> Any:
-        return self._forward.lower(self._leaves, self.kv, self._shapes(bucket)).compile(self._options)
+        return self._forward.lower(self._leaves, self.kv, self.newest, self._shapes(bucket).tokens).compile(
+            self._options
+        )
 
     def _compile_sampler(self, rows: int) -> Any:
-        sampling = self._shapes(Bucket(rows, rows)).sampling
-        logits = jax.ShapeDtypeStruct((sampling.seed_B.shape[0], self._vocab_size), np.float32)
-        return self._sample.lower(logits, sampling).compile(self._options)
+        shapes = self._shapes(Bucket(rows, rows))
+        logits = jax.ShapeDtypeStruct((self._copies * rows, self._sizes.vocab_size), np.float32)
+        return self._sample.lower(logits, self.newest, shapes.sampling, shapes.edits).compile(self._options)
 
     def _shapes(self, bucket: Bucket) -> Batch:
         """The shapes and dtypes of a batch over every copy of the weights."""
-        copies = self._mesh.shape[meshes.DATA]
-        one = batches.empty(bucket, 1, 1, self._table_width)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((copies * x.shape[0], *x.shape[1:]), x.dtype), one)
+        one = batches.empty(bucket, self._sizes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self._copies * x.shape[0], *x.shape[1:]), x.dtype), one)
 
 
 @functools.cache
@@ -120,23 +149,40 @@ def _compiler_options(platform: str) -> dict[str, str | bool]:
     return options
 
 
-def _forward(structure: Any, leaves: list[jax.Array], kv: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The forward pass as each device sees it: the cache, and logits of each row's last token."""
+def _forward(
+    structure: Any, leaves: list[jax.Array], kv: jax.Array, newest_R: jax.Array, tokens: Tokens
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The forward pass as each device sees it: the cache, hidden states, and logits of the rows of results."""
     model = jax.tree.unflatten(structure, leaves)
     ragged = ops.Ragged(
-        batch.num_tokens_1[0], batch.positions_T, batch.contexts_T, batch.slots_T,
-        batch.starts_B, batch.counts_B, batch.lengths_B, batch.page_table_BM,
+        tokens.num_tokens_1[0], tokens.positions_T, tokens.contexts_T, tokens.slots_T,
+        tokens.starts_B, tokens.counts_B, tokens.lengths_B, tokens.page_table_BM,
     )  # fmt: skip
-    x_TD, kv = model(batch.ids_T, kv, ragged)
-    return kv, model.logits(x_TD[batch.sample_at_B])
+    ids_T = jnp.where(tokens.ids_T < 0, newest_R[jnp.maximum(-1 - tokens.ids_T, 0)], tokens.ids_T)
+    x_TD, kv = model(ids_T, kv, ragged)
+    return kv, x_TD, model.logits(x_TD[tokens.sample_at_B], tokens.num_samples_1[0])
 
 
-def _sample(logits_BV: jax.Array, sampling: Sampling) -> sample.Sampled:
-    """A token per row; log probabilities where some row wants them."""
-    token_B = sample.sample(
-        logits_BV, sampling.temperature_B, sampling.top_k_B, sampling.top_p_B, sampling.min_p_B,
-        sampling.seed_B, sampling.position_B,
-    )  # fmt: skip
+def _sample(
+    max_rows: int, logits_BV: jax.Array, newest_R: jax.Array, sampling: Sampling, edits: Edits
+) -> tuple[sample.Sampled, jax.Array]:
+    """A token per row, and the same as the next step reads it; log probabilities where some row wants them."""
+    newest_B = jnp.where(sampling.last_B < 0, jnp.int32(-1), newest_R[jnp.maximum(sampling.last_B, 0)])
+
+    def draw(logits_BV: jax.Array) -> jax.Array:
+        return sample.sample(
+            logits_BV, sampling.num_rows_1[0], sampling.temperature_B, sampling.top_k_B, sampling.top_p_B,
+            sampling.min_p_B, sampling.seed_B, sampling.position_B,
+        )  # fmt: skip
+
+    # drawn in both branches: logits that come out of a branch unchanged are copied, 2 ms for 16 rows
+    token_B = jax.lax.cond(
+        edits.any_1[0],
+        lambda: draw(sample.edit(logits_BV, edits, sampling.position_B, newest_B)),
+        lambda: draw(logits_BV),
+    )
+    newest_R = jnp.zeros(max_rows, jnp.int32).at[: token_B.shape[0]].set(token_B)
+    token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
     num_top = min(MAX_LOGPROBS, logits_BV.shape[1])
 
     def without():
@@ -144,9 +190,4 @@ def _sample(logits_BV: jax.Array, sampling: Sampling) -> sample.Sampled:
         return sample.Sampled(token_B, rows, rows.astype(jnp.int32), tops.astype(jnp.int32), tops)
 
     wanted = jnp.any(sampling.wants_logprobs_B)
-    return jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without)
-
-
-def host(sampled: sample.Sampled) -> sample.Sampled:
-    """The same on the host; waits for the device."""
-    return jax.tree.map(np.asarray, sampled)
+    return jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without), newest_R

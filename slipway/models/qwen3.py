@@ -85,7 +85,7 @@ class Qwen3ForCausalLM:
         )
         return self.model.norm(x_TD, ragged.num_tokens), kv
 
-    def logits(self, x_BD):
+    def logits(self, x_BD, num_rows):
         """Hidden states [B, embed] -> f32 logits [B, vocab]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return head.logits(x_BD, self.config.vocab_size)
+        return head.logits(x_BD, num_rows, self.config.vocab_size)

@@ -83,9 +83,9 @@ class Embedding:
         first = mesh.local_offset("vocab", held.shape[0])
         return mesh.psum(ops.embed(ids_T - first, self.matrix, num_tokens), "vocab")
 
-    def logits(self, x_BD, vocab_size: int):
+    def logits(self, x_BD, num_rows, vocab_size: int):
         """[B, embed] -> f32 [B, vocab_size], whole on every device, the mesh's padding cut off."""
-        logits_BV = ops.linear(x_BD, self.matrix, jnp.int32(x_BD.shape[0]))
+        logits_BV = ops.linear(x_BD, self.matrix, num_rows)
         return mesh.all_gather(logits_BV, "vocab")[:, :vocab_size]
 
 

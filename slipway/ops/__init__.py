@@ -13,7 +13,7 @@ device's part: the ops run under shard_map and communicate with nobody.
     write_kv(kv, layer, k_TKH, v_TKH, ragged) -> kv             in place where the caller donates kv
     paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N) -> o_TNH
     allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
-    sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
+    sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
 Weights may be Picks: one of several arrays by a traced index; matrices may be Quantized. The cache goes to an op whole,
 with a layer index: a slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair,
@@ -66,9 +66,9 @@ def rotate(x_TNH, weight, angles, num_tokens, eps=0.0):
     return _serve(cpu.refuses(x_TNH, weight), cpu.rotate, xla.rotate, x_TNH, weight, angles, num_tokens, eps=eps)
 
 
-def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
+def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
     """See above."""
-    args = logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B
+    args = logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B
     return _serve(cpu.refuses(logits_BV), cpu.sample, xla.sample, *args)
 
 

@@ -135,10 +135,10 @@ def rotate(x_TNH, weight, angles, num_tokens, eps):
     return call(x_TNH, *angles, jnp.int32(num_tokens), _index(weight), *arrays, eps=np.float32(eps))
 
 
-def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
+def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
     """As ops.sample."""
     call = jax.ffi.ffi_call("slipway_sample", jax.ShapeDtypeStruct(temperature_B.shape, jnp.int32))
-    return call(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+    return call(logits_BV, jnp.int32(num_rows), temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):

@@ -205,8 +205,9 @@ def _from_storage(x, dtype):
     return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x, dtype)
 
 
-def sample(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
+def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
     """A token per row, by inversion: the first up to which the kept probability exceeds ``uniform`` of the whole."""
+    del num_rows  # XLA computes every row
     greedy_B = _argmax(logits_BV)
 
     def draw():

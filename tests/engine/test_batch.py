@@ -1,63 +1,97 @@
 """Batches hold what their chunks say, by a plain loop's account; buckets cover every step and no more than needed."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.engine.batch import Bucket, Builder, buckets, choose, empty, join
-from slipway.engine.request import Request, SamplingParams, Sequence
+from slipway.engine import edits
+from slipway.engine.batch import Bucket, Builder, Sizes, buckets, choose, empty, join
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import Request, Sequence
 from slipway.engine.scheduler import Chunk
 
 pytestmark = pytest.mark.host
-PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 4, 40, 6
+PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, SLOTS, VOCAB = 4, 40, 6, 7, 70
 LONGEST = PAGE_SIZE * TABLE_WIDTH
+SIZES = Sizes(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, VOCAB, LONGEST)
 
 
 @st.composite
-def chunks(draw, max_rows=5):
-    """Chunks of sequences in any state: some of the prompt, the rest of it, or a generated token."""
-    pages = iter(draw(st.permutations(range(NUM_PAGES))))
-    found = []
+def steps(draw, max_rows=5):
+    """Chunks of sequences in any state, and the page table: some of the prompt, the rest, or a generated token.
+
+    The newest token of some is still on the device.
+    """
+    pages, slots = iter(draw(st.permutations(range(NUM_PAGES)))), iter(draw(st.permutations(range(SLOTS))))
+    found, page_table = [], np.zeros((SLOTS, TABLE_WIDTH), np.int32)
     for number in range(draw(st.integers(0, max_rows))):
-        prompt = draw(st.integers(1, LONGEST - 4))
+        prompt = draw(st.integers(1, LONGEST - 5))
         params = SamplingParams(
             temperature=draw(st.sampled_from([0, 0.5])), top_k=draw(st.integers(-1, 3)), top_p=0.75,
-            min_p=0.25, logprobs=draw(st.sampled_from([None, 0, 3])),
+            min_p=0.25, logprobs=draw(st.sampled_from([None, 0, 3])), max_tokens=5,
+            logit_bias=draw(st.sampled_from([{}, {3: -1.5, 7: 2.0}])), presence_penalty=draw(st.sampled_from([0, 0.5])),
         )  # fmt: skip
-        request = Request(str(number), None, [100 * number + i for i in range(prompt)], params, 4)
+        request = Request(str(number), None, [100 * number + i for i in range(prompt)], params, 5)
+        if edits.needed(params):
+            request.rules = edits.Rules(params, frozenset(), None, VOCAB)
         sequence = Sequence(request, 0, draw(st.integers(0, 2**32 - 1)), frozenset(), None)
-        sequence.token_ids = [100 * number + 50 + i for i in range(draw(st.integers(0, 3)))]
-        sequence.num_tokens += len(sequence.token_ids)
+        for i in range(draw(st.integers(0, 3))):
+            sequence.append(100 * number + 50 + i, None)
+        sequence.num_pending, sequence.last_row = draw(st.integers(0, 1)), draw(st.integers(0, 6))
         sequence.pages = [next(pages) for _ in range(-(-sequence.max_length // PAGE_SIZE))]
-        sequence.page_row = np.zeros(TABLE_WIDTH, np.int32)
-        sequence.page_row[: len(sequence.pages)] = sequence.pages
-        start = draw(st.integers(0, sequence.num_tokens - 1))
-        found.append(Chunk(sequence, start, draw(st.integers(1, sequence.num_tokens - start))))
-    return found
+        sequence.slot = next(slots)
+        page_table[sequence.slot, : len(sequence.pages)] = sequence.pages
+        start = draw(st.integers(0, sequence.length - 1))
+        count = draw(st.integers(1, sequence.length - start))
+        scored = range(start, min(start + count, prompt - 1)) if draw(st.booleans()) and count <= 2 else range(0)
+        found.append(Chunk(sequence, start, count, start + count == sequence.length, scored))
+    return found, page_table
 
 
-def reference(chunks_, batch):
+def reference(chunks, batch):
     """The same as ``Builder.build``, token by token and row by row, over an empty batch."""
-    t = 0
-    for row, (sequence, start, count) in enumerate(chunks_):
-        tokens, params = sequence.request.prompt_token_ids + sequence.token_ids, sequence.request.params
-        batch.starts_B[row], batch.counts_B[row], batch.lengths_B[row] = t, count, start + count
+    tokens, sampling, changed, t, row = batch.tokens, batch.sampling, batch.edits, 0, 0
+    for index, (sequence, start, count, samples, scored) in enumerate(chunks):
+        ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.prompt_token_ids
+        tokens.starts_B[index], tokens.counts_B[index], tokens.lengths_B[index] = t, count, start + count
+        tokens.page_table_BM[index, : len(sequence.pages)] = sequence.pages
         for position in range(start, start + count):
-            batch.ids_T[t], batch.positions_T[t] = tokens[position], position
-            batch.contexts_T[t] = max(len(sequence.request.prompt_token_ids), position + 1)
-            batch.slots_T[t] = sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+            known = position < len(ids)
+            tokens.ids_T[t], tokens.positions_T[t] = ids[position] if known else -1 - sequence.last_row, position
+            tokens.contexts_T[t] = max(len(prompt), position + 1)
+            tokens.slots_T[t] = sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+            for wanted in ([prompt[position + 1]] if position in scored else []) + (
+                [-1] if samples and position == start + count - 1 else []
+            ):
+                tokens.sample_at_B[row] = t
+                sampling.given_B[row], sampling.position_B[row] = wanted, position + 1
+                sampling.last_B[row] = sequence.last_row if not known else -1
+                _fill(sampling, changed, row, sequence, wanted < 0)
+                row += 1
             t += 1
-        batch.page_table_BM[row, : len(sequence.pages)] = sequence.pages
-        batch.sample_at_B[row] = t - 1
-        sampling = batch.sampling
-        sampling.wants_logprobs_B[row] = params.logprobs is not None
-        sampling.temperature_B[row], sampling.top_k_B[row] = params.temperature, max(params.top_k, 0)
-        sampling.top_p_B[row], sampling.min_p_B[row] = params.top_p, params.min_p
-        sampling.seed_B[row], sampling.position_B[row] = sequence.seed, start + count
-    batch.num_tokens_1[0] = t
+    tokens.num_tokens_1[0], tokens.num_samples_1[0], sampling.num_rows_1[0] = t, row, row
     return batch
+
+
+def _fill(sampling, changed, row, sequence, samples):
+    params = sequence.request.params
+    sampling.wants_logprobs_B[row] = params.logprobs is not None
+    sampling.temperature_B[row], sampling.top_k_B[row] = params.temperature, max(params.top_k, 0)
+    sampling.top_p_B[row], sampling.min_p_B[row] = params.top_p, params.min_p
+    sampling.seed_B[row] = sequence.seed
+    if sequence.request.rules is None or not samples:
+        return
+    changed.any_1[0] = True
+    changed.allowed_BW[row] = np.packbits(np.arange(96) < VOCAB, bitorder="little").view(np.uint32)
+    for place, (token, bias) in enumerate(params.logit_bias.items()):
+        changed.bias_id_BX[row, place], changed.bias_BX[row, place] = token, bias
+    if params.presence_penalty:
+        changed.presence_B[row], changed.num_prompt_B[row] = params.presence_penalty, sequence.num_prompt
+        changed.history_BL[row, : sequence.num_tokens] = sequence.tokens[: sequence.num_tokens]
 
 
 def arrays(batch):
@@ -71,43 +105,62 @@ def same(got, expected):
         assert a.dtype == b.dtype, name
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(chunks())
-def test_build_is_what_a_plain_loop_builds(found):
-    bucket = Bucket(5 * LONGEST, 7)
-    expected = reference(found, empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH))
-    same(Builder(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH).build(found, bucket), expected)
+def plain(batch):
+    """Edits that change nothing instead of none."""
+    rows = len(batch.sampling.seed_B)
+    return dataclasses.replace(batch, edits=batch.edits or edits.empty(rows, VOCAB, LONGEST))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(steps())
+def test_build_is_what_a_plain_loop_builds(step):
+    chunks, page_table = step
+    bucket = Bucket(5 * LONGEST, 10)
+    expected = reference(chunks, empty(bucket, SIZES))
+    rows = np.cumsum([chunk.num_rows for chunk in chunks]).tolist()
+    same(plain(Builder(SIZES, page_table).build(chunks, bucket)), expected)
+    for chunk, end in zip(chunks, rows):
+        assert not chunk.samples or chunk.sequence.last_row == end - 1, "who samples knows its row"
 
 
 def test_a_builder_forgets_what_no_longer_runs():
-    builder, bucket = Builder(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH), Bucket(8, 4)
+    page_table, bucket = (
+        np.arange(SLOTS * TABLE_WIDTH, dtype=np.int32).reshape(SLOTS, TABLE_WIDTH) % NUM_PAGES,
+        Bucket(8, 4),
+    )
+    builder = Builder(SIZES, page_table)
 
-    def running(number, pages):
+    def running(number, slot):
         params = SamplingParams(temperature=number / 8)
         sequence = Sequence(Request(str(number), None, [1, 2, 3], params, 4), 0, number, frozenset(), None)
-        sequence.pages, sequence.page_row = pages, np.array(pages + [0] * (TABLE_WIDTH - len(pages)), np.int32)
-        return Chunk(sequence, 0, 3)
+        sequence.pages, sequence.slot = page_table[slot].tolist(), slot
+        return Chunk(sequence, 0, 3, True)
 
-    one, two, three = running(1, [5, 6]), running(2, [7, 8]), running(3, [9, 10])
+    one, two, three = running(1, 0), running(2, 1), running(3, 0)
     for step in ([one, two], [one, two], [two], [two, three], [], [three]):
-        same(builder.build(step, bucket), reference(step, empty(bucket, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)))
+        same(plain(builder.build(step, bucket)), reference(step, empty(bucket, SIZES)))
 
 
 def test_padding_points_past_the_last_page_and_asks_for_nothing():
-    batch = empty(Bucket(8, 4), PAGE_SIZE, NUM_PAGES, TABLE_WIDTH)
-    assert (batch.slots_T >= NUM_PAGES * PAGE_SIZE).all()
-    for name in (".num_tokens_1", ".counts_B", ".lengths_B", ".sampling.wants_logprobs_B", ".sampling.temperature_B"):
+    batch = empty(Bucket(8, 4), SIZES)
+    assert (batch.tokens.slots_T >= NUM_PAGES * PAGE_SIZE).all()
+    for name in (
+        ".tokens.num_tokens_1", ".tokens.num_samples_1", ".tokens.counts_B", ".sampling.wants_logprobs_B",
+        ".sampling.temperature_B", ".edits.any_1",
+    ):  # fmt: skip
         assert not arrays(batch)[name].any(), name
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(chunks(), chunks())
+@given(steps(), steps())
 def test_join_puts_the_ranks_one_after_the_other(first, second):
-    bucket = Bucket(5 * LONGEST, 5)
-    parts = [Builder(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH).build(rank, bucket) for rank in (first, second)]
-    joined = arrays(join(parts))
+    bucket = Bucket(5 * LONGEST, 10)
+    parts = [Builder(SIZES, page_table).build(chunks, bucket) for chunks, page_table in (first, second)]
+    joined = arrays(plain(join(parts)) if any(part.edits for part in parts) else join(parts))
     for rank, part in enumerate(parts):
-        for name, array in arrays(part).items():
+        for name, array in arrays(plain(part)).items():
+            if name not in joined:
+                continue  # no edits at all
             block = joined[name][rank * len(array) : (rank + 1) * len(array)]
             np.testing.assert_array_equal(block, array, err_msg=name)
             assert len(joined[name]) == 2 * len(array)
@@ -124,8 +177,8 @@ def test_buckets_cover_every_step_the_scheduler_may_ask_for(rows, spare):
         assert 2 <= shape.num_rows <= shape.num_tokens, "as many rows as tokens could need"
         assert shape.num_rows >= min(rows, shape.num_tokens)
     for count in {1, rows, tokens // 2 + 1, tokens}:
-        stub = [Chunk(None, 0, 1)] * min(rows, count)
-        stub[0] = Chunk(None, 0, count - len(stub) + 1)
+        stub = [Chunk(None, 0, 1, False)] * min(rows, count)
+        stub[0] = Chunk(None, 0, count - len(stub) + 1, False)
         chosen = choose(shapes, [[], stub])
         assert chosen == min((s for s in shapes if s.num_tokens >= count), key=lambda s: s.num_tokens)
         assert chosen.num_rows >= len(stub)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slipway.engine import memory
-from slipway.engine.request import SamplingParams
+from slipway.engine.params import SamplingParams
 from slipway.errors import OutOfMemory
 from slipway.llm import LLM
 from slipway.ops import cpu
@@ -133,7 +133,7 @@ def test_abort_frees_pages_and_leaves_the_others_alone(llm, alone):
             break
     assert free[1] > free[0]
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort", "abort"]
-    assert aborted[0].finished and aborted[0].outputs[0].token_ids == alone[0][0][:3]
+    assert aborted[0].finished and aborted[0].outputs[0].token_ids == alone[0][0][:2], "the third is on the device"
     for i in range(1, 5):
         assert [sample.token_ids for sample in finished[ids[i]].outputs] == alone[i]
     with pytest.raises(KeyError):

@@ -74,7 +74,9 @@ def tokens(logits, temperature, seeds, positions, top_k=0, top_p=1.0, min_p=0.0)
     rows = len(logits)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
     seeds, positions = jnp.asarray(seeds, jnp.uint32), jnp.asarray(positions, jnp.int32)
-    return np.asarray(draw(jnp.asarray(logits), temperature, *columns(rows, top_k, top_p, min_p), seeds, positions))
+    return np.asarray(
+        draw(jnp.asarray(logits), jnp.int32(rows), temperature, *columns(rows, top_k, top_p, min_p), seeds, positions)
+    )
 
 
 @pytest.mark.parametrize("varied", ["seeds", "positions"])
@@ -105,7 +107,7 @@ def test_a_row_draws_the_same_in_any_company_and_bucket():
     np.testing.assert_array_equal(tokens(logits[:2], 0.9, seeds[:2], positions[:2], top_p=0.9), whole[:2])
     # greedy and unfiltered neighbours choose other branches of the program
     mixed = draw(
-        jnp.asarray(logits), jnp.asarray(np.where(np.arange(16) % 2, 0.9, 0), jnp.float32),
+        jnp.asarray(logits), jnp.int32(16), jnp.asarray(np.where(np.arange(16) % 2, 0.9, 0), jnp.float32),
         *columns(16, top_p=0.9), jnp.asarray(seeds, jnp.uint32), jnp.asarray(positions, jnp.int32),
     )  # fmt: skip
     np.testing.assert_array_equal(mixed[1::2], whole[1::2])
@@ -117,7 +119,7 @@ def test_every_body_draws_the_same_token_by_the_same_number(name):
     rng, rows = np.random.default_rng(6), 256
     logits, uniform = random_logits(rng, rows), rng.random(rows, np.float32)
     arguments = jnp.full(rows, 0.8, jnp.float32), *columns(rows, *FILTERS[name]), jnp.asarray(uniform)
-    chosen, portable = (jax.jit(body.sample)(jnp.asarray(logits), *arguments) for body in (ops, xla))
+    chosen, portable = (jax.jit(body.sample)(jnp.asarray(logits), jnp.int32(rows), *arguments) for body in (ops, xla))
     np.testing.assert_array_equal(chosen, portable)
 
 

@@ -1,4 +1,8 @@
-"""The scheduler under random arrivals, aborts and ends: everyone moves and ends, no page or token too many."""
+"""The scheduler under random arrivals, aborts, preemptions and ends: everyone ends, and reads what was computed for it.
+
+The device is a model of itself: an array of pages into which each step writes the text before every token, and from
+which the rows of the step read. A page that is lost, shared wrongly or freed too early shows as a text that is wrong.
+"""
 
 import random
 
@@ -8,137 +12,318 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from slipway.engine.request import Request, SamplingParams, Sequence
-from slipway.engine.scheduler import Scheduler
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import Request, Sequence
+from slipway.engine.scheduler import LOOKAHEAD, MAX_OVERTAKEN, Scheduler
 
 pytestmark = pytest.mark.host
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, STOP = 4, 16, 12, 7
 LONGEST = PAGE_SIZE * TABLE_WIDTH
 
 
-def make_request(number, prompt_length, max_tokens, n=1):
-    params = SamplingParams(n=n, max_tokens=max_tokens)
-    request = Request(str(number), None, list(range(prompt_length)), params, max_tokens)
+def make_request(number, prompt, max_tokens, n=1, **options):
+    if isinstance(prompt, int):
+        prompt = [100 * number + i for i in range(prompt)]
+    scored = {"prompt_logprobs": 0} if options.pop("scored", False) else {}
+    params = SamplingParams(n=n, max_tokens=max_tokens, **scored)
+    request = Request(str(number), None, prompt, params, max_tokens, arrival=number, **options)
     request.sequences = [Sequence(request, index, 0, frozenset({STOP}), None) for index in range(n)]
     return request
 
 
+class Device:
+    """What the cache holds, by page and offset: the text up to and including each token."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.slots = scheduler, {}
+
+    def run(self, chunks, texts):
+        """Write every row's tokens, then check that every row finds its whole text. ``texts``: of each sequence."""
+        for sequence, start, count, *_ in chunks:
+            for position in range(start, start + count):
+                self.slots[self.slot(sequence, position)] = (
+                    sequence.request.cache_salt,
+                    *texts[sequence][: position + 1],
+                )
+        for sequence, start, count, *_ in chunks:
+            for position in range(start + count):
+                expected = (sequence.request.cache_salt, *texts[sequence][: position + 1])
+                assert self.slots[self.slot(sequence, position)] == expected
+
+    def slot(self, sequence, position):
+        page = self.scheduler.page_table[sequence.slot, position // PAGE_SIZE]
+        assert page == sequence.pages[position // PAGE_SIZE]
+        return page, position % PAGE_SIZE
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """The model that samples is a random number generator; token STOP ends a sequence."""
+    """The model that samples is a random number generator; token STOP ends a sequence.
+
+    Results come a step late, as from a device, or at once; a sequence's text is known to the device before the host.
+    """
 
     scheduler: Scheduler | None = None
 
-    @initialize(rows=st.integers(1, 5), spare=st.integers(0, 12), seed=st.integers(0, 2**16))
-    def start(self, rows, spare, seed):
+    @initialize(rows=st.integers(1, 5), spare=st.integers(0, 12), seed=st.integers(0, 2**16), caching=st.booleans())
+    def start(self, rows, spare, seed, caching):
         self.rows, self.budget, self.random = rows, rows + spare, random.Random(seed)
-        self.scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, rows, self.budget)
-        self.live, self.arrived, self.admitted = [], [], []
+        self.scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, rows, self.budget, caching)
+        self.device, self.live, self.arrived, self.texts = Device(self.scheduler), [], [], {}
+        self.pending = []  # (chunk, token) of the step on the device
+        self.scored = {}
 
-    @rule(prompt=st.integers(1, LONGEST - 1), output=st.integers(1, LONGEST), n=st.integers(1, 3))
-    def arrive(self, prompt, output, n):
-        request = make_request(len(self.arrived), prompt, min(output, LONGEST - prompt), n)
+    @rule(
+        shared=st.integers(0, 3), own=st.integers(1, 20), output=st.integers(1, LONGEST), n=st.integers(1, 3),
+        priority=st.integers(0, 2), salt=st.sampled_from(["", "", "a"]), scored=st.booleans(),
+    )  # fmt: skip
+    def arrive(self, shared, own, output, n, priority, salt, scored):
+        number = len(self.arrived)
+        prompt = [shared] * (5 * shared) + [100 * number + i for i in range(own)]
+        request = make_request(
+            number, prompt, min(output, LONGEST - len(prompt)), n, priority=priority, cache_salt=salt, scored=scored
+        )
+        for sequence in request.sequences:
+            self.texts[sequence] = list(prompt)
+            self.scored[sequence] = []
+            self.scheduler.add(sequence)
         self.live += request.sequences
         self.arrived += request.sequences
-        for sequence in request.sequences:
-            self.scheduler.add(sequence)
 
     @rule(data=st.data())
     def abort(self, data):
         if self.live:
             request = data.draw(st.sampled_from(self.live)).request
-            mine = [sequence for sequence in self.live if sequence.request is request]
-            self.scheduler.abort(mine)
-            for sequence in mine:
-                sequence.finish("abort")
-                assert sequence.pages == []
-            self.live = [sequence for sequence in self.live if sequence not in mine]
+            for sequence in [sequence for sequence in self.live if sequence.request is request]:
+                self.end(sequence, "abort")
 
-    @rule(steps=st.integers(1, 4))
-    def run(self, steps):
+    @rule()
+    def flush(self):
+        self.scheduler.tree.flush()
+
+    @rule(steps=st.integers(1, 4), late=st.booleans())
+    def run(self, steps, late):
         for _ in range(steps):
-            self.step()
+            self.step(late)
 
-    def step(self):
+    def step(self, late=True):
+        if not late:
+            self.take()
         chunks = self.scheduler.schedule()
-        assert bool(chunks) == bool(self.live), "there is work exactly as long as someone lives"
-        assert sum(chunk.num_tokens for chunk in chunks) <= self.budget and len(chunks) <= self.rows
-        moved = [chunk.sequence for chunk in chunks]
-        assert len(moved) == len({*moved}), "one chunk a sequence"
-        assert moved == self.scheduler.running, "every running sequence moves"
-        self.admitted += [sequence for sequence in moved if sequence not in self.admitted]
-        for sequence, start, count in chunks:
-            assert count >= 1 and start == sequence.num_computed
-            assert start + count <= min(sequence.num_tokens, len(sequence.pages) * PAGE_SIZE)
-            np.testing.assert_array_equal(sequence.page_row[: len(sequence.pages)], sequence.pages)
-            if start >= len(sequence.request.prompt_token_ids):
-                assert count == 1, "who decodes gets its one token"
+        ends = any(s.num_pending for s in self.scheduler.running)
+        assert chunks or ends or not self.live, "someone moves, or is about to end"
+        self.check(chunks)
+        before, self.pending = self.pending, []
+        for chunk in chunks:  # what this step reads was written by those before it, the one on the device included
+            sequence = chunk.sequence
+            self.scored[sequence] += chunk.scored
+            assert len(self.texts[sequence]) >= chunk.start + chunk.num_tokens
+        self.device.run(chunks, self.texts)
         for chunk in chunks:
             if chunk.samples:
-                chunk.sequence.append(self.random.randrange(STOP + 1), None)
-        self.scheduler.commit(chunks)
-        self.live = [sequence for sequence in self.live if sequence.finish_reason is None]
+                token = self.random.randrange(STOP + 1)
+                self.texts[chunk.sequence].append(token)
+                self.pending.append((chunk, token))
+        for chunk, token in before:
+            self.give(chunk, token)
+
+    def take(self):
+        before, self.pending = self.pending, []
+        for chunk, token in before:
+            self.give(chunk, token)
+
+    def give(self, chunk, token):
+        sequence = chunk.sequence
+        if sequence.finish_reason is not None:
+            return
+        sequence.num_pending -= 1
+        sequence.append(token, None)
+        assert sequence.token_ids == self.texts[sequence][sequence.num_prompt :][: len(sequence.token_ids)]
+        if sequence.finish_reason is not None:
+            self.end(sequence, sequence.finish_reason)
+
+    def end(self, sequence, reason):
+        sequence.finish(reason)
+        self.scheduler.release(sequence)
+        assert sequence.pages == [] and sequence.slot == -1
+        self.live.remove(sequence)
+
+    def check(self, chunks):
+        assert sum(chunk.num_tokens for chunk in chunks) <= self.budget
+        assert len(chunks) <= self.rows and sum(chunk.num_rows for chunk in chunks) <= self.rows
+        assert len(chunks) == len({chunk.sequence for chunk in chunks}), "one chunk a sequence"
+        moved = {chunk.sequence for chunk in chunks}
+        assert moved == {s for s in self.scheduler.running if s in moved or s.length < s.max_length}, (
+            "all that run move"
+        )
+        for sequence, start, count, samples, scored in chunks:
+            assert count >= 1 and start + count == sequence.num_computed <= len(sequence.pages) * PAGE_SIZE
+            assert samples == (start + count == len(self.texts[sequence])), "who has computed all gets its next"
+            assert set(scored) <= set(range(start, start + count))
 
     @invariant()
-    def pages_belong_to_the_running(self):
-        if self.scheduler is not None:
-            owned = [page for sequence in self.arrived for page in sequence.pages]
-            assert len(owned) == len({*owned}) == NUM_PAGES - self.scheduler.pages.num_free
-            assert all(sequence in self.scheduler.running for sequence in self.arrived if sequence.pages)
-            assert self.scheduler.load == sum(sequence.max_length for sequence in self.live)
+    def pages_belong_to_the_running_and_the_tree(self):
+        if self.scheduler is None:
+            return
+        scheduler, tree = self.scheduler, set()
+        stack = list(scheduler.tree._roots.values()) + [s.node for s in scheduler.running]
+        for node in stack:
+            while node.parent is not None:  # flushed paths are reached from their readers alone
+                tree.add(node.page)
+                node = node.parent
+        stack = list(scheduler.tree._roots.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            tree |= {node.page} if node.parent is not None else set()
+        own = [page for s in self.arrived if s.slot >= 0 for page in s.pages[s.node.depth :] + s.duplicates]
+        assert len(own) == len({*own}) and not tree & {*own}, "a page has one owner"
+        assert len(own) + scheduler.tree.num_pages == NUM_PAGES - scheduler.pages.num_free, "no page is lost"
+        assert tree <= set(range(NUM_PAGES)) and len(tree) <= scheduler.tree.num_pages
+        assert all(s in scheduler.running for s in self.arrived if s.pages)
+        assert scheduler.load == sum(s.max_length for s in self.live)
+        assert len(scheduler._slots) == self.rows - len(scheduler.running)
+        assert scheduler.running == sorted(scheduler.running, key=lambda s: s.order)
 
     def teardown(self):
         if self.scheduler is None:
             return
-        for _ in range(LONGEST * max(1, len(self.live))):
+        for _ in range(2 * LONGEST * max(1, len(self.live))):
             if not self.live:
                 break
             self.step()
-        assert not self.live and self.scheduler.schedule() == [], "every request ends"
-        assert self.scheduler.pages.num_free == NUM_PAGES
-        order = [sequence for sequence in self.arrived if sequence in self.admitted]
-        assert self.admitted == order, "first come, first served"
+        assert not self.live, "every request ends"
+        self.take()
+        assert self.scheduler.schedule() == []
+        self.scheduler.tree.flush()
+        assert self.scheduler.pages.num_free == NUM_PAGES and self.scheduler.tree.num_pages == 0
         assert all(len(s.token_ids) <= s.request.max_tokens for s in self.arrived)
+        for sequence, scored in self.scored.items():
+            if sequence.scores and sequence.finish_reason != "abort":
+                assert scored == list(range(sequence.num_prompt - 1)), "each token of the prompt is scored once"
+            elif not sequence.scores:
+                assert scored == []
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=20, deadline=None, derandomize=True)
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True)
+
+
+def finish(scheduler, chunks, token=0):
+    """Give every chunk that samples its token."""
+    for chunk in chunks:
+        if chunk.samples:
+            chunk.sequence.num_pending -= 1
+            chunk.sequence.append(token, None)
+            if chunk.sequence.finish_reason is not None:
+                scheduler.release(chunk.sequence)
+
+
+def run(scheduler, steps=1):
+    """Steps whose results come at once: per step the numbers of the requests that moved, and their counts."""
+    seen = []
+    for _ in range(steps):
+        chunks = scheduler.schedule()
+        seen.append([(int(chunk.sequence.request.request_id), chunk.num_tokens) for chunk in chunks])
+        finish(scheduler, chunks)
+    return seen
+
+
+def add(scheduler, *requests):
+    for request in requests:
+        for sequence in request.sequences:
+            scheduler.add(sequence)
 
 
 def test_a_long_prompt_does_not_hold_up_those_that_decode():
     scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=4)
-    first, second = make_request(0, 1, 20), make_request(1, 30, 1)
-    for request in (first, second):
-        scheduler.add(request.sequences[0])
-    counts = []
-    while not second.finished:
-        chunks = scheduler.schedule()
-        counts.append(tuple(chunk.num_tokens for chunk in chunks))
-        for chunk in chunks:
-            if chunk.samples:
-                chunk.sequence.append(0, None)
-        scheduler.commit(chunks)
-    assert counts == [(1, 3)] * 10 and len(first.sequences[0].token_ids) == 10
+    add(scheduler, make_request(0, 1, 20), make_request(1, 30, 1))
+    assert run(scheduler, 10) == [[(0, 1), (1, 3)]] * 10
 
 
 def test_a_small_request_does_not_overtake_one_that_waits_for_pages():
-    scheduler = Scheduler(4, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=4, max_num_tokens=8)
-    requests = [make_request(0, 8, 4), make_request(1, 8, 4), make_request(2, 1, 1)]
-    for request in requests:
-        scheduler.add(request.sequences[0])
-    assert [chunk.sequence.request for chunk in scheduler.schedule()] == requests[:1]
-    scheduler.abort(requests[0].sequences)
-    assert [chunk.sequence.request for chunk in scheduler.schedule()] == requests[1:]
+    scheduler = Scheduler(4, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=4, max_num_tokens=16)
+    add(scheduler, make_request(0, 12, 4), make_request(1, 8, 4), make_request(2, 1, 1))
+    assert run(scheduler, 2) == [[(0, 12)], [(0, 1)]]
 
 
-def test_chunks_sample_where_they_reach_the_end():
-    scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=1, max_num_tokens=4)
-    request = make_request(0, 6, 2)
-    scheduler.add(request.sequences[0])
-    seen = []
-    while not request.finished:
-        (chunk,) = scheduler.schedule()
-        seen.append((chunk.start, chunk.num_tokens, chunk.samples))
-        if chunk.samples:
-            chunk.sequence.append(0, None)
-        scheduler.commit([chunk])
-    assert seen == [(0, 4, False), (4, 2, True), (6, 1, True)]
+def test_requests_of_one_step_share_what_the_first_of_them_computes():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=8, max_num_tokens=64)
+    prefix = list(range(20))
+    add(scheduler, *(make_request(number, [*prefix, 100 + number], 2) for number in range(6)))
+    assert run(scheduler) == [[(0, 21), *((number, 1) for number in range(1, 6))]]
+    assert scheduler.counts.cached_tokens == 5 * 20 and scheduler.counts.computed_tokens == 26
+
+
+def test_samples_share_their_prompts_full_pages():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=8, max_num_tokens=64)
+    add(scheduler, make_request(0, 10, 4, n=4))
+    assert run(scheduler) == [[(0, 10), (0, 2), (0, 2), (0, 2)]]
+
+
+def test_what_was_aborted_is_there_for_the_next():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
+    first = make_request(0, list(range(30)), 4)
+    add(scheduler, first)
+    run(scheduler, 2)  # 16 of its tokens
+    scheduler.release(first.sequences[0])
+    add(scheduler, make_request(1, list(range(30)), 4))
+    assert run(scheduler, 2) == [[(1, 8)], [(1, 6)]]
+
+
+def test_pages_that_run_out_are_taken_from_the_newest_and_the_least_important():
+    scheduler = Scheduler(6, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=3, max_num_tokens=24)
+    important = make_request(2, 4, 12, priority=-1)
+    add(scheduler, make_request(0, 4, 12), make_request(1, 4, 12), important)
+    outputs = {}
+    for _ in range(200):
+        (moved,) = run(scheduler)
+        for number, _ in moved:
+            outputs[number] = outputs.get(number, 0) + 1
+        if not scheduler.waiting and not scheduler.running:
+            break
+    assert scheduler.counts.preemptions >= 1
+    assert list(important.sequences[0].token_ids) == [0] * 12
+    assert not scheduler.running and not scheduler.waiting, "nobody is lost"
+
+
+def test_priority_goes_before_arrival():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=1, max_num_tokens=8)
+    add(scheduler, make_request(0, 2, 1, priority=5), make_request(1, 2, 1), make_request(2, 2, 1, priority=-1))
+    assert run(scheduler, 3) == [[(2, 2)], [(1, 2)], [(0, 2)]]
+
+
+def test_a_cached_prefix_goes_first_but_nobody_is_overtaken_for_ever():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=1, max_num_tokens=16)
+    prefix = list(range(8))
+    add(scheduler, make_request(0, [*prefix, 99], 1))
+    run(scheduler)
+    add(scheduler, make_request(1, [50, 51], 1), make_request(2, [*prefix, 98], 1))
+    assert run(scheduler) == [[(2, 1)]], "what is cached goes first"
+    order = []
+    for number in range(3, 100):
+        add(scheduler, make_request(number, [*prefix, 200 + number], 1))
+        order += [number for step in run(scheduler) for number, _ in step]
+        if 1 in order:
+            break
+    assert order.index(1) == MAX_OVERTAKEN - 1 and LOOKAHEAD > 1
+
+
+def test_a_scored_prompt_uses_no_cache_and_no_more_rows_than_there_are():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=4, max_num_tokens=32)
+    add(scheduler, make_request(0, list(range(10)), 1))
+    run(scheduler)
+    add(scheduler, make_request(1, list(range(10)), 1, scored=True))
+    chunks = scheduler.schedule()
+    assert (chunks[0].start, chunks[0].num_tokens, chunks[0].scored, chunks[0].num_rows) == (0, 4, range(4), 4)
+
+
+def test_chunks_end_on_pages_so_that_others_can_go_on_from_there():
+    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=11)
+    add(scheduler, make_request(0, 30, 2))
+    assert run(scheduler, 4) == [[(0, 8)], [(0, 8)], [(0, 8)], [(0, 6)]]
+
+
+def test_flat_tokens_of_a_sequence():
+    (sequence,) = make_request(0, 6, 2).sequences
+    sequence.append(5, None)
+    np.testing.assert_array_equal(sequence.tokens[: sequence.num_tokens], [0, 1, 2, 3, 4, 5, 5])

@@ -120,7 +120,7 @@ class Forward:
 
 def _logits(model: Any, cache: jax.Array, ids_T: jax.Array, ragged: ops.Ragged) -> tuple[jax.Array, jax.Array]:
     x_TD, cache = model(ids_T, cache, ragged)
-    return model.logits(x_TD), cache
+    return model.logits(x_TD, jnp.int32(x_TD.shape[0])), cache
 
 
 def _ragged(done: int, count: int, prompt_length: int) -> ops.Ragged:

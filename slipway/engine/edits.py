@@ -1,0 +1,140 @@
+"""What changes a row's logits before a token is drawn: bans, biases, penalties; decides their arrays, applies nothing.
+
+Most steps need none of it and pass arrays that lie on the device already. sample.py applies them.
+"""
+
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+
+from slipway.codec.tokenizer import Tokenizer
+from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
+from slipway.engine.request import Sequence
+from slipway.errors import InvalidRequest
+from slipway.tree import module, static
+
+Array = Any
+WORD_BITS = 32
+
+
+@module
+class Edits:
+    """Per row: allowed tokens as bits, biases, penalties, and the tokens so far, which penalties count.
+
+    ``any_1``: whether any row has any of it. ``bias_id_BX`` is the vocabulary's size where a row has fewer.
+    """
+
+    any_1: Array
+    allowed_BW: Array
+    bias_id_BX: Array
+    bias_BX: Array
+    repetition_B: Array
+    frequency_B: Array
+    presence_B: Array
+    num_prompt_B: Array
+    history_BL: Array
+    vocab_size: int = static()
+
+
+class Rules:
+    """What one request bans and adds; made once, when it comes in.
+
+    Raises InvalidRequest, naming the field, for token ids outside the vocabulary, for bad words without a tokenizer,
+    and where no token is left to choose.
+    """
+
+    def __init__(self, params: SamplingParams, stop_ids: frozenset[int], tokenizer: Tokenizer | None, vocab_size: int):
+        self.params, self._stop_ids = params, np.array(sorted(t for t in stop_ids if t < vocab_size), np.int64)
+        for field, ids in (("allowed_token_ids", params.allowed_token_ids or ()), ("logit_bias", params.logit_bias)):
+            if outside := [token for token in ids if token >= vocab_size]:
+                raise InvalidRequest(field, outside[0], f"token ids from 0 to {vocab_size - 1}")
+        if params.bad_words and tokenizer is None:
+            raise InvalidRequest("bad_words", params.bad_words, "none without a tokenizer (skip_tokenizer_init)")
+        spelled = [ids for word in params.bad_words for ids in _spellings(word, tokenizer)]
+        self._endings = [(ids[:-1], ids[-1]) for ids in spelled if len(ids) > 1]
+        self._fixed = np.ones(-(-vocab_size // WORD_BITS) * WORD_BITS, bool)
+        self._fixed[vocab_size:] = False
+        if params.allowed_token_ids is not None:
+            self._fixed[:] = False
+            self._fixed[list(params.allowed_token_ids)] = True
+        self._fixed[[ids[0] for ids in spelled if len(ids) == 1]] = False
+        if not self._mask(params.min_tokens > 0).any():
+            raise InvalidRequest("allowed_token_ids", params.allowed_token_ids, "one that nothing else bans")
+        self._masks = {early: _bits(self._mask(early)) for early in {False, params.min_tokens > 0}}
+
+    @property
+    def needs_newest(self) -> bool:
+        """Whether the host must know a sequence's newest token before it can say what may follow."""
+        return bool(self._endings)
+
+    def allowed(self, sequence: Sequence, num_output: int) -> np.ndarray:
+        """The bits [W] of the tokens that may follow ``num_output`` tokens of output."""
+        bits = self._masks[num_output < self.params.min_tokens]
+        banned = [last for prefix, last in self._endings if self._ends_with(sequence, prefix)]
+        if banned:
+            bits = bits.copy()
+            for token in banned:
+                bits[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
+        return bits
+
+    def _mask(self, early: bool) -> np.ndarray:
+        mask = self._fixed.copy()
+        if early:
+            mask[self._stop_ids] = False
+        return mask
+
+    def _ends_with(self, sequence: Sequence, prefix: list[int]) -> bool:
+        end = sequence.num_tokens
+        return end - len(prefix) >= sequence.num_prompt and sequence.tokens[end - len(prefix) : end].tolist() == prefix
+
+
+def needed(params: SamplingParams) -> bool:
+    """Whether a request changes logits at all."""
+    return bool(
+        params.penalizes or params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
+    )
+
+
+def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
+    """Rows that change nothing."""
+    B, words = num_rows, -(-vocab_size // WORD_BITS)
+    return Edits(
+        any_1=np.zeros(1, np.bool_), allowed_BW=np.full((B, words), 2**WORD_BITS - 1, np.uint32),
+        bias_id_BX=np.full((B, MAX_LOGIT_BIAS), vocab_size, np.int32),
+        bias_BX=np.zeros((B, MAX_LOGIT_BIAS), np.float32), repetition_B=np.ones(B, np.float32),
+        frequency_B=np.zeros(B, np.float32), presence_B=np.zeros(B, np.float32),
+        num_prompt_B=np.zeros(B, np.int32), history_BL=np.zeros((B, max_model_len), np.int32),
+        vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:
+    """Fill in rows of ``empty`` ones: (row, how many tokens precede the sampled one, sequence that samples there)."""
+    edits.any_1[0] = True
+    for row, length, sequence in rows:
+        rules = sequence.request.rules
+        if rules is None:
+            continue
+        params, num_tokens = rules.params, sequence.num_tokens
+        edits.allowed_BW[row] = rules.allowed(sequence, length - sequence.num_prompt)
+        edits.bias_id_BX[row, : len(params.logit_bias)] = list(params.logit_bias)
+        edits.bias_BX[row, : len(params.logit_bias)] = list(params.logit_bias.values())
+        if params.penalizes:
+            edits.repetition_B[row], edits.num_prompt_B[row] = params.repetition_penalty, sequence.num_prompt
+            edits.frequency_B[row], edits.presence_B[row] = params.frequency_penalty, params.presence_penalty
+            edits.history_BL[row, :num_tokens] = sequence.tokens[:num_tokens]
+    return edits
+
+
+def _spellings(word: str, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """The tokens of a word at the start of a text, and after a space where that is another word of as many tokens."""
+    assert tokenizer is not None
+    bare = tokenizer.encode(word.lstrip(), add_special_tokens=False)
+    spaced = tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False)
+    found = [bare] if bare else []
+    return [*found, spaced] if len(spaced) == len(bare) and spaced[:1] != bare[:1] else found
+
+
+def _bits(mask: np.ndarray) -> np.ndarray:
+    return np.packbits(mask, bitorder="little").view(np.uint32)
