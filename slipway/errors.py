@@ -7,7 +7,9 @@ SlipwayError
 │   ├── InvalidConfig              an engine option, or options that contradict each other
 │   └── UnsupportedModel           an architecture or a config.json value that is not implemented
 ├── CheckpointError (ValueError)   a directory that is no model, or does not fit its declaration: .problems
-└── OutOfMemory (MemoryError)      the weights, or a single page, exceed the memory budget
+├── OutOfMemory (MemoryError)      the weights, or a single page, exceed the memory budget
+├── EngineBusy                     as many requests wait as may; nothing of this one was begun
+└── EngineDead                     the engine has stopped, by an error or because it was closed
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,6 +66,18 @@ class CheckpointError(SlipwayError, ValueError):
 
 class OutOfMemory(SlipwayError, MemoryError):
     """The memory budget does not hold the weights and at least one request's pages."""
+
+
+class EngineBusy(SlipwayError):
+    """No more requests, or no more of their tokens, may wait. ``retry_after_s``: when it may be worth another try."""
+
+    def __init__(self, what: str, retry_after_s: float):
+        super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class EngineDead(SlipwayError):
+    """The engine does not run any more; requests that it had end with this error."""
 
 
 def _short(value: object) -> str:

@@ -4,7 +4,8 @@ Shaped like vLLM's ``LLM``, so that its users' scripts read on.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slipway.codec.chat import ChatTemplate
+from slipway.codec.prompt import Prompt, is_batch, read
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestOutput
@@ -19,7 +21,6 @@ from slipway.errors import InvalidBatch, InvalidConfig, InvalidRequest
 
 NANO = str(Path(__file__).parent / "nano")
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = dict[str, Any]
 
 
@@ -43,44 +44,72 @@ class LLM:
         tokenizer = self.engine.tokenizer
         self._chat = None if tokenizer is None else ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
 
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the device's memory; nothing can be run afterwards."""
+        self.engine.close()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt: a text, token ids, ``{"prompt_token_ids": [...]}`` or ``{"prompt": text}``, or a list.
 
-        ``sampling_params``: one for all, one each, or the defaults. ``use_tqdm``: a progress bar for more than one.
-        Outputs come in the order of the prompts. Raises InvalidRequest; of several prompts the sound ones run to their
-        end first, and InvalidBatch holds their outputs.
+        ``sampling_params``: one for all, one each, or the model's defaults. ``priority``: of each, the smaller first.
+        ``use_tqdm``: a progress bar for more than one. Outputs come in the order of the prompts. Raises InvalidRequest;
+        of several prompts the sound ones run to their end first, and InvalidBatch holds their outputs.
         """
-        listed = _is_batch(prompts)
-        items: list[Any] = list(prompts) if listed else [prompts]
-        params = _each(sampling_params, len(items))
-        ids: dict[str, int] = {}
-        errors: dict[int, InvalidRequest] = {}
-        outputs: list[RequestOutput | None] = [None] * len(items)
-        try:
-            for position, (prompt, params_of) in enumerate(zip(items, params)):
-                try:
-                    ids[self._add(prompt, params_of)] = position
-                except InvalidRequest as error:
-                    if not listed:
-                        raise
-                    errors[position] = error
-            for output in self._finished(ids, use_tqdm and len(items) > 1):
-                outputs[ids[output.request_id]] = output
-        finally:  # an interruption leaves nothing behind
-            for request_id in filter(self.engine.is_running, ids):
-                self.engine.abort(request_id)
-        if errors:
-            raise InvalidBatch(errors, outputs)
-        return [output for output in outputs if output is not None]
+        items: list[Any] = list(prompts) if is_batch(prompts) else [prompts]
+        params = self._each(sampling_params, len(items))
+        first = [0] * len(items) if priority is None else list(priority)
+        if len(first) != len(items):
+            raise InvalidRequest("priority", first, f"one for each of {len(items)} prompts")
+        adds = [partial(self._add, *each) for each in zip(items, params, first)]
+        return self._run(adds, is_batch(prompts), use_tqdm)
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", normalize: bool = True, use_tqdm: bool = True
+    ) -> list[np.ndarray]:
+        """The final hidden state [embed] of every prompt, in f32: of its ``last`` token, or the ``mean`` of all.
+
+        ``normalize``: to length 1. Raises InvalidRequest as ``generate`` does.
+        """
+        if pooling not in ("last", "mean"):
+            raise InvalidRequest("pooling", pooling, "last or mean")
+        items: list[Any] = list(prompts) if is_batch(prompts) else [prompts]
+        adds = [partial(self._add, item, SamplingParams(max_tokens=1), pooling=pooling) for item in items]
+        outputs = self._run(adds, is_batch(prompts), use_tqdm)
+        vectors = [output.hidden for output in outputs if output.hidden is not None]
+        return [vector / np.linalg.norm(vector) for vector in vectors] if normalize else vectors
+
+    def score(self, a: Prompt | Sequence[Prompt], b: Prompt | Sequence[Prompt], pooling: str = "last") -> list[float]:
+        """How alike texts are: the cosine of their embeddings, pair by pair, or of one ``a`` with every ``b``."""
+        ours, theirs = (self.encode(texts, pooling, use_tqdm=False) for texts in (a, b))
+        if len(ours) not in (1, len(theirs)):
+            raise InvalidRequest("b", f"{len(theirs)} prompts", f"as many as a has ({len(ours)})")
+        return [float(one @ other) for one, other in zip(ours * len(theirs) if len(ours) == 1 else ours, theirs)]
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text. Raises InvalidRequest without a tokenizer, or for text that has no UTF-8 form."""
+        if self.engine.tokenizer is None:
+            raise InvalidRequest("text", text, "an engine with a tokenizer; this one runs with skip_tokenizer_init")
+        return self.engine.tokenizer.encode(text, add_special_tokens)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json says."""
+        return SamplingParams(**self.engine.defaults)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, giving what it has come to after every step. Leaving the loop early aborts it."""
-        request = self.engine.request(self._add(prompt, _each(sampling_params, 1)[0]))
+        request = self.engine.request(self._add(prompt, self._each(sampling_params, 1)[0]))
         shown = 0
         try:
             while not request.finished or request.num_generated > shown:
@@ -118,21 +147,32 @@ class LLM:
         text = self._chat.render(list(messages), **template_options)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+    def _add(self, prompt: Prompt, params: SamplingParams, priority: int = 0, pooling: str = "") -> str:
         """Queue one prompt; its request id."""
-        text: Any = prompt if isinstance(prompt, str) else None
-        ids: Any = None if isinstance(prompt, str) else prompt
-        if isinstance(prompt, Mapping):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if ids is None:
-            if not isinstance(text, str) or not text:
-                raise InvalidRequest("prompt", text, "a text that is not empty")
-            if self.engine.tokenizer is None:
-                raise InvalidRequest("prompt", text, "token ids; this engine runs with skip_tokenizer_init")
-            ids = self.engine.tokenizer.encode(text)
-        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
-            raise InvalidRequest("prompt", ids, "a text, token ids, or a mapping with one of them")
-        return self.engine.add([int(i) if isinstance(i, np.integer) else i for i in ids], params, text)
+        text, ids, salt = read(prompt, self.engine.tokenizer)
+        return self.engine.add(ids, params, text, priority=priority, cache_salt=salt, pooling=pooling)
+
+    def _run(self, adds: Sequence[Callable[[], str]], listed: bool, use_tqdm: bool) -> list[RequestOutput]:
+        """Queue requests and run them to their end. Where only one was asked for, its error is raised itself."""
+        ids: dict[str, int] = {}
+        errors: dict[int, InvalidRequest] = {}
+        outputs: list[RequestOutput | None] = [None] * len(adds)
+        try:
+            for position, add in enumerate(adds):
+                try:
+                    ids[add()] = position
+                except InvalidRequest as error:
+                    if not listed:
+                        raise
+                    errors[position] = error
+            for output in self._finished(ids, use_tqdm and len(adds) > 1):
+                outputs[ids[output.request_id]] = output
+        finally:  # an interruption leaves nothing behind
+            for request_id in filter(self.engine.is_running, ids):
+                self.engine.abort(request_id)
+        if errors:
+            raise InvalidBatch(errors, outputs)
+        return [output for output in outputs if output is not None]
 
     def _finished(self, ids: Mapping[str, int], shown: bool) -> Iterator[RequestOutput]:
         """Run the engine until the requests have ended, giving each as it ends."""
@@ -147,22 +187,12 @@ class LLM:
                         progress.advance(task)
                         yield request.output()
 
-
-def _is_batch(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is a list of prompts; a list of integers is one prompt."""
-    return (
-        isinstance(prompts, Sequence)
-        and not isinstance(prompts, str)
-        and not (prompts and isinstance(prompts[0], int | np.integer))
-    )
-
-
-def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
-    """Parameters for every prompt."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
-        raise InvalidRequest("sampling_params", params, "SamplingParams, one or a list of them")
-    if len(params) != count:
-        raise InvalidRequest("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
-    return params
+    def _each(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+        """Parameters for every prompt."""
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.get_default_sampling_params()] * count
+        if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+            raise InvalidRequest("sampling_params", params, "SamplingParams, one or a list of them")
+        if len(params) != count:
+            raise InvalidRequest("sampling_params", f"{len(params)} of them", f"one, or one for each of {count}")
+        return params

@@ -1,8 +1,11 @@
 """The offline interface: where outputs end, what they hold; bad input gives one typed error and harms nobody else."""
 
+import gc
 import itertools
 import math
 
+import jax
+import numpy as np
 import pytest
 
 from slipway.engine.config import EngineConfig
@@ -284,3 +287,79 @@ def test_an_interruption_leaves_nothing_behind(llm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT] * 3, [params(max_tokens=n) for n in (2, 2, 9)], use_tqdm=False)
     assert not llm.engine.has_work()
+
+
+def test_embeddings_are_transformers(tiny):
+    """Last token and mean over the prompt, of prompts longer and shorter than a chunk, cached or not."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel  # beside torch, which takes seconds to import
+
+    theirs = AutoModel.from_pretrained(tiny, dtype=torch.float32).eval()
+    asked = [np.random.default_rng(n).integers(3, 1000, n).tolist() for n in (40, 3, 17)]
+    with torch.inference_mode():
+        hidden = [theirs(torch.tensor([prompt])).last_hidden_state[0].numpy() for prompt in asked]
+    with LLM(tiny, max_num_seqs=4, max_num_batched_tokens=16, page_size=16, skip_tokenizer_init=True) as llm:
+        for _ in range(2):
+            for pooling, pooled in (("last", lambda x: x[-1]), ("mean", lambda x: x.mean(0))):
+                for got, x in zip(llm.encode(asked, pooling, normalize=False, use_tqdm=False), hidden, strict=True):
+                    np.testing.assert_allclose(got, pooled(x), rtol=1e-4, atol=1e-4)
+        unit = llm.encode(asked, use_tqdm=False)
+        assert all(abs(np.linalg.norm(vector) - 1) < 1e-6 for vector in unit)
+        scores = llm.score(asked[0], asked)
+        assert scores == llm.score([asked[0]] * 3, asked) and abs(scores[0] - 1) < 1e-6
+        np.testing.assert_allclose(scores, [float(unit[0] @ vector) for vector in unit], rtol=1e-6)
+        for call, field in (
+            (lambda: llm.encode(asked, "max"), "pooling"), (lambda: llm.score(asked[:2], asked), "b"),
+            (lambda: llm.encode([]) or llm.encode([[]]), "prompts[0].prompt_token_ids"),
+        ):  # fmt: skip
+            with pytest.raises(InvalidRequest) as caught:
+                call()
+            assert caught.value.field == field
+
+
+def test_closing_frees_the_devices_memory(tiny):
+    def held():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = held()
+    with LLM(tiny, max_num_seqs=2, max_num_batched_tokens=16, page_size=16) as llm:
+        complete(llm, max_tokens=2)
+        assert held() > before + 100_000
+        engine = llm.engine
+    gc.collect()
+    assert all(array.is_deleted() for array in (engine._kv, engine._newest))
+    assert held() - before < 50_000, "what is left are the constants of a program"
+
+
+def test_defaults_come_from_generation_config(tiny, tmp_path):
+    for path in tiny.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "bos": 1}')
+    llm = LLM(tmp_path, max_num_seqs=2, max_num_batched_tokens=16, page_size=16)
+    defaults = llm.get_default_sampling_params()
+    assert (defaults.temperature, defaults.top_k, defaults.max_tokens, defaults.top_p) == (0.6, 20, 7, 1.0)
+    assert len(llm.generate(PROMPT)[0].outputs[0].token_ids) <= 7
+
+
+def test_tokenize_is_the_tokenizers(llm):
+    assert llm.tokenize("def f(x):") == llm.engine.tokenizer.encode("def f(x):")
+
+
+def test_the_more_important_prompts_come_first(llm):
+    """Eight prompts for four rows: the last four are the more important."""
+    ended = []
+    original = llm._finished
+
+    def watched(ids, shown):
+        for output in original(ids, shown):
+            ended.append(ids[output.request_id])
+            yield output
+
+    llm._finished = watched
+    try:
+        outputs = llm.generate([PROMPT] * 8, params(max_tokens=6), use_tqdm=False, priority=[1] * 4 + [0] * 4)
+    finally:
+        del llm._finished
+    assert len(outputs) == 8 and {*ended[:4]} == {4, 5, 6, 7}
+    with pytest.raises(InvalidRequest):
+        llm.generate([PROMPT] * 2, params(), priority=[1])

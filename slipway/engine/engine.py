@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from slipway.engine.params import SamplingParams
 from slipway.engine.request import Logprob, Logprobs, Request, RequestOutput, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
+from slipway.engine.stats import Snapshot, Stats
 from slipway.engine.step import Step
 from slipway.errors import InvalidRequest
 
@@ -48,17 +50,6 @@ class Limits:
         """Of every batch."""
         width = -(-self.max_model_len // self.page_size)
         return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len)
-
-
-@dataclasses.dataclass
-class Stats:
-    """Sums since the start: steps, tokens, and seconds on the host and waiting for the device."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    host_s: float = 0.0
-    device_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +155,29 @@ class Engine:
         """Whether a request has not ended."""
         return request_id in self._requests
 
+    def snapshot(self) -> Snapshot:
+        """What runs, waits and is cached now, and the sums since the start."""
+        each = self._schedulers
+        return Snapshot(
+            running=sum(len(s.running) for s in each), waiting=sum(len(s.waiting) for s in each),
+            pages=sum(s.pages.num_pages for s in each), pages_free=sum(s.pages.num_free for s in each),
+            pages_cached=sum(s.tree.num_unlocked for s in each),
+            queried_tokens=sum(s.counts.queried_tokens for s in each),
+            cached_tokens=sum(s.counts.cached_tokens for s in each),
+            computed_tokens=sum(s.counts.computed_tokens for s in each),
+            preemptions=sum(s.counts.preemptions for s in each), compilations=self.num_compiled,
+            stats=deepcopy(self.stats),
+        )  # fmt: skip
+
     def has_work(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._requests)
+
+    def close(self) -> None:
+        """Free the device's memory: weights, cache, results. The engine cannot run afterwards."""
+        for array in (*self._params, self._kv, self._newest):
+            array.delete()
+        self._params, self._dispatched = [], None
 
     def flush(self) -> int:
         """Forget the cached prefixes; how many pages that freed. What runs keeps its own."""
@@ -193,8 +204,7 @@ class Engine:
         for request in moved.values():
             if request.finished:
                 self._requests.pop(request.request_id, None)
-        self.stats.device_s += waited
-        self.stats.host_s += time.perf_counter() - started - waited
+        self.stats.step(time.perf_counter() - started - waited, waited)
         return list(moved.values())
 
     def _dispatch(self, chunks: list[list[Chunk]]) -> Dispatched:
@@ -202,6 +212,9 @@ class Engine:
         batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
         self._kv, self._newest, sampled, x_TD = self._step(self._params, self._kv, self._newest, bucket, batch)
         self.stats.steps += 1
+        for sequence in (chunk.sequence for rank in chunks for chunk in rank if chunk.sequence.first_run):
+            self.stats.queue.add(time.monotonic() - sequence.request.arrived_at)
+            sequence.first_run = False
         return Dispatched(chunks, bucket.num_rows, sampled, x_TD)
 
     def _take(self, step: Dispatched, moved: dict[str, Request]) -> float:
@@ -241,6 +254,9 @@ class Engine:
                 sequence.cumulative_logprob += float(sampled.logprob_B[row])
             sequence.append(token, None if params.logprobs is None else _logprobs(sampled, row, params.logprobs))
             self.stats.generated_tokens += 1
+        if math.isnan(sequence.request.first_token_at):
+            sequence.request.first_token_at = time.monotonic()
+            self.stats.first_token.add(sequence.request.first_token_at - sequence.request.arrived_at)
         if sequence.finish_reason is not None:
             self._release(sequence)
 
@@ -260,6 +276,7 @@ class Engine:
         self._has_deadlines = any(request.deadline < math.inf for request in self._requests.values())
 
     def _release(self, sequence: Sequence) -> None:
+        self.stats.finish(sequence.finish_reason or "")
         self._schedulers[sequence.request.copy].release(sequence)
 
     def _place(self, request: Request) -> int:

@@ -80,6 +80,7 @@ class Sequence:
         self.slot = -1  # its row of the scheduler's page table while it runs
         self.last_row = -1  # of the last step's results, where its token is while that is pending
         self.overtaken = 0
+        self.first_run = True
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
