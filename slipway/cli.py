@@ -20,6 +20,7 @@ from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
 from slipway.bench.peers import PeersBench
 from slipway.bench.roofline import RooflineBench
+from slipway.bench.throughput import ThroughputBench
 from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
 from slipway.checkpoint.quantize import Scheme
@@ -225,6 +226,7 @@ class Bench:
             | Annotated[LayersBench, tyro.conf.subcommand("layers")]
             | Annotated[PeersBench, tyro.conf.subcommand("peers")]
             | Annotated[RooflineBench, tyro.conf.subcommand("roofline")]
+            | Annotated[ThroughputBench, tyro.conf.subcommand("throughput")]
             | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
         ]
     ]

@@ -122,75 +122,76 @@ class Builder:
         self._sampling = empty_sampling(slots)
 
     def build(self, chunks: Sequence[Chunk], bucket: Bucket) -> Batch:
-        """The arrays of a step. Slots of padding lie past the last page; where no row has edits, they are None."""
-        for chunk in chunks:
-            if self._owners[chunk.sequence.slot] is not chunk.sequence:
-                self._enter(chunk.sequence)
-        ids_T, positions_T, contexts_T, slots_T = np.zeros((4, bucket.num_tokens), np.int32)
-        starts_B, counts_B, lengths_B = np.zeros((3, bucket.num_rows), np.int32)
-        B, page_size = len(chunks), self._sizes.page_size
+        """The arrays of a step; tells each sequence that samples its row of the results.
 
-        slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
+        Slots of padding lie past the last page. Where no row has edits, they are None.
+        """
+        sequences = [chunk.sequence for chunk in chunks]
+        for sequence in sequences:
+            if self._owners[sequence.slot] is not sequence:
+                self._enter(sequence)
+        B, page_size = len(chunks), self._sizes.page_size
+        slots = np.array([sequence.slot for sequence in sequences], np.int32)
         counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
         first = np.array([chunk.start for chunk in chunks], np.int32)
+        known = np.array([sequence.num_tokens for sequence in sequences], np.int32)
+        newest = np.array([sequence.last_row for sequence in sequences], np.int32)
+        newest = np.where(first + counts > known, newest, -1)  # rows of the last step, where the host knows no token
+
+        ids_T, positions_T, contexts_T, slots_T = np.zeros((4, bucket.num_tokens), np.int32)
+        starts_B, counts_B, lengths_B = np.zeros((3, bucket.num_rows), np.int32)
         ends = np.cumsum(counts, dtype=np.int32)
         T, starts = int(counts.sum()), ends - counts
         row_of_token = np.repeat(np.arange(B), counts)
         at = np.arange(T, dtype=np.int32) + (first - starts)[row_of_token]
-        for chunk, end in zip(chunks, ends.tolist()):
-            _read(chunk, ids_T[end - chunk.num_tokens : end])
+        for index in np.flatnonzero(first < known).tolist():
+            chunk, end = chunks[index], int(ends[index])
+            held = chunk.sequence.tokens[chunk.start : min(chunk.start + chunk.num_tokens, chunk.sequence.num_tokens)]
+            ids_T[end - chunk.num_tokens :][: len(held)] = held
+        ids_T[ends[newest >= 0] - 1] = -1 - newest[newest >= 0]
         positions_T[:T], contexts_T[:T] = at, np.maximum(at + 1, self._prompts[slots][row_of_token])
         slots_T[:T] = self._page_table[slots[row_of_token], at // page_size] * page_size + at % page_size
         slots_T[T:] = self._sizes.num_pages * page_size
         starts_B[:B], counts_B[:B], lengths_B[:B] = starts, counts, first + counts
         page_table_BM = np.zeros((bucket.num_rows, self._sizes.table_width), np.int32)
         page_table_BM[:B] = self._page_table[slots]
-        sample_at_B, sampling, edited = self._rows(chunks, ends, bucket)
+        sample_at_B, sampling, edited = self._rows(chunks, bucket, slots, ends, newest)
         tokens = Tokens(
             np.array([T], np.int32), sampling.num_rows_1, ids_T, positions_T, contexts_T, slots_T, starts_B, counts_B,
             lengths_B, page_table_BM, sample_at_B,
         )  # fmt: skip
         return Batch(tokens, sampling, edited)
 
-    def _rows(self, chunks: Sequence[Chunk], ends: np.ndarray, bucket: Bucket) -> tuple[Array, Sampling, Edits | None]:
-        """Rows of results, chunk after chunk: first those that score the prompt, then the one that samples.
-
-        Tells each sequence that samples its row.
-        """
-        slots, at, positions, given, last, changed = [], [], [], [], [], []
-        for chunk, end in zip(chunks, ends.tolist()):
-            sequence = chunk.sequence
-            for position in chunk.scored:
-                slots.append(sequence.slot)
-                at.append(end - (chunk.start + chunk.num_tokens - position))
-                positions.append(position + 1)
-                given.append(sequence.request.prompt_token_ids[position + 1])
-                last.append(-1)
-            if chunk.samples:
-                if sequence.request.rules is not None:
-                    changed.append((len(slots), chunk.start + chunk.num_tokens, sequence))
-                slots.append(sequence.slot)
-                at.append(end - 1)
-                positions.append(chunk.start + chunk.num_tokens)
-                given.append(-1)
-                last.append(sequence.last_row if chunk.start + chunk.num_tokens > sequence.num_tokens else -1)
-        n, chosen, sampling = len(slots), np.array(slots, np.int32), empty_sampling(bucket.num_rows)
+    def _rows(
+        self, chunks: Sequence[Chunk], bucket: Bucket, slots: Array, ends: Array, newest: Array
+    ) -> tuple[Array, Sampling, Edits | None]:
+        """Rows of results, chunk after chunk: first those that score the prompt, then the one that samples."""
+        num_rows = np.array([len(chunk.scored) + chunk.samples for chunk in chunks], np.int32)
+        last_rows = np.cumsum(num_rows, dtype=np.int32) - 1
+        of_row = np.repeat(np.arange(len(chunks)), num_rows)
+        n, sampling = len(of_row), empty_sampling(bucket.num_rows)
         sample_at_B = np.zeros(bucket.num_rows, np.int32)
-        sample_at_B[:n] = at
+        sample_at_B[:n], sampling.last_B[:n], sampling.num_rows_1[0] = ends[of_row] - 1, newest[of_row], n
+        sampling.position_B[:n] = np.array([chunk.start + chunk.num_tokens for chunk in chunks], np.int32)[of_row]
         for name in ("temperature_B", "top_k_B", "top_p_B", "min_p_B", "seed_B", "wants_logprobs_B"):
-            getattr(sampling, name)[:n] = getattr(self._sampling, name)[chosen]
-        sampling.num_rows_1[0] = n
-        sampling.position_B[:n], sampling.given_B[:n], sampling.last_B[:n] = positions, given, last
-        row = 0
-        for chunk in chunks:
-            row += chunk.num_rows
+            getattr(sampling, name)[:n] = getattr(self._sampling, name)[slots[of_row]]
+        changed = []
+        for index, (chunk, last_row) in enumerate(zip(chunks, last_rows.tolist())):
+            sequence = chunk.sequence
+            if chunk.scored:
+                end = last_row + 1 - chunk.samples
+                rows, positions = slice(end - len(chunk.scored), end), np.array(chunk.scored, np.int32)
+                sample_at_B[rows] = ends[index] - (chunk.start + chunk.num_tokens - positions)
+                sampling.given_B[rows], sampling.position_B[rows] = sequence.tokens[positions + 1], positions + 1
+                sampling.last_B[rows] = -1
             if chunk.samples:
-                chunk.sequence.last_row = row - 1
-        sizes = self._sizes
-        edited = None
-        if changed:
-            edited = edits.build(edits.empty(bucket.num_rows, sizes.vocab_size, sizes.max_model_len), changed)
-        return sample_at_B, sampling, edited
+                sequence.last_row = last_row
+                if sequence.request.rules is not None:
+                    changed.append((last_row, chunk.start + chunk.num_tokens, sequence))
+        if not changed:
+            return sample_at_B, sampling, None
+        nothing = edits.empty(bucket.num_rows, self._sizes.vocab_size, self._sizes.max_model_len)
+        return sample_at_B, sampling, edits.build(nothing, changed)
 
     def _enter(self, sequence: Any) -> None:
         """Keep what does not change while a sequence runs."""
@@ -199,16 +200,6 @@ class Builder:
         sampling.temperature_B[slot], sampling.top_k_B[slot] = params.temperature, max(0, params.top_k)
         sampling.top_p_B[slot], sampling.min_p_B[slot] = params.top_p, params.min_p
         sampling.seed_B[slot], sampling.wants_logprobs_B[slot] = sequence.seed, sequence.wants_logprobs
-
-
-def _read(chunk: Chunk, ids: np.ndarray) -> None:
-    """Write a chunk's token ids; what is still on the device, as its row of the last step's results."""
-    sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
-    known = min(end, sequence.num_tokens) - chunk.start
-    if known > 0:
-        ids[:known] = sequence.tokens[chunk.start : chunk.start + known]
-    if end > sequence.num_tokens:
-        ids[-1] = -1 - sequence.last_row
 
 
 def empty_sampling(num_rows: int) -> Sampling:

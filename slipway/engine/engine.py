@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -201,9 +202,6 @@ class Engine:
             self._dispatched = self._dispatch(chunks)
         if before is not None:
             waited += self._take(before, moved)
-        for request in moved.values():
-            if request.finished:
-                self._requests.pop(request.request_id, None)
         self.stats.step(time.perf_counter() - started - waited, waited)
         return list(moved.values())
 
@@ -228,6 +226,7 @@ class Engine:
         tokens = np.asarray(sampled.token_B).tolist()
         x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.pooling for s in asked) else None
         waited = time.perf_counter() - started
+        now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
             row, first_token = rank * step.num_rows, rank * len(step.x_TD) // len(step.chunks)
             for chunk in chunks:
@@ -238,9 +237,14 @@ class Engine:
                     if x_TD is not None and sequence.request.pooling:
                         _pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
                     if chunk.samples:
+                        gaps[sequence.last_token_at] += 1  # one value for nearly all
+                        sequence.last_token_at = now
                         self._append(sequence, tokens[row + len(chunk.scored)], sampled, row + len(chunk.scored))
                         moved[sequence.request.request_id] = sequence.request
-                row, first_token = row + chunk.num_rows, first_token + chunk.num_tokens
+                row, first_token = row + len(chunk.scored) + chunk.samples, first_token + chunk.num_tokens
+        for at, times in gaps.items():
+            if at:
+                self.stats.inter_token.add(now - at, times)
         return waited
 
     def _append(self, sequence: Sequence, token: int, sampled: Sampled, row: int) -> None:
@@ -255,10 +259,12 @@ class Engine:
             sequence.append(token, None if params.logprobs is None else _logprobs(sampled, row, params.logprobs))
             self.stats.generated_tokens += 1
         if math.isnan(sequence.request.first_token_at):
-            sequence.request.first_token_at = time.monotonic()
-            self.stats.first_token.add(sequence.request.first_token_at - sequence.request.arrived_at)
+            sequence.request.first_token_at = sequence.last_token_at
+            self.stats.first_token.add(sequence.last_token_at - sequence.request.arrived_at)
         if sequence.finish_reason is not None:
             self._release(sequence)
+            if sequence.request.finished:
+                self._requests.pop(sequence.request.request_id, None)
 
     def _must_know_tokens(self) -> bool:
         """Whether what a running sequence may say next depends on a token that the host has not seen."""

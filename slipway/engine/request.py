@@ -66,9 +66,14 @@ class Sequence:
         self.request, self.index, self.seed, self.stop_ids = request, index, seed, stop_ids
         self.detokenizer = detokenizer
         self.num_prompt = self.num_tokens = len(request.prompt_token_ids)  # num_tokens: prompt and output together
+        self.max_length = self.num_prompt + request.max_tokens  # the most tokens that it may come to
+        params = request.params
+        self.scores = request.prompt_logprobs is not None and index == 0  # the first sample's prompt serves all
+        self.needs_every_token = self.scores or request.pooling == "mean"  # of the prompt, though the cache may hold it
+        self.wants_logprobs = params.logprobs is not None or params.best_of is not None or self.scores
         self.tokens = np.empty(self.max_length, np.int32)
         self.tokens[: self.num_tokens] = request.prompt_token_ids
-        self.logprobs: list[Logprobs] | None = None if request.params.logprobs is None else []
+        self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
         self.cumulative_logprob = 0.0  # summed where samples are ranked
         self._num_read, self._num_shown, self._flushed = 0, 0, False  # how far the text has come
         self._num_hidden = 0  # 1: the last token is a stop token, which the text leaves out
@@ -80,36 +85,15 @@ class Sequence:
         self.slot = -1  # its row of the scheduler's page table while it runs
         self.last_row = -1  # of the last step's results, where its token is while that is pending
         self.overtaken = 0
-        self.first_run = True
+        self.first_run, self.last_token_at = True, 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
 
     @property
-    def max_length(self) -> int:
-        """The most tokens that it may come to."""
-        return len(self.request.prompt_token_ids) + self.request.max_tokens
-
-    @property
     def length(self) -> int:
         """Tokens that it has, those still on the device included."""
         return self.num_tokens + self.num_pending
-
-    @property
-    def scores(self) -> bool:
-        """Whether its prompt's log probabilities are asked for; the first sample's serve all."""
-        return self.request.prompt_logprobs is not None and self.index == 0
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether its rows of results need log probabilities."""
-        params = self.request.params
-        return params.logprobs is not None or params.best_of is not None or self.scores
-
-    @property
-    def needs_every_token(self) -> bool:
-        """Whether every token of the prompt must be computed, though the cache may hold it."""
-        return self.scores or self.request.pooling == "mean"
 
     @property
     def order(self) -> tuple[int, int, int]:

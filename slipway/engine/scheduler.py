@@ -91,13 +91,15 @@ class Scheduler:
             chunk = self._chunk(sequence, tokens, rows)
             if self._grow(sequence, chunk):
                 chunks.append(chunk)
-                tokens, rows = tokens - chunk.num_tokens + 1, rows - max(chunk.num_rows, 1) + 1
+                tokens -= chunk.num_tokens - 1
+                if chunk.scored:
+                    rows -= chunk.num_rows - 1
         while self.waiting and self._slots and tokens > 0 and rows > 0 and (admitted := self._admit()) is not None:
             chunk = self._chunk(admitted, tokens - 1, rows - 1)
             grown = self._grow(admitted, chunk)
             assert grown, "its pages were there when it was admitted"
             chunks.append(chunk)
-            tokens, rows = tokens - chunk.num_tokens, rows - max(chunk.num_rows, 1)
+            tokens, rows = tokens - chunk.num_tokens, rows - max(1, chunk.num_rows)
         return chunks
 
     def release(self, sequence: Sequence) -> None:
@@ -117,6 +119,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, spare_tokens: int, spare_rows: int) -> Chunk:
         """What a sequence computes next, with as much beside its own token and row as is left."""
         start = sequence.num_computed
+        if start + 1 == sequence.length and not sequence.scores:
+            return Chunk(sequence, start, 1, True)  # decoding, nearly always
         count = min(sequence.length - start, spare_tokens + 1)
         scored = range(0)
         if sequence.scores and sequence.num_scored < sequence.num_prompt - 1:
@@ -129,13 +133,13 @@ class Scheduler:
     def _grow(self, sequence: Sequence, chunk: Chunk) -> bool:
         """Give a sequence the pages of its chunk and count that as computed; False if it was preempted instead."""
         end = chunk.start + chunk.num_tokens
-        needed = self._pages_for(end) - len(sequence.pages)
-        while needed > self._free(needed):
-            last = self.running[-1]
-            self._preempt(last)
-            if last is sequence:
-                return False
-        if needed > 0:
+        if end > len(sequence.pages) * self.page_size:
+            needed = self._pages_for(end) - len(sequence.pages)
+            while needed > self._free(needed):
+                last = self.running[-1]
+                self._preempt(last)
+                if last is sequence:
+                    return False
             self._hold(sequence, self.pages.take(needed))
         sequence.num_computed = end
         sequence.num_pending += chunk.samples

@@ -13,10 +13,10 @@ class Histogram:
     def __init__(self, bounds: tuple[float, ...]):
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, times: int = 1) -> None:
         """Count a value."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     @property
     def count(self) -> int:
@@ -38,6 +38,7 @@ class Stats:
     step_device: Histogram = dataclasses.field(default_factory=lambda: Histogram(STEP_BOUNDS_S))
     queue: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to first chunk
     first_token: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to there
+    inter_token: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # of one sequence
 
     def step(self, host_s: float, device_s: float) -> None:
         """Count a step's time."""
