@@ -113,10 +113,9 @@ class AsyncEngine:
 
     def close(self) -> None:
         """End what runs, stop the thread and free the device's memory."""
-        if self._thread.is_alive():
-            self._commands.put(None)
-            self._thread.join()
-            self._engine.close()
+        self._commands.put(None)
+        self._thread.join()
+        self._engine.close()
 
     def _ask(self, command: Callable[[], Any]) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self._call(command))

@@ -28,10 +28,10 @@ def launch(tiny):
 
     yield start
     for engine in started:
-        if engine._thread.is_alive():
+        if engine._error is None:
             snapshot = asyncio.run(engine.stats())
             assert (snapshot.running, snapshot.waiting, snapshot.pages_used) == (0, 0, 0)
-            engine.close()
+        engine.close()
 
 
 def prompts(count, seed=0):
