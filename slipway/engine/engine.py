@@ -219,7 +219,7 @@ class Engine:
         """Give the sequences what a step found; the seconds that it took to come."""
         started = time.perf_counter()
         asked = [chunk.sequence for rank in step.chunks for chunk in rank]
-        if any(sequence.wants_logprobs for sequence in asked):
+        if True in [sequence.wants_logprobs for sequence in asked]:
             sampled = jax.tree.map(np.asarray, step.sampled)
         else:
             sampled = step.sampled

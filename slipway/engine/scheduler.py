@@ -87,7 +87,8 @@ class Scheduler:
         for sequence in self.running.copy():
             if sequence.slot < 0 or sequence.length >= sequence.max_length:
                 continue  # preempted just now, or its last token is on the device
-            self._adopt(sequence)
+            if sequence.num_tokens - sequence.num_computed > self.page_size:
+                self._adopt(sequence)
             chunk = self._chunk(sequence, tokens, rows)
             if self._grow(sequence, chunk):
                 chunks.append(chunk)
@@ -132,6 +133,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, chunk: Chunk) -> bool:
         """Give a sequence the pages of its chunk and count that as computed; False if it was preempted instead."""
+        assert sequence.node is not None
         end = chunk.start + chunk.num_tokens
         if end > len(sequence.pages) * self.page_size:
             needed = self._pages_for(end) - len(sequence.pages)
@@ -146,7 +148,8 @@ class Scheduler:
         if chunk.scored:
             sequence.num_scored = chunk.scored.stop
         self.counts.computed_tokens += chunk.num_tokens
-        self._publish(sequence)
+        if sequence.num_tokens >= (sequence.node.depth + 1) * self.page_size:
+            self._publish(sequence)
         return True
 
     def _free(self, needed: int) -> int:
@@ -227,10 +230,8 @@ class Scheduler:
         """Go past pages that another sequence has computed since this one began."""
         node = sequence.node
         assert node is not None
-        if sequence.num_tokens - sequence.num_computed <= self.page_size or sequence.needs_every_token:
-            return
-        if sequence.num_computed != node.depth * self.page_size:
-            return  # in the midst of a page
+        if sequence.needs_every_token or sequence.num_computed != node.depth * self.page_size:
+            return  # all must be computed, or it is in the midst of a page
         first = node.depth
         for block in self._blocks(sequence.tokens, sequence.num_tokens - 1, first):
             if (child := node.children.get(block)) is None:
