@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from slipway.bench.compile import CompileBench
 from slipway.bench.convert import ConvertBench
 from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
@@ -226,6 +227,7 @@ class Bench:
             | Annotated[LayersBench, tyro.conf.subcommand("layers")]
             | Annotated[PeersBench, tyro.conf.subcommand("peers")]
             | Annotated[RooflineBench, tyro.conf.subcommand("roofline")]
+            | Annotated[CompileBench, tyro.conf.subcommand("compile")]
             | Annotated[ThroughputBench, tyro.conf.subcommand("throughput")]
             | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
         ]

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipway import tree
 from slipway.errors import InvalidConfig
 
-MESH_AXES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}  # all others are whole
-DATA, TENSOR = "data", "tensor"
+MESH_AXES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "pages": "data"}
+DATA, TENSOR = "data", "tensor"  # axes that MESH_AXES does not name are whole
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -34,7 +34,12 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
 
 def partition(param: tree.Param) -> PartitionSpec:
     """How the mesh splits one tensor."""
-    return PartitionSpec(*(MESH_AXES.get(axis) for axis in param.shard_axes))
+    return spec(param.shard_axes)
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """How the mesh splits an array with these logical axes."""
+    return PartitionSpec(*(None if axis is None else MESH_AXES.get(axis) for axis in axes))
 
 
 def shardings(declaration: Any, mesh: Mesh) -> Any:

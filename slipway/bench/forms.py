@@ -21,7 +21,7 @@ from slipway.bench.models import QWEN3_SHAPE
 from slipway.checkpoint import load
 from slipway.engine import batch as batches
 from slipway.engine.batch import Bucket, Sizes
-from slipway.engine.step import KV_SPEC, Step
+from slipway.engine.step import Step
 
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
 
@@ -54,10 +54,16 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | 
     config = declaration.config
     kv = jax.eval_shape(
         lambda: ops.allocate_kv(
-            config.num_hidden_layers, NUM_PAGES, PAGE_SIZE, config.num_key_value_heads, config.head_dim, dtype
+            mesh.devices.flat[0].platform,
+            config.num_hidden_layers,
+            NUM_PAGES,
+            PAGE_SIZE,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype,
         )
     )
-    shape = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, KV_SPEC))
+    shape = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(kv))))
     step, bucket = Step(declaration, mesh, shape, dtype, _sizes(config), rows), Bucket(rows, rows)
     started = time.perf_counter()
     step.compile([bucket])

@@ -122,7 +122,7 @@ def others(tokens: int, context: int) -> Iterator[Case]:
 
     rows = tokens if tokens < 64 else 1
     each, pages = tokens // rows, -(-context // PAGE_SIZE)
-    cache = ops.allocate_kv(LAYERS, rows * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM, jnp.bfloat16)
+    cache = ops.allocate_kv("cpu", LAYERS, rows * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM, jnp.bfloat16)
     first = jnp.arange(rows, dtype=jnp.int32) * each
     ragged = ops.Ragged(
         jnp.int32(tokens), jnp.tile(jnp.arange(context - each, context, dtype=jnp.int32), rows),

@@ -25,7 +25,7 @@ from slipway.engine.batch import Bucket, Sizes
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine, Limits
 from slipway.engine.params import generation_defaults
-from slipway.engine.step import KV_SPEC, Step
+from slipway.engine.step import Step
 from slipway.errors import InvalidConfig, UnsupportedModel
 from slipway.nn import linear
 
@@ -96,10 +96,10 @@ def _compiled(
     The cache's size is part of the program: it is first compiled as if it needed no temporaries, which is final where
     the cache is as large as could be useful, and compiled once more with fewer pages where they do not fit.
     """
-    model = declaration.config
+    model, platform = declaration.config, mesh.devices.flat[0].platform
     heads = max(model.num_key_value_heads, mesh.shape[meshes.TENSOR])
     empty = jax.eval_shape(
-        lambda: ops.allocate_kv(model.num_hidden_layers, 1, config.page_size, heads, model.head_dim, dtype)
+        lambda: ops.allocate_kv(platform, model.num_hidden_layers, 1, config.page_size, heads, model.head_dim, dtype)
     )
     devices = mesh.shape[meshes.TENSOR]
     page_bytes = math.prod(empty.shape) * empty.dtype.itemsize // devices
@@ -112,7 +112,7 @@ def _compiled(
     while True:
         num_pages = budget.pages(temp, useful)
         shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
-        kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, KV_SPEC))
+        kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(empty))))
         sizes = Sizes(config.page_size, num_pages, table_width, model.vocab_size, length)
         step = Step(declaration, mesh, kv, dtype, sizes, shapes[-1].num_rows)
         # memory is ample where the cache can be as large as useful: then all shapes compile at once

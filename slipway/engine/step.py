@@ -32,8 +32,11 @@ from slipway.engine.params import MAX_LOGPROBS
 logger = logging.getLogger(__name__)
 
 # docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
-COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
-KV_SPEC = P(None, meshes.DATA, meshes.TENSOR, None, None, None)  # layers, pages, heads, key and value, slots, head_dim
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
+    "cpu": {"xla_cpu_use_fusion_emitters": False},
+    # else TPU7x copies every weight into other tiles at every step: 7.8 GB a device for 32 B parameters on 8
+    "tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},
+}
 
 
 class Step:
@@ -46,12 +49,13 @@ class Step:
             declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
         )  # fmt: skip
         self._leaves, structure = jax.tree.flatten(shapes)
+        cache = meshes.spec(ops.kv_axes(kv))
         specs, rows = jax.tree.leaves(tree.map_params(meshes.partition, declaration)), P(meshes.DATA)
         self._by_rows = sharded = NamedSharding(mesh, rows)
         forward, choose = functools.partial(_forward, structure), functools.partial(_sample, max_rows)
         self._forward = jax.jit(
             jax.shard_map(
-                forward, mesh=mesh, in_specs=(specs, KV_SPEC, rows, rows), out_specs=(KV_SPEC, rows, rows),
+                forward, mesh=mesh, in_specs=(specs, cache, rows, rows), out_specs=(cache, rows, rows),
                 check_vma=False,
             ),
             donate_argnums=1, in_shardings=(None, None, sharded, sharded),
@@ -62,7 +66,7 @@ class Step:
         )
         self._no_edits: dict[int, Edits] = {}
         self.newest = jax.ShapeDtypeStruct((self._copies * max_rows,), np.int32, sharding=sharded)
-        self._options = _compiler_options(mesh.devices.flat[0].platform)
+        self._options = _compiler_options(mesh)
         self._programs: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
 
@@ -77,7 +81,7 @@ class Step:
         rows = sorted({bucket.num_rows for bucket in buckets} - self._samplers.keys())
         started = time.perf_counter()
         with ThreadPoolExecutor(2) as pool:
-            programs = {pool.submit(self._compile_forward, bucket): bucket for bucket in buckets}
+            programs = {pool.submit(self.program, bucket): bucket for bucket in buckets}
             samplers = {pool.submit(self._compile_sampler, n): n for n in rows}
             for count, _ in enumerate(as_completed([*programs, *samplers]), 1):
                 left, seconds = len(buckets) + len(rows) - count, time.perf_counter() - started
@@ -121,10 +125,11 @@ class Step:
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._by_rows)
 
-    def _compile_forward(self, bucket: Bucket) -> Any:
-        return self._forward.lower(self._leaves, self.kv, self.newest, self._shapes(bucket).tokens).compile(
-            self._options
-        )
+    def program(self, bucket: Bucket) -> Any:
+        """The forward pass of one bucket, compiled."""
+        with jax.set_mesh(self._mesh):  # Pallas asks it what kind of TPU this is
+            lowered = self._forward.lower(self._leaves, self.kv, self.newest, self._shapes(bucket).tokens)
+        return lowered.compile(self._options)
 
     def _compile_sampler(self, rows: int) -> Any:
         shapes = self._shapes(Bucket(rows, rows))
@@ -138,11 +143,11 @@ class Step:
 
 
 @functools.cache
-def _compiler_options(platform: str) -> dict[str, str | bool]:
+def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """The options that this XLA knows: they come and go (the fusion emitters' is gone in JAX 0.12)."""
-    options = COMPILER_OPTIONS.get(platform, {})
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
     try:
-        jax.jit(lambda: jnp.zeros(())).lower().compile(options)
+        jax.jit(lambda: jnp.zeros(()), out_shardings=NamedSharding(mesh, P())).lower().compile(options)
     except jax.errors.JaxRuntimeError:
         logger.info("this XLA has no %s", ", ".join(options))
         return {}

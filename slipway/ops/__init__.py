@@ -12,12 +12,12 @@ device's part: the ops run under shard_map and communicate with nobody.
     rotate(x_TNH, weight, angles, num_tokens, eps) -> y_TNH         heads normalized, if weight is given, and turned
     write_kv(kv, layer, k_TKH, v_TKH, ragged) -> kv             in place where the caller donates kv
     paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N) -> o_TNH
-    allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv_LPK2SH
+    allocate_kv(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv
     sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
 Weights may be Picks: one of several arrays by a traced index; matrices may be Quantized. The cache goes to an op whole,
-with a layer index: a slice of it would be a copy. What order the S * H numbers of a page have is the body's own affair,
-so the body that wrote a cache reads it: both follow from its shape and dtype.
+with a layer index: a slice of it would be a copy. Its layout is the body's own affair: kv_LPK2SH, with the numbers of a
+page in any order, or ops/tpu.py's. The body that wrote a cache reads it: both follow from its shape and dtype.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from slipway.ops import cpu, xla
+from slipway.errors import UnsupportedModel
+from slipway.ops import cpu, tpu, xla
 from slipway.tree import module
 
-allocate_kv = xla.allocate_kv
+
+def allocate_kv(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
+    """See above; ``platform``: what the step is lowered for."""
+    body = xla if tpu.refuses_heads(platform, head_dim) else tpu
+    return body.allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype)
+
+
+def kv_axes(kv) -> tuple[str | None, ...]:
+    """The logical axes of a cache that a mesh may split: its pages over copies of the weights, its heads."""
+    return (None, "pages", None, "kv_heads", None) if tpu.is_mine(kv) else (None, "pages", "kv_heads", None, None, None)
 
 
 def embed(ids_T, table_VD, num_tokens):
@@ -74,12 +84,19 @@ def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, unifor
 
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     """See above."""
+    if tpu.is_mine(kv):
+        return tpu.write_kv(kv, layer, k_TKH, v_TKH, ragged)
     return _serve(cpu.refuses_cache(kv, k_TKH.dtype), cpu.write_kv, xla.write_kv, kv, layer, k_TKH, v_TKH, ragged)
 
 
 def paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap=None, sinks_N=None):
     """See above."""
-    why_not, static = cpu.refuses_cache(kv, q_TNH.dtype), {"scale": scale, "window": window, "soft_cap": soft_cap}
+    static = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    if tpu.is_mine(kv):
+        if sinks_N is not None:
+            raise UnsupportedModel("attention sinks", "some", "none: the TPU kernel has no place for them")
+        return tpu.paged_attention(q_TNH, kv, layer, ragged, **static)
+    why_not = cpu.refuses_cache(kv, q_TNH.dtype)
     return _serve(why_not, cpu.paged_attention, xla.paged_attention, q_TNH, kv, layer, ragged, sinks_N, **static)
 
 
@@ -93,6 +110,8 @@ def _serve(why_not: str, compiled: Callable, portable: Callable, *args, **static
 
 def bodies(platform: str, kv, dtype) -> dict[str, str]:
     """Which body serves each op on ``platform`` with this cache, and why not another; shown at start."""
+    if tpu.is_mine(kv):
+        return dict.fromkeys(("write_kv", "paged_attention"), "pallas (ops/tpu.py)") | {"others": "xla"}
 
     def body(why_not: str) -> str:
         return "xla" if platform != "cpu" else f"xla ({why_not})" if why_not else f"c++ {cpu.isa()}"

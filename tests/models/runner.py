@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 from slipway import LLM, SamplingParams, mesh, models, ops, tree
 from slipway.checkpoint import files, load, save
-from slipway.engine.step import KV_SPEC
 
 PROMPT_LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100)
 OUTPUT_TOKENS = 64
@@ -93,12 +92,12 @@ class Forward:
         config = declaration.config
         heads = max(config.num_key_value_heads, tensor)
         self.empty_cache = ops.allocate_kv(
-            config.num_hidden_layers, PAGES, PAGE_SIZE, heads, config.head_dim, jnp.dtype(dtype)
+            "cpu", config.num_hidden_layers, PAGES, PAGE_SIZE, heads, config.head_dim, jnp.dtype(dtype)
         )
-        specs = tree.map_params(mesh.partition, self.declaration)
+        specs, cache = tree.map_params(mesh.partition, self.declaration), mesh.spec(ops.kv_axes(self.empty_cache))
         self._run = jax.jit(
             jax.shard_map(
-                _logits, mesh=self.mesh, in_specs=(specs, KV_SPEC, P(), P()), out_specs=(P(), KV_SPEC), check_vma=False
+                _logits, mesh=self.mesh, in_specs=(specs, cache, P(), P()), out_specs=(P(), cache), check_vma=False
             )
         )
 

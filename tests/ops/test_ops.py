@@ -102,7 +102,9 @@ def everything(shape):
 
 def filled(body, shape, keys_and_values):
     """A cache written by ``body``."""
-    kv = ops.allocate_kv(NUM_LAYERS, shape.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    kv = ops.allocate_kv(
+        "cpu", NUM_LAYERS, shape.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim, shape.dtype
+    )
     for layer, (k_TKH, v_TKH) in enumerate(keys_and_values):
         kv = body.write_kv(kv, layer, k_TKH, v_TKH, everything(shape))
     return kv
@@ -334,7 +336,7 @@ class Layer:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_donated_cache_is_updated_in_place_unrolled_and_folded(dtype):
     shape, rng = Shape(2, 2, 16, dtype, tokens=8), np.random.default_rng(4)
-    kv = ops.allocate_kv(2, 600, 16, 2, 16, dtype)
+    kv = ops.allocate_kv("cpu", 2, 600, 16, 2, 16, dtype)
     bodies = tuple(Layer(normal(rng, 32, 32, dtype=dtype)) for _ in range(2))
     ragged = make_ragged(rng, shape, [(0, 3), (5, 1), (0, 2)])
     x_TNH = normal(rng, 8, 2, 16, dtype=dtype)

@@ -1,0 +1,95 @@
+"""`slipway bench compile`: the engine's step for TPUs that are not there; decides what is read off the programs.
+
+libtpu compiles on any x86 Linux host, and refuses what does not fit a device's memory. Nothing runs, so nothing is said
+about numbers or speed.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from slipway.bench.models import QWEN3_32B_SHAPE, QWEN3_SHAPE
+
+SHAPES = {"qwen3-32b": QWEN3_32B_SHAPE, "qwen3-0.6b": QWEN3_SHAPE}
+WITHOUT_DEVICE = {
+    "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}  # fmt: skip
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileBench:
+    """Compile decode and prefill of a Qwen3 shape in bf16 for a TPU topology, without one; needs libtpu (jax[tpu])."""
+
+    model: Literal["qwen3-32b", "qwen3-0.6b"] = "qwen3-32b"
+    topology: str = "v6e:2x4"
+    """Of the TPU, such as v5e:2x4, v6e:2x4, tpu7x:2x2x1. All its devices share each layer."""
+    rows: int = 64
+    """Sequences that decode together."""
+    prefill_tokens: int = 2048
+    """Tokens of the largest step."""
+    num_pages: int = 8192
+    page_size: int = 16
+    max_model_len: int = 4096
+    out: Path | None = None
+    """Write the figures here as JSON."""
+
+    def run(self) -> None:
+        """Compile, and print what the programs need."""
+        os.environ.update(WITHOUT_DEVICE)  # before JAX looks for devices
+        report = compiled(self)
+        print(json.dumps(report, indent=2))
+        if self.out is not None:
+            self.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def compiled(asked: CompileBench) -> dict[str, Any]:
+    """Seconds, memory of one device and collectives of each program."""
+    import jax  # after the environment is set
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding
+
+    from slipway import mesh as meshes
+    from slipway import models, ops
+    from slipway.engine.batch import Bucket, Sizes
+    from slipway.engine.step import Step
+
+    devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=asked.topology).devices
+    mesh = meshes.make_mesh(tensor=len(devices), devices=devices)
+    declaration = meshes.fit(models.declare(SHAPES[asked.model]), mesh)
+    config, heads = declaration.config, max(declaration.config.num_key_value_heads, len(devices))
+    sizes = config.num_hidden_layers, asked.num_pages, asked.page_size, heads, config.head_dim, jnp.bfloat16
+    kv = jax.eval_shape(lambda: ops.allocate_kv("tpu", *sizes))
+    kv = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(kv))))
+    width = -(-asked.max_model_len // asked.page_size)
+    batch = Sizes(asked.page_size, asked.num_pages, width, config.vocab_size, asked.max_model_len)
+    step = Step(declaration, mesh, kv, jnp.bfloat16, batch, asked.rows)
+    kv_bytes = kv.size * kv.dtype.itemsize // len(devices)
+    programs = {}
+    for name, tokens in (("decode", asked.rows), ("prefill", asked.prefill_tokens)):
+        started = time.perf_counter()
+        program = step.program(Bucket(tokens, asked.rows))
+        programs[name] = {"tokens": tokens, "compile_s": round(time.perf_counter() - started, 1)} | read(program, kv)
+    return {
+        "model": asked.model, "topology": asked.topology, "device": devices[0].device_kind, "devices": len(devices),
+        "bodies": ops.bodies("tpu", kv, jnp.bfloat16), "kv_bytes_a_device": kv_bytes, "programs": programs,
+    }  # fmt: skip
+
+
+def read(program: Any, kv: Any) -> dict[str, Any]:
+    """Memory of one device, what is donated, and how many collectives and copies of the cache the program has."""
+    memory, text = program.memory_analysis(), program.as_text()
+    layers, *rest = kv.sharding.shard_shape(kv.shape)
+    whole = {",".join(map(str, shape)) for shape in ((layers, *rest), (layers * rest[0], *rest[1:]), rest)}
+    copies = [shape for shape in re.findall(r"= bf16\[([\d,]*)\]\S* copy\(", text) if shape in whole]
+    return {
+        "arguments_bytes": memory.argument_size_in_bytes, "temporaries_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes, "copies_of_the_cache": len(copies),
+        "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES},
+    }  # fmt: skip

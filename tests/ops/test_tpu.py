@@ -1,0 +1,104 @@
+"""The TPU bodies without a TPU: the cache's layout and the kernel's arguments here, and the real step compiled for it.
+
+The kernel itself runs on a TPU alone; its package has a plain version of it, which takes its place.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
+
+from slipway import ops
+from slipway.bench.compile import WITHOUT_DEVICE
+from slipway.errors import UnsupportedModel
+from slipway.ops import tpu, xla
+
+LAYERS, PAGES, PAGE, KV_HEADS, HEADS, HEAD_DIM, WIDTH = 3, 12, 4, 2, 6, 128, 5
+
+
+def ragged(rng, counts, lengths):
+    """Rows of these tokens, whose sequences come to these lengths, on random pages; one row and token of padding."""
+    pages, rows, T = rng.permutation(PAGES).astype(np.int32), len(counts) + 1, sum(counts) + 1
+    table, slots, positions = (
+        np.zeros((rows, WIDTH), np.int32),
+        np.full(T, PAGES * PAGE, np.int32),
+        np.zeros(T, np.int32),
+    )
+    starts, taken, t = np.zeros(rows, np.int32), 0, 0
+    for row, (count, length) in enumerate(zip(counts, lengths)):
+        used = -(-length // PAGE)
+        table[row, :used], starts[row] = pages[taken : taken + used], t
+        taken += used
+        for position in range(length - count, length):
+            slots[t], positions[t] = table[row, position // PAGE] * PAGE + position % PAGE, position
+            t += 1
+    padded = [*counts, 0], [*lengths, 0]
+    return ops.Ragged(
+        jnp.int32(t), *map(jnp.asarray, (positions, positions + 1, slots, starts)),
+        *(jnp.asarray(np.array(each, np.int32)) for each in padded), jnp.asarray(table),
+    )  # fmt: skip
+
+
+def plain(q, kv, lengths, table, ends, num_seqs, *, num_kv_pages_per_block, num_queries_per_block, **options):
+    """The kernel's own reference, which takes no block sizes and gives live tokens alone."""
+    assert num_kv_pages_per_block >= 1 and num_queries_per_block >= 1
+    out = kernels.kernel.ref_ragged_paged_attention(q, kv, lengths, table, ends, num_seqs, **options)
+    return jnp.concatenate([out, jnp.zeros((len(q) - len(out), *out.shape[1:]), out.dtype)])
+
+
+@pytest.mark.parametrize("static", [{}, {"window": 3}, {"soft_cap": 2.0}], ids=str)
+@pytest.mark.parametrize("counts, lengths", [((1, 1, 1), (9, 1, 14)), ((5, 1, 7), (5, 11, 16)), ((2,), (17,))])
+def test_cache_and_arguments_mean_what_the_portable_bodies_do(counts, lengths, static, monkeypatch):
+    monkeypatch.setattr(tpu.kernels, "ragged_paged_attention", plain)
+    rng, sizes = np.random.default_rng(0), (PAGES, PAGE, KV_HEADS, HEAD_DIM, jnp.float32)
+    caches = {"cpu": ops.allocate_kv("cpu", LAYERS, *sizes), "tpu": ops.allocate_kv("tpu", LAYERS, *sizes)}
+    assert tpu.is_mine(caches["tpu"]) and not tpu.is_mine(caches["cpu"])
+    whole = ragged(rng, lengths, lengths)  # everything, and then the step's own tokens once more
+    step = ragged(np.random.default_rng(0), counts, lengths)
+    options = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None} | static
+    for layer in range(LAYERS):
+        k, v = (jnp.asarray(rng.normal(size=(len(whole.slots_T), KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2))
+        caches["cpu"] = xla.write_kv(caches["cpu"], layer, k, v, whole)
+        caches["tpu"] = ops.write_kv(caches["tpu"], jnp.int32(layer), k, v, whole)
+    q = jnp.asarray(rng.normal(size=(sum(counts) + 1, HEADS, HEAD_DIM)), jnp.float32)
+    for layer in range(LAYERS):
+        expected = xla.paged_attention(q, caches["cpu"], layer, step, **options)
+        with jax.numpy_dtype_promotion("standard"):  # the reference mixes its dtypes
+            got = ops.paged_attention(q, caches["tpu"], layer, step, **options)
+        np.testing.assert_allclose(got[: sum(counts)], expected[: sum(counts)], rtol=2e-5, atol=2e-5)
+
+
+def test_what_the_kernel_does_not_serve_is_portable_or_refused():
+    sizes = 2, 4, 16, 2
+    assert not tpu.is_mine(ops.allocate_kv("tpu", *sizes, 64, jnp.bfloat16)), "heads of 64 numbers"
+    assert not tpu.is_mine(ops.allocate_kv("gpu", *sizes, 128, jnp.bfloat16))
+    kv = ops.allocate_kv("tpu", *sizes, 128, jnp.bfloat16)
+    assert ops.bodies("tpu", kv, jnp.bfloat16)["paged_attention"].startswith("pallas")
+    with pytest.raises(UnsupportedModel, match="sinks"):
+        ops.paged_attention(jnp.zeros((2, 4, 128)), kv, 0, None, 1.0, None, sinks_N=jnp.zeros(4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux")
+@pytest.mark.parametrize("topology, memory", [("v6e:2x4", 31.25 * 2**30), ("tpu7x:2x2x1", 94.75 * 2**30)])
+def test_the_step_of_a_32b_model_compiles_for_eight_devices_that_are_not_there(topology, memory):
+    """It fits, the cache is donated with no second copy, and no weight is copied either."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", "from slipway.cli import main; main()", "bench", "compile", "--topology", topology]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | WITHOUT_DEVICE)
+    assert run.returncode == 0, run.stderr[-3000:]
+    print(run.stdout)  # compile times and collectives, for who asks with -s
+    report = json.loads(run.stdout)
+    assert report["devices"] == 8 and report["bodies"]["paged_attention"].startswith("pallas")
+    for program in report["programs"].values():
+        assert program["aliased_bytes"] == report["kv_bytes_a_device"]
+        assert program["temporaries_bytes"] < report["kv_bytes_a_device"] / 10, "no copy of the cache, or of weights"
+        assert program["copies_of_the_cache"] == 0
+        assert program["arguments_bytes"] + program["temporaries_bytes"] < memory
+        # the embedding, then two in the body that stands for every layer
+        assert program["collectives"]["all-reduce"] == 3 and program["collectives"]["all-gather"] == 1
