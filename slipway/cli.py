@@ -104,6 +104,21 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Follow:
+    """Be one of the other processes of an engine that runs over several: the same options but for --node-rank."""
+
+    model: Positional[str] = "nano"
+    """A directory or a hub id, as the first process has it."""
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
+
+    def run(self) -> None:
+        """Load, and repeat the first process's steps until it is done."""
+        from slipway.engine.launch import follow  # with JAX, which other commands may not need
+
+        follow(NANO if self.model == "nano" else self.model, self.engine)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat:
     """Talk to a model in the terminal; end with Ctrl-D."""
 
@@ -244,7 +259,7 @@ def main() -> None:
     for name in ("slipway.engine.launch", "slipway.engine.step"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        commands: Any = Generate | Chat | Convert | Quantize | Models | Bench
+        commands: Any = Generate | Chat | Follow | Convert | Quantize | Models | Bench
         tyro.cli(commands, prog="slipway", registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)

@@ -87,6 +87,11 @@ def all_gather(x, axis: str):
     return jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True) if splits(axis) else x
 
 
+def all_rows(array):
+    """Join the first dimension, split over copies of the weights, on every device."""
+    return jax.lax.all_gather(array, DATA, axis=0, tiled=True) if jax.lax.axis_size(DATA) > 1 else array
+
+
 def local_offset(axis: str, local_size: int):
     """The global index at which this device's part of ``axis`` starts."""
     return 0 if MESH_AXES.get(axis) is None else jax.lax.axis_index(MESH_AXES[axis]) * local_size

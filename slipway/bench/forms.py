@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
@@ -75,7 +74,7 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | 
         return figures
     leaves, cache = jax.tree.leaves(load.dummy(declaration, mesh, dtype, seed=0)), jnp.zeros(kv.shape, kv.dtype)
     batch, times = _batch(bucket, rows, _sizes(config)), []
-    newest = jax.device_put(np.zeros(step.newest.shape, np.int32), step.newest.sharding)
+    newest = step.first_newest()
     for _ in range(rounds + 1):
         started = time.perf_counter()
         cache, newest, sampled, _ = step(leaves, cache, newest, bucket, batch)

@@ -228,6 +228,11 @@ def empty(bucket: Bucket, sizes: Sizes) -> Batch:
     return Batch(tokens, empty_sampling(B), edits.empty(B, sizes.vocab_size, sizes.max_model_len))
 
 
+def without_edits(batch: Batch) -> Batch:
+    """The same, where no row has any."""
+    return dataclasses.replace(batch, edits=None)
+
+
 def join(batches: Sequence[Batch]) -> Batch:
     """The batches of every copy of the weights as one."""
     if len(batches) == 1:

@@ -24,6 +24,12 @@ class EngineConfig:
     """Devices that share each layer."""
     data_parallel_size: int = 1
     """Copies of the weights, each serving its own requests."""
+    nnodes: int = 1
+    """Processes that are one engine together, each with its devices."""
+    node_rank: int = 0
+    """Which of them this is; 0 schedules and answers, the others follow."""
+    dist_init_addr: str = ""
+    """host:port of process 0, where all meet."""
     max_model_len: int | None = None
     """Longest prompt plus output in tokens; default: what the model can read."""
     max_num_seqs: int = 64
@@ -49,11 +55,17 @@ class EngineConfig:
         for name in (
             "tensor_parallel_size",
             "data_parallel_size",
+            "nnodes",
             "max_num_seqs",
             "max_num_batched_tokens",
             "page_size",
         ):
             _need(name, value := getattr(self, name), type(value) is int and value >= 1, "an integer of at least 1")
+        rank, address = self.node_rank, self.dist_init_addr
+        _need("node_rank", rank, type(rank) is int and 0 <= rank < self.nnodes, f"0 to nnodes - 1 ({self.nnodes - 1})")
+        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+        fine = self.nnodes == 1 or (bool(host) and port.isdigit())
+        _need("dist_init_addr", address, fine, "host:port, for more than one node")
         length, fraction = self.max_model_len, self.memory_fraction
         _need("max_model_len", length, length is None or (type(length) is int and length >= 1), "at least 1, or None")
         fine = fraction is None or (type(fraction) in (int, float) and 0 < fraction <= 1)

@@ -22,6 +22,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
 from slipway.engine import edits
 from slipway.engine.batch import Bucket, Sizes
+from slipway.engine.nodes import Leading
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Logprob, Logprobs, Request, RequestOutput, Sequence
 from slipway.engine.sample import Sampled
@@ -68,7 +69,7 @@ class Engine:
 
     def __init__(
         self,
-        step: Step,
+        step: Step | Leading,
         params: Any,
         kv: jax.Array,
         shapes: list[Bucket],
@@ -80,7 +81,7 @@ class Engine:
     ):
         self.limits, self.tokenizer, self.stats, self.defaults = limits, tokenizer, Stats(), dict(defaults)
         self._step, self._params, self._kv, self._shapes = step, jax.tree.leaves(params), kv, shapes
-        self._newest = jax.device_put(np.zeros(step.newest.shape, np.int32), step.newest.sharding)
+        self._newest = step.first_newest()
         self._eos_ids, self._seed, self._count = eos_ids, seed, itertools.count()
         sizes = limits.sizes
         self._schedulers = [
@@ -179,6 +180,7 @@ class Engine:
         for array in (*self._params, self._kv, self._newest):
             array.delete()
         self._params, self._dispatched = [], None
+        self._step.close()
 
     def flush(self) -> int:
         """Forget the cached prefixes; how many pages that freed. What runs keeps its own."""

@@ -3,6 +3,7 @@
 Loading and compiling overlap: both need only the declaration.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -20,7 +21,7 @@ from slipway import models, ops, tree
 from slipway.checkpoint import files, hub, load, quantize
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
-from slipway.engine import compile_cache, memory
+from slipway.engine import compile_cache, memory, nodes
 from slipway.engine.batch import Bucket, Sizes
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine, Limits
@@ -37,12 +38,48 @@ SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
 NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model whose arrays are on their devices and whose programs are compiled, and what its files say."""
+
+    step: Step
+    params: Any
+    kv: jax.Array
+    shapes: list[Bucket]
+    limits: Limits
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    defaults: dict[str, Any]
+
+
 def launch(model: str, config: EngineConfig) -> Engine:
     """Load ``model``, a directory or a hub id, and compile it.
 
     Raises CheckpointError, UnsupportedModel, InvalidConfig or OutOfMemory; nothing is held then.
     """
+    if config.node_rank:
+        raise InvalidConfig("node_rank", config.node_rank, "0 here; the other processes run `slipway follow`")
+    it = _load(model, config)
+    step = it.step if config.nnodes == 1 else nodes.Leading(it.step, it.shapes, config)
+    return Engine(
+        step, it.params, it.kv, it.shapes, it.limits, it.tokenizer, it.eos_ids, config.seed, it.defaults
+    )  # fmt: skip
+
+
+def follow(model: str, config: EngineConfig) -> None:
+    """Load this process's part of ``model`` and repeat the first process's steps until it closes its engine.
+
+    Raises as ``launch`` does.
+    """
+    if not config.node_rank:
+        raise InvalidConfig("node_rank", config.node_rank, "1 or more: process 0 leads")
+    it = _load(model, config)
+    nodes.follow(it.step, jax.tree.leaves(it.params), it.kv, it.shapes, it.limits.sizes, config)
+
+
+def _load(model: str, config: EngineConfig) -> Loaded:
     started = time.perf_counter()
+    nodes.join(config)
     kept = compile_cache.use(config.compilation_cache)
     dummy = config.load_format == "dummy"
     directory = hub.resolve(model, config.revision, hub.WITHOUT_WEIGHTS if dummy else hub.ALLOW_PATTERNS)
@@ -82,9 +119,9 @@ def launch(model: str, config: EngineConfig) -> Engine:
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
     bodies = ops.bodies(platform, step.kv, dtype)
     _announce(platform, np.dtype(dtype).name, mesh, bodies, limits, time.perf_counter() - started)
-    return Engine(
+    return Loaded(
         step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
-        config.seed, generation_defaults(checkpoint.generation_config),
+        generation_defaults(checkpoint.generation_config),
     )  # fmt: skip
 
 
@@ -104,8 +141,9 @@ def _compiled(
     devices = mesh.shape[meshes.TENSOR]
     page_bytes = math.prod(empty.shape) * empty.dtype.itemsize // devices
     weights = sum(_shard_bytes(leaf.param, mesh, dtype) for leaf in tree.leaves(declaration))
-    device = mesh.devices.flat[0]
-    budget = memory.budget(config.memory_fraction, device, mesh.devices.size, weights, page_bytes)
+    mine = mesh.local_devices
+    budget = memory.budget(config.memory_fraction, mine[0], len(mine), weights, page_bytes)
+    budget = dataclasses.replace(budget, total=nodes.least(budget.total))
     table_width = -(-length // config.page_size)
     shapes = batches.buckets(config.max_num_seqs, config.max_num_batched_tokens)
     temp, useful = 0, config.max_num_seqs * table_width

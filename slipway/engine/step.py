@@ -61,7 +61,7 @@ class Step:
             donate_argnums=1, in_shardings=(None, None, sharded, sharded),
         )  # fmt: skip
         self._sample = jax.jit(
-            jax.shard_map(choose, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows, rows), check_vma=False),
+            jax.shard_map(choose, mesh=mesh, in_specs=(rows,) * 4, out_specs=(P(), rows), check_vma=False),
             in_shardings=(sharded,) * 4,
         )
         self._no_edits: dict[int, Edits] = {}
@@ -109,6 +109,13 @@ class Step:
         sampled, newest = self._samplers[bucket.num_rows](logits_BV, newest, batch.sampling, edits)
         return kv, newest, sampled, x_TD
 
+    def first_newest(self) -> jax.Array:
+        """What the first step reads as the tokens of the one before."""
+        return jax.jit(lambda: jnp.zeros(self.newest.shape, jnp.int32), out_shardings=self.newest.sharding)()
+
+    def close(self) -> None:
+        """Nothing is held here."""
+
     @property
     def _copies(self) -> int:
         return self._mesh.shape[meshes.DATA]
@@ -123,7 +130,7 @@ class Step:
         return self._no_edits[num_rows]
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._by_rows)
+        return jax.make_array_from_callback(array.shape, self._by_rows, lambda index: array[index])
 
     def program(self, bucket: Bucket) -> Any:
         """The forward pass of one bucket, compiled."""
@@ -195,4 +202,5 @@ def _sample(
         return sample.Sampled(token_B, rows, rows.astype(jnp.int32), tops.astype(jnp.int32), tops)
 
     wanted = jnp.any(sampling.wants_logprobs_B)
-    return jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without), newest_R
+    sampled = jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without)
+    return jax.tree.map(lambda array: meshes.all_rows(array), sampled), newest_R

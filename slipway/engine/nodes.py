@@ -1,0 +1,111 @@
+"""One engine over several processes: the first schedules, the others repeat its steps; decides what goes between them.
+
+Every process holds its devices' part of the weights and of the cache, and must start the same programs in the same
+order. The first one sends each step's bucket and arrays over ZeroMQ, as msgspec frames and raw numbers. Who dies is
+found by jax.distributed's heartbeat, which ends all processes. The network between them must be trusted, as it must be
+for jax.distributed itself.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+import zmq
+from jax.experimental import multihost_utils
+
+from slipway.engine import batch as batches
+from slipway.engine.batch import Batch, Bucket, Sizes
+from slipway.engine.config import EngineConfig
+from slipway.engine.step import Step
+
+logger = logging.getLogger(__name__)
+HEARTBEAT_TIMEOUT_S = 5  # everyone has ended two seconds later
+STOP = -1
+
+
+class Header(msgspec.Struct):
+    """What comes before a step's arrays. ``bucket``: its place in the list of shapes, or STOP."""
+
+    bucket: int
+    has_edits: bool = False
+
+
+def join(config: EngineConfig) -> None:
+    """Meet the other processes; before anything else asks JAX for devices. Raises RuntimeError if they do not come."""
+    if config.nnodes == 1 or jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        config.dist_init_addr, config.nnodes, config.node_rank, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
+    )
+    devices = jax.local_device_count(), jax.device_count()
+    logger.info("process %d of %d, with %d devices of %d", config.node_rank, config.nnodes, *devices)
+
+
+def least(value: int) -> int:
+    """The smallest of all processes' values."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(value)).min())
+
+
+class Leading:
+    """A Step whose calls the other processes repeat."""
+
+    def __init__(self, step: Step, shapes: list[Bucket], config: EngineConfig):
+        self._step, self._numbers = step, {bucket: number for number, bucket in enumerate(shapes)}
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # never drop a step
+        host = config.dist_init_addr.rpartition(":")[0]
+        port: int = self._socket.bind_to_random_port(f"tcp://{host}")
+        multihost_utils.broadcast_one_to_all(np.int32(port))
+        for _ in range(config.nnodes - 1):
+            self._socket.recv()  # a subscription
+
+    def first_newest(self) -> jax.Array:
+        """As Step's."""
+        return self._step.first_newest()
+
+    @property
+    def num_compiled(self) -> int:
+        """As Step's."""
+        return self._step.num_compiled
+
+    def __call__(self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, batch: Batch) -> Any:
+        """As Step's, here and in all other processes."""
+        header = msgspec.msgpack.encode(Header(self._numbers[bucket], batch.edits is not None))
+        arrays = [array.tobytes() for array in jax.tree.leaves(batch)]
+        self._socket.send_multipart([header, *arrays])
+        return self._step(leaves, kv, newest, bucket, batch)
+
+    def close(self) -> None:
+        """Let the other processes go."""
+        self._socket.send(msgspec.msgpack.encode(Header(STOP)))
+        self._socket.close(linger=1000)
+
+
+def follow(
+    step: Step, leaves: list[jax.Array], kv: jax.Array, shapes: list[Bucket], sizes: Sizes, config: EngineConfig
+) -> None:
+    """Repeat the first process's steps until it closes its engine."""
+    socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    port = int(multihost_utils.broadcast_one_to_all(np.int32(0)))
+    host = config.dist_init_addr.rpartition(":")[0]
+    socket.connect(f"tcp://{host}:{port}")
+    socket.subscribe(b"")
+    newest = step.first_newest()
+    copies = config.data_parallel_size
+    while True:
+        first, *frames = socket.recv_multipart()
+        header = msgspec.msgpack.decode(first, type=Header)
+        if header.bucket == STOP:
+            socket.close()
+            return
+        shape = batches.empty(shapes[header.bucket], sizes)
+        templates, tree = jax.tree.flatten(shape if header.has_edits else batches.without_edits(shape))
+        arrays = [
+            np.frombuffer(frame, like.dtype).reshape(copies * like.shape[0], *like.shape[1:])
+            for frame, like in zip(frames, templates, strict=True)
+        ]
+        kv, newest, _, _ = step(leaves, kv, newest, shapes[header.bucket], jax.tree.unflatten(tree, arrays))

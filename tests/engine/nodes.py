@@ -1,0 +1,37 @@
+"""One process of an engine over two, for test_nodes.py: python -m tests.engine.nodes RANK PORT MODEL [endless]."""
+
+import json
+import os
+import sys
+
+from slipway import LLM, SamplingParams
+from slipway.engine.config import EngineConfig
+from slipway.engine.launch import follow
+
+PROMPTS = [[5, 6, 7], [8] * 20, [9, 10], [11], [12, 13, 14, 15]]
+PARAMS = [
+    SamplingParams(temperature=t, max_tokens=8, seed=3, ignore_eos=True, logprobs=2, presence_penalty=p)
+    for t, p in [(0, 0), (1, 0), (0, 1), (0, 0), (1, 1)]
+]
+OPTIONS = {"tensor_parallel_size": 4, "data_parallel_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+
+
+def main(rank: int, port: str, model: str, endless: bool) -> None:
+    """Lead or follow; the leader prints its tokens as JSON."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"  # read when JAX looks for devices
+    nodes = {"nnodes": 2, "node_rank": rank, "dist_init_addr": f"127.0.0.1:{port}"}
+    if rank:
+        follow(model, EngineConfig(skip_tokenizer_init=True, **OPTIONS, **nodes))
+        return
+    with LLM(model, skip_tokenizer_init=True, **OPTIONS, **nodes) as llm:
+        while True:
+            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+            tokens = [output.outputs[0].token_ids for output in outputs]
+            logprobs = [[sorted(entry) for entry in output.outputs[0].logprobs] for output in outputs]
+            print(json.dumps([tokens, logprobs]), flush=True)
+            if not endless:
+                return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], len(sys.argv) > 4)

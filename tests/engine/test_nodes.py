@@ -1,0 +1,72 @@
+"""One engine over two processes of four devices: the tokens of one, and nobody left waiting when one is killed."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slipway.engine.config import EngineConfig
+from slipway.engine.launch import follow
+from slipway.errors import InvalidConfig
+from slipway.llm import LLM
+from tests.engine.nodes import OPTIONS, PARAMS, PROMPTS
+
+pytestmark = pytest.mark.xdist_group("nodes")
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """A function that starts both processes; what is left of them is ended."""
+    running = []
+
+    def both(*arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in (0, 1):
+            command = [sys.executable, "-m", "tests.engine.nodes", str(rank), port, str(tiny), *arguments]
+            with (tmp_path / f"{rank}.log").open("w") as log:
+                root = Path(__file__).parents[2]
+                running.append(subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True))
+        return running
+
+    yield both
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_two_processes_give_the_tokens_of_one(start, tiny):
+    leader, follower = start()
+    tokens, logprobs = json.loads(leader.communicate(timeout=240)[0].splitlines()[-1])  # after lines of Gloo's
+    assert (leader.returncode, follower.wait(30)) == (0, 0), "the follower ends with its leader"
+    llm = LLM(tiny, skip_tokenizer_init=True, **OPTIONS)  # the same on eight devices of one process
+    expected = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert tokens == [output.outputs[0].token_ids for output in expected]
+    assert logprobs == [[sorted(entry) for entry in output.outputs[0].logprobs] for output in expected]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other_within_ten_seconds(start, rank):
+    processes = start("endless")
+    assert any(line.startswith("[[[") for line in iter(processes[0].stdout.readline, "")), "it runs"
+    processes[rank].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert processes[1 - rank].wait(60) != 0, "an error, no quiet end"
+    assert time.monotonic() - killed < 10  # the promise itself, not a speed: heartbeats are every few seconds
+
+
+def test_who_leads_and_who_follows_is_told(tiny):
+    with pytest.raises(InvalidConfig, match="slipway follow"):
+        LLM(tiny, nnodes=2, node_rank=1, dist_init_addr="127.0.0.1:1")
+    with pytest.raises(InvalidConfig, match="process 0 leads"):
+        follow(str(tiny), EngineConfig(nnodes=2, dist_init_addr="127.0.0.1:1"))
+    for bad in ({"nnodes": 0}, {"node_rank": 1}, {"nnodes": 2}, {"nnodes": 2, "dist_init_addr": "here"}):
+        with pytest.raises(InvalidConfig):
+            EngineConfig(**bad)
