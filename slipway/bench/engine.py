@@ -18,7 +18,9 @@ import numpy as np
 
 from slipway.bench import rivals
 from slipway.bench.models import QWEN3_SHAPE, random_model
+from slipway.bench.throughput import quantiles
 from slipway.engine.params import SamplingParams
+from slipway.engine.stats import Snapshot
 from slipway.llm import LLM
 
 BATCHES = (1, 8)
@@ -34,7 +36,7 @@ class EngineBench:
     """Of our weights."""
     against_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the rival's."""
-    rows: int = 64
+    rows: int = 256
     """Running requests for the host's cost."""
     rounds: int = 5
     """Alternating rounds of each measurement."""
@@ -86,8 +88,8 @@ def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int)
     }
 
 
-def host_cost(rows: int) -> dict[str, float]:
-    """Milliseconds a step, apart from the device's, while ``rows`` requests of nano decode and stream text."""
+def host_cost(rows: int) -> dict[str, Any]:
+    """Milliseconds a step, apart from the device's, while ``rows`` requests of nano decode; and all counters."""
     llm = LLM(max_num_seqs=rows, max_num_batched_tokens=max(rows, 128))
     rng, steps = np.random.default_rng(0), 64
     for _ in range(rows):
@@ -101,5 +103,15 @@ def host_cost(rows: int) -> dict[str, float]:
     costs = sorted(costs[:steps])
     return {
         "rows": rows, "median_ms": round(statistics.median(costs), 3), "p90_ms": round(costs[int(len(costs) * 0.9)], 3),
-        "device_ms": round(stats.device_s / stats.steps * 1e3, 2),
+        "waited_ms": round(stats.device_s / stats.steps * 1e3, 2), "counters": counters(llm.engine.snapshot()),
     }  # fmt: skip
+
+
+def counters(snapshot: Snapshot) -> dict[str, Any]:
+    """The engine's gauges and sums."""
+    stats, kept = snapshot.stats, {field.name for field in dataclasses.fields(snapshot)} - {"stats"}
+    shown: dict[str, Any] = {name: getattr(snapshot, name) for name in sorted(kept)}
+    shown |= {"pages_used": snapshot.pages_used, "hit_rate": round(snapshot.hit_rate, 3)}
+    shown |= {"steps": stats.steps, "prompt_tokens": stats.prompt_tokens, "generated_tokens": stats.generated_tokens}
+    histograms = ("step_host", "step_device", "queue", "first_token", "inter_token")
+    return shown | {f"{name}_ms": quantiles(getattr(stats, name)) for name in histograms}
