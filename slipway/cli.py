@@ -37,6 +37,7 @@ from slipway.engine.request import RequestOutput
 from slipway.errors import InvalidConfig, InvalidRequest, SlipwayError
 from slipway.llm import LLM, NANO
 from slipway.parity import compare as parity_of
+from slipway.server.config import ServerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,27 @@ class Generate:
         stream = _load(self.model, self.engine).stream(self.prompt, self.sampling)
         print(self.prompt, end="", flush=True)
         _print_stream(stream, self.show_speed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model over HTTP, as OpenAI's API, vLLM and SGLang do (docs/serving.md)."""
+
+    model: Positional[str] = "nano"
+    """A directory or a hub id; nano is the shipped model."""
+    replicas: int = 1
+    """Engine processes, each with the model whole."""
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
+    server: OmitArgPrefixes[ServerConfig] = ServerConfig()
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        from slipway.server.serve import serve  # brings a web server, which other commands do without
+
+        if self.replicas < 1:
+            raise InvalidConfig("replicas", self.replicas, "at least 1")
+        path = NANO if self.model == "nano" else self.model
+        serve(path, self.model, self.engine, self.server, self.replicas)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +281,7 @@ def main() -> None:
     for name in ("slipway.engine.launch", "slipway.engine.step"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        commands: Any = Generate | Chat | Follow | Convert | Quantize | Models | Bench
+        commands: Any = Generate | Chat | Serve | Follow | Convert | Quantize | Models | Bench
         tyro.cli(commands, prog="slipway", registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ SlipwayError
 ├── CheckpointError (ValueError)   a directory that is no model, or does not fit its declaration: .problems
 ├── OutOfMemory (MemoryError)      the weights, or a single page, exceed the memory budget
 ├── EngineBusy                     as many requests wait as may; nothing of this one was begun
+│   └── ClientBusy                 as many of one client
 └── EngineDead                     the engine has stopped, by an error or because it was closed
 """
 
@@ -78,6 +79,20 @@ class EngineBusy(SlipwayError):
 
 class EngineDead(SlipwayError):
     """The engine does not run any more; requests that it had end with this error."""
+
+
+class ClientBusy(EngineBusy):
+    """One client has as many requests as it may."""
+
+
+class Shown:
+    """A description where an error's value belongs, when that is not at hand."""
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from slipway.codec.pieces import Pieces, Stream, pieces, special_ids
+from slipway.codec.pieces import BytePieces, Pieces, Stream, pieces, special_ids
 from slipway.errors import CheckpointError, InvalidRequest
 
 NO_TOKENIZER = (
@@ -67,6 +67,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary, which a padded lm_head can produce, have no text."""
         return self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special tokens included; empty for an id without one."""
+        pieces = self._all_pieces
+        if isinstance(pieces, BytePieces):
+            piece: str | bytes = pieces[token_id]
+        else:
+            piece = self.raw.decode([token_id], skip_special_tokens=False)
+        return piece if isinstance(piece, bytes) else piece.encode()
 
     def stream(self, skip_special_tokens: bool = True) -> Stream:
         """A fresh stream for one sequence: what `decode` does, token by token."""

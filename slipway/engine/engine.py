@@ -46,6 +46,7 @@ class Limits:
     num_pages: int
     copies: int
     prefix_caching: bool
+    bodies: dict[str, str]  # which serves each op
 
     @property
     def sizes(self) -> Sizes:

@@ -115,10 +115,10 @@ def _load(model: str, config: EngineConfig) -> Loaded:
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
         copies=config.data_parallel_size, prefix_caching=_caches(config.enable_prefix_caching, model_config),
+        bodies=ops.bodies(platform, step.kv, dtype),
     )  # fmt: skip
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
-    bodies = ops.bodies(platform, step.kv, dtype)
-    _announce(platform, np.dtype(dtype).name, mesh, bodies, limits, time.perf_counter() - started)
+    _announce(platform, np.dtype(dtype).name, mesh, limits, time.perf_counter() - started)
     return Loaded(
         step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
         generation_defaults(checkpoint.generation_config),
@@ -211,9 +211,9 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokeniz
     return frozenset(ids) | (frozenset() if tokenizer is None else tokenizer.eos_token_ids)
 
 
-def _announce(platform: str, dtype: str, mesh: Mesh, bodies: dict[str, str], limits: Limits, seconds: float) -> None:
+def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, seconds: float) -> None:
     tokens = limits.num_pages * limits.page_size
-    logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), bodies)
+    logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), limits.bodies)
     logger.info(
         "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
         limits.num_pages, limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,

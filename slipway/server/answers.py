@@ -1,0 +1,117 @@
+"""The shapes of answers: OpenAI's objects, and vLLM's additions to them; knows no engine and no HTTP.
+
+Plain dictionaries, encoded once. A token's text in log probabilities is its bytes as UTF-8, with U+FFFD for half
+characters.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from slipway.codec.tokenizer import Tokenizer
+from slipway.server.messages import Delta, Sample
+
+Entry = dict[int, tuple[float, int]]
+
+
+class Usage:
+    """Tokens of a request, counted as they come."""
+
+    def __init__(self) -> None:
+        self.prompt = self.completion = self.cached = 0
+
+    def add(self, delta: Delta) -> None:
+        """Count what is new."""
+        self.completion += sum(len(sample.token_ids) for sample in delta.samples)
+        self.cached += delta.num_cached_tokens
+
+    def shown(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt, "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion, "prompt_tokens_details": {"cached_tokens": self.cached},
+        }  # fmt: skip
+
+
+class Shape:
+    """The frame around choices: id, model and time are those of the whole request."""
+
+    def __init__(self, kind: str, prefix: str, model: str, request_id: str | None, tokenizer: Tokenizer | None):
+        self.id = request_id or f"{prefix}-{uuid.uuid4().hex}"
+        self._kind, self._model, self._created, self._tokenizer = kind, model, int(time.time()), tokenizer
+
+    def whole(self, choices: list[dict[str, Any]], usage: Usage, **more: Any) -> dict[str, Any]:
+        """All of an answer."""
+        return self._frame(self._kind) | {"choices": choices, "usage": usage.shown()} | more
+
+    def chunk(self, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
+        """A piece of a stream. OpenAI calls pieces of completions what it calls the whole."""
+        kind = f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind
+        frame = self._frame(kind) | {"choices": choices}
+        return frame if usage is None else frame | {"usage": usage.shown()}
+
+    def completion_logprobs(self, ids: Sequence[int], entries: Sequence[Entry | None], offset: int) -> dict[str, Any]:
+        """OpenAI's logprobs of a completion; ``offset``: characters before the first token. None: nothing is known."""
+        tokens = [self._text(token) for token in ids]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        tops = [None if entry is None else {self._text(t): each[0] for t, each in entry.items()} for entry in entries]
+        own = [None if entry is None else entry[token][0] for token, entry in zip(ids, entries)]
+        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+
+    def chat_logprobs(self, ids: Sequence[int], entries: Sequence[Entry], top: int) -> dict[str, Any]:
+        """OpenAI's logprobs of a chat: for each token its own, and the ``top`` likeliest."""
+
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": self._text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
+
+        content = []
+        for token, entry in zip(ids, entries):
+            likeliest = sorted(entry.items(), key=lambda item: item[1][1])[:top]
+            tops = [one(other, value) for other, (value, _) in likeliest]
+            content.append(one(token, entry[token][0]) | {"top_logprobs": tops})
+        return {"content": content}
+
+    def prompt_logprobs(self, entries: Sequence[Entry | None] | None) -> list[Any] | None:
+        """vLLM's: for each token of the prompt {id: {logprob, rank, decoded_token}}."""
+        if entries is None:
+            return None
+        return [
+            None if entry is None else {
+                str(token): {"logprob": value, "rank": rank, "decoded_token": self._text(token)}
+                for token, (value, rank) in entry.items()
+            }
+            for entry in entries
+        ]  # fmt: skip
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def _bytes(self, token: int) -> bytes:
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+    def _text(self, token: int) -> str:
+        return f"token_id:{token}" if self._tokenizer is None else self._bytes(token).decode(errors="replace")
+
+
+def merged(samples: Sequence[Sample]) -> dict[int, Sample]:
+    """Pieces put together, by the sample that they belong to."""
+    whole: dict[int, Sample] = {}
+    for piece in samples:
+        if (sample := whole.get(piece.index)) is None:
+            whole[piece.index] = piece
+            continue
+        sample.text += piece.text
+        sample.token_ids += piece.token_ids
+        if piece.logprobs is not None:
+            sample.logprobs = (sample.logprobs or []) + piece.logprobs
+        sample.finish_reason, sample.stop_reason = piece.finish_reason, piece.stop_reason
+    return whole
+
+
+def error(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}

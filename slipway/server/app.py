@@ -1,0 +1,356 @@
+"""HTTP: which route calls what, and what it answers; gate.py decides who is let in and what a failure becomes.
+
+Bodies are read under a limit, before anything is decoded.
+"""
+
+import asyncio
+import base64
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from slipway import __version__
+from slipway.engine.params import SamplingParams
+from slipway.errors import EngineDead, InvalidRequest, SlipwayError
+from slipway.server import generation, pages, schema
+from slipway.server.gate import Gate, NotFound, TooLarge, json_response
+from slipway.server.generation import Chats, Completions
+from slipway.server.metrics import Metrics
+from slipway.server.service import Place, Prompt, Service
+
+logger = logging.getLogger("slipway.access")
+encode = msgspec.json.Encoder().encode
+
+
+class App:
+    """The routes of one service."""
+
+    def __init__(self, service: Service):
+        self.service, self.config = service, service.config
+        self.metrics = Metrics(service.model_name, service.config.vllm_metric_names)
+
+    def asgi(self, on_start: Callable[[], Awaitable[None]], on_stop: Callable[[], Awaitable[None]]) -> Starlette:
+        """The application; ``on_start`` and ``on_stop`` run around its life."""
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            await on_start()
+            yield
+            await on_stop()
+
+        middleware = [Middleware(Gate, keys=self.config.api_key, metrics=self.metrics)]
+        if self.config.allow_origins:
+            middleware.insert(
+                0, Middleware(CORSMiddleware, allow_origins=list(self.config.allow_origins), allow_methods=["*"],
+                              allow_headers=["*"]),
+            )  # fmt: skip
+        get, post = ["GET"], ["POST"]
+        table: list[tuple[str, Any, list[str]]] = [
+            ("/v1/completions", self._generating(schema.Completion, Completions), post),
+            ("/v1/chat/completions", self._generating(schema.Chat, Chats), post),
+            ("/v1/embeddings", self._reading(schema.Embedding, self.embeddings), post),
+            ("/v1/score", self._reading(schema.Score, self.score), post),
+            ("/v1/rerank", self._reading(schema.Rerank, self.rerank), post),
+            ("/v1/models", self.models, get), ("/v1/models/{model:path}", self.model, get),
+            ("/tokenize", self._reading(schema.Tokenize, self.tokenize), post),
+            ("/detokenize", self._reading(schema.Detokenize, self.detokenize), post),
+            ("/abort_request", self._reading(schema.AbortRequest, self.abort_request), post),
+            ("/flush_cache", self._asking("flush"), post), ("/pause", self._asking("pause"), post),
+            ("/resume", self._asking("resume"), post), ("/load", self.load, get),
+            ("/server_info", self.server_info, get), ("/version", self.version, get),
+            ("/capabilities", self.capabilities, get), ("/metrics", self.published, get),
+            ("/livez", self.livez, get), ("/readyz", self.readyz, get), ("/health", self.readyz, get),
+            ("/openapi.json", self.openapi, get), ("/docs", self.docs, get),
+        ]  # fmt: skip
+        self.routes = [Route(path, endpoint, methods=methods) for path, endpoint, methods in table]
+        return Starlette(routes=self.routes, middleware=middleware, lifespan=lifespan)
+
+    def _generating(self, kind: type, make: Any) -> Callable[[Request], Awaitable[Response]]:
+        """A handler whose answer is generated, whole or as a stream."""
+
+        async def handle(request: Request) -> Response:
+            body, unknown = await self._body(request, kind)
+            self._check_model(body.model)
+            request_id = body.request_id or request.headers.get("x-request-id")
+            answer = make(self.service, body, request_id)
+            request.scope["slipway.id"] = answer.shape.id
+            headers = _headers(unknown) | {"x-request-id": answer.shape.id}
+            stack = contextlib.ExitStack()
+            place = stack.enter_context(self.service.place(_client(request), answer.shape.id))
+            try:
+                await answer.prepare()
+            except BaseException:
+                stack.close()
+                raise
+            if body.stream:
+                events = _guarded(answer.events(place), stack)
+                first = await anext(events)  # what the engine refuses is an error still, not an event
+                return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=headers)
+            with stack:
+                whole = await _unless_gone(request, answer.whole(place), place)
+            return json_response(whole, headers)
+
+        handle.__doc__ = f"{kind.__doc__}"
+        handle.kind = kind  # type: ignore[attr-defined]
+        return handle
+
+    def _reading(self, kind: type, answer: Any) -> Callable[[Request], Awaitable[Response]]:
+        """A handler that is given a body."""
+
+        async def handle(request: Request) -> Response:
+            body, unknown = await self._body(request, kind)
+            self._check_model(getattr(body, "model", None))
+            with self.service.place(_client(request), f"req-{uuid.uuid4().hex}") as place:
+                found = await _unless_gone(request, answer(body, place), place)
+            return json_response(encode(found), _headers(unknown))
+
+        handle.kind = kind  # type: ignore[attr-defined]
+        handle.__doc__ = f"{kind.__doc__}"
+        return handle
+
+    def _asking(self, what: str) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(_: Request) -> Response:
+            ready = [replica for replica in self.service.replicas if replica.ready.is_set()]
+            values = await asyncio.gather(*(replica.ask(what) for replica in ready))
+            return json_response(encode({"success": True, "engines": len(ready), "values": values}))
+
+        handle.__doc__ = f"Every engine: {what}."
+        return handle
+
+    async def _body(self, request: Request, kind: type) -> tuple[Any, list[str]]:
+        """A checked body, and its unknown fields. Raises InvalidRequest."""
+        limit, held, size = self.config.max_body_bytes, [], 0
+        if int(request.headers.get("content-length") or 0) > limit:
+            raise TooLarge("body", f"{request.headers['content-length']} bytes", f"at most {limit}")
+        async for chunk in request.stream():
+            held.append(chunk)
+            size += len(chunk)
+            if size > limit:
+                raise TooLarge("body", f"more than {size} bytes", f"at most {limit}")
+        body, unknown = schema.read(b"".join(held), kind, self.config.strict)
+        if unknown:
+            logger.warning("%s: unknown fields ignored: %s", request.url.path, ", ".join(unknown)[:200])
+        return body, unknown
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.service.model_name:
+            raise NotFound("model", name, self.service.model_name)
+
+    async def _hidden(self, place: Place, prompts: list[Prompt], pooling: str, priority: int) -> np.ndarray:
+        """Hidden states [prompts, embed] of prompts, not normalized."""
+
+        async def one(prompt: Prompt) -> list[float]:
+            params = SamplingParams(max_tokens=1)
+            with self.service.open(place, prompt, params, priority=priority, pooling=pooling) as stream:
+                while not stream.finished:
+                    last = (await stream.next())[-1]
+            if last.hidden is None:
+                raise EngineDead("the request was aborted")
+            return last.hidden
+
+        return np.array(await asyncio.gather(*map(one, prompts)), np.float32)
+
+    async def embeddings(self, body: schema.Embedding, place: Place) -> dict[str, Any]:
+        """OpenAI's list of embeddings."""
+        prompts = await self.service.prompts(body.input, "input", body.truncate_prompt_tokens)
+        vectors = await self._hidden(place, prompts, body.pooling, body.priority)
+        if body.dimensions is not None:
+            if not 1 <= body.dimensions <= vectors.shape[1]:
+                raise InvalidRequest("dimensions", body.dimensions, f"1 to {vectors.shape[1]}")
+            vectors = vectors[:, : body.dimensions]  # Kusupati et al., Matryoshka representation learning, 2022
+        if body.normalize:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        usage = sum(len(prompt.token_ids) for prompt in prompts)
+
+        def shown(vector: np.ndarray) -> Any:
+            return base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
+
+        data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
+        return {
+            "object": "list", "model": self.service.model_name, "data": data,
+            "usage": {"prompt_tokens": usage, "total_tokens": usage},
+        }  # fmt: skip
+
+    async def score(self, body: schema.Score, place: Place) -> dict[str, Any]:
+        """vLLM's list of scores."""
+        ours, theirs = ([given] if isinstance(given, str) else given for given in (body.text_1, body.text_2))
+        if len(ours) not in (1, len(theirs)):
+            raise InvalidRequest("text_2", f"{len(theirs)} texts", f"as many as text_1 has ({len(ours)})")
+        values, usage = await self._scores(place, ours, theirs, body.pooling, body.priority)
+        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
+        return {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
+                "model": self.service.model_name, "data": data, "usage": usage}  # fmt: skip
+
+    async def rerank(self, body: schema.Rerank, place: Place) -> dict[str, Any]:
+        """Jina's and Cohere's list of results."""
+        if not body.documents:
+            raise InvalidRequest("documents", [], "at least one")
+        if body.top_n is not None and body.top_n < 1:
+            raise InvalidRequest("top_n", body.top_n, "at least 1")
+        values, usage = await self._scores(place, [body.query], body.documents, body.pooling, body.priority)
+        order = sorted(range(len(values)), key=lambda i: -values[i])[: body.top_n]
+        results: list[dict[str, Any]] = [{"index": i, "relevance_score": values[i]} for i in order]
+        if body.return_documents:
+            results = [each | {"document": {"text": body.documents[each["index"]]}} for each in results]
+        name = f"rerank-{uuid.uuid4().hex}"
+        return {"id": name, "model": self.service.model_name, "results": results, "usage": usage}
+
+    async def _scores(
+        self, place: Place, ours: list[str], theirs: list[str], pooling: str, priority: int
+    ) -> tuple[list[float], dict[str, int]]:
+        prompts = await self.service.prompts([*ours, *theirs], "text_1", None)
+        vectors = await self._hidden(place, prompts, pooling, priority)
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        usage = sum(len(prompt.token_ids) for prompt in prompts)
+        values = (vectors[: len(ours)] * vectors[len(ours) :]).sum(axis=1).tolist()
+        return values, {"prompt_tokens": usage, "total_tokens": usage}
+
+    async def tokenize(self, body: schema.Tokenize, _: Place) -> dict[str, Any]:
+        """vLLM's answer: the ids and how many they are."""
+        tokenizer = self.service.tokenizer
+        if tokenizer is None or (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("prompt", body.prompt, "either prompt or messages, and a tokenizer")
+        if body.messages is not None:
+            options = {"add_generation_prompt": body.add_generation_prompt} | (body.chat_template_kwargs or {})
+            ids = (await self.service.conversation(body.messages, **options)).token_ids
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode, str(body.prompt), body.add_special_tokens)
+        found = {"tokens": ids, "count": len(ids), "max_model_len": self.service.limits["max_model_len"]}
+        if body.return_token_strs:
+            found["token_strs"] = [tokenizer.token_bytes(token).decode(errors="replace") for token in ids]
+        return found
+
+    async def detokenize(self, body: schema.Detokenize, _: Place) -> dict[str, Any]:
+        """The text of token ids."""
+        if self.service.tokenizer is None:
+            raise InvalidRequest("tokens", body.tokens, "a server with a tokenizer")
+        if any(not 0 <= token < 2**31 for token in body.tokens):
+            raise InvalidRequest("tokens", body.tokens, "token ids")
+        return {"prompt": self.service.tokenizer.decode(body.tokens, body.skip_special_tokens)}
+
+    async def abort_request(self, body: schema.AbortRequest, _: Place) -> dict[str, Any]:
+        """Whether it was running."""
+        return {"aborted": self.service.abort(body.rid)}
+
+    async def models(self, _: Request) -> Response:
+        """The one that is served."""
+        return json_response(encode({"object": "list", "data": [self._card()]}))
+
+    async def model(self, request: Request) -> Response:
+        """The one that is served, by its name."""
+        self._check_model(request.path_params["model"])
+        return json_response(encode(self._card()))
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.service.model_name, "object": "model", "created": 0, "owned_by": "slipway",
+                "max_model_len": self.service.limits["max_model_len"]}  # fmt: skip
+
+    async def load(self, _: Request) -> Response:
+        """Requests that run or wait."""
+        return json_response(encode({"server_load": self.service.num_requests}))
+
+    async def server_info(self, _: Request) -> Response:
+        """The effective configuration without its secrets, and the engine's limits."""
+        shown = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__ if name != "api_key"}
+        shown["chat_template"] = None if self.config.chat_template is None else self.config.chat_template.name
+        return json_response(encode({"model": self.service.model_name, "server": shown, "engine": self.service.limits}))
+
+    async def version(self, _: Request) -> Response:
+        """Of Slipway."""
+        return json_response(encode({"version": __version__}))
+
+    async def capabilities(self, _: Request) -> Response:
+        """Every route with its fields, every limit, and the kernels that serve."""
+        return json_response(encode(pages.capabilities(self.routes, self.config, self.service.limits)))
+
+    async def published(self, _: Request) -> Response:
+        """For Prometheus."""
+        ready = [replica for replica in self.service.replicas if replica.ready.is_set()]
+        asked = await asyncio.gather(*(replica.stats() for replica in ready), return_exceptions=True)
+        snapshots = [each for each in asked if not isinstance(each, BaseException)]
+        starts = sum(replica.num_starts for replica in self.service.replicas)
+        return Response(self.metrics.text(snapshots, starts), media_type="text/plain; version=0.0.4")
+
+    async def livez(self, _: Request) -> Response:
+        """This process answers."""
+        return Response(b"ok", media_type="text/plain")
+
+    async def readyz(self, _: Request) -> Response:
+        """An engine runs, and requests are admitted."""
+        ready = self.service.ready
+        return Response(b"ok" if ready else b"not ready", 200 if ready else 503, media_type="text/plain")
+
+    async def openapi(self, _: Request) -> Response:
+        """The routes as an OpenAPI document."""
+        return json_response(encode(pages.openapi(self.routes)))
+
+    async def docs(self, _: Request) -> Response:
+        """The same for people."""
+        return Response(pages.html(self.routes), media_type="text/html")
+
+
+def _headers(unknown: list[str]) -> dict[str, str]:
+    names = ", ".join(name for name in unknown if name.isidentifier() and name.isascii())[:200]
+    return {"x-slipway-warning": f"unknown fields ignored: {names}"} if unknown else {}
+
+
+def _client(request: Request) -> str:
+    return request.scope.get("slipway.client") or (request.client.host if request.client is not None else "")
+
+
+async def _unless_gone(request: Request, work: Any, place: Place) -> Any:
+    """The result of ``work``, unless the client goes before it is there."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            place.abort()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _guarded(events: AsyncIterator[bytes], stack: contextlib.ExitStack) -> AsyncIterator[bytes]:
+    """Events, the place in the queue given back at their end; what fails in their midst is the last one."""
+    begun = False
+    with stack:
+        try:
+            async for event in events:
+                begun = True
+                yield event
+        except SlipwayError as error:
+            if not begun:
+                raise
+            yield generation.failed(error)
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,56 @@
+"""The server's options, their ranges and what contradicts; knows no engine and no HTTP."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from slipway.errors import InvalidConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the server listens, whom it lets in, and how much it takes."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    served_model_name: str | None = None
+    """What clients call the model; default: the name it was loaded by."""
+    api_key: tuple[str, ...] = ()
+    """Any of these lets a client in, on every route but the probes; none: everyone."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins that browsers may call from (CORS); none by default."""
+    strict: bool = False
+    """Refuse a body with an unknown field; by default it is named in a warning header and in the log."""
+    chat_template: Path | None = None
+    """A file that replaces the model's own chat template."""
+    max_queued_requests: int = 1024
+    """Requests that may run and wait; beyond them 503."""
+    max_queued_tokens: int = 2**20
+    """Tokens of their prompts."""
+    max_requests_per_client: int = 512
+    """Of one API key, or address without keys; beyond them 429."""
+    max_body_bytes: int = 8 * 2**20
+    max_prompts: int = 1024
+    """Prompts of one request; times n, no more sequences than that."""
+    request_timeout_s: float = 600.0
+    """A request ends after as long, with what it has."""
+    drain_timeout_s: float = 30.0
+    """After SIGTERM, what runs may go on for as long."""
+    log_format: Literal["text", "json"] = "text"
+    vllm_metric_names: bool = False
+    """Publish the metrics under vLLM's names, too."""
+
+    def __post_init__(self):
+        for name in ("max_queued_requests", "max_queued_tokens", "max_requests_per_client", "max_body_bytes",
+                     "max_prompts"):  # fmt: skip
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InvalidConfig(name, value, "an integer of at least 1")
+        if type(self.port) is not int or not 0 <= self.port < 2**16:
+            raise InvalidConfig("port", self.port, "0 to 65535")
+        for name in ("request_timeout_s", "drain_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidConfig(name, getattr(self, name), "seconds above 0")
+        if any(not key.strip() for key in self.api_key):
+            raise InvalidConfig("api_key", "an empty one", "a key that is not empty")

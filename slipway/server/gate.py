@@ -1,0 +1,97 @@
+"""Around every request: keys, failures, one line in the log; the only place that knows status codes.
+
+A client is let in by its key on every route but the probes, decided on the path that the router sees.
+"""
+
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidInput, InvalidRequest, SlipwayError
+from slipway.server import answers
+from slipway.server.metrics import Metrics
+
+logger = logging.getLogger("slipway.access")
+encode = msgspec.json.Encoder().encode
+PROBES = frozenset({"/livez", "/readyz", "/health"})
+CLIENT_GONE = 499
+
+
+class TooLarge(InvalidRequest):
+    """A body beyond the limit."""
+
+
+class NotFound(InvalidRequest):
+    """No such model."""
+
+
+STATUS = {TooLarge: 413, NotFound: 404, ClientBusy: 429, EngineBusy: 503, EngineDead: 503, InvalidInput: 400}
+
+
+class Gate:
+    """Around every request: keys, failures, one line in the log."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics):
+        self._asgi, self._metrics = app, metrics
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._asgi(scope, receive, send)
+            return
+        started, status = time.perf_counter(), CLIENT_GONE
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if scope["path"] in PROBES or not self._keys or self._knows(scope):
+                await self._asgi(scope, receive, watched)
+            else:
+                body = answers.error(401, "no such API key", "authentication_error")
+                await json_response(encode(body), {"www-authenticate": "Bearer"}, 401)(scope, receive, watched)
+        except ClientDisconnect:
+            pass
+        except SlipwayError as error:
+            await refusal(error)(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.requests.labels(route, str(status)).inc()
+            if scope["path"] not in PROBES:
+                logger.info(
+                    "request", extra={"method": scope["method"], "route": route, "status": status,
+                    "ms": round(1e3 * (time.perf_counter() - started), 1), "id": scope.get("slipway.id", "-")},
+                )  # fmt: skip
+
+    def _knows(self, scope: Scope) -> bool:
+        """Whether the request brings one of the keys; compared in constant time, all of them."""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        kind, _, key = given.partition(b" ")
+        scope["slipway.client"] = key.decode(errors="replace")
+        return kind.lower() == b"bearer" and any([hmac.compare_digest(key.strip(), known) for known in self._keys])
+
+
+def refusal(error: SlipwayError) -> Response:
+    """What a failure becomes."""
+    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    headers = {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, EngineBusy) else {}
+    kind = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
+            503: "service_unavailable_error"}.get(status, "internal_error")  # fmt: skip
+    text = str(error) if status != 500 else "internal error"
+    return json_response(encode(answers.error(status, text, kind, getattr(error, "field", None))), headers, status)
+
+
+def json_response(body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> Response:
+    """An answer that is JSON already."""
+    return Response(body, status, headers, media_type="application/json")

@@ -1,0 +1,113 @@
+"""What goes between the HTTP process and an engine process: msgspec frames, never pickle; decides their fields alone.
+
+Each side sends lists of messages, all of a step in one frame. Numbers of requests are the HTTP process's.
+"""
+
+from typing import Any
+
+import msgspec
+
+from slipway.engine.config import EngineConfig
+from slipway.engine.params import SamplingParams
+from slipway.engine.stats import Snapshot
+
+
+class Start(msgspec.Struct, tag=True):
+    """Load a model; the first message."""
+
+    model: str
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, tag=True):
+    """Run a prompt."""
+
+    number: int
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str = ""
+    pooling: str = ""
+
+
+class Abort(msgspec.Struct, tag=True):
+    """End a request, if it runs."""
+
+    number: int
+
+
+class Ask(msgspec.Struct, tag=True):
+    """One of ``stats``, ``flush``, ``pause``, ``resume``; answered by an Answer."""
+
+    number: int
+    what: str
+
+
+class Stop(msgspec.Struct, tag=True):
+    """End the process."""
+
+
+class Sample(msgspec.Struct, array_like=True):
+    """What is new in one sample. ``logprobs``: for each new token {id: (log probability, rank)}, its own first."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, tuple[float, int]]] | None = None
+
+
+class Delta(msgspec.Struct, tag=True):
+    """What is new in a request. What belongs to the prompt comes with the last one."""
+
+    number: int
+    samples: list[Sample]
+    finished: bool
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, tuple[float, int]] | None] | None = None
+    hidden: list[float] | None = None
+
+
+class Refused(msgspec.Struct, tag=True):
+    """The engine does not take a request: InvalidRequest's field, got and expected."""
+
+    number: int
+    field: str
+    got: str
+    expected: str
+
+
+class Answer(msgspec.Struct, tag=True):
+    """To Ask."""
+
+    number: int
+    value: Any
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine is loaded and compiled."""
+
+    limits: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+class Failed(msgspec.Struct, tag=True):
+    """It could not be loaded; ``kind``: the exception's class, whose text says what to do."""
+
+    kind: str
+    text: str
+
+
+ToEngine = Start | Add | Abort | Ask | Stop
+FromEngine = Delta | Refused | Answer | Ready | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
+decode_from_engine = msgspec.msgpack.Decoder(list[FromEngine]).decode
+
+
+def snapshot(value: Any) -> Snapshot:
+    """An Answer's value as what the engine's ``snapshot`` was."""
+    return msgspec.convert(value, Snapshot)

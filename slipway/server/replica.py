@@ -1,0 +1,225 @@
+"""An engine process as the HTTP process sees it: started, talked to, found dead, started again; knows no HTTP.
+
+Sockets lie in a directory that only this user can enter.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from slipway.engine.config import EngineConfig
+from slipway.engine.params import SamplingParams
+from slipway.engine.stats import Snapshot
+from slipway.errors import EngineDead, InvalidRequest, Shown, SlipwayError
+from slipway.server import messages
+from slipway.server.messages import Abort, Add, Answer, Ask, Delta, Failed, Ready, Refused, Start, Stop
+
+logger = logging.getLogger(__name__)
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S, STEADY_S = 0.5, 30.0, 60.0
+LOOK_S = 0.2  # how often the process is looked after
+
+
+class Stream:
+    """A request's answers as they come. Whoever opened it closes it; what has not ended then is aborted."""
+
+    def __init__(self, replica: "Replica", number: int, num_tokens: int):
+        self._replica, self._number, self.num_tokens = replica, number, num_tokens
+        self._items: asyncio.Queue[Delta | SlipwayError] = asyncio.Queue()
+        self.finished = False
+
+    async def next(self) -> list[Delta]:
+        """What has come since the last call, at least one; the last of all is finished.
+
+        Raises InvalidRequest or EngineDead.
+        """
+        items = [await self._items.get()]
+        while not self._items.empty():
+            items.append(self._items.get_nowait())
+        deltas = []
+        for item in items:
+            if isinstance(item, SlipwayError):
+                self.finished = True
+                raise item
+            self.finished |= item.finished
+            deltas.append(item)
+        return deltas
+
+    def put(self, item: Delta | SlipwayError) -> None:
+        """Something has come."""
+        self._items.put_nowait(item)
+
+    def abort(self) -> None:
+        """End the request where it stands; the stream ends as it does by itself."""
+        if not self.finished:
+            self._replica.send(Abort(self._number))
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        self.abort()
+        self._replica.forget(self._number, self)
+
+
+class Replica:
+    """One engine process. All methods are called from one event loop."""
+
+    def __init__(self, model: str, config: EngineConfig, folder: Path, name: str):
+        self._model, self._config, self._address = model, config, f"ipc://{folder / name}"
+        self.name, self.ready = name, asyncio.Event()
+        self.info: Ready | None = None  # of the last start
+        self.failed: Failed | None = None  # why the first start failed: another would, too
+        self.num_starts = self.load = 0
+        self._process: subprocess.Popen | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._numbers = itertools.count()
+        self._streams: dict[int, Stream] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._out: list[messages.ToEngine] = []
+        self._task: asyncio.Task | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        """Begin, and from now on see to it that an engine runs."""
+        self._task = asyncio.create_task(self._keep_running(), name=f"replica {self.name}")
+
+    def open(
+        self, token_ids: list[int], params: SamplingParams, *, priority: int = 0, timeout_s: float | None = None,
+        cache_salt: str = "", pooling: str = "",
+    ) -> Stream:  # fmt: skip
+        """Start a request. Raises EngineDead; what is wrong with it comes through the stream."""
+        if not self.ready.is_set():
+            raise EngineDead("the engine is not ready")
+        number = next(self._numbers)
+        stream = self._streams[number] = Stream(self, number, params.num_samples * len(token_ids))
+        self.load += stream.num_tokens
+        self.send(Add(number, token_ids, params, priority, timeout_s, cache_salt, pooling))
+        return stream
+
+    def forget(self, number: int, stream: Stream) -> None:
+        """A stream is closed."""
+        self.load -= stream.num_tokens
+        self._streams.pop(number, None)
+
+    async def ask(self, what: str) -> Any:
+        """``flush``, ``pause`` or ``resume``. Raises EngineDead."""
+        if not self.ready.is_set():
+            raise EngineDead("the engine is not ready")
+        number = next(self._numbers)
+        future = self._answers[number] = asyncio.get_running_loop().create_future()
+        self.send(Ask(number, what))
+        return await future
+
+    async def stats(self) -> Snapshot:
+        """What runs, waits and is cached. Raises EngineDead."""
+        return messages.snapshot(await self.ask("stats"))
+
+    async def close(self) -> None:
+        """End the process; what runs ends with EngineDead."""
+        self._closing = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._process is not None and self._process.poll() is None:
+            if self._socket is not None and not self._socket.closed:
+                with contextlib.suppress(TimeoutError):  # it may be ending by itself, and read no more
+                    await asyncio.wait_for(self._socket.send(messages.encode([Stop()])), 1)
+            try:
+                await asyncio.to_thread(self._process.wait, 10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._let_go("the server is stopping")
+        if self._socket is not None:
+            self._socket.close(linger=0)
+
+    async def _keep_running(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            started = time.monotonic()
+            try:
+                await self._run()
+            finally:
+                self.ready.clear()
+            self._let_go("the engine process has died")
+            if self.info is None:
+                return  # it never ran: the server says why and ends
+            if time.monotonic() - started > STEADY_S:
+                backoff_s = FIRST_BACKOFF_S
+            logger.error("engine process %s has died; starting it again in %.1f s", self.name, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    async def _run(self) -> None:
+        """Start a process and hand out what it says, until it ends."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.bind(self._address)
+        command = [sys.executable, "-m", "slipway.server.worker", self._address]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self.num_starts += 1
+        await self._socket.send(messages.encode([Start(self._model, self._config)]))
+        dead = asyncio.create_task(_died(self._process))
+        frame = asyncio.ensure_future(self._socket.recv())
+        try:
+            while True:
+                await asyncio.wait((frame, dead), return_when=asyncio.FIRST_COMPLETED)
+                if not frame.done():
+                    return
+                for message in messages.decode_from_engine(frame.result()):
+                    self._hand_out(message)
+                frame = asyncio.ensure_future(self._socket.recv())
+        finally:
+            dead.cancel()
+            frame.cancel()
+
+    def _hand_out(self, message: messages.FromEngine) -> None:
+        if isinstance(message, Delta):
+            if (stream := self._streams.get(message.number)) is not None:
+                stream.put(message)
+        elif isinstance(message, Refused):
+            if (stream := self._streams.get(message.number)) is not None:
+                stream.put(InvalidRequest(message.field, Shown(message.got), message.expected))
+        elif isinstance(message, Answer):
+            if (future := self._answers.pop(message.number, None)) is not None and not future.done():
+                future.set_result(message.value)
+        elif isinstance(message, Ready):
+            self.info = message
+            self.ready.set()
+        else:
+            self.failed = message
+
+    def send(self, message: messages.ToEngine) -> None:
+        """Send what was said in this turn of the loop in one frame."""
+        if not self._out:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._out.append(message)
+
+    def _flush(self) -> None:
+        out, self._out = self._out, []
+        if self._socket is not None and not self._socket.closed and self.ready.is_set():
+            task = asyncio.ensure_future(self._socket.send(messages.encode(out)))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _let_go(self, why: str) -> None:
+        """End everything that waits for the engine."""
+        for stream in self._streams.values():
+            stream.put(EngineDead(why))
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(EngineDead(why))
+        self._answers.clear()
+        self._out.clear()
+
+
+async def _died(process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        await asyncio.sleep(LOOK_S)

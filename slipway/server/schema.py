@@ -1,0 +1,191 @@
+"""The bodies that clients send: fields, types, and how they become SamplingParams; knows no engine and no HTTP.
+
+OpenAI's fields, and those that vLLM and SGLang add. A field that is not listed is unknown: named in a warning, or
+refused under ``strict``. A field that is listed works, or is refused with a reason; none is ignored but ``user``, which
+says who asks and changes nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from slipway.engine.params import SamplingParams
+from slipway.errors import InvalidRequest, Shown
+
+DIRECT = (  # fields that SamplingParams has under the same name
+    "n", "best_of", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "include_stop_str_in_output",
+    "ignore_eos", "skip_special_tokens", "prompt_logprobs",
+)  # fmt: skip
+Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampling(msgspec.Struct, kw_only=True):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    n: Int | None = None
+    best_of: Int | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Int | None = None
+    truncate_prompt_tokens: Int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    priority: Int = 0
+    cache_salt: str | None = None
+    return_token_ids: bool = False
+    request_id: str | None = None
+    user: str | None = None
+
+    def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
+        if self.stream and self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest("best_of", self.best_of, "n, in a stream: which samples are best shows at the end")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options", "given", "none without stream")
+        given = {name: value for name in DIRECT if (value := getattr(self, name)) is not None}
+        fields = {"max_tokens": max_tokens} | dict(defaults) | given
+        if max_tokens is not None:
+            fields["max_tokens"] = max_tokens
+        if self.seed is not None:
+            fields["seed"] = self.seed % 2**32  # OpenAI's are 64 bits wide, and may be negative
+        if self.logit_bias is not None:
+            fields["logit_bias"] = {_token(key): value for key, value in self.logit_bias.items()}
+        return SamplingParams(**fields, logprobs=logprobs)
+
+
+class Completion(Sampling, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: Texts
+    echo: bool = False
+    logprobs: Int | None = None
+    suffix: str | None = None
+
+
+class Chat(Sampling, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Int | None = None
+    logprobs: bool = False
+    top_logprobs: Int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: Texts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Int | None = None
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    truncate_prompt_tokens: Int | None = None
+    priority: Int = 0
+    user: str | None = None
+
+
+class Score(msgspec.Struct, kw_only=True):
+    """POST /v1/score: the cosine of two texts' embeddings, pair by pair or one with many."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+    model: str | None = None
+    pooling: Literal["last", "mean"] = "last"
+    priority: Int = 0
+
+
+class Rerank(msgspec.Struct, kw_only=True):
+    """POST /v1/rerank: documents by their score with a query."""
+
+    query: str
+    documents: list[str]
+    model: str | None = None
+    top_n: Int | None = None
+    return_documents: bool = True
+    pooling: Literal["last", "mean"] = "last"
+    priority: Int = 0
+
+
+class Tokenize(msgspec.Struct, kw_only=True):
+    """POST /tokenize: of a text, or of a conversation through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Detokenize(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[Int]
+    model: str | None = None
+    skip_special_tokens: bool = False
+
+
+class AbortRequest(msgspec.Struct, kw_only=True):
+    """POST /abort_request: by the id that a client chose or was given."""
+
+    rid: str
+
+
+def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
+    """A body, and the names of fields that it should not have. Raises InvalidRequest."""
+    try:
+        raw = msgspec.json.decode(body)
+        if not isinstance(raw, dict):
+            raise InvalidRequest("body", raw, "a JSON object")
+        unknown = sorted(raw.keys() - {field.encode_name for field in msgspec.structs.fields(kind)})
+        if unknown and strict:
+            raise InvalidRequest(unknown[0], raw[unknown[0]], "no such field (--strict)")
+        return msgspec.convert(raw, kind), unknown
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        raise InvalidRequest(path.strip("`.") or "body", Shown(text), "what the type says") from error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+
+
+def _token(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 10:
+        raise InvalidRequest("logit_bias", text, "token ids as text")
+    return int(text)

@@ -1,0 +1,138 @@
+"""`slipway serve`: from options to a server that runs until it is told to stop; decides the order of start and end."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from slipway.checkpoint import hub
+from slipway.codec.tokenizer import Tokenizer
+from slipway.engine.config import EngineConfig
+from slipway.errors import InvalidConfig, SlipwayError
+from slipway.server.app import App
+from slipway.server.config import ServerConfig
+from slipway.server.replica import Replica
+from slipway.server.service import Service
+
+logger = logging.getLogger(__name__)
+LOOK_S = 0.05
+
+
+def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, replicas: int) -> None:
+    """Serve ``model`` until SIGTERM or SIGINT. Raises what loading it raises, before a request is taken."""
+    _log(config)
+    directory = hub.resolve(model, engine.revision, hub.WITHOUT_WEIGHTS)
+    tokenizer = None if engine.skip_tokenizer_init else Tokenizer.load(directory)
+    template = None if tokenizer is None else tokenizer.chat_template
+    if config.chat_template is not None:
+        if not config.chat_template.is_file():
+            raise InvalidConfig("chat_template", str(config.chat_template), "a file")
+        template = config.chat_template.read_text()
+    folder = Path(tempfile.mkdtemp(prefix="slipway-"))  # mode 700: sockets in it are this user's alone
+    try:
+        engines = [Replica(model, engine, folder, f"engine-{number}") for number in range(replicas)]
+        service = Service(config, config.served_model_name or name, tokenizer, template, engines)
+        asyncio.run(_run(service, config))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _run(service: Service, config: ServerConfig) -> None:
+    started, failure = time.monotonic(), None
+
+    async def start() -> None:
+        for replica in service.replicas:
+            replica.start()
+
+    async def stop() -> None:
+        await asyncio.gather(*(replica.close() for replica in service.replicas))
+
+    server = _Server(
+        uvicorn.Config(
+            App(service).asgi(start, stop), host=config.host, port=config.port, log_config=None, access_log=False,
+            h11_max_incomplete_event_size=64 * 1024, timeout_keep_alive=75, server_header=False,
+            timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
+        )
+    )  # fmt: skip
+    loop, ending = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    running = asyncio.create_task(server.serve())
+    while not ending.is_set() and not running.done():
+        if service.ready and started:
+            logger.info("ready on http://%s:%d after %.1f s", config.host, config.port, time.monotonic() - started)
+            started = 0.0
+        if failure is None and (failure := next((r.failed for r in service.replicas if r.failed is not None), None)):
+            break
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), LOOK_S)
+    await _drain(service, 0.0 if failure is not None else config.drain_timeout_s)
+    server.should_exit = True
+    await running
+    if failure is not None:
+        raise StartFailed(f"{failure.kind}: {failure.text}")
+
+
+async def _drain(service: Service, timeout_s: float) -> None:
+    """Admit nobody, wait for what runs, and end the rest."""
+    service.draining = True
+    deadline = time.monotonic() + timeout_s
+    while service.num_requests and time.monotonic() < deadline:
+        await asyncio.sleep(LOOK_S)
+    if service.num_requests:
+        logger.warning("%d requests are ended: the time to drain is over", service.num_requests)
+        service.abort_all()
+        for _ in range(100):
+            if not service.num_requests:
+                break
+            await asyncio.sleep(LOOK_S)
+
+
+class StartFailed(SlipwayError):
+    """The engine could not be loaded."""
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: it would end at once what we want to drain."""
+
+    def capture_signals(self) -> Any:
+        """None."""
+        return contextlib.nullcontext()
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        known = logging.makeLogRecord({}).__dict__
+        extra = {key: value for key, value in record.__dict__.items() if key not in known and key != "message"}
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "name": record.name}
+        return json.dumps(line | {"message": record.getMessage()} | extra, default=str)
+
+
+class _Text(logging.Formatter):
+    """One line; what comes from clients cannot break it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        known = logging.makeLogRecord({}).__dict__
+        extra = [f"{key}={value}" for key, value in record.__dict__.items() if key not in known and key != "message"]
+        text = " ".join([self.formatTime(record, "%H:%M:%S"), record.getMessage(), *extra])
+        return text.encode("unicode_escape").decode() if record.exc_info is None else super().format(record)
+
+
+def _log(config: ServerConfig) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if config.log_format == "json" else _Text())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logger.info("process %d, %s", os.getpid(), config if not config.api_key else "with API keys")

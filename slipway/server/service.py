@@ -1,0 +1,214 @@
+"""From a body to the engine and back: prompts, templates, queue bounds, which replica; knows no HTTP and no JSON shape.
+
+Tokenizing and templates run off the event loop. A request takes its place in the queue before anything is copied.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from slipway.codec.chat import ChatTemplate
+from slipway.codec.tokenizer import Tokenizer
+from slipway.engine.params import SamplingParams
+from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidRequest
+from slipway.server.config import ServerConfig
+from slipway.server.replica import Replica, Stream
+
+logger = logging.getLogger(__name__)
+TEMPLATE_TIMEOUT_S = 10.0
+PREFIX_TOKENS, PREFIX_DEPTH, PREFIXES = 64, 8, 4096  # by which a replica is found that has seen a prompt's beginning
+RETRY_AFTER_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the text that they came from, if it was a text."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Place:
+    """A request's place in the queue, and what runs for it."""
+
+    streams: list[Stream] = dataclasses.field(default_factory=list)
+
+    def abort(self) -> None:
+        """End it where it stands."""
+        for stream in self.streams:
+            stream.abort()
+
+
+class Service:
+    """The model as its clients use it. All methods are called from one event loop."""
+
+    def __init__(
+        self, config: ServerConfig, model_name: str, tokenizer: Tokenizer | None, template: str | None,
+        replicas: list[Replica],
+    ):  # fmt: skip
+        self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
+        self._chat = None if tokenizer is None else ChatTemplate(template, tokenizer.special_tokens)
+        self._num_requests = self._num_tokens = 0
+        self._by_client: Counter[str] = Counter()
+        self._prefixes: dict[Replica, OrderedDict[bytes, None]] = {each: OrderedDict() for each in replicas}
+        self._running: dict[str, Place] = {}  # by request id
+        self.draining = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be taken now."""
+        return not self.draining and any(replica.ready.is_set() for replica in self.replicas)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The engine's; raises EngineDead before one has started."""
+        for replica in self.replicas:
+            if replica.info is not None:
+                return replica.info.limits
+        raise EngineDead("the engine is not ready")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Of sampling, by the model's generation_config.json."""
+        return next((replica.info.defaults for replica in self.replicas if replica.info is not None), {})
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return self._num_requests
+
+    @contextlib.contextmanager
+    def place(self, client: str, request_id: str) -> Iterator[Place]:
+        """A place in the queue. Raises EngineBusy or ClientBusy."""
+        config = self.config
+        if self.draining:
+            raise EngineBusy("the server is draining", RETRY_AFTER_S)
+        if self._num_requests >= config.max_queued_requests:
+            raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may", RETRY_AFTER_S)
+        if self._by_client[client] >= config.max_requests_per_client:
+            raise ClientBusy(f"{self._by_client[client]} requests of this client run or wait", RETRY_AFTER_S)
+        if request_id in self._running:
+            raise InvalidRequest("request_id", request_id, "one that is not running")
+        place = self._running[request_id] = Place()
+        self._num_requests += 1
+        self._by_client[client] += 1
+        try:
+            yield place
+        finally:
+            self._num_requests -= 1
+            self._by_client[client] -= 1
+            if not self._by_client[client]:
+                del self._by_client[client]
+            del self._running[request_id]
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; False if it is not running."""
+        if (place := self._running.get(request_id)) is None:
+            return False
+        place.abort()
+        return True
+
+    def abort_all(self) -> None:
+        """End everything that runs."""
+        for place in self._running.values():
+            place.abort()
+
+    async def prompts(self, given: Any, field: str, truncate: int | None) -> list[Prompt]:
+        """The prompts of a body: texts or token ids, one or many. Raises InvalidRequest."""
+        items = _items(given, field)
+        if len(items) > self.config.max_prompts:
+            raise InvalidRequest(field, f"{len(items)} prompts", f"at most {self.config.max_prompts}")
+        longest = 16 * self.limits["max_model_len"]  # characters of any token: beyond, it cannot fit
+        if any(isinstance(item, str) and len(item) > longest * 8 for item in items):
+            raise InvalidRequest(field, "a text", f"one that fits max_model_len ({self.limits['max_model_len']})")
+        texts = [item for item in items if isinstance(item, str)]
+        encoded = iter(await self._encode(texts)) if texts else iter(())
+        found = [Prompt(next(encoded), item) if isinstance(item, str) else Prompt(item) for item in items]
+        if truncate is not None:
+            if truncate != -1 and truncate < 1:
+                raise InvalidRequest("truncate_prompt_tokens", truncate, "at least 1, or -1 for what fits")
+            keep = self.limits["max_model_len"] - 1 if truncate == -1 else truncate
+            found = [Prompt(prompt.token_ids[-keep:], prompt.text) for prompt in found]
+        return found
+
+    async def conversation(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
+        """A conversation through the chat template. Raises InvalidRequest, too, if that takes too long."""
+        if self._chat is None or self.tokenizer is None:
+            raise InvalidRequest("messages", messages, "a model with a tokenizer")
+        chat, tokenizer = self._chat, self.tokenizer
+
+        def render() -> Prompt:
+            text = chat.render(messages, **options)
+            return Prompt(tokenizer.encode(text, add_special_tokens=False), text)
+
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(render), TEMPLATE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise InvalidRequest("messages", messages, f"a template that ends within {TEMPLATE_TIMEOUT_S} s") from error
+
+    @contextlib.contextmanager
+    def open(
+        self, place: Place, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = "",
+        pooling: str = "",
+    ) -> Iterator[Stream]:  # fmt: skip
+        """What a prompt becomes, as it comes. Raises EngineBusy or EngineDead."""
+        cost = params.num_samples * len(prompt.token_ids)
+        if self._num_tokens and self._num_tokens + cost > self.config.max_queued_tokens:
+            raise EngineBusy(f"{self._num_tokens} prompt tokens run or wait", RETRY_AFTER_S)
+        stream = self._choose(prompt.token_ids, cache_salt).open(
+            prompt.token_ids, params, priority=priority, timeout_s=self.config.request_timeout_s,
+            cache_salt=cache_salt, pooling=pooling,
+        )  # fmt: skip
+        self._num_tokens += cost
+        place.streams.append(stream)
+        try:
+            yield stream
+        finally:
+            self._num_tokens -= cost
+            stream.close()
+
+    def _choose(self, token_ids: list[int], salt: str) -> Replica:
+        """The ready replica that has seen most of a prompt's beginning, then the one with the least to do."""
+        ready = [replica for replica in self.replicas if replica.ready.is_set()]
+        if not ready:
+            raise EngineDead("no engine is ready")
+        if len(self.replicas) == 1:
+            return ready[0]
+        keys, digest = [], hashlib.blake2b(salt.encode(), digest_size=16)
+        for start in range(0, min(len(token_ids), PREFIX_TOKENS * PREFIX_DEPTH) - PREFIX_TOKENS + 1, PREFIX_TOKENS):
+            digest.update(repr(token_ids[start : start + PREFIX_TOKENS]).encode())
+            keys.append(digest.digest())
+        chosen = min(ready, key=lambda each: (-sum(key in self._prefixes[each] for key in keys), each.load))
+        seen = self._prefixes[chosen]
+        for key in keys:
+            seen[key] = None
+            seen.move_to_end(key)
+        while len(seen) > PREFIXES:
+            seen.popitem(last=False)
+        return chosen
+
+    async def _encode(self, texts: list[str]) -> list[list[int]]:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise InvalidRequest("prompt", texts[0], "token ids; the server runs with skip_tokenizer_init")
+        if sum(map(len, texts)) < 2000:
+            return tokenizer.encode_batch(texts)
+        return await asyncio.to_thread(tokenizer.encode_batch, texts)
+
+
+def _items(given: Any, field: str) -> list[Any]:
+    """One or many prompts as a list of them."""
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(item) for item in given}
+    if kinds == {int}:
+        return [given]
+    if kinds not in ({str}, {list}):
+        raise InvalidRequest(field, given, "a text, token ids, or a list of one kind of these")
+    return given

@@ -1,0 +1,210 @@
+"""Every field of a request does what it says: each test would fail if its field were ignored."""
+
+import pytest
+
+from tests.server.conftest import events
+
+pytestmark = pytest.mark.xdist_group("server")
+PROMPT = "def read(path):"
+
+
+@pytest.fixture(scope="module")
+def plain(_server):
+    return _server.complete(prompt=PROMPT, logprobs=0, return_token_ids=True)["choices"][0]
+
+
+def text(server, **fields):
+    return server.complete(prompt=PROMPT, **fields)["choices"][0]["text"]
+
+
+SAMPLED = {"temperature": 1.0, "max_tokens": 16}
+CHANGES = {  # field -> value that changes a sampled text
+    "temperature": 0, "top_p": 0.05, "top_k": 1, "min_p": 1.0, "seed": 6, "repetition_penalty": 5.0,
+    "frequency_penalty": 2.0, "presence_penalty": 2.0, "max_tokens": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_sampling_field_changes_the_sample(server, field):
+    base = {"seed": 5} | SAMPLED
+    if field.endswith("penalty"):
+        base |= {"temperature": 0, "max_tokens": 40}
+    assert text(server, **base) == text(server, **base), "a seed gives the same"
+    assert text(server, **base | {field: CHANGES[field]}) != text(server, **base)
+
+
+def test_tokens_that_are_banned_biased_or_allowed(server, plain):
+    first = plain["token_ids"][0]
+    assert text(server, logit_bias={str(first): -100}) != plain["text"]
+    assert (
+        server.complete(prompt=PROMPT, logit_bias={"300": 100}, return_token_ids=True)["choices"][0]["token_ids"]
+        == [300] * 12
+    )
+    allowed = server.complete(prompt=PROMPT, allowed_token_ids=[300, 301], return_token_ids=True)["choices"][0]
+    assert {*allowed["token_ids"]} <= {300, 301}
+    word = plain["text"].split()[0]
+    assert word not in text(server, bad_words=[word])
+
+
+def test_where_outputs_end(server, plain):
+    stop = plain["text"][3:6]
+    cut = server.complete(prompt=PROMPT, stop=[stop])["choices"][0]
+    assert cut["text"] == plain["text"][: plain["text"].index(stop)]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+    assert text(server, stop=stop, include_stop_str_in_output=True).endswith(stop)
+    third = plain["token_ids"][2]
+    ended = server.complete(prompt=PROMPT, stop_token_ids=[third], return_token_ids=True)["choices"][0]
+    assert ended["stop_reason"] == third and ended["token_ids"][-1] == third
+    later = server.complete(prompt=PROMPT, stop_token_ids=[third], min_tokens=8, return_token_ids=True)["choices"][0]
+    assert len(later["token_ids"]) >= 8
+    eos = 2
+    forced = {"logit_bias": {str(eos): 100}, "return_token_ids": True}
+    ids = server.complete(prompt=PROMPT, **forced)["choices"][0]["token_ids"]
+    assert len(ids) in (1, 12)
+    if len(ids) == 1:
+        assert len(server.complete(prompt=PROMPT, ignore_eos=True, **forced)["choices"][0]["token_ids"]) == 12
+
+
+def test_samples_and_the_best_of_them(server):
+    asked = {"n": 3, "seed": 1} | SAMPLED
+    choices = server.complete(prompt=PROMPT, **asked)["choices"]
+    assert len({choice["text"] for choice in choices}) == 3 and [c["index"] for c in choices] == [0, 1, 2]
+    best = server.complete(prompt=PROMPT, **asked | {"n": 1, "best_of": 3})["choices"]
+    assert len(best) == 1 and best[0]["text"] in {choice["text"] for choice in choices}
+
+
+def test_prompts_are_scored_cut_and_shown(server, plain):
+    whole = server.complete(prompt=PROMPT, prompt_logprobs=2, return_token_ids=True)
+    choice = whole["choices"][0]
+    assert len(choice["prompt_logprobs"]) == whole["usage"]["prompt_tokens"] and choice["prompt_logprobs"][0] is None
+    for token, entry in zip(choice["prompt_token_ids"][1:], choice["prompt_logprobs"][1:]):
+        assert len(entry) in (2, 3) and entry[str(token)]["logprob"] <= 0 and entry[str(token)]["rank"] >= 1
+    cut = server.complete(prompt=PROMPT, truncate_prompt_tokens=2, return_token_ids=True)
+    assert cut["choices"][0]["prompt_token_ids"] == choice["prompt_token_ids"][-2:]
+    assert cut["usage"]["prompt_tokens"] == 2
+
+
+def test_special_tokens_are_shown_on_request(server):
+    forced = {"logit_bias": {"0": 100}, "ignore_eos": True, "max_tokens": 2}
+    assert text(server, **forced) == "" != text(server, skip_special_tokens=False, **forced)
+
+
+def test_usage_in_streams(server):
+    asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "stream": True}
+    plain = events(server.post("/v1/completions", **asked))
+    assert all("usage" not in event for event in plain)
+    last = events(server.post("/v1/completions", **asked, stream_options={"include_usage": True}))[-1]
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 6
+    each = events(server.post("/v1/completions", **asked, stream_options={"continuous_usage_stats": True}))
+    counts = [event["usage"]["completion_tokens"] for event in each]
+    assert counts == sorted(counts) and counts[-1] == 6
+
+
+def test_salts_keep_caches_apart(server):
+    prompt = "import os\n" * 12
+    for salt, cached in (("a", False), ("a", True), ("b", False)):
+        details = server.complete(prompt=prompt, max_tokens=1, cache_salt=salt)["usage"]["prompt_tokens_details"]
+        assert bool(details["cached_tokens"]) == cached
+
+
+def test_priority_and_ids(server):
+    answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=2, request_id="mine", priority=-5, user="me")
+    assert answer.json()["id"] == "mine" and answer.headers["x-request-id"] == "mine"
+    assert server.post("/v1/completions", prompt=PROMPT, priority=2**40).status_code == 400
+
+
+def test_chat_fields(server):
+    chat = [{"role": "user", "content": "Write a function."}, {"role": "assistant", "content": "def add("}]
+
+    def answer(**fields):
+        body = {"messages": chat, "temperature": 0, "max_tokens": 10} | fields
+        found = server.post("/v1/chat/completions", **body)
+        assert found.status_code == 200, found.text
+        return found.json()
+
+    opened = answer()
+    continued = answer(add_generation_prompt=False, continue_final_message=True)
+    bare = answer(add_generation_prompt=False)
+    sizes = [each["usage"]["prompt_tokens"] for each in (opened, continued, bare)]
+    assert len({*sizes}) == 3 and sizes[1] < sizes[2] < sizes[0]
+    assert answer(n=2)["choices"][1]["message"]["content"] == opened["choices"][0]["message"]["content"]
+    assert answer(max_tokens=None, max_completion_tokens=4)["usage"]["completion_tokens"] == 4
+    assert "token_ids" in answer(return_token_ids=True)["choices"][0]
+    assert len(answer(prompt_logprobs=0)["prompt_logprobs"]) == sizes[0]
+
+
+def test_tokenize_and_back(server):
+    found = server.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
+    assert found["count"] == len(found["tokens"]) and "".join(found["token_strs"]) == PROMPT
+    assert server.post("/detokenize", tokens=found["tokens"]).json()["prompt"] == PROMPT
+    chat = [{"role": "user", "content": "hi"}]
+    with_turn = server.post("/tokenize", messages=chat).json()["count"]
+    assert with_turn > server.post("/tokenize", messages=chat, add_generation_prompt=False).json()["count"]
+    assert (
+        with_turn == server.post("/v1/chat/completions", messages=chat, max_tokens=1).json()["usage"]["prompt_tokens"]
+    )
+
+
+def test_what_the_server_says_of_itself(server):
+    assert server.http.get("/version").json()["version"]
+    info = server.http.get("/server_info").json()
+    assert info["engine"]["max_num_seqs"] == 8 and "api_key" not in info["server"]
+    able = server.http.get("/capabilities").json()
+    assert "logit_bias" in able["routes"]["/v1/completions"]["fields"] and able["kernels"]["linear"]
+    assert server.http.get("/load").json() == {"server_load": 0}
+    assert "slipway_generated_tokens_total" in server.http.get("/metrics").text
+    document = server.http.get("/openapi.json").json()
+    assert "/v1/chat/completions" in document["paths"] and document["components"]["schemas"]["Chat"]["properties"]
+    page = server.http.get("/docs").text
+    assert "/v1/embeddings" in page and "src=" not in page, "nothing is fetched from elsewhere"
+
+
+REFUSED = {
+    "no JSON": (b"{", "body"), "a list": (b"[]", "body"), "no prompt": (b"{}", "body"),
+    "a wrong type": (b'{"prompt": 5}', "prompt"), "a wrong inner type": (b'{"prompt": ["a", 5]}', "prompt"),
+    "deep": (b"[" * 100_000, "body"), "not UTF-8": (b'{"prompt": "\xff"}', "body"),
+    "an empty prompt": (b'{"prompt": ""}', "prompt_token_ids"), "no prompts": (b'{"prompt": []}', "prompt"),
+    "too many prompts": (b'{"prompt": [' + b'"a",' * 2000 + b'"a"]}', "prompt"),
+    "too many samples": (b'{"prompt": ["a", "b"], "n": 1000}', "n"),
+    "an unknown id": (b'{"prompt": [99999999]}', "prompt_token_ids"),
+    "a huge integer": (b'{"prompt": "a", "max_tokens": 99999999999999999999999}', "max_tokens"),
+    "NaN": (b'{"prompt": "a", "temperature": NaN}', "body"), "a negative n": (b'{"prompt": "a", "n": -1}', "n"),
+    "logprobs beyond the cap": (b'{"prompt": "a", "logprobs": 21}', "logprobs"),
+    "a suffix": (b'{"prompt": "a", "suffix": "b"}', "suffix"),
+    "a bias for no token": (b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
+    "stream options without stream": (b'{"prompt": "a", "stream_options": {}}', "stream_options"),
+    "a lone surrogate": (b'{"prompt": "\\ud800"}', "body"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_bodies_name_the_field(server, name):
+    body, field = REFUSED[name]
+    answer = server.http.post("/v1/completions", content=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field and error["type"] == "invalid_request_error" and error["message"]
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_a_stream_too(server):
+    for streams in (False, True):
+        answer = server.post("/v1/completions", prompt=[5] * 5000, stream=streams)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+    huge = server.post("/v1/completions", prompt="a" * 4_000_000)
+    assert huge.status_code == 400
+
+
+def test_unknown_fields_are_named(server, launch):
+    answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=1, promt="x")
+    assert answer.status_code == 200 and "promt" in answer.headers["x-slipway-warning"]
+    strict = launch("--strict").wait_ready()
+    refused = strict.post("/v1/completions", prompt=PROMPT, promt="x")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "promt"
+
+
+def test_what_is_not_there_yet_is_refused(server):
+    chat = [{"role": "user", "content": "hi"}]
+    for fields in ({"tools": [{}]}, {"tool_choice": "auto"}, {"response_format": {"type": "json_object"}}):
+        answer = server.post("/v1/chat/completions", messages=chat, **fields)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(fields))
+    assert server.post("/v1/chat/completions", messages=chat, max_tokens=1, tool_choice="none").status_code == 200
