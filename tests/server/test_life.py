@@ -76,9 +76,11 @@ def test_queues_and_bodies_are_bounded(launch):
         "--max-queued-tokens", "600",
     ).wait_ready()  # fmt: skip
     with contextlib.ExitStack() as stack:
+        lines = []  # kept: a generator that is dropped closes its stream
         for _ in range(2):
             stream = stack.enter_context(server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}))
-            next(stream.iter_lines())
+            lines.append(stream.iter_lines())
+            next(lines[-1])
         refused = server.post("/v1/completions", prompt=PROMPT)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
     server.wait_idle()
