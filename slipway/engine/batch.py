@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from slipway.engine import edits
-from slipway.engine.edits import Edits
 from slipway.engine.scheduler import Chunk
 from slipway.tree import module
 
@@ -82,14 +80,10 @@ class Tokens:
 
 @module
 class Batch:
-    """One step's input. Copies of the weights lie one after the other along the first axis of each array.
-
-    ``edits``: None where no row has any.
-    """
+    """One step's input. Copies of the weights lie one after the other along the first axis of each array."""
 
     tokens: Tokens
     sampling: Sampling
-    edits: Edits | None
 
 
 def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
@@ -124,7 +118,7 @@ class Builder:
     def build(self, chunks: Sequence[Chunk], bucket: Bucket) -> Batch:
         """The arrays of a step; tells each sequence that samples its row of the results.
 
-        Slots of padding lie past the last page. Where no row has edits, they are None.
+        Slots of padding lie past the last page.
         """
         sequences = [chunk.sequence for chunk in chunks]
         for sequence in sequences:
@@ -155,16 +149,16 @@ class Builder:
         starts_B[:B], counts_B[:B], lengths_B[:B] = starts, counts, first + counts
         page_table_BM = np.zeros((bucket.num_rows, self._sizes.table_width), np.int32)
         page_table_BM[:B] = self._page_table[slots]
-        sample_at_B, sampling, edited = self._rows(chunks, bucket, slots, ends, newest)
+        sample_at_B, sampling = self._rows(chunks, bucket, slots, ends, newest)
         tokens = Tokens(
             np.array([T], np.int32), sampling.num_rows_1, ids_T, positions_T, contexts_T, slots_T, starts_B, counts_B,
             lengths_B, page_table_BM, sample_at_B,
         )  # fmt: skip
-        return Batch(tokens, sampling, edited)
+        return Batch(tokens, sampling)
 
     def _rows(
         self, chunks: Sequence[Chunk], bucket: Bucket, slots: Array, ends: Array, newest: Array
-    ) -> tuple[Array, Sampling, Edits | None]:
+    ) -> tuple[Array, Sampling]:
         """Rows of results, chunk after chunk: first those that score the prompt, then the one that samples."""
         num_rows = np.array([len(chunk.scored) + chunk.samples for chunk in chunks], np.int32)
         last_rows = np.cumsum(num_rows, dtype=np.int32) - 1
@@ -175,7 +169,6 @@ class Builder:
         sampling.position_B[:n] = np.array([chunk.start + chunk.num_tokens for chunk in chunks], np.int32)[of_row]
         for name in ("temperature_B", "top_k_B", "top_p_B", "min_p_B", "seed_B", "wants_logprobs_B"):
             getattr(sampling, name)[:n] = getattr(self._sampling, name)[slots[of_row]]
-        changed = []
         for index, (chunk, last_row) in enumerate(zip(chunks, last_rows.tolist())):
             sequence = chunk.sequence
             if chunk.scored:
@@ -186,12 +179,7 @@ class Builder:
                 sampling.last_B[rows] = -1
             if chunk.samples:
                 sequence.last_row = last_row
-                if sequence.request.rules is not None:
-                    changed.append((last_row, chunk.start + chunk.num_tokens, sequence))
-        if not changed:
-            return sample_at_B, sampling, None
-        nothing = edits.empty(bucket.num_rows, self._sizes.vocab_size, self._sizes.max_model_len)
-        return sample_at_B, sampling, edits.build(nothing, changed)
+        return sample_at_B, sampling
 
     def _enter(self, sequence: Any) -> None:
         """Keep what does not change while a sequence runs."""
@@ -225,20 +213,11 @@ def empty(bucket: Bucket, sizes: Sizes) -> Batch:
         slots_T=np.full(T, sizes.num_pages * sizes.page_size, np.int32), starts_B=zeros(B), counts_B=zeros(B),
         lengths_B=zeros(B), page_table_BM=np.zeros((B, sizes.table_width), np.int32), sample_at_B=zeros(B),
     )  # fmt: skip
-    return Batch(tokens, empty_sampling(B), edits.empty(B, sizes.vocab_size, sizes.max_model_len))
-
-
-def without_edits(batch: Batch) -> Batch:
-    """The same, where no row has any."""
-    return dataclasses.replace(batch, edits=None)
+    return Batch(tokens, empty_sampling(B))
 
 
 def join(batches: Sequence[Batch]) -> Batch:
     """The batches of every copy of the weights as one."""
     if len(batches) == 1:
         return batches[0]
-    if (some := next((batch.edits for batch in batches if batch.edits is not None), None)) is not None:
-        rows, length = some.history_BL.shape
-        nothing = edits.empty(rows, some.vocab_size, length)
-        batches = [dataclasses.replace(batch, edits=batch.edits or nothing) for batch in batches]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)

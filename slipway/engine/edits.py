@@ -12,7 +12,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
 from slipway.engine.request import Sequence
 from slipway.errors import InvalidRequest
-from slipway.tree import module, static
+from slipway.tree import module
 
 Array = Any
 WORD_BITS = 32
@@ -34,7 +34,6 @@ class Edits:
     presence_B: Array
     num_prompt_B: Array
     history_BL: Array
-    vocab_size: int = static()
 
 
 class Rules:
@@ -62,11 +61,6 @@ class Rules:
         if not self._mask(params.min_tokens > 0).any():
             raise InvalidRequest("allowed_token_ids", params.allowed_token_ids, "one that nothing else bans")
         self._masks = {early: _bits(self._mask(early)) for early in {False, params.min_tokens > 0}}
-
-    @property
-    def needs_newest(self) -> bool:
-        """Whether the host must know a sequence's newest token before it can say what may follow."""
-        return bool(self._endings)
 
     def allowed(self, sequence: Sequence, num_output: int) -> np.ndarray:
         """The bits [W] of the tokens that may follow ``num_output`` tokens of output."""
@@ -105,13 +99,15 @@ def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
         bias_BX=np.zeros((B, MAX_LOGIT_BIAS), np.float32), repetition_B=np.ones(B, np.float32),
         frequency_B=np.zeros(B, np.float32), presence_B=np.zeros(B, np.float32),
         num_prompt_B=np.zeros(B, np.int32), history_BL=np.zeros((B, max_model_len), np.int32),
-        vocab_size=vocab_size,
     )  # fmt: skip
 
 
 def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:
-    """Fill in rows of ``empty`` ones: (row, how many tokens precede the sampled one, sequence that samples there)."""
-    edits.any_1[0] = True
+    """Fill in rows of ``empty`` ones: (row, how many tokens precede the sampled one, sequence that samples there).
+
+    What a sequence may say next can depend on its newest token: the host knows it by now, or a penalty reads it there.
+    """
+    edits.any_1[:] = True
     for row, length, sequence in rows:
         rules = sequence.request.rules
         if rules is None:

@@ -32,6 +32,7 @@ from slipway.engine.step import Step
 from slipway.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
+LONG = 100  # times the host's work: the host waits for such a step before it plans the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Dispatched:
     """A step on the device: what each copy of the weights was asked, and where its results will be."""
 
     chunks: list[list[Chunk]]
-    num_rows: int
+    bucket: Bucket
     sampled: Sampled
     x_TD: jax.Array
+    at: float  # seconds of time.perf_counter()
 
 
 class Engine:
@@ -96,6 +98,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._dispatched: Dispatched | None = None
         self._has_deadlines = False
+        self._host_s, self._taken_at = 0.0, 0.0  # of a step, on average; when the last results came
+        self._seconds: dict[Bucket, float] = {}  # how long the last step of each shape took
 
     @property
     def num_compiled(self) -> int:
@@ -197,26 +201,38 @@ class Engine:
         if self._has_deadlines:
             self._end_overdue(moved)
         before, self._dispatched = self._dispatched, None
-        if before is not None and self._must_know_tokens():
+        if before is not None and self._is_long(before):
             waited += self._take(before, moved)
             before = None
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
-            self._dispatched = self._dispatch(chunks)
+            bucket = batches.choose(self._shapes, chunks)
+            batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
+            self._kv, x_TD, logits_BV = self._step.forward(
+                self._params, self._kv, self._newest, bucket, batch.tokens
+            )  # fmt: skip
+            edited = None
+            if rows := _edited_rows(chunks, bucket):
+                if before is not None:  # what these rows may say next depends on what they said last
+                    waited += self._take(before, moved)
+                    before = None
+                edited = edits.build(self._step.no_edits(bucket), rows)
+            sampled, self._newest = self._step.choose(logits_BV, self._newest, bucket, batch.sampling, edited)
+            self._dispatched = Dispatched(chunks, bucket, sampled, x_TD, time.perf_counter())
+            self._count_step(chunks)
         if before is not None:
             waited += self._take(before, moved)
-        self.stats.step(time.perf_counter() - started - waited, waited)
+        host_s = time.perf_counter() - started - waited
+        self._host_s += (host_s - self._host_s) / 16
+        self.stats.step(host_s, waited)
         return list(moved.values())
 
-    def _dispatch(self, chunks: list[list[Chunk]]) -> Dispatched:
-        bucket = batches.choose(self._shapes, chunks)
-        batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
-        self._kv, self._newest, sampled, x_TD = self._step(self._params, self._kv, self._newest, bucket, batch)
+    def _count_step(self, chunks: list[list[Chunk]]) -> None:
+        """A step was dispatched."""
         self.stats.steps += 1
         for sequence in (chunk.sequence for rank in chunks for chunk in rank if chunk.sequence.first_run):
             self.stats.queue.add(time.monotonic() - sequence.request.arrived_at)
             sequence.first_run = False
-        return Dispatched(chunks, bucket.num_rows, sampled, x_TD)
 
     def _take(self, step: Dispatched, moved: dict[str, Request]) -> float:
         """Give the sequences what a step found; the seconds that it took to come."""
@@ -228,10 +244,12 @@ class Engine:
             sampled = step.sampled
         tokens = np.asarray(sampled.token_B).tolist()
         x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.pooling for s in asked) else None
-        waited = time.perf_counter() - started
+        ended = time.perf_counter()
+        waited, self._seconds[step.bucket] = ended - started, ended - max(step.at, self._taken_at)
+        self._taken_at = ended
         now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
-            row, first_token = rank * step.num_rows, rank * len(step.x_TD) // len(step.chunks)
+            row, first_token = rank * step.bucket.num_rows, rank * len(step.x_TD) // len(step.chunks)
             for chunk in chunks:
                 sequence = chunk.sequence
                 if sequence.finish_reason is None:
@@ -269,13 +287,12 @@ class Engine:
             if sequence.request.finished:
                 self._requests.pop(sequence.request.request_id, None)
 
-    def _must_know_tokens(self) -> bool:
-        """Whether what a running sequence may say next depends on a token that the host has not seen."""
-        return any(
-            sequence.request.rules is not None and sequence.request.rules.needs_newest
-            for scheduler in self._schedulers
-            for sequence in scheduler.running
-        )
+    def _is_long(self, step: Dispatched) -> bool:
+        """Whether a step takes so much longer than the host's work that nobody who comes should wait for two.
+
+        What is dispatched ahead is decided ahead. On a CPU a prefill of 512 tokens may take 0.7 s, the host 2 ms.
+        """
+        return self._seconds.get(step.bucket, 0.0) > LONG * self._host_s
 
     def _end_overdue(self, moved: dict[str, Request]) -> None:
         now = time.monotonic()
@@ -323,6 +340,16 @@ class Engine:
             self.tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens,
             params.min_tokens,
         )  # fmt: skip
+
+
+def _edited_rows(chunks: list[list[Chunk]], bucket: Bucket) -> list[tuple[int, int, Sequence]]:
+    """Rows of results whose logits are changed: the row, the tokens before it, and whose it is."""
+    return [
+        (rank * bucket.num_rows + chunk.sequence.last_row, chunk.start + chunk.num_tokens, chunk.sequence)
+        for rank, of_rank in enumerate(chunks)
+        for chunk in of_rank
+        if chunk.samples and chunk.sequence.request.rules is not None
+    ]
 
 
 def _logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:

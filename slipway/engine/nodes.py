@@ -7,7 +7,7 @@ for jax.distributed itself.
 """
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import msgspec
@@ -16,19 +16,21 @@ import zmq
 from jax.experimental import multihost_utils
 
 from slipway.engine import batch as batches
-from slipway.engine.batch import Batch, Bucket, Sizes
+from slipway.engine.batch import Bucket, Sampling, Sizes, Tokens
 from slipway.engine.config import EngineConfig
+from slipway.engine.edits import Edits
+from slipway.engine.sample import Sampled
 from slipway.engine.step import Step
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_TIMEOUT_S = 5  # everyone has ended two seconds later
-STOP = -1
 
 
 class Header(msgspec.Struct):
-    """What comes before a step's arrays. ``bucket``: its place in the list of shapes, or STOP."""
+    """What comes before the arrays of a half of a step. ``bucket``: its place in the list of shapes."""
 
-    bucket: int
+    what: Literal["forward", "choose", "stop"]
+    bucket: int = 0
     has_edits: bool = False
 
 
@@ -71,16 +73,31 @@ class Leading:
         """As Step's."""
         return self._step.num_compiled
 
-    def __call__(self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, batch: Batch) -> Any:
+    def no_edits(self, bucket: Bucket) -> Edits:
+        """As Step's."""
+        return self._step.no_edits(bucket)
+
+    def forward(
+        self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, tokens: Tokens
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As Step's, here and in all other processes."""
-        header = msgspec.msgpack.encode(Header(self._numbers[bucket], batch.edits is not None))
-        arrays = [array.tobytes() for array in jax.tree.leaves(batch)]
-        self._socket.send_multipart([header, *arrays])
-        return self._step(leaves, kv, newest, bucket, batch)
+        self._send(Header("forward", self._numbers[bucket]), tokens)
+        return self._step.forward(leaves, kv, newest, bucket, tokens)
+
+    def choose(
+        self, logits_BV: jax.Array, newest: jax.Array, bucket: Bucket, sampling: Sampling, edits: Edits | None
+    ) -> tuple[Sampled, jax.Array]:
+        """As Step's, here and in all other processes."""
+        self._send(Header("choose", self._numbers[bucket], edits is not None), (sampling, edits))
+        return self._step.choose(logits_BV, newest, bucket, sampling, edits)
+
+    def _send(self, header: Header, arrays: Any) -> None:
+        frames = [array.tobytes() for array in jax.tree.leaves(arrays)]
+        self._socket.send_multipart([msgspec.msgpack.encode(header), *frames])
 
     def close(self) -> None:
         """Let the other processes go."""
-        self._socket.send(msgspec.msgpack.encode(Header(STOP)))
+        self._send(Header("stop"), ())
         self._socket.close(linger=1000)
 
 
@@ -94,18 +111,26 @@ def follow(
     host = config.dist_init_addr.rpartition(":")[0]
     socket.connect(f"tcp://{host}:{port}")
     socket.subscribe(b"")
-    newest = step.first_newest()
-    copies = config.data_parallel_size
+    newest: jax.Array = step.first_newest()
+    logits: Any = None  # of the forward pass that came before
     while True:
         first, *frames = socket.recv_multipart()
         header = msgspec.msgpack.decode(first, type=Header)
-        if header.bucket == STOP:
+        if header.what == "stop":
             socket.close()
             return
-        shape = batches.empty(shapes[header.bucket], sizes)
-        templates, tree = jax.tree.flatten(shape if header.has_edits else batches.without_edits(shape))
-        arrays = [
-            np.frombuffer(frame, like.dtype).reshape(copies * like.shape[0], *like.shape[1:])
-            for frame, like in zip(frames, templates, strict=True)
-        ]
-        kv, newest, _, _ = step(leaves, kv, newest, shapes[header.bucket], jax.tree.unflatten(tree, arrays))
+        bucket = shapes[header.bucket]
+        batch = batches.join([batches.empty(bucket, sizes)] * config.data_parallel_size)
+        if header.what == "forward":
+            kv, _, logits = step.forward(leaves, kv, newest, bucket, _filled(batch.tokens, frames))
+        else:
+            edits = step.no_edits(bucket) if header.has_edits else None
+            _, newest = step.choose(logits, newest, bucket, *_filled((batch.sampling, edits), frames))
+
+
+def _filled(shapes: Any, frames: list[bytes]) -> Any:
+    """The arrays of a message, shaped like ``shapes``."""
+    templates, structure = jax.tree.flatten(shapes)
+    pairs = zip(frames, templates, strict=True)
+    arrays = [np.frombuffer(frame, like.dtype).reshape(like.shape) for frame, like in pairs]
+    return jax.tree.unflatten(structure, arrays)

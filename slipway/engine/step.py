@@ -96,18 +96,28 @@ class Step:
         logits = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return max(analysis.temp_size_in_bytes, sampler) + logits
 
-    def __call__(
-        self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, sample.Sampled, jax.Array]:
-        """Start one step: the cache, a token per row for the next step and for the host, hidden states [T, embed].
+    def forward(
+        self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, tokens: Tokens
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Start the first half of a step: the cache, hidden states [T, embed], logits of the rows of results.
 
         Does not wait for the device. ``kv`` is consumed. ``leaves``: the model's, flat, as flattening a tree takes a
-        millisecond.
+        millisecond. ``newest``: tokens of the last step.
         """
-        kv, x_TD, logits_BV = self._programs[bucket](leaves, kv, newest, batch.tokens)
-        edits = self._edits(bucket.num_rows) if batch.edits is None else batch.edits
-        sampled, newest = self._samplers[bucket.num_rows](logits_BV, newest, batch.sampling, edits)
-        return kv, newest, sampled, x_TD
+        return self._programs[bucket](leaves, kv, newest, tokens)
+
+    def choose(
+        self, logits_BV: jax.Array, newest: jax.Array, bucket: Bucket, sampling: Sampling, edits: Edits | None
+    ) -> tuple[sample.Sampled, jax.Array]:
+        """Start the second half: a token per row for the host, and for the next step. ``edits``: None where none is."""
+        edits = self._edits(bucket.num_rows) if edits is None else edits
+        return self._samplers[bucket.num_rows](logits_BV, newest, sampling, edits)
+
+    def no_edits(self, bucket: Bucket) -> Edits:
+        """Edits of no row, on the host, to be filled in."""
+        rows = self._copies * bucket.num_rows
+        nothing = editing.empty(rows, self._sizes.vocab_size, self._sizes.max_model_len)
+        return dataclasses.replace(nothing, any_1=np.zeros(self._copies, np.bool_))
 
     def first_newest(self) -> jax.Array:
         """What the first step reads as the tokens of the one before."""
@@ -123,10 +133,7 @@ class Step:
     def _edits(self, num_rows: int) -> Edits:
         """None, on the device: nothing to make or to send."""
         if num_rows not in self._no_edits:
-            rows = self._copies * num_rows
-            nothing = editing.empty(rows, self._sizes.vocab_size, self._sizes.max_model_len)
-            nothing = dataclasses.replace(nothing, any_1=np.zeros(self._copies, np.bool_))
-            self._no_edits[num_rows] = jax.tree.map(self._put, nothing)
+            self._no_edits[num_rows] = jax.tree.map(self._put, self.no_edits(Bucket(num_rows, num_rows)))
         return self._no_edits[num_rows]
 
     def _put(self, array: np.ndarray) -> jax.Array:
@@ -139,9 +146,10 @@ class Step:
         return lowered.compile(self._options)
 
     def _compile_sampler(self, rows: int) -> Any:
-        shapes = self._shapes(Bucket(rows, rows))
+        bucket = Bucket(rows, rows)
         logits = jax.ShapeDtypeStruct((self._copies * rows, self._sizes.vocab_size), np.float32)
-        return self._sample.lower(logits, self.newest, shapes.sampling, shapes.edits).compile(self._options)
+        edits = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.no_edits(bucket))
+        return self._sample.lower(logits, self.newest, self._shapes(bucket).sampling, edits).compile(self._options)
 
     def _shapes(self, bucket: Bucket) -> Batch:
         """The shapes and dtypes of a batch over every copy of the weights."""

@@ -21,7 +21,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from slipway import __version__
 from slipway.engine.params import SamplingParams
 from slipway.errors import EngineDead, InvalidRequest, SlipwayError
 from slipway.server import generation, pages, schema
@@ -269,7 +268,7 @@ class App:
 
     async def version(self, _: Request) -> Response:
         """Of Slipway."""
-        return json_response(encode({"version": __version__}))
+        return json_response(encode({"version": pages.VERSION}))
 
     async def capabilities(self, _: Request) -> Response:
         """Every route with its fields, every limit, and the kernels that serve."""

@@ -3,14 +3,15 @@
 import html as escaping
 import inspect
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
 from starlette.routing import Route
 
-from slipway import __version__
 from slipway.server.config import ServerConfig
 
+VERSION = version("slipway")
 HEAD = (
     "<!doctype html><meta charset=utf-8><title>Slipway</title><style>body{font:15px/1.5 system-ui;max-width:60em;"
     "margin:2em auto;padding:0 1em}code{background:#8882;padding:.1em .3em}td{padding:.1em 1em .1em 0}</style>"
@@ -38,7 +39,7 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
                     {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
                 ]
             paths.setdefault(route.path.replace(":path", ""), {})[method.lower()] = operation
-    info = {"title": "Slipway", "version": __version__}
+    info = {"title": "Slipway", "version": VERSION}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 
 
@@ -53,12 +54,12 @@ def capabilities(routes: Sequence[Route], config: ServerConfig, limits: dict[str
     }
     ours = {name: getattr(config, name) for name in config.__dataclass_fields__ if name.startswith("max_")}
     kernels = limits.get("bodies", {})
-    return {"version": __version__, "routes": listed, "limits": ours | limits | {"bodies": None}, "kernels": kernels}
+    return {"version": VERSION, "routes": listed, "limits": ours | limits | {"bodies": None}, "kernels": kernels}
 
 
 def html(routes: Sequence[Route]) -> bytes:
     """A page that lists the routes and their fields; nothing on it is fetched from elsewhere."""
-    parts = [HEAD, f"<h1>Slipway {__version__}</h1><p>The same as <a href=/openapi.json>OpenAPI</a>.</p>"]
+    parts = [HEAD, f"<h1>Slipway {VERSION}</h1><p>The same as <a href=/openapi.json>OpenAPI</a>.</p>"]
     for route in routes:
         methods = ", ".join(sorted(set(route.methods or ()) - {"HEAD"}))
         path, summary = escaping.escape(route.path), escaping.escape(_summary(route))

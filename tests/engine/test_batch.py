@@ -1,14 +1,11 @@
 """Batches hold what their chunks say, by a plain loop's account; buckets cover every step and no more than needed."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.engine import edits
 from slipway.engine.batch import Bucket, Builder, Sizes, buckets, choose, empty, join
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, Sequence
@@ -33,11 +30,8 @@ def steps(draw, max_rows=5):
         params = SamplingParams(
             temperature=draw(st.sampled_from([0, 0.5])), top_k=draw(st.integers(-1, 3)), top_p=0.75,
             min_p=0.25, logprobs=draw(st.sampled_from([None, 0, 3])), max_tokens=5,
-            logit_bias=draw(st.sampled_from([{}, {3: -1.5, 7: 2.0}])), presence_penalty=draw(st.sampled_from([0, 0.5])),
         )  # fmt: skip
         request = Request(str(number), None, [100 * number + i for i in range(prompt)], params, 5)
-        if edits.needed(params):
-            request.rules = edits.Rules(params, frozenset(), None, VOCAB)
         sequence = Sequence(request, 0, draw(st.integers(0, 2**32 - 1)), frozenset(), None)
         for i in range(draw(st.integers(0, 3))):
             sequence.append(100 * number + 50 + i, None)
@@ -54,7 +48,7 @@ def steps(draw, max_rows=5):
 
 def reference(chunks, batch):
     """The same as ``Builder.build``, token by token and row by row, over an empty batch."""
-    tokens, sampling, changed, t, row = batch.tokens, batch.sampling, batch.edits, 0, 0
+    tokens, sampling, t, row = batch.tokens, batch.sampling, 0, 0
     for index, (sequence, start, count, samples, scored) in enumerate(chunks):
         ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.prompt_token_ids
         tokens.starts_B[index], tokens.counts_B[index], tokens.lengths_B[index] = t, count, start + count
@@ -70,28 +64,19 @@ def reference(chunks, batch):
                 tokens.sample_at_B[row] = t
                 sampling.given_B[row], sampling.position_B[row] = wanted, position + 1
                 sampling.last_B[row] = sequence.last_row if not known else -1
-                _fill(sampling, changed, row, sequence, wanted < 0)
+                _fill(sampling, row, sequence)
                 row += 1
             t += 1
     tokens.num_tokens_1[0], tokens.num_samples_1[0], sampling.num_rows_1[0] = t, row, row
     return batch
 
 
-def _fill(sampling, changed, row, sequence, samples):
+def _fill(sampling, row, sequence):
     params = sequence.request.params
     sampling.wants_logprobs_B[row] = params.logprobs is not None
     sampling.temperature_B[row], sampling.top_k_B[row] = params.temperature, max(params.top_k, 0)
     sampling.top_p_B[row], sampling.min_p_B[row] = params.top_p, params.min_p
     sampling.seed_B[row] = sequence.seed
-    if sequence.request.rules is None or not samples:
-        return
-    changed.any_1[0] = True
-    changed.allowed_BW[row] = np.packbits(np.arange(96) < VOCAB, bitorder="little").view(np.uint32)
-    for place, (token, bias) in enumerate(params.logit_bias.items()):
-        changed.bias_id_BX[row, place], changed.bias_BX[row, place] = token, bias
-    if params.presence_penalty:
-        changed.presence_B[row], changed.num_prompt_B[row] = params.presence_penalty, sequence.num_prompt
-        changed.history_BL[row, : sequence.num_tokens] = sequence.tokens[: sequence.num_tokens]
 
 
 def arrays(batch):
@@ -105,12 +90,6 @@ def same(got, expected):
         assert a.dtype == b.dtype, name
 
 
-def plain(batch):
-    """Edits that change nothing instead of none."""
-    rows = len(batch.sampling.seed_B)
-    return dataclasses.replace(batch, edits=batch.edits or edits.empty(rows, VOCAB, LONGEST))
-
-
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(steps())
 def test_build_is_what_a_plain_loop_builds(step):
@@ -118,7 +97,7 @@ def test_build_is_what_a_plain_loop_builds(step):
     bucket = Bucket(5 * LONGEST, 10)
     expected = reference(chunks, empty(bucket, SIZES))
     rows = np.cumsum([chunk.num_rows for chunk in chunks]).tolist()
-    same(plain(Builder(SIZES, page_table).build(chunks, bucket)), expected)
+    same(Builder(SIZES, page_table).build(chunks, bucket), expected)
     for chunk, end in zip(chunks, rows):
         assert not chunk.samples or chunk.sequence.last_row == end - 1, "who samples knows its row"
 
@@ -138,7 +117,7 @@ def test_a_builder_forgets_what_no_longer_runs():
 
     one, two, three = running(1, 0), running(2, 1), running(3, 0)
     for step in ([one, two], [one, two], [two], [two, three], [], [three]):
-        same(plain(builder.build(step, bucket)), reference(step, empty(bucket, SIZES)))
+        same(builder.build(step, bucket), reference(step, empty(bucket, SIZES)))
 
 
 def test_padding_points_past_the_last_page_and_asks_for_nothing():
@@ -146,7 +125,7 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
     assert (batch.tokens.slots_T >= NUM_PAGES * PAGE_SIZE).all()
     for name in (
         ".tokens.num_tokens_1", ".tokens.num_samples_1", ".tokens.counts_B", ".sampling.wants_logprobs_B",
-        ".sampling.temperature_B", ".edits.any_1",
+        ".sampling.temperature_B",
     ):  # fmt: skip
         assert not arrays(batch)[name].any(), name
 
@@ -156,11 +135,9 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
 def test_join_puts_the_ranks_one_after_the_other(first, second):
     bucket = Bucket(5 * LONGEST, 10)
     parts = [Builder(SIZES, page_table).build(chunks, bucket) for chunks, page_table in (first, second)]
-    joined = arrays(plain(join(parts)) if any(part.edits for part in parts) else join(parts))
+    joined = arrays(join(parts))
     for rank, part in enumerate(parts):
-        for name, array in arrays(plain(part)).items():
-            if name not in joined:
-                continue  # no edits at all
+        for name, array in arrays(part).items():
             block = joined[name][rank * len(array) : (rank + 1) * len(array)]
             np.testing.assert_array_equal(block, array, err_msg=name)
             assert len(joined[name]) == 2 * len(array)
