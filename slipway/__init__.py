@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from slipway.codec.grammar import StructuredOutputs
 from slipway.engine.params import SamplingParams
 from slipway.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "export"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs", "export"]
 __version__ = "0.1.0"
 
 

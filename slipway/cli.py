@@ -53,6 +53,8 @@ class SamplingFlags(SamplingParams):
     """How tokens are chosen and where they end; what is not printed is not asked for."""
 
     logprobs: tyro.conf.Suppress[int | None] = None
+    prompt_logprobs: tyro.conf.Suppress[int | None] = None
+    structured_outputs: tyro.conf.Suppress[None] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

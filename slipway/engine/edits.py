@@ -70,6 +70,9 @@ class Rules:
             bits = bits.copy()
             for token in banned:
                 bits[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
+        if sequence.matcher is not None:
+            grammatical = sequence.matcher.allowed()
+            bits = bits & grammatical if (bits & grammatical).any() else grammatical  # the grammar is never left
         return bits
 
     def _mask(self, early: bool) -> np.ndarray:
@@ -87,7 +90,8 @@ def needed(params: SamplingParams) -> bool:
     """Whether a request changes logits at all."""
     return bool(
         params.penalizes or params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
-    )
+        or params.structured_outputs
+    )  # fmt: skip
 
 
 def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
@@ -110,7 +114,7 @@ def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:
     edits.any_1[:] = True
     for row, length, sequence in rows:
         rules = sequence.request.rules
-        if rules is None:
+        if rules is None or sequence.finish_reason is not None:
             continue
         params, num_tokens = rules.params, sequence.num_tokens
         edits.allowed_BW[row] = rules.allowed(sequence, length - sequence.num_prompt)

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 
 from slipway.codec.detokenizer import Detokenizer
+from slipway.codec.grammar import Grammars, Matcher
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
-from slipway.engine import edits
+from slipway.engine import edits, results
 from slipway.engine.batch import Bucket, Sizes
 from slipway.engine.nodes import Leading
 from slipway.engine.params import SamplingParams
-from slipway.engine.request import Logprob, Logprobs, Request, RequestOutput, Sequence
+from slipway.engine.request import Request, RequestOutput, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Snapshot, Stats
@@ -98,6 +99,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._dispatched: Dispatched | None = None
         self._has_deadlines = False
+        self._grammars: Grammars | None = None  # made when the first request wants one
         self._host_s, self._taken_at = 0.0, 0.0  # of a step, on average; when the last results came
         self._seconds: dict[Bucket, float] = {}  # how long the last step of each shape took
 
@@ -133,6 +135,7 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         if edits.needed(params):
             request.rules = edits.Rules(params, stop_ids, self.tokenizer, self.limits.vocab_size)
+        matchers = self._matchers(params)
         self.stats.prompt_tokens += params.num_samples * len(prompt_token_ids)
         # samples share their prompt's pages, so they run on one copy of the weights
         request.copy = self._place(request)
@@ -140,6 +143,7 @@ class Engine:
             # without a seed of its own a request gets one from the engine's seed and its number
             seed = params.seed if params.seed is not None else _mix(self._seed, number)
             sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(params))
+            sequence.matcher = matchers[index] if matchers else None
             request.sequences.append(sequence)
             self._schedulers[request.copy].add(sequence)
         self._requests[request.request_id] = request
@@ -254,9 +258,9 @@ class Engine:
                 sequence = chunk.sequence
                 if sequence.finish_reason is None:
                     if chunk.scored:
-                        _score(sequence.request, sampled, row, chunk)
+                        results.score(sequence.request, sampled, row, chunk)
                     if x_TD is not None and sequence.request.pooling:
-                        _pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
+                        results.pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
                     if chunk.samples:
                         gaps[sequence.last_token_at] += 1  # one value for nearly all
                         sequence.last_token_at = now
@@ -277,7 +281,12 @@ class Engine:
         else:
             if params.best_of is not None:
                 sequence.cumulative_logprob += float(sampled.logprob_B[row])
-            sequence.append(token, None if params.logprobs is None else _logprobs(sampled, row, params.logprobs))
+            sequence.append(token, None if params.logprobs is None else results.logprobs(sampled, row, params.logprobs))
+            if sequence.matcher is not None and sequence.finish_reason is None:
+                if not sequence.matcher.accept(token):
+                    sequence.finish("abort", "the grammar's limits")
+                elif sequence.matcher.is_done:
+                    sequence.finish("stop")
             self.stats.generated_tokens += 1
         if math.isnan(sequence.request.first_token_at):
             sequence.request.first_token_at = sequence.last_token_at
@@ -333,6 +342,16 @@ class Engine:
             raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")
         return max_tokens
 
+    def _matchers(self, params: SamplingParams) -> list[Matcher]:
+        """One for each sample, where a grammar is asked for."""
+        if params.structured_outputs is None:
+            return []
+        if self.tokenizer is None:
+            raise InvalidRequest("structured_outputs", params.structured_outputs, "none without a tokenizer")
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.limits.vocab_size, sorted(self._eos_ids))
+        return [self._grammars.matcher(params.structured_outputs.built) for _ in range(params.num_samples)]
+
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
@@ -350,31 +369,6 @@ def _edited_rows(chunks: list[list[Chunk]], bucket: Bucket) -> list[tuple[int, i
         for chunk in of_rank
         if chunk.samples and chunk.sequence.request.rules is not None
     ]
-
-
-def _logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
-    """The chosen token and the ``top`` likeliest, each with its rank."""
-    ids, values = sampled.top_id_BX[row, :top].tolist(), sampled.top_logprob_BX[row, :top].tolist()
-    found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(zip(ids, values), 1)}
-    chosen = int(sampled.token_B[row])
-    return {chosen: Logprob(float(sampled.logprob_B[row]), int(sampled.rank_B[row]))} | found
-
-
-def _score(request: Request, sampled: Sampled, row: int, chunk: Chunk) -> None:
-    """Log probabilities of the prompt's tokens that follow the scored ones."""
-    assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
-    for index in range(len(chunk.scored)):
-        request.prompt_logprobs.append(_logprobs(sampled, row + index, request.params.prompt_logprobs))
-
-
-def _pool(sequence: Sequence, x_CD: np.ndarray, chunk: Chunk) -> None:
-    """Take in the hidden states of a chunk of the prompt: of its last token, or the mean of all."""
-    request = sequence.request
-    if request.pooling == "mean":
-        total = x_CD.sum(axis=0, dtype=np.float32) / sequence.num_prompt
-        request.hidden = total if chunk.start == 0 else request.hidden + total
-    elif chunk.samples:
-        request.hidden = x_CD[-1]
 
 
 def _mix(seed: int, number: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from slipway.codec.grammar import StructuredOutputs
 from slipway.errors import InvalidRequest
 
 MAX_LOGPROBS, MAX_N, MAX_TEMPERATURE = 20, 1024, 1e6
@@ -58,6 +59,8 @@ class SamplingParams:
     """Choose among these tokens alone."""
     bad_words: tuple[str, ...] = ()
     """Texts whose last token is never chosen after the ones before it."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the output must be: a JSON schema, a regex, one of several texts, a grammar."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever else is in the batch."""
     stop: str | tuple[str, ...] = ()
@@ -141,6 +144,10 @@ class SamplingParams:
             "bad_words": (
                 len(self.bad_words) <= MAX_BAD_WORDS and all(isinstance(w, str) and w for w in self.bad_words),
                 f"at most {MAX_BAD_WORDS} texts that are not empty",
+            ),
+            "structured_outputs": (
+                self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
+                "StructuredOutputs, or None",
             ),
             "seed": (self.seed is None or integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1, or None"),
             "stop": (

@@ -21,7 +21,7 @@ from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
 
 encode = msgspec.json.Encoder().encode
-NOT_YET = {"tools": None, "tool_choice": ("none", None), "response_format": ({"type": "text"}, None)}
+NOT_YET = {"tools": None, "tool_choice": ("none", None)}
 
 
 class Completions:

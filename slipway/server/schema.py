@@ -5,11 +5,13 @@ refused under ``strict``. A field that is listed works, or is refused with a rea
 says who asks and changes nothing.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from slipway.codec.grammar import StructuredOutputs
 from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest, Shown
 
@@ -18,6 +20,10 @@ DIRECT = (  # fields that SamplingParams has under the same name
     "presence_penalty", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "include_stop_str_in_output",
     "ignore_eos", "skip_special_tokens", "prompt_logprobs",
 )  # fmt: skip
+STRUCTURES = {  # vLLM's former fields and SGLang's
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
+    "regex": "regex", "ebnf": "grammar",
+}  # fmt: skip
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
 
@@ -55,6 +61,14 @@ class Sampling(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: Int | None = None
     truncate_prompt_tokens: Int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: Int = 0
@@ -77,7 +91,25 @@ class Sampling(msgspec.Struct, kw_only=True):
             fields["seed"] = self.seed % 2**32  # OpenAI's are 64 bits wide, and may be negative
         if self.logit_bias is not None:
             fields["logit_bias"] = {_token(key): value for key, value in self.logit_bias.items()}
-        return SamplingParams(**fields, logprobs=logprobs)
+        return SamplingParams(**fields, logprobs=logprobs, structured_outputs=self.structure())
+
+    def structure(self) -> StructuredOutputs | None:
+        """What the output must be, by OpenAI's, vLLM's or SGLang's field for it. Raises InvalidRequest."""
+        asked: list[dict[str, Any]] = []
+        if self.response_format is not None:
+            asked += _response_format(self.response_format)
+        if self.structured_outputs is not None:
+            unknown = self.structured_outputs.keys() - {field.name for field in dataclasses.fields(StructuredOutputs)}
+            if unknown:
+                name = sorted(unknown)[0]
+                raise InvalidRequest(f"structured_outputs.{name}", self.structured_outputs[name], "no such field")
+            asked.append(self.structured_outputs)
+        for field, name in STRUCTURES.items():
+            if (value := getattr(self, field)) is not None:
+                asked.append({name: value})
+        if len(asked) > 1:
+            raise InvalidRequest("response_format", asked, "one of the fields that say what an output must be")
+        return StructuredOutputs(**asked[0]) if asked else None
 
 
 class Completion(Sampling, kw_only=True):
@@ -98,7 +130,6 @@ class Chat(Sampling, kw_only=True):
     top_logprobs: Int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -183,6 +214,20 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
         raise InvalidRequest(path.strip("`.") or "body", Shown(text), "what the type says") from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+
+
+def _response_format(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """OpenAI's field as ours: text, json_object, or json_schema with its schema."""
+    kind = given.get("type")
+    if kind == "text":
+        return []
+    if kind == "json_object":
+        return [{"json_object": True}]
+    held = given.get("json_schema")
+    if kind != "json_schema" or not isinstance(held, dict) or not isinstance(held.get("schema"), dict):
+        expected = '{"type": "text" | "json_object"}, or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+        raise InvalidRequest("response_format", given, expected)
+    return [{"json": held["schema"]}]
 
 
 def _token(text: str) -> int:

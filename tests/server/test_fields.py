@@ -1,11 +1,14 @@
 """Every field of a request does what it says: each test would fail if its field were ignored."""
 
+import re
+
 import pytest
 
 from tests.server.conftest import events
 
 pytestmark = pytest.mark.xdist_group("server")
 PROMPT = "def read(path):"
+SIZE = r"\s*\{\s*\"size\"\s*:\s*[0-9]\s*\}\s*"
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,53 @@ def test_chat_fields(server):
     assert len(answer(prompt_logprobs=0)["prompt_logprobs"]) == sizes[0]
 
 
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["size"],
+    "properties": {"size": {"type": "integer", "minimum": 0, "maximum": 9}},
+}  # fmt: skip
+STRUCTURES = {
+    "OpenAI's schema": ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, SIZE),
+    "vLLM's schema": ({"structured_outputs": {"json": SCHEMA}}, SIZE),
+    "vLLM's former schema": ({"guided_json": SCHEMA}, SIZE),
+    "a regex": ({"structured_outputs": {"regex": "[ab]{4}"}}, r"[ab]{4}"),
+    "SGLang's regex": ({"regex": "[ab]{4}"}, r"[ab]{4}"),
+    "vLLM's former regex": ({"guided_regex": "[ab]{4}"}, r"[ab]{4}"),
+    "a choice": ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+    "vLLM's former choice": ({"guided_choice": ["yes", "no"]}, "yes|no"),
+    "a grammar": ({"guided_grammar": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
+    "SGLang's": ({"ebnf": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
+    "any object": ({"response_format": {"type": "json_object"}}, r"\s*\{.*"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_structures_hold_on_both_routes(server, name, temperature):
+    fields, pattern = STRUCTURES[name]
+    fields = {"temperature": temperature, "seed": 1, "max_tokens": 40} | fields
+    found = server.complete(prompt=PROMPT, **fields)["choices"][0]["text"]
+    assert re.fullmatch(pattern, found, re.DOTALL), found
+    chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], **fields).json()
+    assert re.fullmatch(pattern, chat["choices"][0]["message"]["content"], re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}}, {"guided_regex": "("},
+        {"guided_regex": "a", "guided_choice": ["b"]}, {"structured_outputs": {"regexp": "a"}}, {"guided_choice": []},
+        {"guided_grammar": "nonsense"}, {"guided_json": {"type": "unicorn"}}, {"structured_outputs": {}},
+        {"structured_outputs": {"choice": 5}}, {"structured_outputs": {"json": 5}}, {"structured_outputs": {"regex": 5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_structures_that_are_none_are_refused(server, fields):
+    for streams in (False, True):
+        answer = server.post("/v1/completions", prompt=PROMPT, stream=streams, **fields)
+        assert answer.status_code == 400, answer.text
+    assert server.complete(prompt=PROMPT, response_format={"type": "text"})["choices"]
+
+
 def test_tokenize_and_back(server):
     found = server.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
     assert found["count"] == len(found["tokens"]) and "".join(found["token_strs"]) == PROMPT
@@ -204,7 +254,7 @@ def test_unknown_fields_are_named(server, launch):
 
 def test_what_is_not_there_yet_is_refused(server):
     chat = [{"role": "user", "content": "hi"}]
-    for fields in ({"tools": [{}]}, {"tool_choice": "auto"}, {"response_format": {"type": "json_object"}}):
+    for fields in ({"tools": [{}]}, {"tool_choice": "auto"}):
         answer = server.post("/v1/chat/completions", messages=chat, **fields)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(fields))
     assert server.post("/v1/chat/completions", messages=chat, max_tokens=1, tool_choice="none").status_code == 200

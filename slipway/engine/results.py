@@ -1,0 +1,32 @@
+"""What a step found, as requests are given it: log probabilities, a scored prompt, a pooled hidden state; no device."""
+
+import numpy as np
+
+from slipway.engine.request import Logprob, Logprobs, Request, Sequence
+from slipway.engine.sample import Sampled
+from slipway.engine.scheduler import Chunk
+
+
+def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
+    """The chosen token and the ``top`` likeliest, each with its rank."""
+    ids, values = sampled.top_id_BX[row, :top].tolist(), sampled.top_logprob_BX[row, :top].tolist()
+    found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(zip(ids, values), 1)}
+    chosen = int(sampled.token_B[row])
+    return {chosen: Logprob(float(sampled.logprob_B[row]), int(sampled.rank_B[row]))} | found
+
+
+def score(request: Request, sampled: Sampled, row: int, chunk: Chunk) -> None:
+    """Log probabilities of the prompt's tokens that follow the scored ones."""
+    assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+    for index in range(len(chunk.scored)):
+        request.prompt_logprobs.append(logprobs(sampled, row + index, request.params.prompt_logprobs))
+
+
+def pool(sequence: Sequence, x_CD: np.ndarray, chunk: Chunk) -> None:
+    """Take in the hidden states of a chunk of the prompt: of its last token, or the mean of all."""
+    request = sequence.request
+    if request.pooling == "mean":
+        total = x_CD.sum(axis=0, dtype=np.float32) / sequence.num_prompt
+        request.hidden = total if chunk.start == 0 else request.hidden + total
+    elif chunk.samples:
+        request.hidden = x_CD[-1]
