@@ -172,7 +172,7 @@ def test_structures_hold_on_both_routes(server, name, temperature):
         {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}}, {"guided_regex": "("},
         {"guided_regex": "a", "guided_choice": ["b"]}, {"structured_outputs": {"regexp": "a"}}, {"guided_choice": []},
         {"guided_grammar": "nonsense"}, {"guided_json": {"type": "unicorn"}}, {"structured_outputs": {}},
-        {"structured_outputs": {"choice": 5}}, {"structured_outputs": {"json": 5}}, {"structured_outputs": {"regex": 5}},
+        {"structured_outputs": {"choice": 5}}, {"structured_outputs": {"json": 5}}, {"guided_json": "[1]"},
     ],
     ids=str,
 )  # fmt: skip
