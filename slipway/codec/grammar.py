@@ -6,6 +6,7 @@ some 20 ms and 15 ms at the most, however evil the pattern.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
 MAX_CHARS, MAX_DEPTH, MAX_CHOICES = 256 * 1024, 64, 1024
+GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 KEPT = 256  # grammars that are kept built
 
 
@@ -63,7 +65,7 @@ class StructuredOutputs:
             return LLMatcher.grammar_from_regex(_bounded("regex", self.regex))
         text = _bounded("grammar", self.grammar)
         try:
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if "::=" in text else text)
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if GBNF.search(text) else text)
         except (ValueError, IndexError, KeyError) as error:
             raise InvalidRequest("grammar", text, f"a grammar: {error}") from error
 

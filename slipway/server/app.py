@@ -24,8 +24,9 @@ from starlette.routing import Route
 from slipway.engine.params import SamplingParams
 from slipway.errors import EngineDead, InvalidRequest, SlipwayError
 from slipway.server import generation, pages, schema
+from slipway.server.chats import Chats
 from slipway.server.gate import Gate, NotFound, TooLarge, json_response
-from slipway.server.generation import Chats, Completions
+from slipway.server.generation import Completions
 from slipway.server.metrics import Metrics
 from slipway.server.service import Place, Prompt, Service
 

@@ -24,6 +24,9 @@ class ServerConfig:
     """Refuse a body with an unknown field; by default it is named in a warning header and in the log."""
     chat_template: Path | None = None
     """A file that replaces the model's own chat template."""
+    output_parser: str = "auto"
+    """How answers mark reasoning and calls: hermes, qwen3, qwen3_coder, mimo, deepseek_r1, llama3, plain, or auto: by
+    the chat template."""
     max_queued_requests: int = 1024
     """Requests that may run and wait; beyond them 503."""
     max_queued_tokens: int = 2**20

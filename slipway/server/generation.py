@@ -1,4 +1,4 @@
-"""Completions and chats: from a checked body to the objects, or the events, of its answer; knows no socket.
+"""Completions: from a checked body to the objects, or the events, of its answer; and what chats need, too.
 
 Each handler opens one stream per prompt. What came in one step is put together, so that a slow reader gets fewer and
 larger events.
@@ -21,7 +21,6 @@ from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
 
 encode = msgspec.json.Encoder().encode
-NOT_YET = {"tools": None, "tool_choice": ("none", None)}
 
 
 class Completions:
@@ -46,13 +45,13 @@ class Completions:
         params = body.params(service.defaults, max_tokens, body.logprobs)
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
-        self.params = _bounded(params, self.prompts, service)
+        self.params = bounded(params, self.prompts, service)
 
     async def whole(self, place: Place) -> bytes:
         """The answer at once."""
         body, choices = self._body, []
-        with _opened(self._service, place, self.prompts, self.params, body) as streams:
-            deltas = await asyncio.gather(*map(_drained, streams))
+        with opened(self._service, place, self.prompts, self.params, body) as streams:
+            deltas = await asyncio.gather(*map(drained, streams))
         for number, (prompt, of_prompt) in enumerate(zip(self.prompts, deltas)):
             self.usage.prompt += len(prompt.token_ids)
             for delta in of_prompt:
@@ -66,9 +65,9 @@ class Completions:
         """The answer as server-sent events."""
         body, options = self._body, self._body.stream_options or schema.StreamOptions()
         begun: set[tuple[int, int]] = set()
-        with _opened(self._service, place, self.prompts, self.params, body) as streams:
+        with opened(self._service, place, self.prompts, self.params, body) as streams:
             self.usage.prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
-            async for number, deltas in _interleaved(streams):
+            async for number, deltas in interleaved(streams):
                 for delta in deltas:
                     self.usage.add(delta)
                 out, prompt = [], self.prompts[number]
@@ -77,9 +76,9 @@ class Completions:
                     begun.add((number, sample.index))
                     choice = self._choice(number, prompt, sample, deltas[-1], echoes)
                     out.append(self.shape.chunk([choice], self.usage if options.continuous_usage_stats else None))
-                yield _lines(out)
+                yield lines(out)
         if options.include_usage:
-            yield _lines([self.shape.chunk([], self.usage)])
+            yield lines([self.shape.chunk([], self.usage)])
         yield b"data: [DONE]\n\n"
 
     def _choice(self, number: int, prompt: Prompt, sample: Sample, last: Delta, echoes: bool = True) -> dict[str, Any]:
@@ -111,99 +110,8 @@ class Completions:
         return "" if tokenizer is None else tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
 
 
-class Chats:
-    """The answer to a Chat."""
-
-    def __init__(self, service: Service, body: schema.Chat, request_id: str | None):
-        for name, harmless in NOT_YET.items():
-            value = getattr(body, name)
-            if value is not None and (harmless is None or value not in harmless):
-                raise InvalidRequest(name, value, "nothing: not implemented yet")
-        if body.top_logprobs is not None and not body.logprobs:
-            raise InvalidRequest("top_logprobs", body.top_logprobs, "none without logprobs")
-        self._service, self._body = service, body
-        self.shape = Shape("chat.completion", "chatcmpl", service.model_name, request_id, service.tokenizer)
-        self.usage = Usage()
-
-    async def prepare(self) -> None:
-        """Make a prompt and parameters of the body. Raises InvalidRequest."""
-        body, service = self._body, self._service
-        kwargs = body.chat_template_kwargs or {}
-        for name in ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools"):
-            if name in kwargs:
-                raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
-        if body.documents is not None:
-            kwargs = kwargs | {"documents": body.documents}
-        self.prompt = await service.conversation(
-            body.messages, add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message, **kwargs,
-        )  # fmt: skip
-        if body.add_special_tokens and service.tokenizer is not None and self.prompt.text is not None:
-            self.prompt = Prompt(service.tokenizer.encode(self.prompt.text), self.prompt.text)
-        if body.truncate_prompt_tokens is not None:
-            (self.prompt,) = await service.prompts([self.prompt.token_ids], "messages", body.truncate_prompt_tokens)
-        both = body.max_tokens, body.max_completion_tokens
-        if None not in both and both[0] != both[1]:
-            raise InvalidRequest("max_tokens", body.max_tokens, f"max_completion_tokens ({body.max_completion_tokens})")
-        asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-        params = body.params(service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None)
-        self.params = _bounded(params, [self.prompt], service)
-
-    async def whole(self, place: Place) -> bytes:
-        """The answer at once."""
-        with _opened(self._service, place, [self.prompt], self.params, self._body) as (stream,):
-            deltas = await _drained(stream)
-        self.usage.prompt = len(self.prompt.token_ids)
-        for delta in deltas:
-            self.usage.add(delta)
-        choices = []
-        for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
-            message = {"role": "assistant", "content": sample.text}
-            choices.append(self._choice(sample) | {"message": message})
-        more: dict[str, Any] = {}
-        if self._body.prompt_logprobs is not None:
-            more["prompt_logprobs"] = self.shape.prompt_logprobs(deltas[-1].prompt_logprobs)
-        if self._body.return_token_ids:
-            more["prompt_token_ids"] = self.prompt.token_ids
-        choices.sort(key=lambda choice: choice["index"])
-        return encode(self.shape.whole(choices, self.usage, **more))
-
-    async def events(self, place: Place) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
-        options = self._body.stream_options or schema.StreamOptions()
-        usage = self.usage if options.continuous_usage_stats else None
-        with _opened(self._service, place, [self.prompt], self.params, self._body) as (stream,):
-            self.usage.prompt = len(self.prompt.token_ids)
-            first = {"role": "assistant", "content": ""}
-            opening = [
-                {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
-            ]
-            yield _lines([self.shape.chunk([choice], usage) for choice in opening])
-            while not stream.finished:
-                deltas, out = await stream.next(), []
-                for delta in deltas:
-                    self.usage.add(delta)
-                for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
-                    choice = self._choice(sample) | {"delta": {"content": sample.text} if sample.text else {}}
-                    out.append(self.shape.chunk([choice], usage))
-                yield _lines(out)
-        if options.include_usage:
-            yield _lines([self.shape.chunk([], self.usage)])
-        yield b"data: [DONE]\n\n"
-
-    def _choice(self, sample: Sample) -> dict[str, Any]:
-        body, logprobs = self._body, None
-        if body.logprobs:
-            logprobs = self.shape.chat_logprobs(sample.token_ids, sample.logprobs or [], body.top_logprobs or 0)
-        choice = {
-            "index": sample.index, "logprobs": logprobs, "finish_reason": sample.finish_reason,
-            "stop_reason": sample.stop_reason,
-        }  # fmt: skip
-        return choice | {"token_ids": sample.token_ids} if body.return_token_ids else choice
-
-
 @contextlib.contextmanager
-def _opened(service: Service, place: Place, prompts: Sequence[Prompt], params: SamplingParams, body: schema.Sampling):
+def opened(service: Service, place: Place, prompts: Sequence[Prompt], params: SamplingParams, body: schema.Sampling):
     """A stream for every prompt; none is left running."""
     with contextlib.ExitStack() as stack:
         yield [
@@ -214,14 +122,15 @@ def _opened(service: Service, place: Place, prompts: Sequence[Prompt], params: S
         ]
 
 
-async def _drained(stream: Stream) -> list[Delta]:
+async def drained(stream: Stream) -> list[Delta]:
+    """All of a stream."""
     deltas: list[Delta] = []
     while not stream.finished:
         deltas += await stream.next()
     return deltas
 
 
-async def _interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Delta]]]:
+async def interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Delta]]]:
     """What comes from any stream, with its number."""
     if len(streams) == 1:
         while not streams[0].finished:
@@ -242,13 +151,15 @@ async def _interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, li
             task.cancel()
 
 
-def _bounded(params: SamplingParams, prompts: Sequence[Prompt], service: Service) -> SamplingParams:
+def bounded(params: SamplingParams, prompts: Sequence[Prompt], service: Service) -> SamplingParams:
+    """The parameters, if their samples are not too many. Raises InvalidRequest."""
     if (asked := len(prompts) * params.num_samples) > service.config.max_prompts:
         raise InvalidRequest("n", f"{asked} samples in all", f"at most {service.config.max_prompts}")
     return params
 
 
-def _lines(chunks: Sequence[Any]) -> bytes:
+def lines(chunks: Sequence[Any]) -> bytes:
+    """Server-sent events."""
     return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
 
 

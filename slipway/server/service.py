@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+from slipway.codec import parts
 from slipway.codec.chat import ChatTemplate
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
@@ -54,6 +55,7 @@ class Service:
     ):  # fmt: skip
         self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
         self._chat = None if tokenizer is None else ChatTemplate(template, tokenizer.special_tokens)
+        self.template, self.family = template, parts.family(config.output_parser, template)
         self._num_requests = self._num_tokens = 0
         self._by_client: Counter[str] = Counter()
         self._prefixes: dict[Replica, OrderedDict[bytes, None]] = {each: OrderedDict() for each in replicas}

@@ -1,0 +1,123 @@
+"""Chats: from a checked body through the template to the objects, or the events, of its answer; knows no socket."""
+
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+from slipway.errors import InvalidRequest
+from slipway.server import schema
+from slipway.server.answers import Shape, Usage, merged
+from slipway.server.generation import bounded, drained, encode, lines, opened
+from slipway.server.messages import Sample
+from slipway.server.service import Place, Prompt, Service
+from slipway.server.tools import Message, Tools, with_parsed_arguments
+
+
+class Chats:
+    """The answer to a Chat."""
+
+    def __init__(self, service: Service, body: schema.Chat, request_id: str | None):
+        if body.top_logprobs is not None and not body.logprobs:
+            raise InvalidRequest("top_logprobs", body.top_logprobs, "none without logprobs")
+        self._service, self._body = service, body
+        self.shape = Shape("chat.completion", "chatcmpl", service.model_name, request_id, service.tokenizer)
+        self.usage = Usage()
+
+    async def prepare(self) -> None:
+        """Make a prompt and parameters of the body. Raises InvalidRequest."""
+        body, service = self._body, self._service
+        kwargs = body.chat_template_kwargs or {}
+        for name in ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools"):
+            if name in kwargs:
+                raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
+        if body.documents is not None:
+            kwargs = kwargs | {"documents": body.documents}
+        if body.tools:
+            kwargs = kwargs | {"tools": body.tools}
+        self.tools = Tools.read(body, service.family, service.template)
+        self.prompt = await service.conversation(
+            with_parsed_arguments(body.messages), add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message, **kwargs,
+        )  # fmt: skip
+        if body.add_special_tokens and service.tokenizer is not None and self.prompt.text is not None:
+            self.prompt = Prompt(service.tokenizer.encode(self.prompt.text), self.prompt.text)
+        if body.truncate_prompt_tokens is not None:
+            (self.prompt,) = await service.prompts([self.prompt.token_ids], "messages", body.truncate_prompt_tokens)
+        both = body.max_tokens, body.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise InvalidRequest("max_tokens", body.max_tokens, f"max_completion_tokens ({body.max_completion_tokens})")
+        asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+        params = body.params(service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None)
+        if (structure := self.tools.structure()) is not None:
+            if params.structured_outputs is not None:
+                raise InvalidRequest("tool_choice", body.tool_choice, "none, where the output's structure is stated")
+            params = dataclasses.replace(params, structured_outputs=structure)
+        if self.tools.family.keeps_special and self.tools.schemas:
+            params = dataclasses.replace(params, skip_special_tokens=False)
+        self.params = bounded(params, [self.prompt], service)
+
+    def _message(self) -> Message:
+        """A reader for one sample."""
+        parser = self.tools.parser(self._body.separate_reasoning, self.prompt.text or "")
+        return Message(parser, self.tools.parallel)
+
+    async def whole(self, place: Place) -> bytes:
+        """The answer at once."""
+        with opened(self._service, place, [self.prompt], self.params, self._body) as (stream,):
+            deltas = await drained(stream)
+        self.usage.prompt = len(self.prompt.token_ids)
+        for delta in deltas:
+            self.usage.add(delta)
+        choices = []
+        for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
+            read = self._message()
+            message: dict[str, Any] = {"role": "assistant", "content": None} | read.push(sample.text, ended=True)
+            if message["content"] is None and not read.calls:
+                message["content"] = ""
+            for call in message.get("tool_calls", []):
+                del call["index"]  # which pieces of streams have
+            choices.append(self._choice(sample, read) | {"message": message})
+        more: dict[str, Any] = {}
+        if self._body.prompt_logprobs is not None:
+            more["prompt_logprobs"] = self.shape.prompt_logprobs(deltas[-1].prompt_logprobs)
+        if self._body.return_token_ids:
+            more["prompt_token_ids"] = self.prompt.token_ids
+        choices.sort(key=lambda choice: choice["index"])
+        return encode(self.shape.whole(choices, self.usage, **more))
+
+    async def events(self, place: Place) -> AsyncIterator[bytes]:
+        """The answer as server-sent events."""
+        options = self._body.stream_options or schema.StreamOptions()
+        usage = self.usage if options.continuous_usage_stats else None
+        with opened(self._service, place, [self.prompt], self.params, self._body) as (stream,):
+            self.usage.prompt = len(self.prompt.token_ids)
+            first = {"role": "assistant", "content": ""}
+            opening = [
+                {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
+            ]
+            yield lines([self.shape.chunk([choice], usage) for choice in opening])
+            reading = [self._message() for _ in range(self.params.n)]
+            while not stream.finished:
+                deltas, out = await stream.next(), []
+                for delta in deltas:
+                    self.usage.add(delta)
+                for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
+                    read = reading[sample.index]
+                    added = read.push(sample.text, ended=sample.finish_reason is not None)
+                    out.append(self.shape.chunk([self._choice(sample, read) | {"delta": added}], usage))
+                yield lines(out)
+        if options.include_usage:
+            yield lines([self.shape.chunk([], self.usage)])
+        yield b"data: [DONE]\n\n"
+
+    def _choice(self, sample: Sample, read: Message) -> dict[str, Any]:
+        body, logprobs, reason = self._body, None, sample.finish_reason
+        if reason == "stop" and read.calls:
+            reason = "tool_calls"
+        if body.logprobs:
+            logprobs = self.shape.chat_logprobs(sample.token_ids, sample.logprobs or [], body.top_logprobs or 0)
+        choice = {
+            "index": sample.index, "logprobs": logprobs, "finish_reason": reason,
+            "stop_reason": sample.stop_reason,
+        }  # fmt: skip
+        return choice | {"token_ids": sample.token_ids} if body.return_token_ids else choice

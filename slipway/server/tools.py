@@ -1,0 +1,153 @@
+"""Functions that a chat may call: checked, forced where that is asked for, read out of the answer; knows no stream."""
+
+import dataclasses
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from slipway.codec.grammar import StructuredOutputs
+from slipway.codec.parts import FAMILIES, Family, Part, Parts
+from slipway.errors import InvalidRequest
+from slipway.server import schema
+
+MAX_TOOLS = 128
+NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What a body says of its tools. ``forced``: the names of which one must be called; none: the model decides."""
+
+    schemas: dict[str, dict[str, Any]]
+    forced: tuple[str, ...]
+    parallel: bool
+    family: Family
+
+    @staticmethod
+    def read(body: schema.Chat, family: Family, template: str | None) -> "Tools":
+        """Of a body. Raises InvalidRequest, naming the field."""
+        schemas = _schemas(body.tools or [])
+        choice = ("auto" if schemas else "none") if body.tool_choice is None else body.tool_choice
+        if choice != "none" and not schemas:
+            raise InvalidRequest("tool_choice", choice, "none, where there are no tools")
+        if schemas and "tools" not in (template or ""):
+            raise InvalidRequest("tools", list(schemas), "none: this model's chat template knows no tools")
+        forced: tuple[str, ...] = ()
+        if isinstance(choice, dict):
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if choice.get("type") != "function" or name not in schemas:
+                raise InvalidRequest("tool_choice", choice, f"one of the tools: {', '.join(schemas)}")
+            forced = (str(name),)
+        elif choice == "required":
+            forced = tuple(schemas)
+        if choice == "none":
+            schemas = {}
+        if schemas and not forced and family.calls is None:
+            raise InvalidRequest("tool_choice", choice, "none, required or a function: no format of calls is known")
+        if forced:  # its format is ours to choose: the one that every family can be made to write
+            family = dataclasses.replace(FAMILIES["hermes"], thinking=family.thinking)
+        return Tools(schemas, forced, body.parallel_tool_calls is not False, family)
+
+    def structure(self) -> StructuredOutputs | None:
+        """The grammar of an answer that must call."""
+        if not self.forced:
+            return None
+        calls = [
+            {
+                "type": "object", "required": ["name", "arguments"], "additionalProperties": False,
+                "properties": {"name": {"const": name}, "arguments": self.schemas[name]},
+            }
+            for name in self.forced
+        ]  # fmt: skip
+        # no free white space: a small model may choose nothing else for ever
+        compact = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+        body = json.dumps(({"anyOf": calls} if len(calls) > 1 else calls[0]) | compact)
+        many = "+" if self.parallel and len(calls) > 1 else ""
+        start, end = (json.dumps(mark) for mark in ("<tool_call>\n", "\n</tool_call>"))
+        return StructuredOutputs(grammar=f"start: call{many}\ncall: {start} body {end}\nbody: %json {body}\n")
+
+    def parser(self, reasons: bool, prompt: str) -> Parts:
+        """For one answer to a prompt, which may have opened its reasoning."""
+        thinking = self.family.thinking
+        opened = True if thinking is not None and prompt.rstrip().endswith(thinking[0]) else None
+        if thinking is not None and prompt.rstrip().endswith(thinking[1]):
+            opened = False
+        return Parts(self.family, self.schemas, reasons and not self.forced, opened)
+
+
+class Message:
+    """One answer as it comes: its parts in OpenAI's fields."""
+
+    def __init__(self, parser: Parts, parallel: bool):
+        self._parser, self._parallel, self._num_calls = parser, parallel, 0
+
+    @property
+    def calls(self) -> bool:
+        """Whether a function was called."""
+        return self._num_calls > 0
+
+    def push(self, text: str, ended: bool) -> dict[str, Any]:
+        """What a piece of text adds, as a delta: content, reasoning_content, tool_calls."""
+        parts = self._parser.push(text)
+        if ended:
+            parts += self._parser.finish()
+        delta: dict[str, Any] = {}
+        for part in parts:
+            if part.kind == "call":
+                if self._num_calls and not self._parallel:
+                    continue  # one call is all that was asked for
+                delta.setdefault("tool_calls", []).append(self._call(part))
+            else:
+                field = "content" if part.kind == "content" else "reasoning_content"
+                delta[field] = delta.get(field, "") + part.text
+        return delta
+
+    def _call(self, part: Part) -> dict[str, Any]:
+        self._num_calls += 1
+        return {
+            "index": self._num_calls - 1, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+            "function": {"name": part.name, "arguments": part.text},
+        }  # fmt: skip
+
+
+def with_parsed_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose earlier calls hold their arguments as objects: OpenAI sends texts, templates want to read them."""
+    found = []
+    for message in messages:
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        if isinstance(calls, list):
+            message = message | {"tool_calls": [_parsed(call) for call in calls]}
+        found.append(message)
+    return found
+
+
+def _parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+    except (json.JSONDecodeError, RecursionError):
+        return call
+
+
+def _schemas(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Parameters of each function, by its name."""
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest("tools", f"{len(tools)} of them", f"at most {MAX_TOOLS}")
+    schemas: dict[str, dict[str, Any]] = {}
+    for number, tool in enumerate(tools):
+        held = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        function = held if isinstance(held, dict) else None
+        name = None if function is None else function.get("name")
+        field = f"tools[{number}]"
+        if function is None or not isinstance(name, str) or not NAME.fullmatch(name) or name in schemas:
+            raise InvalidRequest(field, tool, '{"type": "function", "function": {"name": ...}}, its name its own')
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        if not isinstance(parameters, dict):
+            raise InvalidRequest(f"{field}.function.parameters", parameters, "a JSON schema")
+        schemas[name] = parameters
+    return schemas

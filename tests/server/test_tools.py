@@ -1,0 +1,155 @@
+"""Functions over HTTP, through OpenAI's SDK: forced by grammar, so that nano, which knows none, calls them too."""
+
+import json
+
+import openai
+import pytest
+
+from tests.server.conftest import Server, events
+
+pytestmark = pytest.mark.xdist_group("server")
+TEMPLATE = """{#- <tool_call> <think> -#}
+{%- if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}
+{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}
+{%- for call in m.tool_calls or [] %}[{{ call.function.arguments.city }}]{% endfor %}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+WEATHER = {
+    "type": "function", "function": {"name": "get_weather", "parameters": {
+        "type": "object", "required": ["city", "days"], "additionalProperties": False,
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}}}},
+}  # fmt: skip
+STOP = {"type": "function", "function": {"name": "stop", "parameters": {
+    "type": "object", "properties": {}, "additionalProperties": False}}}  # fmt: skip
+CHAT = [{"role": "user", "content": "What is the weather?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "template.jinja").write_text(TEMPLATE)
+    server = Server(folder, "--chat-template", str(folder / "template.jinja"))
+    try:
+        yield server.wait_ready()
+        server.wait_idle()
+    finally:
+        server.http.close()
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client, **fields):
+    return client.chat.completions.create(**({"model": "nano", "messages": CHAT, "max_tokens": 100} | fields))
+
+
+def fits(call):
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "stop":
+        return arguments == {}
+    return (
+        call.function.name == "get_weather"
+        and set(arguments) == {"city", "days"}
+        and arguments["city"] in ("Rome", "Oslo")
+    )
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_a_named_function_is_called(client, temperature):
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    answer = ask(client, tools=[WEATHER, STOP], tool_choice=choice, temperature=temperature, seed=1)
+    (found,) = answer.choices
+    (call,) = found.message.tool_calls
+    assert fits(call) and call.function.name == "get_weather" and call.id.startswith("call_")
+    assert found.finish_reason == "tool_calls" and found.message.content is None
+
+
+def test_some_function_is_called_where_one_is_required(client):
+    for seed in range(4):
+        answer = ask(client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed)
+        calls = answer.choices[0].message.tool_calls
+        assert calls and all(fits(call) for call in calls)
+        one = ask(
+            client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed, parallel_tool_calls=False
+        )
+        assert len(one.choices[0].message.tool_calls) == 1
+
+
+def test_streams_carry_the_same_calls(client):
+    asked = {"tools": [WEATHER], "tool_choice": "required", "temperature": 0}
+    whole = ask(client, **asked).choices[0].message.tool_calls
+    found, reasons = {}, []
+    for chunk in ask(client, stream=True, **asked):
+        (choice,) = chunk.choices
+        reasons.append(choice.finish_reason)
+        for call in choice.delta.tool_calls or []:
+            entry = found.setdefault(call.index, [call.function.name, ""])
+            entry[1] += call.function.arguments
+    assert [tuple(entry) for entry in found.values()] == [(c.function.name, c.function.arguments) for c in whole]
+    assert reasons[-1] == "tool_calls"
+
+
+def test_templates_see_tools_and_earlier_calls(server):
+    def size(**fields):
+        answer = server.post("/v1/chat/completions", **({"messages": CHAT, "max_tokens": 1} | fields))
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens"]
+
+    assert size(tools=[WEATHER]) > size() and size(tools=[WEATHER], tool_choice="none") == size(tools=[WEATHER])
+    earlier = [{"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "sunny"}]  # fmt: skip
+    assert size(messages=CHAT + earlier) > size()
+
+
+def test_reasoning_is_apart(server):
+    """nano is made to think aloud by a grammar."""
+    text = "<think>\nwell\n</think>\n\nyes"
+    asked = {"messages": CHAT, "structured_outputs": {"choice": [text]}, "max_tokens": 40}
+    message = server.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("yes", "well\n")
+    together = server.post("/v1/chat/completions", **asked, separate_reasoning=False).json()["choices"][0]["message"]
+    assert together["content"] == text and "reasoning_content" not in together
+    deltas = [
+        event["choices"][0]["delta"] for event in events(server.post("/v1/chat/completions", **asked, stream=True))
+    ]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "well\n"
+    assert "".join(delta.get("content") or "" for delta in deltas) == "yes"
+
+
+BAD = {
+    "no list": ({"tools": {}}, "tools"),
+    "no function": ({"tools": [{"type": "function"}]}, "tools[0]"),
+    "a strange name": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]"),
+    "twice": ({"tools": [STOP, STOP]}, "tools[1]"),
+    "too many": ({"tools": [STOP] * 129}, "tools"),
+    "no schema": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]},
+        "tools[0].function.parameters",
+    ),
+    "an unknown one": (
+        {"tools": [STOP], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        "tool_choice",
+    ),
+    "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
+    "a strange choice": ({"tool_choice": "any"}, "tool_choice"),
+    "two structures": ({"tools": [STOP], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+    "an evil schema": (
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "unicorn"}}}],
+            "tool_choice": "required",
+        },
+        "structured_outputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_tools_that_are_none_are_refused(server, name):
+    fields, field = BAD[name]
+    answer = server.post("/v1/chat/completions", messages=CHAT, max_tokens=2, **fields)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
