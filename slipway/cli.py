@@ -21,6 +21,7 @@ from slipway.bench.engine import EngineBench
 from slipway.bench.layers import LayersBench
 from slipway.bench.peers import PeersBench
 from slipway.bench.roofline import RooflineBench
+from slipway.bench.serving import ServingBench
 from slipway.bench.throughput import ThroughputBench
 from slipway.bench.vllm import VllmBench
 from slipway.checkpoint import hub
@@ -267,6 +268,7 @@ class Bench:
             | Annotated[PeersBench, tyro.conf.subcommand("peers")]
             | Annotated[RooflineBench, tyro.conf.subcommand("roofline")]
             | Annotated[CompileBench, tyro.conf.subcommand("compile")]
+            | Annotated[ServingBench, tyro.conf.subcommand("serving")]
             | Annotated[ThroughputBench, tyro.conf.subcommand("throughput")]
             | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
         ]
