@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from slipway import flags
 from slipway.bench.compile import CompileBench
 from slipway.bench.convert import ConvertBench
 from slipway.bench.engine import EngineBench
@@ -66,12 +69,8 @@ class ChatFlags(SamplingFlags):
 
 
 _PROGRESS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    DownloadColumn(),
-    TransferSpeedColumn(),
-    TimeRemainingColumn(),
-)
+    TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+)  # fmt: skip
 ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32)  # two shapes to compile
 
 
@@ -124,8 +123,51 @@ class Serve:
 
         if self.replicas < 1:
             raise InvalidConfig("replicas", self.replicas, "at least 1")
-        path = NANO if self.model == "nano" else self.model
-        serve(path, self.model, self.engine, self.server, self.replicas)
+        serve(_path(self.model), self.model, self.engine, self.server, self.replicas)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunBatch:
+    """Answer a file of OpenAI batch requests, one JSON object a line, without a server."""
+
+    model: Positional[str] = "nano"
+    """A directory or a hub id; nano is the shipped model."""
+    input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
+    """Lines of {custom_id, method, url, body}."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Lines of {id, custom_id, response, error}, in the same order."""
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
+
+    def run(self) -> None:
+        """Answer all; exit code 1 if some failed."""
+        from slipway.server.serve import batch  # brings a web server, which other commands do without
+
+        if not self.input.is_file():
+            raise InvalidConfig("input", str(self.input), "a file")
+        if failed := batch(_path(self.model), self.model, self.engine, self.input, self.output):
+            print(f"slipway: {failed} requests failed: their errors stand in {self.output}", file=sys.stderr)
+            sys.exit(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectEnv:
+    """Print what a report of a fault should name: versions, processor, devices, and which kernels serve."""
+
+    def run(self) -> None:
+        """As JSON."""
+        import jax
+
+        from slipway.ops import cpu
+
+        names = ("slipway", "jax", "jaxlib", "numpy", "tokenizers", "llguidance", "starlette", "uvicorn", "pyzmq")
+        about = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {
+            "versions": {name: version(name) for name in names}, "python": sys.version, "platform": platform.platform(),
+            "processor": next((line.partition(": ")[2] for line in about if line.startswith("model name")), "unknown"),
+            "cores": len(os.sched_getaffinity(0)), "devices": [str(device) for device in jax.devices()],
+            "c++ kernels": cpu.isa() or "none",
+        }  # fmt: skip
+        print(json.dumps(found, indent=2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +182,7 @@ class Follow:
         """Load, and repeat the first process's steps until it is done."""
         from slipway.engine.launch import follow  # with JAX, which other commands may not need
 
-        follow(NANO if self.model == "nano" else self.model, self.engine)
+        follow(_path(self.model), self.engine)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,8 +327,8 @@ def main() -> None:
     for name in ("slipway.engine.launch", "slipway.engine.step"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        commands: Any = Generate | Chat | Serve | Follow | Convert | Quantize | Models | Bench
-        tyro.cli(commands, prog="slipway", registry=_registry()).run()
+        commands: Any = Generate | Chat | Serve | RunBatch | Follow | CollectEnv | Convert | Quantize | Models | Bench
+        tyro.cli(commands, prog="slipway", args=flags.expand(sys.argv[1:]), registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -311,6 +353,10 @@ def _registry() -> ConstructorRegistry:
         )
 
     return registry
+
+
+def _path(model: str) -> str:
+    return NANO if model == "nano" else model
 
 
 def _load(model: str, engine: EngineConfig) -> LLM:

@@ -82,9 +82,14 @@ class Gate:
         return kind.lower() == b"bearer" and any([hmac.compare_digest(key.strip(), known) for known in self._keys])
 
 
+def status_of(error: SlipwayError) -> int:
+    """The status code of a failure."""
+    return next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+
+
 def refusal(error: SlipwayError) -> Response:
     """What a failure becomes."""
-    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    status = status_of(error)
     headers = {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, EngineBusy) else {}
     kind = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
             503: "service_unavailable_error"}.get(status, "internal_error")  # fmt: skip

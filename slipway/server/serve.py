@@ -10,16 +10,19 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slipway.checkpoint import hub
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.config import EngineConfig
 from slipway.errors import InvalidConfig, SlipwayError
 from slipway.server.app import App
+from slipway.server.batch import run_batch
 from slipway.server.config import ServerConfig
 from slipway.server.replica import Replica
 from slipway.server.service import Service
@@ -30,7 +33,22 @@ LOOK_S = 0.05
 
 def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, replicas: int) -> None:
     """Serve ``model`` until SIGTERM or SIGINT. Raises what loading it raises, before a request is taken."""
-    _log(config)
+    log(config)
+    with _service(model, name, engine, config, replicas) as service:
+        asyncio.run(_run(service, config))
+
+
+def batch(model: str, name: str, engine: EngineConfig, source: Path, target: Path) -> int:
+    """Answer a file of batch requests; how many failed. Raises what loading ``model`` raises, or what a file does."""
+    config = ServerConfig(max_queued_requests=2**20, max_requests_per_client=2**20, max_queued_tokens=2**40)
+    log(config)
+    with _service(model, name, engine, config, 1) as service:
+        return asyncio.run(_run_batch(service, source, target, 4 * engine.max_num_seqs))
+
+
+@contextlib.contextmanager
+def _service(model: str, name: str, engine: EngineConfig, config: ServerConfig, replicas: int) -> Iterator[Service]:
+    """The model as its clients use it, not started yet."""
     directory = hub.resolve(model, engine.revision, hub.WITHOUT_WEIGHTS)
     tokenizer = None if engine.skip_tokenizer_init else Tokenizer.load(directory)
     template = None if tokenizer is None else tokenizer.chat_template
@@ -41,10 +59,26 @@ def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, rep
     folder = Path(tempfile.mkdtemp(prefix="slipway-"))  # mode 700: sockets in it are this user's alone
     try:
         engines = [Replica(model, engine, folder, f"engine-{number}") for number in range(replicas)]
-        service = Service(config, config.served_model_name or name, tokenizer, template, engines)
-        asyncio.run(_run(service, config))
+        yield Service(config, config.served_model_name or name, tokenizer, template, engines)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _run_batch(service: Service, source: Path, target: Path, at_a_time: int) -> int:
+    (replica,) = service.replicas
+    replica.start()
+    try:
+        while not replica.ready.is_set():
+            if (failure := replica.failed) is not None:
+                raise StartFailed(f"{failure.kind}: {failure.text}")
+            await asyncio.sleep(LOOK_S)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, transient=True) as progress:
+            total = sum(bool(line.strip()) for line in source.read_text().splitlines())
+            task = progress.add_task("requests", total=total)
+            return await run_batch(service, source, target, at_a_time, lambda: progress.advance(task))
+    finally:
+        await replica.close()
 
 
 async def _run(service: Service, config: ServerConfig) -> None:
@@ -130,7 +164,8 @@ class _Text(logging.Formatter):
         return text.encode("unicode_escape").decode() if record.exc_info is None else super().format(record)
 
 
-def _log(config: ServerConfig) -> None:
+def log(config: ServerConfig) -> None:
+    """One line to stderr for each thing that happens."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if config.log_format == "json" else _Text())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -1,0 +1,65 @@
+"""Flags as users of other engines write them, and from a file: our own come out, and nothing is lost on the way."""
+
+import pytest
+
+from slipway.errors import InvalidConfig
+from slipway.flags import expand
+
+pytestmark = pytest.mark.host
+CASES = {
+    "our own": ("serve M --port 1 --strict", "serve M --port 1 --strict"),
+    "vLLM's": (
+        "serve --model M --tp 2 --max-model-len 5 --gpu-memory-utilization=0.5 --block-size 32 -dp 2",
+        "serve M --tensor-parallel-size 2 --max-model-len 5 --memory-fraction 0.5 --page-size 32 --replicas 2",
+    ),
+    "SGLang's": (
+        "serve --model-path M --tp-size 2 --context-length 9 --max-running-requests 7 --disable-radix-cache",
+        "serve M --tensor-parallel-size 2 --max-model-len 9 --max-num-seqs 7 --no-enable-prefix-caching",
+    ),
+    "what changes nothing": ("serve M --trust-remote-code --port 1", "serve M --port 1"),
+    "another command": ("generate M --tp 2", "generate M --tp 2"),
+    "no command": ("", ""),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_words_come_out_as_ours(name):
+    words, expected = CASES[name]
+    assert expand(words.split()) == expected.split()
+
+
+def test_what_changes_nothing_is_said(capsys):
+    expand(["serve", "--trust-remote-code"])
+    assert "never imported" in capsys.readouterr().err
+
+
+def test_a_file_gives_what_the_command_line_does_not(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: M\ntp: 2\nport: 9000\nstrict: true\nenable_prefix_caching: false\napi-key: [a, b]\n")
+    expected = "serve M --tensor-parallel-size 2 --port 9000 --strict --no-enable-prefix-caching --api-key a b"
+    assert expand(["serve", "--config", str(path)]) == expected.split()
+    words = expand(["serve", "N", "--config", str(path), "--port", "1", "--no-strict", "--enable-prefix-caching"])
+    assert words == [
+        "serve",
+        "N",
+        "--port",
+        "1",
+        "--no-strict",
+        "--enable-prefix-caching",
+        "--tensor-parallel-size",
+        "2",
+        "--api-key",
+        "a",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", None, ""])
+def test_a_file_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "serve.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InvalidConfig, match="YAML"):
+        expand(["serve", "--config", str(path)])
+    with pytest.raises(InvalidConfig):
+        expand(["serve", "--config"])
