@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -18,8 +18,9 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from slipway.engine.params import SamplingParams
 from slipway.errors import EngineDead, InvalidRequest, SlipwayError
@@ -95,9 +96,14 @@ class App:
                 stack.close()
                 raise
             if body.stream:
-                events = _guarded(answer.events(place), stack)
-                first = await anext(events)  # what the engine refuses is an error still, not an event
-                return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=headers)
+                events = answer.events(place)
+                try:
+                    first = await anext(events)  # what the engine refuses is an error still, not an event
+                except BaseException:
+                    await events.aclose()
+                    stack.close()
+                    raise
+                return EventStream(first, events, place, stack, headers)
             with stack:
                 whole = await _unless_gone(request, answer.whole(place), place)
             return json_response(whole, headers)
@@ -331,26 +337,35 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _guarded(events: AsyncIterator[bytes], stack: contextlib.ExitStack) -> AsyncIterator[bytes]:
-    """Events, the place in the queue given back at their end; what fails in their midst is the last one."""
-    begun = False
-    with stack:
+class EventStream(Response):
+    """Server-sent events, written as they come; a client that goes ends them."""
+
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes], place: Place, stack: contextlib.ExitStack,
+        headers: dict[str, str],
+    ):  # fmt: skip
+        super().__init__(headers=headers, media_type="text/event-stream")
+        del self.raw_headers[[name for name, _ in self.raw_headers].index(b"content-length")]
+        self._first, self._rest, self._place, self._stack = first, rest, place, stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        gone = asyncio.ensure_future(self._abort_when_gone(receive))
         try:
-            async for event in events:
-                begun = True
-                yield event
-        except SlipwayError as error:
-            if not begun:
-                raise
-            yield generation.failed(error)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for event in self._rest:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            except SlipwayError as error:
+                await send({"type": "http.response.body", "body": generation.failed(error), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            gone.cancel()
+            await self._rest.aclose()
+            self._stack.close()
 
-
-async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    try:
-        yield first
-        async for event in rest:
-            yield event
-    finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+    async def _abort_when_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._place.abort()  # the engine ends what runs, and that ends the events

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, rep
     """Serve ``model`` until SIGTERM or SIGINT. Raises what loading it raises, before a request is taken."""
     log(config)
     with _service(model, name, engine, config, replicas) as service:
-        asyncio.run(_run(service, config))
+        _run_in_loop(_run(service, config))
 
 
 def batch(model: str, name: str, engine: EngineConfig, source: Path, target: Path) -> int:
@@ -43,7 +44,14 @@ def batch(model: str, name: str, engine: EngineConfig, source: Path, target: Pat
     config = ServerConfig(max_queued_requests=2**20, max_requests_per_client=2**20, max_queued_tokens=2**40)
     log(config)
     with _service(model, name, engine, config, 1) as service:
-        return asyncio.run(_run_batch(service, source, target, 4 * engine.max_num_seqs))
+        return _run_in_loop(_run_batch(service, source, target, 4 * engine.max_num_seqs))
+
+
+def _run_in_loop(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run to the end, on uvloop where there is one: it writes to sockets at half the cost."""
+    factory = importlib.import_module("uvloop").new_event_loop if importlib.util.find_spec("uvloop") else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
 
 
 @contextlib.contextmanager

@@ -252,9 +252,10 @@ def test_unknown_fields_are_named(server, launch):
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "promt"
 
 
-def test_what_is_not_there_yet_is_refused(server):
+def test_tools_need_a_template_that_knows_them(server):
     chat = [{"role": "user", "content": "hi"}]
-    for fields in ({"tools": [{}]}, {"tool_choice": "auto"}):
+    tool = {"type": "function", "function": {"name": "f"}}
+    for fields, field in (({"tools": [tool]}, "tools"), ({"tool_choice": "auto"}, "tool_choice")):
         answer = server.post("/v1/chat/completions", messages=chat, **fields)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(fields))
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
     assert server.post("/v1/chat/completions", messages=chat, max_tokens=1, tool_choice="none").status_code == 200
