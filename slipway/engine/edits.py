@@ -33,7 +33,7 @@ class Edits:
     frequency_B: Array
     presence_B: Array
     num_prompt_B: Array
-    history_BL: Array
+    history_BC: Array
 
 
 class Rules:
@@ -102,7 +102,7 @@ def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
         bias_id_BX=np.full((B, MAX_LOGIT_BIAS), vocab_size, np.int32),
         bias_BX=np.zeros((B, MAX_LOGIT_BIAS), np.float32), repetition_B=np.ones(B, np.float32),
         frequency_B=np.zeros(B, np.float32), presence_B=np.zeros(B, np.float32),
-        num_prompt_B=np.zeros(B, np.int32), history_BL=np.zeros((B, max_model_len), np.int32),
+        num_prompt_B=np.zeros(B, np.int32), history_BC=np.zeros((B, max_model_len), np.int32),
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:
         if params.penalizes:
             edits.repetition_B[row], edits.num_prompt_B[row] = params.repetition_penalty, sequence.num_prompt
             edits.frequency_B[row], edits.presence_B[row] = params.frequency_penalty, params.presence_penalty
-            edits.history_BL[row, :num_tokens] = sequence.tokens[:num_tokens]
+            edits.history_BC[row, :num_tokens] = sequence.tokens[:num_tokens]
     return edits
 
 

@@ -52,15 +52,15 @@ def edit(logits_BV, edits, position_B, newest_B):
 
 def _penalized(logits_BV, edits, position_B, newest_B, row_B1):
     """Repetition: Keskar et al., CTRL, 2019, section 4.1; frequency and presence: OpenAI's API reference."""
-    at_1L = jnp.arange(edits.history_BL.shape[1], dtype=jnp.int32)[None]
-    is_newest_BL = (at_1L == position_B[:, None] - 1) & (newest_B >= 0)[:, None]
-    history_BL = jnp.where(is_newest_BL, newest_B[:, None], edits.history_BL)
+    at_1C = jnp.arange(edits.history_BC.shape[1], dtype=jnp.int32)[None]
+    is_newest_BC = (at_1C == position_B[:, None] - 1) & (newest_B >= 0)[:, None]
+    history_BC = jnp.where(is_newest_BC, newest_B[:, None], edits.history_BC)
     nobody = jnp.int32(logits_BV.shape[1])
-    held_BL = jnp.where(at_1L < position_B[:, None], history_BL, nobody)
-    output_BL = jnp.where(at_1L >= edits.num_prompt_B[:, None], held_BL, nobody)
+    held_BC = jnp.where(at_1C < position_B[:, None], history_BC, nobody)
+    output_BC = jnp.where(at_1C >= edits.num_prompt_B[:, None], held_BC, nobody)
     zeros_BV = jnp.zeros(logits_BV.shape, jnp.int32)
-    seen_BV = zeros_BV.at[row_B1, held_BL].set(1, mode="drop") == 1
-    count_BV = zeros_BV.at[row_B1, output_BL].add(1, mode="drop").astype(jnp.float32)
+    seen_BV = zeros_BV.at[row_B1, held_BC].set(1, mode="drop") == 1
+    count_BV = zeros_BV.at[row_B1, output_BC].add(1, mode="drop").astype(jnp.float32)
     repetition_B1 = edits.repetition_B[:, None]
     repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
     logits_BV = jnp.where(seen_BV, repeated_BV, logits_BV) - edits.frequency_B[:, None] * count_BV
