@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -33,6 +34,7 @@ from slipway.server.service import Place, Prompt, Service
 
 logger = logging.getLogger("slipway.access")
 encode = msgspec.json.Encoder().encode
+REQUEST_ID = re.compile(r"[!-~]{1,128}")  # it comes back in a header
 
 
 class App:
@@ -85,6 +87,8 @@ class App:
             body, unknown = await self._body(request, kind)
             self._check_model(body.model)
             request_id = body.request_id or request.headers.get("x-request-id")
+            if request_id is not None and not REQUEST_ID.fullmatch(request_id):
+                raise InvalidRequest("request_id", request_id, "1 to 128 visible ASCII characters")
             answer = make(self.service, body, request_id)
             request.scope["slipway.id"] = answer.shape.id
             headers = _headers(unknown) | {"x-request-id": answer.shape.id}
@@ -98,7 +102,8 @@ class App:
             if body.stream:
                 events = answer.events(place)
                 try:
-                    first = await anext(events)  # what the engine refuses is an error still, not an event
+                    # what the engine refuses is an error still, not an event
+                    first = await _unless_gone(request, anext(events), place)
                 except BaseException:
                     await events.aclose()
                     stack.close()

@@ -114,6 +114,9 @@ def test_priority_and_ids(server):
     answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=2, request_id="mine", priority=-5, user="me")
     assert answer.json()["id"] == "mine" and answer.headers["x-request-id"] == "mine"
     assert server.post("/v1/completions", prompt=PROMPT, priority=2**40).status_code == 400
+    for bad in ("\u00e4", "a\nb: c", "x" * 129, " "):
+        refused = server.post("/v1/completions", prompt=PROMPT, request_id=bad)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "request_id"
 
 
 def test_chat_fields(server):
