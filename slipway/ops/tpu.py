@@ -7,7 +7,6 @@ would be copied. The kernel: jax.experimental.pallas.ops.tpu.ragged_paged_attent
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
 
 LANES = 128
 QUERIES_PER_BLOCK, KEYS_PER_BLOCK = 32, 128
@@ -37,6 +36,9 @@ def write_kv(kv, layer, k_TKH, v_TKH, ragged):
 
 def paged_attention(q_TNH, kv, layer, ragged, *, scale, window, soft_cap):
     """As ops.paged_attention, without sinks. Rows with tokens come first, one after the other."""
+    # Imported here: Pallas for TPUs is half a second of every start, on any machine.
+    from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
+
     (L, P, S, X, H), M = kv.shape, ragged.page_table_BM.shape[1]
     ends_B = jnp.cumsum(ragged.counts_B)
     return kernels.ragged_paged_attention(

@@ -55,7 +55,7 @@ def plain(q, kv, lengths, table, ends, num_seqs, *, num_kv_pages_per_block, num_
 @pytest.mark.parametrize("static", [{}, {"window": 3}, {"soft_cap": 2.0}], ids=str)
 @pytest.mark.parametrize("counts, lengths", [((1, 1, 1), (9, 1, 14)), ((5, 1, 7), (5, 11, 16)), ((2,), (17,))])
 def test_cache_and_arguments_mean_what_the_portable_bodies_do(counts, lengths, static, monkeypatch):
-    monkeypatch.setattr(tpu.kernels, "ragged_paged_attention", plain)
+    monkeypatch.setattr(kernels, "ragged_paged_attention", plain)
     rng, sizes = np.random.default_rng(0), (PAGES, PAGE, KV_HEADS, HEAD_DIM, jnp.float32)
     caches = {"cpu": ops.allocate_kv("cpu", LAYERS, *sizes), "tpu": ops.allocate_kv("tpu", LAYERS, *sizes)}
     assert tpu.is_mine(caches["tpu"]) and not tpu.is_mine(caches["cpu"])
