@@ -31,6 +31,8 @@ class Chats:
             if name in kwargs:
                 raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
         if body.documents is not None:
+            if "documents" not in (service.template or ""):
+                raise InvalidRequest("documents", body.documents, "none: this model's chat template knows no documents")
             kwargs = kwargs | {"documents": body.documents}
         if body.tools:
             kwargs = kwargs | {"tools": body.tools}

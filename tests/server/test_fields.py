@@ -258,7 +258,9 @@ def test_unknown_fields_are_named(server, launch):
 def test_tools_need_a_template_that_knows_them(server):
     chat = [{"role": "user", "content": "hi"}]
     tool = {"type": "function", "function": {"name": "f"}}
-    for fields, field in (({"tools": [tool]}, "tools"), ({"tool_choice": "auto"}, "tool_choice")):
+    for fields, field in (
+        ({"tools": [tool]}, "tools"), ({"tool_choice": "auto"}, "tool_choice"), ({"documents": [{}]}, "documents"),
+    ):  # fmt: skip
         answer = server.post("/v1/chat/completions", messages=chat, **fields)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
     assert server.post("/v1/chat/completions", messages=chat, max_tokens=1, tool_choice="none").status_code == 200
