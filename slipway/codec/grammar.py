@@ -1,14 +1,14 @@
 """Structured output: from a schema, regex, choice or grammar to the tokens that may come next; knows no JAX.
 
-llguidance parses and walks the grammars. Building one and computing a mask are bounded by its fuel, not by a clock:
-some 20 ms and 15 ms at the most, however evil the pattern.
+llguidance parses and walks the grammars. Building one and computing a mask are bounded by its fuel, not by a clock: by
+its documentation (LLParserLimits) some 20 and 15 ms at the default limits, however evil the pattern.
 """
 
 import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,11 @@ class StructuredOutputs:
             raise InvalidRequest("structured_outputs", given, expected)
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
-        object.__setattr__(self, "_built", self._build())
+        assert self.built  # what cannot be built is refused here
 
-    @property
+    @cached_property
     def built(self) -> str:
         """The same in llguidance's notation."""
-        return self._built  # type: ignore[attr-defined]
-
-    def _build(self) -> str:
         if self.json_object:
             return LLMatcher.grammar_from_json_schema({"type": "object"})
         if self.json is not None:

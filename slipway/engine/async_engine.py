@@ -185,7 +185,7 @@ class AsyncEngine:
                 if self._engine.has_work():
                     self._step()
             raise EngineDead("the engine was closed")
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, everyone who waits must learn of it
             if not isinstance(error, EngineDead):
                 logger.exception("the engine stops")
             with self._lock:

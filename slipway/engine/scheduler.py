@@ -27,8 +27,8 @@ MAX_OVERTAKEN = 16
 class Chunk(NamedTuple):
     """``num_tokens`` tokens of a sequence from position ``start`` on.
 
-    ``samples``: the last of them is the sequence's last, so the step chooses the next. ``scored``: how many of its
-    last tokens before that say how likely the prompt's next one is.
+    ``samples``: the last of them is the sequence's last, so the step chooses the next. ``scored``: the positions
+    of those whose results say how likely the prompt's next token is.
     """
 
     sequence: Sequence

@@ -92,24 +92,14 @@ class App:
             answer = make(self.service, body, request_id)
             request.scope["slipway.id"] = answer.shape.id
             headers = _headers(unknown) | {"x-request-id": answer.shape.id}
-            stack = contextlib.ExitStack()
-            place = stack.enter_context(self.service.place(_client(request), answer.shape.id))
-            try:
+            with contextlib.ExitStack() as stack:
+                place = stack.enter_context(self.service.place(_client(request), answer.shape.id))
                 await answer.prepare()
-            except BaseException:
-                stack.close()
-                raise
-            if body.stream:
-                events = answer.events(place)
-                try:
+                if body.stream:
+                    events = answer.events(place)
                     # what the engine refuses is an error still, not an event
                     first = await _unless_gone(request, anext(events), place)
-                except BaseException:
-                    await events.aclose()
-                    stack.close()
-                    raise
-                return EventStream(first, events, place, stack, headers)
-            with stack:
+                    return EventStream(first, events, place, stack.pop_all(), headers)
                 whole = await _unless_gone(request, answer.whole(place), place)
             return json_response(whole, headers)
 

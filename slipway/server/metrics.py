@@ -89,7 +89,7 @@ class _Fixed:
 
 
 def _sum(snapshot: Snapshot, name: str) -> int:
-    return getattr(snapshot if hasattr(snapshot, name) else snapshot.stats, name)
+    return (vars(snapshot.stats) | vars(snapshot))[name]
 
 
 def _joined(histograms: list[Histogram]) -> tuple[list[tuple[str, float]], float]:

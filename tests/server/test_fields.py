@@ -63,9 +63,8 @@ def test_where_outputs_end(server, plain):
     eos = 2
     forced = {"logit_bias": {str(eos): 100}, "return_token_ids": True}
     ids = server.complete(prompt=PROMPT, **forced)["choices"][0]["token_ids"]
-    assert len(ids) in (1, 12)
-    if len(ids) == 1:
-        assert len(server.complete(prompt=PROMPT, ignore_eos=True, **forced)["choices"][0]["token_ids"]) == 12
+    assert ids == [eos]
+    assert server.complete(prompt=PROMPT, ignore_eos=True, **forced)["choices"][0]["token_ids"] == [eos] * 12
 
 
 def test_samples_and_the_best_of_them(server):
