@@ -23,14 +23,16 @@ def run(llm, what, prompt="def f(x):", **fields):
     return llm.generate(prompt, SamplingParams(structured_outputs=what, **params))[0].outputs
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_json_fits_its_schema(llm, seed):
-    (output,) = run(llm, StructuredOutputs(json=SCHEMA), seed=seed, temperature=1.5)
-    if output.finish_reason == "length":
-        return  # cut: the shared engine's context is 64
-    found = json.loads(output.text)
-    assert set(found) == {"name", "size", "tags"} and len(found["name"]) <= 12 and 0 <= found["size"] <= 99
-    assert {*found["tags"]} <= {"red", "blue"} and output.finish_reason == "stop"
+def test_json_fits_its_schema():
+    """nano, whose context lets outputs end; some must, the others are cut."""
+    with LLM(max_num_seqs=12, max_num_batched_tokens=64) as llm:
+        outputs = run(llm, StructuredOutputs(json=SCHEMA), n=12, temperature=1.0, max_tokens=300)
+    ended = [output for output in outputs if output.finish_reason == "stop"]
+    assert ended and {output.finish_reason for output in outputs} <= {"stop", "length"}
+    for output in ended:
+        found = json.loads(output.text)
+        assert set(found) == {"name", "size", "tags"} and len(found["name"]) <= 12 and 0 <= found["size"] <= 99
+        assert {*found["tags"]} <= {"red", "blue"}
 
 
 def test_choices_patterns_grammars_and_objects(llm):
