@@ -34,6 +34,7 @@ from slipway.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 LONG = 100  # times the host's work: the host waits for such a step before it plans the next
+LONG_AT_AN_END = 10  # the same for a step that ends an output: its place is free, and often the next request comes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Engine:
         self._has_deadlines = False
         self._grammars: Grammars | None = None  # made when the first request wants one
         self._host_s, self._taken_at = 0.0, 0.0  # of a step, on average; when the last results came
+        self._early = (0.0, 0.0)  # seconds of the host and of waiting, of a step taken in by a call of its own
         self._seconds: dict[Bucket, float] = {}  # how long the last step of each shape took
 
     @property
@@ -198,16 +200,27 @@ class Engine:
     def step(self) -> list[Request]:
         """Dispatch a step and take in the one before: the requests that moved; who finished is no longer the engine's.
 
-        The first call after a pause has nothing to take in, and returns an empty list.
+        A step that takes long is taken in by a call of its own, before the next is planned, and the first call after
+        a pause has nothing to take in and returns an empty list.
         """
-        started, waited = time.perf_counter(), 0.0
-        moved: dict[str, Request] = {}
+        started, moved = time.perf_counter(), dict[str, Request]()
         if self._has_deadlines:
             self._end_overdue(moved)
         before, self._dispatched = self._dispatched, None
-        if before is not None and self._is_long(before):
-            waited += self._take(before, moved)
-            before = None
+        if before is not None and self._is_long(before):  # who comes upon its results is in time for the next
+            waited = self._take(before, moved)
+            self._early = (time.perf_counter() - started - waited, waited)
+            return list(moved.values())
+        waited = self._dispatch(before, moved)
+        host_s = time.perf_counter() - started - waited + self._early[0]
+        self._host_s += (host_s - self._host_s) / 16
+        self.stats.step(host_s, waited + self._early[1])
+        self._early = (0.0, 0.0)
+        return list(moved.values())
+
+    def _dispatch(self, before: Dispatched | None, moved: dict[str, Request]) -> float:
+        """Give the device what can run next, and take in the step before; the seconds spent waiting for that."""
+        waited = 0.0
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
             bucket = batches.choose(self._shapes, chunks)
@@ -226,10 +239,7 @@ class Engine:
             self._count_step(chunks)
         if before is not None:
             waited += self._take(before, moved)
-        host_s = time.perf_counter() - started - waited
-        self._host_s += (host_s - self._host_s) / 16
-        self.stats.step(host_s, waited)
-        return list(moved.values())
+        return waited
 
     def _count_step(self, chunks: list[list[Chunk]]) -> None:
         """A step was dispatched."""
@@ -301,7 +311,10 @@ class Engine:
 
         What is dispatched ahead is decided ahead. On a CPU a prefill of 512 tokens may take 0.7 s, the host 2 ms.
         """
-        return self._seconds.get(step.bucket, 0.0) > LONG * self._host_s
+        times = self._seconds.get(step.bucket, 0.0) / max(self._host_s, 1e-9)
+        if not LONG_AT_AN_END < times <= LONG:
+            return times > LONG
+        return any(c.sequence.length >= c.sequence.max_length for rank in step.chunks for c in rank)
 
     def _end_overdue(self, moved: dict[str, Request]) -> None:
         now = time.monotonic()

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from slipway.engine import engine as engine_module
 from slipway.engine import memory
 from slipway.engine.params import SamplingParams
 from slipway.errors import OutOfMemory
@@ -138,6 +139,26 @@ def test_abort_frees_pages_and_leaves_the_others_alone(llm, alone):
         assert [sample.token_ids for sample in finished[ids[i]].outputs] == alone[i]
     with pytest.raises(KeyError):
         engine.abort(ids[0])
+
+
+@pytest.mark.parametrize("long, at_an_end, waits", [(0, 0, "always"), (1e9, 0, "at an end"), (1e9, 1e9, "never")])
+def test_who_comes_upon_the_results_of_a_long_step_is_in_the_next(llm, monkeypatch, long, at_an_end, waits):
+    monkeypatch.setattr(engine_module, "LONG", long)
+    monkeypatch.setattr(engine_module, "LONG_AT_AN_END", at_an_end)
+    engine, one_token = llm.engine, dataclasses.replace(GREEDY, max_tokens=1)
+    engine.add([5] * 3, GREEDY)
+    engine.step()
+    ending = engine.add([5, 6, 7], one_token)
+    steps, moved = engine.stats.steps, []
+    while ending not in [request.request_id for request in moved]:
+        steps, moved = engine.stats.steps, engine.step()
+    assert (engine.stats.steps == steps) == (waits != "never"), "the next step was planned without who may come now"
+    if waits == "at an end":
+        engine.step()
+        steps = engine.stats.steps
+        assert engine.step() and engine.stats.steps == steps + 1, "steps that end nobody overlap"
+    while engine.has_work():
+        engine.step()
 
 
 def test_stats_count_every_token_once(llm):
