@@ -10,6 +10,7 @@ SlipwayError
 ├── OutOfMemory (MemoryError)      the weights, or a single page, exceed the memory budget
 ├── EngineBusy                     as many requests wait as may; nothing of this one was begun
 │   └── ClientBusy                 as many of one client
+├── WeightsLost                    an update failed half-way, or the weights are dropped; until one succeeds
 └── EngineDead                     the engine has stopped, by an error or because it was closed
 """
 
@@ -79,6 +80,10 @@ class EngineBusy(SlipwayError):
 
 class EngineDead(SlipwayError):
     """The engine does not run any more; requests that it had end with this error."""
+
+
+class WeightsLost(SlipwayError):
+    """The engine holds no whole version of the weights; it serves again once an update has succeeded."""
 
 
 class ClientBusy(EngineBusy):

@@ -5,9 +5,10 @@ Shaped like vLLM's ``LLM``, so that its users' scripts read on.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +19,10 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestOutput
 from slipway.errors import InvalidBatch, InvalidConfig, InvalidRequest
+
+if TYPE_CHECKING:
+    from slipway.checkpoint.swap import Mode
+    from slipway.engine.updates import Policy
 
 NANO = str(Path(__file__).parent / "nano")
 
@@ -53,6 +58,37 @@ class LLM:
     def close(self) -> None:
         """Free the device's memory; nothing can be run afterwards."""
         self.engine.close()
+
+    def update_weights(
+        self, source: Any, *, mapping: str | None = None, mode: "Mode" = "inplace", policy: "Policy" = "finish",
+        version: str | None = None,
+    ) -> str:  # fmt: skip
+        """Serve other weights of the same model from the next step on, without compiling anything; their version.
+
+        ``source``: an HF directory or hub id; (HF name, array) pairs; a tree of this model's arrays, another engine's
+        ``weights``, or a foreign tree or ``flax.nnx`` module that ``mapping`` names (as in ``slipway convert``; by
+        default the one that fits). Arrays are NumPy's or JAX's, on any mesh, and stay the caller's. ``mode`` and
+        ``policy`` as in ``Engine.update_weights``. Everything is checked first: CheckpointError lists all that does not
+        fit, and the old weights serve on. WeightsLost: a leaf failed after others had changed.
+        """
+        from slipway.convert import live  # with the rules of every foreign tree, which few need
+
+        values = live.values(source, self.engine.weights, mapping)
+        values.check(self.engine.weights)
+        return self._until(self.engine.update_weights(values, version=version, mode=mode, policy=policy))
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the cache, and devices of the weights; ``level`` 1 keeps these on the host, 2 drops them."""
+        self._until(self.engine.sleep(level))
+
+    def wake_up(self) -> None:
+        """Undo ``sleep``; after level 2 ``update_weights`` must bring weights before anything can run."""
+        self._until(self.engine.wake_up())
+
+    @property
+    def weights_version(self) -> str:
+        """Of the weights that serve: "0" as loaded, then 1, 2, ... or what ``update_weights`` was told."""
+        return self.engine.weights.version
 
     def generate(
         self,
@@ -186,6 +222,12 @@ class LLM:
                         left.remove(request.request_id)
                         progress.advance(task)
                         yield request.output()
+
+    def _until(self, change: Future[Any]) -> Any:
+        """Run what runs until a change has been made; what that came to."""
+        while not change.done():
+            self.engine.step()
+        return change.result()
 
     def _each(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
         """Parameters for every prompt."""

@@ -56,7 +56,7 @@ def test_a_stop_token_ends_the_output_and_has_no_text(llm, whole):
 
 
 def test_the_models_end_token_ends_the_output_unless_ignored(llm, whole, monkeypatch):
-    monkeypatch.setattr(llm.engine, "_eos_ids", frozenset({whole.token_ids[2]}))
+    monkeypatch.setattr(llm.engine._admission, "_eos_ids", frozenset({whole.token_ids[2]}))
     output = complete(llm, ignore_eos=False)
     assert (output.token_ids, output.finish_reason, output.stop_reason) == (whole.token_ids[:3], "stop", None)
     assert complete(llm).token_ids == whole.token_ids

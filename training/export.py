@@ -56,7 +56,7 @@ def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> N
     arrays = {".".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(params)}
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         converted = Path(aside) / "nano"
-        convert(MemorySource(arrays), converted, ConvertConfig(mapping="nnx"), given=_model_json(model_config))
+        convert(MemorySource(arrays), converted, ConvertConfig(mapping="nnx"), given=model_json(model_config))
         for file in converted.iterdir():
             os.replace(file, folder / file.name)
     _write_json(folder / "generation_config.json", _generation_json())
@@ -78,7 +78,8 @@ def main() -> None:
     write_model(NANO_FOLDER, read_kept_checkpoint(KEPT_CHECKPOINT, model_config), model_config)
 
 
-def _model_json(model_config: ModelConfig) -> dict:
+def model_json(model_config: ModelConfig) -> dict:
+    """config.json of a model."""
     shape = asdict(model_config)
     theta = shape.pop("rope_theta")
     return {

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import layout, tree
+from slipway.checkpoint.bits import copy_bits, count_above
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError
 from slipway.mesh import shardings
@@ -31,7 +32,7 @@ from slipway.mesh import shardings
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 ALIGNMENT = 64  # bytes: where it starts on such a boundary, JAX uses a host buffer on a CPU device as it is
 DUMMY_STD = 0.02
-_SCAN_BYTES = 1 << 18  # of a tensor at a time, so that the second pass over it finds it in the cache
+_SCAN_BYTES = 1 << 20  # of a tensor at a time
 _COPY_BYTES = 1 << 21  # between two drops of the file's pages
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def read(declaration: Any, checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> An
     """``load`` for a checkpoint that has passed ``check``."""
     dtype, start = np.dtype(dtype), time.monotonic()
     pairs = list(zip(tree.leaves(declaration), jax.tree.leaves(shardings(declaration, mesh))))
-    arrays = [_load_leaf(leaf, checkpoint, sharding, leaf.param.held_as(dtype)) for leaf, sharding in pairs]
+    arrays = [load_leaf(leaf, checkpoint, sharding, leaf.param.held_as(dtype)) for leaf, sharding in pairs]
     size_gb = sum(array.nbytes for array in arrays) / 1e9
     seconds = time.monotonic() - start
     _log.info("%s: %d arrays, %.2f GB, loaded in %.1f s", checkpoint.directory, len(arrays), size_gb, seconds)
@@ -64,11 +65,15 @@ def wanted(declaration: Any) -> dict[str, tuple[int, ...]]:
     return {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.names()}
 
 
-def check(declaration: Any, checkpoint: Checkpoint, dtype: Any, ignore: Sequence[str] = ()) -> None:
+def check(
+    declaration: Any, checkpoint: Checkpoint, dtype: Any, ignore: Sequence[str] = (),
+    overflow_of: Callable[[str, Checkpoint, np.dtype], str] | None = None,
+) -> None:  # fmt: skip
     """Compare every tensor's presence, shape, dtype and values with the declaration.
 
     ``ignore`` holds glob patterns of tensors that may be present without being declared. A value must be finite as
-    ``dtype``. A Param's alias may be absent, but where present it must equal the Param bit for bit.
+    ``dtype``; ``overflow_of`` says which are not, by default ``overflow``. A Param's alias may be absent, but where
+    present it must equal the Param bit for bit.
     Raises CheckpointError, listing every mismatch.
     """
     leaves = list(tree.leaves(declaration))
@@ -77,7 +82,7 @@ def check(declaration: Any, checkpoint: Checkpoint, dtype: Any, ignore: Sequence
     problems = [misfit for misfit in misfits.values() if misfit]
     sound = [key for key, misfit in misfits.items() if not misfit]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy lets go of the interpreter while it scans
-        found = pool.map(lambda key: _overflow(key, checkpoint, np.dtype(dtype)), sound)
+        found = pool.map(lambda key: (overflow_of or overflow)(key, checkpoint, np.dtype(dtype)), sound)
         problems += [problem for problem in found if problem]
     aliases = [(params[key].alias, key) for key in sound if params[key].alias in checkpoint.tensors]
     problems += [f"{alias}: differs from {key}" for alias, key in aliases if not _equal(alias, key, checkpoint)]
@@ -103,7 +108,7 @@ def _misfit(key: str, param: tree.Param, tensor: Tensor | None) -> str:
     return ""
 
 
-def _overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
+def overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
     """The tensor's values that ``dtype`` cannot hold as finite numbers; empty if there are none.
 
     Without its sign, a float's bits order as its magnitude does, infinities and NaN last: one integer comparison.
@@ -111,17 +116,16 @@ def _overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
     array = checkpoint.array(key)
     if array.dtype.kind == "i":
         return ""
-    bits = np.dtype(f"u{array.itemsize}").type
-    flat, limit, magnitude = array.reshape(-1).view(bits), _limit(array.dtype, dtype), bits(np.iinfo(bits).max >> 1)
+    flat, limit = array.reshape(-1), _limit(array.dtype, dtype)
     step, count, first = _SCAN_BYTES // array.itemsize, 0, 0
-    buffer = np.empty(min(step, flat.size), bits)
     for start in range(0, flat.size, step):
         part = flat[start : start + step]
-        masked = np.bitwise_and(part, magnitude, out=buffer[: part.size])
-        if masked.max() > limit:
-            over = masked > limit
-            first = first if count else start + int(over.argmax())
-            count += int(np.count_nonzero(over))
+        if over := count_above(part, limit):
+            if not count:
+                unsigned = np.dtype(f"u{part.itemsize}").type
+                magnitudes = part.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
+                first = start + int((magnitudes > limit).argmax())
+            count += over
     checkpoint.drop(key)
     if not count:
         return ""
@@ -150,13 +154,28 @@ def _equal(alias: str, key: str, checkpoint: Checkpoint) -> bool:
     return equal
 
 
-def _load_leaf(leaf: tree.Leaf, checkpoint: Checkpoint, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
-    shape, blocks, parts = leaf.param.shape, {}, []
+def load_leaf(
+    leaf: tree.Leaf, checkpoint: Checkpoint, sharding: NamedSharding, dtype: np.dtype,
+    memory: dict[Bounds, np.ndarray] | None = None,
+) -> jax.Array:  # fmt: skip
+    """One array of the declaration, its tensors read from the checkpoint.
+
+    ``memory``: blocks to copy into, which grow by those that are not there yet; on a CPU the array is those very
+    blocks. Without it the array may be the checkpoint's file.
+    """
+    shape, blocks, parts = leaf.param.shape, {} if memory is None else memory, []
+    filled: set[Bounds] = set()
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None, "an addressable device holds a part"
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
-        if bounds not in blocks:  # devices that hold the same block read it once
-            blocks[bounds] = _block(leaf, checkpoint, bounds, dtype)
+        if bounds not in filled:  # devices that hold the same block read it once
+            view = _mapped(leaf, checkpoint, bounds, dtype) if memory is None else None
+            if bounds not in blocks:
+                size = tuple(stop - start for start, stop in bounds)
+                blocks[bounds] = _aligned_empty(size, dtype) if view is None else view
+            if view is None:
+                _fill(blocks[bounds], leaf, checkpoint, bounds)
+            filled.add(bounds)
         parts.append(jax.device_put(blocks[bounds], device, may_alias=True))
     # Waiting bounds the number of blocks that are in host memory, on their way to the devices, at a time.
     array = jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, parts))
@@ -166,23 +185,30 @@ def _load_leaf(leaf: tree.Leaf, checkpoint: Checkpoint, sharding: NamedSharding,
     return array
 
 
-def _block(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
-    """One device's part of a leaf: a view of the file if it lies there as it is and is aligned, else a copy."""
+def _mapped(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dtype) -> np.ndarray | None:
+    """One device's part of a leaf as a view of the file, if it lies there as it is and is aligned."""
+    param = leaf.param
+    if not _lies_as_declared(param) or DTYPES[checkpoint.tensors[leaf.keys[()]].dtype] != dtype:
+        return None
+    view = param.read(checkpoint.array(leaf.keys[()]), tuple(slice(*bound) for bound in bounds))
+    return view if view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0 else None
+
+
+def _fill(block: np.ndarray, leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds) -> None:
+    """Copy one device's part of a leaf."""
     param, stacked = leaf.param, len(leaf.param.stacks)
     index = tuple(slice(*bound) for bound in bounds[stacked:])
-    if _lies_as_declared(param) and DTYPES[checkpoint.tensors[leaf.keys[()]].dtype] == dtype:
-        view = param.read(checkpoint.array(leaf.keys[()]), index)
-        if view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0:
-            return view
-    block = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
     for at in itertools.product(*(range(start, stop) for start, stop in bounds[:stacked])):
         key = leaf.keys[at]
         place: tuple[Any, ...] = (*(i - start for i, (start, _) in zip(at, bounds)), ...)
         target = block[place]
-        for rows, part in _pieces(param, index, dtype.itemsize):
-            target[rows] = param.read(checkpoint.array(key), part)
+        for rows, part in _pieces(param, index, block.itemsize):
+            source = param.read(checkpoint.array(key), part)
+            if source.dtype == block.dtype:
+                copy_bits(target[rows], source)
+            else:
+                target[rows] = source
             checkpoint.drop(key)
-    return block
 
 
 def _lies_as_declared(param: tree.Param) -> bool:

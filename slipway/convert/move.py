@@ -3,12 +3,13 @@ Knows views and dtypes; no names, no files.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 
-from slipway.convert.native import copy_bits, count_above
+from slipway.checkpoint.bits import copy_bits, count_above
+from slipway.checkpoint.shards import Spec
 from slipway.convert.plan import Move
 
 PIECE_ELEMENTS = 1 << 20
@@ -39,9 +40,21 @@ def pieces(
 
 def broadcast(move: Move, source: np.ndarray) -> np.ndarray:
     """The source's share, axes in the target's order; an axis that the source lacks is repeated without a copy."""
-    view = move.source.view(source, move.order)
-    shape = tuple(len(range(*part.indices(size))) for part, size in zip(move.target.take, move.target.split))
+    view, shape = move.source.view(source, move.order), share_shape(move)
     return np.broadcast_to(view, shape) if view.shape != shape else view
+
+
+def share_shape(move: Move) -> tuple[int, ...]:
+    """The shape of what a move fills, axes taken apart."""
+    return tuple(len(range(*part.indices(size))) for part, size in zip(move.target.take, move.target.split))
+
+
+def assembled(moves: Iterable[Move], arrays: Mapping[str, np.ndarray], spec: Spec) -> np.ndarray:
+    """A target put together from its sources; what none of them fills is zero."""
+    whole = np.zeros(spec.shape, spec.dtype)
+    for move in moves:
+        fill(move.target.view(whole, move.order), broadcast(move, arrays[move.source.name]), move.factor)
+    return whole
 
 
 def fill(target: np.ndarray, source: np.ndarray, factor: float) -> None:

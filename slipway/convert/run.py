@@ -72,7 +72,7 @@ def execute(
     run = _Run(plan, source, sink, options, progress)
     try:
         run.all_jobs()
-        run.problems += [p for name, pair in options.tied.items() if (p := _untied(name, pair, source))]
+        run.problems += [p for name, pair in options.tied.items() if (p := untied(name, pair, source))]
         if run.problems:
             raise CheckpointError(source.path or "the tree", sorted(run.problems))
     except BaseException:  # an interruption, too, leaves nothing behind
@@ -171,7 +171,7 @@ class _Run:
             self.problems.append(f"{target}: {faults.not_finite} values are not finite as {spec.dtype}")
         for move in moves:
             array = arrays[move.source.name]
-            self.problems += _unequal_copies(move, array)
+            self.problems += unequal_copies(move, array)
             written.notes += _cut(move, array)
             if (move.factor != 1.0 or spec.dtype != array.dtype) and target not in self.options.deltas:
                 written.max_ulp = max(written.max_ulp, _loss(move, array, spec.dtype))
@@ -181,10 +181,8 @@ class _Run:
 
     def _assembled(self, moves: tuple[Move, ...], arrays: Arrays, spec: Spec) -> Pieces:
         """A target made of several sources, or with padding: put together in memory, and given away in one piece."""
-        whole = np.zeros(spec.shape, spec.dtype)
+        whole = moving.assembled(moves, arrays, spec)
         for move in moves:
-            view = move.target.view(whole, move.order)
-            moving.fill(view, moving.broadcast(move, arrays[move.source.name]), move.factor)
             self.source.drop(move.source.name)
         yield 0, whole.reshape(-1)
 
@@ -232,7 +230,7 @@ def _added(parts: Pieces, delta: Delta) -> Pieces:
         yield first, (piece.astype(np.float32) + delta(first, first + piece.size)).astype(piece.dtype)
 
 
-def _unequal_copies(move: Move, array: np.ndarray) -> Iterator[str]:
+def unequal_copies(move: Move, array: np.ndarray) -> Iterator[str]:
     """Copies that the source holds along an axis and that differ."""
     if not move.copies:
         return
@@ -266,7 +264,7 @@ def _loss(move: Move, array: np.ndarray, dtype: np.dtype) -> int:
     return worst
 
 
-def _untied(name: str, pair: tuple[Move, Move], source: Source) -> str:
+def untied(name: str, pair: tuple[Move, Move], source: Source) -> str:
     """What two sources that must repeat each other differ in; empty if nothing."""
     one, two = pair
     with source.open(one.source.name) as a, source.open(two.source.name) as b:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from slipway.checkpoint import shards
+from slipway.checkpoint.bits import start_writeback
 from slipway.checkpoint.files import INDEX
 from slipway.checkpoint.shards import Spec
-from slipway.convert.native import start_writeback
 
 ASIDE = ".slipway-convert"
 JOURNAL = "journal.json"

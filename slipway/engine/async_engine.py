@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
 
+from slipway.checkpoint.swap import Mode
 from slipway.codec.prompt import Prompt, read
+from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestOutput
 from slipway.engine.stats import Snapshot
+from slipway.engine.updates import Policy
 from slipway.errors import EngineBusy, EngineDead, SlipwayError
 
 logger = logging.getLogger(__name__)
@@ -107,6 +110,31 @@ class AsyncEngine:
         """What runs, waits and is cached now, and the sums since the start."""
         return await self._ask(self._engine.snapshot)
 
+    async def update_weights(
+        self, source: Any, *, mapping: str | None = None, mode: Mode = "inplace", policy: Policy = "finish",
+        version: str | None = None,
+    ) -> str:  # fmt: skip
+        """As ``LLM.update_weights``; what is asked is checked beside the steps, which go on meanwhile."""
+        weights = self._engine.weights
+        values = await asyncio.to_thread(live.values, source, weights, mapping)
+        await asyncio.to_thread(values.check, weights)
+        return await self._change(
+            lambda: self._engine.update_weights(values, version=version, mode=mode, policy=policy)
+        )  # fmt: skip
+
+    async def sleep(self, level: int = 1) -> None:
+        """As ``LLM.sleep``: what runs waits for ``wake_up``, what comes is refused as busy."""
+        await self._change(lambda: self._engine.sleep(level))
+
+    async def wake_up(self) -> None:
+        """Undo ``sleep``."""
+        await self._change(self._engine.wake_up)
+
+    @property
+    def weights_version(self) -> str:
+        """Of the weights that serve."""
+        return self._engine.weights.version
+
     async def flush(self) -> int:
         """Forget the cached prefixes; how many pages that freed."""
         return await self._ask(self._engine.flush)
@@ -116,6 +144,10 @@ class AsyncEngine:
         self._commands.put(None)
         self._thread.join()
         self._engine.close()
+
+    async def _change(self, command: Callable[[], Future[Any]]) -> Any:
+        """What a change that the engine makes between two steps comes to."""
+        return await asyncio.wrap_future(await self._ask(command))
 
     def _ask(self, command: Callable[[], Any]) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self._call(command))
@@ -195,6 +227,7 @@ class AsyncEngine:
                 if (command := self._commands.get()) is not None:
                     command()
             dead = EngineDead(f"the engine has stopped: {self._error}")
+            self._engine.fail_updates(dead)
             self._deliver(dict.fromkeys(self._streams.values(), dead))
             self._streams.clear()
 

@@ -11,18 +11,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future
 from copy import deepcopy
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from slipway.codec.detokenizer import Detokenizer
-from slipway.codec.grammar import Grammars, Matcher
+from slipway.checkpoint.swap import Mode, Values, Weights
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
 from slipway.engine import edits, results
-from slipway.engine.batch import Bucket, Sizes
+from slipway.engine.admission import Admission, Limits
+from slipway.engine.batch import Bucket
 from slipway.engine.nodes import Leading
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, RequestOutput, Sequence
@@ -30,32 +31,12 @@ from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Snapshot, Stats
 from slipway.engine.step import Step
+from slipway.engine.updates import Policy, Updates
 from slipway.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 LONG = 100  # times the host's work: the host waits for such a step before it plans the next
 LONG_AT_AN_END = 10  # the same for a step that ends an output: its place is free, and often the next request comes
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the running engine can hold; printed at start."""
-
-    vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    page_size: int
-    num_pages: int
-    copies: int
-    prefix_caching: bool
-    bodies: dict[str, str]  # which serves each op
-
-    @property
-    def sizes(self) -> Sizes:
-        """Of every batch."""
-        width = -(-self.max_model_len // self.page_size)
-        return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +56,7 @@ class Engine:
     def __init__(
         self,
         step: Step | Leading,
-        params: Any,
+        weights: Weights,
         kv: jax.Array,
         shapes: list[Bucket],
         limits: Limits,
@@ -85,9 +66,9 @@ class Engine:
         defaults: Mapping[str, Any],
     ):
         self.limits, self.tokenizer, self.stats, self.defaults = limits, tokenizer, Stats(), dict(defaults)
-        self._step, self._params, self._kv, self._shapes = step, jax.tree.leaves(params), kv, shapes
+        self._step, self.weights, self._kv, self._shapes = step, weights, kv, shapes
         self._newest = step.first_newest()
-        self._eos_ids, self._seed, self._count = eos_ids, seed, itertools.count()
+        self._admission, self._count = Admission(limits, tokenizer, eos_ids, seed), itertools.count()
         sizes = limits.sizes
         self._schedulers = [
             Scheduler(
@@ -97,10 +78,11 @@ class Engine:
             for _ in range(limits.copies)
         ]  # fmt: skip
         self._builders = [batches.Builder(sizes, scheduler.page_table) for scheduler in self._schedulers]
+        self._versions = itertools.count(1)
         self._requests: dict[str, Request] = {}
         self._dispatched: Dispatched | None = None
         self._has_deadlines = False
-        self._grammars: Grammars | None = None  # made when the first request wants one
+        self._updates = Updates(weights, self._schedulers)
         self._host_s, self._taken_at = 0.0, 0.0  # of a step, on average; when the last results came
         self._early = (0.0, 0.0)  # seconds of the host and of waiting, of a step taken in by a call of its own
         self._seconds: dict[Bucket, float] = {}  # how long the last step of each shape took
@@ -119,34 +101,20 @@ class Engine:
         ``priority``: the smaller runs first. ``timeout_s``: it ends after as many seconds, with what it has.
         ``cache_salt``: only requests of the same salt share cached pages. ``pooling``: last or mean, to get the
         prompt's hidden state instead of an output. Raises InvalidRequest if the request is empty, longer than the
-        context, holds an unknown id, or could never fit.
+        context, holds an unknown id, or could never fit; EngineBusy while the engine sleeps; WeightsLost where there
+        are no whole weights.
         """
-        if type(priority) is not int:
-            raise InvalidRequest("priority", priority, "an integer")
-        if timeout_s is not None and not (type(timeout_s) in (int, float) and timeout_s > 0):
-            raise InvalidRequest("timeout_s", timeout_s, "seconds above 0, or None")
-        if not isinstance(cache_salt, str):
-            raise InvalidRequest("cache_salt", cache_salt, "a text")
-        number, max_tokens = next(self._count), self._check(prompt_token_ids, params)
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        self._has_deadlines |= timeout_s is not None
-        request = Request(
-            str(number), prompt, prompt_token_ids, params, max_tokens, arrival=number, priority=priority,
-            deadline=deadline, cache_salt=cache_salt, pooling=pooling,
+        self._updates.check()
+        number = next(self._count)
+        request = self._admission.request(
+            number, prompt_token_ids, params, prompt, priority, timeout_s, cache_salt, pooling
         )  # fmt: skip
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        if edits.needed(params):
-            request.rules = edits.Rules(params, stop_ids, self.tokenizer, self.limits.vocab_size)
-        matchers = self._matchers(params)
+        self._has_deadlines |= timeout_s is not None
         self.stats.prompt_tokens += params.num_samples * len(prompt_token_ids)
         # samples share their prompt's pages, so they run on one copy of the weights
         request.copy = self._place(request)
-        for index in range(params.num_samples):
-            # without a seed of its own a request gets one from the engine's seed and its number
-            seed = params.seed if params.seed is not None else _mix(self._seed, number)
-            sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(params))
-            sequence.matcher = matchers[index] if matchers else None
-            request.sequences.append(sequence)
+        for sequence in request.sequences:
+            sequence.change_weights(self.weights.version)
             self._schedulers[request.copy].add(sequence)
         self._requests[request.request_id] = request
         return request.request_id
@@ -172,7 +140,7 @@ class Engine:
         """What runs, waits and is cached now, and the sums since the start."""
         each = self._schedulers
         return Snapshot(
-            running=sum(len(s.running) for s in each), waiting=sum(len(s.waiting) for s in each),
+            running=sum(len(s.running) for s in each), waiting=sum(s.num_waiting for s in each),
             pages=sum(s.pages.num_pages for s in each), pages_free=sum(s.pages.num_free for s in each),
             pages_cached=sum(s.tree.num_unlocked for s in each),
             queried_tokens=sum(s.counts.queried_tokens for s in each),
@@ -183,15 +151,69 @@ class Engine:
         )  # fmt: skip
 
     def has_work(self) -> bool:
-        """Whether any request has not ended."""
-        return bool(self._requests)
+        """Whether a step would do anything."""
+        return self._updates.wait or (bool(self._requests) and self._updates.serves)
 
     def close(self) -> None:
         """Free the device's memory: weights, cache, results. The engine cannot run afterwards."""
-        for array in (*self._params, self._kv, self._newest):
+        self.weights.delete()
+        for array in (self._kv, self._newest):
             array.delete()
-        self._params, self._dispatched = [], None
+        self._dispatched = None
         self._step.close()
+
+    def update_weights(
+        self, values: Values, *, version: str | None = None, mode: Mode = "inplace", policy: Policy = "finish"
+    ) -> Future[str]:
+        """Give the weights new values, which have been checked, before some next step; the version they then are.
+
+        ``policy``: what happens to requests that run. ``finish``: they end on the old version first, while nobody
+        begins. ``recompute``: their keys and values are computed anew; what they have said stays. ``continue``: they go
+        on, on what the old version has computed. ``mode`` as in ``Weights.replace``; if that fails half-way, all
+        requests end as aborted and none is taken until an update has succeeded. Cached prefixes are forgotten.
+        """
+        self._need_one_process("update_weights")
+        if mode not in get_args(Mode):
+            raise InvalidRequest("mode", mode, " | ".join(get_args(Mode)))
+        version = version or str(next(self._versions))
+
+        def apply() -> str:
+            self._updates.replace(values, version, mode)
+            for sequence in (sequence for request in self._requests.values() for sequence in request.sequences):
+                sequence.change_weights(version)
+            return version
+
+        return self._updates.add(apply, policy)
+
+    def sleep(self, level: int = 1) -> Future[None]:
+        """Free the cache, and the devices of weights, before the next step; requests wait until ``wake_up``.
+
+        ``level`` 1 keeps the weights in the host's memory; 2 drops them: after it, only an update brings any.
+        """
+        self._need_one_process("sleep")
+        if level not in (1, 2):
+            raise InvalidRequest("level", level, "1, which keeps the weights on the host, or 2, which drops them")
+
+        def apply() -> None:
+            if not self._updates.sleep_level:
+                self._kv.delete()
+            self._updates.sleep(level)
+
+        return self._updates.add(apply, "recompute")
+
+    def wake_up(self) -> Future[None]:
+        """Undo ``sleep``."""
+
+        def apply() -> None:
+            if self._updates.sleep_level:
+                self._updates.wake_up()
+                self._kv = self._step.empty_kv()
+
+        return self._updates.add(apply, "continue")
+
+    def fail_updates(self, error: BaseException) -> None:
+        """End what waits to be changed."""
+        self._updates.fail(error)
 
     def flush(self) -> int:
         """Forget the cached prefixes; how many pages that freed. What runs keeps its own."""
@@ -206,6 +228,10 @@ class Engine:
         started, moved = time.perf_counter(), dict[str, Request]()
         if self._has_deadlines:
             self._end_overdue(moved)
+        if self._updates.wait and self._updates.may_begin():
+            self._change(moved)
+            return list(moved.values())
+        self._updates.check()
         before, self._dispatched = self._dispatched, None
         if before is not None and self._is_long(before):  # who comes upon its results is in time for the next
             waited = self._take(before, moved)
@@ -226,7 +252,7 @@ class Engine:
             bucket = batches.choose(self._shapes, chunks)
             batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
             self._kv, x_TD, logits_BV = self._step.forward(
-                self._params, self._kv, self._newest, bucket, batch.tokens
+                self.weights.arrays, self._kv, self._newest, bucket, batch.tokens
             )  # fmt: skip
             edited = None
             if rows := _edited_rows(chunks, bucket):
@@ -240,6 +266,20 @@ class Engine:
         if before is not None:
             waited += self._take(before, moved)
         return waited
+
+    def _change(self, moved: dict[str, Request]) -> None:
+        """Make the change that comes first, once nothing is on the device."""
+        before, self._dispatched = self._dispatched, None
+        if before is not None:
+            self._take(before, moved)
+        if not self._updates.begin():
+            for request in list(self._requests.values()):
+                self.abort(request.request_id)
+                moved[request.request_id] = request
+
+    def _need_one_process(self, what: str) -> None:
+        if isinstance(self._step, Leading):
+            raise InvalidRequest(what, "an engine of several processes", "one process (nnodes 1)")
 
     def _count_step(self, chunks: list[list[Chunk]]) -> None:
         """A step was dispatched."""
@@ -335,44 +375,6 @@ class Engine:
         left = [scheduler.load - scheduler.cached(request.cache_salt, prompt) for scheduler in self._schedulers]
         return left.index(min(left))
 
-    def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
-        """The longest output that the request may have."""
-        limits, length = self.limits, len(prompt_token_ids)
-        if not length:
-            raise InvalidRequest("prompt_token_ids", prompt_token_ids, "at least one token")
-        for token in prompt_token_ids:
-            if type(token) is not int or not 0 <= token < limits.vocab_size:
-                raise InvalidRequest("prompt_token_ids", token, f"token ids from 0 to {limits.vocab_size - 1}")
-        if length >= limits.max_model_len:
-            raise InvalidRequest("prompt", f"{length} tokens", f"fewer than max_model_len ({limits.max_model_len})")
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)")
-        longest = limits.max_model_len - length
-        max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
-        room = limits.num_pages * limits.page_size
-        if length + max_tokens > room:
-            got = f"{length} prompt tokens + {max_tokens} max_tokens"
-            raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")
-        return max_tokens
-
-    def _matchers(self, params: SamplingParams) -> list[Matcher]:
-        """One for each sample, where a grammar is asked for."""
-        if params.structured_outputs is None:
-            return []
-        if self.tokenizer is None:
-            raise InvalidRequest("structured_outputs", params.structured_outputs, "none without a tokenizer")
-        if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, self.limits.vocab_size, sorted(self._eos_ids))
-        return [self._grammars.matcher(params.structured_outputs.built) for _ in range(params.num_samples)]
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self.tokenizer is None:
-            return None
-        return Detokenizer(
-            self.tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens,
-            params.min_tokens,
-        )  # fmt: skip
-
 
 def _edited_rows(chunks: list[list[Chunk]], bucket: Bucket) -> list[tuple[int, int, Sequence]]:
     """Rows of results whose logits are changed: the row, the tokens before it, and whose it is."""
@@ -382,8 +384,3 @@ def _edited_rows(chunks: list[list[Chunk]], bucket: Bucket) -> list[tuple[int, i
         for chunk in of_rank
         if chunk.samples and chunk.sequence.request.rules is not None
     ]
-
-
-def _mix(seed: int, number: int) -> int:
-    """A seed for the n-th request (the constant is 2**32 / golden ratio: Knuth, TAOCP 3, 6.4)."""
-    return (seed ^ (number * 0x9E3779B1)) % 2**32

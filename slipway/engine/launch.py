@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -19,12 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from slipway import mesh as meshes
 from slipway import models, ops, tree
 from slipway.checkpoint import files, hub, load, quantize
+from slipway.checkpoint.swap import Weights
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
 from slipway.engine import compile_cache, memory, nodes
+from slipway.engine.admission import Limits
 from slipway.engine.batch import Bucket, Sizes
 from slipway.engine.config import EngineConfig
-from slipway.engine.engine import Engine, Limits
+from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
 from slipway.engine.step import Step
 from slipway.errors import InvalidConfig, UnsupportedModel
@@ -43,7 +44,7 @@ class Loaded:
     """A model whose arrays are on their devices and whose programs are compiled, and what its files say."""
 
     step: Step
-    params: Any
+    weights: Weights
     kv: jax.Array
     shapes: list[Bucket]
     limits: Limits
@@ -62,7 +63,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
     it = _load(model, config)
     step = it.step if config.nnodes == 1 else nodes.Leading(it.step, it.shapes, config)
     return Engine(
-        step, it.params, it.kv, it.shapes, it.limits, it.tokenizer, it.eos_ids, config.seed, it.defaults
+        step, it.weights, it.kv, it.shapes, it.limits, it.tokenizer, it.eos_ids, config.seed, it.defaults
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def follow(model: str, config: EngineConfig) -> None:
     if not config.node_rank:
         raise InvalidConfig("node_rank", config.node_rank, "1 or more: process 0 leads")
     it = _load(model, config)
-    nodes.follow(it.step, jax.tree.leaves(it.params), it.kv, it.shapes, it.limits.sizes, config)
+    nodes.follow(it.step, it.weights.arrays, it.kv, it.shapes, it.limits.sizes, config)
 
 
 def _load(model: str, config: EngineConfig) -> Loaded:
@@ -109,8 +110,9 @@ def _load(model: str, config: EngineConfig) -> Loaded:
             params = load.dummy(declaration, mesh, dtype, config.seed)
         else:
             params = load.read(declaration, checkpoint, mesh, dtype)
-        kv = jax.jit(lambda: jnp.zeros(step.kv.shape, step.kv.dtype), out_shardings=step.kv.sharding)()
+        kv = step.empty_kv()
         rest.result()
+    weights = Weights(declaration, mesh, dtype, params, raw, config.hf_overrides, IGNORED_TENSORS)
     limits = Limits(
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
@@ -120,7 +122,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
     _announce(platform, np.dtype(dtype).name, mesh, limits, time.perf_counter() - started)
     return Loaded(
-        step, params, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
+        step, weights, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
         generation_defaults(checkpoint.generation_config),
     )  # fmt: skip
 

@@ -68,6 +68,10 @@ class Leading:
         """As Step's."""
         return self._step.first_newest()
 
+    def empty_kv(self) -> jax.Array:
+        """As Step's."""
+        return self._step.empty_kv()
+
     @property
     def num_compiled(self) -> int:
         """As Step's."""

@@ -26,7 +26,10 @@ Logprobs = dict[int, Logprob]
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One sample so far. ``finish_reason``: None while it runs, then stop | length | abort | timeout."""
+    """One sample so far. ``finish_reason``: None while it runs, then stop | length | abort | timeout.
+
+    ``weights``: which version of the weights it comes from, as (first token of the output, version), in order.
+    """
 
     index: int
     text: str
@@ -34,6 +37,7 @@ class CompletionOutput:
     logprobs: list[Logprobs] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    weights: tuple[tuple[int, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Sequence:
         self.matcher: Matcher | None = None  # where it stands in its grammar, if it has one
         self.first_run, self.last_token_at = True, 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
+        self.weights: tuple[tuple[int, str], ...] = ()
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
 
@@ -124,6 +129,16 @@ class Sequence:
             if self.detokenizer is not None and params.stop and self._read().stopped is not None:
                 self.finish("stop", self.detokenizer.stopped)  # completed by the very end of the text
 
+    def change_weights(self, version: str) -> None:
+        """What it computes from now on comes from this version; so does all of it, where nothing is computed yet."""
+        before = self.weights if self.num_computed or self.num_tokens > self.num_prompt else ()
+        self.weights = (*before, (self.num_tokens - self.num_prompt, version))
+
+    def forget_scores(self) -> None:
+        """Score its prompt anew, where it is scored."""
+        if self.scores:
+            self.num_scored, self.request.prompt_logprobs = 0, [None]
+
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         """End, for this reason."""
         self.finish_reason, self.stop_reason = reason, stop_reason
@@ -132,7 +147,9 @@ class Sequence:
         """What it has come to."""
         text = "" if self.detokenizer is None else self._read().text
         logprobs = None if self.logprobs is None else list(self.logprobs)
-        return CompletionOutput(self.index, text, self.token_ids, logprobs, self.finish_reason, self.stop_reason)
+        return CompletionOutput(
+            self.index, text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.weights
+        )
 
     def delta(self) -> CompletionOutput:
         """What is new since the last call; its cost follows what is new, not what there is."""
@@ -140,7 +157,7 @@ class Sequence:
         ids = self.tokens[self.num_prompt + first : self.num_tokens].tolist()
         logprobs = None if self.logprobs is None else self.logprobs[first:]
         text = "" if self.detokenizer is None else self._read().take()
-        return CompletionOutput(self.index, text, ids, logprobs, self.finish_reason, self.stop_reason)
+        return CompletionOutput(self.index, text, ids, logprobs, self.finish_reason, self.stop_reason, self.weights)
 
     def _read(self) -> Detokenizer:
         """Detokenize what is new. Only a stop string needs that at every step; else it waits until someone looks."""
@@ -181,6 +198,11 @@ class Request:
     def finished(self) -> bool:
         """Whether every sample has ended."""
         return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any sample has run."""
+        return any(sequence.num_cached is not None for sequence in self.sequences)
 
     @property
     def num_generated(self) -> int:

@@ -68,14 +68,38 @@ class Scheduler:
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self.waiting: list[Sequence] = []  # both in order of Sequence.order
         self.running: list[Sequence] = []
+        self._held: list[Sequence] | None = None  # those that wait for ``resume``, where ``hold`` was called
         self.load = 0  # tokens that its sequences may come to, at the most
         self.counts = Counts()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its pages must fit the pool."""
         assert self._pages_for(sequence.max_length) <= self.pages.num_pages, "refused when the request came in"
-        bisect.insort(self.waiting, sequence, key=_order)
+        bisect.insort(self.waiting if self._held is None else self._held, sequence, key=_order)
         self.load += sequence.max_length
+
+    def hold(self) -> None:
+        """Let nobody begin until ``resume``, but those whose request has begun."""
+        if self._held is None:
+            self._held = [s for s in self.waiting if not s.request.has_begun]
+            self.waiting = [s for s in self.waiting if s.request.has_begun]
+
+    def resume(self) -> None:
+        """Undo ``hold``."""
+        self.waiting = sorted(self.waiting + (self._held or []), key=_order)
+        self._held = None
+
+    def preempt_all(self) -> None:
+        """Let all that run wait, and compute anew what they had, prompts that are scored included."""
+        for sequence in self.running.copy():
+            self._preempt(sequence)
+        for sequence in self.waiting:
+            sequence.forget_scores()
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait, or are held."""
+        return len(self.waiting) + len(self._held or [])
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks: one a sequence, at most ``max_num_tokens`` tokens; empty if nobody can move.
@@ -109,9 +133,10 @@ class Scheduler:
             self.running.remove(sequence)
             self._leave(sequence)
             self.load -= sequence.max_length
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-            self.load -= sequence.max_length
+        for queue in (self.waiting, self._held or []):
+            if sequence in queue:
+                queue.remove(sequence)
+                self.load -= sequence.max_length
 
     def cached(self, salt: str, prompt: np.ndarray) -> int:
         """How many tokens of a prompt the tree holds."""

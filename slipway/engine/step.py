@@ -123,6 +123,10 @@ class Step:
         """What the first step reads as the tokens of the one before."""
         return jax.jit(lambda: jnp.zeros(self.newest.shape, jnp.int32), out_shardings=self.newest.sharding)()
 
+    def empty_kv(self) -> jax.Array:
+        """A cache that holds nothing."""
+        return jax.jit(lambda: jnp.zeros(self.kv.shape, self.kv.dtype), out_shardings=self.kv.sharding)()
+
     def close(self) -> None:
         """Nothing is held here."""
 

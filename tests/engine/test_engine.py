@@ -178,7 +178,7 @@ def launched(tiny, monkeypatch, free_bytes, **options):
 
 
 def weights_bytes(engine):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine._params))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.weights.arrays))
 
 
 def test_the_cache_follows_the_budget(tiny, monkeypatch, uncompiled):
@@ -204,7 +204,7 @@ def test_too_little_memory_is_refused(tiny, monkeypatch, uncompiled, missing):
 def test_dummy_weights_are_a_function_of_the_seed(config_only, uncompiled):
     def weights(seed):
         engine = LLM(config_only(), load_format="dummy", skip_tokenizer_init=True, seed=seed).engine
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(engine._params)]
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(engine.weights.arrays)]
 
     one, same, other = weights(1), weights(1), weights(2)
     assert all(np.array_equal(a, b) for a, b in zip(one, same))

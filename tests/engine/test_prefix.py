@@ -151,7 +151,7 @@ def test_preemption_changes_no_output(calm, uncached, temperature):
 
 def test_what_can_never_fit_is_refused_with_the_figures(llm, monkeypatch):
     limits = dataclasses.replace(llm.engine.limits, num_pages=4)
-    monkeypatch.setattr(llm.engine, "limits", limits)
+    monkeypatch.setattr(llm.engine._admission, "_limits", limits)
     with pytest.raises(InvalidRequest, match=r"10 prompt tokens \+ 50 max_tokens.*16 tokens"):
         llm.generate(list(range(3, 13)), SamplingParams(max_tokens=50))
     assert not llm.engine.has_work()

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.convert import native
+from slipway.checkpoint import bits
 
 pytestmark = pytest.mark.host
 
 
 def test_the_compiled_copy_is_in_use():
-    assert native.is_compiled(), "the test environment has a compiler"
+    assert bits.is_compiled(), "the test environment has a compiler"
 
 
 @settings(max_examples=300, deadline=None)
@@ -35,7 +35,7 @@ def test_any_view_is_copied_as_numpy_copies_it(data):
     target = np.zeros([2 * n for n in view.shape], dtype)[(*(slice(0, n) for n in view.shape), ...)]
     if data.draw(st.booleans()):
         target = np.zeros(view.shape, dtype)
-    native.copy_bits(target, view)
+    bits.copy_bits(target, view)
     assert np.array_equal(target, view)
 
 
@@ -43,12 +43,12 @@ def test_any_view_is_copied_as_numpy_copies_it(data):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_infinities_and_nans_are_counted(dtype, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(bits, "_library", lambda: None)
     values = np.random.default_rng(0).standard_normal(1001).astype(dtype)
     values[[3, 500, 1000]] = np.nan, np.inf, -np.inf
     values[7], values[8] = np.finfo(dtype).max, np.finfo(dtype).min
     limit = int(np.asarray(np.finfo(dtype).max).view(f"u{values.itemsize}"))
-    assert native.count_above(values, limit) == 3
+    assert bits.count_above(values, limit) == 3
 
 
 @pytest.mark.parametrize("shape", [(1000, 700), (64, 64), (65, 127), (3, 513, 66)])
@@ -56,13 +56,13 @@ def test_infinities_and_nans_are_counted(dtype, compiled, monkeypatch):
 def test_large_transposes(shape, dtype):
     source = np.random.default_rng(0).integers(0, 65535, shape).astype(dtype)
     target = np.empty((*shape[:-2], shape[-1], shape[-2]), dtype)
-    native.copy_bits(target, source.swapaxes(-1, -2))
+    bits.copy_bits(target, source.swapaxes(-1, -2))
     assert np.array_equal(target, source.swapaxes(-1, -2))
 
 
 def test_without_a_compiler_numpy_does_it(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(bits, "_library", lambda: None)
     source = np.arange(12, dtype=np.uint16).reshape(3, 4)
     target = np.empty((4, 3), np.uint16)
-    native.copy_bits(target, source.T)
+    bits.copy_bits(target, source.T)
     assert np.array_equal(target, source.T)

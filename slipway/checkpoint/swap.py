@@ -1,0 +1,337 @@
+"""Decides how the arrays of a running model take new values: everything is checked first, then leaf by leaf or all at
+once. Knows declarations, tensors and meshes; no engine, and not where the new values come from.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from slipway import layout, tree
+from slipway.checkpoint import load
+from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
+from slipway.errors import CheckpointError, WeightsLost
+from slipway.mesh import shardings
+
+Mode = Literal["inplace", "atomic"]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Values(Protocol):
+    """New values for every leaf of a declaration."""
+
+    def check(self, weights: "Weights") -> None:
+        """Compare everything that can be known before an array changes. Raises CheckpointError, listing all."""
+
+    def array(
+        self, weights: "Weights", at: int, memory: dict[load.Bounds, np.ndarray]
+    ) -> jax.Array:  # fmt: skip
+        """The leaf ``at``, whole, on the weights' mesh; owned by them alone. ``memory`` as ``load_leaf`` has it."""
+
+
+class Weights:
+    """The arrays of a declaration on a mesh, in the order of ``jax.tree.leaves``, and which version they are.
+
+    ``arrays`` is what a step reads: who replaces them makes sure that none is running. ``whole``: whether all are of
+    one version. ``config``: config.json's fields, ``overrides`` among them; ``ignored``: globs of tensors that a
+    checkpoint may hold besides.
+    """
+
+    def __init__(
+        self, declaration: Any, mesh: Mesh, dtype: Any, arrays: Any,
+        config: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None,
+        ignored: Sequence[str] = (),
+    ):  # fmt: skip
+        self.declaration, self.mesh, self.dtype = declaration, mesh, np.dtype(dtype)
+        self.config, self.overrides, self.ignored = dict(config or {}), dict(overrides or {}), tuple(ignored)
+        self.leaves = list(tree.leaves(declaration))
+        self.shardings: list[NamedSharding] = jax.tree.leaves(shardings(declaration, mesh))
+        self.arrays: list[jax.Array] = jax.tree.leaves(arrays)
+        self.version, self.whole = "0", True
+        self._memory: list[dict[load.Bounds, np.ndarray]] = [{} for _ in self.arrays]  # of arrays on a CPU, if ours
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays, once."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def replace(self, values: Values, version: str, mode: Mode = "inplace") -> None:
+        """Give every array its new value; ``values.check`` has passed.
+
+        ``inplace``: leaf by leaf; on a CPU into the memory of the old one, elsewhere the old one goes when the new one
+        is there, so that the most that is held is all weights and the largest leaf. ``atomic``: all new arrays are made
+        beside the old ones, which serve on if anything fails.
+
+        Raises WeightsLost if a leaf failed in place, and what the values raise if all is as it was.
+        """
+        before = [(array.shape, array.dtype, array.sharding) for array in self.arrays]
+        if mode == "atomic":
+            self._all_at_once(values)
+        else:
+            self._leaf_by_leaf(values)
+        after = [(array.shape, array.dtype, array.sharding) for array in self.arrays]
+        assert before == after, "a compiled step takes nothing else"
+        self.version, self.whole = version, True
+
+    def delete(self) -> None:
+        """Free the device's memory."""
+        for array in self.arrays:
+            if not array.is_deleted():
+                array.delete()
+        self._memory = [{} for _ in self.arrays]
+
+    def to_host(self) -> list[np.ndarray]:
+        """Copies of all arrays in the host's memory."""
+        return [np.array(array) for array in self.arrays]
+
+    def from_host(self, arrays: Sequence[np.ndarray]) -> None:
+        """Put back what ``to_host`` gave."""
+        for at, array in enumerate(arrays):
+            self.arrays[at] = jax.device_put(array, self.shardings[at], may_alias=False)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a device's memory is the host's."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def _all_at_once(self, values: Values) -> None:
+        memory: list[dict[load.Bounds, np.ndarray]] = [{} for _ in self.arrays]
+        with self._pool() as pool:
+            new = list(pool.map(lambda at: values.array(self, at, memory[at]), range(len(self.arrays))))
+        old, self.arrays = self.arrays, new
+        self._memory = memory if self.on_cpu else self._memory
+        for array in old:
+            array.delete()
+
+    def _leaf_by_leaf(self, values: Values) -> None:
+        def exchange(at: int) -> None:
+            old, memory = self.arrays[at], self._memory[at] if self.on_cpu else {}
+            is_view = bool(memory)
+            if is_view:  # of what is written to
+                old.delete()
+            self.arrays[at] = values.array(self, at, memory)
+            if not is_view:
+                old.delete()
+
+        try:
+            self.whole = False
+            with self._pool() as pool:
+                for _ in pool.map(exchange, range(len(self.arrays))):
+                    pass
+        except BaseException as error:
+            raise WeightsLost(f"an update failed half-way ({error})") from error
+
+    def _pool(self) -> ThreadPoolExecutor:
+        """On a CPU all cores copy; elsewhere one leaf at a time bounds what is held twice."""
+        return ThreadPoolExecutor(min(8, os.cpu_count() or 1) if self.on_cpu else 1)
+
+
+class FromTensors:
+    """Values from a checkpoint's tensors, under their HF keys: files, or arrays that ``Held`` shows as such."""
+
+    def __init__(self, tensors: Checkpoint):
+        self._tensors = tensors
+
+    def check(self, weights: Weights) -> None:
+        """Every key, shape, dtype and value."""
+        load.check(weights.declaration, self._tensors, weights.dtype, weights.ignored, self._overflow)
+
+    def array(self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
+        """On the host's way, unless the tensors are on devices."""
+        leaf, sharding = weights.leaves[at], weights.shardings[at]
+        dtype = leaf.param.held_as(weights.dtype)
+        if not isinstance(self._tensors, Held) or not self._tensors.on_devices(leaf.keys.values()):
+            return load.load_leaf(leaf, self._tensors, sharding, dtype, memory)
+        memory.clear()
+        arrays = [jnp.asarray(self._tensors.held(key)) for key in leaf.keys.values()]
+        return _owned(_stacked(_Recipe(leaf.param), dtype)(*arrays), sharding)
+
+    def _overflow(self, key: str, tensors: Checkpoint, dtype: np.dtype) -> str:
+        if not isinstance(tensors, Held) or not tensors.on_devices([key]):
+            return load.overflow(key, tensors, dtype)
+        count = _not_finite(tensors.held(key), dtype)
+        return f"{key}: {count} values are not finite as {dtype}" if count else ""
+
+
+class FromTree:
+    """Values from arrays of the same declaration, in the order of its leaves, on whatever mesh they lie.
+
+    They may be those of one device, or of a mesh on which KV heads are repeated and the vocabulary is padded.
+    """
+
+    def __init__(self, arrays: Sequence[Any]):
+        self._arrays = list(arrays)
+
+    def check(self, weights: Weights) -> None:
+        """Every shape and value."""
+        problems = []
+        if len(self._arrays) != len(weights.leaves):
+            problems = [f"{len(self._arrays)} arrays, {len(weights.leaves)} declared"]
+        for leaf, array in zip(weights.leaves, self._arrays):
+            key, param = next(leaf.names()), leaf.param
+            if _grown(param, tuple(array.shape)) is None:
+                problems.append(f"{key}: shape {tuple(array.shape)}, {param.shape} declared")
+            elif not jnp.issubdtype(array.dtype, jnp.floating) and np.dtype(array.dtype) != param.held_as(
+                weights.dtype
+            ):
+                problems.append(f"{key}: dtype {array.dtype}, {param.held_as(weights.dtype)} declared")
+            elif count := _not_finite(array, param.held_as(weights.dtype)):
+                problems.append(f"{key}: {count} values are not finite as {param.held_as(weights.dtype)}")
+        if problems:
+            raise CheckpointError("the tree", problems)
+
+    def array(self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
+        """From device to device."""
+        memory.clear()
+        param, x = weights.leaves[at].param, self._arrays[at]
+        dtype = param.held_as(weights.dtype)
+        if tuple(x.shape) != param.shape or x.dtype != dtype:
+            x = _relaid(_Recipe(param), dtype)(x)
+        return _owned(jnp.asarray(x), weights.shardings[at])
+
+
+class Held(Checkpoint):
+    """Arrays under HF keys, shown as a checkpoint's tensors: NumPy's, and JAX's on any devices."""
+
+    _arrays: Mapping[str, Any]
+
+    def __init__(self, arrays: Mapping[str, Any], what: str = "the arrays"):
+        unknown = [f"{name}: dtype {x.dtype}, not a safetensors one" for name, x in arrays.items() if _name(x) is None]
+        if unknown:
+            raise CheckpointError(what, unknown)
+        tensors = {name: Tensor(name, _name(x) or "", tuple(x.shape), Path(what), 0, 0) for name, x in arrays.items()}
+        super().__init__(Path(what), {}, {}, tensors)
+        object.__setattr__(self, "_arrays", arrays)
+
+    def held(self, name: str) -> np.ndarray | jax.Array:
+        """The array; of what one CPU device holds, a view of its memory."""
+        return on_host(self._arrays[name])
+
+    def array(self, name: str) -> np.ndarray:
+        """The array on the host: a copy of one that lies on other devices."""
+        return np.asarray(self.held(name))
+
+    def drop(self, name: str) -> None:
+        """Nothing: the arrays are the caller's."""
+
+    def on_devices(self, names: Iterable[str]) -> bool:
+        """Whether the host cannot read these where they are."""
+        return all(isinstance(on_host(self._arrays[name]), jax.Array) for name in names)
+
+
+def on_host(array: Any) -> Any:
+    """A view of what a CPU device holds by itself; anything else as it is."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    devices = list(array.devices())
+    return np.asarray(array) if len(devices) == 1 and devices[0].platform == "cpu" else array
+
+
+def _name(array: Any) -> str | None:
+    return _NAMES.get(np.dtype(array.dtype))
+
+
+def _owned(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array on ``sharding``'s devices, no part of it shared with what the caller may delete or donate.
+
+    ``device_put`` keeps what lies on the right device already, ``may_alias=False`` or not, and jit hands through what
+    it need not compute.
+    """
+    shared = array.devices() & sharding.device_set
+    return jax.device_put(jnp.copy(array) if shared else array, sharding)
+
+
+class _Recipe:
+    """A Param as a key of compiled functions."""
+
+    def __init__(self, param: tree.Param):
+        self.param, self._text = param, repr(param)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Recipe) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stacked(recipe: _Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
+    """HF tensors on devices -> one leaf, in one program however many layers are stacked in it."""
+    param = recipe.param
+    plain = layout.parse(param.axes).shape(param.sizes)
+
+    def build(*tensors: jax.Array) -> jax.Array:
+        way = layout.rearrange(param.hf_layout, param.axes, param.sizes)
+        parts = [_grow(param, way(x).reshape(plain).astype(dtype)) for x in tensors]
+        return jnp.stack(parts).reshape(param.shape) if param.stacks else parts[0]
+
+    return jax.jit(build)
+
+
+@functools.lru_cache(maxsize=1024)
+def _relaid(recipe: _Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
+    """A leaf as any mesh holds it -> as this one does."""
+    param = recipe.param
+
+    def build(x: jax.Array) -> jax.Array:
+        plain = _grown(param, x.shape)
+        assert plain is not None, "checked before"
+        stacked = len(param.stacks)
+        for dim, (group, (size, held)) in enumerate(zip(layout.parse(param.axes).groups, plain), stacked):
+            n = 1 if group[0] == "vocab" else held // size
+            rows = x.reshape(*x.shape[:dim], held, -1, *x.shape[dim + 1 :])
+            rows = jax.lax.slice_in_dim(rows, 0, size * n, n, dim)
+            x = rows.reshape(*rows.shape[:dim], -1, *rows.shape[dim + 2 :])
+        return jnp.broadcast_to(_grow(param, x.astype(dtype), stacked), param.shape)
+
+    return jax.jit(build)
+
+
+def _grown(param: tree.Param, shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
+    """For each unstacked dimension the outer axis's size in the checkpoint and in an array of ``shape``; None if the
+    array is no form of the parameter.
+    """
+    stacked = tuple(n for _, n in param.stacks)
+    groups = layout.parse(param.axes).groups
+    if shape[: len(stacked)] != stacked or len(shape) != len(stacked) + len(groups):
+        return None
+    found = []
+    for group, rows in zip(groups, shape[len(stacked) :]):
+        size, inner = param.sizes[group[0]], layout.parse(" ".join(group[1:])).shape(param.sizes)
+        held, rest = divmod(rows, int(np.prod(inner, dtype=int)))
+        padded = group[0] == "vocab"
+        if rest or held < size or (held > size and not padded and (group[0] != "kv_heads" or held % size)):
+            return None
+        found.append((size, held))
+    return found
+
+
+def _grow(param: tree.Param, x: jax.Array, stacked: int = 0) -> jax.Array:
+    """Repeat and pad what the mesh repeats and pads."""
+    for dim, group in enumerate(layout.parse(param.axes).groups, stacked):
+        outer = group[0]
+        n, padded = param.repeats.get(outer, 1), param.pads.get(outer, param.sizes[outer])
+        rows = x.reshape(*x.shape[:dim], param.sizes[outer], -1, *x.shape[dim + 1 :])
+        rows = jnp.repeat(rows, n, axis=dim) if n > 1 else rows
+        if padded > param.sizes[outer]:
+            rows = jnp.pad(rows, [(0, padded - param.sizes[outer] if d == dim else 0) for d in range(rows.ndim)])
+        x = rows.reshape(*rows.shape[:dim], -1, *rows.shape[dim + 2 :])
+    return x
+
+
+def _not_finite(array: Any, dtype: np.dtype) -> int:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return 0
+    return int(_count_not_finite(dtype)(array))
+
+
+@functools.cache
+def _count_not_finite(dtype: np.dtype) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x: jnp.sum(~jnp.isfinite(x.astype(dtype))))

@@ -1,0 +1,207 @@
+"""Decides what a caller's new weights are: a directory, named arrays, a tree of ours or a foreign one, whose rules are
+those of `slipway convert`. Knows no engine.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slipway import models
+from slipway.checkpoint import files, hub, load, quantize
+from slipway.checkpoint.files import Checkpoint
+from slipway.checkpoint.shards import Spec
+from slipway.checkpoint.swap import FromTensors, FromTree, Held, Values, Weights, on_host
+from slipway.convert import move as moving
+from slipway.convert import run
+from slipway.convert.conversion import Conversion, ConvertConfig, prepare
+from slipway.convert.plan import Move
+from slipway.convert.source import MemorySource, flatten
+from slipway.errors import CheckpointError, InvalidRequest
+from slipway.tree import is_param
+
+SOURCES = "a directory, a hub id, (HF name, array) pairs, or a tree of arrays: this model's or one that a mapping names"
+
+
+def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
+    """New values for ``weights`` from any source that is known.
+
+    ``mapping``: of a foreign tree, as `slipway convert` takes it; by default the one that fits. Raises InvalidRequest
+    for what is no source, CheckpointError for what does not fit the model, listing all of it.
+    """
+    if isinstance(source, str | Path):
+        if mapping is not None:
+            raise InvalidRequest("mapping", mapping, "none for a directory: `slipway convert` brings it into HF's form")
+        return FromTensors(_packed(_directory(str(source), weights), weights))
+    if isinstance(source, Weights):
+        source = jax.tree.unflatten(_structure(source), source.arrays)
+    if mapping is None and _has_structure(source, weights):
+        return FromTree(jax.tree.leaves(source))
+    arrays = _named(source)
+    if mapping in (None, "hf") and any(name in _names(weights) for name in arrays):
+        return FromTensors(_packed(Held(arrays), weights))
+    return FromTensors(_packed(Foreign(arrays, weights, mapping), weights))
+
+
+class Foreign(Held):
+    """A tree under names of its own, shown as the HF tensors that a conversion of it would write.
+
+    Of arrays on devices, all tensors that depend on the same ones are made by one program: a scanned stack is
+    transformed once, not layer by layer.
+    """
+
+    _conversion: Conversion
+    _source: MemorySource
+    _made: dict[str, jax.Array]
+    _lock: threading.Lock
+
+    def __init__(self, arrays: Mapping[str, Any], weights: Weights, mapping: str | None):
+        source = MemorySource(arrays)
+        given = {name: value for name, value in weights.config.items() if name != quantize.FIELD}
+        conversion = prepare(source, ConvertConfig(mapping=mapping), given)
+        problems = list(conversion.problems) or list(_unlike(conversion, source))
+        if problems:
+            raise CheckpointError("the tree", problems)
+        targets = conversion.plan.targets
+        super().__init__({name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in targets.items()}, "the tree")
+        for field, value in (
+            ("_conversion", conversion), ("_source", source), ("_made", {}), ("_lock", threading.Lock()),
+        ):  # fmt: skip
+            object.__setattr__(self, field, value)
+
+    def held(self, name: str) -> np.ndarray | jax.Array:
+        """The tensor, made now, or with those that a program made together."""
+        moves, spec = self._conversion.plan.moves[name], self._conversion.plan.targets[name]
+        if not self.on_devices([name]):
+            arrays = {move.source.name: np.asarray(self._source.arrays[move.source.name]) for move in moves}
+            return moving.assembled(moves, arrays, spec)
+        with self._lock:
+            if name not in self._made:
+                self._make(name)
+            return self._made[name]
+
+    def drop(self, name: str) -> None:
+        """Let go of what was made on devices."""
+        self._made.pop(name, None)
+
+    def on_devices(self, names: Iterable[str]) -> bool:
+        """Whether these are made of arrays that the host cannot read where they are."""
+        sources = {move.source.name for name in names for move in self._conversion.plan.moves[name]}
+        return all(isinstance(on_host(self._source.arrays[name]), jax.Array) for name in sources)
+
+    def _make(self, name: str) -> None:
+        plan = self._conversion.plan
+        sources, targets = next(job for job in plan.jobs() if name in job[1])
+        specs = {target: plan.targets[target] for target in targets}
+        moves = {target: plan.moves[target] for target in targets}
+        program = jax.jit(lambda arrays: {target: _joined(moves[target], arrays, specs[target]) for target in targets})
+        self._made.update(program({source: self._source.arrays[source] for source in sources}))
+
+
+def _joined(moves: Sequence[Move], arrays: Mapping[str, jax.Array], spec: Spec) -> jax.Array:
+    """``moving.assembled``, traced."""
+    whole: jax.Array | None = None
+    for move in moves:
+        view: Any = move.source.view(arrays[move.source.name], move.order)  # type: ignore[arg-type]
+        if move.factor != 1.0:
+            view = view.astype(jnp.float32) * jnp.float32(move.factor)
+        view = jnp.broadcast_to(view, moving.share_shape(move)).astype(spec.dtype)
+        if len(moves) == 1 and move.target.is_whole:
+            return view.reshape(spec.shape)
+        split = jnp.zeros(move.target.split, spec.dtype) if whole is None else whole.reshape(move.target.split)
+        whole = split.at[move.target.take].set(view)
+    assert whole is not None
+    return whole.reshape(spec.shape)
+
+
+def _unlike(conversion: Conversion, source: MemorySource) -> Iterable[str]:
+    """Copies of the same numbers in the source that differ."""
+    yield from (p for name, pair in conversion.options.tied.items() if (p := run.untied(name, pair, source)))
+    for moves in conversion.plan.moves.values():
+        for move in moves:
+            if move.copies:
+                with source.open(move.source.name) as array:
+                    yield from run.unequal_copies(move, array)
+
+
+def _directory(location: str, weights: Weights) -> Checkpoint:
+    """An HF directory of the same model; one without a config.json is taken at its tensors' word."""
+    directory = hub.resolve(location)
+    if not (directory / "config.json").exists():
+        return files.open_tensors(directory)
+    checkpoint = files.open_checkpoint(directory)
+    theirs = models.declare(_plain(checkpoint.config | weights.overrides)).config
+    ours = models.declare(_plain(weights.config)).config
+    if type(theirs) is not type(ours):
+        raise CheckpointError(directory, [f"config.json: {type(theirs).__name__}, expected {type(ours).__name__}"])
+    fields = [field.name for field in dataclasses.fields(ours)]
+    pairs = {field: (getattr(theirs, field), getattr(ours, field)) for field in fields}
+    if problems := [f"config.json: {f}: got {a!r}, expected {b!r}" for f, (a, b) in pairs.items() if a != b]:
+        raise CheckpointError(directory, problems)
+    return checkpoint
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without how its tensors are packed, and without what was removed from it."""
+    return {field: value for field, value in config.items() if field != quantize.FIELD and value is not None}
+
+
+def _packed(tensors: Checkpoint, weights: Weights) -> Checkpoint:
+    """The tensors as the declaration wants them: packed where it is, though they are floats."""
+    wanted = load.wanted(weights.declaration)
+    if any(name.endswith(quantize.PACKED) for name in wanted):
+        return quantize.packed_view(tensors, wanted)
+    return tensors
+
+
+def _names(weights: Weights) -> set[str]:
+    """What a tensor of the model may be called, packed or not."""
+    wanted = load.wanted(weights.declaration)
+    return {*wanted, *(name.removesuffix(quantize.PACKED) for name in wanted)}
+
+
+def _structure(weights: Weights) -> Any:
+    return jax.tree.structure(weights.declaration, is_leaf=is_param)
+
+
+def _has_structure(source: Any, weights: Weights) -> bool:
+    try:
+        return jax.tree.structure(source) == _structure(weights)
+    except ValueError:  # an iterator of pairs, or something that JAX knows no structure of
+        return False
+
+
+def _named(source: Any) -> dict[str, Any]:
+    """Dotted names and arrays."""
+    if isinstance(source, Mapping):
+        arrays = flatten(source)
+    elif _is_nnx(source):
+        from flax import nnx  # only for those who have such a module
+
+        arrays = flatten(nnx.to_pure_dict(nnx.state(source)))
+    elif isinstance(source, Iterable):
+        pairs = list(source)
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise InvalidRequest("source", source, SOURCES)
+        arrays = dict(pairs)
+        if len(arrays) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise CheckpointError("the arrays", [f"{name}: given more than once" for name in twice])
+    else:
+        raise InvalidRequest("source", source, SOURCES)
+    if unlike := sorted(name for name, array in arrays.items() if not isinstance(array, np.ndarray | jax.Array)):
+        kinds = [f"{name}: {type(arrays[name]).__name__}, expected a NumPy or JAX array" for name in unlike]
+        raise CheckpointError("the arrays", kinds)
+    if not arrays:
+        raise InvalidRequest("source", source, SOURCES)
+    return arrays
+
+
+def _is_nnx(source: Any) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in type(source).__mro__)

@@ -1,0 +1,118 @@
+"""Decides what a request must be, and makes its sequences; knows the engine's limits, not what runs."""
+
+import dataclasses
+import math
+import time
+
+from slipway.codec.detokenizer import Detokenizer
+from slipway.codec.grammar import Grammars, Matcher
+from slipway.codec.tokenizer import Tokenizer
+from slipway.engine import edits
+from slipway.engine.batch import Sizes
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import Request, Sequence
+from slipway.errors import InvalidRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the running engine can hold; printed at start."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    copies: int
+    prefix_caching: bool
+    bodies: dict[str, str]  # which serves each op
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of every batch."""
+        width = -(-self.max_model_len // self.page_size)
+        return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len)
+
+
+class Admission:
+    """Makes requests of what callers bring."""
+
+    def __init__(self, limits: Limits, tokenizer: Tokenizer | None, eos_ids: frozenset[int], seed: int):
+        self._limits, self._tokenizer, self._eos_ids, self._seed = limits, tokenizer, eos_ids, seed
+        self._grammars: Grammars | None = None  # made when the first request wants one
+
+    def request(
+        self, number: int, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None, priority: int,
+        timeout_s: float | None, cache_salt: str, pooling: str,
+    ) -> Request:  # fmt: skip
+        """The ``number``-th request, with its sequences, as ``Engine.add`` describes it.
+
+        Raises InvalidRequest.
+        """
+        if type(priority) is not int:
+            raise InvalidRequest("priority", priority, "an integer")
+        if timeout_s is not None and not (type(timeout_s) in (int, float) and timeout_s > 0):
+            raise InvalidRequest("timeout_s", timeout_s, "seconds above 0, or None")
+        if not isinstance(cache_salt, str):
+            raise InvalidRequest("cache_salt", cache_salt, "a text")
+        max_tokens = self._check(prompt_token_ids, params)
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        request = Request(
+            str(number), prompt, prompt_token_ids, params, max_tokens, arrival=number, priority=priority,
+            deadline=deadline, cache_salt=cache_salt, pooling=pooling,
+        )  # fmt: skip
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        if edits.needed(params):
+            request.rules = edits.Rules(params, stop_ids, self._tokenizer, self._limits.vocab_size)
+        matchers = self._matchers(params)
+        for index in range(params.num_samples):
+            # without a seed of its own a request gets one from the engine's seed and its number
+            seed = params.seed if params.seed is not None else _mix(self._seed, number)
+            sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(params))
+            sequence.matcher = matchers[index] if matchers else None
+            request.sequences.append(sequence)
+        return request
+
+    def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+        """The longest output that the request may have."""
+        limits, length = self._limits, len(prompt_token_ids)
+        if not length:
+            raise InvalidRequest("prompt_token_ids", prompt_token_ids, "at least one token")
+        for token in prompt_token_ids:
+            if type(token) is not int or not 0 <= token < limits.vocab_size:
+                raise InvalidRequest("prompt_token_ids", token, f"token ids from 0 to {limits.vocab_size - 1}")
+        if length >= limits.max_model_len:
+            raise InvalidRequest("prompt", f"{length} tokens", f"fewer than max_model_len ({limits.max_model_len})")
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)")
+        longest = limits.max_model_len - length
+        max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
+        room = limits.num_pages * limits.page_size
+        if length + max_tokens > room:
+            got = f"{length} prompt tokens + {max_tokens} max_tokens"
+            raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")
+        return max_tokens
+
+    def _matchers(self, params: SamplingParams) -> list[Matcher]:
+        """One for each sample, where a grammar is asked for."""
+        if params.structured_outputs is None:
+            return []
+        if self._tokenizer is None:
+            raise InvalidRequest("structured_outputs", params.structured_outputs, "none without a tokenizer")
+        if self._grammars is None:
+            self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, sorted(self._eos_ids))
+        return [self._grammars.matcher(params.structured_outputs.built) for _ in range(params.num_samples)]
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        if self._tokenizer is None:
+            return None
+        return Detokenizer(
+            self._tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens,
+            params.min_tokens,
+        )  # fmt: skip
+
+
+def _mix(seed: int, number: int) -> int:
+    """A seed for the n-th request (the constant is 2**32 / golden ratio: Knuth, TAOCP 3, 6.4)."""
+    return (seed ^ (number * 0x9E3779B1)) % 2**32
