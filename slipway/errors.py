@@ -75,7 +75,7 @@ class EngineBusy(SlipwayError):
 
     def __init__(self, what: str, retry_after_s: float):
         super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
-        self.retry_after_s = retry_after_s
+        self.what, self.retry_after_s = what, retry_after_s
 
 
 class EngineDead(SlipwayError):

@@ -211,6 +211,11 @@ class Engine:
 
         return self._updates.add(apply, "continue")
 
+    @property
+    def changes_now(self) -> bool:
+        """Whether the next step is a change of weights, sleep or waking."""
+        return self._updates.wait and self._updates.may_begin()
+
     def fail_updates(self, error: BaseException) -> None:
         """End what waits to be changed."""
         self._updates.fail(error)
@@ -228,7 +233,7 @@ class Engine:
         started, moved = time.perf_counter(), dict[str, Request]()
         if self._has_deadlines:
             self._end_overdue(moved)
-        if self._updates.wait and self._updates.may_begin():
+        if self.changes_now:
             self._change(moved)
             return list(moved.values())
         self._updates.check()

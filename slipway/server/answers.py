@@ -109,7 +109,16 @@ def merged(samples: Sequence[Sample]) -> dict[int, Sample]:
         if piece.logprobs is not None:
             sample.logprobs = (sample.logprobs or []) + piece.logprobs
         sample.finish_reason, sample.stop_reason = piece.finish_reason, piece.stop_reason
+        sample.weights = piece.weights
     return whole
+
+
+def weights(sample: Sample) -> dict[str, Any]:
+    """At a sample's end, which version of the weights said it, and from which token on where that was more than one."""
+    if not sample.weights:
+        return {}
+    several = {"weights_versions": [list(each) for each in sample.weights]} if len(sample.weights) > 1 else {}
+    return {"weights_version": sample.weights[-1][1]} | several
 
 
 def error(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:

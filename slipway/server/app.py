@@ -31,6 +31,7 @@ from slipway.server.gate import Gate, NotFound, TooLarge, json_response
 from slipway.server.generation import Completions
 from slipway.server.metrics import Metrics
 from slipway.server.service import Place, Prompt, Service
+from slipway.server.weights import Weights
 
 logger = logging.getLogger("slipway.access")
 encode = msgspec.json.Encoder().encode
@@ -53,7 +54,8 @@ class App:
             yield
             await on_stop()
 
-        middleware = [Middleware(Gate, keys=self.config.api_key, metrics=self.metrics)]
+        keys = self.config.api_key, self.config.admin_api_key
+        middleware = [Middleware(Gate, keys=keys[0], admin_keys=keys[1], metrics=self.metrics)]
         if self.config.allow_origins:
             middleware.insert(
                 0, Middleware(CORSMiddleware, allow_origins=list(self.config.allow_origins), allow_methods=["*"],
@@ -77,6 +79,7 @@ class App:
             ("/livez", self.livez, get), ("/readyz", self.readyz, get), ("/health", self.readyz, get),
             ("/openapi.json", self.openapi, get), ("/docs", self.docs, get),
         ]  # fmt: skip
+        table += Weights(self.service, self.service.folder).routes(self._body)
         self.routes = [Route(path, endpoint, methods=methods) for path, endpoint, methods in table]
         return Starlette(routes=self.routes, middleware=middleware, lifespan=lifespan)
 
@@ -264,7 +267,7 @@ class App:
 
     async def server_info(self, _: Request) -> Response:
         """The effective configuration without its secrets, and the engine's limits."""
-        shown = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__ if name != "api_key"}
+        shown = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__ if "api_key" not in name}
         shown["chat_template"] = None if self.config.chat_template is None else self.config.chat_template.name
         return json_response(encode({"model": self.service.model_name, "server": shown, "engine": self.service.limits}))
 

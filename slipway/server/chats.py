@@ -6,7 +6,7 @@ from typing import Any
 
 from slipway.errors import InvalidRequest
 from slipway.server import schema
-from slipway.server.answers import Shape, Usage, merged
+from slipway.server.answers import Shape, Usage, merged, weights
 from slipway.server.generation import bounded, drained, encode, lines, opened
 from slipway.server.messages import Sample
 from slipway.server.service import Place, Prompt, Service
@@ -122,4 +122,4 @@ class Chats:
             "index": sample.index, "logprobs": logprobs, "finish_reason": reason,
             "stop_reason": sample.stop_reason,
         }  # fmt: skip
-        return choice | {"token_ids": sample.token_ids} if body.return_token_ids else choice
+        return choice | weights(sample) | ({"token_ids": sample.token_ids} if body.return_token_ids else {})

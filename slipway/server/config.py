@@ -18,6 +18,8 @@ class ServerConfig:
     """What clients call the model; default: the name it was loaded by."""
     api_key: tuple[str, ...] = ()
     """Any of these lets a client in, on every route but the probes; none: everyone."""
+    admin_api_key: tuple[str, ...] = ()
+    """Any of these lets a client exchange weights and let the engine sleep; none: there are no such routes."""
     allow_origins: tuple[str, ...] = ()
     """Origins that browsers may call from (CORS); none by default."""
     strict: bool = False
@@ -34,6 +36,8 @@ class ServerConfig:
     max_requests_per_client: int = 512
     """Of one API key, or address without keys; beyond them 429."""
     max_body_bytes: int = 8 * 2**20
+    max_weights_bytes: int = 2**37
+    """Of an update that is sent in pieces, which lies on the server's disk until the next one."""
     max_prompts: int = 1024
     """Prompts of one request; times n, no more sequences than that."""
     request_timeout_s: float = 600.0
@@ -46,7 +50,7 @@ class ServerConfig:
 
     def __post_init__(self):
         for name in ("max_queued_requests", "max_queued_tokens", "max_requests_per_client", "max_body_bytes",
-                     "max_prompts"):  # fmt: skip
+                     "max_prompts", "max_weights_bytes"):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InvalidConfig(name, value, "an integer of at least 1")
@@ -55,5 +59,6 @@ class ServerConfig:
         for name in ("request_timeout_s", "drain_timeout_s"):
             if not getattr(self, name) > 0:
                 raise InvalidConfig(name, getattr(self, name), "seconds above 0")
-        if any(not key.strip() for key in self.api_key):
-            raise InvalidConfig("api_key", "an empty one", "a key that is not empty")
+        for name in ("api_key", "admin_api_key"):
+            if any(not key.strip() for key in getattr(self, name)):
+                raise InvalidConfig(name, "an empty one", "a key that is not empty")

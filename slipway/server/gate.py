@@ -14,12 +14,24 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidInput, InvalidRequest, SlipwayError
+from slipway.errors import (
+    CheckpointError,
+    ClientBusy,
+    EngineBusy,
+    EngineDead,
+    InvalidInput,
+    InvalidRequest,
+    SlipwayError,
+    WeightsLost,
+)  # fmt: skip
 from slipway.server import answers
 from slipway.server.metrics import Metrics
 
 logger = logging.getLogger("slipway.access")
 encode = msgspec.json.Encoder().encode
+ADMIN = frozenset(
+    {"/update_weights_from_disk", "/weights/begin", "/weights/update", "/weights/finish", "/sleep", "/wake_up"}
+)  # for an admin's key alone
 PROBES = frozenset({"/livez", "/readyz", "/health"})
 CLIENT_GONE = 499
 
@@ -32,15 +44,19 @@ class NotFound(InvalidRequest):
     """No such model."""
 
 
-STATUS = {TooLarge: 413, NotFound: 404, ClientBusy: 429, EngineBusy: 503, EngineDead: 503, InvalidInput: 400}
+STATUS = {
+    TooLarge: 413, NotFound: 404, ClientBusy: 429, EngineBusy: 503, EngineDead: 503, WeightsLost: 503,
+    InvalidInput: 400, CheckpointError: 400,
+}  # fmt: skip
 
 
 class Gate:
     """Around every request: keys, failures, one line in the log."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics):
+    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str], metrics: Metrics):
         self._asgi, self._metrics = app, metrics
-        self._keys = [key.encode() for key in keys]
+        self._admins = [key.encode() for key in admin_keys]
+        self._keys = [key.encode() for key in keys] + (self._admins if keys else [])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -56,7 +72,8 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] in PROBES or not self._keys or self._knows(scope):
+            keys = self._admins if scope["path"] in ADMIN else self._keys
+            if scope["path"] in PROBES or not keys or self._knows(scope, keys):
                 await self._asgi(scope, receive, watched)
             else:
                 body = answers.error(401, "no such API key", "authentication_error")
@@ -74,12 +91,12 @@ class Gate:
                     "ms": round(1e3 * (time.perf_counter() - started), 1), "id": scope.get("slipway.id", "-")},
                 )  # fmt: skip
 
-    def _knows(self, scope: Scope) -> bool:
-        """Whether the request brings one of the keys; compared in constant time, all of them."""
+    def _knows(self, scope: Scope, keys: Sequence[bytes]) -> bool:
+        """Whether the request brings one of ``keys``; compared in constant time, all of them."""
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, key = given.partition(b" ")
         scope["slipway.client"] = key.decode(errors="replace")
-        return kind.lower() == b"bearer" and any([hmac.compare_digest(key.strip(), known) for known in self._keys])
+        return kind.lower() == b"bearer" and any([hmac.compare_digest(key.strip(), known) for known in keys])
 
 
 def status_of(error: SlipwayError) -> int:

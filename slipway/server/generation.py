@@ -15,7 +15,7 @@ import msgspec
 from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest, SlipwayError
 from slipway.server import schema
-from slipway.server.answers import Shape, Usage, merged
+from slipway.server.answers import Shape, Usage, merged, weights
 from slipway.server.messages import Delta, Sample
 from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
@@ -101,7 +101,7 @@ class Completions:
             choice["prompt_logprobs"] = self.shape.prompt_logprobs(last.prompt_logprobs)
         if body.return_token_ids:
             choice |= {"token_ids": ids, "prompt_token_ids": prompt.token_ids if echoes else None}
-        return choice
+        return choice | weights(sample)
 
     def _echoed(self, prompt: Prompt) -> str:
         if prompt.text is not None:

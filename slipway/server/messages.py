@@ -10,6 +10,7 @@ import msgspec
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.stats import Snapshot
+from slipway.errors import CheckpointError, EngineBusy, EngineDead, InvalidRequest, Shown, SlipwayError, WeightsLost
 
 
 class Start(msgspec.Struct, tag=True):
@@ -44,6 +45,16 @@ class Ask(msgspec.Struct, tag=True):
     what: str
 
 
+class Change(msgspec.Struct, tag=True):
+    """``update_weights`` with source, version, mode and policy, ``sleep`` with a level, or ``wake_up``; answered by an
+    Answer or a NotDone.
+    """
+
+    number: int
+    what: str
+    args: list[Any] = []
+
+
 class Stop(msgspec.Struct, tag=True):
     """End the process."""
 
@@ -57,6 +68,7 @@ class Sample(msgspec.Struct, array_like=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, tuple[float, int]]] | None = None
+    weights: list[tuple[int, str]] | None = None  # with its end: which version, from which token on
 
 
 class Delta(msgspec.Struct, tag=True):
@@ -86,6 +98,14 @@ class Answer(msgspec.Struct, tag=True):
     value: Any
 
 
+class NotDone(msgspec.Struct, tag=True):
+    """To Change, or to an Add that cannot be taken now: the exception's class and what it was made of."""
+
+    number: int
+    kind: str
+    args: list[Any]
+
+
 class Ready(msgspec.Struct, tag=True):
     """The engine is loaded and compiled."""
 
@@ -100,12 +120,40 @@ class Failed(msgspec.Struct, tag=True):
     text: str
 
 
-ToEngine = Start | Add | Abort | Ask | Stop
-FromEngine = Delta | Refused | Answer | Ready | Failed
+ToEngine = Start | Add | Abort | Ask | Change | Stop
+FromEngine = Delta | Refused | Answer | NotDone | Ready | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
 decode_from_engine = msgspec.msgpack.Decoder(list[FromEngine]).decode
+
+
+def not_done(number: int, error: BaseException) -> NotDone:
+    """An error as a message."""
+    if isinstance(error, CheckpointError):
+        return NotDone(number, "CheckpointError", [str(error.path), error.problems])
+    if isinstance(error, InvalidRequest):
+        return NotDone(number, "InvalidRequest", [error.field, repr(error.got)[:200], error.expected])
+    if isinstance(error, EngineBusy):
+        return NotDone(number, "EngineBusy", [error.what, error.retry_after_s])
+    if isinstance(error, WeightsLost):
+        return NotDone(number, "WeightsLost", [str(error)])
+    return NotDone(number, "EngineDead", [f"{type(error).__name__}: {error}"])
+
+
+def error_of(message: NotDone) -> SlipwayError:
+    """The inverse of ``not_done``."""
+    args = message.args
+    match message.kind:
+        case "CheckpointError":
+            return CheckpointError(*args)
+        case "InvalidRequest":
+            return InvalidRequest(args[0], Shown(args[1]), args[2])
+        case "EngineBusy":
+            return EngineBusy(*args)
+        case "WeightsLost":
+            return WeightsLost(*args)
+    return EngineDead(*args)
 
 
 def snapshot(value: Any) -> Snapshot:

@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,26 @@ import zmq.asyncio
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.stats import Snapshot
-from slipway.errors import EngineDead, InvalidRequest, Shown, SlipwayError
+from slipway.errors import EngineBusy, EngineDead, InvalidRequest, Shown, SlipwayError, WeightsLost
 from slipway.server import messages
-from slipway.server.messages import Abort, Add, Answer, Ask, Delta, Failed, Ready, Refused, Start, Stop
+from slipway.server.messages import (
+    Abort,
+    Add,
+    Answer,
+    Ask,
+    Change,
+    Delta,
+    Failed,
+    NotDone,
+    Ready,
+    Refused,
+    Start,
+    Stop,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S, STEADY_S = 0.5, 30.0, 60.0
+RETRY_AFTER_S = 1.0
 LOOK_S = 0.2  # how often the process is looked after
 
 
@@ -77,6 +92,9 @@ class Replica:
         self.info: Ready | None = None  # of the last start
         self.failed: Failed | None = None  # why the first start failed: another would, too
         self.num_starts = self.load = 0
+        self.weights_version, self.refuses = "0", ""  # why it takes no request though it runs
+        self._dropped = False
+        self._update: list[Any] = []  # the arguments of the last that succeeded: a new process needs it, too
         self._process: subprocess.Popen | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._numbers = itertools.count()
@@ -84,6 +102,7 @@ class Replica:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._out: list[messages.ToEngine] = []
         self._task: asyncio.Task | None = None
+        self._task_again: asyncio.Future | None = None
         self._closing = False
 
     def start(self) -> None:
@@ -94,9 +113,11 @@ class Replica:
         self, token_ids: list[int], params: SamplingParams, *, priority: int = 0, timeout_s: float | None = None,
         cache_salt: str = "", pooling: str = "",
     ) -> Stream:  # fmt: skip
-        """Start a request. Raises EngineDead; what is wrong with it comes through the stream."""
+        """Start a request. Raises EngineDead or EngineBusy; what is wrong with it comes through the stream."""
         if not self.ready.is_set():
             raise EngineDead("the engine is not ready")
+        if self.refuses:
+            raise EngineBusy(self.refuses, RETRY_AFTER_S)
         number = next(self._numbers)
         stream = self._streams[number] = Stream(self, number, params.num_samples * len(token_ids))
         self.load += stream.num_tokens
@@ -108,13 +129,40 @@ class Replica:
         self.load -= stream.num_tokens
         self._streams.pop(number, None)
 
+    @property
+    def serves(self) -> bool:
+        """Whether it takes requests."""
+        return self.ready.is_set() and not self.refuses
+
     async def ask(self, what: str) -> Any:
         """``flush``, ``pause`` or ``resume``. Raises EngineDead."""
+        return await self._answered(lambda number: Ask(number, what))
+
+    async def change(self, what: str, *args: Any) -> Any:
+        """``update_weights``, ``sleep`` or ``wake_up``. Raises what the engine's do, or EngineDead."""
+        try:
+            value = await self._answered(lambda number: Change(number, what, list(args)))
+        except WeightsLost as error:
+            self.refuses = str(error)
+            raise
+        if what == "sleep":
+            self.refuses = "the engine sleeps"
+            if args == (2,):
+                self._dropped = True
+        elif what == "wake_up":
+            self.refuses = "the engine has no weights: update them" if self._dropped else ""
+        else:
+            self.weights_version, self._update, self._dropped = value, list(args), False
+            if not self.refuses.startswith("the engine sleeps"):
+                self.refuses = ""
+        return value
+
+    async def _answered(self, message: Callable[[int], messages.ToEngine]) -> Any:
         if not self.ready.is_set():
             raise EngineDead("the engine is not ready")
         number = next(self._numbers)
         future = self._answers[number] = asyncio.get_running_loop().create_future()
-        self.send(Ask(number, what))
+        self.send(message(number))
         return await future
 
     async def stats(self) -> Snapshot:
@@ -191,11 +239,28 @@ class Replica:
         elif isinstance(message, Answer):
             if (future := self._answers.pop(message.number, None)) is not None and not future.done():
                 future.set_result(message.value)
+        elif isinstance(message, NotDone):
+            error = messages.error_of(message)
+            if (stream := self._streams.get(message.number)) is not None:
+                stream.put(error)
+            elif (future := self._answers.pop(message.number, None)) is not None and not future.done():
+                future.set_exception(error)
         elif isinstance(message, Ready):
             self.info = message
+            self.refuses, self._dropped = "", False
             self.ready.set()
+            if self._update:  # it has loaded what the first process did
+                self.refuses = "the engine is given the weights that it had"
+                self._task_again = asyncio.ensure_future(self._update_again())
         else:
             self.failed = message
+
+    async def _update_again(self) -> None:
+        try:
+            await self.change("update_weights", *self._update)
+        except SlipwayError as error:
+            self.refuses = f"the engine has died, and its weights {self.weights_version} cannot be had again: {error}"
+            logger.error("%s", self.refuses)
 
     def send(self, message: messages.ToEngine) -> None:
         """Send what was said in this turn of the loop in one frame."""

@@ -201,10 +201,45 @@ class AbortRequest(msgspec.Struct, kw_only=True):
     rid: str
 
 
+class UpdateFromDisk(msgspec.Struct, kw_only=True):
+    """POST /update_weights_from_disk: SGLang's, with how the engine goes about it."""
+
+    model_path: str
+    weight_version: str | None = None
+    mode: Literal["inplace", "atomic"] = "inplace"
+    policy: Literal["finish", "recompute", "continue"] = "finish"
+    load_format: str | None = None
+    flush_cache: bool = True
+
+
+class BeginWeights(msgspec.Struct, kw_only=True):
+    """POST /weights/begin: an update that follows in pieces."""
+
+    version: str | None = None
+    mode: Literal["inplace", "atomic"] = "inplace"
+    policy: Literal["finish", "recompute", "continue"] = "finish"
+
+
+class FinishWeights(msgspec.Struct, kw_only=True):
+    """POST /weights/finish: all pieces are there."""
+
+    update_id: str
+
+
+class Sleep(msgspec.Struct, kw_only=True):
+    """POST /sleep: 1 keeps the weights on the host, 2 drops them."""
+
+    level: Literal[1, 2] = 1
+
+
+class WakeUp(msgspec.Struct, kw_only=True):
+    """POST /wake_up: undo /sleep."""
+
+
 def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
     """A body, and the names of fields that it should not have. Raises InvalidRequest."""
     try:
-        raw = msgspec.json.decode(body)
+        raw = msgspec.json.decode(body or b"{}")
         if not isinstance(raw, dict):
             raise InvalidRequest("body", raw, "a JSON object")
         unknown = sorted(raw.keys() - {field.encode_name for field in msgspec.structs.fields(kind)})

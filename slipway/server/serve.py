@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -67,7 +68,7 @@ def _service(model: str, name: str, engine: EngineConfig, config: ServerConfig, 
     folder = Path(tempfile.mkdtemp(prefix="slipway-"))  # mode 700: sockets in it are this user's alone
     try:
         engines = [Replica(model, engine, folder, f"engine-{number}") for number in range(replicas)]
-        yield Service(config, config.served_model_name or name, tokenizer, template, engines)
+        yield Service(config, config.served_model_name or name, tokenizer, template, engines, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -178,4 +179,6 @@ def log(config: ServerConfig) -> None:
     handler.setFormatter(_Json() if config.log_format == "json" else _Text())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logger.info("process %d, %s", os.getpid(), config if not config.api_key else "with API keys")
+    keys, admins = ("***",) * len(config.api_key), ("***",) * len(config.admin_api_key)
+    shown = dataclasses.replace(config, api_key=keys, admin_api_key=admins)
+    logger.info("process %d, %s", os.getpid(), shown)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from slipway.codec import parts
@@ -51,8 +52,9 @@ class Service:
 
     def __init__(
         self, config: ServerConfig, model_name: str, tokenizer: Tokenizer | None, template: str | None,
-        replicas: list[Replica],
+        replicas: list[Replica], folder: Path,
     ):  # fmt: skip
+        self.folder = folder  # this user's alone
         self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
         self._chat = None if tokenizer is None else ChatTemplate(template, tokenizer.special_tokens)
         self.template, self.family = template, parts.family(config.output_parser, template)
@@ -65,7 +67,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be taken now."""
-        return not self.draining and any(replica.ready.is_set() for replica in self.replicas)
+        return not self.draining and any(replica.serves for replica in self.replicas)
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -177,8 +179,10 @@ class Service:
 
     def _choose(self, token_ids: list[int], salt: str) -> Replica:
         """The ready replica that has seen most of a prompt's beginning, then the one with the least to do."""
-        ready = [replica for replica in self.replicas if replica.ready.is_set()]
+        ready = [replica for replica in self.replicas if replica.serves]
         if not ready:
+            if refusing := [replica.refuses for replica in self.replicas if replica.ready.is_set()]:
+                raise EngineBusy(refusing[0], RETRY_AFTER_S)
             raise EngineDead("no engine is ready")
         if len(self.replicas) == 1:
             return ready[0]

@@ -7,17 +7,24 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import zmq
 
+from slipway.checkpoint.swap import Values
+from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
 from slipway.engine.request import Logprobs, Request
 from slipway.errors import InvalidRequest, SlipwayError
 from slipway.server import messages
-from slipway.server.messages import Abort, Add, Answer, Ask, Delta, Failed, Ready, Refused, Sample, Start, Stop
+from slipway.server.messages import Abort, Add, Answer, Ask, Change, Delta, Failed, Ready, Refused, Sample, Start, Stop
 
 logger = logging.getLogger(__name__)
+CHECKING_MS = 5  # how often an idle engine looks whether new weights are checked
 ORPHANED_MS = 1000  # how often an idle engine looks whether its parent lives
 
 
@@ -29,14 +36,17 @@ class Worker:
         self._numbers: dict[str, int] = {}  # the engine's request id -> the HTTP process's number
         self._ids: dict[int, str] = {}
         self._paused = False
+        self._checker = ThreadPoolExecutor(1)  # reads and checks new weights beside the steps
+        self._checked: list[tuple[Change, Future[Any]]] = []
+        self._changes: list[tuple[int, Future[Any]]] = []
         self._out: list[messages.FromEngine] = []
 
     def run(self) -> None:
         """Serve until told to stop, or until the parent is gone."""
         parent = os.getppid()
         while os.getppid() == parent:
-            works = self._engine.has_work() and not self._paused
-            if self._socket.poll(0 if works else ORPHANED_MS):
+            works = self._engine.has_work() and (not self._paused or self._engine.changes_now)
+            if self._socket.poll(0 if works else CHECKING_MS if self._checked else ORPHANED_MS):
                 for message in messages.decode_to_engine(self._socket.recv()):
                     if isinstance(message, Stop):
                         return
@@ -44,6 +54,8 @@ class Worker:
             elif works:
                 for request in self._engine.step():
                     self._tell(request)
+            if self._checked or self._changes:
+                self._follow_changes()
             if self._out:
                 self._socket.send(messages.encode(self._out))
                 self._out = []
@@ -58,6 +70,37 @@ class Worker:
                 self._tell(request)
         elif isinstance(message, Ask):
             self._out.append(Answer(message.number, self._answer(message.what)))
+        elif isinstance(message, Change) and message.what == "update_weights":
+            self._checked.append((message, self._checker.submit(self._check, message.args[0])))
+        elif isinstance(message, Change):
+            self._change(message.number, lambda: getattr(self._engine, message.what)(*message.args))
+
+    def _check(self, source: str) -> Values:
+        values = live.values(source, self._engine.weights)
+        values.check(self._engine.weights)
+        return values
+
+    def _change(self, number: int, ask: Callable[[], Future[Any]]) -> None:
+        """Ask the engine for a change."""
+        try:
+            self._changes.append((number, ask()))
+        except (SlipwayError, OSError) as error:
+            self._out.append(messages.not_done(number, error))
+
+    def _follow_changes(self) -> None:
+        """Ask for what has been checked, and say what has been made."""
+        for message, checked in [each for each in self._checked if each[1].done()]:
+            self._checked.remove((message, checked))
+            self._change(message.number, partial(self._exchange, message, checked))
+        for number, change in [each for each in self._changes if each[1].done()]:
+            self._changes.remove((number, change))
+            error = change.exception()
+            answer = Answer(number, change.result()) if error is None else messages.not_done(number, error)
+            self._out.append(answer)
+
+    def _exchange(self, message: Change, checked: Future[Values]) -> Future[Any]:
+        _, version, mode, policy = message.args
+        return self._engine.update_weights(checked.result(), version=version, mode=mode, policy=policy)
 
     def _add(self, message: Add) -> None:
         try:
@@ -67,6 +110,9 @@ class Worker:
             )  # fmt: skip
         except InvalidRequest as error:
             self._out.append(Refused(message.number, error.field, repr(error.got)[:200], error.expected))
+            return
+        except SlipwayError as error:  # it sleeps, or has lost its weights
+            self._out.append(messages.not_done(message.number, error))
             return
         self._numbers[request_id], self._ids[message.number] = message.number, request_id
 
@@ -88,6 +134,7 @@ class Worker:
             Sample(
                 each.index, each.text, each.token_ids, each.finish_reason, each.stop_reason,
                 None if each.logprobs is None else [_plain(entry) for entry in each.logprobs],
+                list(each.weights) if each.finish_reason is not None else None,
             )
             for each in output.outputs if each.token_ids or each.text or each.finish_reason
         ]  # fmt: skip
