@@ -150,10 +150,17 @@ void copy(char* dst, const char* src, std::vector<Dim> dims) {
   }
 }
 
+// Compiled once for each width of registers, and chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define SLIPWAY_WIDE __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define SLIPWAY_WIDE
+#endif
+
 // Counted in items of the same size, as many at a time as these can count: that is one comparison and one subtraction
 // for a whole register.
 template <class T>
-int64_t count_above(const T* items, int64_t n, uint64_t limit) {
+inline __attribute__((always_inline)) int64_t count_above(const T* items, int64_t n, uint64_t limit) {
   constexpr T magnitude = static_cast<T>(~T{0}) >> 1;
   constexpr int64_t most = std::min<uint64_t>(magnitude, 1 << 14);
   int64_t count = 0;
@@ -165,15 +172,44 @@ int64_t count_above(const T* items, int64_t n, uint64_t limit) {
   return count;
 }
 
+SLIPWAY_WIDE int64_t count_above_2(const uint16_t* items, int64_t n, uint64_t limit) { return count_above(items, n, limit); }
+SLIPWAY_WIDE int64_t count_above_4(const uint32_t* items, int64_t n, uint64_t limit) { return count_above(items, n, limit); }
+SLIPWAY_WIDE int64_t count_above_8(const uint64_t* items, int64_t n, uint64_t limit) { return count_above(items, n, limit); }
+
 }  // namespace
+
+// Copies bytes past the cache: for targets that nobody reads soon, whose lines need not be fetched before they are
+// overwritten, which is a third of what an ordinary copy moves.
+extern "C" void slipway_stream(char* dst, const char* src, int64_t n) {
+#if defined(__SSE2__)
+  const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) & 63);
+  std::memcpy(dst, src, head);
+  int64_t at = head;
+  for (; at + 64 <= n; at += 64) {
+    const __m128i* from = reinterpret_cast<const __m128i*>(src + at);
+    __m128i* to = reinterpret_cast<__m128i*>(dst + at);
+    _mm_prefetch(src + at + 1024, _MM_HINT_NTA);
+    const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
+    const __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
+    _mm_stream_si128(to, a);
+    _mm_stream_si128(to + 1, b);
+    _mm_stream_si128(to + 2, c);
+    _mm_stream_si128(to + 3, d);
+  }
+  _mm_sfence();
+  std::memcpy(dst + at, src + at, n - at);
+#else
+  std::memcpy(dst, src, n);
+#endif
+}
 
 // How many of n items exceed `limit` without their highest bit: of floats, those larger than the float with these bits.
 // Returns -1 for an item size other than 2, 4 and 8 bytes.
 extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t itemsize, uint64_t limit) {
   switch (itemsize) {
-    case 2: return count_above(static_cast<const uint16_t*>(items), n, limit);
-    case 4: return count_above(static_cast<const uint32_t*>(items), n, limit);
-    case 8: return count_above(static_cast<const uint64_t*>(items), n, limit);
+    case 2: return count_above_2(static_cast<const uint16_t*>(items), n, limit);
+    case 4: return count_above_4(static_cast<const uint32_t*>(items), n, limit);
+    case 8: return count_above_8(static_cast<const uint64_t*>(items), n, limit);
     default: return -1;
   }
 }

@@ -14,19 +14,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from slipway import flags
-from slipway.bench.compile import CompileBench
-from slipway.bench.convert import ConvertBench
-from slipway.bench.engine import EngineBench
-from slipway.bench.layers import LayersBench
-from slipway.bench.peers import PeersBench
-from slipway.bench.roofline import RooflineBench
-from slipway.bench.serving import ServingBench
-from slipway.bench.throughput import ThroughputBench
-from slipway.bench.vllm import VllmBench
+from slipway.bench.command import Bench
 from slipway.checkpoint import hub
 from slipway.checkpoint.quantize import Scheme
 from slipway.checkpoint.shards import write_json
@@ -296,29 +288,6 @@ class Models:
         print("architectures:", *sorted(ARCHITECTURES), sep="\n  ")
         print("shipped:", f"nano  ({NANO})", sep="\n  ")
         print("in the hub cache:", *(hub.cached() or ["nothing"]), sep="\n  ")
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Measure; figures come as JSON."""
-
-    what: OmitArgPrefixes[
-        OmitSubcommandPrefixes[
-            Annotated[ConvertBench, tyro.conf.subcommand("convert")]
-            | Annotated[EngineBench, tyro.conf.subcommand("engine")]
-            | Annotated[LayersBench, tyro.conf.subcommand("layers")]
-            | Annotated[PeersBench, tyro.conf.subcommand("peers")]
-            | Annotated[RooflineBench, tyro.conf.subcommand("roofline")]
-            | Annotated[CompileBench, tyro.conf.subcommand("compile")]
-            | Annotated[ServingBench, tyro.conf.subcommand("serving")]
-            | Annotated[ThroughputBench, tyro.conf.subcommand("throughput")]
-            | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
-        ]
-    ]
-
-    def run(self) -> None:
-        """Run the benchmark that was named."""
-        self.what.run()
 
 
 def main() -> None:

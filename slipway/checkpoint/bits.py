@@ -32,6 +32,17 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
     )
 
 
+def stream(target: np.ndarray, source: np.ndarray) -> None:
+    """``target[...] = source`` for contiguous arrays of as many bytes, past the cache: nobody reads the target soon."""
+    assert target.nbytes == source.nbytes and target.flags.c_contiguous and source.flags.c_contiguous
+    library = _library()
+    if library is None:
+        target.reshape(-1).view(np.uint8)[...] = source.reshape(-1).view(np.uint8)
+        return
+    pointers = ctypes.c_void_p(target.ctypes.data), ctypes.c_void_p(source.ctypes.data)
+    library.slipway_stream(*pointers, ctypes.c_int64(target.nbytes))
+
+
 def count_above(values: np.ndarray, limit: int) -> int:
     """How many of a contiguous array's items exceed ``limit`` as unsigned integers without their highest bit."""
     library = _library()

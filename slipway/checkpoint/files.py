@@ -5,10 +5,12 @@ never opened. Format: https://huggingface.co/docs/safetensors (8 bytes of header
 """
 
 import dataclasses
+import errno
 import json
 import math
 import mmap
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,25 @@ class Checkpoint:
         tensor = self.tensors[name]
         return np.ndarray(tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start)
 
+    def copy(self, name: str, target: np.ndarray) -> None:
+        """Read the tensor into ``target``, a contiguous array of its size; none of its pages becomes resident here.
+
+        Raises OSError where the file has become shorter.
+        """
+        tensor = self.tensors[name]
+        with tensor.file.open("rb", buffering=0) as file:
+            _read(file.fileno(), tensor.start, target)
+
+    def pieces(self, name: str, size_bytes: int) -> Iterator[np.ndarray]:
+        """The tensor's numbers in order, flat, a piece at a time; each is valid until the next is asked for."""
+        tensor = self.tensors[name]
+        dtype, buffer = DTYPES[tensor.dtype], np.empty(min(size_bytes, tensor.stop - tensor.start), np.uint8)
+        with tensor.file.open("rb", buffering=0) as file:
+            for start in range(tensor.start, tensor.stop, size_bytes):
+                piece = buffer[: min(size_bytes, tensor.stop - start)]
+                _read(file.fileno(), start, piece)
+                yield piece.view(dtype)
+
     def drop(self, name: str) -> None:
         """Give the tensor's resident pages back to the system; views stay valid and fault them in again.
 
@@ -81,6 +102,16 @@ class Checkpoint:
                 # setdefault: of two threads that get here at once, both use the same mapping
                 self._maps.setdefault(file, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[file]
+
+
+def _read(file: int, start: int, target: np.ndarray) -> None:
+    """Fill a contiguous array from a place in an open file."""
+    left = memoryview(target.reshape(-1).view(np.uint8).data)
+    while left:
+        count = os.preadv(file, [left], start)
+        if not count:
+            raise OSError(errno.EIO, "the file has become shorter")
+        left, start = left[count:], start + count
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import layout, tree
-from slipway.checkpoint.bits import copy_bits, count_above
+from slipway.checkpoint.bits import copy_bits, count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError
 from slipway.mesh import shardings
@@ -113,24 +113,22 @@ def overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
 
     Without its sign, a float's bits order as its magnitude does, infinities and NaN last: one integer comparison.
     """
-    array = checkpoint.array(key)
-    if array.dtype.kind == "i":
+    source, shape = DTYPES[checkpoint.tensors[key].dtype], checkpoint.tensors[key].shape
+    if source.kind == "i":
         return ""
-    flat, limit = array.reshape(-1), _limit(array.dtype, dtype)
-    step, count, first = _SCAN_BYTES // array.itemsize, 0, 0
-    for start in range(0, flat.size, step):
-        part = flat[start : start + step]
+    limit, passed, count, first, value = _limit(source, dtype), 0, 0, 0, source.type(0)
+    for part in checkpoint.pieces(key, _SCAN_BYTES):
         if over := count_above(part, limit):
             if not count:
                 unsigned = np.dtype(f"u{part.itemsize}").type
-                magnitudes = part.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
-                first = start + int((magnitudes > limit).argmax())
+                at = int(((part.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)) > limit).argmax())
+                first, value = passed + at, part[at]
             count += over
-    checkpoint.drop(key)
+        passed += part.size
     if not count:
         return ""
-    at = tuple(map(int, np.unravel_index(first, array.shape)))
-    return f"{key}: {count} values are not finite as {dtype}, the first {array[at]} at {at}"
+    place = tuple(map(int, np.unravel_index(first, shape)))
+    return f"{key}: {count} values are not finite as {dtype}, the first {value} at {place}"
 
 
 @functools.cache
@@ -160,42 +158,78 @@ def load_leaf(
 ) -> jax.Array:  # fmt: skip
     """One array of the declaration, its tensors read from the checkpoint.
 
-    ``memory``: blocks to copy into, which grow by those that are not there yet; on a CPU the array is those very
-    blocks. Without it the array may be the checkpoint's file.
+    ``memory``: gets the blocks, copies all of them; on a CPU the array is these. Without it the array may be the
+    checkpoint's file.
     """
-    shape, blocks, parts = leaf.param.shape, {} if memory is None else memory, []
-    filled: set[Bounds] = set()
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None, "an addressable device holds a part"
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
-        if bounds not in filled:  # devices that hold the same block read it once
+    blocks = {} if memory is None else memory
+    for bounds in _placed(leaf.param.shape, sharding).values():
+        if bounds not in blocks:  # devices that hold the same block read it once
             view = _mapped(leaf, checkpoint, bounds, dtype) if memory is None else None
-            if bounds not in blocks:
-                size = tuple(stop - start for start, stop in bounds)
-                blocks[bounds] = _aligned_empty(size, dtype) if view is None else view
+            blocks[bounds] = _aligned_empty(_size(bounds), dtype) if view is None else view
             if view is None:
                 _fill(blocks[bounds], leaf, checkpoint, bounds)
-            filled.add(bounds)
-        parts.append(jax.device_put(blocks[bounds], device, may_alias=True))
-    # Waiting bounds the number of blocks that are in host memory, on their way to the devices, at a time.
-    array = jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, parts))
+    array = place(leaf.param.shape, sharding, blocks)
     if sharding.mesh.devices.flat[0].platform != "cpu":  # an accelerator has copied even what was a view
         for key in leaf.keys.values():
             checkpoint.drop(key)
     return array
 
 
+def place(shape: tuple[int, ...], sharding: NamedSharding, blocks: Mapping[Bounds, np.ndarray]) -> jax.Array:
+    """The array whose blocks these are; on a CPU a view of them, elsewhere it is there when this returns."""
+    places = _placed(shape, sharding)
+    parts = [jax.device_put(blocks[bounds], device, may_alias=True) for device, bounds in places.items()]
+    # Waiting bounds the number of blocks that are in host memory, on their way to the devices, at a time.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, parts))
+
+
+def _placed(shape: tuple[int, ...], sharding: NamedSharding) -> dict[jax.Device, Bounds]:
+    """Which block each of this process's devices holds."""
+    found = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, "an addressable device holds a part"
+        found[device] = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+    return found
+
+
+def refill(leaf: tree.Leaf, checkpoint: Checkpoint, memory: Mapping[Bounds, np.ndarray]) -> None:
+    """Read the tensors of one array into the blocks that it is a view of."""
+    for bounds, block in memory.items():
+        _fill(block, leaf, checkpoint, bounds)
+
+
+def _size(bounds: Bounds) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in bounds)
+
+
 def _mapped(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dtype) -> np.ndarray | None:
     """One device's part of a leaf as a view of the file, if it lies there as it is and is aligned."""
+    view = _as_it_lies(leaf, checkpoint, bounds, dtype)
+    return view if view is not None and view.ctypes.data % ALIGNMENT == 0 else None
+
+
+def _as_it_lies(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dtype) -> np.ndarray | None:
+    """One device's part of a leaf as a contiguous view of its tensor, if that holds it so."""
     param = leaf.param
-    if not _lies_as_declared(param) or DTYPES[checkpoint.tensors[leaf.keys[()]].dtype] != dtype:
+    if not _lies_as_declared(param):
         return None
-    view = param.read(checkpoint.array(leaf.keys[()]), tuple(slice(*bound) for bound in bounds))
-    return view if view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0 else None
+    array, shape = checkpoint.array(leaf.keys[()]), _size(bounds)
+    if array.dtype != dtype:
+        return None
+    whole = math.prod(shape) == array.size
+    view = array.reshape(shape) if whole else param.read(array, tuple(slice(*bound) for bound in bounds))
+    return view if view.flags.c_contiguous else None
 
 
 def _fill(block: np.ndarray, leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds) -> None:
     """Copy one device's part of a leaf."""
+    if (view := _as_it_lies(leaf, checkpoint, bounds, block.dtype)) is not None:
+        if view.size == math.prod(leaf.param.hf_shape):
+            checkpoint.copy(leaf.keys[()], block)
+        else:
+            stream(block, view)
+            checkpoint.drop(leaf.keys[()])
+        return
     param, stacked = leaf.param, len(leaf.param.stacks)
     index = tuple(slice(*bound) for bound in bounds[stacked:])
     for at in itertools.product(*(range(start, stop) for start, stop in bounds[:stacked])):

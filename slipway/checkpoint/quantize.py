@@ -8,7 +8,7 @@ when it is first read. `slipway quantize` writes what that view shows. The files
 import ctypes
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -117,6 +117,20 @@ class PackedView(Checkpoint):
             return self.base.array(name)
         pair, which = self.views[name]
         return pair.made()[which]
+
+    def copy(self, name: str, target: np.ndarray) -> None:
+        """The tensor's numbers in ``target``."""
+        if name in self.views:
+            target[...] = self.array(name).reshape(target.shape)
+        else:
+            self.base.copy(name, target)
+
+    def pieces(self, name: str, size_bytes: int) -> Iterator[np.ndarray]:
+        """The tensor's numbers in order, flat."""
+        if name in self.views:
+            yield self.array(name).reshape(-1)
+        else:
+            yield from self.base.pieces(name, size_bytes)
 
     def drop(self, name: str) -> None:
         """Give back what the system can read again; what was made stays."""

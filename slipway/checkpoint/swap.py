@@ -4,7 +4,7 @@ once. Knows declarations, tensors and meshes; no engine, and not where the new v
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from slipway import layout, tree
 from slipway.checkpoint import load
+from slipway.checkpoint.bits import stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError, WeightsLost
 from slipway.mesh import shardings
@@ -33,13 +34,18 @@ class Values(Protocol):
     def array(
         self, weights: "Weights", at: int, memory: dict[load.Bounds, np.ndarray]
     ) -> jax.Array:  # fmt: skip
-        """The leaf ``at``, whole, on the weights' mesh; owned by them alone. ``memory`` as ``load_leaf`` has it."""
+        """The leaf ``at``, whole, on the weights' mesh; owned by them alone.
+
+        ``memory``: the blocks that the old array is a view of, if they may be written to; then it may be the old array
+        itself. Empty: it gets the new array's, where there are such.
+        """
 
 
 class Weights:
     """The arrays of a declaration on a mesh, in the order of ``jax.tree.leaves``, and which version they are.
 
-    ``arrays`` is what a step reads: who replaces them makes sure that none is running. ``whole``: whether all are of
+    ``arrays`` is what a step reads, and theirs alone: who replaces them makes sure that none is running, and who keeps
+    one sees it change. ``whole``: whether all are of
     one version. ``config``: config.json's fields, ``overrides`` among them; ``ignored``: globs of tensors that a
     checkpoint may hold besides.
     """
@@ -101,6 +107,14 @@ class Weights:
         """Whether a device's memory is the host's."""
         return self.mesh.devices.flat[0].platform == "cpu"
 
+    def refilled(self, at: int, memory: Mapping[load.Bounds, np.ndarray]) -> jax.Array:
+        """The leaf ``at`` after its blocks were written to: on one device the same array, which is a view of its block.
+
+        Of an array on several devices JAX keeps what it has gathered for the host: that needs a new one.
+        """
+        old, sharding = self.arrays[at], self.shardings[at]
+        return old if len(sharding.device_set) == 1 else load.place(old.shape, sharding, memory)
+
     def _all_at_once(self, values: Values) -> None:
         memory: list[dict[load.Bounds, np.ndarray]] = [{} for _ in self.arrays]
         with self._pool() as pool:
@@ -112,12 +126,9 @@ class Weights:
 
     def _leaf_by_leaf(self, values: Values) -> None:
         def exchange(at: int) -> None:
-            old, memory = self.arrays[at], self._memory[at] if self.on_cpu else {}
-            is_view = bool(memory)
-            if is_view:  # of what is written to
-                old.delete()
-            self.arrays[at] = values.array(self, at, memory)
-            if not is_view:
+            old, new = self.arrays[at], values.array(self, at, self._memory[at] if self.on_cpu else {})
+            if new is not old:
+                self.arrays[at] = new
                 old.delete()
 
         try:
@@ -148,6 +159,9 @@ class FromTensors:
         leaf, sharding = weights.leaves[at], weights.shardings[at]
         dtype = leaf.param.held_as(weights.dtype)
         if not isinstance(self._tensors, Held) or not self._tensors.on_devices(leaf.keys.values()):
+            if memory:
+                load.refill(leaf, self._tensors, memory)
+                return weights.refilled(at, memory)
             return load.load_leaf(leaf, self._tensors, sharding, dtype, memory)
         memory.clear()
         arrays = [jnp.asarray(self._tensors.held(key)) for key in leaf.keys.values()]
@@ -189,9 +203,13 @@ class FromTree:
 
     def array(self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
         """From device to device."""
-        memory.clear()
-        param, x = weights.leaves[at].param, self._arrays[at]
+        param, x = weights.leaves[at].param, on_host(self._arrays[at])
         dtype = param.held_as(weights.dtype)
+        if memory and isinstance(x, np.ndarray) and x.shape == param.shape and x.dtype == dtype:
+            for bounds, block in memory.items():
+                stream(block, np.ascontiguousarray(x[tuple(slice(*bound) for bound in bounds)]))
+            return weights.refilled(at, memory)
+        memory.clear()
         if tuple(x.shape) != param.shape or x.dtype != dtype:
             x = _relaid(_Recipe(param), dtype)(x)
         return _owned(jnp.asarray(x), weights.shardings[at])
@@ -217,6 +235,14 @@ class Held(Checkpoint):
     def array(self, name: str) -> np.ndarray:
         """The array on the host: a copy of one that lies on other devices."""
         return np.asarray(self.held(name))
+
+    def copy(self, name: str, target: np.ndarray) -> None:
+        """The array's numbers in ``target``, a contiguous array of its size."""
+        stream(target, np.ascontiguousarray(self.array(name)))
+
+    def pieces(self, name: str, size_bytes: int) -> Iterator[np.ndarray]:
+        """The array's numbers in order, flat; all at once where they lie so."""
+        yield np.ascontiguousarray(self.array(name)).reshape(-1)
 
     def drop(self, name: str) -> None:
         """Nothing: the arrays are the caller's."""

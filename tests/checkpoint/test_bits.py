@@ -66,3 +66,17 @@ def test_without_a_compiler_numpy_does_it(monkeypatch):
     target = np.empty((4, 3), np.uint16)
     bits.copy_bits(target, source.T)
     assert np.array_equal(target, source.T)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 4096, 100_003])
+@pytest.mark.parametrize("offsets", [(0, 0), (1, 0), (0, 3), (17, 40)])
+def test_streamed_bytes_are_the_same(size, offsets, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(bits, "_library", lambda: None)
+    source = np.random.default_rng(0).integers(0, 255, size + 64).astype(np.uint8)
+    target = np.zeros(size + 64, np.uint8)
+    to, from_ = target[offsets[0] : offsets[0] + size], source[offsets[1] : offsets[1] + size]
+    bits.stream(to, from_)
+    assert np.array_equal(to, from_)
+    assert not target[: offsets[0]].any() and not target[offsets[0] + size :].any()
