@@ -63,7 +63,7 @@ class ChatFlags(SamplingFlags):
 _PROGRESS = (
     TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
 )  # fmt: skip
-ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32)  # two shapes to compile
+ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32, decode_steps=1)  # two shapes to compile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

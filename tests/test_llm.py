@@ -110,8 +110,9 @@ def test_every_form_of_a_prompt_means_the_same(llm):
 
 def test_a_stream_grows_to_what_generate_gives(llm, whole):
     outputs = list(llm.stream(PROMPT, params()))
-    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
-    assert [output.finished for output in outputs] == [False] * 11 + [True]
+    counts = [len(output.outputs[0].token_ids) for output in outputs]
+    assert counts[0] == 1 and counts == sorted({*counts}) and counts[-1] == 12 and len(counts) > 2
+    assert [output.finished for output in outputs] == [False] * (len(counts) - 1) + [True]
     texts = [output.outputs[0].text for output in outputs]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)) and texts[-1] == whole.text
 

@@ -27,6 +27,14 @@ class Bucket:
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Decode steps that one call may make: the shape of each, and how many at the most."""
+
+    bucket: Bucket
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """What the arrays of every batch are measured by."""
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from slipway.errors import InvalidConfig
 
+MAX_DECODE_STEPS = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -36,6 +38,10 @@ class EngineConfig:
     """Sequences that run at once, per copy of the weights."""
     max_num_batched_tokens: int = 512
     """Tokens of one step, prompts' chunks included."""
+    decode_steps: int | Literal["auto"] = "auto"
+    """Tokens of each sequence that one call of the device may compute while all only decode, nobody waits, and at most
+    32 run; who arrives or is aborted meanwhile waits for twice as many at the most. 1: single steps; auto: 8 on one
+    CPU device with at most 32 MiB of weights, else 1. Above 1, one more program is compiled."""
     page_size: int = 16
     """Tokens per page of the cache."""
     enable_prefix_caching: bool = True
@@ -61,6 +67,9 @@ class EngineConfig:
             "page_size",
         ):
             _need(name, value := getattr(self, name), type(value) is int and value >= 1, "an integer of at least 1")
+        steps = self.decode_steps
+        fine = steps == "auto" or (type(steps) is int and 1 <= steps <= MAX_DECODE_STEPS)
+        _need("decode_steps", steps, fine, f"an integer from 1 to {MAX_DECODE_STEPS}, or auto")
         rank, address = self.node_rank, self.dist_init_addr
         _need("node_rank", rank, type(rank) is int and 0 <= rank < self.nnodes, f"0 to nnodes - 1 ({self.nnodes - 1})")
         host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")

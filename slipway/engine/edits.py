@@ -11,6 +11,7 @@ import numpy as np
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
 from slipway.engine.request import Sequence
+from slipway.engine.scheduler import Chunk
 from slipway.errors import InvalidRequest
 from slipway.tree import module
 
@@ -104,6 +105,16 @@ def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
         frequency_B=np.zeros(B, np.float32), presence_B=np.zeros(B, np.float32),
         num_prompt_B=np.zeros(B, np.int32), history_BC=np.zeros((B, max_model_len), np.int32),
     )  # fmt: skip
+
+
+def edited(chunks: Many[Many[Chunk]], num_rows: int) -> list[tuple[int, int, Sequence]]:
+    """Rows of results whose logits are changed: the row, the tokens before it, and whose it is."""
+    return [
+        (rank * num_rows + chunk.sequence.last_row, chunk.start + chunk.num_tokens, chunk.sequence)
+        for rank, of_rank in enumerate(chunks)
+        for chunk in of_rank
+        if chunk.samples and chunk.sequence.request.rules is not None
+    ]
 
 
 def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:

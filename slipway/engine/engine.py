@@ -4,7 +4,6 @@ Knows no checkpoint (launch.py made its arrays) and no text but through each seq
 computes a step, the host schedules, builds and dispatches the next one, then reads the results of the first.
 """
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -27,6 +26,7 @@ from slipway.engine.batch import Bucket
 from slipway.engine.nodes import Leading
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, RequestOutput, Sequence
+from slipway.engine.results import Dispatched
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Snapshot, Stats
@@ -37,17 +37,6 @@ from slipway.errors import InvalidRequest
 logger = logging.getLogger(__name__)
 LONG = 100  # times the host's work: the host waits for such a step before it plans the next
 LONG_AT_AN_END = 10  # the same for a step that ends an output: its place is free, and often the next request comes
-
-
-@dataclasses.dataclass(frozen=True)
-class Dispatched:
-    """A step on the device: what each copy of the weights was asked, and where its results will be."""
-
-    chunks: list[list[Chunk]]
-    bucket: Bucket
-    sampled: Sampled
-    x_TD: jax.Array
-    at: float  # seconds of time.perf_counter()
 
 
 class Engine:
@@ -85,7 +74,7 @@ class Engine:
         self._updates = Updates(weights, self._schedulers)
         self._host_s, self._taken_at = 0.0, 0.0  # of a step, on average; when the last results came
         self._early = (0.0, 0.0)  # seconds of the host and of waiting, of a step taken in by a call of its own
-        self._seconds: dict[Bucket, float] = {}  # how long the last step of each shape took
+        self._seconds: dict[tuple[Bucket, int], float] = {}  # how long the last call of each shape and length took
 
     @property
     def num_compiled(self) -> int:
@@ -254,19 +243,23 @@ class Engine:
         waited = 0.0
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
-            bucket = batches.choose(self._shapes, chunks)
+            bucket, num_steps = self._shape(chunks)
             batch = batches.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
-            self._kv, x_TD, logits_BV = self._step.forward(
-                self.weights.arrays, self._kv, self._newest, bucket, batch.tokens
-            )  # fmt: skip
-            edited = None
-            if rows := _edited_rows(chunks, bucket):
-                if before is not None:  # what these rows may say next depends on what they said last
-                    waited += self._take(before, moved)
-                    before = None
-                edited = edits.build(self._step.no_edits(bucket), rows)
-            sampled, self._newest = self._step.choose(logits_BV, self._newest, bucket, batch.sampling, edited)
-            self._dispatched = Dispatched(chunks, bucket, sampled, x_TD, time.perf_counter())
+            if num_steps > 1:
+                x_TD, on_device = None, (self.weights.arrays, self._kv, self._newest)
+                self._kv, sampled, self._newest = self._step.repeat(*on_device, batch, num_steps)
+            else:
+                self._kv, x_TD, logits_BV = self._step.forward(
+                    self.weights.arrays, self._kv, self._newest, bucket, batch.tokens
+                )  # fmt: skip
+                edited = None
+                if rows := edits.edited(chunks, bucket.num_rows):
+                    if before is not None:  # what these rows may say next depends on what they said last
+                        waited += self._take(before, moved)
+                        before = None
+                    edited = edits.build(self._step.no_edits(bucket), rows)
+                sampled, self._newest = self._step.choose(logits_BV, self._newest, bucket, batch.sampling, edited)
+            self._dispatched = Dispatched(chunks, bucket, num_steps, sampled, x_TD, time.perf_counter())
             self._count_step(chunks)
         if before is not None:
             waited += self._take(before, moved)
@@ -286,6 +279,19 @@ class Engine:
         if isinstance(self._step, Leading):
             raise InvalidRequest(what, "an engine of several processes", "one process (nnodes 1)")
 
+    def _shape(self, chunks: list[list[Chunk]]) -> tuple[Bucket, int]:
+        """The shape of the next step, and how many of it go in one call: several where all that run only decode."""
+        bucket, repeats = batches.choose(self._shapes, chunks), self._step.repeats
+        if repeats is None or bucket.num_tokens > repeats.bucket.num_tokens:
+            return bucket, 1
+        each = list(zip(self._schedulers, chunks))
+        more = min(scheduler.spare_steps(rank, repeats.num_steps - 1) for scheduler, rank in each)
+        if not more:
+            return bucket, 1
+        for scheduler, rank in each:
+            scheduler.repeat(rank, more)
+        return repeats.bucket, 1 + more
+
     def _count_step(self, chunks: list[list[Chunk]]) -> None:
         """A step was dispatched."""
         self.stats.steps += 1
@@ -304,11 +310,11 @@ class Engine:
         tokens = np.asarray(sampled.token_B).tolist()
         x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.pooling for s in asked) else None
         ended = time.perf_counter()
-        waited, self._seconds[step.bucket] = ended - started, ended - max(step.at, self._taken_at)
+        waited, self._seconds[step.shape] = ended - started, ended - max(step.at, self._taken_at)
         self._taken_at = ended
         now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
-            row, first_token = rank * step.bucket.num_rows, rank * len(step.x_TD) // len(step.chunks)
+            row, first_token = rank * step.bucket.num_rows, rank * step.bucket.num_tokens
             for chunk in chunks:
                 sequence = chunk.sequence
                 if sequence.finish_reason is None:
@@ -317,10 +323,13 @@ class Engine:
                     if x_TD is not None and sequence.request.pooling:
                         results.pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
                     if chunk.samples:
+                        moved[sequence.request.request_id] = sequence.request
+                    for found in step.rows(row, chunk):
                         gaps[sequence.last_token_at] += 1  # one value for nearly all
                         sequence.last_token_at = now
-                        self._append(sequence, tokens[row + len(chunk.scored)], sampled, row + len(chunk.scored))
-                        moved[sequence.request.request_id] = sequence.request
+                        self._append(sequence, tokens[found], sampled, found)
+                        if sequence.finish_reason is not None:
+                            break  # what follows its end in the same call was computed for nothing
                 row, first_token = row + len(chunk.scored) + chunk.samples, first_token + chunk.num_tokens
         for at, times in gaps.items():
             if at:
@@ -356,7 +365,7 @@ class Engine:
 
         What is dispatched ahead is decided ahead. On a CPU a prefill of 512 tokens may take 0.7 s, the host 2 ms.
         """
-        times = self._seconds.get(step.bucket, 0.0) / max(self._host_s, 1e-9)
+        times = self._seconds.get(step.shape, 0.0) / max(self._host_s, 1e-9)
         if not LONG_AT_AN_END < times <= LONG:
             return times > LONG
         return any(c.sequence.length >= c.sequence.max_length for rank in step.chunks for c in rank)
@@ -379,13 +388,3 @@ class Engine:
         prompt = np.array(request.prompt_token_ids, np.int32)
         left = [scheduler.load - scheduler.cached(request.cache_salt, prompt) for scheduler in self._schedulers]
         return left.index(min(left))
-
-
-def _edited_rows(chunks: list[list[Chunk]], bucket: Bucket) -> list[tuple[int, int, Sequence]]:
-    """Rows of results whose logits are changed: the row, the tokens before it, and whose it is."""
-    return [
-        (rank * bucket.num_rows + chunk.sequence.last_row, chunk.start + chunk.num_tokens, chunk.sequence)
-        for rank, of_rank in enumerate(chunks)
-        for chunk in of_rank
-        if chunk.samples and chunk.sequence.request.rules is not None
-    ]

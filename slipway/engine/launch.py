@@ -23,7 +23,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
 from slipway.engine import compile_cache, memory, nodes
 from slipway.engine.admission import Limits
-from slipway.engine.batch import Bucket, Sizes
+from slipway.engine.batch import Bucket, Repeat, Sizes
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 LAYERS = {"cpu": tree.separate}  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.weight_shape")  # what follows from config.json
 SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
+# Several decode steps in a call: docs/log.md has what it gained, by size of the model and number of rows.
+SMALL_BYTES, AUTO_STEPS, MAX_REPEATED_ROWS = 32 * 2**20, 8, 32
 NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -120,7 +122,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
         bodies=ops.bodies(platform, step.kv, dtype),
     )  # fmt: skip
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
-    _announce(platform, np.dtype(dtype).name, mesh, limits, time.perf_counter() - started)
+    _announce(platform, np.dtype(dtype).name, mesh, limits, step.repeats, time.perf_counter() - started)
     return Loaded(
         step, weights, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
         generation_defaults(checkpoint.generation_config),
@@ -148,18 +150,29 @@ def _compiled(
     budget = dataclasses.replace(budget, total=nodes.least(budget.total))
     table_width = -(-length // config.page_size)
     shapes = batches.buckets(config.max_num_seqs, config.max_num_batched_tokens)
+    repeats = _repeats(config, mesh, weights, shapes)
     temp, useful = 0, config.max_num_seqs * table_width
     while True:
         num_pages = budget.pages(temp, useful)
         shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
         kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(empty))))
         sizes = Sizes(config.page_size, num_pages, table_width, model.vocab_size, length)
-        step = Step(declaration, mesh, kv, dtype, sizes, shapes[-1].num_rows)
+        step = Step(declaration, mesh, kv, dtype, sizes, shapes[-1].num_rows, repeats)
         # memory is ample where the cache can be as large as useful: then all shapes compile at once
         step.compile(shapes if num_pages == useful else shapes[-1:])
         temp = step.temp_bytes(shapes[-1])
         if budget.pages(temp, useful) >= num_pages:
             return step, shapes, num_pages
+
+
+def _repeats(config: EngineConfig, mesh: Mesh, weights: int, shapes: list[Bucket]) -> Repeat | None:
+    """How many decode steps one call may make, and its shape: one for any number of rows, as padding costs little."""
+    steps = config.decode_steps
+    if steps == "auto":
+        alone_on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        steps = AUTO_STEPS if alone_on_cpu and weights <= SMALL_BYTES else 1
+    rows = min(config.max_num_seqs, MAX_REPEATED_ROWS)
+    return Repeat(next(shape for shape in shapes if shape.num_tokens >= rows), steps) if steps > 1 else None
 
 
 def _shard_bytes(param: tree.Param, mesh: Mesh, dtype: Any) -> int:
@@ -213,9 +226,10 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokeniz
     return frozenset(ids) | (frozenset() if tokenizer is None else tokenizer.eos_token_ids)
 
 
-def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, seconds: float) -> None:
+def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, repeats: Repeat | None, seconds: float) -> None:
     tokens = limits.num_pages * limits.page_size
     logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), limits.bodies)
+    logger.info("decode steps in one call: %s", "1" if repeats is None else f"up to {repeats.num_steps}")
     logger.info(
         "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
         limits.num_pages, limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,

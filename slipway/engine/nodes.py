@@ -16,7 +16,7 @@ import zmq
 from jax.experimental import multihost_utils
 
 from slipway.engine import batch as batches
-from slipway.engine.batch import Bucket, Sampling, Sizes, Tokens
+from slipway.engine.batch import Batch, Bucket, Repeat, Sampling, Sizes, Tokens
 from slipway.engine.config import EngineConfig
 from slipway.engine.edits import Edits
 from slipway.engine.sample import Sampled
@@ -27,11 +27,12 @@ HEARTBEAT_TIMEOUT_S = 5  # everyone has ended two seconds later
 
 
 class Header(msgspec.Struct):
-    """What comes before the arrays of a half of a step. ``bucket``: its place in the list of shapes."""
+    """What comes before the arrays of a half of a step, or of several steps. ``bucket``: its place in the shapes."""
 
-    what: Literal["forward", "choose", "stop"]
+    what: Literal["forward", "choose", "repeat", "stop"]
     bucket: int = 0
     has_edits: bool = False
+    num_steps: int = 1
 
 
 def join(config: EngineConfig) -> None:
@@ -77,6 +78,11 @@ class Leading:
         """As Step's."""
         return self._step.num_compiled
 
+    @property
+    def repeats(self) -> Repeat | None:
+        """As Step's."""
+        return self._step.repeats
+
     def no_edits(self, bucket: Bucket) -> Edits:
         """As Step's."""
         return self._step.no_edits(bucket)
@@ -94,6 +100,14 @@ class Leading:
         """As Step's, here and in all other processes."""
         self._send(Header("choose", self._numbers[bucket], edits is not None), (sampling, edits))
         return self._step.choose(logits_BV, newest, bucket, sampling, edits)
+
+    def repeat(
+        self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, batch: Batch, num_steps: int
+    ) -> tuple[jax.Array, Sampled, jax.Array]:
+        """As Step's, here and in all other processes."""
+        assert self.repeats is not None
+        self._send(Header("repeat", self._numbers[self.repeats.bucket], num_steps=num_steps), batch)
+        return self._step.repeat(leaves, kv, newest, batch, num_steps)
 
     def _send(self, header: Header, arrays: Any) -> None:
         frames = [array.tobytes() for array in jax.tree.leaves(arrays)]
@@ -127,6 +141,8 @@ def follow(
         batch = batches.join([batches.empty(bucket, sizes)] * config.data_parallel_size)
         if header.what == "forward":
             kv, _, logits = step.forward(leaves, kv, newest, bucket, _filled(batch.tokens, frames))
+        elif header.what == "repeat":
+            kv, _, newest = step.repeat(leaves, kv, newest, _filled(batch, frames), header.num_steps)
         else:
             edits = step.no_edits(bucket) if header.has_edits else None
             _, newest = step.choose(logits, newest, bucket, *_filled((batch.sampling, edits), frames))

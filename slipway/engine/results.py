@@ -1,10 +1,37 @@
 """What a step found, as requests are given it: log probabilities, a scored prompt, a pooled hidden state; no device."""
 
+import dataclasses
+
+import jax
 import numpy as np
 
+from slipway.engine.batch import Bucket
 from slipway.engine.request import Logprob, Logprobs, Request, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step on the device: what each copy of the weights was asked, and where its results will be."""
+
+    chunks: list[list[Chunk]]
+    bucket: Bucket
+    num_steps: int  # in one call; results of each, one after the other
+    sampled: Sampled
+    x_TD: jax.Array | None  # where there is one step
+    at: float  # seconds of time.perf_counter()
+
+    @property
+    def shape(self) -> tuple[Bucket, int]:
+        """What its time depends on."""
+        return self.bucket, self.num_steps
+
+    def rows(self, first: int, chunk: Chunk) -> range:
+        """The rows of results with the tokens that a chunk gives, one for each step; ``first``: its first row."""
+        stride = len(self.chunks) * self.bucket.num_rows
+        start = first + len(chunk.scored)
+        return range(start, start + self.num_steps * stride if chunk.samples else start, stride)
 
 
 def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:

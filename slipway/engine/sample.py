@@ -67,6 +67,12 @@ def _penalized(logits_BV, edits, position_B, newest_B, row_B1):
     return logits_BV - edits.presence_B[:, None] * (count_BV > 0).astype(jnp.float32)
 
 
+def without_logprobs(token_B, num_top: int):
+    """Tokens alone, shaped like ``logprobs``."""
+    rows_B, tops_BX = jnp.zeros(token_B.shape), jnp.zeros((*token_B.shape, num_top))
+    return Sampled(token_B, rows_B, rows_B.astype(jnp.int32), tops_BX.astype(jnp.int32), tops_BX)
+
+
 def logprobs(logits_BV, token_B, num_top: int):
     """Log probability and rank of each row's token, and the ``num_top`` likeliest with theirs."""
     all_BV = jax.nn.log_softmax(logits_BV, axis=-1)

@@ -1,9 +1,9 @@
 """Which sequences compute which tokens in the next step; knows pages and the prefix tree, and no JAX.
 
 Who runs goes first, so that a prompt never holds up those that decode: each gets a token, and what is left of the
-step's budget goes to prompts, in chunks. Steps run on the device in the order in which they are scheduled, so what one
-has been asked to compute counts as computed for all later ones, and within a step for the other rows: pages go into the
-prefix tree at once.
+step's budget goes to prompts, in chunks. Where all only decode and nobody waits, several steps may go in one call.
+Steps run on the device in the order in which they are scheduled, so what one has been asked to compute counts as
+computed for all later ones, and within a step for the other rows: pages go into the prefix tree at once.
 
 Waiting requests come by priority, then by arrival; of the first few equals, the one with the longest cached prefix goes
 first, but nobody is overtaken more than MAX_OVERTAKEN times. When pages run out, unlocked pages of the tree go, then
@@ -127,6 +127,26 @@ class Scheduler:
             tokens, rows = tokens - chunk.num_tokens, rows - max(1, chunk.num_rows)
         return chunks
 
+    def spare_steps(self, chunks: list[Chunk], most: int) -> int:
+        """How many steps more than the one of ``chunks`` may be one call with it: ``most``, or fewer, or none.
+
+        None where someone waits, where a chunk is more than a token that gives the next, where what a row may say
+        depends on what it said, and where the pages could only be had by preempting; no more than a sequence may get.
+        """
+        if self.waiting or not all(_only_decodes(chunk) for chunk in chunks):
+            return 0
+        steps = min([most, *(chunk.sequence.max_length - chunk.sequence.length for chunk in chunks)])
+        return steps if self._missing(chunks, steps) <= self.pages.num_free + self.tree.num_unlocked else 0
+
+    def repeat(self, chunks: list[Chunk], steps: int) -> None:
+        """Count as many tokens more of each chunk's sequence as computed and on the device: ``spare_steps`` of them."""
+        self._free(self._missing(chunks, steps))
+        for sequence, *_ in chunks:
+            sequence.num_computed += steps
+            sequence.num_pending += steps
+            self._hold(sequence, self.pages.take(self._pages_for(sequence.num_computed) - len(sequence.pages)))
+        self.counts.computed_tokens += steps * len(chunks)
+
     def release(self, sequence: Sequence) -> None:
         """Drop a sequence that has ended or is aborted; what it computed stays in the tree. Its pages are free."""
         if sequence.slot >= 0:
@@ -177,6 +197,11 @@ class Scheduler:
             self._publish(sequence)
         return True
 
+    def _missing(self, chunks: list[Chunk], steps: int) -> int:
+        """The pages that ``steps`` more tokens of each chunk's sequence need beside those that it holds."""
+        sequences = [chunk.sequence for chunk in chunks]
+        return sum(self._pages_for(s.num_computed + steps) - len(s.pages) for s in sequences)
+
     def _free(self, needed: int) -> int:
         """Free pages, after the tree has let go of what is needed beyond them."""
         if needed > self.pages.num_free:
@@ -186,6 +211,8 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         """Let the next waiting sequence run, if pages for all its tokens are there beside what the others will need."""
         sequence = self._next()
+        if sequence.num_pending > 1:
+            return None  # preempted just now, and what it has to compute anew is not all known here yet
         node = self.tree.match(sequence.request.cache_salt, self._matchable(sequence))
         self.tree.lock(node)
         needed = self._pages_for(sequence.num_tokens) - node.depth
@@ -279,6 +306,10 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+
+def _only_decodes(chunk: Chunk) -> bool:
+    return chunk.num_tokens == 1 and chunk.samples and not chunk.scored and chunk.sequence.request.rules is None
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

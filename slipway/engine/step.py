@@ -1,7 +1,8 @@
 """What is compiled: a ragged batch in, the cache and a token per row out; knows no scheduler.
 
 A step's tokens stay on the device, where the next step finds them: it can be dispatched before the host has seen them.
-Two programs: the forward pass, one per bucket, and the sampler, which depends on the number of rows alone.
+Two programs: the forward pass, one per bucket, and the sampler, which depends on the number of rows alone. A third, for
+small models, does both several times over for rows that only decode.
 
 Each bucket is compiled ahead of time; calling the step with any other shape is an error, so nothing compiles later.
 """
@@ -10,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -25,7 +26,7 @@ from slipway import ops, tree
 from slipway.engine import batch as batches
 from slipway.engine import edits as editing
 from slipway.engine import sample
-from slipway.engine.batch import Batch, Bucket, Sampling, Sizes, Tokens
+from slipway.engine.batch import Batch, Bucket, Repeat, Sampling, Sizes, Tokens
 from slipway.engine.edits import Edits
 from slipway.engine.params import MAX_LOGPROBS
 
@@ -40,10 +41,16 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 
 
 class Step:
-    """The compiled steps of one model on one mesh: a program per bucket, and a sampler per number of rows."""
+    """The compiled steps of one model on one mesh: a program per bucket, and a sampler per number of rows.
 
-    def __init__(self, declaration: Any, mesh: Mesh, kv: jax.ShapeDtypeStruct, dtype: Any, sizes: Sizes, max_rows: int):
-        self.kv, self._mesh, self._sizes = kv, mesh, sizes
+    ``repeats``: where one call may make several decode steps.
+    """
+
+    def __init__(
+        self, declaration: Any, mesh: Mesh, kv: jax.ShapeDtypeStruct, dtype: Any, sizes: Sizes, max_rows: int,
+        repeats: Repeat | None = None,
+    ):  # fmt: skip
+        self.kv, self.repeats, self._mesh, self._sizes = kv, repeats, mesh, sizes
         shapes = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=s),
             declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
@@ -64,37 +71,52 @@ class Step:
             jax.shard_map(choose, mesh=mesh, in_specs=(rows,) * 4, out_specs=(P(), rows), check_vma=False),
             in_shardings=(sharded,) * 4,
         )
+        repeat = functools.partial(_repeat, structure, sizes, max_rows, repeats.num_steps if repeats else 0)
+        self._repeat = jax.jit(
+            jax.shard_map(
+                repeat, mesh=mesh, in_specs=(specs, cache, rows, rows, rows), out_specs=(cache, P(), rows),
+                check_vma=False,
+            ),
+            donate_argnums=1, in_shardings=(None, None, *(sharded,) * 3),
+        )  # fmt: skip
         self._no_edits: dict[int, Edits] = {}
         self.newest = jax.ShapeDtypeStruct((self._copies * max_rows,), np.int32, sharding=sharded)
         self._options = _compiler_options(mesh)
         self._programs: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
+        self._repeater: Any = None
 
     @property
     def num_compiled(self) -> int:
         """Programs compiled so far."""
-        return len(self._programs) + len(self._samplers)
+        return len(self._programs) + len(self._samplers) + (self._repeater is not None)
 
     def compile(self, shapes: Sequence[Bucket]) -> None:
-        """Compile the buckets that are not yet, and the samplers of their rows, two at a time; says what is left."""
+        """Compile the buckets that are not yet, and what goes with them, two at a time; says what is left."""
         buckets = [bucket for bucket in shapes if bucket not in self._programs]
         rows = sorted({bucket.num_rows for bucket in buckets} - self._samplers.keys())
+        repeats = self._repeater is None and self.repeats is not None and self.repeats.bucket in buckets
         started = time.perf_counter()
         with ThreadPoolExecutor(2) as pool:
             programs = {pool.submit(self.program, bucket): bucket for bucket in buckets}
             samplers = {pool.submit(self._compile_sampler, n): n for n in rows}
-            for count, _ in enumerate(as_completed([*programs, *samplers]), 1):
-                left, seconds = len(buckets) + len(rows) - count, time.perf_counter() - started
+            repeater = [pool.submit(self._compile_repeater)] if repeats else []
+            each = [*programs, *samplers, *repeater]
+            for count, _ in enumerate(as_completed(each), 1):
+                left, seconds = len(each) - count, time.perf_counter() - started
                 logger.info("compiled %d programs, %d left: about %.1f s", count, left, seconds / count * left)
         self._programs.update({bucket: program.result() for program, bucket in programs.items()})
         self._samplers.update({n: sampler.result() for sampler, n in samplers.items()})
+        if repeater:
+            self._repeater = repeater[0].result()
 
     def temp_bytes(self, bucket: Bucket) -> int:
         """The memory per device that the compiled bucket needs beside weights and cache."""
         analysis = self._programs[bucket].memory_analysis()
         sampler = self._samplers[bucket.num_rows].memory_analysis().temp_size_in_bytes
         logits = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return max(analysis.temp_size_in_bytes, sampler) + logits
+        repeater = 0 if self._repeater is None else self._repeater.memory_analysis().temp_size_in_bytes
+        return max(analysis.temp_size_in_bytes, sampler, repeater) + logits
 
     def forward(
         self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, bucket: Bucket, tokens: Tokens
@@ -112,6 +134,16 @@ class Step:
         """Start the second half: a token per row for the host, and for the next step. ``edits``: None where none is."""
         edits = self._edits(bucket.num_rows) if edits is None else edits
         return self._samplers[bucket.num_rows](logits_BV, newest, sampling, edits)
+
+    def repeat(
+        self, leaves: list[jax.Array], kv: jax.Array, newest: jax.Array, batch: Batch, num_steps: int
+    ) -> tuple[jax.Array, sample.Sampled, jax.Array]:
+        """Start ``num_steps`` decode steps, each with the tokens of the one before: the cache, results, newest tokens.
+
+        ``batch``: of the first step, in the bucket of ``repeats``; one token a row, each samples, without edits. The
+        rows' pages hold the tokens of all steps. Results: the rows of the first step, then of the second, and so on.
+        """
+        return self._repeater(leaves, kv, newest, batch, np.full(self._copies, num_steps, np.int32))
 
     def no_edits(self, bucket: Bucket) -> Edits:
         """Edits of no row, on the host, to be filled in."""
@@ -147,6 +179,15 @@ class Step:
         """The forward pass of one bucket, compiled."""
         with jax.set_mesh(self._mesh):  # Pallas asks it what kind of TPU this is
             lowered = self._forward.lower(self._leaves, self.kv, self.newest, self._shapes(bucket).tokens)
+        return lowered.compile(self._options)
+
+    def _compile_repeater(self) -> Any:
+        assert self.repeats is not None
+        steps = jax.ShapeDtypeStruct((self._copies,), np.int32)
+        with jax.set_mesh(self._mesh):
+            lowered = self._repeat.lower(
+                self._leaves, self.kv, self.newest, self._shapes(self.repeats.bucket), steps
+            )  # fmt: skip
         return lowered.compile(self._options)
 
     def _compile_sampler(self, rows: int) -> Any:
@@ -188,10 +229,9 @@ def _forward(
 
 
 def _sample(
-    max_rows: int, logits_BV: jax.Array, newest_R: jax.Array, sampling: Sampling, edits: Edits
+    max_rows: int, logits_BV: jax.Array, newest_R: jax.Array, sampling: Sampling, edits: Edits | None
 ) -> tuple[sample.Sampled, jax.Array]:
     """A token per row, and the same as the next step reads it; log probabilities where some row wants them."""
-    newest_B = jnp.where(sampling.last_B < 0, jnp.int32(-1), newest_R[jnp.maximum(sampling.last_B, 0)])
 
     def draw(logits_BV: jax.Array) -> jax.Array:
         return sample.sample(
@@ -199,20 +239,65 @@ def _sample(
             sampling.min_p_B, sampling.seed_B, sampling.position_B,
         )  # fmt: skip
 
+    token_B = draw(logits_BV) if edits is None else _edited(draw, logits_BV, newest_R, sampling, edits)
+    newest_R = jnp.zeros(max_rows, jnp.int32).at[: token_B.shape[0]].set(token_B)
+    token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
+    num_top = min(MAX_LOGPROBS, logits_BV.shape[1])
+    sampled = jax.lax.cond(
+        jnp.any(sampling.wants_logprobs_B),
+        lambda: sample.logprobs(logits_BV, token_B, num_top),
+        lambda: sample.without_logprobs(token_B, num_top),
+    )
+    return jax.tree.map(lambda array: meshes.all_rows(array), sampled), newest_R
+
+
+def _edited(
+    draw: Callable[[jax.Array], jax.Array], logits_BV: jax.Array, newest_R: jax.Array, sampling: Sampling, edits: Edits
+) -> jax.Array:
+    """Tokens drawn from logits that may be changed before."""
+    newest_B = jnp.where(sampling.last_B < 0, jnp.int32(-1), newest_R[jnp.maximum(sampling.last_B, 0)])
     # drawn in both branches: logits that come out of a branch unchanged are copied, 2 ms for 16 rows
-    token_B = jax.lax.cond(
+    return jax.lax.cond(
         edits.any_1[0],
         lambda: draw(sample.edit(logits_BV, edits, sampling.position_B, newest_B)),
         lambda: draw(logits_BV),
     )
-    newest_R = jnp.zeros(max_rows, jnp.int32).at[: token_B.shape[0]].set(token_B)
-    token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
-    num_top = min(MAX_LOGPROBS, logits_BV.shape[1])
 
-    def without():
-        rows, tops = jnp.zeros(token_B.shape), jnp.zeros((*token_B.shape, num_top))
-        return sample.Sampled(token_B, rows, rows.astype(jnp.int32), tops.astype(jnp.int32), tops)
 
-    wanted = jnp.any(sampling.wants_logprobs_B)
-    sampled = jax.lax.cond(wanted, lambda: sample.logprobs(logits_BV, token_B, num_top), without)
-    return jax.tree.map(lambda array: meshes.all_rows(array), sampled), newest_R
+def _repeat(
+    structure: Any, sizes: Sizes, max_rows: int, max_steps: int, leaves: list[jax.Array], kv: jax.Array,
+    newest_R: jax.Array, batch: Batch, num_steps_1: jax.Array,
+) -> tuple[jax.Array, sample.Sampled, jax.Array]:  # fmt: skip
+    """Decode steps one after the other: the cache, the results of each, and the newest tokens."""
+    num_rows = jax.lax.axis_size(meshes.DATA) * len(batch.sampling.seed_B)
+
+    def body(step: jax.Array, carry: Any) -> Any:
+        kv, newest_R, found = carry
+        kv, _, logits_BV = _forward(structure, leaves, kv, newest_R, _advanced(batch.tokens, step, sizes))
+        sampling = dataclasses.replace(batch.sampling, position_B=batch.sampling.position_B + step)
+        sampled, newest_R = _sample(max_rows, logits_BV, newest_R, sampling, None)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * num_rows, axis=0)
+        return kv, newest_R, jax.tree.map(lambda found_B, sampled_B: put(found_B, sampled_B), found, sampled)
+
+    tokens_B = jnp.zeros(max_steps * num_rows, jnp.int32)
+    found = sample.without_logprobs(tokens_B, min(MAX_LOGPROBS, sizes.vocab_size))
+    kv, newest_R, found = jax.lax.fori_loop(jnp.int32(0), num_steps_1[0], body, (kv, newest_R, found))
+    return kv, found, newest_R
+
+
+def _advanced(tokens: Tokens, step: jax.Array, sizes: Sizes) -> Tokens:
+    """The batch of a decode step, ``step`` steps later: each row one token further, which is the last step's."""
+    T, B = len(tokens.ids_T), len(tokens.lengths_B)
+    row_T = jnp.minimum(jnp.arange(T, dtype=jnp.int32), B - 1)  # token t is row t's, and the rest is padding
+    is_used_T = jnp.arange(T, dtype=jnp.int32) < tokens.num_tokens_1[0]
+    positions_T = tokens.positions_T + jnp.where(is_used_T, step, 0)
+    page_T = tokens.page_table_BM[row_T, positions_T // sizes.page_size]
+    slots_T = page_T * sizes.page_size + positions_T % sizes.page_size
+    return dataclasses.replace(
+        tokens,
+        ids_T=jnp.where(step == 0, tokens.ids_T, -1 - row_T),
+        positions_T=positions_T,
+        contexts_T=jnp.maximum(tokens.contexts_T, positions_T + 1),
+        slots_T=jnp.where(is_used_T, slots_T, tokens.slots_T),
+        lengths_B=tokens.lengths_B + jnp.where(tokens.counts_B > 0, step, 0),
+    )

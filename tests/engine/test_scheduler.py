@@ -64,12 +64,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     scheduler: Scheduler | None = None
 
-    @initialize(rows=st.integers(1, 5), spare=st.integers(0, 12), seed=st.integers(0, 2**16), caching=st.booleans())
-    def start(self, rows, spare, seed, caching):
-        self.rows, self.budget, self.random = rows, rows + spare, random.Random(seed)
+    @initialize(
+        rows=st.integers(1, 5), spare=st.integers(0, 12), seed=st.integers(0, 2**16), caching=st.booleans(),
+        repeats=st.integers(0, 6),
+    )  # fmt: skip
+    def start(self, rows, spare, seed, caching, repeats):
+        self.rows, self.budget, self.random, self.repeats = rows, rows + spare, random.Random(seed), repeats
         self.scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, rows, self.budget, caching)
         self.device, self.live, self.arrived, self.texts = Device(self.scheduler), [], [], {}
-        self.pending = []  # (chunk, token) of the step on the device
+        self.pending = []  # (sequence, token) of the call on the device
         self.scored = {}
 
     @rule(
@@ -109,7 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not late:
             self.take()
         chunks = self.scheduler.schedule()
-        ends = any(s.num_pending for s in self.scheduler.running)
+        ends = any(s.num_pending for s in self.live)
         assert chunks or ends or not self.live, "someone moves, or is about to end"
         self.check(chunks)
         before, self.pending = self.pending, []
@@ -117,22 +120,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             sequence = chunk.sequence
             self.scored[sequence] += chunk.scored
             assert len(self.texts[sequence]) >= chunk.start + chunk.num_tokens
-        self.device.run(chunks, self.texts)
-        for chunk in chunks:
-            if chunk.samples:
-                token = self.random.randrange(STOP + 1)
-                self.texts[chunk.sequence].append(token)
-                self.pending.append((chunk, token))
-        for chunk, token in before:
-            self.give(chunk, token)
+        more = self.scheduler.spare_steps(chunks, self.repeats)
+        if more:
+            preemptions = self.scheduler.counts.preemptions
+            self.scheduler.repeat(chunks, more)
+            assert not self.scheduler.waiting and self.scheduler.counts.preemptions == preemptions
+        for step in range(1 + more):
+            self.device.run([chunk._replace(start=chunk.start + step) for chunk in chunks], self.texts)
+            for chunk in chunks:
+                if chunk.samples:
+                    token = self.random.randrange(STOP + 1)
+                    self.texts[chunk.sequence].append(token)
+                    self.pending.append((chunk.sequence, token))
+        for sequence, token in before:
+            self.give(sequence, token)
 
     def take(self):
         before, self.pending = self.pending, []
-        for chunk, token in before:
-            self.give(chunk, token)
+        for sequence, token in before:
+            self.give(sequence, token)
 
-    def give(self, chunk, token):
-        sequence = chunk.sequence
+    def give(self, sequence, token):
         if sequence.finish_reason is not None:
             return
         sequence.num_pending -= 1
@@ -158,6 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence, start, count, samples, scored in chunks:
             assert count >= 1 and start + count == sequence.num_computed <= len(sequence.pages) * PAGE_SIZE
             assert samples == (start + count == len(self.texts[sequence])), "who has computed all gets its next"
+            assert start + count <= max(start, sequence.num_tokens) + 1, "the device keeps one token a row"
             assert set(scored) <= set(range(start, start + count))
 
     @invariant()
@@ -321,6 +330,44 @@ def test_chunks_end_on_pages_so_that_others_can_go_on_from_there():
     scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=11)
     add(scheduler, make_request(0, 30, 2))
     assert run(scheduler, 4) == [[(0, 8)], [(0, 8)], [(0, 8)], [(0, 6)]]
+
+
+def test_steps_go_together_where_all_only_decode_and_nobody_waits():
+    scheduler = Scheduler(8, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
+    add(scheduler, make_request(0, 3, 9), make_request(1, 2, 20))
+    chunks = scheduler.schedule()
+    assert scheduler.spare_steps(chunks, 4) == 0, "prompts"
+    finish(scheduler, chunks)
+    chunks = scheduler.schedule()
+    assert [scheduler.spare_steps(chunks, most) for most in (0, 4, 7, 99)] == [0, 4, 7, 7], "no more than one may get"
+    scheduler.repeat(chunks, 4)
+    assert [(s.num_pending, s.num_computed, len(s.pages)) for s in scheduler.running] == [(5, 8, 2), (5, 7, 2)]
+    add(scheduler, make_request(2, 2, 2))
+    chunks = scheduler.schedule()
+    assert [chunk.num_tokens for chunk in chunks] == [1, 1] and scheduler.spare_steps(chunks, 4) == 0, "one waits"
+    scheduler.release(scheduler.waiting[0])
+    spare = scheduler.pages.take(scheduler.pages.num_free)
+    assert [scheduler.spare_steps(chunks, most) for most in (1, 2)] == [0, 0], "the second needs a page"
+    scheduler.pages.give_back(spare)
+    assert scheduler.spare_steps(chunks, 2) == 2
+
+
+def test_who_is_preempted_with_several_tokens_on_the_device_waits_for_them():
+    scheduler = Scheduler(4, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
+    add(scheduler, make_request(0, 3, 12), make_request(1, 3, 12))
+    finish(scheduler, scheduler.schedule())
+    chunks = scheduler.schedule()
+    second = chunks[1].sequence
+    assert scheduler.spare_steps(chunks, 4) == 4
+    scheduler.repeat(chunks, 4)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [chunks[0].sequence], "a page too few"
+    assert second in scheduler.waiting and second.num_pending == 5
+    scheduler.release(chunks[0].sequence)
+    assert scheduler.schedule() == [], "four of its tokens are known to the device alone"
+    for token in range(5):
+        second.num_pending -= 1
+        second.append(token, None)
+    assert [(chunk.start, chunk.num_tokens) for chunk in scheduler.schedule()] == [(4, 5)]
 
 
 def test_flat_tokens_of_a_sequence():
