@@ -59,10 +59,13 @@ class Step:
         cache = meshes.spec(ops.kv_axes(kv))
         specs, rows = jax.tree.leaves(tree.map_params(meshes.partition, declaration)), P(meshes.DATA)
         self._by_rows = sharded = NamedSharding(mesh, rows)
-        forward, choose = functools.partial(_forward, structure), functools.partial(_sample, max_rows)
+        # the first process pools the hidden states of all copies, so it needs those of other processes here
+        apart = len({device.process_index for device in mesh.devices[:, 0]}) > 1
+        forward, choose = functools.partial(_forward, structure, apart), functools.partial(_sample, max_rows)
         self._forward = jax.jit(
             jax.shard_map(
-                forward, mesh=mesh, in_specs=(specs, cache, rows, rows), out_specs=(cache, rows, rows),
+                forward, mesh=mesh, in_specs=(specs, cache, rows, rows),
+                out_specs=(cache, P() if apart else rows, rows),
                 check_vma=False,
             ),
             donate_argnums=1, in_shardings=(None, None, sharded, sharded),
@@ -215,9 +218,12 @@ def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
 
 
 def _forward(
-    structure: Any, leaves: list[jax.Array], kv: jax.Array, newest_R: jax.Array, tokens: Tokens
+    structure: Any, apart: bool, leaves: list[jax.Array], kv: jax.Array, newest_R: jax.Array, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The forward pass as each device sees it: the cache, hidden states, and logits of the rows of results."""
+    """The forward pass as each device sees it: the cache, hidden states, and logits of the rows of results.
+
+    ``apart``: hidden states of all copies of the weights, on every device.
+    """
     model = jax.tree.unflatten(structure, leaves)
     ragged = ops.Ragged(
         tokens.num_tokens_1[0], tokens.positions_T, tokens.contexts_T, tokens.slots_T,
@@ -225,7 +231,8 @@ def _forward(
     )  # fmt: skip
     ids_T = jnp.where(tokens.ids_T < 0, newest_R[jnp.maximum(-1 - tokens.ids_T, 0)], tokens.ids_T)
     x_TD, kv = model(ids_T, kv, ragged)
-    return kv, x_TD, model.logits(x_TD[tokens.sample_at_B], tokens.num_samples_1[0])
+    logits_BV = model.logits(x_TD[tokens.sample_at_B], tokens.num_samples_1[0])
+    return kv, meshes.all_rows(x_TD) if apart else x_TD, logits_BV
 
 
 def _sample(
@@ -273,7 +280,7 @@ def _repeat(
 
     def body(step: jax.Array, carry: Any) -> Any:
         kv, newest_R, found = carry
-        kv, _, logits_BV = _forward(structure, leaves, kv, newest_R, _advanced(batch.tokens, step, sizes))
+        kv, _, logits_BV = _forward(structure, False, leaves, kv, newest_R, _advanced(batch.tokens, step, sizes))
         sampling = dataclasses.replace(batch.sampling, position_B=batch.sampling.position_B + step)
         sampled, newest_R = _sample(max_rows, logits_BV, newest_R, sampling, None)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * num_rows, axis=0)

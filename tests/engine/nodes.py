@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from typing import Any
 
 from slipway import LLM, SamplingParams
 from slipway.engine.config import EngineConfig
@@ -13,7 +14,23 @@ PARAMS = [
     SamplingParams(temperature=t, max_tokens=8, seed=3, ignore_eos=True, logprobs=2, presence_penalty=p)
     for t, p in [(0, 0), (1, 0), (0, 1), (0, 0), (1, 1)]
 ]
-OPTIONS = {"tensor_parallel_size": 4, "data_parallel_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+OPTIONS = {
+    "tensor_parallel_size": 4, "data_parallel_size": 2, "max_num_seqs": 2, "max_num_batched_tokens": 16,
+    "decode_steps": 3,
+}  # fmt: skip
+
+
+def found(llm: LLM) -> dict[str, Any]:
+    """What an engine says to all of them: tokens, which tokens were shown beside them, and pooled hidden states."""
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    plain = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)  # several steps in a call
+    repeated = llm.generate(PROMPTS[:3], plain, use_tqdm=False)
+    return {
+        "tokens": [output.outputs[0].token_ids for output in outputs],
+        "shown": [[sorted(entry) for entry in output.outputs[0].logprobs] for output in outputs],
+        "repeated": [output.outputs[0].token_ids for output in repeated],
+        "pooled": [[x.tolist() for x in llm.encode(PROMPTS, kind, use_tqdm=False)] for kind in ("last", "mean")],
+    }
 
 
 def main(rank: int, port: str, model: str, endless: bool) -> None:
@@ -25,10 +42,7 @@ def main(rank: int, port: str, model: str, endless: bool) -> None:
         return
     with LLM(model, skip_tokenizer_init=True, **OPTIONS, **nodes) as llm:
         while True:
-            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
-            tokens = [output.outputs[0].token_ids for output in outputs]
-            logprobs = [[sorted(entry) for entry in output.outputs[0].logprobs] for output in outputs]
-            print(json.dumps([tokens, logprobs]), flush=True)
+            print(json.dumps(found(llm)), flush=True)
             if not endless:
                 return
 
