@@ -58,30 +58,34 @@ class Completions:
                 self.usage.add(delta)
             last = of_prompt[-1]
             for sample in merged([sample for delta in of_prompt for sample in delta.samples]).values():
-                choices.append(self._choice(number, prompt, sample, last))
+                choices.append(self._choice(number, prompt, sample, last, last.prompt_logprobs or []))
         return encode(self.shape.whole(sorted(choices, key=lambda choice: choice["index"]), self.usage))
 
     async def events(self, place: Place) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         body, options = self._body, self._body.stream_options or schema.StreamOptions()
         begun: set[tuple[int, int]] = set()
+        scored: dict[int, list[Any]] = {}  # by prompt; they come with its first delta
         with opened(self._service, place, self.prompts, self.params, body) as streams:
             self.usage.prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
             async for number, deltas in interleaved(streams):
                 for delta in deltas:
                     self.usage.add(delta)
+                    scored.setdefault(number, delta.prompt_logprobs or [])
                 out, prompt = [], self.prompts[number]
                 for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
                     echoes = body.echo and (number, sample.index) not in begun
                     begun.add((number, sample.index))
-                    choice = self._choice(number, prompt, sample, deltas[-1], echoes)
+                    choice = self._choice(number, prompt, sample, deltas[-1], scored[number], echoes)
                     out.append(self.shape.chunk([choice], self.usage if options.continuous_usage_stats else None))
                 yield lines(out)
         if options.include_usage:
             yield lines([self.shape.chunk([], self.usage)])
         yield b"data: [DONE]\n\n"
 
-    def _choice(self, number: int, prompt: Prompt, sample: Sample, last: Delta, echoes: bool = True) -> dict[str, Any]:
+    def _choice(
+        self, number: int, prompt: Prompt, sample: Sample, last: Delta, of_prompt: list[Any], echoes: bool = True
+    ) -> dict[str, Any]:
         body, ids, entries = self._body, sample.token_ids, list(sample.logprobs or [])
         text, shown = sample.text, None
         echoed = body.echo and echoes
@@ -90,7 +94,7 @@ class Completions:
         if body.max_tokens == 0:
             text, ids, entries = text[: len(text) - len(sample.text)], [], []
         if body.logprobs is not None:
-            scored = list(last.prompt_logprobs or []) if echoed else []
+            scored = of_prompt if echoed else []
             known = prompt.token_ids[: len(scored)]
             shown = self.shape.completion_logprobs([*known, *ids], [*scored, *entries], 0)
         choice = {

@@ -35,6 +35,7 @@ class Worker:
         self._engine, self._socket = engine, socket
         self._numbers: dict[str, int] = {}  # the engine's request id -> the HTTP process's number
         self._ids: dict[int, str] = {}
+        self._scored: set[int] = set()  # those whose prompt's log probabilities have been told
         self._paused = False
         self._checker = ThreadPoolExecutor(1)  # reads and checks new weights beside the steps
         self._checked: list[tuple[Change, Future[Any]]] = []
@@ -126,8 +127,8 @@ class Worker:
 
     def _tell(self, request: Request) -> None:
         """What is new in a request; the whole of its best samples at the end, where only that shows which they are."""
-        chooses = request.params.num_samples > request.params.n
-        if chooses and not request.finished:
+        chooses, scored = request.params.num_samples > request.params.n, request.prompt_logprobs
+        if (chooses or not _is_scored(request)) and not request.finished:
             return
         output = request.output() if chooses else request.delta()
         samples = [
@@ -140,14 +141,21 @@ class Worker:
         ]  # fmt: skip
         number = self._numbers[request.request_id]
         delta = Delta(number, samples, output.finished)
+        if scored is not None and (output.finished or number not in self._scored):
+            self._scored.add(number)
+            delta.prompt_logprobs = [None if entry is None else _plain(entry) for entry in scored]
         if output.finished:
             hidden = output.hidden
+            self._scored.discard(number)
             delta.num_cached_tokens = output.num_cached_tokens
-            if output.prompt_logprobs is not None:
-                delta.prompt_logprobs = [None if entry is None else _plain(entry) for entry in output.prompt_logprobs]
             delta.hidden = None if hidden is None else hidden.tolist()
             del self._numbers[request.request_id], self._ids[number]
         self._out.append(delta)
+
+
+def _is_scored(request: Request) -> bool:
+    """Whether its prompt is scored as far as asked: a stream that echoes begins with that, though a sample is ahead."""
+    return request.prompt_logprobs is None or len(request.prompt_logprobs) == len(request.prompt_token_ids)
 
 
 def _plain(entry: Logprobs) -> dict[int, tuple[float, int]]:

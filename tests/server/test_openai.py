@@ -109,6 +109,29 @@ def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
     assert only.choices[0].text == PROMPT
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_streamed_echo_adds_up_to_the_whole(client, server, logprobs):
+    asked = dict(
+        model="nano", prompt=[PROMPT, "class A:"], temperature=0, max_tokens=6, n=2, logprobs=logprobs, echo=True
+    )
+    whole = client.completions.create(**asked).choices
+    assert all(choice.text.startswith(asked["prompt"][choice.index // 2]) for choice in whole)
+    assert all((choice.logprobs is None) == (logprobs is None) for choice in whole)
+    texts, tokens, scores = ({index: [] for index in range(4)} for _ in range(3))
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index].append(choice.text)
+            if choice.logprobs is not None:
+                tokens[choice.index] += choice.logprobs.tokens
+                scores[choice.index] += choice.logprobs.token_logprobs
+    assert ["".join(texts[choice.index]) for choice in whole] == [choice.text for choice in whole]
+    assert all(len(pieces) > 1 for pieces in texts.values()), "streamed"
+    for choice in whole if logprobs is not None else ():
+        assert tokens[choice.index] == choice.logprobs.tokens and "".join(tokens[choice.index]) == choice.text
+        assert scores[choice.index][0] is None
+        np.testing.assert_allclose(scores[choice.index][1:], choice.logprobs.token_logprobs[1:], atol=1e-5)
+
+
 def test_many_prompts_of_every_form(client, offline, server):
     ids = offline.tokenize(PROMPT)
     expected = offline.generate(PROMPT, params())[0].outputs[0].text
