@@ -1,4 +1,5 @@
-"""`slipway bench engine`: what a step costs on the host, and how fast the engine is beside transformers.
+"""`slipway bench engine`: what a step costs on the host, what several decode steps in a call gain, how long streams
+wait while prompts are computed, and how fast the engine is beside transformers.
 
 Decides the loads and how they are compared: alternating rounds, medians, ratios. Knows no kernels.
 """
@@ -8,6 +9,7 @@ import json
 import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -24,11 +26,14 @@ from slipway.engine.stats import Snapshot
 from slipway.llm import LLM
 
 BATCHES = (1, 8)
+STREAMS, STREAM_TOKENS = 8, 800  # that decode while prompts arrive
+FULL_STEPS = 100  # timed before, and as many after
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineBench:
-    """Host cost per step on nano; with --against, prefill and decode of a Qwen3-0.6B shape beside transformers."""
+    """Host cost per step, decode steps and streams under prefill, all on nano; with --against, prefill and decode of a
+    Qwen3-0.6B shape beside transformers."""
 
     against: Literal["none", "transformers"] = "none"
     """The rival to time in the same run."""
@@ -50,6 +55,8 @@ class EngineBench:
         """Measure and print."""
         figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "jax": version("jax")}
         figures["host"] = host_cost(self.rows)
+        figures["decode"] = decode_steps(self.rounds)
+        figures["decode under prefill"] = [under_prefill(tokens) for tokens in (512, 960)]
         if self.against == "transformers":
             figures["speed"] = self._speed()
         print(json.dumps(figures, indent=2))
@@ -82,8 +89,8 @@ def compare(ours: Callable[[], float], theirs: Callable[[], float], rounds: int)
     ours(), theirs()
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     return {
-        "ours_s": round(statistics.median(a for a, _ in pairs), 4),
-        "theirs_s": round(statistics.median(b for _, b in pairs), 4),
+        "ours_s": round(statistics.median(a for a, _ in pairs), 6),
+        "theirs_s": round(statistics.median(b for _, b in pairs), 6),
         "times_as_fast": round(statistics.median(b / a for a, b in pairs), 2),
     }
 
@@ -105,6 +112,65 @@ def host_cost(rows: int) -> dict[str, Any]:
         "rows": rows, "median_ms": round(statistics.median(costs), 3), "p90_ms": round(costs[int(len(costs) * 0.9)], 3),
         "waited_ms": round(stats.device_s / stats.steps * 1e3, 2), "counters": counters(llm.engine.snapshot()),
     }  # fmt: skip
+
+
+def decode_steps(rounds: int) -> dict[str, Any]:
+    """Milliseconds a token through LLM.generate, by rows: single steps, and as many in a call as nano's default."""
+    found: dict[str, Any] = {}
+    with LLM(decode_steps=1) as single, LLM() as several:
+
+        def seconds(llm: LLM, rows: int, tokens: int = 256) -> float:
+            prompts = [[7 + row] * 16 for row in range(rows)]
+            started = time.perf_counter()
+            llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), use_tqdm=False)
+            return (time.perf_counter() - started) / tokens
+
+        for rows in (1, 4, 16):
+            pair = compare(partial(seconds, several, rows), partial(seconds, single, rows), rounds)
+            milliseconds = {"several_ms": round(pair["ours_s"] * 1e3, 3), "single_ms": round(pair["theirs_s"] * 1e3, 3)}
+            found[f"{rows} rows"] = milliseconds | {"times_as_fast": pair["times_as_fast"]}
+    return found
+
+
+def under_prefill(prompt_tokens: int) -> dict[str, Any]:
+    """Time between the tokens of streams that decode while a prompt is always being computed, beside a full step's."""
+    rng = np.random.default_rng(0)
+    with LLM(skip_tokenizer_init=True) as llm:
+        engine, size = llm.engine, llm.engine.limits.max_num_batched_tokens
+
+        def prompt(tokens: int) -> list[int]:
+            return rng.integers(3, 4000, tokens).tolist()
+
+        full = [_seconds(llm, prompt(size)) for _ in range(FULL_STEPS)]
+        asked = SamplingParams(max_tokens=STREAM_TOKENS, temperature=0, ignore_eos=True)
+        streams = [engine.request(engine.add(prompt(16), asked)) for _ in range(STREAMS)]
+        while not all(stream.num_generated for stream in streams):
+            engine.step()
+        gaps, last, prompts = [], dict.fromkeys(streams, time.perf_counter()), 0
+        while not any(stream.finished for stream in streams):
+            if not engine.snapshot().waiting:
+                prompts += 1
+                engine.add(prompt(prompt_tokens), SamplingParams(max_tokens=1))
+            counts = {stream: stream.num_generated for stream in streams}
+            engine.step()
+            now = time.perf_counter()
+            for stream in [stream for stream in streams if stream.num_generated > counts[stream]]:
+                gaps.append(now - last[stream])
+                last[stream] = now
+        while engine.has_work():
+            engine.step()
+        full += [_seconds(llm, prompt(size)) for _ in range(FULL_STEPS)]
+    tails = {"between_tokens": gaps[STREAMS:], "full_step": full[1:]}
+    figures = {name: np.quantile(seconds, (0.5, 0.99, 1)) * 1e3 for name, seconds in tails.items()}
+    return {"prompt_tokens": prompt_tokens, "prompts": prompts} | {
+        f"{name}_ms": dict(zip(("p50", "p99", "max"), found.round(1).tolist())) for name, found in figures.items()
+    }
+
+
+def _seconds(llm: LLM, prompt: list[int]) -> float:
+    started = time.perf_counter()
+    llm.generate(prompt, SamplingParams(max_tokens=1))
+    return time.perf_counter() - started
 
 
 def counters(snapshot: Snapshot) -> dict[str, Any]:
