@@ -111,8 +111,9 @@ def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
 
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_a_streamed_echo_adds_up_to_the_whole(client, server, logprobs):
+    long = "import os\n\n" + "x = read(path)\n" * 12 + PROMPT  # scored in several steps, while a sample is ahead
     asked = dict(
-        model="nano", prompt=[PROMPT, "class A:"], temperature=0, max_tokens=6, n=2, logprobs=logprobs, echo=True
+        model="nano", prompt=[long, "class A:"], temperature=0, max_tokens=6, n=2, logprobs=logprobs, echo=True
     )
     whole = client.completions.create(**asked).choices
     assert all(choice.text.startswith(asked["prompt"][choice.index // 2]) for choice in whole)
