@@ -33,7 +33,7 @@ class Histogram:
 class Stats:
     """Sums since the start. Seconds of the host are those of a step in which it did not wait for the device."""
 
-    steps: int = 0
+    steps: int = 0  # several decode steps in one call count once, and so does their time
     prompt_tokens: int = 0
     generated_tokens: int = 0
     host_s: float = 0.0
