@@ -53,12 +53,12 @@ class Shape:
 
     def completion_logprobs(self, ids: Sequence[int], entries: Sequence[Entry | None], offset: int) -> dict[str, Any]:
         """OpenAI's logprobs of a completion; ``offset``: characters before the first token. None: nothing is known."""
-        tokens = [self._text(token) for token in ids]
+        tokens = [self.text(token) for token in ids]
         offsets = []
         for token in tokens:
             offsets.append(offset)
             offset += len(token)
-        tops = [None if entry is None else {self._text(t): each[0] for t, each in entry.items()} for entry in entries]
+        tops = [None if entry is None else {self.text(t): each[0] for t, each in entry.items()} for entry in entries]
         own = [None if entry is None else entry[token][0] for token, entry in zip(ids, entries)]
         return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
 
@@ -66,7 +66,7 @@ class Shape:
         """OpenAI's logprobs of a chat: for each token its own, and the ``top`` likeliest."""
 
         def one(token: int, logprob: float) -> dict[str, Any]:
-            return {"token": self._text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
+            return {"token": self.text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
 
         content = []
         for token, entry in zip(ids, entries):
@@ -81,20 +81,21 @@ class Shape:
             return None
         return [
             None if entry is None else {
-                str(token): {"logprob": value, "rank": rank, "decoded_token": self._text(token)}
+                str(token): {"logprob": value, "rank": rank, "decoded_token": self.text(token)}
                 for token, (value, rank) in entry.items()
             }
             for entry in entries
         ]  # fmt: skip
+
+    def text(self, token: int) -> str:
+        """Of one token."""
+        return f"token_id:{token}" if self._tokenizer is None else self._bytes(token).decode(errors="replace")
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
-
-    def _text(self, token: int) -> str:
-        return f"token_id:{token}" if self._tokenizer is None else self._bytes(token).decode(errors="replace")
 
 
 def merged(samples: Sequence[Sample]) -> dict[int, Sample]:

@@ -4,17 +4,14 @@ Bodies are read under a limit, before anything is decoded.
 """
 
 import asyncio
-import base64
 import contextlib
 import logging
 import re
-import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
-import numpy as np
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,14 +20,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from slipway.engine.params import SamplingParams
-from slipway.errors import EngineDead, InvalidRequest, SlipwayError
+from slipway.errors import InvalidRequest, SlipwayError
 from slipway.server import generation, pages, schema
 from slipway.server.chats import Chats
 from slipway.server.gate import Gate, NotFound, TooLarge, json_response
 from slipway.server.generation import Completions
 from slipway.server.metrics import Metrics
-from slipway.server.service import Place, Prompt, Service
+from slipway.server.native import Natives
+from slipway.server.service import Place, Service
+from slipway.server.vectors import Vectors
 from slipway.server.weights import Weights
 
 logger = logging.getLogger("slipway.access")
@@ -61,13 +59,15 @@ class App:
                 0, Middleware(CORSMiddleware, allow_origins=list(self.config.allow_origins), allow_methods=["*"],
                               allow_headers=["*"]),
             )  # fmt: skip
-        get, post = ["GET"], ["POST"]
+        get, post, vectors = ["GET"], ["POST"], Vectors(self.service)
         table: list[tuple[str, Any, list[str]]] = [
             ("/v1/completions", self._generating(schema.Completion, Completions), post),
             ("/v1/chat/completions", self._generating(schema.Chat, Chats), post),
-            ("/v1/embeddings", self._reading(schema.Embedding, self.embeddings), post),
-            ("/v1/score", self._reading(schema.Score, self.score), post),
-            ("/v1/rerank", self._reading(schema.Rerank, self.rerank), post),
+            ("/generate", self._generating(schema.Generate, Natives), post),
+            ("/v1/embeddings", self._reading(schema.Embedding, vectors.embeddings), post),
+            ("/v1/score", self._reading(schema.Score, vectors.score), post),
+            ("/v1/rerank", self._reading(schema.Rerank, vectors.rerank), post),
+            ("/classify", self._reading(schema.Classify, vectors.classify), post),
             ("/v1/models", self.models, get), ("/v1/models/{model:path}", self.model, get),
             ("/tokenize", self._reading(schema.Tokenize, self.tokenize), post),
             ("/detokenize", self._reading(schema.Detokenize, self.detokenize), post),
@@ -152,75 +152,6 @@ class App:
         if name is not None and name != self.service.model_name:
             raise NotFound("model", name, self.service.model_name)
 
-    async def _hidden(self, place: Place, prompts: list[Prompt], pooling: str, priority: int) -> np.ndarray:
-        """Hidden states [prompts, embed] of prompts, not normalized."""
-
-        async def one(prompt: Prompt) -> list[float]:
-            params = SamplingParams(max_tokens=1)
-            with self.service.open(place, prompt, params, priority=priority, pooling=pooling) as stream:
-                while not stream.finished:
-                    last = (await stream.next())[-1]
-            if last.hidden is None:
-                raise EngineDead("the request was aborted")
-            return last.hidden
-
-        return np.array(await asyncio.gather(*map(one, prompts)), np.float32)
-
-    async def embeddings(self, body: schema.Embedding, place: Place) -> dict[str, Any]:
-        """OpenAI's list of embeddings."""
-        prompts = await self.service.prompts(body.input, "input", body.truncate_prompt_tokens)
-        vectors = await self._hidden(place, prompts, body.pooling, body.priority)
-        if body.dimensions is not None:
-            if not 1 <= body.dimensions <= vectors.shape[1]:
-                raise InvalidRequest("dimensions", body.dimensions, f"1 to {vectors.shape[1]}")
-            vectors = vectors[:, : body.dimensions]  # Kusupati et al., Matryoshka representation learning, 2022
-        if body.normalize:
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        usage = sum(len(prompt.token_ids) for prompt in prompts)
-
-        def shown(vector: np.ndarray) -> Any:
-            return base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
-
-        data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
-        return {
-            "object": "list", "model": self.service.model_name, "data": data,
-            "usage": {"prompt_tokens": usage, "total_tokens": usage},
-        }  # fmt: skip
-
-    async def score(self, body: schema.Score, place: Place) -> dict[str, Any]:
-        """vLLM's list of scores."""
-        ours, theirs = ([given] if isinstance(given, str) else given for given in (body.text_1, body.text_2))
-        if len(ours) not in (1, len(theirs)):
-            raise InvalidRequest("text_2", f"{len(theirs)} texts", f"as many as text_1 has ({len(ours)})")
-        values, usage = await self._scores(place, ours, theirs, body.pooling, body.priority)
-        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
-        return {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
-                "model": self.service.model_name, "data": data, "usage": usage}  # fmt: skip
-
-    async def rerank(self, body: schema.Rerank, place: Place) -> dict[str, Any]:
-        """Jina's and Cohere's list of results."""
-        if not body.documents:
-            raise InvalidRequest("documents", [], "at least one")
-        if body.top_n is not None and body.top_n < 1:
-            raise InvalidRequest("top_n", body.top_n, "at least 1")
-        values, usage = await self._scores(place, [body.query], body.documents, body.pooling, body.priority)
-        order = sorted(range(len(values)), key=lambda i: -values[i])[: body.top_n]
-        results: list[dict[str, Any]] = [{"index": i, "relevance_score": values[i]} for i in order]
-        if body.return_documents:
-            results = [each | {"document": {"text": body.documents[each["index"]]}} for each in results]
-        name = f"rerank-{uuid.uuid4().hex}"
-        return {"id": name, "model": self.service.model_name, "results": results, "usage": usage}
-
-    async def _scores(
-        self, place: Place, ours: list[str], theirs: list[str], pooling: str, priority: int
-    ) -> tuple[list[float], dict[str, int]]:
-        prompts = await self.service.prompts([*ours, *theirs], "text_1", None)
-        vectors = await self._hidden(place, prompts, pooling, priority)
-        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        usage = sum(len(prompt.token_ids) for prompt in prompts)
-        values = (vectors[: len(ours)] * vectors[len(ours) :]).sum(axis=1).tolist()
-        return values, {"prompt_tokens": usage, "total_tokens": usage}
-
     async def tokenize(self, body: schema.Tokenize, _: Place) -> dict[str, Any]:
         """vLLM's answer: the ids and how many they are."""
         tokenizer = self.service.tokenizer
@@ -276,8 +207,9 @@ class App:
         return json_response(encode({"version": pages.VERSION}))
 
     async def capabilities(self, _: Request) -> Response:
-        """Every route with its fields, every limit, and the kernels that serve."""
-        return json_response(encode(pages.capabilities(self.routes, self.config, self.service.limits)))
+        """Every route with its fields, what the model can, every limit, and the kernels that serve."""
+        service = self.service
+        return json_response(encode(pages.capabilities(self.routes, self.config, service.limits, service.features)))
 
     async def published(self, _: Request) -> Response:
         """For Prometheus."""

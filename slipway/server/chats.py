@@ -1,5 +1,6 @@
 """Chats: from a checked body through the template to the objects, or the events, of its answer; knows no socket."""
 
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,6 +10,7 @@ from slipway.server import schema
 from slipway.server.answers import Shape, Usage, merged, weights
 from slipway.server.generation import bounded, drained, encode, lines, opened
 from slipway.server.messages import Sample
+from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
 from slipway.server.tools import Message, Tools, with_parsed_arguments
 
@@ -65,7 +67,7 @@ class Chats:
 
     async def whole(self, place: Place) -> bytes:
         """The answer at once."""
-        with opened(self._service, place, [self.prompt], self.params, self._body) as (stream,):
+        with self._opened(place) as (stream,):
             deltas = await drained(stream)
         self.usage.prompt = len(self.prompt.token_ids)
         for delta in deltas:
@@ -91,7 +93,7 @@ class Chats:
         """The answer as server-sent events."""
         options = self._body.stream_options or schema.StreamOptions()
         usage = self.usage if options.continuous_usage_stats else None
-        with opened(self._service, place, [self.prompt], self.params, self._body) as (stream,):
+        with self._opened(place) as (stream,):
             self.usage.prompt = len(self.prompt.token_ids)
             first = {"role": "assistant", "content": ""}
             opening = [
@@ -111,6 +113,10 @@ class Chats:
         if options.include_usage:
             yield lines([self.shape.chunk([], self.usage)])
         yield b"data: [DONE]\n\n"
+
+    def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
+        body = self._body
+        return opened(self._service, place, [self.prompt], [self.params], body.priority, body.cache_salt)
 
     def _choice(self, sample: Sample, read: Message) -> dict[str, Any]:
         body, logprobs, reason = self._body, None, sample.finish_reason

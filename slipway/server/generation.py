@@ -7,7 +7,7 @@ larger events.
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -49,8 +49,8 @@ class Completions:
 
     async def whole(self, place: Place) -> bytes:
         """The answer at once."""
-        body, choices = self._body, []
-        with opened(self._service, place, self.prompts, self.params, body) as streams:
+        choices = []
+        with self._opened(place) as streams:
             deltas = await asyncio.gather(*map(drained, streams))
         for number, (prompt, of_prompt) in enumerate(zip(self.prompts, deltas)):
             self.usage.prompt += len(prompt.token_ids)
@@ -66,7 +66,7 @@ class Completions:
         body, options = self._body, self._body.stream_options or schema.StreamOptions()
         begun: set[tuple[int, int]] = set()
         scored: dict[int, list[Any]] = {}  # by prompt; they come with its first delta
-        with opened(self._service, place, self.prompts, self.params, body) as streams:
+        with self._opened(place) as streams:
             self.usage.prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
             async for number, deltas in interleaved(streams):
                 for delta in deltas:
@@ -82,6 +82,10 @@ class Completions:
         if options.include_usage:
             yield lines([self.shape.chunk([], self.usage)])
         yield b"data: [DONE]\n\n"
+
+    def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
+        params = [self.params] * len(self.prompts)
+        return opened(self._service, place, self.prompts, params, self._body.priority, self._body.cache_salt)
 
     def _choice(
         self, number: int, prompt: Prompt, sample: Sample, last: Delta, of_prompt: list[Any], echoes: bool = True
@@ -115,14 +119,15 @@ class Completions:
 
 
 @contextlib.contextmanager
-def opened(service: Service, place: Place, prompts: Sequence[Prompt], params: SamplingParams, body: schema.Sampling):
-    """A stream for every prompt; none is left running."""
+def opened(
+    service: Service, place: Place, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: int,
+    salt: str | None,
+) -> Iterator[list[Stream]]:  # fmt: skip
+    """A stream for every prompt, by parameters of its own; none is left running."""
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(
-                service.open(place, prompt, params, priority=body.priority, cache_salt=body.cache_salt or "")
-            )
-            for prompt in prompts
+            stack.enter_context(service.open(place, prompt, each, priority=priority, cache_salt=salt or ""))
+            for prompt, each in zip(prompts, params)
         ]
 
 

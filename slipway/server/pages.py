@@ -43,8 +43,10 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 
 
-def capabilities(routes: Sequence[Route], config: ServerConfig, limits: dict[str, Any]) -> dict[str, Any]:
-    """Routes with their fields, limits, and which kernels serve."""
+def capabilities(
+    routes: Sequence[Route], config: ServerConfig, limits: dict[str, Any], features: dict[str, bool]
+) -> dict[str, Any]:
+    """Routes with their fields, what the model can, limits, and which kernels serve."""
     listed = {
         route.path.replace(":path", ""): {
             "methods": sorted(set(route.methods or ()) - {"HEAD"}),
@@ -54,7 +56,8 @@ def capabilities(routes: Sequence[Route], config: ServerConfig, limits: dict[str
     }
     ours = {name: getattr(config, name) for name in config.__dataclass_fields__ if name.startswith("max_")}
     kernels = limits.get("bodies", {})
-    return {"version": VERSION, "routes": listed, "limits": ours | limits | {"bodies": None}, "kernels": kernels}
+    limits = ours | {name: value for name, value in limits.items() if name != "bodies"}
+    return {"version": VERSION, "routes": listed, "features": features, "limits": limits, "kernels": kernels}
 
 
 def html(routes: Sequence[Route]) -> bytes:

@@ -139,6 +139,73 @@ class Chat(Sampling, kw_only=True):
     documents: list[dict[str, Any]] | None = None
 
 
+NATIVE = {  # SGLang's names -> SamplingParams'
+    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed",
+    "no_stop_trim": "include_stop_str_in_output", "n": "n", "temperature": "temperature", "top_p": "top_p",
+    "top_k": "top_k", "min_p": "min_p", "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty", "repetition_penalty": "repetition_penalty", "stop": "stop",
+    "stop_token_ids": "stop_token_ids", "ignore_eos": "ignore_eos", "skip_special_tokens": "skip_special_tokens",
+}  # fmt: skip
+NATIVE_STRUCTURES = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+
+
+class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """SGLang's sampling_params; as there, one that nobody knows is refused. Its defaults, too: 128 new tokens."""
+
+    max_new_tokens: Int | None = None
+    min_new_tokens: Int | None = None
+    n: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    sampling_seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Int] | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: Literal[True] = True  # msgspec refuses what we cannot do
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    def params(self, defaults: Mapping[str, Any], logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
+        given = {ours: value for name, ours in NATIVE.items() if (value := getattr(self, name)) is not None}
+        fields = {"max_tokens": 128} | dict(defaults) | given
+        if self.logit_bias is not None:
+            fields["logit_bias"] = {_token(key): value for key, value in self.logit_bias.items()}
+        asked = {ours: value for name, ours in NATIVE_STRUCTURES.items() if (value := getattr(self, name)) is not None}
+        if asked.get("json") == "$$ANY$$":  # SGLang's way to say: any object
+            asked = asked | {"json": None, "json_object": True}
+        structure = StructuredOutputs(**asked) if asked else None
+        return SamplingParams(
+            **fields, logprobs=logprobs, prompt_logprobs=prompt_logprobs, structured_outputs=structure
+        )
+
+
+class Generate(msgspec.Struct, kw_only=True):
+    """POST /generate: SGLang's own shape; what is said for one prompt, or for each of several."""
+
+    text: str | list[str] | None = None
+    input_ids: list[Int | list[Int]] | None = None
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    return_logprob: bool = False
+    logprob_start_len: Int = -1
+    top_logprobs_num: Int = 0
+    return_text_in_logprobs: bool = False
+    stream: bool = False
+    priority: Int = 0
+    extra_key: str | None = None
+    model: str | None = None
+    request_id: str | None = msgspec.field(name="rid", default=None)
+
+
 class Embedding(msgspec.Struct, kw_only=True):
     """POST /v1/embeddings."""
 
@@ -173,6 +240,13 @@ class Rerank(msgspec.Struct, kw_only=True):
     return_documents: bool = True
     pooling: Literal["last", "mean"] = "last"
     priority: Int = 0
+
+
+class Classify(msgspec.Struct, kw_only=True):
+    """POST /classify: refused, for no model here has a classification head."""
+
+    input: Texts
+    model: str | None = None
 
 
 class Tokenize(msgspec.Struct, kw_only=True):

@@ -83,6 +83,16 @@ class Service:
         return next((replica.info.defaults for replica in self.replicas if replica.info is not None), {})
 
     @property
+    def features(self) -> dict[str, bool]:
+        """What can be asked of this model, by its tokenizer and its chat template."""
+        template = self.template or ""
+        return {
+            "generation": True, "embeddings": True, "classification": False, "text": self.tokenizer is not None,
+            "chat": bool(template), "tools": "tools" in template, "documents": "documents" in template,
+            "reasoning": self.family.thinking is not None,
+        }  # fmt: skip
+
+    @property
     def num_requests(self) -> int:
         """Requests that run or wait."""
         return self._num_requests
