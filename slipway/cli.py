@@ -51,6 +51,7 @@ class SamplingFlags(SamplingParams):
     logprobs: tyro.conf.Suppress[int | None] = None
     prompt_logprobs: tyro.conf.Suppress[int | None] = None
     structured_outputs: tyro.conf.Suppress[None] = None
+    reasoning: tyro.conf.Suppress[None] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

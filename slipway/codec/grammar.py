@@ -7,19 +7,20 @@ its documentation (LLParserLimits) some 20 and 15 ms at the default limits, howe
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from slipway.codec import ebnf, reasoning, tags
+from slipway.codec.reasoning import Reasoning, Thinking, Walk
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
+Spelled = Callable[[str], list[str]]  # a text as Lark's texts and tokens
 MAX_CHARS, MAX_DEPTH, MAX_CHOICES = 256 * 1024, 64, 1024
-GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 KEPT = 256  # grammars that are kept built
 
 
@@ -27,7 +28,8 @@ KEPT = 256  # grammars that are kept built
 class StructuredOutputs:
     """What an output must be; exactly one of these. Raises InvalidRequest, naming the field.
 
-    ``json``: a JSON schema. ``json_object``: any JSON object. ``grammar``: Lark's or GBNF's (llama.cpp, EBNF) notation.
+    ``json``: a JSON schema. ``json_object``: any JSON object. ``grammar``: Lark's notation, or EBNF (ebnf.py).
+    ``structural_tag``: free text with calls in it (tags.py).
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -35,19 +37,19 @@ class StructuredOutputs:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     json_object: bool = False
+    structural_tag: str | Mapping[str, Any] | None = None
 
     def __post_init__(self):
         given = [name for name in self.__dataclass_fields__ if getattr(self, name) not in (None, False)]
         if len(given) != 1:
-            expected = "exactly one of json, regex, choice, grammar, json_object"
+            expected = f"exactly one of {', '.join(self.__dataclass_fields__)}"
             raise InvalidRequest("structured_outputs", given, expected)
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
-        assert self.built  # what cannot be built is refused here
+        assert self.notation()  # what cannot be written down is refused here
 
-    @cached_property
-    def built(self) -> str:
-        """The same in llguidance's notation."""
+    def notation(self, spelled: Spelled = tags.as_text) -> str:
+        """The same in llguidance's notation. ``spelled``: how a vocabulary writes marks."""
         if self.json_object:
             return LLMatcher.grammar_from_json_schema({"type": "object"})
         if self.json is not None:
@@ -57,27 +59,47 @@ class StructuredOutputs:
             if not 1 <= len(texts) <= MAX_CHOICES or not all(isinstance(text, str) and text for text in texts):
                 raise InvalidRequest("choice", self.choice, f"1 to {MAX_CHOICES} texts that are not empty")
             _bounded("choice", "".join(self.choice))
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, self.choice)))
+            return _lark("start: " + " | ".join(map(json.dumps, self.choice)))
         if self.regex is not None:
             return LLMatcher.grammar_from_regex(_bounded("regex", self.regex))
+        if self.structural_tag is not None:
+            given = _json("structural_tag", self.structural_tag)
+            return _lark(tags.lark(given, _schema, spelled))
         text = _bounded("grammar", self.grammar)
-        try:
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if GBNF.search(text) else text)
-        except (ValueError, IndexError, KeyError) as error:
-            raise InvalidRequest("grammar", text, f"a grammar: {error}") from error
+        return _lark(ebnf.lark(text) if ebnf.is_ebnf(text) else text)
 
 
 class Grammars:
     """The grammars of one vocabulary of ``vocab_size`` tokens, and the tokens that end a text."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
-        self._num_words = -(-vocab_size // 32)
+        self._num_words, self._tokenizer = -(-vocab_size // 32), tokenizer
+        added = {token.content: i for i, token in tokenizer.raw.get_added_tokens_decoder().items()}
+        self._marks = {text: i for text, i in added.items() if text[:1] == "<" and text[-1:] == ">"}
         self._vocabulary = LLTokenizer(tokenizer.raw.to_str(), n_vocab=vocab_size, eos_token=list(eos_ids))
         self._build = lru_cache(KEPT)(self._built)
 
-    def matcher(self, grammar: str) -> "Matcher":
-        """At the beginning of a text. Raises InvalidRequest for a grammar that is none, or too large."""
-        return Matcher(self._build(grammar).deep_copy(), self._num_words)
+    def matcher(self, structure: StructuredOutputs | None, before: Reasoning | None = None) -> Walk:
+        """At the beginning of a text that is ``structure``, once what comes ``before`` it has ended.
+
+        Raises InvalidRequest for a grammar that is none, or too large.
+        """
+        inner: Walk | None = None
+        if structure is not None:
+            grammar = structure.notation(self.spelled)
+            if before is not None:
+                grammar = reasoning.then(before, grammar, self.spelled)
+            inner = Matcher(self._build(grammar).deep_copy(), self._num_words)
+        if before is None or before.budget is None:
+            assert inner is not None, "nothing to match"
+            return inner
+        return Thinking(before, inner, self._tokenizer, self._num_words)
+
+    def spelled(self, text: str) -> list[str]:
+        """A text as Lark's texts and tokens: llguidance has added tokens in <...> by their ids alone."""
+        marks = "|".join(re.escape(mark) for mark in sorted(self._marks, key=len, reverse=True))
+        parts = re.split(f"({marks})", text) if marks else [text]
+        return [f"<[{self._marks[part]}]>" if part in self._marks else json.dumps(part) for part in parts if part]
 
     def _built(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
@@ -106,18 +128,26 @@ class Matcher:
         return self._matcher.consume_token(token_id)
 
 
+def _lark(grammar: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": grammar}]})
+
+
 def _schema(given: Any) -> str:
-    text = given if isinstance(given, str) else json.dumps(given)
-    _bounded("json", text)
-    try:
-        schema = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidRequest("json", text, f"a JSON schema: {error}") from error
+    """A schema's text. Raises InvalidRequest."""
+    schema = _json("json", given)
     if not isinstance(schema, dict | bool):
-        raise InvalidRequest("json", text, "a JSON schema: an object")
+        raise InvalidRequest("json", schema, "a JSON schema: an object")
     if _depth(schema) > MAX_DEPTH:
-        raise InvalidRequest("json", text, f"a schema nested at most {MAX_DEPTH} deep")
-    return text
+        raise InvalidRequest("json", "a schema", f"one nested at most {MAX_DEPTH} deep")
+    return given if isinstance(given, str) else json.dumps(given)
+
+
+def _json(field: str, given: Any) -> Any:
+    text = _bounded(field, given if isinstance(given, str) else json.dumps(given))
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidRequest(field, text, f"JSON: {error}") from error
 
 
 def _bounded(field: str, text: Any) -> str:

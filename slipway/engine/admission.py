@@ -5,7 +5,8 @@ import math
 import time
 
 from slipway.codec.detokenizer import Detokenizer
-from slipway.codec.grammar import Grammars, Matcher
+from slipway.codec.grammar import Grammars
+from slipway.codec.reasoning import Walk
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import edits
 from slipway.engine.batch import Sizes
@@ -94,15 +95,15 @@ class Admission:
             raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")
         return max_tokens
 
-    def _matchers(self, params: SamplingParams) -> list[Matcher]:
-        """One for each sample, where a grammar is asked for."""
-        if params.structured_outputs is None:
+    def _matchers(self, params: SamplingParams) -> list[Walk]:
+        """One for each sample, where it is said what may come."""
+        if not params.is_guided:
             return []
         if self._tokenizer is None:
             raise InvalidRequest("structured_outputs", params.structured_outputs, "none without a tokenizer")
         if self._grammars is None:
             self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, sorted(self._eos_ids))
-        return [self._grammars.matcher(params.structured_outputs.built) for _ in range(params.num_samples)]
+        return [self._grammars.matcher(params.structured_outputs, params.reasoning) for _ in range(params.num_samples)]
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self._tokenizer is None:

@@ -91,7 +91,7 @@ def needed(params: SamplingParams) -> bool:
     """Whether a request changes logits at all."""
     return bool(
         params.penalizes or params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
-        or params.structured_outputs
+        or params.is_guided
     )  # fmt: skip
 
 

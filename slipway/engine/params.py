@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slipway.codec.grammar import StructuredOutputs
+from slipway.codec.reasoning import Reasoning
 from slipway.errors import InvalidRequest
 
 MAX_LOGPROBS, MAX_N, MAX_TEMPERATURE = 20, 1024, 1e6
@@ -61,6 +62,8 @@ class SamplingParams:
     """Texts whose last token is never chosen after the ones before it."""
     structured_outputs: StructuredOutputs | None = None
     """What the output must be: a JSON schema, a regex, one of several texts, a grammar."""
+    reasoning: Reasoning | None = None
+    """That the output reasons first: structured_outputs hold from its end on, and a budget bounds it."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever else is in the batch."""
     stop: str | tuple[str, ...] = ()
@@ -94,6 +97,11 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether what is in the text already counts."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grammar, or a budget of reasoning, says which tokens may come."""
+        return self.structured_outputs is not None or (self.reasoning is not None and self.reasoning.budget is not None)
 
     def _normalize(self) -> None:
         """Lists to tuples, NumPy's numbers to Python's."""
@@ -149,6 +157,7 @@ class SamplingParams:
                 self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
                 "StructuredOutputs, or None",
             ),
+            "reasoning": (self.reasoning is None or isinstance(self.reasoning, Reasoning), "Reasoning, or None"),
             "seed": (self.seed is None or integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1, or None"),
             "stop": (
                 len(self.stop) <= MAX_STOPS and all(isinstance(s, str) and s for s in self.stop),

@@ -28,7 +28,7 @@ class Chats:
     async def prepare(self) -> None:
         """Make a prompt and parameters of the body. Raises InvalidRequest."""
         body, service = self._body, self._service
-        kwargs = body.chat_template_kwargs or {}
+        kwargs = (body.chat_template_kwargs or {}) | _effort(body, service.template or "")
         for name in ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools"):
             if name in kwargs:
                 raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
@@ -56,9 +56,12 @@ class Chats:
             if params.structured_outputs is not None:
                 raise InvalidRequest("tool_choice", body.tool_choice, "none, where the output's structure is stated")
             params = dataclasses.replace(params, structured_outputs=structure)
+        reasoning = self.tools.reasoning(self.prompt.text or "", body.thinking_token_budget)
+        params = dataclasses.replace(params, reasoning=reasoning)
         if self.tools.family.keeps_special and self.tools.schemas:
             params = dataclasses.replace(params, skip_special_tokens=False)
         self.params = bounded(params, [self.prompt], service)
+        await service.try_out(self.params)
 
     def _message(self) -> Message:
         """A reader for one sample."""
@@ -129,3 +132,20 @@ class Chats:
             "stop_reason": sample.stop_reason,
         }  # fmt: skip
         return choice | weights(sample) | ({"token_ids": sample.token_ids} if body.return_token_ids else {})
+
+
+def _effort(body: schema.Chat, template: str) -> dict[str, Any]:
+    """Template variables for ``reasoning_effort``: how much where the template knows that, whether at all else."""
+    effort, given = body.reasoning_effort, body.chat_template_kwargs or {}
+    if effort is None:
+        return {}
+    if effort == "none" and "enable_thinking" in template:
+        found: dict[str, Any] = {"enable_thinking": False}
+    elif "reasoning_effort" in template:
+        found = {"reasoning_effort": effort}
+    else:
+        able = "none, or no effort" if "enable_thinking" in template else "no effort"
+        raise InvalidRequest("reasoning_effort", effort, f"{able}: this model's chat template knows no other")
+    for name in found.keys() & given.keys():
+        raise InvalidRequest(f"chat_template_kwargs.{name}", given[name], "nothing beside reasoning_effort")
+    return found

@@ -132,6 +132,8 @@ class Chat(Sampling, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_token_budget: Int | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -146,7 +148,7 @@ NATIVE = {  # SGLang's names -> SamplingParams'
     "presence_penalty": "presence_penalty", "repetition_penalty": "repetition_penalty", "stop": "stop",
     "stop_token_ids": "stop_token_ids", "ignore_eos": "ignore_eos", "skip_special_tokens": "skip_special_tokens",
 }  # fmt: skip
-NATIVE_STRUCTURES = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+NATIVE_STRUCTURES = {"json_schema": "json", "regex": "regex", "ebnf": "grammar", "structural_tag": "structural_tag"}
 
 
 class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -173,6 +175,7 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
 
     def params(self, defaults: Mapping[str, Any], logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
@@ -328,15 +331,20 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
 
 
 def _response_format(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """OpenAI's field as ours: text, json_object, or json_schema with its schema."""
+    """OpenAI's field as ours: text, json_object, json_schema with its schema, or structural_tag."""
     kind = given.get("type")
+    if kind == "structural_tag":
+        return [{"structural_tag": given}]
     if kind == "text":
         return []
     if kind == "json_object":
         return [{"json_object": True}]
     held = given.get("json_schema")
     if kind != "json_schema" or not isinstance(held, dict) or not isinstance(held.get("schema"), dict):
-        expected = '{"type": "text" | "json_object"}, or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+        expected = (
+            '{"type": "text" | "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}}, '
+            'or {"type": "structural_tag", "structures": [...], "triggers": [...]}'
+        )
         raise InvalidRequest("response_format", given, expected)
     return [{"json": held["schema"]}]
 

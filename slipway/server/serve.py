@@ -87,6 +87,7 @@ async def _run_batch(service: Service, source: Path, target: Path, at_a_time: in
             task = progress.add_task("requests", total=total)
             return await run_batch(service, source, target, at_a_time, lambda: progress.advance(task))
     finally:
+        service.close()
         await replica.close()
 
 
@@ -98,6 +99,7 @@ async def _run(service: Service, config: ServerConfig) -> None:
             replica.start()
 
     async def stop() -> None:
+        service.close()
         await asyncio.gather(*(replica.close() for replica in service.replicas))
 
     server = _Server(

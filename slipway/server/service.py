@@ -20,6 +20,7 @@ from slipway.engine.params import SamplingParams
 from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidRequest
 from slipway.server.config import ServerConfig
 from slipway.server.replica import Replica, Stream
+from slipway.server.trial import Trial
 
 logger = logging.getLogger(__name__)
 TEMPLATE_TIMEOUT_S = 10.0
@@ -56,6 +57,7 @@ class Service:
     ):  # fmt: skip
         self.folder = folder  # this user's alone
         self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
+        self._trial = None if tokenizer is None else Trial(tokenizer)
         self._chat = None if tokenizer is None else ChatTemplate(template, tokenizer.special_tokens)
         self.template, self.family = template, parts.family(config.output_parser, template)
         self._num_requests = self._num_tokens = 0
@@ -165,6 +167,16 @@ class Service:
             return await asyncio.wait_for(asyncio.to_thread(render), TEMPLATE_TIMEOUT_S)
         except TimeoutError as error:
             raise InvalidRequest("messages", messages, f"a template that ends within {TEMPLATE_TIMEOUT_S} s") from error
+
+    async def try_out(self, params: SamplingParams) -> None:
+        """See that a client's grammar can be built. Raises InvalidRequest."""
+        if params.structured_outputs is not None and self._trial is not None:
+            await self._trial.check(params.structured_outputs.notation(), self.limits["vocab_size"])
+
+    def close(self) -> None:
+        """End what runs beside the engines."""
+        if self._trial is not None:
+            self._trial.close()
 
     @contextlib.contextmanager
     def open(

@@ -9,6 +9,7 @@ from typing import Any
 
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.parts import FAMILIES, Family, Part, Parts
+from slipway.codec.reasoning import Reasoning
 from slipway.errors import InvalidRequest
 from slipway.server import schema
 
@@ -71,11 +72,23 @@ class Tools:
 
     def parser(self, reasons: bool, prompt: str) -> Parts:
         """For one answer to a prompt, which may have opened its reasoning."""
-        thinking = self.family.thinking
-        opened = True if thinking is not None and prompt.rstrip().endswith(thinking[0]) else None
-        if thinking is not None and prompt.rstrip().endswith(thinking[1]):
-            opened = False
-        return Parts(self.family, self.schemas, reasons and not self.forced, opened)
+        return Parts(self.family, self.schemas, reasons, bool(self._begins_inside(prompt)))
+
+    def reasoning(self, prompt: str, budget: int | None) -> Reasoning | None:
+        """What an answer to a prompt begins with, where the family reasons and the prompt has not ended that."""
+        inside, thinking = self._begins_inside(prompt), self.family.thinking
+        if thinking is None and budget is not None:
+            raise InvalidRequest("thinking_token_budget", budget, "none: this model's family marks no reasoning")
+        if thinking is None or inside is None:
+            return None
+        return Reasoning(start=thinking[0], end=thinking[1], opened=inside, budget=budget)
+
+    def _begins_inside(self, prompt: str) -> bool | None:
+        """Whether the prompt has opened reasoning; False: the answer may; None: there is none, or it is over."""
+        thinking, prompt = self.family.thinking, prompt.rstrip()
+        if thinking is None or prompt.endswith(thinking[1]):
+            return None
+        return self.family.thinks_first or prompt.endswith(thinking[0])
 
 
 class Message:

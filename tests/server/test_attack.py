@@ -63,6 +63,35 @@ async def attack(port, rng, number):
             writer.close()
 
 
+def chain(size):
+    """A schema whose definitions each name the next."""
+    links = {
+        f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}, "required": ["x"]}
+        for i in range(size)
+    }
+    return {"$defs": links | {f"a{size}": {"type": "integer"}}, "$ref": "#/$defs/a0"}
+
+
+RULES = "\n".join(f'r{i} ::= r{i + 1} "a"' for i in range(9000))
+DEEP = {
+    "a schema": {"guided_json": chain(2500)}, "EBNF": {"ebnf": f'root ::= r0\n{RULES}\nr9000 ::= "a"'},
+    "Lark": {"guided_grammar": f'start: r0\n{RULES.replace("::=", ":")}\nr9000: "a"'},
+    "tags": {"structured_outputs": {"structural_tag": {
+        "structures": [{"begin": "x", "schema": chain(2500), "end": ""}], "triggers": ["x"]}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_grammar_that_ends_who_builds_it_ends_no_engine(server, name):
+    engines = server.engine_pids()
+    for _ in range(2):
+        answer = server.post("/v1/completions", prompt="def f(", max_tokens=2, **DEEP[name])
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "structured_outputs", answer.text
+        fine = server.complete(prompt="def f(", guided_json=chain(20), max_tokens=2)
+        assert fine["choices"][0]["text"].lstrip().startswith("{")
+    assert server.engine_pids() == engines
+
+
 def post(body, path="/v1/completions"):
     return (f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             ).encode() + body  # fmt: skip

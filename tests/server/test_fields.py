@@ -1,5 +1,6 @@
 """Every field of a request does what it says: each test would fail if its field were ignored."""
 
+import json
 import re
 
 import pytest
@@ -174,6 +175,8 @@ def test_structures_hold_on_both_routes(server, name, temperature):
         {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}}, {"guided_regex": "("},
         {"guided_regex": "a", "guided_choice": ["b"]}, {"structured_outputs": {"regexp": "a"}}, {"guided_choice": []},
         {"guided_grammar": "nonsense"}, {"guided_json": {"type": "unicorn"}}, {"structured_outputs": {}},
+        {"response_format": {"type": "structural_tag"}}, {"structured_outputs": {"structural_tag": "{"}},
+        {"guided_grammar": "root ::= ("}, {"ebnf": 'main ::= "a"'}, {"ebnf": "root ::= TagDispatch((a, b))"},
         {"structured_outputs": {"choice": 5}}, {"structured_outputs": {"json": 5}}, {"guided_json": "[1]"},
     ],
     ids=str,
@@ -183,6 +186,27 @@ def test_structures_that_are_none_are_refused(server, fields):
         answer = server.post("/v1/completions", prompt=PROMPT, stream=streams, **fields)
         assert answer.status_code == 400, answer.text
     assert server.complete(prompt=PROMPT, response_format={"type": "text"})["choices"]
+
+
+TAGS = {"structures": [{"begin": "(x=", "schema": {"enum": [1, 2, 3]}, "end": ")"}], "triggers": ["("]}
+
+
+def test_tags_hold_wherever_they_are_said(server):
+    """A model that would say nothing but the trigger."""
+    (token,) = server.post("/tokenize", prompt="(").json()["tokens"]
+    asked = {"logit_bias": {str(token): 100}, "temperature": 0}
+    expected = r"(\(x=[123]\)){3,}(\(x?)?(\(x=[123]?)?"
+    for fields in (
+        {"response_format": {"type": "structural_tag"} | TAGS}, {"structured_outputs": {"structural_tag": TAGS}},
+        {"structured_outputs": {"structural_tag": json.dumps(TAGS)}},
+    ):  # fmt: skip
+        assert re.fullmatch(expected, text(server, max_tokens=30, **asked, **fields))
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 30} | asked | fields
+        chat = server.post("/v1/chat/completions", **body).json()
+        assert re.fullmatch(expected, chat["choices"][0]["message"]["content"])
+    for given in (TAGS, json.dumps(TAGS)):
+        sampling = asked | {"max_new_tokens": 30, "structural_tag": given}
+        assert re.fullmatch(expected, server.post("/generate", text=PROMPT, sampling_params=sampling).json()["text"])
 
 
 def test_tokenize_and_back(server):

@@ -5,10 +5,10 @@ import json
 import openai
 import pytest
 
-from tests.server.conftest import Server, events
+from tests.server.conftest import Server
 
 pytestmark = pytest.mark.xdist_group("server")
-TEMPLATE = """{#- <tool_call> <think> -#}
+TEMPLATE = """{#- <tool_call> -#}
 {%- if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}
 {% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}
 {%- for call in m.tool_calls or [] %}[{{ call.function.arguments.city }}]{% endfor %}
@@ -104,21 +104,6 @@ def test_templates_see_tools_and_earlier_calls(server):
         {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]},
         {"role": "tool", "tool_call_id": "1", "content": "sunny"}]  # fmt: skip
     assert size(messages=CHAT + earlier) > size()
-
-
-def test_reasoning_is_apart(server):
-    """nano is made to think aloud by a grammar."""
-    text = "<think>\nwell\n</think>\n\nyes"
-    asked = {"messages": CHAT, "structured_outputs": {"choice": [text]}, "max_tokens": 40}
-    message = server.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]
-    assert (message["content"], message["reasoning_content"]) == ("yes", "well\n")
-    together = server.post("/v1/chat/completions", **asked, separate_reasoning=False).json()["choices"][0]["message"]
-    assert together["content"] == text and "reasoning_content" not in together
-    deltas = [
-        event["choices"][0]["delta"] for event in events(server.post("/v1/chat/completions", **asked, stream=True))
-    ]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "well\n"
-    assert "".join(delta.get("content") or "" for delta in deltas) == "yes"
 
 
 BAD = {

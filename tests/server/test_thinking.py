@@ -1,0 +1,136 @@
+"""Reasoning in chats: structures hold after it, a budget ends it, effort reaches the template; a model that rambles."""
+
+import re
+from pathlib import Path
+
+import openai
+import pytest
+
+from slipway.codec.tokenizer import Tokenizer
+from slipway.llm import NANO
+from tests.server.conftest import Server, events
+
+pytestmark = pytest.mark.xdist_group("server")
+TEMPLATE = """{#- <tool_call> -#}
+{%- if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}{% endif %}
+{%- if reasoning_effort is defined %}Effort: {{ reasoning_effort }}
+{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}assistant: {% if enable_thinking is defined %}<think>
+{% if not enable_thinking %}{{ "\\n</think>\\n\\n" }}{% endif %}{% endif %}"""
+CHAT = [{"role": "user", "content": "What is the weather?"}]
+OPENED = {"messages": CHAT, "temperature": 0, "chat_template_kwargs": {"enable_thinking": True}}
+TOKENIZER = Tokenizer.load(Path(NANO))
+END = TOKENIZER.encode("</think>", add_special_tokens=False)
+STRUCTURES = {
+    "regex": ({"structured_outputs": {"regex": "[ab]{4}"}}, "[ab]{4}"),
+    "format": ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 22]}}}}, "1|22"),
+    "grammar": ({"ebnf": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reasoning")
+    (folder / "template.jinja").write_text(TEMPLATE)
+    server = Server(folder, "--chat-template", str(folder / "template.jinja"))
+    try:
+        yield server.wait_ready()
+        server.wait_idle()
+    finally:
+        server.http.close()
+        server.process.kill()
+        server.process.wait()
+
+
+def ask(server, **fields):
+    answer = server.post("/v1/chat/completions", **OPENED | {"max_tokens": 40} | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def message(server, **fields):
+    return ask(server, **fields)["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures_hold_after_the_reasoning(server, name):
+    fields, pattern = STRUCTURES[name]
+    found = message(server, thinking_token_budget=10, **fields)
+    assert re.fullmatch(pattern, found["content"]) and len(found["reasoning_content"]) > 5, found
+    free = message(server, max_tokens=30, **fields)
+    assert free["content"] == "" and not re.match(pattern, free["reasoning_content"]), "nothing binds the reasoning"
+    assert free["reasoning_content"].startswith(found["reasoning_content"]), "it is what was said without a structure"
+
+
+def test_an_answer_without_reasoning_fits_at_once(server):
+    fields, pattern = STRUCTURES["regex"]
+    found = message(server, chat_template_kwargs={"enable_thinking": False}, **fields)
+    assert re.fullmatch(pattern, found["content"]) and "reasoning_content" not in found
+    for seed in range(4):  # begun or not, by the model's choice
+        asked = {"temperature": 1.5, "seed": seed, "thinking_token_budget": 0}
+        assert re.fullmatch(pattern, message(server, chat_template_kwargs={}, **asked, **fields)["content"])
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7, 20])
+def test_a_budget_ends_the_reasoning(server, budget):
+    choice = ask(server, thinking_token_budget=budget, return_token_ids=True)["choices"][0]
+    ids = choice["token_ids"]
+    assert ids[budget : budget + len(END)] == END and len(ids) == 40
+    assert TOKENIZER.decode(ids[:budget]).lstrip("\n") == choice["message"].get("reasoning_content", "")
+    free = ask(server, return_token_ids=True)["choices"][0]
+    assert free["token_ids"][:budget] == ids[:budget] and free["message"]["content"] == ""
+    sampled = ask(server, thinking_token_budget=budget, temperature=1.0, seed=3, n=3, return_token_ids=True)
+    assert all(each["token_ids"][budget : budget + len(END)] == END for each in sampled["choices"])
+
+
+def test_reasoning_is_apart_or_stays_where_it_is(server):
+    fields = {"thinking_token_budget": 8, "structured_outputs": {"choice": ["yes"]}}
+    apart, together = message(server, **fields), message(server, separate_reasoning=False, **fields)
+    assert apart["content"] == "yes" and "reasoning_content" not in together
+    whole = together["content"]
+    assert whole.lstrip("\n").startswith(apart["reasoning_content"]) and whole.endswith("yes") and "</think>" in whole
+    found = events(server.post("/v1/chat/completions", **OPENED, **fields, stream=True))
+    deltas = [event["choices"][0]["delta"] for event in found]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == apart["reasoning_content"]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "yes"
+
+
+def test_a_call_is_forced_after_the_reasoning(server):
+    parameters = {"type": "object", "properties": {"day": {"enum": [1, 2]}}, "required": ["day"],
+                  "additionalProperties": False}  # fmt: skip
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model="nano", messages=CHAT, tools=[tool], tool_choice="required", temperature=0, max_tokens=100,
+            extra_body={"thinking_token_budget": 6, "chat_template_kwargs": {"enable_thinking": True}},
+        )  # fmt: skip
+    (choice,) = answer.choices
+    assert choice.message.tool_calls[0].function.arguments in ('{"day": 1}', '{"day": 2}')
+    assert choice.message.reasoning_content and choice.finish_reason == "tool_calls"
+
+
+def test_effort_reaches_the_template(server):
+    asked = {"messages": CHAT, "max_tokens": 1, "return_token_ids": True}
+
+    def prompt(**fields):
+        return TOKENIZER.decode(server.post("/v1/chat/completions", **asked, **fields).json()["prompt_token_ids"])
+
+    assert "Effort: high" in prompt(reasoning_effort="high") and "Effort" not in prompt()
+    assert prompt(reasoning_effort="none").endswith("<think>\n\n</think>\n\n")
+    twice = server.post(
+        "/v1/chat/completions", **asked, reasoning_effort="none", chat_template_kwargs={"enable_thinking": True}
+    )
+    assert twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
+    assert server.post("/v1/chat/completions", **asked, reasoning_effort="extreme").status_code == 400
+
+
+def test_what_the_model_does_not_know_is_refused(_server):
+    for field, value in (("reasoning_effort", "high"), ("reasoning_effort", "none"), ("thinking_token_budget", 5)):
+        answer = _server.post("/v1/chat/completions", messages=CHAT, max_tokens=1, **{field: value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+def test_a_budget_is_a_number(server):
+    for bad in (-1, 2**40, "x"):
+        answer = server.post("/v1/chat/completions", **OPENED, thinking_token_budget=bad)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking_token_budget", answer.text
