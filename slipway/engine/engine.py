@@ -378,7 +378,7 @@ class Engine:
         self._has_deadlines = any(request.deadline < math.inf for request in self._requests.values())
 
     def _release(self, sequence: Sequence) -> None:
-        self.stats.finish(sequence.finish_reason or "")
+        self.stats.finish(sequence.finish_reason or "", time.monotonic() - sequence.request.arrived_at)
         self._schedulers[sequence.request.copy].release(sequence)
 
     def _place(self, request: Request) -> int:

@@ -43,6 +43,7 @@ class Stats:
     step_device: Histogram = dataclasses.field(default_factory=lambda: Histogram(STEP_BOUNDS_S))
     queue: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to first chunk
     first_token: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to there
+    e2e: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to its end
     inter_token: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # of one sequence
 
     def step(self, host_s: float, device_s: float) -> None:
@@ -52,8 +53,9 @@ class Stats:
         self.step_host.add(host_s)
         self.step_device.add(device_s)
 
-    def finish(self, reason: str) -> None:
-        """Count a sequence's end."""
+    def finish(self, reason: str, seconds: float) -> None:
+        """Count a sequence's end, and the time since its request came."""
+        self.e2e.add(seconds)
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
 

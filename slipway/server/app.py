@@ -9,6 +9,7 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from slipway.errors import InvalidRequest, SlipwayError
+from slipway.errors import InvalidRequest, Shown, SlipwayError
 from slipway.server import generation, pages, schema
 from slipway.server.chats import Chats
 from slipway.server.gate import Gate, NotFound, TooLarge, json_response
@@ -80,6 +81,11 @@ class App:
             ("/openapi.json", self.openapi, get), ("/docs", self.docs, get),
         ]  # fmt: skip
         table += Weights(self.service, self.service.folder).routes(self._body)
+        if self.config.profile_dir is not None:
+            table += [
+                ("/start_profile", self._profiling("start_profile"), post),
+                ("/stop_profile", self._profiling("stop_profile"), post),
+            ]
         self.routes = [Route(path, endpoint, methods=methods) for path, endpoint, methods in table]
         return Starlette(routes=self.routes, middleware=middleware, lifespan=lifespan)
 
@@ -133,6 +139,17 @@ class App:
         handle.__doc__ = f"Every engine: {what}."
         return handle
 
+    def _profiling(self, what: str) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(_: Request) -> Response:
+            ready = [replica for replica in self.service.replicas if replica.ready.is_set()]
+            asked = [replica.ask(what, f"{self.config.profile_dir}/{replica.name}") for replica in ready]
+            if not all(await asyncio.gather(*asked)):
+                raise InvalidRequest(what, Shown("a second one"), "a start, then a stop")
+            return json_response(encode({"success": True, "engines": len(ready)}))
+
+        handle.__doc__ = f"Every engine: {what}, by JAX's profiler."
+        return handle
+
     async def _body(self, request: Request, kind: type) -> tuple[Any, list[str]]:
         """A checked body, and its unknown fields. Raises InvalidRequest."""
         limit, held, size = self.config.max_body_bytes, [], 0
@@ -145,7 +162,7 @@ class App:
                 raise TooLarge("body", f"more than {size} bytes", f"at most {limit}")
         body, unknown = schema.read(b"".join(held), kind, self.config.strict)
         if unknown:
-            logger.warning("%s: unknown fields ignored: %s", request.url.path, ", ".join(unknown)[:200])
+            logger.warning("%s: unknown fields ignored: %s", request.scope["route"].path, ", ".join(unknown)[:200])
         return body, unknown
 
     def _check_model(self, name: str | None) -> None:
@@ -199,7 +216,7 @@ class App:
     async def server_info(self, _: Request) -> Response:
         """The effective configuration without its secrets, and the engine's limits."""
         shown = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__ if "api_key" not in name}
-        shown["chat_template"] = None if self.config.chat_template is None else self.config.chat_template.name
+        shown |= {name: value.name for name, value in shown.items() if isinstance(value, Path)}
         return json_response(encode({"model": self.service.model_name, "server": shown, "engine": self.service.limits}))
 
     async def version(self, _: Request) -> Response:

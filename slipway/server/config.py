@@ -2,9 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from slipway.errors import InvalidConfig
+from slipway.server.logs import Format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,11 @@ class ServerConfig:
     """A request ends after as long, with what it has."""
     drain_timeout_s: float = 30.0
     """After SIGTERM, what runs may go on for as long."""
-    log_format: Literal["text", "json"] = "text"
+    log_format: Format = "text"
     vllm_metric_names: bool = False
     """Publish the metrics under vLLM's names, too."""
+    profile_dir: Path | None = None
+    """Where /start_profile and /stop_profile leave traces of the engine; without it there are no such routes."""
 
     def __post_init__(self):
         for name in ("max_queued_requests", "max_queued_tokens", "max_requests_per_client", "max_body_bytes",
@@ -59,6 +61,14 @@ class ServerConfig:
         for name in ("request_timeout_s", "drain_timeout_s"):
             if not getattr(self, name) > 0:
                 raise InvalidConfig(name, getattr(self, name), "seconds above 0")
+        if self.profile_dir is not None and not self.admin_api_key:
+            expected = "none without an admin_api_key: not everyone may trace"
+            raise InvalidConfig("profile_dir", str(self.profile_dir), expected)
         for name in ("api_key", "admin_api_key"):
             if any(not key.strip() for key in getattr(self, name)):
                 raise InvalidConfig(name, "an empty one", "a key that is not empty")
+
+    def without_secrets(self) -> "ServerConfig":
+        """As it may be printed."""
+        keys, admins = ("***",) * len(self.api_key), ("***",) * len(self.admin_api_key)
+        return dataclasses.replace(self, api_key=keys, admin_api_key=admins)

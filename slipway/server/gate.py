@@ -30,7 +30,16 @@ from slipway.server.metrics import Metrics
 logger = logging.getLogger("slipway.access")
 encode = msgspec.json.Encoder().encode
 ADMIN = frozenset(
-    {"/update_weights_from_disk", "/weights/begin", "/weights/update", "/weights/finish", "/sleep", "/wake_up"}
+    {
+        "/update_weights_from_disk",
+        "/weights/begin",
+        "/weights/update",
+        "/weights/finish",
+        "/sleep",
+        "/wake_up",
+        "/start_profile",
+        "/stop_profile",
+    }
 )  # for an admin's key alone
 PROBES = frozenset({"/livez", "/readyz", "/health"})
 CLIENT_GONE = 499

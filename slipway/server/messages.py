@@ -11,6 +11,7 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.stats import Snapshot
 from slipway.errors import CheckpointError, EngineBusy, EngineDead, InvalidRequest, Shown, SlipwayError, WeightsLost
+from slipway.server.logs import Format
 
 
 class Start(msgspec.Struct, tag=True):
@@ -18,6 +19,7 @@ class Start(msgspec.Struct, tag=True):
 
     model: str
     config: EngineConfig
+    log_format: Format
 
 
 class Add(msgspec.Struct, tag=True):
@@ -39,10 +41,14 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Ask(msgspec.Struct, tag=True):
-    """One of ``stats``, ``flush``, ``pause``, ``resume``; answered by an Answer."""
+    """One of ``stats``, ``flush``, ``pause``, ``resume``, ``start_profile``, ``stop_profile``; answered by an Answer.
+
+    ``folder``: where a trace is to be written.
+    """
 
     number: int
     what: str
+    folder: str = ""
 
 
 class Change(msgspec.Struct, tag=True):

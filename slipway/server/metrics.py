@@ -21,7 +21,7 @@ COUNTERS = {
 }  # fmt: skip
 HISTOGRAMS = {
     "first_token": "time_to_first_token_seconds", "inter_token": "inter_token_latency_seconds",
-    "queue": "request_queue_time_seconds", "step_host": None, "step_device": None,
+    "e2e": "e2e_request_latency_seconds", "queue": "request_queue_time_seconds", "step_host": None, "step_device": None,
 }  # fmt: skip
 
 

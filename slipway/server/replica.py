@@ -22,6 +22,7 @@ from slipway.engine.params import SamplingParams
 from slipway.engine.stats import Snapshot
 from slipway.errors import EngineBusy, EngineDead, InvalidRequest, Shown, SlipwayError, WeightsLost
 from slipway.server import messages
+from slipway.server.logs import Format
 from slipway.server.messages import (
     Abort,
     Add,
@@ -86,8 +87,8 @@ class Stream:
 class Replica:
     """One engine process. All methods are called from one event loop."""
 
-    def __init__(self, model: str, config: EngineConfig, folder: Path, name: str):
-        self._model, self._config, self._address = model, config, f"ipc://{folder / name}"
+    def __init__(self, model: str, config: EngineConfig, folder: Path, name: str, log_format: Format):
+        self._start, self._address = Start(model, config, log_format), f"ipc://{folder / name}"
         self.name, self.ready = name, asyncio.Event()
         self.info: Ready | None = None  # of the last start
         self.failed: Failed | None = None  # why the first start failed: another would, too
@@ -134,9 +135,9 @@ class Replica:
         """Whether it takes requests."""
         return self.ready.is_set() and not self.refuses
 
-    async def ask(self, what: str) -> Any:
-        """``flush``, ``pause`` or ``resume``. Raises EngineDead."""
-        return await self._answered(lambda number: Ask(number, what))
+    async def ask(self, what: str, folder: str = "") -> Any:
+        """One of Ask's questions. Raises EngineDead."""
+        return await self._answered(lambda number: Ask(number, what, folder))
 
     async def change(self, what: str, *args: Any) -> Any:
         """``update_weights``, ``sleep`` or ``wake_up``. Raises what the engine's do, or EngineDead."""
@@ -214,7 +215,7 @@ class Replica:
         command = [sys.executable, "-m", "slipway.server.worker", self._address]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.num_starts += 1
-        await self._socket.send(messages.encode([Start(self._model, self._config)]))
+        await self._socket.send(messages.encode([self._start]))
         dead = asyncio.create_task(_died(self._process))
         frame = asyncio.ensure_future(self._socket.recv())
         try:

@@ -2,14 +2,11 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import importlib.util
-import json
 import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator
@@ -23,6 +20,7 @@ from slipway.checkpoint import hub
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.config import EngineConfig
 from slipway.errors import InvalidConfig, SlipwayError
+from slipway.server import logs
 from slipway.server.app import App
 from slipway.server.batch import run_batch
 from slipway.server.config import ServerConfig
@@ -35,7 +33,8 @@ LOOK_S = 0.05
 
 def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, replicas: int) -> None:
     """Serve ``model`` until SIGTERM or SIGINT. Raises what loading it raises, before a request is taken."""
-    log(config)
+    logs.start(config.log_format)
+    logger.info("process %d, %s", os.getpid(), config.without_secrets())
     with _service(model, name, engine, config, replicas) as service:
         _run_in_loop(_run(service, config))
 
@@ -43,7 +42,8 @@ def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, rep
 def batch(model: str, name: str, engine: EngineConfig, source: Path, target: Path) -> int:
     """Answer a file of batch requests; how many failed. Raises what loading ``model`` raises, or what a file does."""
     config = ServerConfig(max_queued_requests=2**20, max_requests_per_client=2**20, max_queued_tokens=2**40)
-    log(config)
+    logs.start(config.log_format)
+    logger.info("process %d, %s", os.getpid(), config.without_secrets())
     with _service(model, name, engine, config, 1) as service:
         return _run_in_loop(_run_batch(service, source, target, 4 * engine.max_num_seqs))
 
@@ -67,7 +67,7 @@ def _service(model: str, name: str, engine: EngineConfig, config: ServerConfig, 
         template = config.chat_template.read_text()
     folder = Path(tempfile.mkdtemp(prefix="slipway-"))  # mode 700: sockets in it are this user's alone
     try:
-        engines = [Replica(model, engine, folder, f"engine-{number}") for number in range(replicas)]
+        engines = [Replica(model, engine, folder, f"engine-{number}", config.log_format) for number in range(replicas)]
         yield Service(config, config.served_model_name or name, tokenizer, template, engines, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,34 +153,3 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Any:
         """None."""
         return contextlib.nullcontext()
-
-
-class _Json(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        known = logging.makeLogRecord({}).__dict__
-        extra = {key: value for key, value in record.__dict__.items() if key not in known and key != "message"}
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "name": record.name}
-        return json.dumps(line | {"message": record.getMessage()} | extra, default=str)
-
-
-class _Text(logging.Formatter):
-    """One line; what comes from clients cannot break it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        known = logging.makeLogRecord({}).__dict__
-        extra = [f"{key}={value}" for key, value in record.__dict__.items() if key not in known and key != "message"]
-        text = " ".join([self.formatTime(record, "%H:%M:%S"), record.getMessage(), *extra])
-        return text.encode("unicode_escape").decode() if record.exc_info is None else super().format(record)
-
-
-def log(config: ServerConfig) -> None:
-    """One line to stderr for each thing that happens."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if config.log_format == "json" else _Text())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    keys, admins = ("***",) * len(config.api_key), ("***",) * len(config.admin_api_key)
-    shown = dataclasses.replace(config, api_key=keys, admin_api_key=admins)
-    logger.info("process %d, %s", os.getpid(), shown)

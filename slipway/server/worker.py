@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import jax
 import zmq
 
 from slipway.checkpoint.swap import Values
@@ -20,7 +21,7 @@ from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
 from slipway.engine.request import Logprobs, Request
 from slipway.errors import InvalidRequest, SlipwayError
-from slipway.server import messages
+from slipway.server import logs, messages
 from slipway.server.messages import Abort, Add, Answer, Ask, Change, Delta, Failed, Ready, Refused, Sample, Start, Stop
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Worker:
         self._numbers: dict[str, int] = {}  # the engine's request id -> the HTTP process's number
         self._ids: dict[int, str] = {}
         self._scored: set[int] = set()  # those whose prompt's log probabilities have been told
-        self._paused = False
+        self._paused = self._profiling = False
         self._checker = ThreadPoolExecutor(1)  # reads and checks new weights beside the steps
         self._checked: list[tuple[Change, Future[Any]]] = []
         self._changes: list[tuple[int, Future[Any]]] = []
@@ -70,7 +71,7 @@ class Worker:
                 self._engine.abort(request_id)
                 self._tell(request)
         elif isinstance(message, Ask):
-            self._out.append(Answer(message.number, self._answer(message.what)))
+            self._out.append(Answer(message.number, self._answer(message)))
         elif isinstance(message, Change) and message.what == "update_weights":
             self._checked.append((message, self._checker.submit(self._check, message.args[0])))
         elif isinstance(message, Change):
@@ -117,13 +118,27 @@ class Worker:
             return
         self._numbers[request_id], self._ids[message.number] = message.number, request_id
 
-    def _answer(self, what: str) -> object:
+    def _answer(self, message: Ask) -> object:
+        what = message.what
+        if what in ("start_profile", "stop_profile"):
+            return self._profile(what == "start_profile", message.folder)
         if what == "stats":
             return dataclasses.asdict(self._engine.snapshot())
         if what == "flush":
             return self._engine.flush()
         self._paused = what == "pause"
         return None
+
+    def _profile(self, starts: bool, folder: str) -> bool:
+        """Start a trace, or write what was traced; False if one runs already, or none."""
+        if starts == self._profiling:
+            return False
+        if starts:
+            jax.profiler.start_trace(folder)
+        else:
+            jax.profiler.stop_trace()
+        self._profiling = starts
+        return True
 
     def _tell(self, request: Request) -> None:
         """What is new in a request; the whole of its best samples at the end, where only that shows which they are."""
@@ -164,11 +179,11 @@ def _plain(entry: Logprobs) -> dict[int, tuple[float, int]]:
 
 def main(address: str) -> None:
     """Load what the first message names, and serve."""
-    logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
     socket: zmq.Socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(address)
     (start,) = messages.decode_to_engine(socket.recv())
     assert isinstance(start, Start)
+    logs.start(start.log_format)
     try:
         engine = launch(start.model, start.config)
     except SlipwayError as error:
