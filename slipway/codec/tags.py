@@ -1,7 +1,7 @@
 """Structural tags: free text in which a trigger must go on as a known beginning, JSON by its schema, and an end.
 
-vLLM's, SGLang's and OpenAI-like servers' {"structures": [{"begin", "schema", "end"}], "triggers": [...]}, as a grammar
-in Lark's notation; knows no vocabulary.
+vLLM's, SGLang's and OpenAI-like servers' {"structures": [{"begin", "schema", "end"}], "triggers": [...]}, with SGLang's
+"at_least_one", as a grammar in Lark's notation; knows no vocabulary.
 """
 
 import json
@@ -18,8 +18,9 @@ def lark(given: Any, schema: Callable[[Any], str], spelled: Callable[[str], list
 
     Raises InvalidRequest, naming the field.
     """
-    structures, triggers = _read(given)
-    rules = [f"start: ({' | '.join(f'tag_{number}' for number in range(len(structures)))})* text", "text: TEXT"]
+    structures, triggers, owes = _read(given)
+    choice, times = " | ".join(f"tag_{number}" for number in range(len(structures))), "+" if owes else "*"
+    rules = [f"start: ({choice}){times} text", "text: TEXT"]
     for number, structure in enumerate(structures):
         begin, field = structure["begin"], f"structural_tag.structures[{number}]"
         # the longest: what it opens can go on in no other way
@@ -41,10 +42,10 @@ def as_text(text: str) -> list[str]:
     return [json.dumps(text)] if text else []
 
 
-def _read(given: Any) -> tuple[list[dict[str, Any]], list[str]]:
+def _read(given: Any) -> tuple[list[dict[str, Any]], list[str], bool]:
     expected = '{"type": "structural_tag", "structures": [{"begin", "schema", "end"}], "triggers": ["..."]}'
     fine = isinstance(given, dict) and given.get("type", "structural_tag") == "structural_tag"
-    if not fine or given.keys() - {"type"} != {"structures", "triggers"}:
+    if not fine or given.keys() - {"type", "at_least_one"} != {"structures", "triggers"}:
         raise InvalidRequest("structural_tag", given, expected)
     structures, triggers = given["structures"], given["triggers"]
     if not isinstance(triggers, list) or not triggers or not all(isinstance(t, str) and t for t in triggers):
@@ -56,4 +57,6 @@ def _read(given: Any) -> tuple[list[dict[str, Any]], list[str]]:
         if not texts or structure.keys() != {"begin", "schema", "end"} or not isinstance(structure["schema"], dict):
             field = f"structural_tag.structures[{number}]"
             raise InvalidRequest(field, structure, '{"begin": "...", "schema": {...}, "end": "..."}')
-    return structures, triggers
+    if not isinstance(owes := given.get("at_least_one", False), bool):
+        raise InvalidRequest("structural_tag.at_least_one", owes, "true or false")
+    return structures, triggers, owes

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from slipway.errors import InvalidRequest, Shown, SlipwayError
 from slipway.server import generation, pages, schema
 from slipway.server.chats import Chats
-from slipway.server.gate import Gate, NotFound, TooLarge, json_response
+from slipway.server.gate import Gate, NotFound, TooLarge, TooSlow, json_response
 from slipway.server.generation import Completions
 from slipway.server.metrics import Metrics
 from slipway.server.native import Natives
@@ -34,6 +34,7 @@ from slipway.server.weights import Weights
 
 logger = logging.getLogger("slipway.access")
 encode = msgspec.json.Encoder().encode
+BODY_TIMEOUT_S = 60.0
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # it comes back in a header
 
 
@@ -155,11 +156,15 @@ class App:
         limit, held, size = self.config.max_body_bytes, [], 0
         if int(request.headers.get("content-length") or 0) > limit:
             raise TooLarge("body", f"{request.headers['content-length']} bytes", f"at most {limit}")
-        async for chunk in request.stream():
-            held.append(chunk)
-            size += len(chunk)
-            if size > limit:
-                raise TooLarge("body", f"more than {size} bytes", f"at most {limit}")
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in request.stream():
+                    held.append(chunk)
+                    size += len(chunk)
+                    if size > limit:
+                        raise TooLarge("body", f"more than {size} bytes", f"at most {limit}")
+        except TimeoutError as error:
+            raise TooSlow("body", f"{size} bytes in {BODY_TIMEOUT_S:.0f} s", "all of it") from error
         body, unknown = schema.read(b"".join(held), kind, self.config.strict)
         if unknown:
             logger.warning("%s: unknown fields ignored: %s", request.scope["route"].path, ", ".join(unknown)[:200])

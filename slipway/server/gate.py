@@ -53,10 +53,15 @@ class NotFound(InvalidRequest):
     """No such model."""
 
 
+class TooSlow(InvalidRequest):
+    """A body that does not come."""
+
+
 STATUS = {
-    TooLarge: 413, NotFound: 404, ClientBusy: 429, EngineBusy: 503, EngineDead: 503, WeightsLost: 503,
+    TooLarge: 413, TooSlow: 408, NotFound: 404, ClientBusy: 429, EngineBusy: 503, EngineDead: 503, WeightsLost: 503,
     InvalidInput: 400, CheckpointError: 400,
 }  # fmt: skip
+KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable_error"}
 
 
 class Gate:
@@ -117,8 +122,7 @@ def refusal(error: SlipwayError) -> Response:
     """What a failure becomes."""
     status = status_of(error)
     headers = {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, EngineBusy) else {}
-    kind = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
-            503: "service_unavailable_error"}.get(status, "internal_error")  # fmt: skip
+    kind = KINDS.get(status, "invalid_request_error")
     text = str(error) if status != 500 else "internal error"
     return json_response(encode(answers.error(status, text, kind, getattr(error, "field", None))), headers, status)
 

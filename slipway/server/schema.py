@@ -22,7 +22,7 @@ DIRECT = (  # fields that SamplingParams has under the same name
 )  # fmt: skip
 STRUCTURES = {  # vLLM's former fields and SGLang's
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
-    "regex": "regex", "ebnf": "grammar",
+    "json_schema": "json", "regex": "regex", "ebnf": "grammar",
 }  # fmt: skip
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
@@ -67,6 +67,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
     stream: bool = False

@@ -24,6 +24,7 @@ from slipway.server import logs
 from slipway.server.app import App
 from slipway.server.batch import run_batch
 from slipway.server.config import ServerConfig
+from slipway.server.protocol import Protocol
 from slipway.server.replica import Replica
 from slipway.server.service import Service
 
@@ -105,7 +106,7 @@ async def _run(service: Service, config: ServerConfig) -> None:
     server = _Server(
         uvicorn.Config(
             App(service).asgi(start, stop), host=config.host, port=config.port, log_config=None, access_log=False,
-            h11_max_incomplete_event_size=64 * 1024, timeout_keep_alive=75, server_header=False,
+            http=Protocol, ws="none", timeout_keep_alive=75, server_header=False,
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
         )
     )  # fmt: skip

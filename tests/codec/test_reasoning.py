@@ -126,11 +126,14 @@ def test_tags_stand_in_free_text(kind):
         assert accepts(kind, text, structure), text
     for text in ("<tool_call>", "<tool_call>\n3\n</tool_call>", "<function=sub>1</function>", "<function=add>x"):
         assert not accepts(kind, text, structure), text
+    owed = StructuredOutputs(structural_tag=TAGS | {"at_least_one": True})
+    assert accepts(kind, f"so {add} on", owed) and not accepts(kind, "so", owed) and accepts(kind, "so", structure)
     assert accepts(kind, f"hm <function=x </think>\n\nso {add}", structure, thinking(True)), "none in the reasoning"
 
 
 BAD = {
     "structural_tag": [{}, [], "x", {"structures": [], "triggers": [], "more": 1}, {"format": {"type": "any_text"}}],
+    "structural_tag.at_least_one": [TAGS | {"at_least_one": 1}],
     "structural_tag.triggers": [TAGS | {"triggers": []}, TAGS | {"triggers": [""]}, TAGS | {"triggers": 5}],
     "structural_tag.structures": [TAGS | {"structures": []}, TAGS | {"structures": TAGS["structures"] * 43}],
     "structural_tag.structures[0]": [TAGS | {"structures": [5]}, TAGS | {"structures": [{"begin": "<function="}]}],

@@ -1,9 +1,11 @@
 """Clients that hang up, abort and send nonsense by the hundred, under load: afterwards all is as it was."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
+import socket
 import time
 from pathlib import Path
 
@@ -90,6 +92,61 @@ def test_a_grammar_that_ends_who_builds_it_ends_no_engine(server, name):
         fine = server.complete(prompt="def f(", guided_json=chain(20), max_tokens=2)
         assert fine["choices"][0]["text"].lstrip().startswith("{")
     assert server.engine_pids() == engines
+
+
+@pytest.fixture
+def trap():
+    """A socket that somebody might be made to connect to, and its address."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(0.3)
+        yield listening, f"http://127.0.0.1:{listening.getsockname()[1]}/x"
+
+
+def test_nothing_is_fetched_for_a_client(server, trap):
+    listening, url = trap
+    chat, completion = "/v1/chat/completions", "/v1/completions"
+    for path, body in (
+        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": url}}]}]}),
+        (completion, {"prompt": "a", "guided_json": {"$ref": url}}),
+    ):
+        answer = server.post(path, max_tokens=2, **body)
+        assert answer.status_code == 400, answer.text
+    names = {"$schema": url, "$id": url, "properties": {"a": {"$ref": "x"}}}
+    assert server.post(completion, prompt="a", max_tokens=2, guided_json=names).status_code < 500
+    with pytest.raises(TimeoutError):
+        listening.accept()
+
+
+def test_names_lead_to_no_files(server):
+    for name in ("../../etc/passwd", "/etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "nano/../.."):
+        for path in (f"/v1/models/{name}", f"/{name}", f"/docs/{name}"):
+            answer = server.http.get(path)
+            assert answer.status_code == 404 and "root:" not in answer.text, path
+    for body in ({"model": "../../etc/passwd", "prompt": "a"}, {"model": "/etc/passwd", "prompt": "a"}):
+        assert server.post("/v1/completions", **body).status_code == 404
+    for field in ("chat_template", "prompt_embeds", "lora_path"):  # what others open
+        answer = server.post("/v1/completions", prompt="a", max_tokens=1, **{field: "/etc/passwd"})
+        assert field in answer.headers["x-slipway-warning"] and "root:" not in answer.text
+
+
+def test_engines_are_reached_by_their_owner_alone(server):
+    (engine,) = server.engine_pids()
+    address = Path(f"/proc/{engine}/cmdline").read_bytes().split(b"\0")[-2].decode()
+    assert address.startswith("ipc://"), "no port"
+    assert Path(address.removeprefix("ipc://")).parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_heads_that_never_end_are_refused(server):
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n")
+        for _ in range(1000):
+            connection.sendall(b"x-a: " + b"a" * 1000 + b"\r\n")
+            time.sleep(0.0002)
+        raise AssertionError("a megabyte was taken")
+    assert server.http.get("/livez").status_code == 200
 
 
 def post(body, path="/v1/completions"):

@@ -146,6 +146,7 @@ SCHEMA = {
 STRUCTURES = {
     "OpenAI's schema": ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, SIZE),
     "vLLM's schema": ({"structured_outputs": {"json": SCHEMA}}, SIZE),
+    "SGLang's schema": ({"json_schema": json.dumps(SCHEMA)}, SIZE),
     "vLLM's former schema": ({"guided_json": SCHEMA}, SIZE),
     "a regex": ({"structured_outputs": {"regex": "[ab]{4}"}}, r"[ab]{4}"),
     "SGLang's regex": ({"regex": "[ab]{4}"}, r"[ab]{4}"),

@@ -1,0 +1,207 @@
+"""Who gets past the door, and how much may stand before it: keys, heads, failures; without a server."""
+
+import ast
+import asyncio
+import hmac
+import json
+from pathlib import Path
+
+import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import Response
+from uvicorn.server import ServerState
+
+import slipway
+from slipway.codec.tokenizer import Tokenizer
+from slipway.errors import EngineBusy, InvalidRequest, SlipwayError
+from slipway.llm import NANO
+from slipway.server import app, gate, protocol, schema
+from slipway.server import service as services
+from slipway.server.config import ServerConfig
+from slipway.server.gate import Gate
+from slipway.server.metrics import Metrics
+from slipway.server.service import Service
+
+pytestmark = pytest.mark.host
+
+
+def ask(keys, headers, path="/v1/models"):
+    """The status code that a request gets."""
+    found = []
+
+    async def send(message):
+        found.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
+    asyncio.run(Gate(Response(b"ok"), keys, Metrics("nano", vllm_names=False))(scope, None, send))
+    return found[0]["status"]
+
+
+def test_every_key_is_compared_in_constant_time(monkeypatch):
+    compared = []
+
+    def compare(given, known):
+        compared.append(known)
+        return real(given, known)
+
+    real = hmac.compare_digest
+    monkeypatch.setattr(gate.hmac, "compare_digest", compare)
+    keys = ["first", "second", "third"]
+    for given, status in ((b"first", 200), (b"third", 200), (b"firs", 401), (b"", 401), (b"\xff", 401)):
+        compared.clear()
+        assert ask(keys, [(b"authorization", b"Bearer " + given)]) == status
+        assert compared == [key.encode() for key in keys], "the right one ends nothing early"
+
+
+def test_the_first_authorization_header_decides():
+    both = [(b"authorization", b"Bearer wrong"), (b"authorization", b"Bearer right")]
+    assert ask(["right"], both) == 401 and ask(["right"], both[::-1]) == 200
+
+
+class Unknown(SlipwayError):
+    """Nothing that clients should read."""
+
+
+def test_failures_say_no_more_than_they_should():
+    hidden = gate.refusal(Unknown("/home/me/secret.txt"))
+    assert hidden.status_code == 500 and json.loads(hidden.body)["error"]["message"] == "internal error"
+    busy = gate.refusal(EngineBusy("full", 1.0))
+    assert busy.status_code == 503 and busy.headers["retry-after"] == "1"
+    named = json.loads(gate.refusal(InvalidRequest("n", -1, "more")).body)["error"]
+    assert (named["param"], named["type"], named["code"]) == ("n", "invalid_request_error", 400)
+
+
+class Wire:
+    """A transport that remembers."""
+
+    def __init__(self):
+        self.sent, self.closed = b"", False
+
+    def write(self, data):
+        self.sent += data
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+    def get_extra_info(self, _):
+        return None
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
+        pass
+
+
+async def answered(scope, receive, send):
+    await Request(scope, receive).body()
+    await Response(b"ok")(scope, receive, send)
+
+
+async def connected():
+    config = uvicorn.Config(answered, http=protocol.Protocol, log_config=None)
+    config.load()
+    found, wire = protocol.Protocol(config, ServerState(), {}), Wire()
+    found.connection_made(wire)
+    return found, wire
+
+
+def test_a_head_has_a_size():
+    async def run():
+        found, wire = await connected()
+        found.data_received(b"GET / HTTP/1.1\r\n")
+        for _ in range(100):
+            found.data_received(b"x: " + b"a" * 1000 + b"\r\n")
+            if wire.closed:
+                break
+        assert wire.sent.startswith(b"HTTP/1.1 431 ") and found._size_bytes < protocol.MAX_HEAD_BYTES + 2000
+        other, wire = await connected()
+        for _ in range(3):  # heads are counted one by one, and bodies not at all
+            other.data_received(b"POST / HTTP/1.1\r\ncontent-length: 200000\r\nx: " + b"a" * 30000 + b"\r\n\r\n")
+            other.data_received(b"b" * 200_000)
+            await asyncio.sleep(0.01)
+        assert not wire.closed and wire.sent.count(b"200 OK") == 3
+
+    asyncio.run(run())
+
+
+def test_a_head_has_a_time(monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.05)
+
+    async def run():
+        silent, half = await connected(), await connected()
+        half[0].data_received(b"GET / HTTP/1.1\r\nx: a")
+        done = await connected()
+        done[0].data_received(b"GET / HTTP/1.1\r\n\r\n")
+        await asyncio.sleep(0.2)
+        for _, wire in (silent, half):
+            assert wire.closed and wire.sent.startswith(b"HTTP/1.1 408 ")
+        assert not done[1].closed and b"200 OK" in done[1].sent
+        done[0].data_received(b"GET / HT")
+        await asyncio.sleep(0.2)
+        assert done[1].closed and done[1].sent.count(b"408") == 1, "the second one, too"
+
+    asyncio.run(run())
+
+
+def test_nothing_unpickles():
+    """Nor runs what is read in any other way."""
+    forbidden = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "torch"}
+    for path in (Path(slipway.__file__).parent / name for name in ("server", "engine", "codec", "checkpoint")):
+        files = list(path.rglob("*.py"))
+        assert files
+        for file in files:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    assert not forbidden & {alias.name.partition(".")[0] for alias in node.names}, file
+                elif isinstance(node, ast.ImportFrom):
+                    assert (node.module or "").partition(".")[0] not in forbidden, file
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    assert node.func.id not in ("eval", "exec"), file
+
+
+def service(**options):
+    """A Service of a template that takes its time, without engines."""
+    template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}x"
+    return Service(ServerConfig(**options), "nano", Tokenizer.load(Path(NANO)), template, [])
+
+
+def test_a_template_that_takes_too_long_is_given_up(monkeypatch):
+    """Meanwhile others are answered: templates run beside the event loop."""
+    monkeypatch.setattr(services, "TEMPLATE_TIMEOUT_S", 0.05)
+
+    async def run():
+        turns = 0
+
+        async def others():
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0.005)
+                turns += 1
+
+        task = asyncio.ensure_future(others())
+        with pytest.raises(InvalidRequest) as caught:
+            await service().conversation([{"role": "user", "content": "hi"}])
+        task.cancel()
+        assert caught.value.field == "messages" and "ends within" in caught.value.expected and turns > 1
+
+    asyncio.run(run())
+
+
+def test_a_body_has_a_time(monkeypatch):
+    monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.05)
+
+    async def receive():
+        await asyncio.sleep(0 if not sent else 60)
+        sent.append(1)
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    sent = []
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    with pytest.raises(gate.TooSlow) as caught:
+        asyncio.run(app.App(service())._body(request, schema.Completion))
+    assert gate.status_of(caught.value) == 408
