@@ -1,0 +1,54 @@
+"""The documents say what is there: every field, every flag, every test that they name."""
+
+import ast
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from slipway.engine.config import EngineConfig
+from slipway.flags import expand
+from slipway.server import metrics, schema
+from slipway.server.config import ServerConfig
+
+pytestmark = pytest.mark.host
+DOCS = Path(__file__).parents[2] / "docs"
+KINDS = [kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+
+
+def test_every_field_is_in_the_tables():
+    text = (DOCS / "serving.md").read_text().partition("## Fields")[2].partition("## Structures")[0]
+    named = set(re.findall(r"`([a-z_0-9]+)`", text))
+    fields = {field.encode_name for kind in KINDS for field in msgspec.structs.fields(kind)}
+    assert len(fields) > 80 and not fields - named, "fields that nobody describes"
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    first = {name for cell in rows for name in re.findall(r"`([a-z_]+)`", cell)}
+    assert not first - fields, "fields that do not exist"
+
+
+def test_every_test_that_security_names_exists():
+    rows = [line for line in (DOCS / "security.md").read_text().splitlines() if line.startswith("| ")][1:]
+    there = {
+        node.name for path in DOCS.parent.glob("tests/*/test_*.py") for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }  # fmt: skip
+    assert len(rows) > 25
+    for row in rows:
+        named = re.findall(r"test_\w+", row.split("|")[3])
+        assert named and not set(named) - there, row
+
+
+def test_what_operations_shows_can_be_run(tmp_path):
+    text = (DOCS / "operations.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "serve.yaml").write_text(blocks[0])
+    words = expand(["serve", "--config", str(tmp_path / "serve.yaml")])
+    known = {*ServerConfig.__dataclass_fields__, *EngineConfig.__dataclass_fields__}
+    used = {word for word in words if word.startswith("--")} | set(re.findall(r"`(--[a-z-]+)", text))
+    assert len(used) > 12 and not {word[2:].replace("-", "_") for word in used} - known - {"replicas"}
+    manifests = list(yaml.safe_load_all(blocks[1]))
+    assert [each["kind"] for each in manifests] == ["Deployment", "Service"]
+    names = {*metrics.GAUGES.values(), *metrics.COUNTERS.values(), *metrics.HISTOGRAMS.values(), "request_success"}
+    assert all(name in text for name in names if name), "vLLM's metrics"
