@@ -101,6 +101,8 @@ class Natives:
                 entries = (last.prompt_logprobs or [])[start:] if last.prompt_logprobs is not None else []
                 # the first one's is not given, as in SGLang: it is what the others are read from
                 meta |= self._logprobs("input", prompt.token_ids[start:] if entries else [], [None, *entries[1:]])
+        if sample.weights:
+            meta["weight_version"] = sample.weights[-1][1]
         return {"text": sample.text, "output_ids": sample.token_ids, "meta_info": meta}
 
     def _reason(self, sample: Sample) -> dict[str, Any] | None:

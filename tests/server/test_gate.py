@@ -26,7 +26,7 @@ from slipway.server.service import Service
 pytestmark = pytest.mark.host
 
 
-def ask(keys, headers, path="/v1/models"):
+def ask(keys, headers, path="/v1/models", admins=()):
     """The status code that a request gets."""
     found = []
 
@@ -34,7 +34,7 @@ def ask(keys, headers, path="/v1/models"):
         found.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
-    asyncio.run(Gate(Response(b"ok"), keys, Metrics("nano", vllm_names=False))(scope, None, send))
+    asyncio.run(Gate(Response(b"ok"), keys, admins, Metrics("nano", vllm_names=False))(scope, None, send))
     return found[0]["status"]
 
 
@@ -52,6 +52,16 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
         compared.clear()
         assert ask(keys, [(b"authorization", b"Bearer " + given)]) == status
         assert compared == [key.encode() for key in keys], "the right one ends nothing early"
+
+
+def test_an_admins_key_opens_both_doors_and_a_clients_one():
+    def status(key, path):
+        return ask(["client"], [(b"authorization", b"Bearer " + key)], path, ["admin"])
+
+    for path in gate.ADMIN:
+        assert status(b"admin", path) == 200 and status(b"client", path) == status(b"", path) == 401, path
+    assert status(b"admin", "/v1/models") == status(b"client", "/v1/models") == 200
+    assert ask([], [], "/v1/models", ["admin"]) == 200 and ask([], [], "/sleep", ["admin"]) == 401
 
 
 def test_the_first_authorization_header_decides():
@@ -167,7 +177,7 @@ def test_nothing_unpickles():
 def service(**options):
     """A Service of a template that takes its time, without engines."""
     template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}x"
-    return Service(ServerConfig(**options), "nano", Tokenizer.load(Path(NANO)), template, [])
+    return Service(ServerConfig(**options), "nano", Tokenizer.load(Path(NANO)), template, [], Path())
 
 
 def test_a_template_that_takes_too_long_is_given_up(monkeypatch):

@@ -30,6 +30,7 @@ def test_an_answer_is_what_a_completion_is(server, plain):
     meta = found["meta_info"]
     assert meta["id"] == "mine" and meta["finish_reason"] == {"type": "length", "length": 12}
     assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(plain["prompt_token_ids"]), 12)
+    assert meta["weight_version"] == server.http.get("/weights_version").json()["weights_version"]
     again = ask(server, text=None, input_ids=plain["prompt_token_ids"])
     assert again["text"] == found["text"] and "output_token_logprobs" not in meta
 
