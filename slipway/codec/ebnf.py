@@ -36,11 +36,11 @@ def lark(text: str) -> str:
     names = {name: "start" if name == "root" else f"r{number}" for number, name in enumerate(heads)}
     if len(names) < len(heads):
         raise _wrong(text, 0, "each rule once")
-    out = ["%llguidance {}\n"]
+    out: list[str] = []
     for match in _tokens(text):
         if name := match["rule"]:
             out.append(f"\n{names[name]}:")
-        elif len(out) == 1 and not match["space"]:
+        elif not out and not match["space"]:
             raise _wrong(text, match.start(), "a rule: name ::= ...")
         elif name := match["name"]:
             if name not in names:

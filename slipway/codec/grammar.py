@@ -6,7 +6,6 @@ its documentation (LLParserLimits) some 20 and 15 ms at the default limits, howe
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -51,9 +50,9 @@ class StructuredOutputs:
     def notation(self, spelled: Spelled = tags.as_text) -> str:
         """The same in llguidance's notation. ``spelled``: how a vocabulary writes marks."""
         if self.json_object:
-            return LLMatcher.grammar_from_json_schema({"type": "object"})
+            return _lark('start: %json {"type": "object"}')
         if self.json is not None:
-            return LLMatcher.grammar_from_json_schema(_schema(self.json))
+            return _lark(f"start: %json {_schema(self.json)}")
         if self.choice is not None:
             texts = self.choice if isinstance(self.choice, tuple) else ()
             if not 1 <= len(texts) <= MAX_CHOICES or not all(isinstance(text, str) and text for text in texts):
@@ -61,7 +60,8 @@ class StructuredOutputs:
             _bounded("choice", "".join(self.choice))
             return _lark("start: " + " | ".join(map(json.dumps, self.choice)))
         if self.regex is not None:
-            return LLMatcher.grammar_from_regex(_bounded("regex", self.regex))
+            (built,) = json.loads(LLMatcher.grammar_from_regex(_bounded("regex", self.regex)))["grammars"]
+            return _lark(built["lark_grammar"])
         if self.structural_tag is not None:
             given = _json("structural_tag", self.structural_tag)
             return _lark(tags.lark(given, _schema, spelled))
@@ -74,8 +74,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
         self._num_words, self._tokenizer = -(-vocab_size // 32), tokenizer
-        added = {token.content: i for i, token in tokenizer.raw.get_added_tokens_decoder().items()}
-        self._marks = {text: i for text, i in added.items() if text[:1] == "<" and text[-1:] == ">"}
+        self._marks = tags.marks(tokenizer)
         self._vocabulary = LLTokenizer(tokenizer.raw.to_str(), n_vocab=vocab_size, eos_token=list(eos_ids))
         self._build = lru_cache(KEPT)(self._built)
 
@@ -89,6 +88,9 @@ class Grammars:
             grammar = structure.notation(self.spelled)
             if before is not None:
                 grammar = reasoning.then(before, grammar, self.spelled)
+            plain = grammar.replace("\\", "")  # as the text is, but for what stands before its slashes and quotes
+            if any(mark in plain for mark in self._marks):
+                grammar = _unforced(grammar)
             inner = Matcher(self._build(grammar).deep_copy(), self._num_words)
         if before is None or before.budget is None:
             assert inner is not None, "nothing to match"
@@ -96,10 +98,8 @@ class Grammars:
         return Thinking(before, inner, self._tokenizer, self._num_words)
 
     def spelled(self, text: str) -> list[str]:
-        """A text as Lark's texts and tokens: llguidance has added tokens in <...> by their ids alone."""
-        marks = "|".join(re.escape(mark) for mark in sorted(self._marks, key=len, reverse=True))
-        parts = re.split(f"({marks})", text) if marks else [text]
-        return [f"<[{self._marks[part]}]>" if part in self._marks else json.dumps(part) for part in parts if part]
+        """A text as Lark's texts and this vocabulary's tokens."""
+        return tags.spelled(text, self._marks)
 
     def _built(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
@@ -132,6 +132,19 @@ def _lark(grammar: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": grammar}]})
 
 
+def _unforced(grammar: str) -> str:
+    """The same without llguidance's short cut.
+
+    Where one text alone can follow, it allows the first token of that text alone, as the tokenizer writes it: better
+    tokens than a model may choose. But of `</tool_call>` that may be an added one, which it then refuses, for to
+    grammars such a token is no text (1.9.1).
+    """
+    first, *others = json.loads(grammar)["grammars"]
+    if "%llguidance" not in first["lark_grammar"]:
+        first["lark_grammar"] = '%llguidance {"no_forcing": true}\n' + first["lark_grammar"]
+    return json.dumps({"grammars": [first, *others]})
+
+
 def _schema(given: Any) -> str:
     """A schema's text. Raises InvalidRequest."""
     schema = _json("json", given)
@@ -139,7 +152,7 @@ def _schema(given: Any) -> str:
         raise InvalidRequest("json", schema, "a JSON schema: an object")
     if _depth(schema) > MAX_DEPTH:
         raise InvalidRequest("json", "a schema", f"one nested at most {MAX_DEPTH} deep")
-    return given if isinstance(given, str) else json.dumps(given)
+    return json.dumps(schema if isinstance(schema, dict) else {} if schema else {"not": {}})
 
 
 def _json(field: str, given: Any) -> Any:

@@ -54,8 +54,8 @@ def then(before: Reasoning, grammar: str, spelled: Callable[[str], list[str]]) -
     first, *rest = spelled(before.end)
     end = f"TEXT {first}" if first.startswith("<[") else "lazy_end"
     rules = [
-        "%llguidance {}", f"start: {'' if before.opened else 'answer | begin '}thought answer",
-        f"begin: {' '.join(spelled(before.start))}", f"thought: {' '.join([end, *rest])} /\\n*/",
+        f"start: {'' if before.opened else 'answer | begin '}thought answer",
+        f"begin: {' '.join(spelled(before.start))}", f"thought: {' '.join([end, *rest])} /\\n{{0,2}}/",
         "answer: @answer", r"TEXT: /(.|\n)*/",
     ]  # fmt: skip
     if end == "lazy_end":

@@ -5,9 +5,11 @@ vLLM's, SGLang's and OpenAI-like servers' {"structures": [{"begin", "schema", "e
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
 MAX_STRUCTURES = 128
@@ -34,12 +36,25 @@ def lark(given: Any, schema: Callable[[Any], str], spelled: Callable[[str], list
             rules.append(f"tag_{number}: TEXT {first} {body}")
         else:
             rules += [f"open_{number}[lazy]: TEXT {first}", f"tag_{number}: open_{number} {body}"]
-    return "\n".join(["%llguidance {}", *rules, r"TEXT: /(.|\n)*/", ""])
+    return "\n".join([*rules, r"TEXT: /(.|\n)*/", ""])
+
+
+def marks(tokenizer: Tokenizer) -> dict[str, int]:
+    """Added tokens in <...>, by their texts: llguidance finds them by their ids alone, never in a text."""
+    added = {token.content: i for i, token in tokenizer.raw.get_added_tokens_decoder().items()}
+    return {text: i for text, i in added.items() if text[:1] == "<" and text[-1:] == ">"}
+
+
+def spelled(text: str, known: Mapping[str, int]) -> list[str]:
+    """A text as Lark's texts, and tokens where it holds marks that are known."""
+    pattern = "|".join(re.escape(mark) for mark in sorted(known, key=len, reverse=True))
+    parts = re.split(f"({pattern})", text) if known else [text]
+    return [f"<[{known[part]}]>" if part in known else json.dumps(part) for part in parts if part]
 
 
 def as_text(text: str) -> list[str]:
-    """A text as Lark's, where no vocabulary has tokens of its own for marks."""
-    return [json.dumps(text)] if text else []
+    """The same, where no vocabulary has tokens of its own for marks."""
+    return spelled(text, {})
 
 
 def _read(given: Any) -> tuple[list[dict[str, Any]], list[str], bool]:

@@ -52,7 +52,7 @@ class Chats:
             raise InvalidRequest("max_tokens", body.max_tokens, f"max_completion_tokens ({body.max_completion_tokens})")
         asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         params = body.params(service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None)
-        if (structure := self.tools.structure()) is not None:
+        if (structure := self.tools.structure(service.marks)) is not None:
             if params.structured_outputs is not None:
                 raise InvalidRequest("tool_choice", body.tool_choice, "none, where the output's structure is stated")
             params = dataclasses.replace(params, structured_outputs=structure)

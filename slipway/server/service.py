@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slipway.codec import parts
+from slipway.codec import parts, tags
 from slipway.codec.chat import ChatTemplate
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
@@ -57,6 +57,9 @@ class Service:
     ):  # fmt: skip
         self.folder = folder  # this user's alone
         self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
+        special = frozenset[int]() if tokenizer is None else tokenizer.special_ids  # the text leaves those out
+        marks = {} if tokenizer is None else tags.marks(tokenizer)
+        self.marks = {mark: token for mark, token in marks.items() if token not in special}
         self._trial = None if tokenizer is None else Trial(tokenizer)
         self._chat = None if tokenizer is None else ChatTemplate(template, tokenizer.special_tokens)
         self.template, self.family = template, parts.family(config.output_parser, template)

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slipway.codec import tags
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.parts import FAMILIES, Family, Part, Parts
 from slipway.codec.reasoning import Reasoning
@@ -52,8 +53,8 @@ class Tools:
             family = dataclasses.replace(FAMILIES["hermes"], thinking=family.thinking)
         return Tools(schemas, forced, body.parallel_tool_calls is not False, family)
 
-    def structure(self) -> StructuredOutputs | None:
-        """The grammar of an answer that must call."""
+    def structure(self, marks: Mapping[str, int]) -> StructuredOutputs | None:
+        """The grammar of an answer that must call. ``marks``: tokens that models write instead of their texts."""
         if not self.forced:
             return None
         calls = [
@@ -67,7 +68,7 @@ class Tools:
         compact = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
         body = json.dumps(({"anyOf": calls} if len(calls) > 1 else calls[0]) | compact)
         many = "+" if self.parallel and len(calls) > 1 else ""
-        start, end = (json.dumps(mark) for mark in ("<tool_call>\n", "\n</tool_call>"))
+        start, end = (" ".join(tags.spelled(mark, marks)) for mark in ("<tool_call>\n", "\n</tool_call>"))
         return StructuredOutputs(grammar=f"start: call{many}\ncall: {start} body {end}\nbody: %json {body}\n")
 
     def parser(self, reasons: bool, prompt: str) -> Parts:

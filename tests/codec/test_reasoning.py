@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -106,6 +107,28 @@ def test_a_budget_forces_the_end(kind):
 def test_an_end_that_was_half_said_is_said_again():
     walk = GRAMMARS["texts"].matcher(None, thinking(True, 2))
     assert said("texts", walk, " a</b") == " a</</think>b"
+
+
+MARKED = {
+    "choice": {"choice": ("a</tool_call>", "a<tool_call>b")}, "regex": {"regex": "a</tool_call>"},
+    "json": {"json": {"const": "a</tool_call>b"}}, "ebnf": {"grammar": 'root ::= "a" "<tool_call>"'},
+    "lark": {"grammar": 'start: "a" "<tool_call>"'},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [None, thinking(True)], ids=["at once", "after reasoning"])
+@pytest.mark.parametrize("name", MARKED)
+def test_marks_within_texts_do_not_end_the_output(name, before):
+    """A mark that is a token of its own is no text to llguidance: it has to be spelled."""
+    walk, found = GRAMMARS["tokens"].matcher(StructuredOutputs(**MARKED[name]), before), b""
+    if before is not None:
+        assert walk.accept(TOKENIZERS["tokens"].raw.token_to_id("</think>"))
+    while not walk.is_done and len(found) < 40:
+        bits = np.flatnonzero(np.unpackbits(walk.allowed().view(np.uint8), bitorder="little"))
+        token = int(bits[-1])
+        assert walk.accept(token), TOKENIZERS["tokens"].token_bytes(token)
+        found += TOKENIZERS["tokens"].token_bytes(token)
+    assert b"tool_call>" in found, found
 
 
 TAGS = {

@@ -1,10 +1,20 @@
 """Functions over HTTP, through OpenAI's SDK: forced by grammar, so that nano, which knows none, calls them too."""
 
 import json
+from pathlib import Path
 
 import openai
 import pytest
+import tokenizers
 
+from slipway.codec.grammar import Grammars
+from slipway.codec.parts import FAMILIES
+from slipway.codec.tokenizer import Tokenizer
+from slipway.llm import NANO
+from slipway.server import schema
+from slipway.server.config import ServerConfig
+from slipway.server.service import Service
+from slipway.server.tools import Tools
 from tests.server.conftest import Server
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -104,6 +114,26 @@ def test_templates_see_tools_and_earlier_calls(server):
         {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]},
         {"role": "tool", "tool_call_id": "1", "content": "sunny"}]  # fmt: skip
     assert size(messages=CHAT + earlier) > size()
+
+
+def test_calls_are_forced_in_the_models_own_tokens():
+    """A mark that is a token of its own is not written in pieces; one that the text would leave out is."""
+    plain = Tokenizer.load(Path(NANO))
+    raw = tokenizers.Tokenizer.from_str(plain.raw.to_str())
+    raw.add_tokens(["<tool_call>"])
+    raw.add_special_tokens(["</tool_call>"])
+    tokenizer = Tokenizer(raw, plain.special_tokens, plain.eos_token_ids, None)
+    marks = Service(ServerConfig(), "nano", tokenizer, None, [], Path()).marks
+    body = schema.Chat(messages=CHAT, tools=[STOP], tool_choice="required")
+    structure = Tools.read(body, FAMILIES["hermes"], TEMPLATE).structure(marks)
+    walk = Grammars(tokenizer, tokenizer.vocab_size, [0]).matcher(structure)
+    text = '<tool_call>\n{"name": "stop", "arguments": {}}\n'
+    pieces = plain.encode("</tool_call>", add_special_tokens=False)
+    ids = [*tokenizer.encode(text, add_special_tokens=False), *pieces]
+    assert ids[0] == raw.token_to_id("<tool_call>") and len(pieces) > 1
+    for token in ids:
+        assert walk.allowed()[token // 32] >> (token % 32) & 1 and walk.accept(token), token
+    assert walk.is_done and tokenizer.decode(ids) == f"{text}</tool_call>"
 
 
 BAD = {
