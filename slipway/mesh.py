@@ -1,6 +1,6 @@
 """Decides which logical axis lives on which mesh axis, and makes a declaration fit; knows no layers and no files.
 
-One replica is a (data, tensor) grid of devices. The engine's step runs under ``shard_map``: every device sees its local
+One replica is a (data, model) grid of devices. The engine's step runs under ``shard_map``: every device sees its local
 arrays, and the two collectives that a layer needs are written where they happen (``psum`` after a linear whose input
 axis is split, ``all_gather`` of the logits).
 """
@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipway import tree
 from slipway.errors import InvalidConfig
 
-MESH_AXES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "pages": "data"}
-DATA, TENSOR = "data", "tensor"  # axes that MESH_AXES does not name are whole
+MESH_AXES = {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model", "pages": "data"}
+DATA, TENSOR = "data", "model"  # axes that MESH_AXES does not name are whole
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

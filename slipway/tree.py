@@ -206,6 +206,17 @@ class Separate:
 
 
 @jax.tree_util.register_pytree_with_keys_class
+class Unrolled(Separate):
+    """The same, one after the other in the program: for what wants to know which layer it is while it is traced."""
+
+    def fold(self, step: Callable, carry: Any) -> Any:
+        """``carry = step(layer, index, carry)`` for each in turn; ``index`` is a number."""
+        for index, body in enumerate(self.bodies, self.first):
+            carry = step(body, index, carry)
+        return carry
+
+
+@jax.tree_util.register_pytree_with_keys_class
 class Chain(tuple):
     """Unlike stacks in a row (full attention, then sliding; dense, then MoE) that share one HF prefix."""
 
@@ -257,8 +268,8 @@ def runs(values: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
         first += n
 
 
-def separate(declaration: Any, axis: str = "layers") -> Any:
-    """The declaration with every Stack along ``axis`` taken apart; the HF keys stay the same."""
+def separate(declaration: Any, axis: str = "layers", form: type[Separate] = Separate) -> Any:
+    """The declaration with every Stack along ``axis`` taken apart, into ``form``; the HF keys stay the same."""
 
     def apart(node):
         if not (isinstance(node, Stack) and node.axis == axis):
@@ -266,7 +277,7 @@ def separate(declaration: Any, axis: str = "layers") -> Any:
         body = map_params(
             lambda p: dataclasses.replace(p, stacks=tuple(s for s in p.stacks if s[0] != axis)), node.body
         )
-        return Separate((body,) * node.n, node.first)
+        return form((body,) * node.n, node.first)
 
     return jax.tree.map(apart, declaration, is_leaf=lambda n: is_param(n) or (isinstance(n, Stack) and n.axis == axis))
 

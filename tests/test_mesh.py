@@ -20,7 +20,7 @@ def fitted(axes, tensor):
 @pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4), (8, 1)])
 def test_a_mesh_has_data_rows_of_tensor_devices(data, tensor):
     made = mesh.make_mesh(data, tensor)
-    assert dict(made.shape) == {"data": data, "tensor": tensor}
+    assert dict(made.shape) == {"data": data, "model": tensor}
     assert len({*made.devices.flat}) == data * tensor
 
 
@@ -33,8 +33,8 @@ def test_more_devices_than_there_are_is_refused(data, tensor):
 @pytest.mark.parametrize(
     "axes, expected",
     [
-        ("(heads head_dim) embed", P("tensor", None)), ("embed (heads head_dim)", P(None, "tensor")),
-        ("vocab embed", P("tensor", None)), ("(kv_heads head_dim)", P("tensor")), ("embed", P(None)), ("", P()),
+        ("(heads head_dim) embed", P("model", None)), ("embed (heads head_dim)", P(None, "model")),
+        ("vocab embed", P("model", None)), ("(kv_heads head_dim)", P("model")), ("embed", P(None)), ("", P()),
     ],
 )  # fmt: skip
 def test_the_outermost_axis_of_a_group_says_how_it_is_split(axes, expected):
@@ -71,7 +71,7 @@ def test_collectives_act_along_split_axes_alone(tensor):
         first = jnp.full((1, 1), mesh.local_offset("vocab", x.shape[1]), jnp.int32)
         return mesh.psum(x, "heads"), mesh.psum(x, "embed"), mesh.all_gather(x, "vocab"), first
 
-    split = P(None, "tensor")
+    split = P(None, "model")
     specs = (P(), split, P(), split)
     run = jax.shard_map(local, mesh=mesh.make_mesh(1, tensor), in_specs=split, out_specs=specs, check_vma=False)
     summed, same, gathered, first = run(x)

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes
 
+from slipway.bench.adapters import AdaptersBench
 from slipway.bench.compile import CompileBench
 from slipway.bench.convert import ConvertBench
 from slipway.bench.engine import EngineBench
@@ -24,7 +25,8 @@ class Bench:
 
     what: OmitArgPrefixes[
         OmitSubcommandPrefixes[
-            Annotated[ConvertBench, tyro.conf.subcommand("convert")]
+            Annotated[AdaptersBench, tyro.conf.subcommand("adapters")]
+            | Annotated[ConvertBench, tyro.conf.subcommand("convert")]
             | Annotated[EngineBench, tyro.conf.subcommand("engine")]
             | Annotated[LayersBench, tyro.conf.subcommand("layers")]
             | Annotated[PeersBench, tyro.conf.subcommand("peers")]

@@ -55,6 +55,5 @@ class Attention:
             return ops.rotate(x_TNH, weight, angles, num_tokens, eps)
 
         q_TNH, k_TKH = rotated(q_TNH, self.q_norm), rotated(k_TKH, self.k_norm)
-        kv = ops.write_kv(kv, layer, k_TKH, v_TKH, ragged)
-        o_TNH = ops.paged_attention(q_TNH, kv, layer, ragged, self.head_dim**-0.5, self.window)
+        o_TNH, kv = ops.attend(q_TNH, k_TKH, v_TKH, kv, layer, ragged, self.head_dim**-0.5, self.window)
         return self.o_proj(o_TNH.reshape(x_TD.shape[0], -1), num_tokens), kv

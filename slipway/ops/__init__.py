@@ -12,6 +12,7 @@ device's part: the ops run under shard_map and communicate with nobody.
     rotate(x_TNH, weight, angles, num_tokens, eps) -> y_TNH         heads normalized, if weight is given, and turned
     write_kv(kv, layer, k_TKH, v_TKH, ragged) -> kv             in place where the caller donates kv
     paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N) -> o_TNH
+    attend(q_TNH, k_TKH, v_TKH, kv, layer, ragged, scale, window, ...) -> (o_TNH, kv)    both, one after the other
     allocate_kv(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv
     sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
@@ -22,6 +23,7 @@ page in any order, or ops/tpu.py's. The body that wrote a cache reads it: both f
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ from jax import lax
 
 from slipway.errors import UnsupportedModel
 from slipway.ops import cpu, tpu, xla
-from slipway.tree import module
+from slipway.tree import module, static
 
 
 def allocate_kv(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
@@ -100,6 +102,14 @@ def paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap=None, sink
     return _serve(why_not, cpu.paged_attention, xla.paged_attention, q_TNH, kv, layer, ragged, sinks_N, **static)
 
 
+def attend(q_TNH, k_TKH, v_TKH, kv, layer, ragged, scale, window, soft_cap=None, sinks_N=None):
+    """See above; a borrowed cache is its owner's to write and to read."""
+    if isinstance(kv, Borrowed):
+        return kv.attend(q_TNH, k_TKH, v_TKH, layer, scale=scale, window=window, soft_cap=soft_cap, sinks_N=sinks_N)
+    kv = write_kv(kv, layer, k_TKH, v_TKH, ragged)
+    return paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N), kv
+
+
 def _serve(why_not: str, compiled: Callable, portable: Callable, *args, **static):
     """Call the portable body, or the compiled one where the step is lowered for a CPU and nothing speaks against it."""
     if why_not:
@@ -123,6 +133,25 @@ def bodies(platform: str, kv, dtype) -> dict[str, str]:
         "embed": dense, "linear": dense, "gated_linear": dense, "rms_norm": dense, "rotate": dense,
         "write_kv": cache, "paged_attention": cache, "sample": logits,
     }  # fmt: skip
+
+
+@module
+class Borrowed:
+    """The cache of another engine: an array for each layer, written and read by that engine's kernel.
+
+    ``kernel(q_TNH, k_TKH, v_TKH, cache, where, **options) -> (o_TNH, cache)``; ``where`` is the engine's own account of
+    which tokens lie in which pages.
+    """
+
+    caches: tuple[Any, ...]
+    where: Any
+    kernel: Callable = static()
+
+    def attend(self, q_TNH, k_TKH, v_TKH, layer: int, **options):
+        """As ops.attend; ``layer`` is not traced: layers follow each other in Python."""
+        o_TNH, cache = self.kernel(q_TNH, k_TKH, v_TKH, self.caches[layer], self.where, **options)
+        caches = (*self.caches[:layer], cache, *self.caches[layer + 1 :])
+        return o_TNH, Borrowed(caches, self.where, self.kernel)
 
 
 @module

@@ -1,0 +1,189 @@
+"""MaxText models inside vLLM on TPU: decides its configuration from vLLM's, and what goes in and out of a decoder.
+
+Knows tpu-inference's contract for model classes (docs/adapters.md). MaxText itself is optional, wants Python 3.12, and
+is imported when a model is made.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slipway.errors import InvalidConfig
+
+logger = logging.getLogger(__name__)
+LANES = 128  # of a TPU's vector registers
+GET = "pip install maxtext, on Python 3.12 or later"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxText:
+    """What is used of MaxText."""
+
+    initialize: Callable[..., Any]
+    from_pretrained: Callable[..., Any]
+    configs: Path
+    mode: Any
+
+    @staticmethod
+    def load() -> "MaxText":
+        """Raises InvalidConfig where it is not installed, or not whole."""
+        try:
+            pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+            creation = importlib.import_module("maxtext.utils.model_creation_utils")
+            places = importlib.import_module("maxtext.utils.globals")
+            types = importlib.import_module("maxtext.common.common_types")
+        except ImportError as error:
+            raise InvalidConfig("model", "a MaxText model", f"MaxText beside it ({GET}): {error}") from error
+        return MaxText(
+            pyconfig.initialize, creation.from_pretrained, Path(places.MAXTEXT_CONFIGS_DIR),
+            types.MODEL_MODE_AUTOREGRESSIVE,
+        )  # fmt: skip
+
+
+def overrides(vllm_config: Any, lanes: int = LANES) -> dict[str, Any]:
+    """MaxText's options for what vLLM was asked for: those that the user gave, and what the shards need.
+
+    Raises ValueError without an HF path, from which vLLM reads sizes and tokenizer.
+    """
+    if not getattr(vllm_config.model_config, "hf_config_path", None):
+        raise ValueError(
+            "model_config.hf_config_path: got None, expected the directory or hub id of the model's HF config "
+            "(--hf-config-path): vLLM reads head counts and the tokenizer from it"
+        )
+    given = dict((vllm_config.additional_config or {}).get("maxtext_config") or {})
+    if vllm_config.load_config.load_format == "dummy" and given.get("load_parameters_path"):
+        logger.warning("load_parameters_path %s is not read: the load format is dummy", given["load_parameters_path"])
+        given["load_parameters_path"] = None
+    config, sharding = vllm_config.model_config.hf_config, vllm_config.sharding_config
+    config = getattr(config, "text_config", None) or config
+    shards = sharding.tp_size * sharding.expert_size
+    for name, field in (("base_num_kv_heads", "num_key_value_heads"), ("global_num_kv_heads", _GLOBAL)):
+        heads = getattr(config, field, None)
+        if heads is not None and (raised := raised_kv_heads(heads, shards)) != heads:
+            logger.info(
+                "%s: %d KV heads are held %d times, one for each of %d shards", name, heads, shards // heads, shards
+            )
+            given[name] = raised
+    size = getattr(config, "moe_intermediate_size", None)
+    if size is not None:
+        padded = padded_moe_mlp_dim(size, sharding.tp_size * sharding.attn_dp_size, lanes)
+        if padded != size:
+            logger.warning("experts are padded from %d to %d rows: %.3g times the memory", size, padded, padded / size)
+            given["padded_base_moe_mlp_dim"] = padded
+    return given
+
+
+_GLOBAL = "num_global_key_value_heads"
+
+
+def raised_kv_heads(heads: int, shards: int) -> int:
+    """KV heads, each held as often as every one of ``shards`` (tensor times expert) needs one of its own."""
+    return shards if heads < shards and shards % heads == 0 else heads
+
+
+def padded_moe_mlp_dim(size: int, shards: int, lanes: int = LANES) -> int:
+    """Rows of an expert, padded to powers of two until each of ``shards`` holds a multiple of twice the lanes.
+
+    tpu-inference's grouped matrix product takes nothing else.
+    """
+    while size % shards or (size // shards) % (2 * lanes):
+        size = 1 << size.bit_length()  # the next power of two above
+    return size
+
+
+def configuration(vllm_config: Any, maxtext: MaxText, lanes: int = LANES) -> Any:
+    """MaxText's configuration: its file for inference under vLLM, and ``overrides``."""
+    return maxtext.initialize(["", str(maxtext.configs / "inference" / "vllm.yml")], **overrides(vllm_config, lanes))
+
+
+class MaxTextForCausalLM(nnx.Module):
+    """A MaxText decoder as tpu-inference calls a model."""
+
+    _self_manages_sharding = True  # it is made under its own mesh and rules, not in an outer jit
+
+    def __init__(self, vllm_config: Any, rng_key: jax.Array, mesh: jax.sharding.Mesh):
+        self.vllm_config, self.mesh = vllm_config, mesh
+        self._maxtext = MaxText.load()
+        self.maxtext_config = configuration(vllm_config, self._maxtext)
+        self.model: Any = None
+        if vllm_config.load_config.load_format == "dummy":
+            self.load_weights(rng_key)
+        elif self.maxtext_config.load_parameters_path is None:
+            logger.warning("maxtext_config has no load_parameters_path: the weights will be random")
+
+    def load_weights(self, rng_key: jax.Array) -> None:
+        """Make the model, once."""
+        if self.model is not None:
+            return
+        with self._rules():
+            model = self._maxtext.from_pretrained(
+                self.maxtext_config, mesh=self.mesh, model_mode=self._maxtext.mode, rng_key=rng_key
+            )
+        self.model = nnx.data(model)
+
+    def __call__(
+        self, kv_caches: list[jax.Array], input_ids: jax.Array | None, attention_metadata: Any,
+        inputs_embeds: jax.Array | None = None, *_: Any, **__: Any,
+    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:  # fmt: skip
+        """Flat tokens [T] -> (caches, hidden states [T, embed], no auxiliary ones, the experts' indices or None).
+
+        MaxText reads them as T sequences of one token.
+        """
+        model, embeds = self._made(), None
+        if inputs_embeds is not None:
+            embeds = inputs_embeds[:, None, :].astype(self.maxtext_config.dtype)
+            input_ids = jnp.zeros(inputs_embeds.shape[:1], jnp.int32)
+        assert input_ids is not None, "either ids or embeddings"
+        metadata = attention_metadata
+        one = next(iter(metadata.values())) if isinstance(metadata, Mapping) else metadata
+        with self._rules():
+            found = model(
+                decoder_input_tokens=input_ids[:, None], decoder_input_embeddings=embeds,
+                decoder_positions=one.input_positions[:, None], kv_caches=kv_caches, attention_metadata=metadata,
+                model_mode=self._maxtext.mode,
+            )  # fmt: skip
+        hidden, kv_caches, experts = found if len(found) == 3 else (*found, None)
+        return kv_caches, hidden.reshape(-1, hidden.shape[-1]), [], experts
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
+        """The same."""
+        return self(*args, **kwargs)
+
+    def compute_logits(self, hidden_states: jax.Array) -> jax.Array:
+        """Hidden states [T, embed] -> logits [T, vocab], through the decoder's head."""
+        model = self._made()
+        with self._rules():
+            head = model.decoder.apply_output_head
+            return head(model.token_embedder, hidden_states[:, None], True, self._maxtext.mode)[:, 0]
+
+    def embed_input_ids(self, input_ids: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        """Token ids [T] -> embeddings [T, embed]."""
+        model = self._made()
+        with self._rules():
+            return model.token_embedder(input_ids)
+
+    def get_input_embeddings(self) -> jax.Array:
+        """The table."""
+        return self._made().token_embedder.embedding
+
+    def _made(self) -> Any:
+        if self.model is None:
+            raise RuntimeError("the MaxText model has no weights yet: load_weights comes first")
+        return self.model
+
+    @contextlib.contextmanager
+    def _rules(self) -> Iterator[None]:
+        """Under the mesh, and the rules by which MaxText splits arrays over it.
+
+        ``with mesh`` and not ``jax.set_mesh``: MaxText 0.2.5 asks for the former's.
+        """
+        with self.mesh, nnx.logical_axis_rules(self.maxtext_config.logical_axis_rules):
+            yield

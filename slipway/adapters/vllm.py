@@ -1,0 +1,174 @@
+"""Slipway's architectures inside vLLM on TPU: decides how tpu-inference's caches and metadata become our step's.
+
+The contract is tpu-inference 0.32's (docs/adapters.md). nnx stands at the border, where that engine splits a model into
+a graph and its arrays; inside is our tree, under ``shard_map`` over that engine's mesh, whose axes have our names. Its
+attention kernel writes and reads its caches. Nothing here is imported before vLLM asks for its plugins.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from slipway import mesh as meshes
+from slipway import models, ops, tree
+from slipway.checkpoint import files, hub, load
+from slipway.errors import InvalidConfig
+
+logger = logging.getLogger(__name__)
+PREFIX = "Slipway"  # tpu-inference gives Hugging Face's names to its own classes
+IGNORED = ("*.rotary_emb.inv_freq",)
+Kernel = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def register() -> None:
+    """vLLM's plugin: ``--hf-overrides '{"architectures": ["SlipwayQwen3ForCausalLM"]}'`` chooses our class, and
+    ``MaxTextForCausalLM`` MaxText's models. Without tpu-inference there is nothing to do.
+    """
+    try:
+        loader = importlib.import_module("tpu_inference.models.common.model_loader")
+    except ImportError as error:
+        logger.info("tpu-inference is not here, so no model is registered with vLLM: %s", error)
+        return
+    from slipway.adapters.maxtext import MaxTextForCausalLM
+
+    for architecture in models.ARCHITECTURES:
+        loader.register_model(PREFIX + architecture, served(architecture))
+    loader.register_model("MaxTextForCausalLM", MaxTextForCausalLM)
+
+
+@functools.cache
+def served(architecture: str) -> type["Served"]:
+    """The class that vLLM is given for one of our architectures."""
+    return type(PREFIX + architecture, (Served,), {"architecture": architecture, "__doc__": Served.__doc__})
+
+
+class Served(nnx.Module):
+    """One of our models as tpu-inference calls it."""
+
+    architecture = ""
+    _self_manages_sharding = True
+
+    def __init__(self, vllm_config: Any, rng_key: jax.Array, mesh: Mesh):
+        if wide := {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in (meshes.DATA, meshes.TENSOR)}:
+            raise InvalidConfig("sharding_strategy", wide, "data and tensor parallelism alone")
+        self.mesh, self.model_name = mesh, vllm_config.model_config.model
+        raw = vllm_config.model_config.hf_config.to_dict() | {"architectures": [self.architecture]}
+        declared = tree.separate(models.declare(raw), form=tree.Unrolled)
+        self.declaration = Static(meshes.fit(declared, mesh))
+        self.dtype = np.dtype(vllm_config.model_config.dtype)
+        if vllm_config.load_config.load_format == "dummy":
+            arrays = jax.tree.leaves(load.dummy(self.declaration.value, mesh, self.dtype))
+        else:
+            arrays = [jnp.zeros(leaf.param.shape, leaf.param.held_as(self.dtype)) for leaf in self._leaves()]
+        self.arrays = nnx.List([nnx.Param(array) for array in arrays])
+        self.kernel = Static(attention_kernel())
+
+    def load_weights(self, rng: jax.Array) -> None:
+        """Read the HF directory, each device its own part. Raises CheckpointError, listing all that does not fit."""
+        checkpoint = files.open_checkpoint(hub.resolve(self.model_name))
+        declaration = self.declaration.value
+        arrays = load.load(declaration, checkpoint, self.mesh, self.dtype, IGNORED)
+        self.arrays = nnx.List([nnx.Param(array) for array in jax.tree.leaves(arrays)])
+
+    def __call__(
+        self, kv_caches: list[jax.Array], input_ids: jax.Array, attention_metadata: Any,
+        inputs_embeds: jax.Array | None = None, *_: Any, **__: Any,
+    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], None]:  # fmt: skip
+        """Flat tokens [T] -> (caches, hidden states [T, embed], no auxiliary ones, no experts)."""
+        if inputs_embeds is not None:
+            raise InvalidConfig("inputs_embeds", "some", "token ids: this model has no other input")
+        one = attention_metadata
+        if isinstance(one, Mapping):
+            one = next(iter(one.values()))
+        kernel = self.kernel.value
+
+        def step(arrays, caches, ids_T, where):
+            model = self._model(arrays)
+            borrowed = ops.Borrowed(tuple(caches), where, kernel)
+            x_TD, borrowed = model(ids_T, borrowed, ragged(where))
+            return list(borrowed.caches), x_TD
+
+        caches = P(meshes.DATA, None, meshes.TENSOR, None, None)
+        rows = jax.tree.map(lambda _: P(meshes.DATA), one)
+        run = jax.shard_map(
+            step, mesh=self.mesh, in_specs=(self._specs(), [caches] * len(kv_caches), P(meshes.DATA), rows),
+            out_specs=([caches] * len(kv_caches), P(meshes.DATA)), check_vma=False,
+        )  # fmt: skip
+        kv_caches, x_TD = run([array[...] for array in self.arrays], list(kv_caches), input_ids, one)
+        return kv_caches, x_TD, [], None
+
+    def compute_logits(self, hidden_states: jax.Array) -> jax.Array:
+        """Hidden states [B, embed] -> f32 logits [B, vocab]."""
+
+        def head(arrays, x_BD):
+            return self._model(arrays).logits(x_BD, x_BD.shape[0])
+
+        run = jax.shard_map(
+            head, mesh=self.mesh, in_specs=(self._specs(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False
+        )
+        return run([array[...] for array in self.arrays], hidden_states)
+
+    def embed_input_ids(self, input_ids: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        """Refused: only multimodal and speculative roads ask for it."""
+        raise InvalidConfig("inputs_embeds", "some", "token ids: this model has no other input")
+
+    def _leaves(self) -> list[tree.Leaf]:
+        return list(tree.leaves(self.declaration.value))
+
+    def _model(self, arrays: list[jax.Array]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(self.declaration.value, is_leaf=tree.is_param), arrays)
+
+    def _specs(self) -> list[P]:
+        return [meshes.partition(leaf.param) for leaf in self._leaves()]
+
+
+class Static:
+    """A value that belongs to a module's graph and not to its arrays; equal to itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def ragged(where: Any) -> ops.Ragged:
+    """Our account of a step's tokens from tpu-inference's AttentionMetadata, without what its own kernel knows.
+
+    input_positions [T], seq_lens [B], query_start_loc [B + 1], request_distribution [3]: the last is the number of
+    sequences; what lies behind theirs in every array is padding.
+    """
+    starts, lengths_B, count = where.query_start_loc, where.seq_lens, where.request_distribution[2]
+    num_tokens, rows = starts[count], lengths_B.shape[0]
+    tokens_T = jnp.arange(where.input_positions.shape[0], dtype=jnp.int32)
+    of_T = jnp.clip(jnp.searchsorted(starts[1:], tokens_T, side="right"), 0, jnp.maximum(count - 1, 0))
+    live_B = jnp.arange(rows, dtype=jnp.int32) < count
+    zero = jnp.zeros((), jnp.int32)
+    return ops.Ragged(
+        num_tokens.astype(jnp.int32), where.input_positions, lengths_B[of_T], jnp.zeros_like(tokens_T),
+        jnp.where(live_B, starts[:-1], zero), jnp.where(live_B, starts[1:] - starts[:-1], zero),
+        jnp.where(live_B, lengths_B, zero), where.block_tables.reshape(rows, -1),
+    )  # fmt: skip
+
+
+def attention_kernel() -> Kernel:
+    """tpu-inference's ragged paged attention as ``ops.Borrowed`` calls a kernel."""
+    interface = importlib.import_module("tpu_inference.layers.common.attention_interface")
+
+    def kernel(q_TNH, k_TKH, v_TKH, cache, where, *, scale, window, soft_cap, sinks_N):
+        if sinks_N is not None:
+            raise InvalidConfig("attention sinks", "some", "none: this kernel has no place for them")
+        narrow = q_TNH.shape[-1] == 64  # a kernel of its own
+        attend = interface.ragged_paged_attention_hd64 if narrow else interface.ragged_paged_attention
+        return attend(
+            q_TNH, k_TKH, v_TKH, cache, where.seq_lens, where.block_tables, where.query_start_loc,
+            where.request_distribution, sm_scale=scale, sliding_window=window, soft_cap=soft_cap,
+        )  # fmt: skip
+
+    return kernel

@@ -1,0 +1,167 @@
+"""Run by an environment that has vLLM for TPUs: our class behind tpu-inference's loader, beside transformers.
+
+Argument: devices that share each layer. Prints one JSON object. The steps: two prompts, one of them in two chunks, then
+a token for each; every position's logits are compared.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from slipway.adapters import standins
+from slipway.adapters import vllm as adapter
+
+PAGE_SIZE, NUM_PAGES, PAGES_PER_ROW, ROWS = 16, 64, 8, 4
+CONFIG = transformers.Qwen3Config(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=128, max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def main(devices: int) -> None:
+    """Compare and print."""
+    loader = importlib.import_module("tpu_inference.models.common.model_loader")
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(folder)
+        adapter.register()
+        config = vllm_config(folder)
+        on_a_host_without_a_tpu(loader)
+        mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "model"))
+        with importlib.import_module("vllm.config").set_current_vllm_config(config):
+            interface = loader.get_flax_model(config, jax.random.PRNGKey(0), mesh)
+    runner = Runner(interface, mesh)
+    worst, equal, compared = 0.0, 0, 0
+    prompts = [np.random.default_rng(0).integers(0, 512, n).tolist() for n in (37, 5)]
+    expected = [logits(model, prompt) for prompt in prompts]
+    said = [[*prompt, int(found[-1].argmax())] for prompt, found in zip(prompts, expected)]
+    steps = [
+        ([(0, prompts[0][:20]), (0, prompts[1])], [expected[0][:20], expected[1]], 0),
+        ([(20, prompts[0][20:])], [expected[0][20:]], 0),
+        ([(len(ids) - 1, ids[-1:]) for ids in said], [logits(model, ids)[-1:] for ids in said], 2),
+    ]
+    for chunks, references, decoding in steps:
+        found, reference = runner.step(chunks, decoding), np.concatenate(references)
+        worst = max(worst, float(np.abs(found - reference).max()))
+        equal += int((found.argmax(-1) == reference.argmax(-1)).sum())
+        compared += len(reference)
+    print(json.dumps({
+        "tpu_inference": importlib.import_module("importlib.metadata").version("tpu_inference"),
+        "jax": jax.__version__, "class": type(interface.model).__name__, "tensor_parallel_size": devices,
+        "positions": compared, "argmax_equal": equal, "max_logit_difference": worst,
+        "fields_that_the_real_objects_lack": missing_fields(config),
+    }))  # fmt: skip
+
+
+def random_model(folder: str) -> torch.nn.Module:
+    """A Qwen3 whose greedy choices have margins, saved."""
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(CONFIG).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def vllm_config(folder: str) -> Any:
+    """vLLM's own, for our class."""
+    arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(
+        model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=256, enforce_eager=True,
+        hf_overrides={"architectures": [adapter.PREFIX + "Qwen3ForCausalLM"]},
+    )  # fmt: skip
+    return arguments.create_engine_config()
+
+
+def on_a_host_without_a_tpu(loader: Any) -> None:
+    """No compiler options for TPUs, and the attention kernel's reference, which reads its arguments' values."""
+    loader.get_step_fn_compiler_options = dict
+    kernels = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
+
+    def attend(q, k, v, cache, *where, **options):
+        def on_host(*args):
+            out, new = kernels.ref_ragged_paged_attention(*map(jnp.asarray, args), **options)
+            whole = np.zeros(q.shape, q.dtype)
+            whole[: len(out)] = np.asarray(out)  # it gives the tokens that are there
+            return whole, np.asarray(new)
+
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache))
+        return jax.pure_callback(on_host, shapes, q, k, v, cache, *where)
+
+    interface: Any = importlib.import_module("tpu_inference.layers.common.attention_interface")
+    interface.ragged_paged_attention = attend
+
+
+class Runner:
+    """Calls the model as tpu-inference's runner does."""
+
+    def __init__(self, interface: Any, mesh: Mesh):
+        kernels = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
+        self._metadata = importlib.import_module("tpu_inference.layers.common.attention_metadata").AttentionMetadata
+        shape = kernels.get_kv_cache_shape(
+            NUM_PAGES, PAGE_SIZE, CONFIG.num_key_value_heads, CONFIG.head_dim, jnp.float32
+        )
+        self._interface, self._rows = interface, NamedSharding(mesh, P("data"))
+        split = NamedSharding(mesh, P("data", None, "model", None, None))
+        self._caches = [jax.device_put(jnp.zeros(shape), split) for _ in range(CONFIG.num_hidden_layers)]
+        pages = 1 + np.arange(ROWS * PAGES_PER_ROW, dtype=np.int32)
+        self._tables = pages
+
+    def step(self, chunks: list[tuple[int, list[int]]], decoding: int) -> np.ndarray:
+        """Logits of every token of ``chunks``: for each row the first position, and token ids."""
+        T, ids, positions = 32, list[int](), list[int]()
+        lengths, starts = np.zeros(ROWS, np.int32), np.ones(ROWS + 1, np.int32)
+        starts[0] = 0
+        for row, (first, tokens) in enumerate(chunks):
+            ids += tokens
+            positions += range(first, first + len(tokens))
+            lengths[row], starts[row + 1] = first + len(tokens), len(ids)
+        padding = [0] * (T - len(ids))
+        counts = np.array([decoding, decoding, len(chunks)], np.int32)
+        where = [np.array(positions + padding, np.int32), self._tables, lengths, starts, counts]
+        metadata = self._metadata(*(jax.device_put(x, self._rows) for x in where))
+        tokens_T = jax.device_put(np.array(ids + padding, np.int32), self._rows)
+        leaves, nothing = self._interface.state_leaves, (None,) * 5
+        self._caches, hidden, *_ = self._interface.model_fn(
+            leaves, self._caches, tokens_T, metadata, *nothing, True, True
+        )  # fmt: skip
+        return np.asarray(self._interface.compute_logits_fn(leaves, hidden, None))[: len(ids)]
+
+
+def logits(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    """transformers', of every position."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def missing_fields(config: Any) -> list[str]:
+    """Fields of the stand-ins that the tests use and the real objects have not."""
+    metadata = importlib.import_module("tpu_inference.layers.common.attention_metadata").AttentionMetadata
+    names = SimpleNamespace(**{field.name: None for field in dataclasses.fields(metadata)})
+    pairs = [
+        (standins.VllmConfig, config), (standins.ModelConfig, config.model_config),
+        (standins.LoadConfig, config.load_config), (standins.ShardingConfig, config.sharding_config),
+        (standins.AttentionMetadata, names),
+    ]  # fmt: skip
+    return [
+        f"{kind.__name__}.{field.name}"
+        for kind, real in pairs
+        for field in dataclasses.fields(kind)
+        if not hasattr(real, field.name)
+    ]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
