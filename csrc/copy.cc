@@ -237,3 +237,15 @@ extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int6
     default: return 1;
   }
 }
+
+// Both in one pass: a piece is counted where it lies, and copied while it is in the first cache.
+extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n, int64_t itemsize, uint64_t limit) {
+  constexpr int64_t kPiece = 1 << 14;  // bytes
+  int64_t count = 0;
+  for (int64_t at = 0; at < n * itemsize; at += kPiece) {
+    const int64_t size = std::min(kPiece, n * itemsize - at);
+    count += slipway_count_above(src + at, size / itemsize, itemsize, limit);
+    slipway_stream(dst + at, src + at, size);
+  }
+  return count;
+}

@@ -74,7 +74,7 @@ class LLM:
         from slipway.convert import live  # with the rules of every foreign tree, which few need
 
         values = live.values(source, self.engine.weights, mapping)
-        values.check(self.engine.weights)
+        values.check(self.engine.weights, mode)
         return self._until(self.engine.update_weights(values, version=version, mode=mode, policy=policy))
 
     def sleep(self, level: int = 1) -> None:

@@ -72,7 +72,7 @@ class Call(asyncio.Protocol):
             for choice in event["choices"]:
                 text = choice.get("text") or choice.get("delta", {}).get("content") or ""
                 self.timed.text += text
-                if text or choice.get("finish_reason"):
+                if text or choice.get("token_ids") or choice.get("finish_reason"):
                     self.timed.events.append(now)
 
     def on_message_complete(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipway.bench import limits, llama_cpp, rivals
+from slipway.bench import limits, llama_cpp, rivals, servers
 from slipway.bench.models import QWEN3_BYTES, QWEN3_SHAPE, random_model
 from slipway.llm import NANO
 
@@ -29,6 +29,7 @@ COUNTERPARTS = {"ours int8": "llama.cpp q8_0", "ours int4": "llama.cpp q4_0"}
 BATCHES, PREFILLS, CONTEXTS = (1, 8, 16), (512, 2048), (128, 512, 2048, 8192)
 SERVES = {"128/128": (128, 128, 0), "1024/128": (1024, 128, 0), "shared prefix": (512, 64, 448)}
 SLOTS, MAX_MODEL_LEN, PACKED_MODEL_LEN = 16, 2176, 256
+SERVERS = ("ours", "vllm", "llama.cpp")
 UNPACKED = ("ours", "transformers", "vllm", "llama.cpp")
 
 
@@ -50,6 +51,8 @@ class PeersBench:
     requests: int = 64
     loads: tuple[Literal["128/128", "1024/128", "shared prefix"], ...] = ("128/128",)
     """Prompt and output tokens of the requests; shared prefix: 512 tokens, 448 of them common, and 64 out."""
+    server: bool = False
+    """Requests alone, over HTTP: ours, vLLM's server and llama.cpp's."""
     contexts: bool = True
     """Time a step of ours after prompts of 128 to 8,192 tokens, too."""
     out: Path | None = None
@@ -60,6 +63,9 @@ class PeersBench:
     def run(self) -> None:
         """Measure, and print a table."""
         threads = len(os.sched_getaffinity(0))
+        if self.server:
+            kept = tuple(name for name in self.engines if name in SERVERS)
+            self = dataclasses.replace(self, engines=kept, contexts=False)
         with tempfile.TemporaryDirectory() as folder, self._started(Path(folder), threads) as engines:
             figures = self._rounds(engines, threads)
             figures["start s"] = {name: [engines[name].start_s] for name in engines if name in UNPACKED}
@@ -101,7 +107,7 @@ class PeersBench:
                 figures.setdefault(key, {}).setdefault("host", []).append(rate)
             everyone = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
             names = [name for name in everyone if name in UNPACKED]
-            whole = self.model != "nano"  # whose steps are too short for a rival's tools to time
+            whole = self.model != "nano" and not self.server  # nano's steps are too short for a rival's tools to time
             for batch in BATCHES if whole else ():
                 asked, steps = prompts(batch, 16), self.decode_tokens
                 take(f"decode b{batch} tok/s", partial(_decode_rate, prompts=asked, steps=steps), everyone)
@@ -147,6 +153,8 @@ class PeersBench:
         if name.startswith("llama.cpp"):
             kind = name.removeprefix("llama.cpp").strip() or "bf16"
             return rivals.LlamaCpp(folder / f"{kind}.gguf", length, SLOTS, threads, serves=kind == "bf16")
+        if self.server:
+            return servers.HttpServer(name, directory, length, SLOTS, tokenizer=self.model == "nano")
         return rivals.Worker(name, directory, "bfloat16", length, SLOTS, folder / "cache")
 
     def _directory(self, folder: Path) -> Path:

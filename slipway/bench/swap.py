@@ -21,7 +21,7 @@ from slipway.bench.models import QWEN3_SHAPE, random_model
 from slipway.engine.params import SamplingParams
 from slipway.llm import LLM, NANO
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 32, 64
+PROMPT_TOKENS, OUTPUT_TOKENS = 32, 16
 POLICIES: tuple[Literal["continue", "recompute", "finish"], ...] = ("continue", "recompute", "finish")
 
 
@@ -81,21 +81,32 @@ def _times(llm: LLM, directory: Path, arrays: dict[str, np.ndarray], rounds: int
     ways: dict[str, Callable[[], Any]] = {
         "memcpy": copy, "from_arrays": lambda: llm.update_weights(arrays),
         "read_file": read, "from_files": lambda: llm.update_weights(directory),
-        "from_arrays_atomic": lambda: llm.update_weights(arrays, mode="atomic"),
     }  # fmt: skip
+    beside: dict[str, Callable[[], Any]] = {
+        "memcpy": copy, "from_arrays_atomic": lambda: llm.update_weights(arrays, mode="atomic"),
+        "read_file": read, "from_files_atomic": lambda: llm.update_weights(directory, mode="atomic"),
+    }  # fmt: skip
+    return {
+        "inplace": _by_turns(ways, rounds),
+        "atomic": _by_turns(beside, rounds),
+    }  # an exchange in place frees memory
+
+
+def _by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Medians, lowest and highest, and the two ratios."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 2):  # two sets of memory are touched for the first time
         for name, way in ways.items():
             started = time.perf_counter()
             way()
             taken[name].append(time.perf_counter() - started)
-    seconds = {name: statistics.median(times[1:]) for name, times in taken.items()}
+    copied, from_arrays, read, from_files = (statistics.median(times[2:]) for times in taken.values())
     return {
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "spread": {name: [round(min(times[1:]), 4), round(max(times[1:]), 4)] for name, times in taken.items()},
-        "first": {name: round(times[0], 4) for name, times in taken.items()},
-        "from_arrays_to_memcpy": round(seconds["from_arrays"] / seconds["memcpy"], 2),
-        "from_files_to_reading": round(seconds["from_files"] / seconds["read_file"], 2),
+        "first_s": {name: round(times[0], 4) for name, times in taken.items()},
+        "median_s": {name: round(statistics.median(times[2:]), 4) for name, times in taken.items()},
+        "spread_s": {name: [round(min(times[2:]), 4), round(max(times[2:]), 4)] for name, times in taken.items()},
+        "arrays_to_memcpy": round(from_arrays / copied, 2),
+        "files_to_reading": round(from_files / read, 2),
     }
 
 

@@ -32,15 +32,23 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
     )
 
 
-def stream(target: np.ndarray, source: np.ndarray) -> None:
-    """``target[...] = source`` for contiguous arrays of as many bytes, past the cache: nobody reads the target soon."""
+def stream(target: np.ndarray, source: np.ndarray, limit: int | None = None) -> int:
+    """``target[...] = source`` for contiguous arrays of as many bytes, past the cache: nobody reads the target soon.
+
+    ``limit``: the source's items that exceed it, as ``count_above`` has it, found in the same pass; else 0.
+    """
     assert target.nbytes == source.nbytes and target.flags.c_contiguous and source.flags.c_contiguous
     library = _library()
-    if library is None:
+    if library is None or (limit is not None and source.itemsize not in (2, 4, 8)):
         target.reshape(-1).view(np.uint8)[...] = source.reshape(-1).view(np.uint8)
-        return
+        return 0 if limit is None else count_above(source.reshape(-1), limit)
     pointers = ctypes.c_void_p(target.ctypes.data), ctypes.c_void_p(source.ctypes.data)
-    library.slipway_stream(*pointers, ctypes.c_int64(target.nbytes))
+    if limit is None:
+        library.slipway_stream(*pointers, ctypes.c_int64(target.nbytes))
+        return 0
+    library.slipway_stream_counted.restype = ctypes.c_int64
+    sizes = ctypes.c_int64(source.size), ctypes.c_int64(source.itemsize), ctypes.c_uint64(limit)
+    return library.slipway_stream_counted(*pointers, *sizes)
 
 
 def count_above(values: np.ndarray, limit: int) -> int:

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from slipway.checkpoint.bits import count_above
 from slipway.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -36,6 +38,8 @@ DTYPES: Mapping[str, np.dtype] = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 _HUGE_PAGE_BYTES = 1 << 21
+_PIECE_BYTES = 1 << 20  # read at a time: it stays in the second cache
+_local = threading.local()
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -66,22 +70,27 @@ class Checkpoint:
         tensor = self.tensors[name]
         return np.ndarray(tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start)
 
-    def copy(self, name: str, target: np.ndarray) -> None:
+    def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
         """Read the tensor into ``target``, a contiguous array of its size; none of its pages becomes resident here.
 
-        Raises OSError where the file has become shorter.
+        ``limit`` and the result as ``bits.stream`` has them. Raises OSError where the file has become shorter.
         """
-        tensor = self.tensors[name]
+        tensor, count = self.tensors[name], 0
+        flat, size = target.reshape(-1), _PIECE_BYTES // target.itemsize
         with tensor.file.open("rb", buffering=0) as file:
-            _read(file.fileno(), tensor.start, target)
+            for first in range(0, flat.size, size):  # counted while it is in the cache
+                piece = flat[first : first + size]
+                _read(file.fileno(), tensor.start + first * target.itemsize, piece)
+                count += 0 if limit is None else count_above(piece, limit)
+        return count
 
-    def pieces(self, name: str, size_bytes: int) -> Iterator[np.ndarray]:
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The tensor's numbers in order, flat, a piece at a time; each is valid until the next is asked for."""
         tensor = self.tensors[name]
-        dtype, buffer = DTYPES[tensor.dtype], np.empty(min(size_bytes, tensor.stop - tensor.start), np.uint8)
+        dtype, buffer = DTYPES[tensor.dtype], _scratch()
         with tensor.file.open("rb", buffering=0) as file:
-            for start in range(tensor.start, tensor.stop, size_bytes):
-                piece = buffer[: min(size_bytes, tensor.stop - start)]
+            for start in range(tensor.start, tensor.stop, _PIECE_BYTES):
+                piece = buffer[: min(_PIECE_BYTES, tensor.stop - start)]
                 _read(file.fileno(), start, piece)
                 yield piece.view(dtype)
 
@@ -102,6 +111,13 @@ class Checkpoint:
                 # setdefault: of two threads that get here at once, both use the same mapping
                 self._maps.setdefault(file, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[file]
+
+
+def _scratch() -> np.ndarray:
+    """Bytes of this thread's own; new memory would be faulted in for every tensor."""
+    if not hasattr(_local, "buffer"):
+        _local.buffer = np.empty(_PIECE_BYTES, np.uint8)
+    return _local.buffer
 
 
 def _read(file: int, start: int, target: np.ndarray) -> None:

@@ -32,7 +32,7 @@ from slipway.mesh import shardings
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 ALIGNMENT = 64  # bytes: where it starts on such a boundary, JAX uses a host buffer on a CPU device as it is
 DUMMY_STD = 0.02
-_SCAN_BYTES = 1 << 20  # of a tensor at a time
+_SCAN_BYTES = 1 << 18  # of two tensors that are compared, at a time
 _COPY_BYTES = 1 << 21  # between two drops of the file's pages
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
     if source.kind == "i":
         return ""
     limit, passed, count, first, value = _limit(source, dtype), 0, 0, 0, source.type(0)
-    for part in checkpoint.pieces(key, _SCAN_BYTES):
+    for part in checkpoint.pieces(key):
         if over := count_above(part, limit):
             if not count:
                 unsigned = np.dtype(f"u{part.itemsize}").type
@@ -154,12 +154,12 @@ def _equal(alias: str, key: str, checkpoint: Checkpoint) -> bool:
 
 def load_leaf(
     leaf: tree.Leaf, checkpoint: Checkpoint, sharding: NamedSharding, dtype: np.dtype,
-    memory: dict[Bounds, np.ndarray] | None = None,
+    memory: dict[Bounds, np.ndarray] | None = None, faults: list[str] | None = None,
 ) -> jax.Array:  # fmt: skip
     """One array of the declaration, its tensors read from the checkpoint.
 
     ``memory``: gets the blocks, copies all of them; on a CPU the array is these. Without it the array may be the
-    checkpoint's file.
+    checkpoint's file. ``faults``: gets the leaf's key where a number is not finite.
     """
     blocks = {} if memory is None else memory
     for bounds in _placed(leaf.param.shape, sharding).values():
@@ -167,7 +167,7 @@ def load_leaf(
             view = _mapped(leaf, checkpoint, bounds, dtype) if memory is None else None
             blocks[bounds] = _aligned_empty(_size(bounds), dtype) if view is None else view
             if view is None:
-                _fill(blocks[bounds], leaf, checkpoint, bounds)
+                _fill(blocks[bounds], leaf, checkpoint, bounds, faults)
     array = place(leaf.param.shape, sharding, blocks)
     if sharding.mesh.devices.flat[0].platform != "cpu":  # an accelerator has copied even what was a view
         for key in leaf.keys.values():
@@ -192,10 +192,12 @@ def _placed(shape: tuple[int, ...], sharding: NamedSharding) -> dict[jax.Device,
     return found
 
 
-def refill(leaf: tree.Leaf, checkpoint: Checkpoint, memory: Mapping[Bounds, np.ndarray]) -> None:
-    """Read the tensors of one array into the blocks that it is a view of."""
+def refill(
+    leaf: tree.Leaf, checkpoint: Checkpoint, memory: Mapping[Bounds, np.ndarray], faults: list[str] | None = None
+) -> None:
+    """Read the tensors of one array into its blocks; ``faults`` as ``load_leaf`` has it."""
     for bounds, block in memory.items():
-        _fill(block, leaf, checkpoint, bounds)
+        _fill(block, leaf, checkpoint, bounds, faults)
 
 
 def _size(bounds: Bounds) -> tuple[int, ...]:
@@ -221,15 +223,25 @@ def _as_it_lies(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: 
     return view if view.flags.c_contiguous else None
 
 
-def _fill(block: np.ndarray, leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds) -> None:
-    """Copy one device's part of a leaf."""
+def _fill(block: np.ndarray, leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, faults: list[str] | None) -> None:
+    """Copy one device's part of a leaf, and look for numbers that are not finite, if asked to."""
+    counts = faults is not None and block.dtype.kind != "i"
+    limit = _limit(block.dtype, block.dtype) if counts else None
     if (view := _as_it_lies(leaf, checkpoint, bounds, block.dtype)) is not None:
         if view.size == math.prod(leaf.param.hf_shape):
-            checkpoint.copy(leaf.keys[()], block)
+            found = checkpoint.copy(leaf.keys[()], block, limit)
         else:
-            stream(block, view)
+            found = stream(block, view, limit)
             checkpoint.drop(leaf.keys[()])
-        return
+    else:
+        _rearrange(block, leaf, checkpoint, bounds)
+        found = 0 if limit is None else count_above(block.reshape(-1), limit)
+    if found and faults is not None:
+        faults.append(next(leaf.names()))
+
+
+def _rearrange(block: np.ndarray, leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds) -> None:
+    """Copy what lies otherwise in its tensors, or in another dtype."""
     param, stacked = leaf.param, len(leaf.param.stacks)
     index = tuple(slice(*bound) for bound in bounds[stacked:])
     for at in itertools.product(*(range(start, stop) for start, stop in bounds[:stacked])):

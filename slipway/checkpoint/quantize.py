@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from slipway.checkpoint.bits import stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import UnsupportedModel
 from slipway.native import library
@@ -118,19 +119,18 @@ class PackedView(Checkpoint):
         pair, which = self.views[name]
         return pair.made()[which]
 
-    def copy(self, name: str, target: np.ndarray) -> None:
+    def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
         """The tensor's numbers in ``target``."""
         if name in self.views:
-            target[...] = self.array(name).reshape(target.shape)
-        else:
-            self.base.copy(name, target)
+            return stream(target, self.array(name), limit)
+        return self.base.copy(name, target, limit)
 
-    def pieces(self, name: str, size_bytes: int) -> Iterator[np.ndarray]:
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The tensor's numbers in order, flat."""
         if name in self.views:
             yield self.array(name).reshape(-1)
         else:
-            yield from self.base.pieces(name, size_bytes)
+            yield from self.base.pieces(name)
 
     def drop(self, name: str) -> None:
         """Give back what the system can read again; what was made stays."""

@@ -28,16 +28,19 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Values(Protocol):
     """New values for every leaf of a declaration."""
 
-    def check(self, weights: "Weights") -> None:
-        """Compare everything that can be known before an array changes. Raises CheckpointError, listing all."""
+    def check(self, weights: "Weights", mode: Mode = "inplace") -> None:
+        """Compare everything that must be known before an array changes. Raises CheckpointError, listing all.
+
+        Where all arrays are made beside the old ones, numbers may be looked at while they are copied.
+        """
 
     def array(
-        self, weights: "Weights", at: int, memory: dict[load.Bounds, np.ndarray]
-    ) -> jax.Array:  # fmt: skip
+        self, weights: "Weights", at: int, memory: dict[load.Bounds, np.ndarray], faults: list[str] | None
+    ) -> jax.Array:
         """The leaf ``at``, whole, on the weights' mesh; owned by them alone.
 
-        ``memory``: the blocks that the old array is a view of, if they may be written to; then it may be the old array
-        itself. Empty: it gets the new array's, where there are such.
+        ``memory``: blocks that may be written to; if the old array is a view of them, it may be the result. Empty: it
+        gets the new array's, where there are such. ``faults`` as ``load_leaf`` has it.
         """
 
 
@@ -61,7 +64,8 @@ class Weights:
         self.shardings: list[NamedSharding] = jax.tree.leaves(shardings(declaration, mesh))
         self.arrays: list[jax.Array] = jax.tree.leaves(arrays)
         self.version, self.whole = "0", True
-        self._memory: list[dict[load.Bounds, np.ndarray]] = [{} for _ in self.arrays]  # of arrays on a CPU, if ours
+        self._memory = self._no_memory()  # of arrays on a CPU, if ours
+        self._spare = self._no_memory()  # the same of the arrays before, for the next that are made beside
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +77,10 @@ class Weights:
 
         ``inplace``: leaf by leaf; on a CPU into the memory of the old one, elsewhere the old one goes when the new one
         is there, so that the most that is held is all weights and the largest leaf. ``atomic``: all new arrays are made
-        beside the old ones, which serve on if anything fails.
+        beside the old ones, which serve on if anything fails; on a CPU the memory of the old ones is kept for the next
+        such exchange, until one in place.
 
-        Raises WeightsLost if a leaf failed in place, and what the values raise if all is as it was.
+        Raises WeightsLost if a leaf failed in place; what the values raise, or CheckpointError, if all is as it was.
         """
         before = [(array.shape, array.dtype, array.sharding) for array in self.arrays]
         if mode == "atomic":
@@ -91,7 +96,7 @@ class Weights:
         for array in self.arrays:
             if not array.is_deleted():
                 array.delete()
-        self._memory = [{} for _ in self.arrays]
+        self._memory, self._spare = self._no_memory(), self._no_memory()
 
     def to_host(self) -> list[np.ndarray]:
         """Copies of all arrays in the host's memory."""
@@ -107,30 +112,41 @@ class Weights:
         """Whether a device's memory is the host's."""
         return self.mesh.devices.flat[0].platform == "cpu"
 
-    def refilled(self, at: int, memory: Mapping[load.Bounds, np.ndarray]) -> jax.Array:
-        """The leaf ``at`` after its blocks were written to: on one device the same array, which is a view of its block.
+    def refilled(self, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
+        """The leaf ``at`` after blocks were written to: on one device the same array, if it is a view of them.
 
         Of an array on several devices JAX keeps what it has gathered for the host: that needs a new one.
         """
         old, sharding = self.arrays[at], self.shardings[at]
-        return old if len(sharding.device_set) == 1 else load.place(old.shape, sharding, memory)
+        if memory is self._memory[at] and len(sharding.device_set) == 1:
+            return old
+        return load.place(old.shape, sharding, memory)
+
+    def _no_memory(self) -> list[dict[load.Bounds, np.ndarray]]:
+        return [{} for _ in self.arrays]
 
     def _all_at_once(self, values: Values) -> None:
-        memory: list[dict[load.Bounds, np.ndarray]] = [{} for _ in self.arrays]
+        memory = self._spare if self.on_cpu else self._no_memory()
+        faults: list[str] = []
         with self._pool() as pool:
-            new = list(pool.map(lambda at: values.array(self, at, memory[at]), range(len(self.arrays))))
+            new = list(pool.map(lambda at: values.array(self, at, memory[at], faults), range(len(self.arrays))))
+        if faults:
+            values.check(self)  # says which numbers
+            raise CheckpointError("the arrays", [f"{key}: values are not finite" for key in faults])
         old, self.arrays = self.arrays, new
-        self._memory = memory if self.on_cpu else self._memory
+        if self.on_cpu:
+            self._memory, self._spare = memory, self._memory
         for array in old:
             array.delete()
 
     def _leaf_by_leaf(self, values: Values) -> None:
         def exchange(at: int) -> None:
-            old, new = self.arrays[at], values.array(self, at, self._memory[at] if self.on_cpu else {})
+            old, new = self.arrays[at], values.array(self, at, self._memory[at] if self.on_cpu else {}, None)
             if new is not old:
                 self.arrays[at] = new
                 old.delete()
 
+        self._spare = self._no_memory()
         try:
             self.whole = False
             with self._pool() as pool:
@@ -150,22 +166,31 @@ class FromTensors:
     def __init__(self, tensors: Checkpoint):
         self._tensors = tensors
 
-    def check(self, weights: Weights) -> None:
-        """Every key, shape, dtype and value."""
-        load.check(weights.declaration, self._tensors, weights.dtype, weights.ignored, self._overflow)
+    def check(self, weights: Weights, mode: Mode = "inplace") -> None:
+        """Every key, shape, dtype and value, but values that are looked at while they are copied."""
+        later = mode == "atomic" and not self._on_devices(*self._tensors.tensors)
+        load.check(
+            weights.declaration, self._tensors, weights.dtype, weights.ignored, _unseen if later else self._overflow
+        )
 
-    def array(self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
+    def array(
+        self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray], faults: list[str] | None
+    ) -> jax.Array:
         """On the host's way, unless the tensors are on devices."""
         leaf, sharding = weights.leaves[at], weights.shardings[at]
         dtype = leaf.param.held_as(weights.dtype)
-        if not isinstance(self._tensors, Held) or not self._tensors.on_devices(leaf.keys.values()):
+        if not self._on_devices(*leaf.keys.values()):
             if memory:
-                load.refill(leaf, self._tensors, memory)
+                load.refill(leaf, self._tensors, memory, faults)
                 return weights.refilled(at, memory)
-            return load.load_leaf(leaf, self._tensors, sharding, dtype, memory)
+            return load.load_leaf(leaf, self._tensors, sharding, dtype, memory, faults)
         memory.clear()
+        assert isinstance(self._tensors, Held)
         arrays = [jnp.asarray(self._tensors.held(key)) for key in leaf.keys.values()]
         return _owned(_stacked(_Recipe(leaf.param), dtype)(*arrays), sharding)
+
+    def _on_devices(self, *keys: str) -> bool:
+        return isinstance(self._tensors, Held) and self._tensors.on_devices(keys)
 
     def _overflow(self, key: str, tensors: Checkpoint, dtype: np.dtype) -> str:
         if not isinstance(tensors, Held) or not tensors.on_devices([key]):
@@ -183,7 +208,7 @@ class FromTree:
     def __init__(self, arrays: Sequence[Any]):
         self._arrays = list(arrays)
 
-    def check(self, weights: Weights) -> None:
+    def check(self, weights: Weights, mode: Mode = "inplace") -> None:
         """Every shape and value."""
         problems = []
         if len(self._arrays) != len(weights.leaves):
@@ -201,7 +226,9 @@ class FromTree:
         if problems:
             raise CheckpointError("the tree", problems)
 
-    def array(self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
+    def array(
+        self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray], faults: list[str] | None
+    ) -> jax.Array:
         """From device to device."""
         param, x = weights.leaves[at].param, on_host(self._arrays[at])
         dtype = param.held_as(weights.dtype)
@@ -236,11 +263,11 @@ class Held(Checkpoint):
         """The array on the host: a copy of one that lies on other devices."""
         return np.asarray(self.held(name))
 
-    def copy(self, name: str, target: np.ndarray) -> None:
-        """The array's numbers in ``target``, a contiguous array of its size."""
-        stream(target, np.ascontiguousarray(self.array(name)))
+    def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
+        """The array's numbers in ``target``, a contiguous array of its size; ``limit`` as ``stream`` has it."""
+        return stream(target, np.ascontiguousarray(self.array(name)), limit)
 
-    def pieces(self, name: str, size_bytes: int) -> Iterator[np.ndarray]:
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The array's numbers in order, flat; all at once where they lie so."""
         yield np.ascontiguousarray(self.array(name)).reshape(-1)
 
@@ -272,6 +299,10 @@ def _owned(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """
     shared = array.devices() & sharding.device_set
     return jax.device_put(jnp.copy(array) if shared else array, sharding)
+
+
+def _unseen(*_: Any) -> str:
+    return ""
 
 
 class _Recipe:

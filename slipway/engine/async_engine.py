@@ -117,7 +117,7 @@ class AsyncEngine:
         """As ``LLM.update_weights``; what is asked is checked beside the steps, which go on meanwhile."""
         weights = self._engine.weights
         values = await asyncio.to_thread(live.values, source, weights, mapping)
-        await asyncio.to_thread(values.check, weights)
+        await asyncio.to_thread(values.check, weights, mode)
         return await self._change(
             lambda: self._engine.update_weights(values, version=version, mode=mode, policy=policy)
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import zmq
 
-from slipway.checkpoint.swap import Values
+from slipway.checkpoint.swap import Mode, Values
 from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
@@ -73,13 +73,13 @@ class Worker:
         elif isinstance(message, Ask):
             self._out.append(Answer(message.number, self._answer(message)))
         elif isinstance(message, Change) and message.what == "update_weights":
-            self._checked.append((message, self._checker.submit(self._check, message.args[0])))
+            self._checked.append((message, self._checker.submit(self._check, message.args[0], message.args[2])))
         elif isinstance(message, Change):
             self._change(message.number, lambda: getattr(self._engine, message.what)(*message.args))
 
-    def _check(self, source: str) -> Values:
+    def _check(self, source: str, mode: Mode) -> Values:
         values = live.values(source, self._engine.weights)
-        values.check(self._engine.weights)
+        values.check(self._engine.weights, mode)
         return values
 
     def _change(self, number: int, ask: Callable[[], Future[Any]]) -> None:

@@ -80,3 +80,16 @@ def test_streamed_bytes_are_the_same(size, offsets, compiled, monkeypatch):
     bits.stream(to, from_)
     assert np.array_equal(to, from_)
     assert not target[: offsets[0]].any() and not target[offsets[0] + size :].any()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_is_streamed_is_counted_in_the_same_pass(dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(bits, "_library", lambda: None)
+    source = np.random.default_rng(0).standard_normal(30_001).astype(dtype)
+    source[[0, 8191, 8192, 30_000]] = np.nan, np.inf, -np.inf, np.nan
+    limit = int(np.asarray(np.finfo(dtype).max).view(f"u{source.itemsize}"))
+    target = np.zeros_like(source)
+    assert bits.stream(target, source, limit) == 4
+    np.testing.assert_array_equal(target, source)

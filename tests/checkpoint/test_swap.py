@@ -44,7 +44,7 @@ def named(directory):
 
 def exchange(target, source, version="1", mode="inplace", mapping=None):
     values = live.values(source, target, mapping)
-    values.check(target)
+    values.check(target, mode)
     target.replace(values, version, mode)
 
 
@@ -193,6 +193,32 @@ def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
         np.testing.assert_array_equal(np.asarray(array), held)
 
 
+def test_numbers_that_are_not_finite_roll_back_what_is_made_beside(tiny):
+    """They are looked at while they are copied; then the error says the same as the check before would have."""
+    target, arrays = weights(tiny), named(tiny)
+    exchange(target, arrays, "1", "atomic")
+    wrong = {name: x.copy() for name, x in arrays.items()}
+    wrong["model.norm.weight"][3], wrong["lm_head.weight"][2, 1] = np.inf, np.nan
+    half = {name: x.astype(np.float64).astype(np.float32) for name, x in wrong.items()}
+    for source in (wrong, half, {name: x.astype(np.float16) for name, x in wrong.items()}):
+        with pytest.raises(CheckpointError) as error:
+            exchange(target, source, "2", "atomic")
+        assert len(error.value.problems) == 2 and "at (2, 1)" in str(error.value)
+        assert target.version == "1" and target.whole
+        assert_equal(target, weights(tiny))
+
+
+def test_arrays_made_beside_go_to_the_memory_of_those_before(tiny):
+    target, arrays = weights(tiny), named(tiny)
+    places = []
+    for version in range(6):
+        exchange(target, {name: x + np.float32(version) for name, x in arrays.items()}, str(version), "atomic")
+        places.append([array.unsafe_buffer_pointer() for array in target.arrays])
+        assert np.array_equal(np.asarray(target.arrays[0]), arrays["model.embed_tokens.weight"] + np.float32(version))
+    assert places[0] == places[2] == places[4] and places[1] == places[3] == places[5]
+    assert not set(places[0]) & set(places[1])
+
+
 @pytest.mark.parametrize("source", [3, [1, 2], {}, [("a", 1, 2)], None], ids=repr)
 def test_what_is_no_source_is_refused(tiny, source):
     with pytest.raises(InvalidRequest, match="source"):
@@ -232,13 +258,13 @@ class _Fails:
     def __init__(self, values, at):
         self._values, self._at = values, at
 
-    def check(self, target):
-        self._values.check(target)
+    def check(self, target, mode="inplace"):
+        self._values.check(target, mode)
 
-    def array(self, target, at, memory):
+    def array(self, target, at, memory, faults):
         if at == self._at:
             raise OSError("the disk is gone")
-        return self._values.array(target, at, memory)
+        return self._values.array(target, at, memory, faults)
 
 
 def test_a_failure_half_way_rolls_back_or_says_so(tiny):

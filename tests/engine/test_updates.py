@@ -201,7 +201,7 @@ def test_what_does_not_fit_leaves_who_runs_alone(engine, said, new):
 def test_a_failure_half_way_ends_requests_and_refuses_more_until_an_update_succeeds(engine, said, old, new, policy):
     class Fails:
         def __init__(self, values):
-            self.array = lambda target, at, memory: 1 / 0 if at == 5 else values.array(target, at, memory)
+            self.array = lambda target, at, *more: 1 / 0 if at == 5 else values.array(target, at, *more)
 
     request = begun(engine, PROMPT, 3)
     change = engine.engine.update_weights(Fails(_values(engine, new)), policy=policy)
