@@ -7,6 +7,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -238,9 +242,10 @@ extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int6
   }
 }
 
-// Both in one pass: a piece is counted where it lies, and copied while it is in the first cache.
+constexpr int64_t kPiece = 1 << 17;  // bytes that stay in the second cache, and cost one fence
+
+// Both in one pass: a piece is counted where it lies, and copied while it is in the cache.
 extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n, int64_t itemsize, uint64_t limit) {
-  constexpr int64_t kPiece = 1 << 14;  // bytes
   int64_t count = 0;
   for (int64_t at = 0; at < n * itemsize; at += kPiece) {
     const int64_t size = std::min(kPiece, n * itemsize - at);
@@ -248,4 +253,25 @@ extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n,
     slipway_stream(dst + at, src + at, size);
   }
   return count;
+}
+
+// A file's bytes from `offset` on, counted, and left in dst if there is one. Returns -1 if the file ends before.
+extern "C" int64_t slipway_read_counted(int file, int64_t offset, char* dst, int64_t n, int64_t itemsize, uint64_t limit) {
+#if defined(__unix__) || defined(__APPLE__)
+  std::vector<char> own(dst == nullptr ? kPiece : 0);
+  int64_t count = 0;
+  for (int64_t at = 0; at < n; at += kPiece) {
+    char* to = dst == nullptr ? own.data() : dst + at;
+    const int64_t size = std::min(kPiece, n - at);
+    for (int64_t held = 0; held < size;) {
+      const ssize_t more = pread(file, to + held, size - held, offset + at + held);
+      if (more <= 0) return -1;
+      held += more;
+    }
+    count += slipway_count_above(to, size / itemsize, itemsize, limit);
+  }
+  return count;
+#else
+  return -1;
+#endif
 }

@@ -1,6 +1,8 @@
 """Decides who copies bits between strided views: the compiled csrc/copy.cc, or NumPy where it was not built."""
 
 import ctypes
+import errno
+import os
 import sys
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from slipway.native import library as _library
 
+PIECE_BYTES = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 _LIBC: Any = ctypes.CDLL(None).sync_file_range if sys.platform == "linux" else None
 
@@ -49,6 +52,41 @@ def stream(target: np.ndarray, source: np.ndarray, limit: int | None = None) -> 
     library.slipway_stream_counted.restype = ctypes.c_int64
     sizes = ctypes.c_int64(source.size), ctypes.c_int64(source.itemsize), ctypes.c_uint64(limit)
     return library.slipway_stream_counted(*pointers, *sizes)
+
+
+def read_counted(
+    file: int, offset: int, size_bytes: int, itemsize: int, limit: int, target: np.ndarray | None = None
+) -> int:
+    """How many items of a file ``count_above`` has beyond ``limit``; they are left in ``target``, if one is given.
+
+    No page of the file becomes resident here. Raises OSError where the file is shorter.
+    """
+    library = _library()
+    if library is not None and itemsize in (2, 4, 8) and sys.platform in ("linux", "darwin"):
+        library.slipway_read_counted.restype = ctypes.c_int64
+        numbers = ctypes.c_int64(size_bytes), ctypes.c_int64(itemsize), ctypes.c_uint64(limit)
+        pointer = ctypes.c_void_p(None if target is None else target.ctypes.data)
+        count = library.slipway_read_counted(ctypes.c_int(file), ctypes.c_int64(offset), pointer, *numbers)
+        if count < 0:
+            raise OSError(errno.EIO, "the file is shorter than its header says")
+        return count
+    count, own = 0, np.empty(min(size_bytes, PIECE_BYTES), np.uint8)
+    for start in range(0, size_bytes, PIECE_BYTES):
+        size = min(PIECE_BYTES, size_bytes - start)
+        piece = own[:size] if target is None else target.reshape(-1).view(np.uint8)[start : start + size]
+        read(file, offset + start, piece)
+        count += count_above(piece.view(f"u{itemsize}"), limit)
+    return count
+
+
+def read(file: int, offset: int, target: np.ndarray) -> None:
+    """Fill a contiguous array from a place in an open file. Raises OSError where the file is shorter."""
+    left = memoryview(target.reshape(-1).view(np.uint8).data)
+    while left:
+        count = os.preadv(file, [left], offset)
+        if not count:
+            raise OSError(errno.EIO, "the file is shorter than its header says")
+        left, offset = left[count:], offset + count
 
 
 def count_above(values: np.ndarray, limit: int) -> int:

@@ -5,20 +5,17 @@ never opened. Format: https://huggingface.co/docs/safetensors (8 bytes of header
 """
 
 import dataclasses
-import errno
 import json
 import math
 import mmap
-import os
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.bits import count_above
+from slipway.checkpoint import bits
 from slipway.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -38,8 +35,6 @@ DTYPES: Mapping[str, np.dtype] = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 _HUGE_PAGE_BYTES = 1 << 21
-_PIECE_BYTES = 1 << 20  # read at a time: it stays in the second cache
-_local = threading.local()
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -75,24 +70,19 @@ class Checkpoint:
 
         ``limit`` and the result as ``bits.stream`` has them. Raises OSError where the file has become shorter.
         """
-        tensor, count = self.tensors[name], 0
-        flat, size = target.reshape(-1), _PIECE_BYTES // target.itemsize
-        with tensor.file.open("rb", buffering=0) as file:
-            for first in range(0, flat.size, size):  # counted while it is in the cache
-                piece = flat[first : first + size]
-                _read(file.fileno(), tensor.start + first * target.itemsize, piece)
-                count += 0 if limit is None else count_above(piece, limit)
-        return count
-
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor's numbers in order, flat, a piece at a time; each is valid until the next is asked for."""
         tensor = self.tensors[name]
-        dtype, buffer = DTYPES[tensor.dtype], _scratch()
         with tensor.file.open("rb", buffering=0) as file:
-            for start in range(tensor.start, tensor.stop, _PIECE_BYTES):
-                piece = buffer[: min(_PIECE_BYTES, tensor.stop - start)]
-                _read(file.fileno(), start, piece)
-                yield piece.view(dtype)
+            if limit is None:
+                bits.read(file.fileno(), tensor.start, target)
+                return 0
+            return bits.read_counted(file.fileno(), tensor.start, target.nbytes, target.itemsize, limit, target)
+
+    def count_above(self, name: str, limit: int) -> int:
+        """How many of the tensor's items ``bits.count_above`` has beyond ``limit``."""
+        tensor = self.tensors[name]
+        with tensor.file.open("rb", buffering=0) as file:
+            size, itemsize = tensor.stop - tensor.start, DTYPES[tensor.dtype].itemsize
+            return bits.read_counted(file.fileno(), tensor.start, size, itemsize, limit)
 
     def drop(self, name: str) -> None:
         """Give the tensor's resident pages back to the system; views stay valid and fault them in again.
@@ -111,23 +101,6 @@ class Checkpoint:
                 # setdefault: of two threads that get here at once, both use the same mapping
                 self._maps.setdefault(file, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[file]
-
-
-def _scratch() -> np.ndarray:
-    """Bytes of this thread's own; new memory would be faulted in for every tensor."""
-    if not hasattr(_local, "buffer"):
-        _local.buffer = np.empty(_PIECE_BYTES, np.uint8)
-    return _local.buffer
-
-
-def _read(file: int, start: int, target: np.ndarray) -> None:
-    """Fill a contiguous array from a place in an open file."""
-    left = memoryview(target.reshape(-1).view(np.uint8).data)
-    while left:
-        count = os.preadv(file, [left], start)
-        if not count:
-            raise OSError(errno.EIO, "the file has become shorter")
-        left, start = left[count:], start + count
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -116,18 +116,13 @@ def overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
     source, shape = DTYPES[checkpoint.tensors[key].dtype], checkpoint.tensors[key].shape
     if source.kind == "i":
         return ""
-    limit, passed, count, first, value = _limit(source, dtype), 0, 0, 0, source.type(0)
-    for part in checkpoint.pieces(key):
-        if over := count_above(part, limit):
-            if not count:
-                unsigned = np.dtype(f"u{part.itemsize}").type
-                at = int(((part.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)) > limit).argmax())
-                first, value = passed + at, part[at]
-            count += over
-        passed += part.size
-    if not count:
+    limit = _limit(source, dtype)
+    if not (count := checkpoint.count_above(key, limit)):
         return ""
-    place = tuple(map(int, np.unravel_index(first, shape)))
+    flat, unsigned = checkpoint.array(key).reshape(-1), np.dtype(f"u{source.itemsize}").type
+    first = int(((flat.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)) > limit).argmax())
+    place, value = tuple(map(int, np.unravel_index(first, shape))), flat[first]
+    checkpoint.drop(key)
     return f"{key}: {count} values are not finite as {dtype}, the first {value} at {place}"
 
 

@@ -8,13 +8,13 @@ when it is first read. `slipway quantize` writes what that view shows. The files
 import ctypes
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.bits import stream
+from slipway.checkpoint.bits import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import UnsupportedModel
 from slipway.native import library
@@ -125,12 +125,13 @@ class PackedView(Checkpoint):
             return stream(target, self.array(name), limit)
         return self.base.copy(name, target, limit)
 
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor's numbers in order, flat."""
-        if name in self.views:
-            yield self.array(name).reshape(-1)
-        else:
-            yield from self.base.pieces(name)
+    def count_above(self, name: str, limit: int) -> int:
+        """As Checkpoint's."""
+        return (
+            count_above(self.array(name).reshape(-1), limit)
+            if name in self.views
+            else self.base.count_above(name, limit)
+        )
 
     def drop(self, name: str) -> None:
         """Give back what the system can read again; what was made stays."""

@@ -4,7 +4,7 @@ once. Knows declarations, tensors and meshes; no engine, and not where the new v
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from slipway import layout, tree
 from slipway.checkpoint import load
-from slipway.checkpoint.bits import stream
+from slipway.checkpoint.bits import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError, WeightsLost
 from slipway.mesh import shardings
@@ -66,6 +66,7 @@ class Weights:
         self.version, self.whole = "0", True
         self._memory = self._no_memory()  # of arrays on a CPU, if ours
         self._spare = self._no_memory()  # the same of the arrays before, for the next that are made beside
+        self._before: list[jax.Array] = []  # those arrays, if each is a view of its block
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +97,8 @@ class Weights:
         for array in self.arrays:
             if not array.is_deleted():
                 array.delete()
-        self._memory, self._spare = self._no_memory(), self._no_memory()
+        self._memory = self._no_memory()
+        self._forget_spare()
 
     def to_host(self) -> list[np.ndarray]:
         """Copies of all arrays in the host's memory."""
@@ -117,10 +119,17 @@ class Weights:
 
         Of an array on several devices JAX keeps what it has gathered for the host: that needs a new one.
         """
-        old, sharding = self.arrays[at], self.shardings[at]
-        if memory is self._memory[at] and len(sharding.device_set) == 1:
-            return old
-        return load.place(old.shape, sharding, memory)
+        shape, sharding = self.arrays[at].shape, self.shardings[at]
+        if len(sharding.device_set) == 1:
+            for arrays, blocks in ((self.arrays, self._memory), (self._before, self._spare)):
+                if arrays and memory is blocks[at]:
+                    return arrays[at]
+        return load.place(shape, sharding, memory)
+
+    def _forget_spare(self) -> None:
+        for array in self._before:
+            array.delete()
+        self._before, self._spare = [], self._no_memory()
 
     def _no_memory(self) -> list[dict[load.Bounds, np.ndarray]]:
         return [{} for _ in self.arrays]
@@ -136,7 +145,8 @@ class Weights:
         old, self.arrays = self.arrays, new
         if self.on_cpu:
             self._memory, self._spare = memory, self._memory
-        for array in old:
+        self._before = old if self.on_cpu and self.mesh.size == 1 and all(self._spare) else []
+        for array in old if not self._before else ():
             array.delete()
 
     def _leaf_by_leaf(self, values: Values) -> None:
@@ -146,7 +156,7 @@ class Weights:
                 self.arrays[at] = new
                 old.delete()
 
-        self._spare = self._no_memory()
+        self._forget_spare()
         try:
             self.whole = False
             with self._pool() as pool:
@@ -267,9 +277,9 @@ class Held(Checkpoint):
         """The array's numbers in ``target``, a contiguous array of its size; ``limit`` as ``stream`` has it."""
         return stream(target, np.ascontiguousarray(self.array(name)), limit)
 
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The array's numbers in order, flat; all at once where they lie so."""
-        yield np.ascontiguousarray(self.array(name)).reshape(-1)
+    def count_above(self, name: str, limit: int) -> int:
+        """As Checkpoint's."""
+        return count_above(np.ascontiguousarray(self.array(name)).reshape(-1), limit)
 
     def drop(self, name: str) -> None:
         """Nothing: the arrays are the caller's."""
