@@ -2,9 +2,8 @@
 once. Knows declarations, tensors and meshes; no engine, and not where the new values come from.
 """
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from slipway import layout, tree
-from slipway.checkpoint import load
+from slipway import tree
+from slipway.checkpoint import load, reshard
 from slipway.checkpoint.bits import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError, WeightsLost
@@ -197,7 +196,7 @@ class FromTensors:
         memory.clear()
         assert isinstance(self._tensors, Held)
         arrays = [jnp.asarray(self._tensors.held(key)) for key in leaf.keys.values()]
-        return _owned(_stacked(_Recipe(leaf.param), dtype)(*arrays), sharding)
+        return reshard.owned(reshard.stacked(reshard.Recipe(leaf.param), dtype)(*arrays), sharding)
 
     def _on_devices(self, *keys: str) -> bool:
         return isinstance(self._tensors, Held) and self._tensors.on_devices(keys)
@@ -205,7 +204,7 @@ class FromTensors:
     def _overflow(self, key: str, tensors: Checkpoint, dtype: np.dtype) -> str:
         if not isinstance(tensors, Held) or not tensors.on_devices([key]):
             return load.overflow(key, tensors, dtype)
-        count = _not_finite(tensors.held(key), dtype)
+        count = reshard.not_finite(tensors.held(key), dtype)
         return f"{key}: {count} values are not finite as {dtype}" if count else ""
 
 
@@ -225,13 +224,13 @@ class FromTree:
             problems = [f"{len(self._arrays)} arrays, {len(weights.leaves)} declared"]
         for leaf, array in zip(weights.leaves, self._arrays):
             key, param = next(leaf.names()), leaf.param
-            if _grown(param, tuple(array.shape)) is None:
+            if reshard.grown(param, tuple(array.shape)) is None:
                 problems.append(f"{key}: shape {tuple(array.shape)}, {param.shape} declared")
             elif not jnp.issubdtype(array.dtype, jnp.floating) and np.dtype(array.dtype) != param.held_as(
                 weights.dtype
             ):
                 problems.append(f"{key}: dtype {array.dtype}, {param.held_as(weights.dtype)} declared")
-            elif count := _not_finite(array, param.held_as(weights.dtype)):
+            elif count := reshard.not_finite(array, param.held_as(weights.dtype)):
                 problems.append(f"{key}: {count} values are not finite as {param.held_as(weights.dtype)}")
         if problems:
             raise CheckpointError("the tree", problems)
@@ -248,8 +247,8 @@ class FromTree:
             return weights.refilled(at, memory)
         memory.clear()
         if tuple(x.shape) != param.shape or x.dtype != dtype:
-            x = _relaid(_Recipe(param), dtype)(x)
-        return _owned(jnp.asarray(x), weights.shardings[at])
+            x = reshard.relaid(reshard.Recipe(param), dtype)(x)
+        return reshard.owned(jnp.asarray(x), weights.shardings[at])
 
 
 class Held(Checkpoint):
@@ -301,104 +300,5 @@ def _name(array: Any) -> str | None:
     return _NAMES.get(np.dtype(array.dtype))
 
 
-def _owned(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """The array on ``sharding``'s devices, no part of it shared with what the caller may delete or donate.
-
-    ``device_put`` keeps what lies on the right device already, ``may_alias=False`` or not, and jit hands through what
-    it need not compute.
-    """
-    shared = array.devices() & sharding.device_set
-    return jax.device_put(jnp.copy(array) if shared else array, sharding)
-
-
 def _unseen(*_: Any) -> str:
     return ""
-
-
-class _Recipe:
-    """A Param as a key of compiled functions."""
-
-    def __init__(self, param: tree.Param):
-        self.param, self._text = param, repr(param)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Recipe) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
-@functools.lru_cache(maxsize=1024)
-def _stacked(recipe: _Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
-    """HF tensors on devices -> one leaf, in one program however many layers are stacked in it."""
-    param = recipe.param
-    plain = layout.parse(param.axes).shape(param.sizes)
-
-    def build(*tensors: jax.Array) -> jax.Array:
-        way = layout.rearrange(param.hf_layout, param.axes, param.sizes)
-        parts = [_grow(param, way(x).reshape(plain).astype(dtype)) for x in tensors]
-        return jnp.stack(parts).reshape(param.shape) if param.stacks else parts[0]
-
-    return jax.jit(build)
-
-
-@functools.lru_cache(maxsize=1024)
-def _relaid(recipe: _Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
-    """A leaf as any mesh holds it -> as this one does."""
-    param = recipe.param
-
-    def build(x: jax.Array) -> jax.Array:
-        plain = _grown(param, x.shape)
-        assert plain is not None, "checked before"
-        stacked = len(param.stacks)
-        for dim, (group, (size, held)) in enumerate(zip(layout.parse(param.axes).groups, plain), stacked):
-            n = 1 if group[0] == "vocab" else held // size
-            rows = x.reshape(*x.shape[:dim], held, -1, *x.shape[dim + 1 :])
-            rows = jax.lax.slice_in_dim(rows, 0, size * n, n, dim)
-            x = rows.reshape(*rows.shape[:dim], -1, *rows.shape[dim + 2 :])
-        return jnp.broadcast_to(_grow(param, x.astype(dtype), stacked), param.shape)
-
-    return jax.jit(build)
-
-
-def _grown(param: tree.Param, shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
-    """For each unstacked dimension the outer axis's size in the checkpoint and in an array of ``shape``; None if the
-    array is no form of the parameter.
-    """
-    stacked = tuple(n for _, n in param.stacks)
-    groups = layout.parse(param.axes).groups
-    if shape[: len(stacked)] != stacked or len(shape) != len(stacked) + len(groups):
-        return None
-    found = []
-    for group, rows in zip(groups, shape[len(stacked) :]):
-        size, inner = param.sizes[group[0]], layout.parse(" ".join(group[1:])).shape(param.sizes)
-        held, rest = divmod(rows, int(np.prod(inner, dtype=int)))
-        padded = group[0] == "vocab"
-        if rest or held < size or (held > size and not padded and (group[0] != "kv_heads" or held % size)):
-            return None
-        found.append((size, held))
-    return found
-
-
-def _grow(param: tree.Param, x: jax.Array, stacked: int = 0) -> jax.Array:
-    """Repeat and pad what the mesh repeats and pads."""
-    for dim, group in enumerate(layout.parse(param.axes).groups, stacked):
-        outer = group[0]
-        n, padded = param.repeats.get(outer, 1), param.pads.get(outer, param.sizes[outer])
-        rows = x.reshape(*x.shape[:dim], param.sizes[outer], -1, *x.shape[dim + 1 :])
-        rows = jnp.repeat(rows, n, axis=dim) if n > 1 else rows
-        if padded > param.sizes[outer]:
-            rows = jnp.pad(rows, [(0, padded - param.sizes[outer] if d == dim else 0) for d in range(rows.ndim)])
-        x = rows.reshape(*rows.shape[:dim], -1, *rows.shape[dim + 2 :])
-    return x
-
-
-def _not_finite(array: Any, dtype: np.dtype) -> int:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return 0
-    return int(_count_not_finite(dtype)(array))
-
-
-@functools.cache
-def _count_not_finite(dtype: np.dtype) -> Callable[..., jax.Array]:
-    return jax.jit(lambda x: jnp.sum(~jnp.isfinite(x.astype(dtype))))
