@@ -47,9 +47,8 @@ class Weights:
     """The arrays of a declaration on a mesh, in the order of ``jax.tree.leaves``, and which version they are.
 
     ``arrays`` is what a step reads, and theirs alone: who replaces them makes sure that none is running, and who keeps
-    one sees it change. ``whole``: whether all are of
-    one version. ``config``: config.json's fields, ``overrides`` among them; ``ignored``: globs of tensors that a
-    checkpoint may hold besides.
+    one sees it change. ``whole``: whether all are of one version. ``config``: config.json's fields, ``overrides`` among
+    them; ``ignored``: globs of tensors that a checkpoint may hold besides.
     """
 
     def __init__(
@@ -136,11 +135,15 @@ class Weights:
     def _all_at_once(self, values: Values) -> None:
         memory = self._spare if self.on_cpu else self._no_memory()
         faults: list[str] = []
-        with self._pool() as pool:
-            new = list(pool.map(lambda at: values.array(self, at, memory[at], faults), range(len(self.arrays))))
-        if faults:
-            values.check(self)  # says which numbers
-            raise CheckpointError("the arrays", [f"{key}: values are not finite" for key in faults])
+        try:
+            with self._pool() as pool:
+                new = list(pool.map(lambda at: values.array(self, at, memory[at], faults), range(len(self.arrays))))
+            if faults:
+                values.check(self)  # says which numbers
+                raise CheckpointError("the arrays", [f"{key}: values are not finite" for key in faults])
+        except BaseException:
+            self._forget_spare()  # some of it is new, some is not
+            raise
         old, self.arrays = self.arrays, new
         if self.on_cpu:
             self._memory, self._spare = memory, self._memory

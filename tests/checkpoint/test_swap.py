@@ -285,6 +285,23 @@ def test_a_failure_half_way_rolls_back_or_says_so(tiny):
     assert_equal(target, weights(tiny))
 
 
+def test_what_a_failure_leaves_beside_is_never_served(tiny):
+    """Arrays from devices take the place of spare blocks; if the rest cannot be had, neither is used again."""
+    target, arrays = weights(tiny), named(tiny)
+    for version in ("1", "2"):
+        exchange(target, arrays, version, "atomic")
+    everywhere = NamedSharding(meshes.make_mesh(2, 4), PartitionSpec())
+    on_devices = live.values({name: jax.device_put(x * 2, everywhere) for name, x in arrays.items()}, target)
+    for source in (on_devices, live.values({name: x * 3 for name, x in arrays.items()}, target)):
+        with pytest.raises(OSError, match="disk"):
+            target.replace(_Fails(source, 20), "3", "atomic")
+    for version in ("4", "5", "6"):
+        more = {name: x + np.float32(version) for name, x in arrays.items()}
+        exchange(target, more, version, "atomic")
+        back = dict(hf_tensors(target.declaration, jax.tree.unflatten(_structure(target), target.arrays)))
+        assert all(np.array_equal(back[name], x) for name, x in more.items())
+
+
 def test_the_memory_of_the_old_arrays_holds_the_new_ones(tiny):
     """On a CPU an exchange in place takes no memory: the first one leaves the file's mapping, later ones stay."""
     target, arrays = weights(tiny), named(tiny)
