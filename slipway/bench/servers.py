@@ -31,9 +31,11 @@ class HttpServer:
             str(max_num_seqs), "--dtype", "bfloat16", *([] if tokenizer else ["--skip-tokenizer-init"]),
         ]  # fmt: skip
         if name == "vllm":
-            binary = vllm.environment().parent / "vllm"
-            command = [str(binary), "serve", str(directory), *options, "--host", "127.0.0.1"]
-            command += ["--load-format", "safetensors", "--served-model-name", "model", "--no-enable-prefix-caching"]
+            # its console script asks for a package named vllm, which the build for CPUs is not
+            module = "vllm.entrypoints.openai.api_server"
+            command = [str(vllm.environment()), "-P", "-m", module, "--model", str(directory), *options]
+            command += ["--host", "127.0.0.1", "--load-format", "safetensors", "--served-model-name", "model"]
+            command += ["--no-enable-prefix-caching"]
         else:
             code = "from slipway.cli import main; main()"
             command = [sys.executable, "-c", code, "serve", str(directory), *options, "--served-model-name", "model"]

@@ -324,7 +324,8 @@ class Engine:
                         results.pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
                     if chunk.samples:
                         moved[sequence.request.request_id] = sequence.request
-                    for found in step.rows(row, chunk):
+                    only = (row + len(chunk.scored),) if chunk.samples else ()
+                    for found in only if step.num_steps == 1 else step.rows(row, chunk):
                         gaps[sequence.last_token_at] += 1  # one value for nearly all
                         sequence.last_token_at = now
                         self._append(sequence, tokens[found], sampled, found)
