@@ -164,7 +164,7 @@ class Weights:
             with self._pool() as pool:
                 for _ in pool.map(exchange, range(len(self.arrays))):
                     pass
-        except BaseException as error:
+        except BaseException as error:  # an interruption, too, leaves a mix
             raise WeightsLost(f"an update failed half-way ({error})") from error
 
     def _pool(self) -> ThreadPoolExecutor:
