@@ -76,12 +76,12 @@ class Updates:
     def begin(self) -> bool:
         """Make the first change; nothing may be on the device. False: it has cost the engine its weights."""
         change = self._waiting.popleft()
-        if not change.future.set_running_or_notify_cancel():
-            return True
-        if change.policy == "recompute":
-            for scheduler in self._schedulers:
-                scheduler.preempt_all()
         try:
+            if not change.future.set_running_or_notify_cancel():
+                return True
+            if change.policy == "recompute":
+                for scheduler in self._schedulers:
+                    scheduler.preempt_all()
             change.future.set_result(change.apply())
             return True
         except Exception as error:  # the caller's to hear of; whether the engine can go on, its weights say

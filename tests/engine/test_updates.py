@@ -203,6 +203,20 @@ def test_a_failure_half_way_ends_requests_and_refuses_more_until_an_update_succe
     assert tokens(engine, PROMPT) == said["old"]["PROMPT"]
 
 
+def test_who_gives_up_an_update_holds_nobody_back(engine, said, new):
+    request = begun(engine, PROMPT, 3)
+    change = engine.engine.update_weights(_values(engine, new), policy="finish")
+    engine.engine.step()  # from here on nobody begins
+    later = engine.engine.request(engine.engine.add(OTHER, GREEDY))
+    assert change.cancel()
+    for _ in range(200):
+        if not engine.engine.has_work():
+            break
+        engine.engine.step()
+    assert request.finished and later.finished, "it waits for an update that nobody wants"
+    assert later.output().outputs[0].token_ids == said["old"]["OTHER"] and engine.weights_version == "old"
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_frees_the_cache_and_what_ran_goes_on_after_waking(engine, said, old, level):
     request = begun(engine, PROMPT, 3)
