@@ -155,7 +155,7 @@ def missing_fields(config: Any) -> list[str]:
         (standins.LoadConfig, config.load_config), (standins.ShardingConfig, config.sharding_config),
         (standins.AttentionMetadata, names),
     ]  # fmt: skip
-    return [
+    return [  # hasattr: some of the real fields are properties
         f"{kind.__name__}.{field.name}"
         for kind, real in pairs
         for field in dataclasses.fields(kind)

@@ -141,8 +141,8 @@ class Weights:
             if faults:
                 values.check(self)  # says which numbers
                 raise CheckpointError("the arrays", [f"{key}: values are not finite" for key in faults])
-        except BaseException:
-            self._forget_spare()  # some of it is new, some is not
+        except BaseException:  # after an interruption, too, some of it is new and some is not
+            self._forget_spare()
             raise
         old, self.arrays = self.arrays, new
         if self.on_cpu:

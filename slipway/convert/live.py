@@ -107,7 +107,7 @@ def _joined(moves: Sequence[Move], arrays: Mapping[str, jax.Array], spec: Spec) 
     """``moving.assembled``, traced."""
     whole: jax.Array | None = None
     for move in moves:
-        view: Any = move.source.view(arrays[move.source.name], move.order)  # type: ignore[arg-type]
+        view = move.source.view(arrays[move.source.name], move.order)
         if move.factor != 1.0:
             view = view.astype(jnp.float32) * jnp.float32(move.factor)
         view = jnp.broadcast_to(view, moving.share_shape(move)).astype(spec.dtype)

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import numpy as np
-
 from slipway import layout
 from slipway.checkpoint.shards import Spec
 from slipway.convert.rules import Rule, Side, TreeMapping
@@ -43,7 +41,7 @@ class End:
         """Whether the share is the whole tensor."""
         return all(len(range(*part.indices(size))) == size for part, size in zip(self.take, self.split))
 
-    def view(self, array: np.ndarray, order: tuple[str, ...]) -> np.ndarray:
+    def view(self, array: Any, order: tuple[str, ...]) -> Any:
         """The share as a view of ``array``, axes in ``order``; an axis that this end lacks has size 1."""
         taken: Any = (*self.take, ...)  # with the ellipsis a view, even of a scalar
         atoms = array.reshape(self.split)[taken]

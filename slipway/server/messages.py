@@ -10,7 +10,16 @@ import msgspec
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.stats import Snapshot
-from slipway.errors import CheckpointError, EngineBusy, EngineDead, InvalidRequest, Shown, SlipwayError, WeightsLost
+from slipway.errors import (
+    CheckpointError,
+    EngineBusy,
+    EngineDead,
+    InvalidInput,
+    InvalidRequest,
+    Shown,
+    SlipwayError,
+    WeightsLost,
+)
 from slipway.server.logs import Format
 
 
@@ -138,7 +147,7 @@ def not_done(number: int, error: BaseException) -> NotDone:
     """An error as a message."""
     if isinstance(error, CheckpointError):
         return NotDone(number, "CheckpointError", [str(error.path), error.problems])
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidInput):  # UnsupportedModel, too: of another model's config.json
         return NotDone(number, "InvalidRequest", [error.field, repr(error.got)[:200], error.expected])
     if isinstance(error, EngineBusy):
         return NotDone(number, "EngineBusy", [error.what, error.retry_after_s])

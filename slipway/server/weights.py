@@ -114,7 +114,7 @@ class Weights:
             held = await asyncio.to_thread(files.open_file, path)
             if twice := sorted(held.tensors.keys() & staged.names.keys()):
                 raise CheckpointError("the update", [f"{name}: sent twice" for name in twice])
-        except BaseException:
+        except BaseException:  # a client that goes leaves no half of a piece
             path.unlink(missing_ok=True)
             raise
         staged.names |= dict.fromkeys(held.tensors, path.name)

@@ -86,7 +86,8 @@ class Worker:
         """Ask the engine for a change."""
         try:
             self._changes.append((number, ask()))
-        except (SlipwayError, OSError) as error:
+        except Exception as error:  # of a source, which is a client's: the engine serves on
+            logger.exception("a change is refused")
             self._out.append(messages.not_done(number, error))
 
     def _follow_changes(self) -> None:

@@ -1,5 +1,6 @@
 """New weights over HTTP, sleep and waking: who may, what is served afterwards, and what a bad update leaves."""
 
+import json
 import os
 import shutil
 import signal
@@ -128,7 +129,7 @@ def test_in_pieces(fresh, other):
     assert fresh.post("/weights/finish", update_id=begun).status_code == 400, "it is over"
 
 
-def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other):
+def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other, tmp_path):
     directory, before, _ = other
     tensors = load_file(directory / "model.safetensors")
     answer = fresh.post("/update_weights_from_disk", model_path="/no/such/place")
@@ -136,6 +137,11 @@ def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other):
     for field, value in (("policy", "soon"), ("mode", "x"), ("load_format", "dummy"), ("flush_cache", False)):
         answer = fresh.post("/update_weights_from_disk", model_path=str(directory), **{field: value})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+    shutil.copytree(directory, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"architectures": ["SomethingElse"]}))
+    answer = fresh.post("/update_weights_from_disk", model_path=str(tmp_path / "other"))
+    assert answer.status_code == 400 and "SomethingElse" in answer.json()["error"]["message"]
     first = fresh.post("/weights/begin").json()["update_id"]
     second = fresh.post("/weights/begin").json()["update_id"]
 
