@@ -103,7 +103,9 @@ def main() -> None:
     nnx.update(model, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), kept))
     optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.learning_rate)),
                               wrt=nnx.Param)  # fmt: skip
-    llm = LLM("nano", dtype="float32", load_format="dummy", max_num_seqs=len(PROMPTS) * options.group, max_model_len=128)
+    llm = LLM(
+        "nano", dtype="float32", load_format="dummy", max_num_seqs=len(PROMPTS) * options.group, max_model_len=128
+    )
     rewards = []
     for step in range(options.steps):
         started = time.perf_counter()
