@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.bench import client, vllm
+from slipway.server import loop
 
 READY_TIMEOUT_S = 600
 
@@ -51,7 +52,7 @@ class HttpServer:
 
     def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
         """As bench/load.py's: each client sends its next prompt when its last has ended. Raises RuntimeError."""
-        return asyncio.run(self._drive(prompts, max_tokens, concurrency))
+        return loop.run(self._drive(prompts, max_tokens, concurrency))
 
     def peak_mb(self) -> float:
         """Peak resident memory of all its processes."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from slipway.bench.client import Timed, complete
 from slipway.engine.config import EngineConfig
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
+from slipway.server import loop
 
 READY_S = 600.0
 
@@ -55,6 +57,8 @@ class ServingBench:
     """and its tokens, on average, within this of each other: goodput counts those."""
     against_engine: bool = False
     """Run the load through AsyncEngine in this process, too. Only without --base-url."""
+    rounds: int = 1
+    """How often server and engine take turns."""
     max_num_seqs: int = 256
     """Of a server that is started here."""
     out: Path | None = None
@@ -66,16 +70,20 @@ class ServingBench:
         """Measure, and print a table and the figures."""
         if self.against_engine and self.base_url is not None:
             raise InvalidConfig("against_engine", True, "no base_url: the engine must be the server's")
-        requests = self._requests()
-        with self._served() as base_url:
-            timed, seconds = asyncio.run(self._drive(requests, self._over_http(base_url)))
-        report: dict[str, Any] = {"load": self._described(), "server": self._figures(timed, seconds)}
+        requests, rounds = self._requests(), list[dict[str, Any]]()
+        for _ in range(self.rounds):
+            with self._served() as base_url:
+                timed, seconds = loop.run(self._drive(requests, self._over_http(base_url)))
+            rounds.append({"server": self._figures(timed, seconds)})
+            if self.against_engine:
+                with LLM(self.model, **self._engine_options()) as llm:
+                    inside, seconds = loop.run(self._inside(llm, requests))
+                rounds[-1]["engine"] = self._figures(inside, seconds)
+        report: dict[str, Any] = {"load": self._described(), **rounds[-1]}
         if self.against_engine:
-            with LLM(self.model, **self._engine_options()) as llm:
-                inside, seconds = asyncio.run(self._inside(llm, requests))
-            report["engine"] = self._figures(inside, seconds)
-            rate = "output_tokens_per_s"
-            report["server over engine"] = round(report["server"][rate] / report["engine"][rate], 3)
+            rates = [[each[side]["output_tokens_per_s"] for side in ("server", "engine")] for each in rounds]
+            report["output tokens/s of server, engine"] = rates
+            report["server over engine"] = round(statistics.median(over / alone for over, alone in rates), 3)
         print(table(report))
         print(json.dumps(report, indent=2))
         if self.out is not None:

@@ -6,6 +6,7 @@ says who asks and changes nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -320,7 +321,7 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
         raw = msgspec.json.decode(body or b"{}")
         if not isinstance(raw, dict):
             raise InvalidRequest("body", raw, "a JSON object")
-        unknown = sorted(raw.keys() - {field.encode_name for field in msgspec.structs.fields(kind)})
+        unknown = sorted(raw.keys() - _names(kind))  # type: ignore[arg-type]
         if unknown and strict:
             raise InvalidRequest(unknown[0], raw[unknown[0]], "no such field (--strict)")
         return msgspec.convert(raw, kind), unknown
@@ -329,6 +330,12 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
         raise InvalidRequest(path.strip("`.") or "body", Shown(text), "what the type says") from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+
+
+@functools.cache
+def _names(kind: Any) -> frozenset[str]:
+    """The fields of a body, as clients spell them; msgspec evaluates all annotations to tell."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
 
 
 def _response_format(given: dict[str, Any]) -> list[dict[str, Any]]:

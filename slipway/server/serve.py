@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from slipway.checkpoint import hub
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.config import EngineConfig
 from slipway.errors import InvalidConfig, SlipwayError
-from slipway.server import logs
+from slipway.server import heap, logs, loop
 from slipway.server.app import App
 from slipway.server.batch import run_batch
 from slipway.server.config import ServerConfig
@@ -37,7 +36,7 @@ def serve(model: str, name: str, engine: EngineConfig, config: ServerConfig, rep
     logs.start(config.log_format)
     logger.info("process %d, %s", os.getpid(), config.without_secrets())
     with _service(model, name, engine, config, replicas) as service:
-        _run_in_loop(_run(service, config))
+        loop.run(_run(service, config))
 
 
 def batch(model: str, name: str, engine: EngineConfig, source: Path, target: Path) -> int:
@@ -46,14 +45,7 @@ def batch(model: str, name: str, engine: EngineConfig, source: Path, target: Pat
     logs.start(config.log_format)
     logger.info("process %d, %s", os.getpid(), config.without_secrets())
     with _service(model, name, engine, config, 1) as service:
-        return _run_in_loop(_run_batch(service, source, target, 4 * engine.max_num_seqs))
-
-
-def _run_in_loop(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end, on uvloop where there is one: it writes to sockets at half the cost."""
-    factory = importlib.import_module("uvloop").new_event_loop if importlib.util.find_spec("uvloop") else None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
+        return loop.run(_run_batch(service, source, target, 4 * engine.max_num_seqs))
 
 
 @contextlib.contextmanager
@@ -110,12 +102,13 @@ async def _run(service: Service, config: ServerConfig) -> None:
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
         )
     )  # fmt: skip
-    loop, ending = asyncio.get_running_loop(), asyncio.Event()
+    ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
     running = asyncio.create_task(server.serve())
     while not ending.is_set() and not running.done():
         if service.ready and started:
+            heap.settle()
             logger.info("ready on http://%s:%d after %.1f s", config.host, config.port, time.monotonic() - started)
             started = 0.0
         if failure is None and (failure := next((r.failed for r in service.replicas if r.failed is not None), None)):

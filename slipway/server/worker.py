@@ -21,7 +21,7 @@ from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
 from slipway.engine.request import Logprobs, Request
 from slipway.errors import InvalidRequest, SlipwayError
-from slipway.server import logs, messages
+from slipway.server import heap, logs, messages
 from slipway.server.messages import Abort, Add, Answer, Ask, Change, Delta, Failed, Ready, Refused, Sample, Start, Stop
 
 logger = logging.getLogger(__name__)
@@ -192,6 +192,7 @@ def main(address: str) -> None:
         socket.close(linger=5000)
         sys.exit(2)
     limits = dataclasses.asdict(engine.limits)
+    heap.settle()
     socket.send(messages.encode([Ready(limits, engine.defaults)]))
     Worker(engine, socket).run()
     engine.close()
