@@ -25,7 +25,7 @@ from slipway.bench.client import Timed, complete
 from slipway.engine.config import EngineConfig
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
-from slipway.server import loop
+from slipway.server import heap, loop
 
 READY_S = 600.0
 
@@ -60,7 +60,9 @@ class ServingBench:
     rounds: int = 1
     """How often server and engine take turns."""
     max_num_seqs: int = 256
-    """Of a server that is started here."""
+    """Of a server that is started here, and of the engine."""
+    stream_interval: int = 1
+    """Of both, too."""
     out: Path | None = None
     """Write the figures here as JSON."""
     plot: Path | None = None
@@ -77,6 +79,7 @@ class ServingBench:
             rounds.append({"server": self._figures(timed, seconds)})
             if self.against_engine:
                 with LLM(self.model, **self._engine_options()) as llm:
+                    heap.settle()  # as in the server's processes
                     inside, seconds = loop.run(self._inside(llm, requests))
                 rounds[-1]["engine"] = self._figures(inside, seconds)
         report: dict[str, Any] = {"load": self._described(), **rounds[-1]}
@@ -187,7 +190,9 @@ class ServingBench:
 
     def _engine_options(self) -> dict[str, Any]:
         tokens = max(self.max_num_seqs, EngineConfig().max_num_batched_tokens)
-        return {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": tokens}
+        return {
+            "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": tokens, "stream_interval": self.stream_interval
+        }  # fmt: skip
 
     def _described(self) -> dict[str, Any]:
         shown = ("model", "load", "num_prompts", "prompt_tokens", "output_tokens", "concurrency", "rate")

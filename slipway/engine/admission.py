@@ -27,6 +27,7 @@ class Limits:
     num_pages: int
     copies: int
     prefix_caching: bool
+    stream_interval: int
     bodies: dict[str, str]  # which serves each op
 
     @property

@@ -42,6 +42,9 @@ class EngineConfig:
     """Tokens of each sequence that one call of the device may compute while all only decode, nobody waits, and at most
     32 run; who arrives or is aborted meanwhile waits for twice as many at the most. 1: single steps; auto: 8 on one
     CPU device with at most 32 MiB of weights, else 1. Above 1, one more program is compiled."""
+    stream_interval: int = 1
+    """Tokens of a sequence from one delta to the next, after its first; its last come at once. More cost the host less,
+    where steps are short and streams many."""
     page_size: int = 16
     """Tokens per page of the cache."""
     enable_prefix_caching: bool = True
@@ -64,6 +67,7 @@ class EngineConfig:
             "nnodes",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "stream_interval",
             "page_size",
         ):
             _need(name, value := getattr(self, name), type(value) is int and value >= 1, "an integer of at least 1")

@@ -214,7 +214,7 @@ class Engine:
         return sum(scheduler.tree.flush() for scheduler in self._schedulers)
 
     def step(self) -> list[Request]:
-        """Dispatch a step and take in the one before: the requests that moved; who finished is no longer the engine's.
+        """Dispatch a step and take in the one before: who has news of it; who finished is no longer the engine's.
 
         A step that takes long is taken in by a call of its own, before the next is planned, and the first call after
         a pause has nothing to take in and returns an empty list.
@@ -224,19 +224,23 @@ class Engine:
             self._end_overdue(moved)
         if self.changes_now:
             self._change(moved)
-            return list(moved.values())
+            return self._told(moved)
         self._updates.check()
         before, self._dispatched = self._dispatched, None
         if before is not None and self._is_long(before):  # who comes upon its results is in time for the next
             waited = self._take(before, moved)
             self._early = (time.perf_counter() - started - waited, waited)
-            return list(moved.values())
+            return self._told(moved)
         waited = self._dispatch(before, moved)
         host_s = time.perf_counter() - started - waited + self._early[0]
         self._host_s += (host_s - self._host_s) / 16
         self.stats.step(host_s, waited + self._early[1])
         self._early = (0.0, 0.0)
-        return list(moved.values())
+        return self._told(moved)
+
+    def _told(self, moved: dict[str, Request]) -> list[Request]:
+        interval = self.limits.stream_interval
+        return [request for request in moved.values() if interval == 1 or request.is_due(interval)]
 
     def _dispatch(self, before: Dispatched | None, moved: dict[str, Request]) -> float:
         """Give the device what can run next, and take in the step before; the seconds spent waiting for that."""

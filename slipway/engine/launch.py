@@ -119,6 +119,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
         copies=config.data_parallel_size, prefix_caching=_caches(config.enable_prefix_caching, model_config),
+        stream_interval=config.stream_interval,
         bodies=ops.bodies(platform, step.kv, dtype),
     )  # fmt: skip
     logger.info("%s with %s; compiled programs in %s", model, config, kept)

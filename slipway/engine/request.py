@@ -159,6 +159,11 @@ class Sequence:
         text = "" if self.detokenizer is None else self._read().take()
         return CompletionOutput(self.index, text, ids, logprobs, self.finish_reason, self.stop_reason, self.weights)
 
+    def is_due(self, interval: int) -> bool:
+        """Whether it is time to tell: at its first token and its end, else after ``interval`` tokens not told of."""
+        first = not self._num_shown or self.finish_reason is not None
+        return self.num_tokens - self.num_prompt - self._num_shown >= (1 if first else interval)
+
     def _read(self) -> Detokenizer:
         """Detokenize what is new. Only a stop string needs that at every step; else it waits until someone looks."""
         assert self.detokenizer is not None
@@ -184,6 +189,7 @@ class Request:
         *, arrival: int = 0, priority: int = 0, deadline: float = math.inf, cache_salt: str = "", pooling: str = "",
     ):  # fmt: skip
         self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, prompt_token_ids
+        self._shown = list(prompt_token_ids)  # to who asks; one for all deltas: a token's cost knows no prompt's length
         self.params, self.max_tokens = params, max_tokens
         self.arrival, self.priority, self.deadline, self.cache_salt = arrival, priority, deadline, cache_salt
         self.pooling = pooling
@@ -205,6 +211,11 @@ class Request:
         return any(sequence.num_cached is not None for sequence in self.sequences)
 
     @property
+    def num_cached(self) -> int:
+        """Tokens of its prompt that the cache held when it first ran."""
+        return (self.sequences[0].num_cached or 0) if self.sequences else 0
+
+    @property
     def num_generated(self) -> int:
         """Tokens of all its samples."""
         return sum(sequence.num_tokens - sequence.num_prompt for sequence in self.sequences)
@@ -219,14 +230,20 @@ class Request:
             outputs = [dataclasses.replace(output, index=index) for index, output in enumerate(outputs)]
         return self._around(outputs)
 
-    def delta(self) -> RequestOutput:
+    def is_due(self, interval: int) -> bool:
+        """Whether it has ended, or one of its samples has something to tell; ``interval``: EngineConfig's."""
+        return self.finished or any(sequence.is_due(interval) for sequence in self.sequences)
+
+    def deltas(self) -> list[CompletionOutput]:
         """What is new in each sample since the last call."""
-        return self._around([sequence.delta() for sequence in self.sequences])
+        return [sequence.delta() for sequence in self.sequences]
+
+    def delta(self) -> RequestOutput:
+        """``deltas`` with what is said of the request."""
+        return self._around(self.deltas())
 
     def _around(self, outputs: list[CompletionOutput]) -> RequestOutput:
         scored = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
-        cached = self.sequences[0].num_cached if self.sequences else 0
         return RequestOutput(
-            self.request_id, self.prompt, list(self.prompt_token_ids), outputs, self.finished, scored, cached or 0,
-            self.hidden,
-        )  # fmt: skip
+            self.request_id, self.prompt, self._shown, outputs, self.finished, scored, self.num_cached, self.hidden
+        )

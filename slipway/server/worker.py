@@ -146,24 +146,24 @@ class Worker:
         chooses, scored = request.params.num_samples > request.params.n, request.prompt_logprobs
         if (chooses or not _is_scored(request)) and not request.finished:
             return
-        output = request.output() if chooses else request.delta()
         samples = [
             Sample(
                 each.index, each.text, each.token_ids, each.finish_reason, each.stop_reason,
                 None if each.logprobs is None else [_plain(entry) for entry in each.logprobs],
                 list(each.weights) if each.finish_reason is not None else None,
             )
-            for each in output.outputs if each.token_ids or each.text or each.finish_reason
+            for each in (request.output().outputs if chooses else request.deltas())
+            if each.token_ids or each.text or each.finish_reason
         ]  # fmt: skip
-        number = self._numbers[request.request_id]
-        delta = Delta(number, samples, output.finished)
-        if scored is not None and (output.finished or number not in self._scored):
+        number, finished = self._numbers[request.request_id], request.finished
+        delta = Delta(number, samples, finished)
+        if scored is not None and (finished or number not in self._scored):
             self._scored.add(number)
             delta.prompt_logprobs = [None if entry is None else _plain(entry) for entry in scored]
-        if output.finished:
-            hidden = output.hidden
+        if finished:
+            hidden = request.hidden
             self._scored.discard(number)
-            delta.num_cached_tokens = output.num_cached_tokens
+            delta.num_cached_tokens = request.num_cached
             delta.hidden = None if hidden is None else hidden.tolist()
             del self._numbers[request.request_id], self._ids[number]
         self._out.append(delta)

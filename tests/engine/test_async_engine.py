@@ -71,6 +71,22 @@ def test_deltas_add_up_to_what_generate_gives(launch, llm):
                 assert one.keys() == other.keys()
 
 
+def test_deltas_hold_as_many_tokens_as_the_interval_says(tiny, llm):
+    (prompt,) = prompts(1)
+    (expected,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "decode_steps": 1, "stream_interval": 4}
+    engine = AsyncEngine(LLM(tiny, **options).engine)
+
+    async def run():
+        return [delta.outputs[0] async for delta in engine.generate(prompt, GREEDY)]
+
+    deltas = asyncio.run(run())
+    engine.close()
+    assert [len(delta.token_ids) for delta in deltas] == [1, 4, 4, 3], "the first and the last at once"
+    assert [token for delta in deltas for token in delta.token_ids] == expected.outputs[0].token_ids
+    assert "".join(delta.text for delta in deltas) == expected.outputs[0].text
+
+
 def test_leaving_early_frees_the_pages(launch):
     engine = launch()
 
