@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import mmap
 import os
 import sys
 from typing import Any
@@ -98,6 +99,11 @@ def count_above(values: np.ndarray, limit: int) -> int:
         return library.slipway_count_above(pointer, size, ctypes.c_int64(values.itemsize), ctypes.c_uint64(limit))
     bits = np.dtype(f"u{values.itemsize}").type
     return int(np.count_nonzero((values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)) > limit))
+
+
+def on_a_page(size_bytes: int) -> np.ndarray:
+    """Bytes that begin where a page does, which is what writing past the page cache asks for."""
+    return np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
 
 
 def start_writeback(file: int, offset: int, size_bytes: int) -> None:

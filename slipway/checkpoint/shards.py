@@ -1,7 +1,8 @@
 """Decides how tensors lie in the safetensors files that we write, and how a file takes its place; knows no JAX.
 
 Every file is written aside, flushed to the disk and renamed: a reader sees the old checkpoint's file or the new one's.
-Data starts on 64 bytes, and so does every tensor whose size allows it: such files can be used without a copy.
+Data starts on a page, and so does every tensor as far as sizes allow it, on 64 bytes where pages do not: such files can
+be used without a copy, and written without the page cache.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import numpy as np
 from slipway.checkpoint.files import DTYPES, SINGLE
 from slipway.errors import CheckpointError
 
+PAGE = 4096  # bytes; what can be written past the page cache
 _ALIGNMENT = 64
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -81,8 +83,13 @@ def header(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]
     unknown = [name for name, spec in specs.items() if spec.dtype not in _NAMES]
     if unknown:
         raise CheckpointError(path, [f"{name}: no safetensors dtype is {specs[name].dtype}" for name in unknown])
-    # Whole multiples of the alignment first, so that none of them is shifted; of the rest the widest dtypes first.
-    order = sorted(specs, key=lambda name: (specs[name].nbytes % _ALIGNMENT != 0, -specs[name].dtype.itemsize))
+    # Whole multiples of each alignment first, so that none of them is shifted; of the rest the widest dtypes first.
+    order = sorted(
+        specs,
+        key=lambda name: (
+            specs[name].nbytes % PAGE != 0, specs[name].nbytes % _ALIGNMENT != 0, -specs[name].dtype.itemsize
+        ),
+    )  # fmt: skip
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     offsets, end = {}, 0
     for name in order:
@@ -90,7 +97,7 @@ def header(path: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]
         offsets[name], end = end, end + spec.nbytes
         entries[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (offsets[name], end)}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % PAGE)
     data = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: data + offset for name, offset in offsets.items()}
 

@@ -3,13 +3,14 @@ Knows views and dtypes; no names, no files.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from slipway.checkpoint.bits import copy_bits, count_above
-from slipway.checkpoint.shards import Spec
+from slipway.checkpoint.shards import PAGE, Spec
 from slipway.convert.plan import Move
 
 PIECE_ELEMENTS = 1 << 20
@@ -28,6 +29,8 @@ def pieces(
     rows = view.shape[outer] if view.ndim else 1
     row_size = view.size // rows if rows else 0
     step = max(1, PIECE_ELEMENTS // max(1, row_size))
+    pages = PAGE // math.gcd(PAGE, row_size * dtype.itemsize)  # as many rows are whole pages
+    step -= step % pages if step > pages else 0
     size = min(step, rows) * row_size
     fits = memory is not None and memory.nbytes >= size * dtype.itemsize
     buffer = memory[: size * dtype.itemsize].view(dtype) if memory is not None and fits else np.empty(size, dtype)

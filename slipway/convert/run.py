@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from slipway.checkpoint.bits import on_a_page
 from slipway.checkpoint.shards import Spec
 from slipway.convert import move as moving
 from slipway.convert.plan import Move, Plan
@@ -119,7 +120,7 @@ class _Run:
     def _memory_of_thread(self) -> np.ndarray:
         """Bytes for the pieces of one thread's targets, one after another."""
         if not vars(self._local):
-            self._local.memory = np.empty(moving.PIECE_ELEMENTS * MAX_ITEMSIZE, np.uint8)
+            self._local.memory = on_a_page(moving.PIECE_ELEMENTS * MAX_ITEMSIZE)
         return self._local.memory
 
     def _leaves_in_pieces(self, target: str) -> bool:

@@ -4,6 +4,8 @@ Everything is written below ``OUT/.slipway-convert`` first; ``finish`` moves it 
 After a kill nothing in OUT bears a checkpoint's name, and the journal says which tensors are whole.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ import numpy as np
 from slipway.checkpoint import shards
 from slipway.checkpoint.bits import start_writeback
 from slipway.checkpoint.files import INDEX
-from slipway.checkpoint.shards import Spec
+from slipway.checkpoint.shards import PAGE, Spec
 
 ASIDE = ".slipway-convert"
 JOURNAL = "journal.json"
@@ -59,21 +61,35 @@ class SafetensorsSink:
         self._identity, self._lock, self._flushed_at = identity, threading.Lock(), time.monotonic()
         self._done = journal(self._aside, identity) if resume else {}
         self._writing = threading.Lock()
-        self._places: dict[str, tuple[int, int]] = {}  # name -> file descriptor, first byte
+        self._places: dict[str, tuple[str, int]] = {}  # name -> shard, first byte
         self._open_files()
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """One tensor into its shard."""
-        file, start = self._places[name]
+        """One tensor into its shard: whole pages past the page cache where that can be, the rest through it."""
+        shard, start = self._places[name]
         itemsize = self._specs[name].dtype.itemsize
         for first, piece in pieces:
-            data, offset = memoryview(piece.reshape(-1).view(np.uint8).data), start + first * itemsize
-            begin, size = offset, len(data)
-            with self._writing:  # two threads that write to one file at a time spin on its lock
-                while data:
-                    count = os.pwrite(file, data, offset)
-                    data, offset = data[count:], offset + count
-                start_writeback(file, begin, size)
+            array, offset = piece.reshape(-1).view(np.uint8), start + first * itemsize
+            if not offset % PAGE and not array.ctypes.data % PAGE:
+                array, offset = self._write_pages(shard, array, offset)
+            if array.size:
+                file = self._files[shard]
+                with self._writing:  # two threads that write to one file at a time spin on its lock
+                    _write(file, array, offset)
+                    start_writeback(file, offset, array.size)
+
+    def _write_pages(self, shard: str, array: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
+        """Write the whole pages where the file system can do that without its cache; what is left."""
+        size = array.size - array.size % PAGE
+        if not size or shard not in self._direct:
+            return array, offset
+        try:
+            _write(self._direct[shard], array[:size], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return array, offset  # this file system wants more than pages
+        return array[size:], offset + size
 
     def done(self) -> Mapping[str, Facts]:
         """The tensors that an earlier run has left whole, with what it noted of each."""
@@ -92,7 +108,7 @@ class SafetensorsSink:
         self._flush()
         for file in self._files.values():
             os.fsync(file)
-            os.close(file)
+        self._close()
         for path in sorted(self._aside.iterdir()):  # weights and what was put beside them
             if path.name != JOURNAL:
                 os.replace(path, self._directory / path.name)
@@ -106,8 +122,7 @@ class SafetensorsSink:
 
     def abandon(self) -> None:
         """Remove all that was written."""
-        for file in self._files.values():
-            os.close(file)
+        self._close()
         shutil.rmtree(self._aside)
 
     def _open_files(self) -> None:
@@ -115,6 +130,7 @@ class SafetensorsSink:
             shutil.rmtree(self._aside)
         self._aside.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}  # the same files, where they can be written past the page cache
         for shard, names in self._shards.items():
             moved = self._directory / shard
             if moved.exists() and not (self._aside / shard).exists() and self._done.keys() >= set(names):
@@ -125,13 +141,26 @@ class SafetensorsSink:
             size = len(header) + sum(self._specs[name].nbytes for name in names)
             os.ftruncate(file, size)  # sparse: writing into extents that were allocated ahead took ten times as long
             os.pwrite(file, header, 0)
-            self._places |= {name: (file, place) for name, place in places.items()}
+            self._places |= {name: (shard, place) for name, place in places.items()}
+            with contextlib.suppress(OSError, AttributeError):
+                self._direct[shard] = os.open(self._aside / shard, os.O_WRONLY | os.O_DIRECT)
+
+    def _close(self) -> None:
+        for file in (*self._files.values(), *self._direct.values()):
+            os.close(file)
 
     def _flush(self) -> None:
         noted = dict(self._done)
         for file in self._files.values():
             os.fdatasync(file)
         shards.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": noted})
+
+
+def _write(file: int, array: np.ndarray, offset: int) -> None:
+    data = memoryview(array.data)
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def journal(aside: Path, identity: str) -> dict[str, Facts]:
