@@ -218,16 +218,23 @@ def _as_it_lies(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: 
     return view if view.flags.c_contiguous else None
 
 
+def _is_whole(leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, dtype: np.dtype) -> bool:
+    """Whether one device's part of a leaf is a tensor, number for number; the tensor itself is not looked at."""
+    if not _lies_as_declared(leaf.param):
+        return False
+    tensor = checkpoint.tensors[leaf.keys[()]]
+    return DTYPES[tensor.dtype] == dtype and math.prod(_size(bounds)) == math.prod(tensor.shape)
+
+
 def _fill(block: np.ndarray, leaf: tree.Leaf, checkpoint: Checkpoint, bounds: Bounds, faults: list[str] | None) -> None:
     """Copy one device's part of a leaf, and look for numbers that are not finite, if asked to."""
     counts = faults is not None and block.dtype.kind != "i"
     limit = _limit(block.dtype, block.dtype) if counts else None
-    if (view := _as_it_lies(leaf, checkpoint, bounds, block.dtype)) is not None:
-        if view.size == math.prod(leaf.param.hf_shape):
-            found = checkpoint.copy(leaf.keys[()], block, limit)
-        else:
-            found = stream(block, view, limit)
-            checkpoint.drop(leaf.keys[()])
+    if _is_whole(leaf, checkpoint, bounds, block.dtype):
+        found = checkpoint.copy(leaf.keys[()], block, limit)
+    elif (view := _as_it_lies(leaf, checkpoint, bounds, block.dtype)) is not None:
+        found = stream(block, view, limit)
+        checkpoint.drop(leaf.keys[()])
     else:
         _rearrange(block, leaf, checkpoint, bounds)
         found = 0 if limit is None else count_above(block.reshape(-1), limit)

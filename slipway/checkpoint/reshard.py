@@ -112,4 +112,9 @@ def not_finite(array: Any, dtype: np.dtype) -> int:
 
 @functools.cache
 def _count_not_finite(dtype: np.dtype) -> Callable[..., jax.Array]:
-    return jax.jit(lambda x: jnp.sum(~jnp.isfinite(x.astype(dtype))))
+    return jax.jit(lambda x: count_not_finite(x, dtype))
+
+
+def count_not_finite(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``not_finite`` of floats, traced."""
+    return jnp.sum(~jnp.isfinite(x.astype(dtype)))

@@ -66,11 +66,6 @@ class Weights:
         self._spare = self._no_memory()  # the same of the arrays before, for the next that are made beside
         self._before: list[jax.Array] = []  # those arrays, if each is a view of its block
 
-    @property
-    def nbytes(self) -> int:
-        """Of all arrays, once."""
-        return sum(array.nbytes for array in self.arrays)
-
     def replace(self, values: Values, version: str, mode: Mode = "inplace") -> None:
         """Give every array its new value; ``values.check`` has passed.
 
@@ -137,7 +132,10 @@ class Weights:
         faults: list[str] = []
         try:
             with self._pool() as pool:
-                new = list(pool.map(lambda at: values.array(self, at, memory[at], faults), range(len(self.arrays))))
+                new = list(pool.map(
+                    lambda at: values.array(self, at, memory[at] if self.on_cpu else {}, faults),
+                    range(len(self.arrays)),
+                ))  # fmt: skip
             if faults:
                 values.check(self)  # says which numbers
                 raise CheckpointError("the arrays", [f"{key}: values are not finite" for key in faults])
@@ -199,7 +197,10 @@ class FromTensors:
         memory.clear()
         assert isinstance(self._tensors, Held)
         arrays = [jnp.asarray(self._tensors.held(key)) for key in leaf.keys.values()]
-        return reshard.owned(reshard.stacked(reshard.Recipe(leaf.param), dtype)(*arrays), sharding)
+        array = reshard.owned(reshard.stacked(reshard.Recipe(leaf.param), dtype)(*arrays), sharding)
+        for key in leaf.keys.values():
+            self._tensors.drop(key)
+        return array
 
     def _on_devices(self, *keys: str) -> bool:
         return isinstance(self._tensors, Held) and self._tensors.on_devices(keys)
@@ -207,7 +208,7 @@ class FromTensors:
     def _overflow(self, key: str, tensors: Checkpoint, dtype: np.dtype) -> str:
         if not isinstance(tensors, Held) or not tensors.on_devices([key]):
             return load.overflow(key, tensors, dtype)
-        count = reshard.not_finite(tensors.held(key), dtype)
+        count = tensors.not_finite(key, dtype)
         return f"{key}: {count} values are not finite as {dtype}" if count else ""
 
 
@@ -274,6 +275,10 @@ class Held(Checkpoint):
     def array(self, name: str) -> np.ndarray:
         """The array on the host: a copy of one that lies on other devices."""
         return np.asarray(self.held(name))
+
+    def not_finite(self, name: str, dtype: np.dtype) -> int:
+        """How many numbers of an array on devices ``dtype`` cannot hold as finite ones."""
+        return reshard.not_finite(self.held(name), dtype)
 
     def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
         """The array's numbers in ``target``, a contiguous array of its size; ``limit`` as ``stream`` has it."""

@@ -4,7 +4,7 @@ those of `slipway convert`. Knows no engine.
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import models
-from slipway.checkpoint import files, hub, load, quantize
+from slipway.checkpoint import files, hub, load, quantize, reshard
+from slipway.checkpoint.bits import count_above
 from slipway.checkpoint.files import Checkpoint
 from slipway.checkpoint.shards import Spec
 from slipway.checkpoint.swap import FromTensors, FromTree, Held, Values, Weights, on_host
@@ -58,6 +59,7 @@ class Foreign(Held):
     _conversion: Conversion
     _source: MemorySource
     _made: dict[str, jax.Array]
+    _counts: dict[tuple[str, np.dtype], jax.Array]
     _lock: threading.Lock
 
     def __init__(self, arrays: Mapping[str, Any], weights: Weights, mapping: str | None):
@@ -70,7 +72,8 @@ class Foreign(Held):
         targets = conversion.plan.targets
         super().__init__({name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in targets.items()}, "the tree")
         for field, value in (
-            ("_conversion", conversion), ("_source", source), ("_made", {}), ("_lock", threading.Lock()),
+            ("_conversion", conversion), ("_source", source), ("_made", {}), ("_counts", {}),
+            ("_lock", threading.Lock()),
         ):  # fmt: skip
             object.__setattr__(self, field, value)
 
@@ -78,12 +81,27 @@ class Foreign(Held):
         """The tensor, made now, or with those that a program made together."""
         moves, spec = self._conversion.plan.moves[name], self._conversion.plan.targets[name]
         if not self.on_devices([name]):
-            arrays = {move.source.name: np.asarray(self._source.arrays[move.source.name]) for move in moves}
-            return moving.assembled(moves, arrays, spec)
+            return moving.assembled(moves, self._on_host(moves), spec)
         with self._lock:
             if name not in self._made:
-                self._make(name)
+                self._made |= self._program(name, lambda array: array)
             return self._made[name]
+
+    def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
+        """The tensor, put together in ``target``."""
+        if self.on_devices([name]):
+            return super().copy(name, target, limit)
+        moves = self._conversion.plan.moves[name]
+        moving.assembled(moves, self._on_host(moves), self._conversion.plan.targets[name], target)
+        return 0 if limit is None else count_above(target.reshape(-1), limit)
+
+    def not_finite(self, name: str, dtype: np.dtype) -> int:
+        """As Held's; of what one program makes all is counted at once, and none of it kept."""
+        with self._lock:
+            if (name, dtype) not in self._counts:
+                counts = self._program(name, lambda array: reshard.count_not_finite(array, dtype))
+                self._counts |= {(each, dtype): count for each, count in counts.items()}
+            return int(self._counts.pop((name, dtype)))
 
     def drop(self, name: str) -> None:
         """Let go of what was made on devices."""
@@ -94,13 +112,17 @@ class Foreign(Held):
         sources = {move.source.name for name in names for move in self._conversion.plan.moves[name]}
         return all(isinstance(on_host(self._source.arrays[name]), jax.Array) for name in sources)
 
-    def _make(self, name: str) -> None:
+    def _on_host(self, moves: Sequence[Move]) -> dict[str, np.ndarray]:
+        return {move.source.name: np.asarray(self._source.arrays[move.source.name]) for move in moves}
+
+    def _program(self, name: str, then: Callable[[jax.Array], jax.Array]) -> dict[str, jax.Array]:
+        """``then`` of this tensor, and of all that depend on the same arrays, by one program."""
         plan = self._conversion.plan
         sources, targets = next(job for job in plan.jobs() if name in job[1])
-        specs = {target: plan.targets[target] for target in targets}
-        moves = {target: plan.moves[target] for target in targets}
-        program = jax.jit(lambda arrays: {target: _joined(moves[target], arrays, specs[target]) for target in targets})
-        self._made.update(program({source: self._source.arrays[source] for source in sources}))
+        program = jax.jit(
+            lambda arrays: {each: then(_joined(plan.moves[each], arrays, plan.targets[each])) for each in targets}
+        )
+        return program({source: self._source.arrays[source] for source in sources})
 
 
 def _joined(moves: Sequence[Move], arrays: Mapping[str, jax.Array], spec: Spec) -> jax.Array:

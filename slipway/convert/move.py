@@ -4,7 +4,7 @@ Knows views and dtypes; no names, no files.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -52,9 +52,16 @@ def share_shape(move: Move) -> tuple[int, ...]:
     return tuple(len(range(*part.indices(size))) for part, size in zip(move.target.take, move.target.split))
 
 
-def assembled(moves: Iterable[Move], arrays: Mapping[str, np.ndarray], spec: Spec) -> np.ndarray:
-    """A target put together from its sources; what none of them fills is zero."""
-    whole = np.zeros(spec.shape, spec.dtype)
+def assembled(
+    moves: Sequence[Move], arrays: Mapping[str, np.ndarray], spec: Spec, memory: np.ndarray | None = None
+) -> np.ndarray:
+    """A target put together from its sources, in ``memory`` if that is given; what none of them fills is zero."""
+    if memory is None:
+        whole = np.zeros(spec.shape, spec.dtype)
+    else:
+        whole = memory.reshape(-1).view(spec.dtype).reshape(spec.shape)
+        if not moves[0].target.is_whole:
+            whole[...] = 0
     for move in moves:
         fill(move.target.view(whole, move.order), broadcast(move, arrays[move.source.name]), move.factor)
     return whole

@@ -113,9 +113,7 @@ class App:
                 whole = await _unless_gone(request, answer.whole(place), place)
             return json_response(whole, headers)
 
-        handle.__doc__ = f"{kind.__doc__}"
-        handle.kind = kind  # type: ignore[attr-defined]
-        return handle
+        return pages.taking(kind, handle)
 
     def _reading(self, kind: type, answer: Any) -> Callable[[Request], Awaitable[Response]]:
         """A handler that is given a body."""
@@ -127,9 +125,7 @@ class App:
                 found = await _unless_gone(request, answer(body, place), place)
             return json_response(encode(found), _headers(unknown))
 
-        handle.kind = kind  # type: ignore[attr-defined]
-        handle.__doc__ = f"{kind.__doc__}"
-        return handle
+        return pages.taking(kind, handle)
 
     def _asking(self, what: str) -> Callable[[Request], Awaitable[Response]]:
         async def handle(_: Request) -> Response:

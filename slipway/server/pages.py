@@ -2,20 +2,32 @@
 
 import html as escaping
 import inspect
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from slipway.server.config import ServerConfig
 
+Handler = Callable[[Request], Awaitable[Response]]
+
 VERSION = version("slipway")
+FILES = {"/weights/update": "update_id"}  # routes whose body is a file, and the parameter that says of what
 HEAD = (
     "<!doctype html><meta charset=utf-8><title>Slipway</title><style>body{font:15px/1.5 system-ui;max-width:60em;"
     "margin:2em auto;padding:0 1em}code{background:#8882;padding:.1em .3em}td{padding:.1em 1em .1em 0}</style>"
 )
+
+
+def taking(kind: type, handler: Handler) -> Handler:
+    """A handler as the pages show it: its body is a ``kind``, whose docstring says what it does."""
+    handler.__doc__ = f"{kind.__doc__}"
+    handler.kind = kind  # type: ignore[attr-defined]
+    return handler
 
 
 def openapi(routes: Sequence[Route]) -> dict[str, Any]:
@@ -33,6 +45,12 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
             if (kind := _kind(route)) is not None:
                 content = {"application/json": {"schema": of_kind[kind]}}
                 operation["requestBody"] = {"required": True, "content": content}
+            if route.path in FILES:
+                content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+                operation["requestBody"] = {"required": True, "content": content}
+                operation["parameters"] = [
+                    {"name": FILES[route.path], "in": "query", "required": True, "schema": {"type": "string"}}
+                ]
             names = [part.strip("{}").partition(":")[0] for part in route.path.split("/") if part.startswith("{")]
             if names:
                 operation["parameters"] = [

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from slipway.checkpoint import files
 from slipway.errors import CheckpointError, EngineDead, InvalidRequest
-from slipway.server import schema
+from slipway.server import pages, schema
 from slipway.server.gate import encode, json_response
 from slipway.server.service import Service
 
@@ -53,9 +53,7 @@ class Weights:
             async def handle(request: Request) -> Response:
                 return json_response(encode(await act((await read(request, kind))[0])))
 
-            handle.__doc__ = kind.__doc__
-            handle.kind = kind  # type: ignore[attr-defined]
-            return handle
+            return pages.taking(kind, handle)
 
         post, shown = ["POST"], ("/weights_version", self.shown, ["GET"])
         if not self._service.config.admin_api_key:

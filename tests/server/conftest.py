@@ -85,6 +85,21 @@ class Server:
         return self.process.wait(60)
 
 
+@contextlib.contextmanager
+def templated(template, tmp_path_factory):
+    """A server with this chat template, which must be left idle."""
+    folder = tmp_path_factory.mktemp("templated")
+    (folder / "template.jinja").write_text(template)
+    server = Server(folder, "--chat-template", str(folder / "template.jinja"))
+    try:
+        yield server.wait_ready()
+        server.wait_idle()
+    finally:
+        server.http.close()
+        server.process.kill()
+        server.process.wait()
+
+
 @pytest.fixture(scope="session")
 def _server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("server"))

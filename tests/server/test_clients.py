@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from slipway import LLM, SamplingParams
 from slipway.llm import NANO
-from tests.server.conftest import Server
+from tests.server.conftest import templated
 
 pytestmark = pytest.mark.xdist_group("server")
 TEMPLATE = """{#- <tool_call> -#}
@@ -30,16 +30,8 @@ class Answer(BaseModel):
 
 @pytest.fixture(scope="module")
 def tools_server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clients")
-    (folder / "template.jinja").write_text(TEMPLATE)
-    server = Server(folder, "--chat-template", str(folder / "template.jinja"))
-    try:
-        yield server.wait_ready()
-        server.wait_idle()
-    finally:
-        server.http.close()
-        server.process.kill()
-        server.process.wait()
+    with templated(TEMPLATE, tmp_path_factory) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from slipway.codec.tokenizer import Tokenizer
 from slipway.llm import NANO
-from tests.server.conftest import Server, events
+from tests.server.conftest import events, templated
 
 pytestmark = pytest.mark.xdist_group("server")
 TEMPLATE = """{#- <tool_call> -#}
@@ -30,16 +30,8 @@ STRUCTURES = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reasoning")
-    (folder / "template.jinja").write_text(TEMPLATE)
-    server = Server(folder, "--chat-template", str(folder / "template.jinja"))
-    try:
-        yield server.wait_ready()
-        server.wait_idle()
-    finally:
-        server.http.close()
-        server.process.kill()
-        server.process.wait()
+    with templated(TEMPLATE, tmp_path_factory) as server:
+        yield server
 
 
 def ask(server, **fields):

@@ -15,7 +15,7 @@ from slipway.server import schema
 from slipway.server.config import ServerConfig
 from slipway.server.service import Service
 from slipway.server.tools import Tools
-from tests.server.conftest import Server
+from tests.server.conftest import templated
 
 pytestmark = pytest.mark.xdist_group("server")
 TEMPLATE = """{#- <tool_call> -#}
@@ -35,16 +35,8 @@ CHAT = [{"role": "user", "content": "What is the weather?"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "template.jinja").write_text(TEMPLATE)
-    server = Server(folder, "--chat-template", str(folder / "template.jinja"))
-    try:
-        yield server.wait_ready()
-        server.wait_idle()
-    finally:
-        server.http.close()
-        server.process.kill()
-        server.process.wait()
+    with templated(TEMPLATE, tmp_path_factory) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,12 @@ def test_from_disk(fresh, other):
     assert unnamed.isdigit()
 
 
+def test_the_document_says_what_an_update_s_body_is(fresh):
+    operation = fresh.http.get("/openapi.json").json()["paths"]["/weights/update"]["post"]
+    assert list(operation["requestBody"]["content"]) == ["application/octet-stream"]
+    assert [each["name"] for each in operation["parameters"]] == ["update_id"]
+
+
 def test_in_pieces(fresh, other):
     directory, _, after = other
     tensors = load_file(directory / "model.safetensors")
