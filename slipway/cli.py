@@ -18,6 +18,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from slipway import flags
+from slipway.adapters.package import adapt
+from slipway.adapters.twin import Engine
 from slipway.bench.command import Bench
 from slipway.checkpoint import hub
 from slipway.checkpoint.quantize import Scheme
@@ -278,6 +280,24 @@ class Quantize:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapt:
+    """Write the package that registers a converted architecture with an engine that lacks it (docs/adapters.md)."""
+
+    model: Positional[str]
+    """A converted directory, or a hub id."""
+    engine: Annotated[Engine, tyro.conf.arg(name="for")]
+    """The engine."""
+    twin: str
+    """FILE.py[:CLASS]: the architecture as a transformers PreTrainedModel. The file is run."""
+    out: Path
+    """A new or an empty directory."""
+
+    def run(self) -> None:
+        """Check and write."""
+        print(adapt(self.model, self.twin, self.engine, self.out).summary())
+
+
 @dataclasses.dataclass(frozen=True)
 class Models:
     """List the architectures that Slipway implements, the shipped model, and what the hub cache holds."""
@@ -297,7 +317,9 @@ def main() -> None:
     for name in ("slipway.engine.launch", "slipway.engine.step"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        commands: Any = Generate | Chat | Serve | RunBatch | Follow | CollectEnv | Convert | Quantize | Models | Bench
+        commands: Any = (
+            Generate | Chat | Serve | RunBatch | Follow | CollectEnv | Convert | Quantize | Adapt | Models | Bench
+        )
         tyro.cli(commands, prog="slipway", args=flags.expand(sys.argv[1:]), registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
