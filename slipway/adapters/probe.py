@@ -1,9 +1,10 @@
 """Decides whether an engine's Transformers backend would compute what a twin computes; knows no weights.
 
 Both engines take over a twin's attention, embedding and output head and drop what they do not expect there without a
-word: a mask, a scale behind the head, another head count. So the twin's layers run here, on torch's meta device, with a
-stand-in where the engine's paged attention will be called, and its forward around a stand-in head. Read off vLLM 0.32
-(model_executor/models/transformers) and SGLang 0.5.23 (srt/models/transformers.py).
+word: a mask, a scale behind the head, another head count. So the twin's layers run here with a stand-in where the
+engine's paged attention will be called, on torch's meta device and, in two orders, on random numbers; and its forward
+around a stand-in head. Read off vLLM 0.32 (model_executor/models/transformers) and SGLang 0.5.23
+(srt/models/transformers.py).
 """
 
 import contextlib
@@ -40,9 +41,14 @@ def misfits(twin: Twin, engine: Engine) -> list[str]:
     if missing := [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]:
         return [f"config.json: {name}: missing, {engine} reads it" for name in missing]
     calls: list[Call] = []
-    problems = [*_run(twin, calls)]
+    problems = _run(twin, calls)
     if not problems:  # layers that could not be run have not called anything
         problems += _layers(calls, config, engine)
+    if not problems and not _is_local(twin):
+        problems.append(
+            "layers: outside of attention a token's result depends on its neighbours, or not on its position_ids; "
+            f"{engine} packs the tokens of several requests side by side"
+        )
     problems += _head(twin, config, engine)
     return problems + ([*_norms(twin)] if engine == "sglang" else [])
 
@@ -73,6 +79,35 @@ def _run(twin: Twin, calls: list[Call]) -> list[str]:
     if tuple(found[0].shape) != expected:
         problems.append(f"{twin.base_class.__name__}.forward: got {tuple(found[0].shape)} first, expected {expected}")
     return problems
+
+
+def _is_local(twin: Twin) -> bool:
+    """Whether each token, with an attention that leaves it alone, is computed from its id and its position alone.
+
+    The same tokens run in two orders. Their weights are windows on one row of random numbers, so a model of any size
+    takes no memory; a matrix of them has whole rank.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    def attend(module, query, key, value, attention_mask=None, **options):
+        alone = query + (key + value).repeat_interleave(query.shape[1] // key.shape[1], 1)
+        return alone.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[-1]), None
+
+    config, random = twin.config(), torch.Generator().manual_seed(0)
+    config._attn_implementation = _NAME
+    with _attending(attend), running(twin.path, "whose layers run on random weights"), torch.no_grad():
+        with no_init_weights():  # what is not written takes no memory, either
+            base = twin.base_class(config).float().eval()
+        steps = (1, 3, 5, 7, 11)  # what one index further along an axis, the last one first, is in the row
+        sizes = [[*zip(reversed(weight.shape), steps)] for weight in base.parameters()]
+        row = 0.1 * torch.randn(max(1 + sum((n - 1) * step for n, step in size) for size in sizes), generator=random)
+        for weight in base.parameters():
+            weight.data = row.as_strided(weight.shape, steps[: weight.ndim][::-1])
+        tokens = torch.arange(_TOKENS)[None] % config.get_text_config().vocab_size
+        ids, positions = (torch.cat([x, x.flip(1)]) for x in (tokens, tokens + 2))
+        there, back = base(input_ids=ids, position_ids=positions, use_cache=False, return_dict=False)[0]
+    return torch.allclose(there, back.flip(0), rtol=1e-3, atol=1e-3 * float(there.abs().max()), equal_nan=True)
 
 
 @contextlib.contextmanager

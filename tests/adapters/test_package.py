@@ -214,6 +214,14 @@ UNLIKE = {  # what is changed in Halyard's file, the engines that would compute 
         [(LAYER_NORM, "self.norm = OddRMSNorm(config.hidden_size)"), (ROTATE, RMS_NORM + ROTATE)],
         ("sglang",), "OddRMSNorm: SGLang takes it by its name for an RMSNorm",
     ),
+    "a look at the token before": (
+        [("for layer in self.layers:", "x = x + x.roll(1, 1)\n        for layer in self.layers:")],
+        ENGINES, "layers: outside of attention a token's result depends on its neighbours",
+    ),
+    "positions of its own": (
+        [("if position_ids is None:", "if True:")],
+        ENGINES, "layers: outside of attention a token's result depends on its neighbours, or not on its position_ids",
+    ),
     "a bias of the head": (
         [(NEW_HEAD, NEW_HEAD.replace("False", "True"))], ("sglang",), "lm_head.bias: sglang has a home only"
     ),
