@@ -28,8 +28,6 @@ EXPECTED = (
 )
 SKIPPED = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias")  # in names, by SGLang, without a word
 _MODULE = "slipway_twin"
-_RAISED_BY_CODE = (AttributeError, ArithmeticError, AssertionError, ImportError, LookupError, NameError, RuntimeError,
-                   SyntaxError, TypeError, ValueError)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +56,20 @@ def running(path: Path, what: str) -> Iterator[None]:
     """Around the twin's own code: what it raises becomes InvalidConfig, with the last line of the file that ran."""
     try:
         yield
-    except _RAISED_BY_CODE as error:
+    except _failures() as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        place = f"{path}:{lines[-1]}" if lines else str(path)
+        place = f"{path.name}:{lines[-1]}" if lines else path.name
         raise InvalidConfig("twin", place, f"code {what}: {type(error).__name__}: {error}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the twin's code may raise, asked for when it has: huggingface_hub takes half a second to import."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, RuntimeError,
+        StrictDataclassError, SyntaxError, TypeError, ValueError,
+    )  # fmt: skip
 
 
 def load(twin: str, checkpoint: Checkpoint) -> Twin:

@@ -261,6 +261,10 @@ NO_TWINS = {  # what is changed, and the field that the error names
     "no head": ([(NEW_HEAD, "self.lm_head = nn.Identity()")], "HalyardForCausalLM.lm_head"),
     "another model_type": ([('"halyard"', '"halyards"')], "HalyardConfig.model_type"),
     "a field that config.json lacks": ([("config.intermediate_size", "config.mlp_size")], "twin"),
+    "a field of another type": (
+        [("class HalyardConfig", "@strict\nclass HalyardConfig"), ("head_dim: int = 64", "head_dim: str = 'x'"),
+         ("import torch\n", "import torch\nfrom huggingface_hub.dataclasses import strict\n")], "twin",
+    ),
     "a module that is not here": ([("import torch\n", "import torch\nimport not_here\n")], "twin"),
     "no Python": ([("import torch\n", "import torch\nthis is\n")], "twin"),
     "a value that is read": ([("x = self.embed_tokens", "int(input_ids[0, 0]); x = self.embed_tokens")], "twin"),
