@@ -28,12 +28,15 @@ def is_ebnf(text: str) -> bool:
     return HEAD.search(text) is not None
 
 
-def lark(text: str) -> str:
-    """The same grammar as Lark's. Raises InvalidRequest where it says something that is not understood."""
+def lark(text: str, prefix: str = "") -> str:
+    """The same grammar as Lark's; ``prefix``: of its rules' names, the first of which is then ``{prefix}start``.
+
+    Raises InvalidRequest where it says something that is not understood.
+    """
     heads = [match["rule"] for match in _tokens(text) if match["rule"]]
     if "root" not in heads:
         raise _wrong(text, 0, "a rule named root")
-    names = {name: "start" if name == "root" else f"r{number}" for number, name in enumerate(heads)}
+    names = {name: prefix + ("start" if name == "root" else f"r{n}") for n, name in enumerate(heads)}
     if len(names) < len(heads):
         raise _wrong(text, 0, "each rule once")
     out: list[str] = []

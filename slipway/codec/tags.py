@@ -1,42 +1,164 @@
-"""Structural tags: free text in which a trigger must go on as a known beginning, JSON by its schema, and an end.
+"""Structural tags: which parts of a text are free, which are tags, and what stands in those; knows no vocabulary.
 
-vLLM's, SGLang's and OpenAI-like servers' {"structures": [{"begin", "schema", "end"}], "triggers": [...]}, with SGLang's
-"at_least_one", as a grammar in Lark's notation; knows no vocabulary.
+xgrammar's formats, as vLLM and SGLang take them ({"format": {"type": "triggered_tags", ...}}), and the form before them
+({"structures": [{"begin", "schema", "end"}], "triggers": [...]}, with SGLang's "at_least_one"), as Lark's notation.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from llguidance import LLMatcher
+
+from slipway.codec import ebnf
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
-MAX_STRUCTURES = 128
+MAX_STRUCTURES, MAX_DEPTH, MAX_TIMES = 128, 32, 1024
+TYPES: dict[str, dict[str, tuple[type, ...]]] = {  # a format's fields and their types
+    "const_string": {"value": (str,)}, "json_schema": {"json_schema": (dict, bool)}, "regex": {"pattern": (str,)},
+    "grammar": {"grammar": (str,)}, "any_text": {}, "sequence": {"elements": (list,)}, "or": {"elements": (list,)},
+    "optional": {"content": (dict,)}, "star": {"content": (dict,)}, "plus": {"content": (dict,)},
+    "repeat": {"content": (dict,), "min": (int,), "max": (int,)},
+    "tag": {"begin": (str,), "content": (dict,), "end": (str, list)},
+    "triggered_tags": {"triggers": (list,), "tags": (list,)},
+    "tags_with_separator": {"tags": (list,), "separator": (str,)},
+}  # fmt: skip
+TIMES = {"optional": "?", "star": "*", "plus": "+"}
+FLAGS = {"triggered_tags": ("at_least_one", "stop_after_first")}
+FLAGS["tags_with_separator"] = FLAGS["triggered_tags"]
+Schema = Callable[[Any], str]
+Spelled = Callable[[str], list[str]]
+Follows = Sequence[str] | Literal["something"]  # the texts, any of which ends a format; no text: the end of all
 
 
-def lark(given: Any, schema: Callable[[Any], str], spelled: Callable[[str], list[str]]) -> str:
+def lark(given: Any, schema: Schema, spelled: Spelled) -> str:
     """The grammar. ``schema``: a checked schema's text; ``spelled``: a text as Lark's texts and tokens.
 
     Raises InvalidRequest, naming the field.
     """
-    structures, triggers, owes = _read(given)
-    choice, times = " | ".join(f"tag_{number}" for number in range(len(structures))), "+" if owes else "*"
-    rules = [f"start: ({choice}){times} text", "text: TEXT"]
-    for number, structure in enumerate(structures):
-        begin, field = structure["begin"], f"structural_tag.structures[{number}]"
+    expected = '{"type": "structural_tag"} with "format", or with "structures" and "triggers"'
+    if not isinstance(given, dict) or given.get("type", "structural_tag") != "structural_tag":
+        raise InvalidRequest("structural_tag", given, expected)
+    writer = _Writer(schema, spelled)
+    fields = given.keys() - {"type"}
+    if fields == {"format"}:
+        body = writer.write(given["format"], "structural_tag.format", ())
+    elif fields - {"at_least_one"} == {"structures", "triggers"}:
+        body = writer.triggered(_before(given), "structural_tag", ())
+    else:
+        raise InvalidRequest("structural_tag", given, expected)
+    return "\n".join([f"start: {body}", *writer.rules, "text: TEXT", r"TEXT: /(.|\n)*/", ""])
+
+
+class _Writer:
+    """Rules of one grammar. What writes a format writes what ends it, too: free text has to know."""
+
+    def __init__(self, schema: Schema, spelled: Spelled):
+        self._schema, self._spelled = schema, spelled
+        self.rules: list[str] = []
+
+    def write(self, given: Any, field: str, follows: Follows, depth: int = 0) -> str:
+        """A format and its end."""
+        kind = _checked(given, field, depth)
+        match kind:
+            case "any_text":
+                return self._text(field, follows)
+            case "sequence":
+                *first, last = _items(given["elements"], f"{field}.elements")
+                parts = [self.write(each, at, "something", depth + 1) for each, at in first]
+                return " ".join([*parts, self.write(*last, follows, depth + 1)])
+            case "or":
+                each = _items(given["elements"], f"{field}.elements")
+                return f"({' | '.join(self.write(*item, follows, depth + 1) for item in each)})"
+            case "triggered_tags":
+                return self.triggered(given, field, follows, depth)
+        return " ".join([self._closed(kind, given, field, depth), *self._ends(follows)])
+
+    def triggered(self, given: Any, field: str, follows: Follows, depth: int = 0) -> str:
+        """Free text, in which a trigger goes on as one of the tags that begin with it."""
+        if follows:
+            raise InvalidRequest(field, "triggered_tags", "nothing after it: its text has no end")
+        triggers = given["triggers"]
+        if not triggers or not all(isinstance(trigger, str) and trigger for trigger in triggers):
+            raise InvalidRequest(f"{field}.triggers", triggers, "a list of texts that are not empty")
+        where = "structures" if "structures" in given else "tags"
+        tags = _items(given["tags"], f"{field}.{where}")
+        choice = [self._opened(tag, triggers, at, depth + 1) for tag, at in tags]
+        one = f"({' | '.join(choice)})"
+        if given.get("stop_after_first", False):
+            return one if given.get("at_least_one", False) else f"({one} | text)"
+        return f"{one}{'+' if given.get('at_least_one', False) else '*'} text"
+
+    def _opened(self, tag: Any, triggers: list[str], field: str, depth: int) -> str:
+        """Free text up to a tag, and the tag."""
+        _checked(tag, field, depth, "tag")
+        begin = tag["begin"]
         # the longest: what it opens can go on in no other way
         trigger = max((t for t in triggers if begin.startswith(t)), key=len, default="")
         if not trigger:
             raise InvalidRequest(f"{field}.begin", begin, f"one that begins with a trigger: {', '.join(triggers)}")
-        first, *others = spelled(trigger)
-        rest = [*others, *spelled(begin.removeprefix(trigger)), "%json", schema(structure["schema"])]
-        body = " ".join([*rest, *spelled(structure["end"])])
+        rest = self._inside(tag, field, depth, self._spelled(begin.removeprefix(trigger)))
+        return self._rule(f"{self._until(trigger)} {rest}")
+
+    def _closed(self, kind: str, given: Any, field: str, depth: int) -> str:
+        """A format that ends by itself."""
+        match kind:
+            case "const_string":
+                return " ".join(self._spelled(given["value"])) or '""'
+            case "json_schema":
+                return f"%json {self._schema(given['json_schema'])}"
+            case "regex":
+                (built,) = json.loads(LLMatcher.grammar_from_regex(given["pattern"]))["grammars"]
+                return self._rule(built["lark_grammar"].removeprefix("start:").strip())
+            case "grammar":
+                prefix = f"g{len(self.rules)}_"
+                self.rules.append(ebnf.lark(given["grammar"], prefix))
+                return f"{prefix}start"
+            case "tag":
+                return self._inside(given, field, depth, self._spelled(given["begin"]))
+            case "tags_with_separator":
+                tags = _items(given["tags"], f"{field}.tags")
+                for tag, at in tags:
+                    _checked(tag, at, depth + 1, "tag")
+                one = self._rule(" | ".join(self.write(*tag, "something", depth + 1) for tag in tags))
+                more = " ".join([*self._spelled(given["separator"]), one])
+                body = one if given.get("stop_after_first", False) else f"{one} ({more})*"
+                return f"({body})" if given.get("at_least_one", False) else f"({body})?"
+        inner = self.write(given["content"], f"{field}.content", "something", depth + 1)
+        return f"({inner}){TIMES.get(kind) or _times(given, field)}"
+
+    def _inside(self, tag: Any, field: str, depth: int, begin: list[str]) -> str:
+        ends = tag["end"] if isinstance(tag["end"], list) else [tag["end"]]
+        if not ends or not all(isinstance(end, str) for end in ends):
+            raise InvalidRequest(f"{field}.end", ends, "a text, or a list of texts")
+        content = self.write(tag["content"], f"{field}.content", ends if any(ends) else "something", depth + 1)
+        return " ".join([*begin, content])
+
+    def _ends(self, follows: Follows) -> list[str]:
+        if isinstance(follows, str) or not follows:
+            return []
+        each = [" ".join(self._spelled(text)) or '""' for text in follows]
+        return each if len(each) == 1 else [f"({' | '.join(each)})"]
+
+    def _text(self, field: str, follows: Follows) -> str:
+        """Any text up to what ends it."""
+        if isinstance(follows, str) or not all(follows):
+            raise InvalidRequest(field, "any_text", "the end of a tag after it, or nothing: it has no other end")
+        return f"({' | '.join(map(self._until, follows))})" if follows else "text"
+
+    def _until(self, text: str) -> str:
+        """Free text, and this as soon as it comes."""
+        first, *others = self._spelled(text)
         if first.startswith("<["):  # a token is no text: it is seen as it comes
-            rules.append(f"tag_{number}: TEXT {first} {body}")
-        else:
-            rules += [f"open_{number}[lazy]: TEXT {first}", f"tag_{number}: open_{number} {body}"]
-    return "\n".join([*rules, r"TEXT: /(.|\n)*/", ""])
+            return " ".join(["TEXT", first, *others])
+        return " ".join([self._rule(f"TEXT {first}", "[lazy]"), *others])
+
+    def _rule(self, body: str, how: str = "") -> str:
+        name = f"part_{len(self.rules)}"
+        self.rules.append(f"{name}{how}: {body}")
+        return name
 
 
 def marks(tokenizer: Tokenizer) -> dict[str, int]:
@@ -57,21 +179,61 @@ def as_text(text: str) -> list[str]:
     return spelled(text, {})
 
 
-def _read(given: Any) -> tuple[list[dict[str, Any]], list[str], bool]:
-    expected = '{"type": "structural_tag", "structures": [{"begin", "schema", "end"}], "triggers": ["..."]}'
-    fine = isinstance(given, dict) and given.get("type", "structural_tag") == "structural_tag"
-    if not fine or given.keys() - {"type", "at_least_one"} != {"structures", "triggers"}:
-        raise InvalidRequest("structural_tag", given, expected)
+def _before(given: dict[str, Any]) -> dict[str, Any]:
+    """The form before formats, as its format."""
     structures, triggers = given["structures"], given["triggers"]
-    if not isinstance(triggers, list) or not triggers or not all(isinstance(t, str) and t for t in triggers):
+    if not isinstance(triggers, list):
         raise InvalidRequest("structural_tag.triggers", triggers, "a list of texts that are not empty")
-    if not isinstance(structures, list) or not 1 <= len(structures) <= MAX_STRUCTURES:
-        raise InvalidRequest("structural_tag.structures", structures, f"a list of 1 to {MAX_STRUCTURES}")
-    for number, structure in enumerate(structures):
+    for number, structure in enumerate(structures if isinstance(structures, list) else ()):
         texts = isinstance(structure, dict) and all(isinstance(structure.get(key), str) for key in ("begin", "end"))
         if not texts or structure.keys() != {"begin", "schema", "end"} or not isinstance(structure["schema"], dict):
             field = f"structural_tag.structures[{number}]"
             raise InvalidRequest(field, structure, '{"begin": "...", "schema": {...}, "end": "..."}')
-    if not isinstance(owes := given.get("at_least_one", False), bool):
-        raise InvalidRequest("structural_tag.at_least_one", owes, "true or false")
-    return structures, triggers, owes
+    _items(structures, "structural_tag.structures")
+    tags = [
+        {"type": "tag", "begin": each["begin"], "end": each["end"],
+         "content": {"type": "json_schema", "json_schema": each["schema"]}}
+        for each in structures
+    ]  # fmt: skip
+    owes = given.get("at_least_one", False)
+    _flag("structural_tag.at_least_one", owes)
+    return {"triggers": triggers, "tags": tags, "at_least_one": owes, "structures": True}
+
+
+def _checked(given: Any, field: str, depth: int, only: str = "") -> str:
+    """The type of a format whose fields are as they should be."""
+    kind = given.get("type", only) if isinstance(given, dict) else None
+    if kind not in TYPES or only not in ("", kind):
+        raise InvalidRequest(f"{field}.type", kind, only or f"one of {', '.join(TYPES)}")
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(field, "a format", f"one nested at most {MAX_DEPTH} deep")
+    fields, flags = TYPES[kind], FLAGS.get(kind, ())
+    for name, types in fields.items():
+        value = given.get(name)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise InvalidRequest(f"{field}.{name}", value, " or ".join(each.__name__ for each in types))
+    for name in flags:
+        _flag(f"{field}.{name}", given.get(name, False))
+    defaults = {"style": "json", "any_order": False}  # what xgrammar writes out though nobody asked for it
+    for name in sorted(given.keys() - {"type", *fields, *flags}):
+        if given[name] not in (None, [], defaults.get(name)):
+            raise InvalidRequest(f"{field}.{name}", given[name], f"no such field of {kind} here")
+    return kind
+
+
+def _items(given: Any, field: str) -> list[tuple[Any, str]]:
+    if not isinstance(given, list) or not 1 <= len(given) <= MAX_STRUCTURES:
+        raise InvalidRequest(field, given, f"a list of 1 to {MAX_STRUCTURES}")
+    return [(each, f"{field}[{number}]") for number, each in enumerate(given)]
+
+
+def _times(given: dict[str, Any], field: str) -> str:
+    low, high = given["min"], given["max"]
+    if not 0 <= low <= MAX_TIMES or not (high == -1 or low <= high <= MAX_TIMES):
+        raise InvalidRequest(field, [low, high], f"0 <= min <= max <= {MAX_TIMES}, or a max of -1")
+    return f"{{{low},{'' if high == -1 else high}}}"
+
+
+def _flag(field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(field, value, "true or false")

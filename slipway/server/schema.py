@@ -351,7 +351,7 @@ def _response_format(given: dict[str, Any]) -> list[dict[str, Any]]:
     if kind != "json_schema" or not isinstance(held, dict) or not isinstance(held.get("schema"), dict):
         expected = (
             '{"type": "text" | "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}}, '
-            'or {"type": "structural_tag", "structures": [...], "triggers": [...]}'
+            'or {"type": "structural_tag"} with "format", or with "structures" and "triggers"'
         )
         raise InvalidRequest("response_format", given, expected)
     return [{"json": held["schema"]}]

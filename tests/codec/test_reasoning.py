@@ -154,8 +154,58 @@ def test_tags_stand_in_free_text(kind):
     assert accepts(kind, f"hm <function=x </think>\n\nso {add}", structure, thinking(True)), "none in the reasoning"
 
 
+ANY, TRUE = {"type": "any_text"}, {"type": "json_schema", "json_schema": {"const": True}}
+CALL = {"type": "tag", "begin": "<call>", "content": TRUE, "end": "</call>"}
+CALLS = {"type": "tags_with_separator", "tags": [CALL, CALL | {"begin": "<do>"}], "separator": ", "}
+TRIGGERED = {"type": "triggered_tags", "triggers": ["<c", "<d"], "tags": [CALL, CALL | {"begin": "<do>"}]}
+TRUE_CALL = "<call>true</call>"
+FORMATS: list[tuple[dict, list[str], list[str]]] = [  # a format, texts that it has and texts that it has not
+    ({"type": "const_string", "value": 'a"b'}, ['a"b'], ["a", 'a"bc']),
+    ({"type": "regex", "pattern": "[0-9]{2}"}, ["12"], ["1", "123"]),
+    ({"type": "grammar", "grammar": 'root ::= "(" root ")" | [x-z]'}, ["((y))"], ["(y", "w"]),
+    (ANY, ["", "all\n<call> of it"], []),
+    ({"type": "sequence", "elements": [TRUE, {"type": "const_string", "value": ";"}, ANY]}, ["true; x"], ["true x"]),
+    ({"type": "or", "elements": [TRUE, CALL]}, ["true", TRUE_CALL], ["<call>", f"true{TRUE_CALL}"]),
+    ({"type": "optional", "content": CALL}, ["", TRUE_CALL], [2 * TRUE_CALL]),
+    ({"type": "plus", "content": CALL}, [TRUE_CALL, 3 * TRUE_CALL], [""]),
+    ({"type": "repeat", "min": 2, "max": 3, "content": CALL}, [2 * TRUE_CALL, 3 * TRUE_CALL],
+     [TRUE_CALL, 4 * TRUE_CALL]),
+    (CALL | {"content": ANY, "end": ["</call>", "</done>"]}, ["<call>x</done>", "<call></call>"],
+     ["<call>x", "<call></call>x"]),
+    (CALLS, ["", TRUE_CALL, f"<do>true</call>, {TRUE_CALL}"], [2 * TRUE_CALL, f"{TRUE_CALL}, "]),
+    (CALLS | {"at_least_one": True, "stop_after_first": True}, [TRUE_CALL], ["", f"{TRUE_CALL}, {TRUE_CALL}"]),
+    (TRIGGERED, ["", "so", f"so {TRUE_CALL} and <do>true</call> on"], ["so <call>1", "<d", "<call>true"]),
+    (TRIGGERED | {"at_least_one": True}, [f"so {TRUE_CALL} on"], ["so"]),
+    (TRIGGERED | {"at_least_one": True, "stop_after_first": True}, [f"so {TRUE_CALL}"], ["so", f"{TRUE_CALL} on"]),
+    (CALL | {"content": {"type": "sequence", "elements": [TRUE, CALL | {"content": ANY}]}},
+     ["<call>true<call>a <b></call></call>"], ["<call>true<call>a</call>"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("given, inside, outside", FORMATS, ids=lambda each: str(each)[:60])
+def test_formats(kind, given, inside, outside):
+    structure = StructuredOutputs(structural_tag={"type": "structural_tag", "format": given})
+    for text in inside:
+        assert accepts(kind, text, structure), text
+    for text in outside:
+        assert not accepts(kind, text, structure), text
+
+
 BAD = {
-    "structural_tag": [{}, [], "x", {"structures": [], "triggers": [], "more": 1}, {"format": {"type": "any_text"}}],
+    "structural_tag": [{}, [], "x", {"structures": [], "triggers": [], "more": 1}, {"format": {}, "triggers": []}],
+    "structural_tag.format.type": [{"format": 5}, {"format": {}}, {"format": {"type": "token", "token": 5}}],
+    "structural_tag.format.value": [{"format": {"type": "const_string"}}],
+    "structural_tag.format.style": [{"format": {"type": "json_schema", "json_schema": True, "style": "qwen_xml"}}],
+    "structural_tag.format.elements": [{"format": {"type": "or", "elements": []}}],
+    "structural_tag.format.elements[0]": [{"format": {"type": "sequence", "elements": [ANY, ANY]}}],
+    "structural_tag.format.stop_after_first": [
+        {"format": {"type": "tags_with_separator", "tags": [CALL], "separator": "", "stop_after_first": 1}}
+    ],
+    "structural_tag.format.tags[0].type": [{"format": {"type": "tags_with_separator", "tags": [ANY], "separator": ""}}],
+    "structural_tag.format.end": [{"format": CALL | {"end": []}}, {"format": CALL | {"end": [5]}}],
+    "structural_tag.format.content": [{"format": {"type": "star", "content": ANY}}],
+    "structural_tag.format": [{"format": {"type": "repeat", "min": 2, "max": 1, "content": TRUE}}],
     "structural_tag.at_least_one": [TAGS | {"at_least_one": 1}],
     "structural_tag.triggers": [TAGS | {"triggers": []}, TAGS | {"triggers": [""]}, TAGS | {"triggers": 5}],
     "structural_tag.structures": [TAGS | {"structures": []}, TAGS | {"structures": TAGS["structures"] * 43}],

@@ -190,6 +190,11 @@ def test_structures_that_are_none_are_refused(server, fields):
 
 
 TAGS = {"structures": [{"begin": "(x=", "schema": {"enum": [1, 2, 3]}, "end": ")"}], "triggers": ["("]}
+FORMAT = {
+    "type": "triggered_tags", "triggers": ["("],
+    "tags": [{"type": "tag", "begin": "(x=", "end": ")",
+              "content": {"type": "json_schema", "json_schema": {"enum": [1, 2, 3]}}}],
+}  # fmt: skip
 
 
 def test_tags_hold_wherever_they_are_said(server):
@@ -200,6 +205,7 @@ def test_tags_hold_wherever_they_are_said(server):
     for fields in (
         {"response_format": {"type": "structural_tag"} | TAGS}, {"structured_outputs": {"structural_tag": TAGS}},
         {"structured_outputs": {"structural_tag": json.dumps(TAGS)}},
+        {"response_format": {"type": "structural_tag", "format": FORMAT}},
     ):  # fmt: skip
         assert re.fullmatch(expected, text(server, max_tokens=30, **asked, **fields))
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 30} | asked | fields
