@@ -74,9 +74,10 @@ class ServingBench:
             raise InvalidConfig("against_engine", True, "no base_url: the engine must be the server's")
         requests, rounds = self._requests(), list[dict[str, Any]]()
         for _ in range(self.rounds):
-            with self._served() as base_url:
+            with self._served() as (base_url, ready_s):
                 timed, seconds = loop.run(self._drive(requests, self._over_http(base_url)))
-            rounds.append({"server": self._figures(timed, seconds)})
+            started = {} if ready_s is None else {"process start to ready_s": round(ready_s, 2)}
+            rounds.append({"server": started | self._figures(timed, seconds)})
             if self.against_engine:
                 with LLM(self.model, **self._engine_options()) as llm:
                     heap.settle()  # as in the server's processes
@@ -168,10 +169,10 @@ class ServingBench:
             engine.close()
 
     @contextlib.contextmanager
-    def _served(self) -> Iterator[str]:
-        """The server's address; one of our own is started and ended."""
+    def _served(self) -> Iterator[tuple[str, float | None]]:
+        """The server's address; one of our own is started and ended, and how many seconds it took to be ready."""
         if self.base_url is not None:
-            yield self.base_url
+            yield self.base_url, None
             return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -180,10 +181,10 @@ class ServingBench:
         code = "from slipway.cli import main; main()"
         command = [sys.executable, "-c", code, "serve", self.model, "--port", str(port), *words,
                    "--max-requests-per-client", "1000000", "--max-queued-requests", "1000000"]  # fmt: skip
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        begun, process = time.perf_counter(), subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             _wait_ready(f"http://127.0.0.1:{port}/readyz", process)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield f"http://127.0.0.1:{port}/v1", time.perf_counter() - begun
         finally:
             process.terminate()
             process.wait()
@@ -239,7 +240,7 @@ def table(report: dict[str, Any]) -> str:
     rows = [
         (f"{name} {key}".strip(), [side_value[key] if key else side_value for side_value in values])
         for name in report["server"] if name not in ("errors",)
-        for values in [[report[side][name] for side in sides]]
+        for values in [[report[side].get(name, "") for side in sides]]
         for key in (list(values[0]) if isinstance(values[0], dict) else [""])
     ]  # fmt: skip
     lines = ["| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
