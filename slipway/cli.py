@@ -211,7 +211,7 @@ class Convert:
     """Turn a JAX checkpoint into the safetensors directory that vLLM and SGLang load, or back (docs/convert.md)."""
 
     source: Positional[str]
-    """An Orbax directory (also gs:// and s3://), .msgpack, .npz, .h5 or .safetensors file, or an HF directory."""
+    """An Orbax or HF directory, also at gs:// and s3://, or a .msgpack, .npz, .h5 or .safetensors file."""
     out_dir: Positional[Path]
     """A new or an empty directory."""
     explain: bool = False
@@ -314,7 +314,7 @@ class Models:
 def main() -> None:
     """Run the command line. Where Slipway refuses: what is wrong, to stderr, no traceback, exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("slipway.engine.launch", "slipway.engine.step"):
+    for name in ("slipway.engine.launch", "slipway.engine.step", "slipway.convert.remote"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         commands: Any = (

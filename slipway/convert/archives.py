@@ -49,6 +49,12 @@ class ArchiveSource:
     read: Any = None  # name in the file -> array, for those that cannot be mapped
 
     mapped = True
+    stamp = ""
+
+    @property
+    def location(self) -> str:
+        """The file."""
+        return str(self.path)
 
     @property
     def specs(self) -> Mapping[str, Spec]:

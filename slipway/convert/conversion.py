@@ -24,6 +24,7 @@ from slipway.convert.configure import TIE, configure, known_sizes
 from slipway.convert.lora import read_adapter
 from slipway.convert.orbax import OrbaxSink
 from slipway.convert.plan import Move, Plan, resolve
+from slipway.convert.remote import is_address
 from slipway.convert.rules import TreeMapping
 from slipway.convert.run import Delta, Options, Written
 from slipway.convert.sink import ASIDE, SafetensorsSink, Sink
@@ -95,7 +96,7 @@ def convert(
     """
     conversion = prepare(source, options, given, candidates, deltas)
     if conversion.problems:
-        raise CheckpointError(source.path or "the tree", [*conversion.problems, *_values(conversion)])
+        raise CheckpointError(source.location, [*conversion.problems, *_values(conversion)])
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
     try:
         with new_directory(out_dir, options.resume):
@@ -288,6 +289,8 @@ def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -
 @contextlib.contextmanager
 def new_directory(directory: Path, resume: bool) -> Iterator[None]:
     """``directory`` made for what is written inside the context; gone again if that fails and it was not there."""
+    if is_address(directory):
+        raise InvalidConfig("out_dir", str(directory), "a local directory: gs:// and s3:// know no rename and no fsync")
     existed = directory.exists()
     is_begun = resume and (directory / ASIDE).is_dir()  # its files may be among those in place already
     if existed and not is_begun and (not directory.is_dir() or any(path.name != ASIDE for path in directory.iterdir())):

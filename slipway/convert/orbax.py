@@ -20,6 +20,8 @@ import numpy as np
 
 from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
+from slipway.convert import remote
+from slipway.convert.remote import RemotePath, refused
 from slipway.convert.sink import ASIDE, JOURNAL, Facts, Pieces, journal
 from slipway.convert.source import dotted
 from slipway.errors import CheckpointError
@@ -29,6 +31,7 @@ _ITEMS = ("default", "items", "state", "params", "model")  # folders in which Or
 _NO_ARRAYS = ("Dict", "List", "Tuple", "NamedTuple", "None", "string")
 _ARRAY_FILES = ("zarr.json", ".zarray")
 _CHUNK_BYTES = 1 << 26  # of one chunk that is written: what is encoded at a time
+Place = Path | RemotePath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class OrbaxSource:
     path: Path | None
     location: str
     leaves: Mapping[str, Leaf]
+    stamp: str = ""
 
     mapped = False
 
@@ -59,42 +63,47 @@ class OrbaxSource:
     def open(self, name: str) -> Iterator[np.ndarray]:
         """The whole leaf, read into memory."""
         leaf = self.leaves[name]
-        try:
+        with refused(self.location, f"{name}: cannot be read"):
             array = leaf.store.read(order="C").result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise CheckpointError(self.location, [f"{name}: cannot be read: {_first_line(error)}"]) from error
         yield np.asarray(array, leaf.spec.dtype)
 
     def drop(self, name: str) -> None:
         """Nothing: a leaf is in memory until it is closed."""
 
 
-def open_orbax(location: str) -> OrbaxSource:
-    """The tree at a directory, or at a ``gs://`` or ``s3://`` address that tensorstore can read.
+def open_orbax(place: Place) -> OrbaxSource:
+    """The tree in a directory, or in a folder of a bucket.
 
     A directory of steps stands for its newest complete one. Raises CheckpointError for anything else, and for leaves
     of which data is missing.
     """
-    ts = _tensorstore(location)
-    path = None if "://" in location else Path(location)
-    base = _find_tree(Path(location)) if path is not None else location
-    root = f"file://{base.absolute()}/" if isinstance(base, Path) else f"{location.rstrip('/')}/"
-    files = ts.KvStore.open(root).result()
+    ts, base = remote.tensorstore(str(place)), _find_tree(place)
+    if isinstance(base, Path):
+        leaves = _open_leaves(ts, str(place), {"driver": "file", "path": f"{base.absolute()}/"})
+        return OrbaxSource(base, str(place), leaves)
+    leaves = _open_leaves(ts, str(place), base.kvstore)
+    return OrbaxSource(None, str(place), leaves, remote.stamp(base, (METADATA, "manifest.ocdbt")))
+
+
+def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf]:
+    """Every array below ``root``; CheckpointError lists those that cannot be opened or are not whole."""
+    context = remote.context(ts)
+    with refused(location, "the store cannot be read"):
+        files = ts.KvStore.open(root, context=context).result()
+        text = files.read(METADATA).result().value or b"{}"
+        is_ocdbt = bool(files.read("manifest.ocdbt").result().value)
+        kvstore = {"driver": "ocdbt", "base": root} if is_ocdbt else root
+        keys = [key.decode() for key in ts.KvStore.open(kvstore, context=context).result().list().result()]
     try:
-        metadata = json.loads(files.read(METADATA).result().value or b"{}")
+        metadata = json.loads(text)
     except ValueError as error:
         raise CheckpointError(location, [f"{METADATA}: not readable as JSON: {error}"]) from error
-    is_ocdbt = bool(files.read("manifest.ocdbt").result().value)
-    kvstore = {"driver": "ocdbt", "base": root} if is_ocdbt else root
-    store = ts.KvStore.open(kvstore).result()
-    try:
-        keys = [key.decode() for key in store.list().result()]
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(location, [f"the store cannot be listed: {_first_line(error)}"]) from error
-    names = dict(_named(metadata, keys))
+    names, held = dict(_named(metadata, keys)), frozenset(keys)
     opening = {
         name: ts.open(
-            {"driver": "zarr3" if f"{key}/zarr.json" in keys else "zarr", "kvstore": _below(kvstore, key)}, open=True
+            {"driver": "zarr3" if f"{key}/zarr.json" in held else "zarr", "kvstore": _below(kvstore, key)},
+            open=True,
+            context=context,
         )
         for name, key in names.items()
     }
@@ -102,24 +111,25 @@ def open_orbax(location: str) -> OrbaxSource:
     counts = _chunk_counts(keys)
     for name, future in opening.items():
         try:
-            array = future.result()
-        except (ValueError, OSError, RuntimeError) as error:
-            problems.append(f"{name}: cannot be opened: {_first_line(error)}")
+            with refused(location, f"{name}: cannot be opened"):
+                array = future.result()
+        except CheckpointError as error:
+            problems += error.problems
             continue
         leaves[name] = Leaf(names[name], Spec(np.dtype(array.dtype.numpy_dtype), tuple(array.shape)), array)
         if metadata.get("store_array_data_equal_to_fill_value"):
             grid = array.chunk_layout.write_chunk.shape
             chunks = math.prod(-(-size // max(1, chunk)) for size, chunk in zip(array.shape, grid or ()))
-            if (held := counts.get(names[name], 0)) < chunks:
-                problems.append(f"{name}: {chunks - held} of its {chunks} chunks are missing")
+            if (held_chunks := counts.get(names[name], 0)) < chunks:
+                problems.append(f"{name}: {chunks - held_chunks} of its {chunks} chunks are missing")
     if not names:
         problems.append("no arrays found: neither _METADATA nor zarr arrays")
     if problems:
         raise CheckpointError(location, problems)
-    return OrbaxSource(base if isinstance(base, Path) else None, location, leaves)
+    return leaves
 
 
-def is_orbax(path: Path) -> bool:
+def is_orbax(path: Place) -> bool:
     """Whether a directory looks like an Orbax checkpoint, or like steps of some."""
     try:
         _find_tree(path)
@@ -146,7 +156,7 @@ class OrbaxSink:
         constants: Mapping[str, int] | None = None,
         empties: tuple[str, ...] = (),
     ):
-        self._ts = _tensorstore(str(directory))
+        self._ts = remote.tensorstore(str(directory))
         self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
         self._tree = self._aside / item
         self._identity, self._lock = identity, threading.Lock()
@@ -231,15 +241,7 @@ class OrbaxSink:
             store[start : start + len(part)].write(part, can_reference_source_data_indefinitely=True).result()
 
 
-def _tensorstore(location: str) -> Any:
-    try:
-        import tensorstore  # an extra: only those who have Orbax checkpoints need it
-    except ModuleNotFoundError as error:
-        raise CheckpointError(location, ["Orbax checkpoints need tensorstore: pip install slipway[orbax]"]) from error
-    return tensorstore
-
-
-def _find_tree(path: Path) -> Path:
+def _find_tree(path: Place) -> Place:
     """The directory that holds the tree itself: ``path``, a folder of it, or that of its newest complete step."""
     if _is_tree(path):
         return path
@@ -259,7 +261,7 @@ def _find_tree(path: Path) -> Path:
     raise CheckpointError(path, ["no Orbax checkpoint: no _METADATA, no zarr arrays, no step directories"])
 
 
-def _is_tree(path: Path) -> bool:
+def _is_tree(path: Place) -> bool:
     if not path.is_dir():
         return False
     if (path / METADATA).is_file() or (path / "manifest.ocdbt").is_file():
@@ -293,9 +295,5 @@ def _chunk_counts(keys: list[str]) -> dict[str, int]:
     return counts
 
 
-def _below(kvstore: Any, key: str) -> Any:
-    return {**kvstore, "path": f"{key}/"} if isinstance(kvstore, dict) else f"{kvstore}{key}/"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+def _below(kvstore: dict[str, Any], key: str) -> dict[str, Any]:
+    return {**kvstore, "path": f"{kvstore.get('path', '')}{key}/"}

@@ -75,7 +75,7 @@ def execute(
         run.all_jobs()
         run.problems += [p for name, pair in options.tied.items() if (p := untied(name, pair, source))]
         if run.problems:
-            raise CheckpointError(source.path or "the tree", sorted(run.problems))
+            raise CheckpointError(source.location, sorted(run.problems))
     except BaseException:  # an interruption, too, leaves nothing behind
         sink.abandon()
         raise

@@ -21,7 +21,15 @@ class Source(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """Where it lies; None in memory."""
+        """Where it lies on this machine; None elsewhere and in memory."""
+
+    @property
+    def location(self) -> str:
+        """Where it was found, for errors and reports."""
+
+    @property
+    def stamp(self) -> str:
+        """What changes when it is written anew, beside the times of the files at ``path``."""
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -46,13 +54,20 @@ class SafetensorsSource:
     """safetensors: an HF directory, or one file."""
 
     checkpoint: files.Checkpoint
+    address: str = ""  # of what it is a copy
 
     mapped = True
+    stamp = ""
 
     @property
     def path(self) -> Path:
         """The directory or file."""
         return self.checkpoint.directory
+
+    @property
+    def location(self) -> str:
+        """The address, or the path."""
+        return self.address or str(self.path)
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -80,6 +95,8 @@ class MemorySource:
 
     mapped = True
     path = None
+    location = "the tree"
+    stamp = ""
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -120,8 +137,9 @@ def dotted(path: tuple[str, ...]) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of what the source says it holds and of its files' sizes and times: equal if nothing was rewritten."""
-    digest = hashlib.sha256(repr(sorted((n, str(s.dtype), s.shape) for n, s in source.specs.items())).encode())
+    """A hash of what the source says it holds and of its stamp, its files' sizes and times: equal if unchanged."""
+    specs = sorted((n, str(s.dtype), s.shape) for n, s in source.specs.items())
+    digest = hashlib.sha256(repr((specs, source.stamp)).encode())
     if source.path is not None:
         paths = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
         for file in paths:

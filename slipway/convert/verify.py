@@ -100,7 +100,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything that is known of a conversion, as JSON."""
     return {
-        "source": str(conversion.source.path),
+        "source": conversion.source.location,
         "mapping": conversion.plan.mapping.name,
         "direction": conversion.plan.direction,
         "ignored": list(conversion.plan.ignored),

@@ -1,0 +1,115 @@
+"""Buckets on 127.0.0.1: Google's JSON API as far as tensorstore asks for it, and moto's S3. Knows no checkpoints.
+
+https://cloud.google.com/storage/docs/json_api/v1/objects: ``list`` with startOffset, endOffset and pageToken, ``get``
+with alt=media and a range. Without the right token every answer is 401, and there are two names to a page.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+TOKEN, PAGE = "a-token", 2
+Objects = dict[str, bytes]
+
+
+def files(directory: Path, prefix: str) -> Objects:
+    """Every file below a directory, under the name that it has in a bucket."""
+    return {f"{prefix}/{p.relative_to(directory)}": p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def gcs(buckets: Mapping[str, Objects], asked: list[str]) -> Iterator[str]:
+    """The address of a server that has ``buckets`` and notes in ``asked`` what it was asked for."""
+    with _Server(buckets, asked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def s3(buckets: Mapping[str, Objects]) -> Iterator[str]:
+    """The address of a moto server that has ``buckets``; the environment names key and secret."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        for bucket, objects in buckets.items():
+            client.create_bucket(Bucket=bucket)
+            for name, body in objects.items():
+                client.put_object(Bucket=bucket, Key=name, Body=body)
+        client.close()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+class _Server(ThreadingHTTPServer):
+    """What its handlers know."""
+
+    def __init__(self, buckets: Mapping[str, Objects], asked: list[str]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.buckets, self.asked = buckets, asked
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: "_Server"
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: apart, each answer waits 40 ms for an acknowledgement
+
+    def do_GET(self) -> None:
+        buckets = self.server.buckets
+        self.server.asked.append(self.path)
+        url = urlsplit(self.path)
+        found = re.fullmatch(r"/storage/v1/b/([^/]+)/o(?:/([^/]+))?", url.path)
+        assert found, self.path
+        if self.headers["authorization"] != f"Bearer {TOKEN}":
+            self.answer(401, json.dumps({"error": {"code": 401, "message": "Invalid Credentials"}}).encode())
+        elif found[1] not in buckets or (found[2] and unquote(found[2]) not in buckets[found[1]]):
+            self.answer(404, json.dumps({"error": {"code": 404, "message": "Not Found"}}).encode())
+        elif found[2]:
+            self.get(buckets[found[1]][unquote(found[2])])
+        else:
+            self.list(sorted(buckets[found[1]]), {key: value[0] for key, value in parse_qs(url.query).items()})
+
+    def list(self, names: list[str], query: Mapping[str, str]) -> None:
+        first, end = query.get("startOffset", ""), query.get("endOffset")
+        names = [name for name in names if name >= first and (not end or name < end)]
+        after = urlsafe_b64decode(query.get("pageToken", "")).decode()
+        names = [name for name in names if name > after]
+        page: dict[str, Any] = {"items": [{"name": name} for name in names[:PAGE]]}
+        if len(names) > PAGE:
+            page["nextPageToken"] = urlsafe_b64encode(names[PAGE - 1].encode()).decode()
+        self.answer(200, json.dumps(page).encode())
+
+    def get(self, body: bytes) -> None:
+        generation = {"x-goog-generation": str(int.from_bytes(hashlib.sha256(body).digest()[:7]))}
+        asked_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["range"] or "")
+        if asked_range is None:
+            return self.answer(200, body, generation)
+        start, stop = int(asked_range[1]), min(len(body), int(asked_range[2] or len(body)) + 1)
+        if start >= len(body):
+            return self.answer(416, b"")
+        where = {"content-range": f"bytes {start}-{stop - 1}/{len(body)}"}
+        self.answer(206, body[start:stop], generation | where)
+
+    def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"content-length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
