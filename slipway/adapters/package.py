@@ -38,6 +38,11 @@ class Package:
     num_tensors: int
     asked: str
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the engine's environment must say besides."""
+        return {_EXTERNAL: self.module} if self.engine == "sglang" else {}
+
     def summary(self) -> str:
         """For a terminal: what was found, and how the package is used."""
         serve = "vllm serve" if self.engine == "vllm" else f"{_EXTERNAL}={self.module} sglang serve --model-path"

@@ -14,6 +14,7 @@ from slipway.bench.layers import LayersBench
 from slipway.bench.peers import PeersBench
 from slipway.bench.roofline import RooflineBench
 from slipway.bench.serving import ServingBench
+from slipway.bench.sglang import SglangBench
 from slipway.bench.swap import SwapBench
 from slipway.bench.throughput import ThroughputBench
 from slipway.bench.vllm import VllmBench
@@ -33,6 +34,7 @@ class Bench:
             | Annotated[RooflineBench, tyro.conf.subcommand("roofline")]
             | Annotated[CompileBench, tyro.conf.subcommand("compile")]
             | Annotated[ServingBench, tyro.conf.subcommand("serving")]
+            | Annotated[SglangBench, tyro.conf.subcommand("sglang")]
             | Annotated[SwapBench, tyro.conf.subcommand("swap")]
             | Annotated[ThroughputBench, tyro.conf.subcommand("throughput")]
             | Annotated[VllmBench, tyro.conf.subcommand("vllm")]
