@@ -1,8 +1,8 @@
 """Run by SGLang's own Python, which has no Slipway: greedy tokens and their log-probabilities of token-id prompts.
 
-Arguments as of vllm_greedy.py. SGLang's engine, scheduler, loader and model class run as they are, on a CPU with torch's
-own operations. Two packages that they import have no build for this torch and are replaced here by names: torchvision,
-which serves pictures, and vLLM's kernel for rotary embeddings, in whose place ``forward_native`` is called on a CPU.
+Arguments as of vllm_greedy.py. SGLang's engine, scheduler, loader and model class run as they are, on a CPU, with
+torch's own operations. Two packages that they import have no build for this torch and are replaced here by names:
+torchvision, which serves pictures, and vLLM's kernel for rotary embeddings, for which ``forward_native`` is called.
 """
 
 import json
@@ -17,11 +17,11 @@ for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2
     sys.modules[f"torchvision{name}"] = MagicMock()
 sys.modules["vllm"] = types.ModuleType("vllm")
 sys.modules["vllm._custom_ops"] = types.ModuleType("vllm._custom_ops")
-sys.modules["vllm._custom_ops"].rotary_embedding = None  # whoever calls it fails
-
-from sglang import Engine
+sys.modules["vllm._custom_ops"].__dict__["rotary_embedding"] = None  # whoever calls it fails
 
 if __name__ == "__main__":  # SGLang starts processes that import this file again
+    from sglang import Engine  # finds what stands above
+
     directory, asked, out = sys.argv[1:]
     with open(asked) as file:
         request = json.load(file)

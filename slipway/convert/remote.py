@@ -121,7 +121,7 @@ def copy_safetensors(folder: RemotePath, directory: Path) -> None:
             head = store.read(file.name, byte_range=slice(0, 8) if is_large else None).result()
             for piece in _pieces(store, file.name, head.value) if is_large else (head.value,):
                 out.write(piece)
-        time = zlib.crc32(head.stamp.generation)
+        time = zlib.crc32(head.stamp.generation) >> 1  # before 2038, where some file systems end
         os.utime(directory / file.name, (time, time))
 
 
@@ -192,9 +192,12 @@ def _size(store: Any, name: str, head: bytes) -> int:
     length = int.from_bytes(head, "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"claims a header of {length} bytes (not safetensors)")
-    entries = json.loads(store.read(name, byte_range=slice(8, 8 + length)).result().value)
-    tensors = [entry for key, entry in entries.items() if key != "__metadata__"]
-    return 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    header = store.read(name, byte_range=slice(8, 8 + length)).result().value
+    try:
+        tensors = [entry for key, entry in json.loads(header).items() if key != "__metadata__"]
+        return 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"the header is not safetensors' ({error})") from error
 
 
 def _pieces(store: Any, name: str, head: bytes) -> Iterator[bytes]:

@@ -44,15 +44,20 @@ def s3(buckets: Mapping[str, Objects]) -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     try:
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
         for bucket, objects in buckets.items():
-            client.create_bucket(Bucket=bucket)
-            for name, body in objects.items():
-                client.put_object(Bucket=bucket, Key=name, Body=body)
-        client.close()
+            put_s3(f"http://{host}:{port}", bucket, objects)
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+def put_s3(url: str, bucket: str, objects: Objects) -> None:
+    """Write objects, into a bucket that is made if need be."""
+    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
+    client.create_bucket(Bucket=bucket)
+    for name, body in objects.items():
+        client.put_object(Bucket=bucket, Key=name, Body=body)
+    client.close()
 
 
 class _Server(ThreadingHTTPServer):

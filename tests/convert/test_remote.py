@@ -35,6 +35,7 @@ def held() -> dict[str, buckets.Objects]:
     objects |= buckets.files(MAXTEXT / "llama_scan_orbax", "copy")
     objects["runs of may/hf_llama/special_tokens_map.json"] = b"{}"  # shorter than a safetensors file's first field
     objects["short/model.safetensors"] = (MAXTEXT / "hf_qwen3" / "model.safetensors").read_bytes()[:-100]
+    objects["odd/model.safetensors"] = b"\x03\0\0\0\0\0\0\0[1]"
     return {"a-bucket": objects}
 
 
@@ -92,9 +93,15 @@ def test_an_hf_directory_in_a_bucket_goes_the_way_back(scheme, tmp_path, monkeyp
 
 
 def test_a_tree_that_was_rewritten_is_not_gone_on_with(scheme, held):
-    address = f"{scheme}://a-bucket/runs of may/llama_scan_orbax"
-    assert fingerprint(open_source(address)) == fingerprint(open_source(address))
-    assert fingerprint(open_source(address)) != fingerprint(open_source(f"{scheme}://a-bucket/copy"))
+    address, name = f"{scheme}://a-bucket/copy", "copy/0/items/_METADATA"
+    before = fingerprint(open_source(address))
+    assert fingerprint(open_source(address)) == before
+    held["a-bucket"][name] += b" "
+    if scheme == "s3":
+        buckets.put_s3(os.environ["AWS_ENDPOINT_URL"], "a-bucket", {name: held["a-bucket"][name]})
+    assert fingerprint(open_source(address)) != before
+    elsewhere = open_source(f"{scheme}://a-bucket/runs of may/llama_scan_orbax")
+    assert fingerprint(elsewhere) != before, "of the same shapes"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,7 @@ def test_a_tree_that_was_rewritten_is_not_gone_on_with(scheme, held):
         ("://a-bucket/plain.npz", "copy anything else to a local directory"),
         ("://a-bucket/runs of mayhem", "expected an Orbax checkpoint or an HF directory"),
         ("://a-bucket/short", "model.safetensors: 1 problem\n  - cannot be copied: OUT_OF_RANGE"),
+        ("://a-bucket/odd", "cannot be copied: the header is not safetensors'"),
         ("://X/y", "cannot be listed: .*bucket"),
         ("://", "expected a local path, gs://bucket/path or s3://bucket/path"),
     ],
