@@ -5,6 +5,7 @@ torch's own operations. Two packages that they import have no build for this tor
 torchvision, which serves pictures, and vLLM's kernel for rotary embeddings, for which ``forward_native`` is called.
 """
 
+import importlib
 import json
 import sys
 import types
@@ -18,6 +19,8 @@ for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2
 sys.modules["vllm"] = types.ModuleType("vllm")
 sys.modules["vllm._custom_ops"] = types.ModuleType("vllm._custom_ops")
 sys.modules["vllm._custom_ops"].__dict__["rotary_embedding"] = None  # whoever calls it fails
+# its Transformers backend asks which accelerator there is, and takes no CPU for an answer
+importlib.import_module("sglang.srt.utils").__dict__["get_device"] = lambda *_: "cpu"
 
 if __name__ == "__main__":  # SGLang starts processes that import this file again
     from sglang import Engine  # finds what stands above
