@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slipway.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
 LANES = 128  # of a TPU's vector registers
+REASON = 300  # characters of MaxText's: for an unknown option it lists the 900 that it knows
 GET = "pip install maxtext, on Python 3.12 or later"
 
 
@@ -60,10 +62,9 @@ def overrides(vllm_config: Any, lanes: int = LANES) -> dict[str, Any]:
         )
     given = dict((vllm_config.additional_config or {}).get("maxtext_config") or {})
     if vllm_config.load_config.load_format == "dummy" and given.get("load_parameters_path"):
-        logger.warning("load_parameters_path %s is not read: the load format is dummy", given["load_parameters_path"])
-        given["load_parameters_path"] = None
-    config, sharding = vllm_config.model_config.hf_config, vllm_config.sharding_config
-    config = getattr(config, "text_config", None) or config
+        path = given.pop("load_parameters_path")  # left out, and not None, which MaxText refuses
+        logger.warning("load_parameters_path %s is not read: the load format is dummy", path)
+    config, sharding = text_config(vllm_config), vllm_config.sharding_config
     shards = sharding.tp_size * sharding.expert_size
     for name, field in (("base_num_kv_heads", "num_key_value_heads"), ("global_num_kv_heads", _GLOBAL)):
         heads = getattr(config, field, None)
@@ -84,6 +85,12 @@ def overrides(vllm_config: Any, lanes: int = LANES) -> dict[str, Any]:
 _GLOBAL = "num_global_key_value_heads"
 
 
+def text_config(vllm_config: Any) -> Any:
+    """Of the HF config, what describes the decoder."""
+    config = vllm_config.model_config.hf_config
+    return getattr(config, "text_config", None) or config
+
+
 def raised_kv_heads(heads: int, shards: int) -> int:
     """KV heads, each held as often as every one of ``shards`` (tensor times expert) needs one of its own."""
     return shards if heads < shards and shards % heads == 0 else heads
@@ -100,8 +107,54 @@ def padded_moe_mlp_dim(size: int, shards: int, lanes: int = LANES) -> int:
 
 
 def configuration(vllm_config: Any, maxtext: MaxText, lanes: int = LANES) -> Any:
-    """MaxText's configuration: its file for inference under vLLM, and ``overrides``."""
-    return maxtext.initialize(["", str(maxtext.configs / "inference" / "vllm.yml")], **overrides(vllm_config, lanes))
+    """MaxText's configuration: its file for inference under vLLM, and ``overrides``.
+
+    Raises InvalidConfig with MaxText's reason where it refuses them.
+    """
+    given = overrides(vllm_config, lanes)
+    try:
+        return maxtext.initialize(["", str(maxtext.configs / "inference" / "vllm.yml")], **given)
+    except (SystemExit, ValueError) as error:  # MaxText ends the process of whoever gives it a wrong option
+        reason = error.__context__ if isinstance(error, SystemExit) else error
+        expected = f"options that MaxText takes: {str(reason)[:REASON]}"
+        raise InvalidConfig("maxtext_config", given, expected) from reason
+
+
+def check(config: Any, hf_config: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raise InvalidConfig where MaxText's ``config`` does not go with the mesh, or with what vLLM goes by."""
+    if missing := set(config.mesh_axes) - set(mesh.axis_names):
+        raise InvalidConfig(
+            "mesh", mesh.axis_names, f"{sorted(missing)} too: tpu-inference makes them with NEW_MODEL_DESIGN=1 set"
+        )
+    for name, field in (("emb_dim", "hidden_size"), ("num_decoder_layers", "num_hidden_layers")):
+        got, expected = getattr(config, name), getattr(hf_config, field)
+        if got != expected:
+            raise InvalidConfig(f"{name} of maxtext_config", got, f"{expected}, the HF config's {field}")
+
+
+class ByLayer:
+    """A step's caches as MaxText's decoder reads and replaces them: by the number of a layer.
+
+    ``places``: where layer i's cache lies among ``caches``. Several layers may share one.
+    """
+
+    def __init__(self, caches: list[Any], places: Mapping[int, int]):
+        self.caches, self.places = list(caches), places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, layer: int) -> Any:
+        return self.caches[self.places[layer]]
+
+    def __setitem__(self, layer: int, cache: Any) -> None:
+        self.caches[self.places[layer]] = cache
+
+
+def places(names: Iterable[tuple[str, int]] | None, layers: int) -> dict[int, int]:
+    """Where each layer's cache lies: ``names`` are tpu-inference's, "layer.0" and so on; without any, in order."""
+    found = {int(name.removeprefix("layer.")): at for name, at in names or () if re.fullmatch(r"layer\.\d+", name)}
+    return found or {layer: layer for layer in range(layers)}
 
 
 class MaxTextForCausalLM(nnx.Module):
@@ -113,10 +166,11 @@ class MaxTextForCausalLM(nnx.Module):
         self.vllm_config, self.mesh = vllm_config, mesh
         self._maxtext = MaxText.load()
         self.maxtext_config = configuration(vllm_config, self._maxtext)
+        check(self.maxtext_config, text_config(vllm_config), mesh)
         self.model: Any = None
         if vllm_config.load_config.load_format == "dummy":
             self.load_weights(rng_key)
-        elif self.maxtext_config.load_parameters_path is None:
+        elif not self.maxtext_config.load_parameters_path:
             logger.warning("maxtext_config has no load_parameters_path: the weights will be random")
 
     def load_weights(self, rng_key: jax.Array) -> None:
@@ -131,13 +185,15 @@ class MaxTextForCausalLM(nnx.Module):
 
     def __call__(
         self, kv_caches: list[jax.Array], input_ids: jax.Array | None, attention_metadata: Any,
-        inputs_embeds: jax.Array | None = None, *_: Any, **__: Any,
+        inputs_embeds: jax.Array | None = None, _input_positions: jax.Array | None = None,
+        _layer_name_to_kv_cache: Iterable[tuple[str, int]] | None = None, *_: Any, **__: Any,
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:  # fmt: skip
         """Flat tokens [T] -> (caches, hidden states [T, embed], no auxiliary ones, the experts' indices or None).
 
         MaxText reads them as T sequences of one token.
         """
         model, embeds = self._made(), None
+        caches = ByLayer(kv_caches, places(_layer_name_to_kv_cache, len(kv_caches)))
         if inputs_embeds is not None:
             embeds = inputs_embeds[:, None, :].astype(self.maxtext_config.dtype)
             input_ids = jnp.zeros(inputs_embeds.shape[:1], jnp.int32)
@@ -147,11 +203,11 @@ class MaxTextForCausalLM(nnx.Module):
         with self._rules():
             found = model(
                 decoder_input_tokens=input_ids[:, None], decoder_input_embeddings=embeds,
-                decoder_positions=one.input_positions[:, None], kv_caches=kv_caches, attention_metadata=metadata,
+                decoder_positions=one.input_positions[:, None], kv_caches=caches, attention_metadata=metadata,
                 model_mode=self._maxtext.mode,
             )  # fmt: skip
-        hidden, kv_caches, experts = found if len(found) == 3 else (*found, None)
-        return kv_caches, hidden.reshape(-1, hidden.shape[-1]), [], experts
+        hidden, _, experts = found if len(found) == 3 else (*found, None)
+        return caches.caches, hidden.reshape(-1, hidden.shape[-1]), [], experts
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
         """The same."""

@@ -34,14 +34,22 @@ def main(devices: int) -> None:
     """Compare and print."""
     loader = importlib.import_module("tpu_inference.models.common.model_loader")
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model(folder)
+        model = random_model(CONFIG, folder)
         adapter.register()
-        config = vllm_config(folder)
+        config = vllm_config(folder, adapter.PREFIX + "Qwen3ForCausalLM")
         on_a_host_without_a_tpu(loader)
         mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "model"))
         with importlib.import_module("vllm.config").set_current_vllm_config(config):
             interface = loader.get_flax_model(config, jax.random.PRNGKey(0), mesh)
-    runner = Runner(interface, mesh)
+    print(json.dumps({
+        "tpu_inference": importlib.import_module("importlib.metadata").version("tpu_inference"),
+        "jax": jax.__version__, "class": type(interface.model).__name__, "tensor_parallel_size": devices,
+        **compare(model, Runner(interface, mesh, CONFIG)), "fields_that_the_real_objects_lack": missing_fields(config),
+    }))  # fmt: skip
+
+
+def compare(model: torch.nn.Module, runner: "Runner") -> dict[str, float]:
+    """The steps, and how far their logits are from transformers'."""
     worst, equal, compared = 0.0, 0, 0
     prompts = [np.random.default_rng(0).integers(0, 512, n).tolist() for n in (37, 5)]
     expected = [logits(model, prompt) for prompt in prompts]
@@ -56,18 +64,13 @@ def main(devices: int) -> None:
         worst = max(worst, float(np.abs(found - reference).max()))
         equal += int((found.argmax(-1) == reference.argmax(-1)).sum())
         compared += len(reference)
-    print(json.dumps({
-        "tpu_inference": importlib.import_module("importlib.metadata").version("tpu_inference"),
-        "jax": jax.__version__, "class": type(interface.model).__name__, "tensor_parallel_size": devices,
-        "positions": compared, "argmax_equal": equal, "max_logit_difference": worst,
-        "fields_that_the_real_objects_lack": missing_fields(config),
-    }))  # fmt: skip
+    return {"positions": compared, "argmax_equal": equal, "max_logit_difference": worst}
 
 
-def random_model(folder: str) -> torch.nn.Module:
-    """A Qwen3 whose greedy choices have margins, saved."""
+def random_model(config: Any, folder: str) -> torch.nn.Module:
+    """A model whose greedy choices have margins, saved."""
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(CONFIG).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -76,11 +79,11 @@ def random_model(folder: str) -> torch.nn.Module:
     return model
 
 
-def vllm_config(folder: str) -> Any:
+def vllm_config(folder: str, architecture: str, **options: Any) -> Any:
     """vLLM's own, for our class."""
     arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(
         model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=256, enforce_eager=True,
-        hf_overrides={"architectures": [adapter.PREFIX + "Qwen3ForCausalLM"]},
+        hf_overrides={"architectures": [architecture]}, **options,
     )  # fmt: skip
     return arguments.create_engine_config()
 
@@ -90,7 +93,9 @@ def on_a_host_without_a_tpu(loader: Any) -> None:
     loader.get_step_fn_compiler_options = dict
     kernels = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
 
-    def attend(q, k, v, cache, *where, **options):
+    def attend(q, k, v, cache, *where, update_kv_cache=True, **options):
+        assert update_kv_cache, "the reference always writes its cache"
+
         def on_host(*args):
             out, new = kernels.ref_ragged_paged_attention(*map(jnp.asarray, args), **options)
             whole = np.zeros(q.shape, q.dtype)
@@ -107,15 +112,14 @@ def on_a_host_without_a_tpu(loader: Any) -> None:
 class Runner:
     """Calls the model as tpu-inference's runner does."""
 
-    def __init__(self, interface: Any, mesh: Mesh):
+    def __init__(self, interface: Any, mesh: Mesh, config: Any):
         kernels = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
         self._metadata = importlib.import_module("tpu_inference.layers.common.attention_metadata").AttentionMetadata
-        shape = kernels.get_kv_cache_shape(
-            NUM_PAGES, PAGE_SIZE, CONFIG.num_key_value_heads, CONFIG.head_dim, jnp.float32
-        )
+        heads = max(config.num_key_value_heads, mesh.shape["model"])  # one, at least, for every shard
+        shape = kernels.get_kv_cache_shape(NUM_PAGES, PAGE_SIZE, heads, config.head_dim, jnp.float32)
         self._interface, self._rows = interface, NamedSharding(mesh, P("data"))
         split = NamedSharding(mesh, P("data", None, "model", None, None))
-        self._caches = [jax.device_put(jnp.zeros(shape), split) for _ in range(CONFIG.num_hidden_layers)]
+        self._caches = [jax.device_put(jnp.zeros(shape), split) for _ in range(config.num_hidden_layers)]
         pages = 1 + np.arange(ROWS * PAGES_PER_ROW, dtype=np.int32)
         self._tables = pages
 

@@ -1,10 +1,9 @@
-"""The classes that vLLM on TPU is given, called as it calls them, with stand-ins for its objects and its kernel.
+"""Our classes for vLLM on TPU, called as it calls them, with stand-ins for its objects and its kernel.
 
 `slipway bench adapters` does the same with the real ones.
 """
 
 import dataclasses
-import sys
 import types
 from pathlib import Path
 
@@ -168,157 +167,6 @@ def test_without_tpu_inference_the_plugin_does_nothing(caplog):
     caplog.set_level("INFO", adapter.logger.name)
     adapter.register()  # vLLM on a CPU or a GPU calls every plugin, too
     assert "no model is registered" in caplog.text
-
-
-# MaxText
-
-
-def a_config(**fields):
-    text = types.SimpleNamespace(num_key_value_heads=8, **fields)
-    model = standins.ModelConfig("somewhere", text, hf_config_path="somewhere")
-    return standins.VllmConfig(model, additional_config={"maxtext_config": {"model_name": "qwen3-8b"}})
-
-
-@pytest.mark.parametrize(
-    ("heads", "shards", "raised"), [(8, 8, 8), (8, 4, 8), (2, 8, 8), (1, 4, 4), (3, 8, 3), (8, 12, 8), (4, 12, 12)]
-)
-def test_kv_heads_are_raised_to_a_multiple_that_is_the_shards(heads, shards, raised):
-    assert maxtext.raised_kv_heads(heads, shards) == raised
-
-
-@pytest.mark.parametrize(
-    ("size", "shards", "padded"),
-    [(768, 1, 768), (768, 4, 1024), (512, 4, 1024), (512, 8, 2048), (1536, 2, 1536), (1408, 1, 2048), (100, 1, 256)],
-)
-def test_experts_are_padded_to_powers_of_two_until_each_shard_is_aligned(size, shards, padded):
-    assert maxtext.padded_moe_mlp_dim(size, shards) == padded
-    assert (padded // shards) % 256 == 0
-
-
-def test_overrides_are_the_users_and_what_the_shards_need(caplog):
-    config = a_config(num_global_key_value_heads=4, moe_intermediate_size=512)
-    config.sharding_config = standins.ShardingConfig(tp_size=4, expert_size=4, attn_dp_size=2)
-    assert maxtext.overrides(config) == {
-        "model_name": "qwen3-8b", "base_num_kv_heads": 16, "global_num_kv_heads": 16, "padded_base_moe_mlp_dim": 2048,
-    }  # fmt: skip
-    assert "512 to 2048" in caplog.text
-    nested = a_config()
-    nested.model_config.hf_config = types.SimpleNamespace(text_config=nested.model_config.hf_config)
-    assert maxtext.overrides(nested) == {"model_name": "qwen3-8b"}
-    plain = a_config()
-    plain.additional_config = None
-    assert maxtext.overrides(plain) == {}
-
-
-def test_dummy_weights_clear_the_load_path_and_say_so(caplog):
-    config = a_config()
-    given = config.additional_config["maxtext_config"]
-    given["load_parameters_path"] = "gs://there"
-    assert maxtext.overrides(config)["load_parameters_path"] == "gs://there"
-    config.load_config.load_format = "dummy"
-    assert maxtext.overrides(config)["load_parameters_path"] is None
-    assert "gs://there is not read" in caplog.text
-    assert given["load_parameters_path"] == "gs://there", "the caller's options stay the caller's"
-
-
-def test_an_hf_path_is_required():
-    config = a_config()
-    config.model_config.hf_config_path = None
-    with pytest.raises(ValueError, match="hf_config_path"):
-        maxtext.overrides(config)
-
-
-class Decoder(nnx.Module):
-    """What is called of MaxText's."""
-
-    def __init__(self):
-        self.token_embedder = Embedder()
-        self.decoder = types.SimpleNamespace(apply_output_head=self.head)
-
-    def head(self, embedder, x_T1D, deterministic, mode):
-        assert deterministic and mode == "autoregressive" and embedder is self.token_embedder
-        return x_T1D @ embedder.embedding[...].T
-
-    def __call__(
-        self,
-        decoder_input_tokens,
-        decoder_input_embeddings,
-        decoder_positions,
-        kv_caches,
-        attention_metadata,
-        model_mode,
-    ):
-        assert decoder_input_tokens.shape == decoder_positions.shape == (5, 1) and model_mode == "autoregressive"
-        x_T1D = self.token_embedder(decoder_input_tokens)
-        if decoder_input_embeddings is not None:
-            x_T1D = decoder_input_embeddings
-        return x_T1D * decoder_positions[..., None].astype(x_T1D.dtype), [cache + 1 for cache in kv_caches]
-
-
-class Embedder(nnx.Module):
-    def __init__(self):
-        self.embedding = nnx.Param(jax.random.normal(jax.random.key(0), (11, 6)))
-
-    def __call__(self, ids):
-        return self.embedding[...][ids]
-
-
-@pytest.fixture
-def fake_maxtext(monkeypatch):
-    """MaxText's four functions; what they were called with."""
-    calls = []
-
-    def initialize(argv, **overrides):
-        calls.append((argv, overrides))
-        return types.SimpleNamespace(logical_axis_rules=[("embed", None)], dtype=jnp.float32, load_parameters_path=None)
-
-    def from_pretrained(config, mesh, model_mode, rng_key):
-        calls.append("made")
-        return Decoder()
-
-    found = maxtext.MaxText(initialize, from_pretrained, Path("/configs"), "autoregressive")
-    monkeypatch.setattr(maxtext.MaxText, "load", staticmethod(lambda: found))
-    return calls
-
-
-@pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
-def test_a_maxtext_model_is_called_as_tpu_inference_calls_models(fake_maxtext):
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    config = a_config()
-    model = maxtext.MaxTextForCausalLM(config, jax.random.key(0), mesh)
-    assert fake_maxtext == [(["", "/configs/inference/vllm.yml"], {"model_name": "qwen3-8b"})]
-    for use in (model.get_input_embeddings, lambda: model.compute_logits(jnp.zeros((1, 6)))):
-        with pytest.raises(RuntimeError, match="no weights yet"):
-            use()
-    model.load_weights(jax.random.key(0))
-    model.load_weights(jax.random.key(0))
-    assert fake_maxtext.count("made") == 1
-    where = standins.AttentionMetadata(jnp.arange(5), *(jnp.zeros(1, jnp.int32),) * 4)
-    ids = jnp.array([1, 2, 3, 4, 5])
-    table = np.asarray(model.get_input_embeddings()[...])
-    for metadata in (where, {"layer.0": where, "layer.1": where}):
-        caches, hidden, auxiliary, experts = model.forward([jnp.zeros(2)], ids, metadata, None, None, ("layer.0", 0))
-        np.testing.assert_allclose(hidden, table[1:6] * np.arange(5)[:, None], rtol=1e-6)
-        assert (np.asarray(caches[0]) == 1).all() and auxiliary == [] and experts is None
-    _, hidden, *_ = model([jnp.zeros(2)], None, where, jnp.ones((5, 6)))
-    np.testing.assert_allclose(hidden, np.ones((5, 6)) * np.arange(5)[:, None])
-    np.testing.assert_allclose(model.compute_logits(jnp.ones((3, 6))), np.ones((3, 6)) @ table.T, rtol=1e-5)
-    np.testing.assert_array_equal(np.asarray(model.embed_input_ids(ids)), table[1:6])
-
-
-@pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
-def test_dummy_weights_are_made_at_once(fake_maxtext):
-    config = a_config()
-    config.load_config.load_format = "dummy"
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    maxtext.MaxTextForCausalLM(config, jax.random.key(0), mesh)
-    assert fake_maxtext[-1] == "made"
-
-
-def test_without_maxtext_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "maxtext", None)
-    with pytest.raises(InvalidConfig, match="pip install maxtext"):
-        maxtext.MaxText.load()
 
 
 def test_stand_ins_are_small():
