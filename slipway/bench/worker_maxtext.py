@@ -1,7 +1,7 @@
 """Run by an environment that has vLLM for TPUs and MaxText: a MaxText model behind our class, beside transformers.
 
-Arguments: devices that share each layer, and what to run. Prints one JSON object. A random model is saved as Hugging
-Face has it, made a checkpoint by MaxText's own converter, and loaded from that; the steps are worker_tpu_inference's.
+Argument: devices that share each layer. Prints one JSON object. A random model of each family is saved as Hugging Face
+has it, made a checkpoint by MaxText's own converter, and loaded from that; the steps are worker_tpu_inference's.
 """
 
 import dataclasses
@@ -25,6 +25,10 @@ SIZES: dict[str, Any] = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=128, max_position_embeddings=256,
 )  # fmt: skip
+LLAMA_31 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Case:
 
 CASES = {
     "qwen3": Case("qwen3-0.6b", transformers.Qwen3Config(**SIZES, tie_word_embeddings=True)),
-    "llama": Case("llama3.1-8b", transformers.LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "llama": Case("llama3.1-8b", transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA_31)),
     "qwen3_moe": Case(
         "qwen3-30b-a3b",
         transformers.Qwen3MoeConfig(
@@ -50,34 +54,50 @@ CASES = {
 }  # fmt: skip
 
 
-def main(devices: int, name: str) -> None:
+def main(devices: int) -> None:
     """Compare and print."""
-    case = CASES[name]
-    loader = importlib.import_module("tpu_inference.models.common.model_loader")
+    adapter.register()
+    host.on_a_host_without_a_tpu(importlib.import_module("tpu_inference.models.common.model_loader"))
+    experts_on_a_host_without_a_tpu()
+    axes = importlib.import_module("tpu_inference.layers.common.sharding").MESH_AXIS_NAMES
+    shape = [devices if axis == "model" else 1 for axis in axes]
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(shape), axes)
+    version = importlib.import_module("importlib.metadata").version
+    print(json.dumps({
+        "tpu_inference": version("tpu_inference"), "maxtext": version("maxtext"), "jax": jax.__version__,
+        "tensor_parallel_size": devices, **{name: measure(case, mesh) for name, case in CASES.items()},
+    }))  # fmt: skip
+
+
+def measure(case: Case, mesh: Mesh) -> dict[str, Any]:
+    """One family: what was compared, and what MaxText made of the sizes."""
+    options = {"model_name": case.model_name, "dtype": "float32", "weight_dtype": "float32"}
+    options |= sizes(case.config) | case.options
     with tempfile.TemporaryDirectory() as folder:
         model = host.random_model(case.config, folder)
-        options = {"model_name": case.model_name, "dtype": "float32", "weight_dtype": "float32"}
-        options |= sizes(case.config) | case.options
         convert(case, folder, options)
-        adapter.register()
-        config = host.vllm_config(
-            folder, "MaxTextForCausalLM", hf_config_path=folder, tensor_parallel_size=devices,
-            additional_config={"maxtext_config": options | {"load_parameters_path": f"{folder}/maxtext/0/items"}},
-        )  # fmt: skip
-        host.on_a_host_without_a_tpu(loader)
-        experts_on_a_host_without_a_tpu()
-        axes = importlib.import_module("tpu_inference.layers.common.sharding").MESH_AXIS_NAMES
-        shape = [devices if axis == "model" else 1 for axis in axes]
-        mesh = Mesh(np.array(jax.devices()[:devices]).reshape(shape), axes)
-        with importlib.import_module("vllm.config").set_current_vllm_config(config):
-            interface = loader.get_flax_model(config, jax.random.PRNGKey(0), mesh)
-    made = interface.model.maxtext_config
-    found = host.compare(model, host.Runner(interface, mesh, case.config))
-    print(json.dumps({
-        "maxtext": importlib.import_module("importlib.metadata").version("maxtext"), "model": name,
-        "tensor_parallel_size": devices, "kv_heads": made.num_kv_heads,
-        "expert_rows": made.padded_base_moe_mlp_dim or made.base_moe_mlp_dim, **found,
-    }))  # fmt: skip
+        loaded = interface(folder, mesh, options | {"load_parameters_path": f"{folder}/maxtext/0/items"})
+        dummy = interface(folder, mesh, options | {"load_parameters_path": "/not/there"}, load_format="dummy")
+    config, ids = loaded.model.maxtext_config, np.arange(32, dtype=np.int32)
+    embeddings = loaded.multimodal_fns.embed_input_ids_fn(loaded.state_leaves, ids)
+    table = model.state_dict()["model.embed_tokens.weight"].numpy()
+    return {
+        "kv_heads": config.num_kv_heads, "expert_rows": config.padded_base_moe_mlp_dim,
+        **host.compare(model, host.Runner(loaded, mesh, case.config)),
+        "embeddings_equal": bool((embeddings == table[:32]).all()),
+        "dummy_logits_finite": bool(np.isfinite(host.Runner(dummy, mesh, case.config).step([(0, [1, 2])], 0)).all()),
+    }  # fmt: skip
+
+
+def interface(folder: str, mesh: Mesh, options: dict[str, Any], **engine: Any) -> Any:
+    """The model behind tpu-inference's loader."""
+    loader = importlib.import_module("tpu_inference.models.common.model_loader")
+    config = host.vllm_config(
+        folder, "MaxTextForCausalLM", hf_config_path=folder, tensor_parallel_size=mesh.shape["model"],
+        additional_config={"maxtext_config": options}, **engine,
+    )  # fmt: skip
+    with importlib.import_module("vllm.config").set_current_vllm_config(config):
+        return loader.get_flax_model(config, jax.random.PRNGKey(0), mesh)
 
 
 def sizes(config: Any) -> dict[str, Any]:
@@ -122,4 +142,4 @@ def experts_on_a_host_without_a_tpu() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]))

@@ -68,13 +68,13 @@ def compare(model: torch.nn.Module, runner: "Runner") -> dict[str, float]:
 
 
 def random_model(config: Any, folder: str) -> torch.nn.Module:
-    """A model whose greedy choices have margins, saved."""
+    """A model whose greedy choices have margins, saved; its weights are bfloat16's, as published ones are."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.1)
+                parameter.copy_(parameter.normal_(std=0.1).bfloat16())
     model.save_pretrained(folder)
     return model
 
