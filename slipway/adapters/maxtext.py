@@ -22,7 +22,7 @@ from slipway.errors import InvalidConfig
 logger = logging.getLogger(__name__)
 LANES = 128  # of a TPU's vector registers
 REASON = 300  # characters of MaxText's: for an unknown option it lists the 900 that it knows
-GET = "pip install maxtext, on Python 3.12 or later"
+GET = "pip install maxtext 'qwix>=0.1.6' omegaconf grain aqtp drjax jsonlines ml-collections, on Python 3.12 or later"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,8 @@ def check(config: Any, hf_config: Any, mesh: jax.sharding.Mesh) -> None:
 class ByLayer:
     """A step's caches as MaxText's decoder reads and replaces them: by the number of a layer.
 
-    ``places``: where layer i's cache lies among ``caches``. Several layers may share one.
+    ``places``: where layer i's cache lies among ``caches``. Several layers may share one. Raises InvalidConfig at None,
+    which MaxText 0.2.5's Llama gives for a cache where layers are scanned: attention would be skipped in the next step.
     """
 
     def __init__(self, caches: list[Any], places: Mapping[int, int]):
@@ -148,6 +149,8 @@ class ByLayer:
         return self.caches[self.places[layer]]
 
     def __setitem__(self, layer: int, cache: Any) -> None:
+        if cache is None:
+            raise InvalidConfig("load_parameters_path", "scanned layers", "a checkpoint written with scan_layers=False")
         self.caches[self.places[layer]] = cache
 
 

@@ -180,6 +180,13 @@ def test_every_layer_has_the_cache_that_its_name_leads_to(fake_maxtext, places, 
     assert [int(cache) for cache in caches] == left
 
 
+def test_a_decoder_that_drops_a_cache_is_refused():
+    """MaxText's Llama gives None for it where a checkpoint's layers are scanned, and skips attention at None."""
+    caches = maxtext.ByLayer([jnp.zeros(2)], {0: 0})
+    with pytest.raises(InvalidConfig, match="scan_layers=False"):
+        caches[0] = None
+
+
 def test_what_does_not_go_together_is_refused_before_anything_is_made(fake_maxtext):
     flat = Mesh(np.array(jax.devices()[:1]), ("data",))
     with pytest.raises(InvalidConfig, match="NEW_MODEL_DESIGN=1"):
