@@ -49,17 +49,19 @@ class Stream:
 
     def __init__(self, replica: "Replica", number: int, num_tokens: int):
         self._replica, self._number, self.num_tokens = replica, number, num_tokens
-        self._items: asyncio.Queue[Delta | SlipwayError] = asyncio.Queue()
+        self._items: list[Delta | SlipwayError] = []
+        self._waiter: asyncio.Future[None] | None = None
         self.finished = False
 
     async def next(self) -> list[Delta]:
-        """What has come since the last call, at least one; the last of all is finished.
+        """What has come since the last call, at least one; the last of all is finished. One task asks at a time.
 
         Raises InvalidRequest or EngineDead.
         """
-        items = [await self._items.get()]
-        while not self._items.empty():
-            items.append(self._items.get_nowait())
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        items, self._items = self._items, []
         deltas = []
         for item in items:
             if isinstance(item, SlipwayError):
@@ -71,7 +73,9 @@ class Stream:
 
     def put(self, item: Delta | SlipwayError) -> None:
         """Something has come."""
-        self._items.put_nowait(item)
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def abort(self) -> None:
         """End the request where it stands; the stream ends as it does by itself."""
