@@ -272,6 +272,7 @@ def _identity(conversion: Conversion, options: ConvertConfig) -> str:
         sorted((name, str(spec.dtype), spec.shape) for name, spec in conversion.targets.items()),
         options.shard_size,
         options.to,
+        shards.PAGE,  # where tensors lie in the files
         adapter,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

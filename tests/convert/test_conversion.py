@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from slipway import errors
 from slipway.checkpoint import shards
+from slipway.convert import conversion as conversion_module
 from slipway.convert import run
 from slipway.convert.conversion import ConvertConfig, convert, prepare
 from slipway.convert.formats import open_source
@@ -345,3 +346,11 @@ def test_the_memory_gate_lets_one_too_large_pass_alone():
     gate.leave(25)
     gate.enter(10)
     gate.leave(10)
+
+
+def test_what_lies_otherwise_in_its_files_is_not_gone_on_with(monkeypatch):
+    source, options = open_source(MAXTEXT / "llama_scan_orbax"), ConvertConfig(config=MAXTEXT / "hf_llama")
+    conversion = conversion_module.prepare(source, options)
+    before = conversion_module._identity(conversion, options)
+    monkeypatch.setattr(conversion_module.shards, "PAGE", 64)
+    assert conversion_module._identity(conversion, options) != before
