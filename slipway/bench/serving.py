@@ -72,6 +72,8 @@ class ServingBench:
         """Measure, and print a table and the figures."""
         if self.against_engine and self.base_url is not None:
             raise InvalidConfig("against_engine", True, "no base_url: the engine must be the server's")
+        if self.rounds < 1:
+            raise InvalidConfig("rounds", self.rounds, "at least 1")
         requests, rounds = self._requests(), list[dict[str, Any]]()
         for _ in range(self.rounds):
             with self._served() as (base_url, ready_s):
