@@ -321,7 +321,7 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
         raw = msgspec.json.decode(body or b"{}")
         if not isinstance(raw, dict):
             raise InvalidRequest("body", raw, "a JSON object")
-        unknown = sorted(raw.keys() - _names(kind))  # type: ignore[arg-type]
+        unknown = sorted(raw.keys() - _names(kind))  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
         if unknown and strict:
             raise InvalidRequest(unknown[0], raw[unknown[0]], "no such field (--strict)")
         return msgspec.convert(raw, kind), unknown
