@@ -189,14 +189,14 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const Panel panel = panel_at(op, first, call.batch.outs, 4 * packed.words);
   const uint8_t* scales[kWidth];
   for (int i = 0; i < kWidth; ++i) {
-    const bool up = op.up && i >= kLanes;
-    const int64_t row = least(first + (up ? i - kLanes : i), op.out_size - 1);
+    const bool up = op.up && i >= kHalf;
+    const int64_t row = least(first + (up ? i - kHalf : i), op.out_size - 1);
     scales[i] = static_cast<const uint8_t*>(up ? op.up_scale : op.scale) + row * scale_bytes;
   }
   for (int64_t token = 0; token < op.tokens; token += kQuantTokens) {
     const int64_t count = least(kQuantTokens, op.tokens - token);
     for (int r = 0; r < kWidth; r += kQuantRows) {
-      const uint8_t* next = r + kQuantRows < kWidth ? panel.rows[r + kQuantRows] : panel.next[0];
+      const uint8_t* next = r + kQuantRows < kWidth ? panel.rows[r + kQuantRows] : panel.rows[0] + panel.next;
       auto* rows = count == 1 ? quantized_rows<T, 1> : count == 2 ? quantized_rows<T, 2> : quantized_rows<T, 0>;
       rows(packed, token, count, panel.rows + r, scales + r, next, sums + r, kWidth);
     }
@@ -215,7 +215,7 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   auto* memory = static_cast<uint8_t*>(team.shared(op.tokens * steps * (1 + T::kUnits) * step_bytes));
   const Packed packed{words, steps, shift, groups, reinterpret_cast<float*>(memory),
                       reinterpret_cast<uint32_t*>(memory + op.tokens * steps * step_bytes)};
-  const QuantizedCall<T> call{{ops, matrices, op.up ? kLanes : kWidth}, packed};
+  const QuantizedCall<T> call{{ops, matrices, op.up ? kHalf : kWidth}, packed};
   const auto one = [](const void* context, int64_t token, void*) {
     const auto& call = *static_cast<const QuantizedCall<T>*>(context);
     spread<T>(call.packed, call.batch.ops->x, call.batch.ops->in, token);

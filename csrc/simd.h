@@ -22,11 +22,11 @@ namespace SLIPWAY_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2;  // 24 sums, 2 weights, 1 broadcast of 32 registers
-constexpr int kFewTokens = 16;  // 16 sums, 4 rows, 4 tokens, 1 shuffled
+constexpr int kFours = 4;  // of tokens: 16 sums, 4 rows, 4 fours, 1 shuffled
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFewTokens = 8;
+constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFours = 2;
 #else
-constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFewTokens = 8;
+constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFours = 2;
 #endif
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
@@ -155,6 +155,8 @@ constexpr U kHigh{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
 constexpr U kLowPair{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
 constexpr U kHighPair{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
 constexpr U kFirstOfQuad{0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+constexpr U kEvenQuads{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+constexpr U kOddQuads{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 #elif defined(__AVX2__)
 constexpr U kLow{0, 8, 1, 9, 4, 12, 5, 13}, kHigh{2, 10, 3, 11, 6, 14, 7, 15};
 constexpr U kLowPair{0, 1, 8, 9, 4, 5, 12, 13}, kHighPair{2, 3, 10, 11, 6, 7, 14, 15};
@@ -169,26 +171,19 @@ ALWAYS void quads(U* w) {
   w[2] = __builtin_shuffle(b, d, kLowPair), w[3] = __builtin_shuffle(b, d, kHighPair);
 }
 
-// rows[i] lane j -> rows[j] lane i: quads, and then those across rows.
-ALWAYS void transpose(U (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes; i += 4) quads(rows + i);
+// The quads of each of four vectors, added in pairs: out[4 i + r] is what vector r has at the i-th of every quad.
+ALWAYS void add_quads(const F (&rows)[4], float* out) {
 #if defined(__AVX512F__)
-  constexpr U even{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-  constexpr U odd{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const U a = __builtin_shuffle(rows[c], rows[c + 4], even), b = __builtin_shuffle(rows[c], rows[c + 4], odd);
-    const U d = __builtin_shuffle(rows[c + 8], rows[c + 12], even), e = __builtin_shuffle(rows[c + 8], rows[c + 12], odd);
-    rows[c] = __builtin_shuffle(a, d, even), rows[c + 8] = __builtin_shuffle(a, d, odd);
-    rows[c + 4] = __builtin_shuffle(b, e, even), rows[c + 12] = __builtin_shuffle(b, e, odd);
-  }
-#elif defined(__AVX2__)
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const U a = rows[c], b = rows[c + 4];
-    rows[c] = __builtin_shuffle(a, b, U{0, 1, 2, 3, 8, 9, 10, 11});
-    rows[c + 4] = __builtin_shuffle(a, b, U{4, 5, 6, 7, 12, 13, 14, 15});
+  constexpr U even = kEvenQuads, odd = kOddQuads;
+  const F a = __builtin_shuffle(rows[0], rows[1], even) + __builtin_shuffle(rows[0], rows[1], odd);
+  const F b = __builtin_shuffle(rows[2], rows[3], even) + __builtin_shuffle(rows[2], rows[3], odd);
+  const F sums = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);  // lane 4 r + i
+  store(out, __builtin_shuffle(sums, U{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15}));
+#else
+  for (int r = 0; r < 4; ++r) {
+    float lanes[kLanes];
+    store(lanes, rows[r]);
+    for (int i = 0; i < 4; ++i) out[4 * i + r] = kQuads == 2 ? lanes[i] + lanes[kLanes - 4 + i] : lanes[i];
   }
 #endif
 }
@@ -201,11 +196,9 @@ struct Operand {
 };
 
 // c[i][j * kLanes + lane] += sum over k of a[i][k] . b[k][j][lane]; k in order, so that the result does not depend on how
-// many rows are computed together. `fresh`: c is written, not added to. Distances in units. `ahead`: what to fetch
-// meanwhile, kLanes units for each k; or null.
+// many rows are computed together. `fresh`: c is written, not added to. Distances in units.
 template <class T, int kRows, int kCols>
-inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh,
-                 const uint8_t* ahead) {
+inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
   F sums[kRows][kCols];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -222,7 +215,6 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
     for (int i = 0; i < kRows; i += 3) third[i / 3] = a + first + i * lda;
     for (int64_t k = 0; k < n; ++k) {
       U weights[kCols];
-      if (ahead) __builtin_prefetch(ahead + 4 * kLanes * (first + k), 0, 2);
 #pragma GCC unroll 4
       for (int j = 0; j < kCols; ++j) weights[j] = load<U>(at[j]);
 #pragma GCC unroll 4
@@ -244,25 +236,20 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
 }
 
 template <class T, int kCols, int kRows = kTileRows>
-inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh,
-                    const uint8_t* ahead) {
+inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
   if (rows == kRows)
-    tile<T, kRows, kCols>(a, lda, b, c, ldc, fresh, ahead);
+    tile<T, kRows, kCols>(a, lda, b, c, ldc, fresh);
   else if constexpr (kRows > 1)
-    tile_of<T, kCols, kRows - 1>(rows, a, lda, b, c, ldc, fresh, ahead);
+    tile_of<T, kCols, kRows - 1>(rows, a, lda, b, c, ldc, fresh);
 }
 
-// The same for any number of rows, in tiles as equal as they can be. `ahead`: per column where the next operand lies, of
-// which the last tiles fetch as much as this one has; or null.
+// The same for any number of rows, in tiles as equal as they can be.
 template <class T, int kCols>
-inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh,
-                  const uint8_t* const* ahead = nullptr) {
-  const int64_t full = (rows + kTileRows - 1) / kTileRows, turns = ahead && full < kCols ? kCols : full;
+inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+  const int64_t turns = (rows + kTileRows - 1) / kTileRows;
   for (int64_t turn = 0, first = 0; turn < turns; ++turn) {
     const int64_t count = (rows - first) / (turns - turn) + ((rows - first) % (turns - turn) != 0);
-    const int64_t column = turn - (turns - kCols);
-    tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, c + first * ldc, ldc, fresh,
-                      ahead && column >= 0 ? ahead[column] : nullptr);
+    tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, c + first * ldc, ldc, fresh);
     first += count;
   }
 }
