@@ -14,8 +14,9 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int kQuantRows = 4;     // side by side, while the next four are fetched
-constexpr int kQuantTokens = 32;  // that use the unpacked weights of a step
+constexpr int kQuantRows = 4;          // side by side
+constexpr int kQuantTokens = 32;       // that use the unpacked weights of a step
+constexpr int64_t kQuantAhead = 8192;  // bytes between what is read and what is fetched
 
 // What a word holds in units: kNumbers of them in kUnits units, of which `unit` gives the i-th; number j of the word lies in
 // unit j % kUnits, and of two the lower comes first. `kExcess` is what each number has too much.
@@ -56,22 +57,31 @@ struct Packed {
   int64_t words, steps;  // of a row; of kLanes words each
   int shift;             // 2^shift words share a scale; below 0: the row has one
   int64_t groups;        // scales of a row
-  float* start;          // [tokens][steps][kLanes]: what a step's sum starts with
-  uint32_t* x;           // [tokens][steps][kUnits][kLanes]
+  int64_t tokens;
+  uint32_t* x;  // per block of kQuantTokens: [steps][tokens][1 + kUnits][kLanes], the first what a step's sum starts with
 };
+
+// Where a block of tokens begins, and how many it has.
+template <class T>
+ALWAYS uint32_t* block_at(const Packed& packed, int64_t first) {
+  return packed.x + first * packed.steps * (1 + T::kUnits) * kLanes;
+}
+ALWAYS int64_t block_tokens(const Packed& packed, int64_t first) { return least(kQuantTokens, packed.tokens - first); }
 
 // One token's numbers in the order of the weights that they meet.
 template <class T>
 void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
   constexpr int columns = T::kNumbers / T::kPerUnit;  // units of x that a word meets
   const auto* row = static_cast<const uint8_t*>(x) + token * in * 4 / T::kPerUnit;
+  const int64_t place = token % kQuantTokens, count = block_tokens(packed, token - place);
+  uint32_t* block = block_at<T>(packed, token - place) + place * (1 + T::kUnits) * kLanes;
   for (int64_t t = 0; t < packed.steps; ++t) {
     uint32_t held[columns * kLanes] = {}, turned[columns][kLanes];
     const int64_t left = (packed.words - t * kLanes) * columns;
     std::memcpy(held, row + 4 * t * kLanes * columns, 4 * least(left, kLanes * columns));
     for (int l = 0; l < kLanes; ++l)
       for (int c = 0; c < columns; ++c) turned[c][l] = held[l * columns + c];
-    const int64_t step = token * packed.steps + t;
+    uint32_t* out = block + t * count * (1 + T::kUnits) * kLanes;
     F sum = {};
     for (int i = 0; i < T::kUnits; ++i) {
       U unit = load<U>(turned[i]);
@@ -82,9 +92,9 @@ void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
       } else {
         sum = sum + as_floats(unit);
       }
-      store(packed.x + (step * T::kUnits + i) * kLanes, unit);
+      store(out + (1 + i) * kLanes, unit);
     }
-    store(packed.start + step * kLanes, sum * -static_cast<float>(T::kExcess));
+    store(out, sum * -static_cast<float>(T::kExcess));
   }
 }
 
@@ -98,22 +108,11 @@ ALWAYS F lane_scales(const Packed& packed, const uint8_t* scales, int64_t step) 
   return __builtin_shuffle(T::read(scales, first, packed.groups - first), reinterpret_cast<I>(group));
 }
 
-// Four rows' sums, each lane's onto the next in one order.
-ALWAYS void join_rows(const F* totals, float* sums) {
-  U parts[4];
-  for (int r = 0; r < 4; ++r) parts[r] = as_units(totals[r]);
-  quads(parts);  // lane 4 q + r: row r
-  F joined = (as_floats(parts[0]) + as_floats(parts[1])) + (as_floats(parts[2]) + as_floats(parts[3]));
-  float p[kLanes];
-  store(p, joined);
-  for (int r = 0; r < 4; ++r) {
-    if constexpr (kQuads == 4)
-      sums[r] = (p[r] + p[4 + r]) + (p[8 + r] + p[12 + r]);
-    else if constexpr (kQuads == 2)
-      sums[r] = p[r] + p[4 + r];
-    else
-      sums[r] = p[r];
-  }
+// Four rows' sums: quad onto quad, and then the lanes of the one that is left.
+ALWAYS Q join_rows(const F (&totals)[kQuantRows]) {
+  float lanes[4 * kQuantRows];
+  add_quads(totals, lanes);
+  return (load<Q>(lanes) + load<Q>(lanes + 4)) + (load<Q>(lanes + 8) + load<Q>(lanes + 12));
 }
 
 // kQuantRows rows times `kTokens` tokens (0: `count`, at most kQuantTokens); sums[token * distance + row].
@@ -126,6 +125,7 @@ ALWAYS void quantized_rows(const Packed& packed, int64_t token, int64_t count, c
   for (int64_t i = 0; i < tokens; ++i)
 #pragma GCC unroll 4
     for (int r = 0; r < kQuantRows; ++r) totals[i][r] = F{};
+  const uint32_t* x = block_at<T>(packed, token);
   for (int64_t t = 0; t < packed.steps; ++t) {
     U units[kQuantRows][T::kUnits];
     F scale[kQuantRows];
@@ -139,14 +139,13 @@ ALWAYS void quantized_rows(const Packed& packed, int64_t token, int64_t count, c
     }
 #pragma GCC unroll 2
     for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t step = (token + i) * packed.steps + t;
-      const uint32_t* x = packed.x + step * T::kUnits * kLanes;
       F sum[kQuantRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kQuantRows; ++r) sum[r] = T::kExcess ? load<F>(packed.start + step * kLanes) : F{};
+      for (int r = 0; r < kQuantRows; ++r) sum[r] = T::kExcess ? load<F>(x) : F{};
+      x += kLanes;
 #pragma GCC unroll 8
-      for (int u = 0; u < T::kUnits; ++u) {
-        const U factors = load<U>(x + u * kLanes);
+      for (int u = 0; u < T::kUnits; ++u, x += kLanes) {
+        const U factors = load<U>(x);
 #pragma GCC unroll 4
         for (int r = 0; r < kQuantRows; ++r) sum[r] = T::dot(sum[r], units[r][u], factors);
       }
@@ -154,16 +153,11 @@ ALWAYS void quantized_rows(const Packed& packed, int64_t token, int64_t count, c
       for (int r = 0; r < kQuantRows; ++r) totals[i][r] = totals[i][r] + (kGrouped ? sum[r] * scale[r] : sum[r]);
     }
   }
+  Q whole = Q{} + 1.0f;  // the scales of the rows
+  for (int r = 0; r < kQuantRows && !kGrouped; ++r) whole[r] = T::first(scales[r]);
 #pragma GCC unroll 2
-  for (int64_t i = 0; i < tokens; ++i) {
-    join_rows(totals[i], sums + i * distance);
-    if constexpr (!kGrouped)
-      for (int r = 0; r < kQuantRows; ++r) {
-        float scale[kLanes];
-        store(scale, T::read(scales[r], 0, 1));
-        sums[i * distance + r] *= scale[0];
-      }
-  }
+  for (int64_t i = 0; i < tokens; ++i)
+    store(sums + i * distance, join_rows(totals[i]) * whole);
 }
 
 template <class T, int kTokens>
@@ -193,10 +187,12 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
     const int64_t row = least(first + (up ? i - kHalf : i), op.out_size - 1);
     scales[i] = static_cast<const uint8_t*>(up ? op.up_scale : op.scale) + row * scale_bytes;
   }
+  const int64_t bytes = 4 * packed.words * kQuantRows, fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
   for (int64_t token = 0; token < op.tokens; token += kQuantTokens) {
     const int64_t count = least(kQuantTokens, op.tokens - token);
     for (int r = 0; r < kWidth; r += kQuantRows) {
-      const uint8_t* next = r + kQuantRows < kWidth ? panel.rows[r + kQuantRows] : panel.rows[0] + panel.next;
+      const int64_t later = r + fetched;
+      const uint8_t* next = panel.rows[later % kWidth] + later / kWidth * panel.next;
       auto* rows = count == 1 ? quantized_rows<T, 1> : count == 2 ? quantized_rows<T, 2> : quantized_rows<T, 0>;
       rows(packed, token, count, panel.rows + r, scales + r, next, sums + r, kWidth);
     }
@@ -212,9 +208,8 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   int shift = -1;
   while (group_words >> (shift + 1)) ++shift;
   const int64_t groups = op.group ? op.in / op.group : 1;
-  auto* memory = static_cast<uint8_t*>(team.shared(op.tokens * steps * (1 + T::kUnits) * step_bytes));
-  const Packed packed{words, steps, shift, groups, reinterpret_cast<float*>(memory),
-                      reinterpret_cast<uint32_t*>(memory + op.tokens * steps * step_bytes)};
+  auto* memory = static_cast<uint32_t*>(team.shared(op.tokens * steps * (1 + T::kUnits) * step_bytes));
+  const Packed packed{words, steps, shift, groups, op.tokens, memory};
   const QuantizedCall<T> call{{ops, matrices, op.up ? kHalf : kWidth}, packed};
   const auto one = [](const void* context, int64_t token, void*) {
     const auto& call = *static_cast<const QuantizedCall<T>*>(context);

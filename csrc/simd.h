@@ -32,6 +32,7 @@ constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFours = 2;
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef float Q __attribute__((vector_size(16)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 
 template <class V>
@@ -102,7 +103,15 @@ ALWAYS H to_bfloat16(F x) {
   return __builtin_convertvector(((x == x) ? rounded : bits | 0x400000u) >> 16, H);
 #endif
 }
-ALWAYS F from_bfloat16(H x) { return as_floats(__builtin_convertvector(x, U) << 16); }
+ALWAYS F from_bfloat16(H x) {
+#if defined(__AVX512F__)  // GCC 12 widens halves and joins them
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)), 16));
+#elif defined(__AVX2__)
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)), 16));
+#else
+  return as_floats(__builtin_convertvector(x, U) << 16);
+#endif
+}
 
 // The two types: how many numbers a unit holds, its products, and `n` numbers to and from floats.
 struct Float {
@@ -110,6 +119,7 @@ struct Float {
   static ALWAYS F dot(F sum, U a, U b) { return sum + as_floats(a) * as_floats(b); }
   static ALWAYS F read(const void* p, int64_t i, int64_t n) { return load_part<F>(static_cast<const float*>(p) + i, n); }
   static ALWAYS void write(void* p, int64_t i, F x, int64_t n) { store_part(static_cast<float*>(p) + i, x, n); }
+  static ALWAYS float first(const void* p) { return load<float>(p); }
   static ALWAYS F round(F x) { return x; }
 };
 struct BFloat16 {
@@ -127,6 +137,10 @@ struct BFloat16 {
   }
   static ALWAYS void write(void* p, int64_t i, F x, int64_t n) {
     store_part(static_cast<uint16_t*>(p) + i, to_bfloat16(x), n);
+  }
+  static ALWAYS float first(const void* p) {
+    const uint32_t bits = static_cast<uint32_t>(load<uint16_t>(p)) << 16;
+    return load<float>(&bits);
   }
   static ALWAYS F round(F x) { return from_bfloat16(to_bfloat16(x)); }
 };
