@@ -9,10 +9,14 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from slipway.codec.tokenizer import Tokenizer
 from slipway.server.messages import Delta, Sample
 
 Entry = dict[int, tuple[float, int]]
+encode = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
 
 
 class Usage:
@@ -23,7 +27,8 @@ class Usage:
 
     def add(self, delta: Delta) -> None:
         """Count what is new."""
-        self.completion += sum(len(sample.token_ids) for sample in delta.samples)
+        for sample in delta.samples:
+            self.completion += len(sample.token_ids)
         self.cached += delta.num_cached_tokens
 
     def shown(self) -> dict[str, Any]:
@@ -40,16 +45,18 @@ class Shape:
     def __init__(self, kind: str, prefix: str, model: str, request_id: str | None, tokenizer: Tokenizer | None):
         self.id = request_id or f"{prefix}-{uuid.uuid4().hex}"
         self._kind, self._model, self._created, self._tokenizer = kind, model, int(time.time()), tokenizer
+        # OpenAI calls pieces of completions what it calls the whole
+        piece = f"{kind}.chunk" if kind == "chat.completion" else kind
+        self._opening = encode(self._frame(piece)).removesuffix(b"}") + b',"choices":'
 
     def whole(self, choices: list[dict[str, Any]], usage: Usage, **more: Any) -> dict[str, Any]:
         """All of an answer."""
         return self._frame(self._kind) | {"choices": choices, "usage": usage.shown()} | more
 
-    def chunk(self, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
-        """A piece of a stream. OpenAI calls pieces of completions what it calls the whole."""
-        kind = f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind
-        frame = self._frame(kind) | {"choices": choices}
-        return frame if usage is None else frame | {"usage": usage.shown()}
+    def event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
+        """A piece of a stream, as a server-sent event; what all pieces have in common is encoded once."""
+        shown = b"" if usage is None else b',"usage":' + encode(usage.shown())
+        return event(self._opening + encode(choices) + shown + b"}")
 
     def completion_logprobs(self, ids: Sequence[int], entries: Sequence[Entry | None], offset: int) -> dict[str, Any]:
         """OpenAI's logprobs of a completion; ``offset``: characters before the first token. None: nothing is known."""
@@ -96,6 +103,11 @@ class Shape:
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+
+def event(content: bytes) -> bytes:
+    """A server-sent event."""
+    return b"data: " + content + b"\n\n"
 
 
 def merged(samples: Sequence[Sample]) -> dict[int, Sample]:

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from slipway.errors import InvalidRequest, Shown, SlipwayError
 from slipway.server import generation, pages, schema
+from slipway.server.answers import encode
 from slipway.server.chats import Chats
 from slipway.server.gate import Gate, NotFound, TooLarge, TooSlow, json_response
 from slipway.server.generation import Completions
@@ -33,7 +33,6 @@ from slipway.server.vectors import Vectors
 from slipway.server.weights import Weights
 
 logger = logging.getLogger("slipway.access")
-encode = msgspec.json.Encoder().encode
 BODY_TIMEOUT_S = 60.0
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # it comes back in a header
 
@@ -301,17 +300,21 @@ class EventStream(Response):
         gone = asyncio.ensure_future(self._abort_when_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            try:
-                async for event in self._rest:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            except SlipwayError as error:
-                await send({"type": "http.response.body", "body": generation.failed(error), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # In a task of its own: else every event would wake all that waits around this, one in the other.
+            await asyncio.ensure_future(self._write(scope.get("slipway.send", send)))
         finally:
             gone.cancel()
             await self._rest.aclose()
             self._stack.close()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        try:
+            async for event in self._rest:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except SlipwayError as error:
+            await send({"type": "http.response.body", "body": generation.failed(error), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _abort_when_gone(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -7,8 +7,8 @@ from typing import Any
 
 from slipway.errors import InvalidRequest
 from slipway.server import schema
-from slipway.server.answers import Shape, Usage, merged, weights
-from slipway.server.generation import bounded, drained, encode, lines, opened
+from slipway.server.answers import DONE, Shape, Usage, encode, merged, weights
+from slipway.server.generation import bounded, drained, opened
 from slipway.server.messages import Sample
 from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
@@ -102,7 +102,7 @@ class Chats:
             opening = [
                 {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
             ]
-            yield lines([self.shape.chunk([choice], usage) for choice in opening])
+            yield b"".join(self.shape.event([choice], usage) for choice in opening)
             reading = [self._message() for _ in range(self.params.n)]
             while not stream.finished:
                 deltas, out = await stream.next(), []
@@ -111,11 +111,11 @@ class Chats:
                 for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
                     read = reading[sample.index]
                     added = read.push(sample.text, ended=sample.finish_reason is not None)
-                    out.append(self.shape.chunk([self._choice(sample, read) | {"delta": added}], usage))
-                yield lines(out)
+                    out.append(self.shape.event([self._choice(sample, read) | {"delta": added}], usage))
+                yield b"".join(out)
         if options.include_usage:
-            yield lines([self.shape.chunk([], self.usage)])
-        yield b"data: [DONE]\n\n"
+            yield self.shape.event([], self.usage)
+        yield DONE
 
     def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
         body = self._body

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,10 +24,10 @@ from slipway.errors import (
     WeightsLost,
 )  # fmt: skip
 from slipway.server import answers
+from slipway.server.answers import encode
 from slipway.server.metrics import Metrics
 
 logger = logging.getLogger("slipway.access")
-encode = msgspec.json.Encoder().encode
 ADMIN = frozenset(
     {
         "/update_weights_from_disk",
@@ -78,6 +77,7 @@ class Gate:
             await self._asgi(scope, receive, send)
             return
         started, status = time.perf_counter(), CLIENT_GONE
+        scope["slipway.send"] = send  # for the many pieces of a stream, once it has begun
 
         async def watched(message: Any) -> None:
             nonlocal status

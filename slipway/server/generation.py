@@ -10,17 +10,13 @@ import dataclasses
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-import msgspec
-
 from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest, SlipwayError
 from slipway.server import schema
-from slipway.server.answers import Shape, Usage, merged, weights
+from slipway.server.answers import DONE, Shape, Usage, encode, event, merged, weights
 from slipway.server.messages import Delta, Sample
 from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
-
-encode = msgspec.json.Encoder().encode
 
 
 class Completions:
@@ -78,11 +74,11 @@ class Completions:
                     echoes = body.echo and (number, sample.index) not in begun
                     begun.add((number, sample.index))
                     choice = self._choice(number, prompt, sample, deltas[-1], scored[number], echoes)
-                    out.append(self.shape.chunk([choice], self.usage if options.continuous_usage_stats else None))
-                yield lines(out)
+                    out.append(self.shape.event([choice], self.usage if options.continuous_usage_stats else None))
+                yield b"".join(out)
         if options.include_usage:
-            yield lines([self.shape.chunk([], self.usage)])
-        yield b"data: [DONE]\n\n"
+            yield self.shape.event([], self.usage)
+        yield DONE
 
     def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
         params = [self.params] * len(self.prompts)
@@ -168,13 +164,6 @@ def bounded(params: SamplingParams, prompts: Sequence[Prompt], service: Service)
     return params
 
 
-def lines(chunks: Sequence[Any]) -> bytes:
-    """Server-sent events."""
-    return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
-
-
 def failed(error: SlipwayError) -> bytes:
     """The event that ends a stream which could not go on."""
-    return (
-        b"data: " + encode({"error": {"message": str(error), "type": type(error).__name__}}) + b"\n\ndata: [DONE]\n\n"
-    )
+    return event(encode({"error": {"message": str(error), "type": type(error).__name__}})) + DONE

@@ -10,8 +10,8 @@ from typing import Any
 from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest
 from slipway.server import schema
-from slipway.server.answers import Entry, Shape, merged
-from slipway.server.generation import bounded, drained, encode, interleaved, lines, opened
+from slipway.server.answers import DONE, Entry, Shape, encode, event, merged
+from slipway.server.generation import bounded, drained, interleaved, opened
 from slipway.server.messages import Delta, Sample
 from slipway.server.service import Place, Prompt, Service
 
@@ -79,9 +79,9 @@ class Natives:
                 for index in moved:
                     shown = self._shown(number, held[number][index], deltas[-1])
                     place_of = {} if self._alone else {"index": number * self._params[number].n + index}
-                    out.append(shown | place_of)
-                yield lines(out)
-        yield b"data: [DONE]\n\n"
+                    out.append(event(encode(shown | place_of)))
+                yield b"".join(out)
+        yield DONE
 
     @property
     def _salt(self) -> str:

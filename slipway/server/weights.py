@@ -19,7 +19,8 @@ from starlette.responses import Response
 from slipway.checkpoint import files
 from slipway.errors import CheckpointError, EngineDead, InvalidRequest
 from slipway.server import pages, schema
-from slipway.server.gate import encode, json_response
+from slipway.server.answers import encode
+from slipway.server.gate import json_response
 from slipway.server.service import Service
 
 logger = logging.getLogger(__name__)
