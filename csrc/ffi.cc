@@ -1,9 +1,13 @@
 // The doors through which XLA calls the kernels: unpacks buffers and shares work over XLA's own threads. Computes nothing;
 // dtypes and shapes are as slipway/ops/cpu.py has checked them.
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <thread>
 
@@ -179,6 +183,23 @@ ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffe
   return ffi::Error::Success();
 }
 
+// Zeros that take no memory: whole pages are given back to the system, which hands out empty ones where they are touched.
+ffi::Error Zeros(ffi::Result<ffi::AnyBuffer> out) {
+  char *data = static_cast<char*>(out->untyped_data()), *end = data + out->size_bytes();
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  char* first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + page - 1) / page * page);
+  char* last = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(end) / page * page);
+  if (first < last) {
+    *first = 1;  // to see whether this memory is of the kind that comes back empty
+    if (madvise(first, last - first, MADV_DONTNEED) || *first) first = last = end;
+  } else {
+    first = last = end;
+  }
+  std::memset(data, 0, first - data);
+  std::memset(last, 0, end - last);
+  return ffi::Error::Success();
+}
+
 slipway::Cache cache_of(ffi::AnyBuffer kv, void* data, int32_t layer) {  // [L][P][K][2][S][H]
   const auto d = kv.dimensions();
   const int64_t layer_bytes = d[1] * d[2] * d[3] * d[4] * d[5] * static_cast<int64_t>(ffi::ByteWidth(kv.element_type()));
@@ -279,6 +300,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_sample, Sample,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_zeros, Zeros, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_write_kv, WriteKv,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

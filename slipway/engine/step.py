@@ -160,7 +160,9 @@ class Step:
 
     def empty_kv(self) -> jax.Array:
         """A cache that holds nothing."""
-        return jax.jit(lambda: jnp.zeros(self.kv.shape, self.kv.dtype), out_shardings=self.kv.sharding)()
+        sharding = self.kv.sharding
+        empty = functools.partial(ops.zeros, sharding.shard_shape(self.kv.shape), self.kv.dtype)
+        return jax.jit(jax.shard_map(empty, mesh=self._mesh, in_specs=(), out_specs=sharding.spec, check_vma=False))()
 
     def close(self) -> None:
         """Nothing is held here."""

@@ -14,6 +14,7 @@ device's part: the ops run under shard_map and communicate with nobody.
     paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N) -> o_TNH
     attend(q_TNH, k_TKH, v_TKH, kv, layer, ragged, scale, window, ...) -> (o_TNH, kv)    both, one after the other
     allocate_kv(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv
+    zeros(shape, dtype) -> array                                on a CPU, of memory that is taken where it is written
     sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
 
 Weights may be Picks: one of several arrays by a traced index; matrices may be Quantized. The cache goes to an op whole,
@@ -108,6 +109,11 @@ def attend(q_TNH, k_TKH, v_TKH, kv, layer, ragged, scale, window, soft_cap=None,
         return kv.attend(q_TNH, k_TKH, v_TKH, layer, scale=scale, window=window, soft_cap=soft_cap, sinks_N=sinks_N)
     kv = write_kv(kv, layer, k_TKH, v_TKH, ragged)
     return paged_attention(q_TNH, kv, layer, ragged, scale, window, soft_cap, sinks_N), kv
+
+
+def zeros(shape, dtype):
+    """See above."""
+    return _serve("" if cpu.isa() else "no kernels", cpu.zeros, jnp.zeros, shape=shape, dtype=dtype)
 
 
 def _serve(why_not: str, compiled: Callable, portable: Callable, *args, **static):

@@ -19,7 +19,7 @@ from slipway.tree import Pick
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 PAGE_MULTIPLE = 16  # the keys that the widest vector holds
-_TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample")
+_TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample", "zeros")
 
 
 @functools.cache
@@ -139,6 +139,11 @@ def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, unifor
     """As ops.sample."""
     call = jax.ffi.ffi_call("slipway_sample", jax.ShapeDtypeStruct(temperature_B.shape, jnp.int32))
     return call(logits_BV, jnp.int32(num_rows), temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+
+
+def zeros(shape, dtype):
+    """As ops.zeros: the system hands out empty memory where it is touched."""
+    return jax.ffi.ffi_call("slipway_zeros", jax.ShapeDtypeStruct(shape, dtype))()
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):

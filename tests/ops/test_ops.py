@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -359,3 +361,21 @@ def test_a_donated_cache_is_updated_in_place_unrolled_and_folded(dtype):
         results.append((out_TNH[: int(ragged.num_tokens)], updated))
     for one, other in zip(*results):
         np.testing.assert_allclose(one.astype(F32), other.astype(F32), **BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("size", [1, 5_000, 3_000_001])
+def test_zeros_are_zeros_in_memory_that_held_something_else(size):
+    empty = jax.jit(lambda: ops.zeros((size,), jnp.float32))
+    for _ in range(5):
+        np.testing.assert_array_equal(empty(), np.zeros(size, np.float32))
+        np.testing.assert_array_equal(jnp.full(size, 3.0) * 2, np.full(size, 6.0, np.float32))  # freed at once
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="the portable body fills memory")
+def test_zeros_take_no_memory_until_they_are_written():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before = resident()
+    zeros = jax.block_until_ready(jax.jit(lambda: ops.zeros((1 << 28,), jnp.bfloat16))())
+    assert resident() - before < zeros.nbytes / 10
