@@ -15,8 +15,8 @@ namespace slipway {
 namespace SLIPWAY_ISA {
 
 constexpr int kHalf = kLanes, kWidth = 2 * kHalf;  // outputs of a panel; a gated one holds half as many of either weight
-constexpr int kFewRows = 4;        // read side by side: 40 GB/s where 8 read 36 and 16 read 35
-constexpr int kGroups = kWidth / kFewRows;
+constexpr int kPieceRows = 4;      // read side by side: 40 GB/s where 8 read 36 and 16 read 35
+constexpr int kGroups = kWidth / kPieceRows;
 constexpr int64_t kLine = 4 * kLanes;
 constexpr int64_t kAhead = 16384;  // bytes between what is read and what is fetched: 44 GB/s where 8 kB have 40
 constexpr int64_t kTogether = 32;  // panels that a thread takes at once: 44 GB/s where one by one has 39
@@ -100,7 +100,7 @@ inline Panel panel_at(const Linear& op, int64_t first, int64_t outs, int64_t row
   return panel;
 }
 
-// A piece of a panel: kFewRows rows from step `first` on. As many lines are fetched meanwhile: those of a step lie `line`
+// A piece of a panel: kPieceRows rows from step `first` on. As many lines are fetched meanwhile: those of a step lie `line`
 // bytes apart, those of the next `step` bytes on.
 struct Piece {
   const uint8_t *const *rows, *ahead;
@@ -113,15 +113,15 @@ template <class T, int kBlock>
 void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first, float* sums) {
   const int64_t line = piece.line, step = piece.step, row_bytes = piece.row_bytes;
   const uint8_t* ahead = piece.ahead;
-  F acc[kBlock][kFewRows] = {};
+  F acc[kBlock][kPieceRows] = {};
 #pragma GCC unroll 4
   for (int f = 0; f < kBlock && !is_first; ++f)
 #pragma GCC unroll 4
-    for (int r = 0; r < kFewRows; ++r) acc[f][r] = load<F>(parts + (f * kFewRows + r) * kLanes);
+    for (int r = 0; r < kPieceRows; ++r) acc[f][r] = load<F>(parts + (f * kPieceRows + r) * kLanes);
   for (int64_t t = piece.first; t < piece.first + piece.count; ++t, ahead += step) {
-    U w[kFewRows];
+    U w[kPieceRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kFewRows; ++r) {
+    for (int r = 0; r < kPieceRows; ++r) {
       w[r] = load_step(piece.rows[r], t, row_bytes);
       __builtin_prefetch(ahead + r * line, 0, 3);
     }
@@ -131,7 +131,7 @@ void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first
 #pragma GCC unroll 4
       for (int f = 0; f < kBlock; ++f, x += kLanes) xs[f] = load<U>(x);
 #pragma GCC unroll 4
-      for (int r = 0; r < kFewRows; ++r) {
+      for (int r = 0; r < kPieceRows; ++r) {
         const U unit = __builtin_shuffle(w[r], kFirstOfQuad + c);
 #pragma GCC unroll 4
         for (int f = 0; f < kBlock; ++f) acc[f][r] = T::dot(acc[f][r], unit, xs[f]);
@@ -141,12 +141,12 @@ void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first
 #pragma GCC unroll 4
   for (int f = 0; f < kBlock; ++f) {
     if (sums) {
-      float joined[4 * kFewRows];
+      float joined[4 * kPieceRows];
       add_quads(acc[f], joined);
-      for (int i = 0; i < 4; ++i) std::memcpy(sums + (4 * f + i) * kWidth, joined + i * kFewRows, 4 * kFewRows);
+      for (int i = 0; i < 4; ++i) std::memcpy(sums + (4 * f + i) * kWidth, joined + i * kPieceRows, 4 * kPieceRows);
     } else {
 #pragma GCC unroll 4
-      for (int r = 0; r < kFewRows; ++r) store(parts + (f * kFewRows + r) * kLanes, acc[f][r]);
+      for (int r = 0; r < kPieceRows; ++r) store(parts + (f * kPieceRows + r) * kLanes, acc[f][r]);
     }
   }
 }
@@ -179,13 +179,13 @@ void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
   }
 }
 
-// How a panel is cut: pieces of kFewRows rows and `slice` steps, a slice of all rows before the next.
+// How a panel is cut: pieces of kPieceRows rows and `slice` steps, a slice of all rows before the next.
 struct Cut {
   int64_t slice, slices, pieces, fetched;  // pieces between what is read and what is fetched
   Cut(int64_t steps, const Blocks& blocks) {
     slice = least(steps, kNear / (4 * kLine * least(blocks.fours, kFours)));
     slices = (steps + slice - 1) / slice, pieces = slices * kGroups;
-    fetched = (kAhead + slice * kLine * kFewRows - 1) / (slice * kLine * kFewRows);
+    fetched = (kAhead + slice * kLine * kPieceRows - 1) / (slice * kLine * kPieceRows);
   }
 };
 
@@ -200,17 +200,17 @@ void block_of(const Call<T>& call, const Panel& panel, const Blocks& blocks, int
   for (int64_t i = 0; i < cut.pieces; ++i) {
     const int64_t group = i % kGroups, first = i / kGroups * cut.slice, count = least(cut.slice, call.steps - first);
     const uint32_t* x = call.x + (blocks.first(block) * call.steps + first * fours) * 4 * kLanes;
-    Piece piece{panel.rows + group * kFewRows, nullptr, 0, 0, first, count, row_bytes};
+    Piece piece{panel.rows + group * kPieceRows, nullptr, 0, 0, first, count, row_bytes};
     if (block == 0) {  // of whole rows the lines in the order of memory, else as they will be read
       const int64_t later = i + cut.fetched, at = later % cut.pieces / kGroups * cut.slice * kLine;
-      piece.ahead = panel.rows[later % kGroups * kFewRows] + at + (later < cut.pieces ? 0 : panel.next);
-      piece.line = cut.slices == 1 ? kLine : row_bytes, piece.step = cut.slices == 1 ? kLine * kFewRows : kLine;
+      piece.ahead = panel.rows[later % kGroups * kPieceRows] + at + (later < cut.pieces ? 0 : panel.next);
+      piece.line = cut.slices == 1 ? kLine : row_bytes, piece.step = cut.slices == 1 ? kLine * kPieceRows : kLine;
     } else {  // the tokens behind these, a part with each group
-      piece.step = 4 * fours * kLine / kGroups, piece.line = piece.step / kFewRows;
+      piece.step = 4 * fours * kLine / kGroups, piece.line = piece.step / kPieceRows;
       piece.ahead = reinterpret_cast<const uint8_t*>(x + count * fours * 4 * kLanes) + group * piece.step * count;
     }
-    piece_of<T>(fours, piece, x, parts + group * kFours * kFewRows * kLanes, first == 0,
-                first + count == call.steps ? sums + group * kFewRows : nullptr);
+    piece_of<T>(fours, piece, x, parts + group * kFours * kPieceRows * kLanes, first == 0,
+                first + count == call.steps ? sums + group * kPieceRows : nullptr);
   }
 }
 
