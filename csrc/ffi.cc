@@ -300,6 +300,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_sample, Sample,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_zeros, Zeros, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_write_kv, WriteKv,
