@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from slipway.engine.stats import Histogram, Snapshot
 
@@ -38,7 +39,7 @@ class Metrics:
     def text(self, snapshots: list[Snapshot], starts: int) -> bytes:
         """Everything in Prometheus' text format. ``snapshots``: of the engines that run; ``starts``: of all ever."""
         registry = CollectorRegistry()
-        registry.register(_Fixed(list(self._families(snapshots, starts))))  # type: ignore[arg-type]
+        registry.register(_Fixed(list(self._families(snapshots, starts))))
         return generate_latest(self._registry) + generate_latest(registry)
 
     def _families(self, snapshots: list[Snapshot], starts: int) -> Iterator[Metric]:
@@ -77,7 +78,7 @@ class Metrics:
             yield ended
 
 
-class _Fixed:
+class _Fixed(Collector):
     """A collector of what was computed already."""
 
     def __init__(self, families: list[Metric]):

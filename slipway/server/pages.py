@@ -26,7 +26,7 @@ HEAD = (
 def taking(kind: type, handler: Handler) -> Handler:
     """A handler as the pages show it: its body is a ``kind``, whose docstring says what it does."""
     handler.__doc__ = f"{kind.__doc__}"
-    handler.kind = kind  # type: ignore[attr-defined]
+    handler.kind = kind  # type: ignore[attr-defined]  # of a function mypy knows no attributes
     return handler
 
 

@@ -47,6 +47,7 @@ config = AutoConfig.from_pretrained(directory)
 classes = [type(config), type(AutoModel.from_config(config)), type(AutoModelForCausalLM.from_config(config))]
 found = pkgutil.iter_modules([f"{package}/{name}"])
 modules = [importlib.import_module(f"{name}.{module.name}") for module in found]
+# hasattr: the modules of configs name no class
 entries = {m.EntryClass.__name__: m.EntryClass.__mro__[1].__module__ for m in modules if hasattr(m, "EntryClass")}
 vllm = sys.modules.get("vllm")
 print(json.dumps([[c.__name__ for c in classes], entries, dict(vllm.ModelRegistry.models) if vllm else {}]))
