@@ -41,7 +41,9 @@ void* scratch(int64_t bytes) {
 // thread to start. A thread that comes late finds no item, and touches nothing that the caller owned.
 class PoolTeam final : public slipway::Team {
  public:
-  PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {}
+  PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {
+    slipway::calls.fetch_add(1, std::memory_order_relaxed);
+  }
 
   void* shared(int64_t bytes) override { return scratch<kCall>(bytes); }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace slipway {
@@ -114,6 +115,8 @@ struct Kernels {
   void (*attention)(const Attention&, Team&);
   void (*sample)(const Sample&, Team&);
 };
+
+extern std::atomic<int64_t> calls;  // of kernels so far: while it moves, populate.cc rests
 
 // The best that this processor runs, or the one that the environment variable SLIPWAY_ISA names; null if it runs no such.
 const Kernels* kernels();

@@ -146,8 +146,8 @@ class Engine:
     def close(self) -> None:
         """Free the device's memory: weights, cache, results. The engine cannot run afterwards."""
         self.weights.delete()
-        for array in (self._kv, self._newest):
-            array.delete()
+        self._step.free_kv(self._kv)
+        self._newest.delete()
         self._dispatched = None
         self._step.close()
 
@@ -185,7 +185,7 @@ class Engine:
 
         def apply() -> None:
             if not self._updates.sleep_level:
-                self._kv.delete()
+                self._step.free_kv(self._kv)
             self._updates.sleep(level)
 
         return self._updates.add(apply, "recompute")

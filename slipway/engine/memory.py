@@ -1,11 +1,14 @@
-"""How much memory there is and how many pages it gives; knows shapes and the compiled step, no requests."""
+"""How much memory there is, how many pages it gives and when a cache's is taken; knows shapes and no requests."""
 
+import ctypes
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from slipway import native
 from slipway.errors import OutOfMemory
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,32 @@ def free_bytes(device: jax.Device) -> int:
         cached = int(stat["inactive_file"]) + int(stat["active_file"])
         available = min(available, int(limit) - int((group / "memory.current").read_text()) + cached)
     return max(0, available)
+
+
+class Populating:
+    """Takes an empty array's memory from the system while the processor has nothing better to do, until it ends.
+
+    A CPU's cache is born without any (``ops.zeros``); else the first requests would wait for every page they write.
+    """
+
+    def __init__(self, array: jax.Array):
+        on_cpu = next(iter(array.devices())).platform == "cpu"
+        self._started: list[int] = []
+        self._library: Any = native.library() if on_cpu else None
+        if self._library is None:
+            return
+        self._library.slipway_populate.restype = ctypes.c_void_p
+        for shard in array.addressable_shards:
+            part = shard.data.block_until_ready()
+            address, size = ctypes.c_void_p(part.unsafe_buffer_pointer()), ctypes.c_int64(part.nbytes)
+            self._started.append(self._library.slipway_populate(address, size))
+
+    def end(self) -> None:
+        """Return once nothing touches the array's memory."""
+        while self._started:
+            self._library.slipway_end_populate(ctypes.c_void_p(self._started.pop()))
+
+    __del__ = end
 
 
 def gib(size_bytes: int) -> str:

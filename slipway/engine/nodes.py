@@ -73,6 +73,10 @@ class Leading:
         """As Step's."""
         return self._step.empty_kv()
 
+    def free_kv(self, kv: jax.Array) -> None:
+        """As Step's."""
+        self._step.free_kv(kv)
+
     @property
     def num_compiled(self) -> int:
         """As Step's."""

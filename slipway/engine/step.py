@@ -28,6 +28,7 @@ from slipway.engine import edits as editing
 from slipway.engine import sample
 from slipway.engine.batch import Batch, Bucket, Repeat, Sampling, Sizes, Tokens
 from slipway.engine.edits import Edits
+from slipway.engine.memory import Populating
 from slipway.engine.params import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Step:
         self._programs: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
         self._repeater: Any = None
+        self._populating: Populating | None = None
 
     @property
     def num_compiled(self) -> int:
@@ -162,7 +164,15 @@ class Step:
         """A cache that holds nothing."""
         sharding = self.kv.sharding
         empty = functools.partial(ops.zeros, sharding.shard_shape(self.kv.shape), self.kv.dtype)
-        return jax.jit(jax.shard_map(empty, mesh=self._mesh, in_specs=(), out_specs=sharding.spec, check_vma=False))()
+        kv = jax.jit(jax.shard_map(empty, mesh=self._mesh, in_specs=(), out_specs=sharding.spec, check_vma=False))()
+        self._populating = Populating(kv)
+        return kv
+
+    def free_kv(self, kv: jax.Array) -> None:
+        """Give the cache's memory back, whichever step it comes from."""
+        if self._populating is not None:
+            self._populating.end()
+        kv.delete()
 
     def close(self) -> None:
         """Nothing is held here."""

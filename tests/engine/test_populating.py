@@ -1,0 +1,56 @@
+"""A cache's memory is taken while nothing runs: all of it comes, what is in it stays, and ending is at any moment."""
+
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slipway import ops
+from slipway.engine.memory import Populating
+from slipway.ops import cpu
+
+pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the portable body fills memory")
+
+SIZE_BYTES = 1 << 27
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def empty():
+    return jax.block_until_ready(jax.jit(lambda: ops.zeros((SIZE_BYTES,), jnp.int8))())
+
+
+def test_all_of_it_comes_and_what_was_written_stays():
+    write = jax.jit(lambda array: array.at[SIZE_BYTES // 3].set(7), donate_argnums=0)
+    array, before = empty(), resident_bytes()
+    populating = Populating(array)
+    array = write(array)
+    deadline = time.monotonic() + 120
+    while resident_bytes() - before < SIZE_BYTES * 0.95:
+        assert time.monotonic() < deadline, "a processor that is never idle, or nothing is populated"
+        time.sleep(0.01)
+    populating.end()
+    assert np.flatnonzero(array).tolist() == [SIZE_BYTES // 3]
+
+
+def test_it_ends_at_any_moment_and_the_memory_can_go():
+    for _ in range(20):
+        array = empty()
+        populating = Populating(array)
+        populating.end()
+        populating.end()
+        array.delete()
+
+
+def test_an_array_of_several_devices_is_populated_part_by_part():
+    mesh = jax.make_mesh((2,), ("parts",), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.P("parts"))
+    array = jax.device_put(np.arange(1 << 20), split)
+    Populating(array).end()
+    np.testing.assert_array_equal(array, np.arange(1 << 20))
