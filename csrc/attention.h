@@ -54,8 +54,10 @@ inline void write_kv(const WriteKv& op, Team& team) {
   op.cache.type == Type::kFloat ? write_kv_of<Float>(op, team) : write_kv_of<BFloat16>(op, team);
 }
 
-struct Item {  // `tokens` of one sequence from flat token `first` on; `seen`: keys of the last of them
-  int64_t row, first, tokens, seen, oldest;
+struct Item {  // `tokens` of one sequence from flat token `first` on, for one KV head; `seen`: keys of the last of them
+  int64_t row, first, tokens, seen, oldest, head;
+
+  int64_t first_block() const { return oldest / kBlock * kBlock; }
 };
 
 // What one item works in: sizes in units or floats.
@@ -89,46 +91,40 @@ inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
   return desk;
 }
 
-// The lines of the next block's pages, each with its keys and values, asked for bit by bit while this one is computed: pages
-// lie apart, and the processor follows none into the next.
-template <class T>
-struct Ahead {
-  const Attention& op;
+// `count` keys of one head from key `first` on, in a sequence's pages; none is no block.
+struct Block {
   const int32_t* pages;
-  int64_t head, page, end, at = 0;  // `at`: units of `page` that were asked for
+  int64_t head, first, count;
 
-  // The share of one call among the kTurns of a block.
-  ALWAYS void take() {
-    const int64_t units = 2 * op.cache.page_size * op.cache.head_dim / T::kPerUnit;
-    for (int64_t left = (kBlock / kTurns) * 2 * op.cache.head_dim / T::kPerUnit; left > 0 && page < end; left -= kLine) {
-      __builtin_prefetch(block_of<T>(op.cache, pages[page], head, 0) + at, 0, 2);
-      at += kLine;
-      if (at >= units) at = 0, ++page;
-    }
+  Block(const Attention& op, const Item& item, int64_t first)
+      : pages(op.ragged.page_table + item.row * op.ragged.table_width), head(item.head), first(first),
+        count(item.seen - first < kBlock ? item.seen - first : kBlock) {}
+
+  // Where key `s` of the block, or its value, lies.
+  template <class T>
+  const uint32_t* key(const Attention& op, int64_t s) const {
+    return block_of<T>(op.cache, pages[(first + s) / op.cache.page_size], head, 0) + (first + s) % op.cache.page_size;
   }
-  static constexpr int64_t kLine = 16, kTurns = 8;
+  template <class T>
+  const uint32_t* value(const Attention& op, int64_t s) const {
+    const int64_t S = op.cache.page_size, D = op.cache.head_dim;
+    return block_of<T>(op.cache, pages[(first + s) / S], head, 1) + (first + s) % S / T::kPerUnit * D;
+  }
 };
 
-// scores[r][s] = q[r] . key[first + s] for the block's keys; those past `count` are left as they come out.
+// scores[r][s] = q[r] . key[s] for the block's keys; those past its end are left as they come out.
 template <class T>
-void score(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk,
-           Ahead<T>& ahead) {
+void score(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
   const int64_t S = op.cache.page_size, units = op.cache.head_dim / T::kPerUnit;
-  for (int64_t s = 0; s < count; s += kTileCols * kLanes) {
-    const uint32_t* columns[kTileCols];
-    int held = 0;
-    ahead.take();
-    for (int j = 0; j < kTileCols && s + j * kLanes < count; ++j, ++held) {
-      const int64_t at = first + s + j * kLanes;
-      columns[j] = block_of<T>(op.cache, pages[at / S], head, 0) + at % S;
+  const uint32_t *columns[kWideCols], *later[kWideCols];
+  for (int64_t first = 0, cols; first < block.count; first += cols * kLanes) {
+    cols = columns_for(desk.rows, (block.count - first + kLanes - 1) / kLanes);
+    for (int64_t j = 0, s = first; j < cols; ++j, s += kLanes) {
+      columns[j] = block.key<T>(op, s);
+      later[j] = s < next.count ? next.key<T>(op, s) : columns[j];
     }
-    if (held == kTileCols) {
-      tiles<T, kTileCols>(desk.rows, desk.q, units, {columns, units, units, S}, desk.scores + s, kBlock, true);
-    } else {
-      for (int j = 0; j < held; ++j)
-        tiles<T, 1>(desk.rows, desk.q, units, {columns + j, units, units, S}, desk.scores + s + j * kLanes, kBlock,
-                    true);
-    }
+    const Operand keys{columns, later, units, units, S};
+    tiles<T>(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
   }
 }
 
@@ -169,101 +165,100 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
 }
 
-// Where the values of the block's keys lie: in their pages, or in a copy without lanes past the head and with zeros for
-// neighbours that were never written.
+// Where the values of a block lie: in their pages, or in a copy without lanes past the head and with zeros for neighbours
+// that were never written.
 template <class T>
-Operand values_of(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count,
-                  const Desk& desk, const uint32_t** bases) {
-  const int64_t S = op.cache.page_size, D = op.cache.head_dim;
+Operand values_of(const Attention& op, const Block& block, const Block& next, const Desk& desk, const uint32_t** bases,
+                  const uint32_t** later) {
+  const int64_t S = op.cache.page_size, D = op.cache.head_dim, count = block.count;
   const int64_t together = (S & -S) < kBlock ? S & -S : kBlock;  // keys of a block that surely lie in one page
   const int64_t rows = (count + T::kPerUnit - 1) / T::kPerUnit, segment = together / T::kPerUnit;
   int64_t segments = 0;
-  for (int64_t s = 0; s < count; s += together)
-    bases[segments++] = block_of<T>(op.cache, pages[(first + s) / S], head, 1) + (first + s) % S / T::kPerUnit * D;
-  if (D == desk.width && count % T::kPerUnit == 0) return {bases, rows, segment, D};
+  for (int64_t s = 0; s < count; s += together, ++segments) {
+    bases[segments] = block.value<T>(op, s);
+    later[segments] = s < next.count ? next.value<T>(op, s) : bases[segments];
+  }
+  if (D == desk.width && count % T::kPerUnit == 0) return {bases, later, rows, segment, D};
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t s = first + r * T::kPerUnit;
-    const uint32_t* from = block_of<T>(op.cache, pages[s / S], head, 1) + s % S / T::kPerUnit * D;
     std::memset(desk.values + r * desk.width, 0, 4 * desk.width);
-    std::memcpy(desk.values + r * desk.width, from, 4 * D);
+    std::memcpy(desk.values + r * desk.width, block.value<T>(op, r * T::kPerUnit), 4 * D);
   }
   if (count % T::kPerUnit)
     for (int64_t d = 0; d < D; ++d) desk.values[(rows - 1) * desk.width + d] &= 0xffffu;
-  bases[0] = desk.values;
-  return {bases, rows, rows, desk.width};
+  bases[0] = later[0] = desk.values;
+  return {bases, later, rows, rows, desk.width};
 }
 
-// o[r] += sum over the block's keys of weight[r][s] * value[first + s].
+// o[r] += sum over the block's keys of weight[r][s] * value[s].
 template <class T>
-void mix(const Attention& op, const int32_t* pages, int64_t head, int64_t first, int64_t count, const Desk& desk,
-         Ahead<T>& ahead) {
-  const uint32_t *bases[kBlock / kGroup], *columns[kTileCols * kBlock / kGroup];
-  const Operand values = values_of<T>(op, pages, head, first, count, desk, bases);
+void mix(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
+  constexpr int64_t kSegments = kBlock / kGroup;
+  const uint32_t *bases[kSegments], *after[kSegments], *columns[kWideCols * kSegments], *later[kWideCols * kSegments];
+  const Operand values = values_of<T>(op, block, next, desk, bases, after);
   const int64_t segments = (values.rows + values.segment - 1) / values.segment;
-  for (int64_t d = 0; d < desk.width; d += kTileCols * kLanes) {
-    const bool whole = desk.width - d >= kTileCols * kLanes;
-    const int64_t cols = whole ? kTileCols : 1;
-    ahead.take();
+  for (int64_t d = 0, cols; d < desk.width; d += cols * kLanes) {
+    cols = columns_for(desk.rows, (desk.width - d) / kLanes);
     for (int64_t s = 0; s < segments; ++s)
-      for (int64_t j = 0; j < cols; ++j) columns[s * cols + j] = bases[s] + d + j * kLanes;
-    const Operand b{columns, values.rows, values.segment, values.step};
-    if (whole)
-      tiles<T, kTileCols>(desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
-    else
-      tiles<T, 1>(desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
+      for (int64_t j = 0; j < cols; ++j) {
+        columns[s * cols + j] = bases[s] + d + j * kLanes;
+        later[s * cols + j] = after[s] + d + j * kLanes;
+      }
+    const Operand b{columns, later, values.rows, values.segment, values.step};
+    tiles<T>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
   }
 }
 
+// `next`: the item that probably follows on this thread.
 template <class T>
-void attend(const Attention& op, const Item& item, int64_t head, void* memory) {
+void attend(const Attention& op, const Item& item, const Item& next, void* memory) {
   const int64_t D = op.cache.head_dim, units = D / T::kPerUnit, group = op.heads / op.cache.kv_heads;
   const Desk desk = lay_out(memory, item.tokens * group, D);
-  const int32_t* pages = op.ragged.page_table + item.row * op.ragged.table_width;
   for (int64_t t = 0; t < item.tokens; ++t)
     std::memcpy(desk.q + t * group * units,
-                static_cast<const uint32_t*>(op.q) + ((item.first + t) * op.heads + head * group) * units,
+                static_cast<const uint32_t*>(op.q) + ((item.first + t) * op.heads + item.head * group) * units,
                 4 * group * units);
   std::memset(desk.o, 0, 4 * desk.rows * desk.width);
   for (int64_t r = 0; r < desk.rows; ++r) {
-    desk.peak[r] = op.sinks ? op.sinks[head * group + r % group] : kMasked;
+    desk.peak[r] = op.sinks ? op.sinks[item.head * group + r % group] : kMasked;
     desk.total[r] = op.sinks ? 1.0f : 0.0f;
   }
-  for (int64_t first = item.oldest / kBlock * kBlock; first < item.seen; first += kBlock) {
-    const int64_t count = item.seen - first < kBlock ? item.seen - first : kBlock, next = first + kBlock;
-    const int64_t S = op.cache.page_size, stop = next + kBlock < item.seen ? next + kBlock : item.seen;
-    Ahead<T> ahead{op, pages, head, next / S, next < item.seen ? (stop + S - 1) / S : 0};
-    score<T>(op, pages, head, first, count, desk, ahead);
+  for (int64_t first = item.first_block(); first < item.seen; first += kBlock) {
+    const Block block(op, item, first);
+    const Block later = first + kBlock < item.seen ? Block(op, item, first + kBlock) : Block(op, next, next.first_block());
+    score<T>(op, block, later, desk);
     for (int64_t r = 0; r < desk.rows; ++r) {
       const int64_t position = op.ragged.positions[item.first + r / group];
-      const bool sees_all = count % kLanes == 0 && position + 1 - first >= count;
+      const bool sees_all = block.count % kLanes == 0 && position + 1 - first >= block.count;
       if (sees_all && (!op.window || position + 1 - op.window <= first))
-        soften<T, true>(op, position, first, count, r, desk);
+        soften<T, true>(op, position, first, block.count, r, desk);
       else
-        soften<T, false>(op, position, first, count, r, desk);
-      ahead.take();
+        soften<T, false>(op, position, first, block.count, r, desk);
     }
-    mix<T>(op, pages, head, first, count, desk, ahead);
+    mix<T>(op, block, later, desk);
   }
   for (int64_t r = 0; r < desk.rows; ++r) {
     const float share = desk.total[r] > 0 ? 1.0f / desk.total[r] : 0.0f;
-    const int64_t row = (item.first + r / group) * op.heads + head * group + r % group;
+    const int64_t row = (item.first + r / group) * op.heads + item.head * group + r % group;
     for (int64_t d = 0; d < D; d += kLanes)
       T::write(op.out, row * D + d, load<F>(desk.o + r * desk.width + d) * share, D - d);
   }
 }
 
-// Which tokens item number `i` holds: rows of the batch in order, each cut into pieces of `piece` tokens.
-inline Item item_of(const Attention& op, int64_t piece, int64_t i) {
-  for (int64_t row = 0; row < op.ragged.rows; ++row) {
-    const int64_t count = op.ragged.counts[row], pieces = (count + piece - 1) / piece;
-    if (i >= pieces) {
-      i -= pieces;
+// Item number `i`: pieces of `piece` tokens of each row of the batch, the last pieces of all first, as they see the most
+// keys; for each its KV heads, one after the other. One past the last sees nothing.
+inline Item item_of(const Attention& op, int64_t piece, int64_t pieces, int64_t i) {
+  int64_t left = pieces - 1 - i / op.cache.kv_heads;
+  for (int64_t row = 0; row < op.ragged.rows && left >= 0; ++row) {
+    const int64_t count = op.ragged.counts[row], held = (count + piece - 1) / piece;
+    if (left >= held) {
+      left -= held;
       continue;
     }
-    const int64_t first = op.ragged.starts[row] + i * piece, tokens = count - i * piece < piece ? count - i * piece : piece;
+    const int64_t done = left * piece, first = op.ragged.starts[row] + done;
+    const int64_t tokens = count - done < piece ? count - done : piece;
     const int64_t seen = op.ragged.positions[first + tokens - 1] + 1;
     const int64_t oldest = op.window ? op.ragged.positions[first] + 1 - op.window : 0;
-    return {row, first, tokens, seen, oldest > 0 ? oldest : 0};
+    return {row, first, tokens, seen, oldest > 0 ? oldest : 0, i % op.cache.kv_heads};
   }
   return {};
 }
@@ -284,12 +279,10 @@ void attention_of(const Attention& op, Team& team) {
   const int64_t rows = (longest < piece ? longest : piece) * group;
   const Desk none = lay_out(nullptr, rows, op.cache.head_dim);
   const Call call{op, piece, pieces};
-  team.run(pieces * op.cache.kv_heads, 1, reinterpret_cast<int64_t>(none.keys),
+  team.run(pieces * op.cache.kv_heads, op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
            [](const void* context, int64_t i, void* memory) {
-             const Call& call = *static_cast<const Call*>(context);
-             // the last pieces of a prompt see the most keys: they come first
-             const Item item = item_of(call.op, call.piece, call.pieces - 1 - i / call.op.cache.kv_heads);
-             attend<T>(call.op, item, i % call.op.cache.kv_heads, memory);
+             const auto& [op, piece, pieces] = *static_cast<const Call*>(context);
+             attend<T>(op, item_of(op, piece, pieces, i), item_of(op, piece, pieces, i + 1), memory);
            },
            &call);
 }

@@ -42,7 +42,7 @@ void* scratch(int64_t bytes) {
 class PoolTeam final : public slipway::Team {
  public:
   PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {
-    slipway::calls.fetch_add(1, std::memory_order_relaxed);
+    slipway::kernel_calls.fetch_add(1, std::memory_order_relaxed);
   }
 
   void* shared(int64_t bytes) override { return scratch<kCall>(bytes); }

@@ -116,7 +116,7 @@ struct Kernels {
   void (*sample)(const Sample&, Team&);
 };
 
-extern std::atomic<int64_t> calls;  // of kernels so far: while it moves, populate.cc rests
+extern std::atomic<int64_t> kernel_calls;  // so far: while it moves, populate.cc rests
 
 // The best that this processor runs, or the one that the environment variable SLIPWAY_ISA names; null if it runs no such.
 const Kernels* kernels();

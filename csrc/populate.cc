@@ -28,7 +28,7 @@ void populate(uintptr_t first, uintptr_t last, const std::atomic<bool>& stop) {
   sched_setscheduler(0, SCHED_IDLE, &none);  // this thread's; with a low priority alone it would not give way at once
   int64_t calls = -1;
   for (uintptr_t at = first; at < last && !stop.load(std::memory_order_relaxed);) {
-    if (const int64_t now = slipway::calls.load(std::memory_order_relaxed); now != calls) {
+    if (const int64_t now = slipway::kernel_calls.load(std::memory_order_relaxed); now != calls) {
       calls = now;
       std::this_thread::sleep_for(kRest);
       continue;
@@ -44,7 +44,7 @@ void populate(uintptr_t, uintptr_t, const std::atomic<bool>&) {}
 
 }  // namespace
 
-std::atomic<int64_t> slipway::calls{0};
+std::atomic<int64_t> slipway::kernel_calls{0};
 
 // Starts; what is in the memory stays, and anybody may read and write it meanwhile. To be ended with the next.
 extern "C" void* slipway_populate(char* data, int64_t size) {

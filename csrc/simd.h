@@ -75,19 +75,24 @@ ALWAYS U all(uint32_t x) { return U{} + x; }
 ALWAYS F select(I mask, F yes, F no) { return mask ? yes : no; }
 ALWAYS F max(F a, F b) { return a > b ? a : b; }
 
-ALWAYS float sum(F x) {  // in a fixed order: halves onto each other
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  return lanes[0];
+constexpr I kNumbers =
+#if defined(__AVX512F__)
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+    {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    {0, 1, 2, 3};
+#endif
+// Halves onto each other until one lane is left: sums in a fixed order.
+ALWAYS float sum(F x) {
+#pragma GCC unroll 4
+  for (int n = kLanes / 2; n > 0; n /= 2) x = x + __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1));
+  return x[0];
 }
 ALWAYS float highest(F x) {
-  float lanes[kLanes], best;
-  store(lanes, x);
-  best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+#pragma GCC unroll 4
+  for (int n = kLanes / 2; n > 0; n /= 2) x = max(x, __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1)));
+  return x[0];
 }
 
 // Two bfloat16 in a unit: the first in memory is the lower half.
@@ -203,9 +208,10 @@ ALWAYS void add_quads(const F (&rows)[4], float* out) {
 }
 
 // The second operand of a product: row k holds kLanes units for each column. Row k of column j lies at
-// at[k / segment * kCols + j] + k % segment * step: rows may lie in several places, as a cache's pages do.
+// at[k / segment * kCols + j] + k % segment * step: rows may lie in several places, as a cache's pages do. What lies the same
+// way behind `next` is asked for meanwhile, bit by bit: it will be needed after this.
 struct Operand {
-  const uint32_t* const* at;
+  const uint32_t *const *at, *const *next;
   int64_t rows, segment, step;
 };
 
@@ -221,8 +227,12 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
   const int64_t step = b.step;
   for (int64_t first = 0, s = 0; first < b.rows; first += b.segment, s += kCols) {
     const uint32_t* at[kCols];
+    intptr_t next[kCols];  // away from it, in bytes
 #pragma GCC unroll 4
-    for (int j = 0; j < kCols; ++j) at[j] = b.at[s + j];
+    for (int j = 0; j < kCols; ++j) {
+      at[j] = b.at[s + j];
+      next[j] = reinterpret_cast<intptr_t>(b.next[s + j]) - reinterpret_cast<intptr_t>(at[j]);
+    }
     const int64_t n = b.rows - first < b.segment ? b.rows - first : b.segment;
     const uint32_t* third[(kRows + 2) / 3];  // every third row: the two behind it are an index away, so few registers do
 #pragma GCC unroll 4
@@ -230,9 +240,11 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
     for (int64_t k = 0; k < n; ++k) {
       U weights[kCols];
 #pragma GCC unroll 4
-      for (int j = 0; j < kCols; ++j) weights[j] = load<U>(at[j]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kCols; ++j) at[j] += step;
+      for (int j = 0; j < kCols; ++j) {
+        weights[j] = load<U>(at[j]);
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(at[j]) + next[j]));
+        at[j] += step;
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const U x = all(third[i / 3][i % 3 * lda]);
@@ -249,7 +261,12 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
     for (int j = 0; j < kCols; ++j) store(c + i * ldc + j * kLanes, sums[i][j]);
 }
 
-template <class T, int kCols, int kRows = kTileRows>
+// Rows of a tile: as many sums as registers hold.
+template <int kCols>
+constexpr int kRowsOf = kCols > kTileCols ? kTileRows * kTileCols / kCols : kTileRows;
+constexpr int kWideCols = 2 * kTileCols;  // for few rows, whose sums would wait for each other
+
+template <class T, int kCols, int kRows = kRowsOf<kCols>>
 inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
   if (rows == kRows)
     tile<T, kRows, kCols>(a, lda, b, c, ldc, fresh);
@@ -260,12 +277,28 @@ inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, 
 // The same for any number of rows, in tiles as equal as they can be.
 template <class T, int kCols>
 inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
-  const int64_t turns = (rows + kTileRows - 1) / kTileRows;
+  const int64_t turns = (rows + kRowsOf<kCols> - 1) / kRowsOf<kCols>;
   for (int64_t turn = 0, first = 0; turn < turns; ++turn) {
     const int64_t count = (rows - first) / (turns - turn) + ((rows - first) % (turns - turn) != 0);
     tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, c + first * ldc, ldc, fresh);
     first += count;
   }
+}
+
+// How many of `left` columns go together for so many rows; `cols` below is what this said.
+inline int columns_for(int64_t rows, int64_t left) {
+  if (rows <= kRowsOf<kWideCols> && left >= kWideCols) return kWideCols;
+  return left >= kTileCols ? kTileCols : 1;
+}
+template <class T>
+inline void tiles(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc,
+                  bool fresh) {
+  if (cols == kWideCols)
+    tiles<T, kWideCols>(rows, a, lda, b, c, ldc, fresh);
+  else if (cols == kTileCols)
+    tiles<T, kTileCols>(rows, a, lda, b, c, ldc, fresh);
+  else
+    tiles<T, 1>(rows, a, lda, b, c, ldc, fresh);
 }
 
 }  // namespace SLIPWAY_ISA

@@ -68,20 +68,21 @@ class Populating:
 
     def __init__(self, array: jax.Array):
         on_cpu = next(iter(array.devices())).platform == "cpu"
+        library: Any = native.library() if on_cpu else None
         self._started: list[int] = []
-        self._library: Any = native.library() if on_cpu else None
-        if self._library is None:
+        if library is None:
             return
-        self._library.slipway_populate.restype = ctypes.c_void_p
+        self._end = library.slipway_end_populate  # all that is needed when the interpreter has gone
+        self._end.argtypes, library.slipway_populate.restype = [ctypes.c_void_p], ctypes.c_void_p
         for shard in array.addressable_shards:
             part = shard.data.block_until_ready()
             address, size = ctypes.c_void_p(part.unsafe_buffer_pointer()), ctypes.c_int64(part.nbytes)
-            self._started.append(self._library.slipway_populate(address, size))
+            self._started.append(library.slipway_populate(address, size))
 
     def end(self) -> None:
         """Return once nothing touches the array's memory."""
         while self._started:
-            self._library.slipway_end_populate(ctypes.c_void_p(self._started.pop()))
+            self._end(self._started.pop())
 
     __del__ = end
 
