@@ -1,4 +1,5 @@
-"""`slipway bench convert`: a bf16 checkpoint converted by us, by the usual forty lines, and copied by `cp`, in one run.
+"""`slipway bench convert`: a bf16 checkpoint converted by us, by the usual forty lines, copied by `cp`, and the disk
+alone, in one run.
 
 Decides the checkpoint and how each way is timed: a fresh process each, alternating, its own report of the time between
 its imports and its end, and the kernel's of its largest memory. Knows no rules.
@@ -10,6 +11,7 @@ or 4.9).
 
 import dataclasses
 import json
+import mmap
 import os
 import random
 import shlex
@@ -36,9 +38,10 @@ from slipway.convert.sink import Pieces
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 16, 8, 128, 65536
+DISK_BLOCK = 1 << 22
 LAYER_BYTES = 2 * (EMBED * MLP * 3 + EMBED * HEAD_DIM * (HEADS + KV_HEADS) * 2)
-Way = Literal["ours", "forty_lines", "cp", "cp_and_flush"]
-WAYS: tuple[Way, ...] = ("cp", "cp_and_flush", "ours", "forty_lines")  # ours flushes, forty lines do not
+Way = Literal["ours", "forty_lines", "cp", "cp_and_flush", "disk"]
+WAYS: tuple[Way, ...] = ("cp", "cp_and_flush", "ours", "forty_lines", "disk")  # ours flushes, forty lines and cp do not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ class ConvertBench:
             "peak_rss_mb": {way: round(max(t[2] for t in runs)) for way, runs in taken.items()},
             "ours_to_cp": round(seconds["ours"] / seconds["cp"], 2),
             "fastest_ours_to_fastest_cp": round(min(taken["ours"][1:])[0] / min(taken["cp"][1:])[0], 2),
+            "ours_to_disk": round(seconds["ours"] / seconds["disk"], 2),
+            "disk_to_cp": round(seconds["disk"] / seconds["cp"], 2),
             "ours_to_cp_and_flush": round(seconds["ours"] / seconds["cp_and_flush"], 2),
             "forty_lines_to_ours": round(seconds["forty_lines"] / seconds["ours"], 2),
         }
@@ -127,6 +132,8 @@ def main() -> None:
     started = time.perf_counter()
     if way == "ours":
         convert(open_source(source), out, ConvertConfig(config=config))
+    elif way == "disk":
+        _disk_alone(source, out)
     else:
         _forty_lines(source, out)
     print(time.perf_counter() - started, _peak_rss_mb())
@@ -152,6 +159,23 @@ def _timed(way: Way, source: Path, out: Path, config: Path) -> tuple[float, floa
     seconds = time.perf_counter() - started
     work, peak = map(float, done.stdout.split()) if not is_copy else (seconds, 0.0)
     return work, seconds, peak
+
+
+def _disk_alone(source: Path, out: Path) -> None:
+    """As many bytes as the source's, of one buffer, past the page cache and flushed: what is on the disk costs this."""
+    out.mkdir()
+    block = mmap.mmap(-1, DISK_BLOCK)  # begins on a page
+    block.write(random.Random(0).randbytes(DISK_BLOCK))
+    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+    flags = os.O_WRONLY | os.O_CREAT
+    try:
+        file = os.open(out / "bytes", flags | os.O_DIRECT)
+    except (OSError, AttributeError):  # not of this file system or system: then as everyone writes
+        file = os.open(out / "bytes", flags)
+    for _ in range(sum(path.stat().st_size for path in files) // DISK_BLOCK):
+        os.write(file, block)
+    os.fsync(file)
+    os.close(file)
 
 
 def _forty_lines(source: Path, out: Path) -> None:

@@ -132,7 +132,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         command = [binaries / "llama-server", "-m", model, "--port", self._port, "-t", threads, "-np", slots]
-        command += ["-c", slots * max_model_len, "--no-webui", "-b", 2048]
+        # its slots keep their prompts; copies of them in memory beside, 8 GB by default, gain nothing under these loads
+        command += ["-c", slots * max_model_len, "--no-webui", "-b", 2048, "--cache-ram", 0]
         self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not self._is_ready():
             time.sleep(0.02)
@@ -166,7 +167,7 @@ class Server:
     def _tokens(self, prompt: list[int], max_tokens: int):
         body = {
             "prompt": prompt, "n_predict": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-            "samplers": ["temperature"], "cache_prompt": False,
+            "samplers": ["temperature"],
         }  # fmt: skip
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})

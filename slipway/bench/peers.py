@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import statistics
+import sys
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ class PeersBench:
             draw(report["times_as_good"], self.plot)
 
     def _rounds(self, engines: dict[str, Any], threads: int) -> dict[str, dict[str, list[float]]]:
-        """figure -> engine -> a value per round. Rates are tokens a second."""
+        """figure -> engine -> a value per round, said on stderr as they come. Rates are tokens a second."""
         rng = np.random.default_rng(0)
         vocab = json.loads((Path(NANO) / "config.json").read_bytes())["vocab_size"]  # the smaller of the two
         figures: dict[str, dict[str, list[float]]] = {}
@@ -96,15 +97,19 @@ class PeersBench:
             common = rng.integers(0, vocab, shared).tolist()
             return [common + rng.integers(0, vocab, length - shared).tolist() for _ in range(count)]
 
+        def note(figure: str, name: str, value: float) -> None:
+            figures.setdefault(figure, {}).setdefault(name, []).append(value)
+            print(f"round {turn}: {figure}, {name}: {value:.1f}", file=sys.stderr)
+
         def take(figure: str, measure: Callable[[Any], float], names: list[str]) -> None:
             for name in names:
-                figures.setdefault(figure, {}).setdefault(name, []).append(measure(engines[name]))
+                note(figure, name, measure(engines[name]))
 
         for turn in range(self.rounds + 1):
             if turn == 1:
                 figures.clear()  # the first round warms up
             for key, rate in (("read GB/s", limits.read_bandwidth(threads)), ("bf16 GFLOP/s", limits.matmul_rate())):
-                figures.setdefault(key, {}).setdefault("host", []).append(rate)
+                note(key, "host", rate)
             everyone = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
             names = [name for name in everyone if name in UNPACKED]
             whole = self.model != "nano" and not self.server  # nano's steps are too short for a rival's tools to time
@@ -120,7 +125,7 @@ class PeersBench:
                         continue  # it has no queue
                     run = engines[name].drive(prompts(self.requests, length, shared), out, SLOTS)
                     for figure, value in served(run, out).items():
-                        figures.setdefault(f"{load} {figure}", {}).setdefault(name, []).append(value)
+                        note(f"{load} {figure}", name, value)
         return figures
 
     @contextmanager

@@ -36,7 +36,6 @@ class HttpServer:
             module = "vllm.entrypoints.openai.api_server"
             command = [str(vllm.environment()), "-P", "-m", module, "--model", str(directory), *options]
             command += ["--host", "127.0.0.1", "--load-format", "safetensors", "--served-model-name", "model"]
-            command += ["--no-enable-prefix-caching"]
         else:
             code = "from slipway.cli import main; main()"
             command = [sys.executable, "-c", code, "serve", str(directory), *options, "--served-model-name", "model"]

@@ -21,7 +21,7 @@ if __name__ == "__main__":
         def __init__(self, directory, dtype, max_model_len, max_num_seqs):
             llm = LLM(
                 model=directory, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-                skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True,
+                skip_tokenizer_init=True, disable_log_stats=True,
             )  # fmt: skip
             self._engine = llm.llm_engine
             self._held = {}
