@@ -51,7 +51,7 @@ class EngineConfig:
     """Keep the pages of what was computed, for prompts that begin alike."""
     memory_fraction: float | None = None
     """Share of the free memory that weights, cache and temporaries may take; default 0.25 on a CPU, else 0.9. A CPU's
-    cache takes its part as it is written."""
+    cache takes its part while nothing runs, or as it is written."""
     compilation_cache: str = "auto"
     """Where compiled programs are kept for the next start: a directory, auto (the user's cache), or off."""
     seed: int = 0

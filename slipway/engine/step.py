@@ -169,7 +169,7 @@ class Step:
         return kv
 
     def free_kv(self, kv: jax.Array) -> None:
-        """Give the cache's memory back, whichever step it comes from."""
+        """Give back the memory of ``kv``: the cache as the last step left it."""
         if self._populating is not None:
             self._populating.end()
         kv.delete()
