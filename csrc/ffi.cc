@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -37,8 +38,90 @@ void* scratch(int64_t bytes) {
   return memory.data;
 }
 
-// XLA's threads and the caller take items from one counter; the caller waits for items that somebody runs, never for a
-// thread to start. A thread that comes late finds no item, and touches nothing that the caller owned.
+// One call's items, taken from one counter by whoever works on it.
+struct Job {
+  std::atomic<int64_t> next{0}, done{0};
+  int64_t items, share, together, bytes;
+  void (*body)(const void*, int64_t, void*);
+  const void* context;
+
+  void work() {
+    int64_t i = next.load(std::memory_order_relaxed);
+    while (i < items) {
+      // a share of what is left, so that all end at about the same time
+      const int64_t count = std::clamp<int64_t>((items - i) / share, 1, together);
+      if (!next.compare_exchange_weak(i, i + count, std::memory_order_relaxed)) continue;
+      void* memory = scratch<kItems>(bytes);
+      for (int64_t item = i; item < i + count; ++item) body(context, item, memory);
+      done.fetch_add(count, std::memory_order_release);
+      i = next.load(std::memory_order_relaxed);
+    }
+  }
+};
+
+// Where a helper waits a little for the next call, before it goes back to the pool: a step's calls lie some microseconds
+// apart, and to wake a thread costs who wakes it up to 60 on a virtual machine.
+class Lounge {
+ public:
+  // Hands the job to up to `most` of those who wait, and says to how many.
+  int64_t give(const std::shared_ptr<Job>& job, int64_t most) {
+    int64_t given = 0;
+    for (Place& place : places_) {
+      State state = kWaits;
+      if (given == most) break;
+      if (place.state.load(std::memory_order_relaxed) != kWaits || !place.state.compare_exchange_strong(state, kBusy)) continue;
+      place.job = job, ++given;
+      place.state.store(kHasJob, std::memory_order_release);
+    }
+    return given;
+  }
+
+  // The next job, or null when none came in time.
+  std::shared_ptr<Job> wait() {
+    Place* place = enter();
+    if (!place) return nullptr;
+    const auto begun = std::chrono::steady_clock::now();
+    for (int turn = 1; place->state.load(std::memory_order_acquire) != kHasJob; ++turn) {
+      relax();
+      State state = kWaits;
+      if (turn % 16 == 0 && std::chrono::steady_clock::now() - begun > kPatience &&
+          place->state.compare_exchange_strong(state, kFree))
+        return nullptr;
+    }
+    std::shared_ptr<Job> job = std::move(place->job);
+    place->state.store(kFree, std::memory_order_release);
+    return job;
+  }
+
+ private:
+  enum State { kFree, kBusy, kWaits, kHasJob };
+  struct alignas(64) Place {
+    std::atomic<State> state{kFree};
+    std::shared_ptr<Job> job;
+  };
+  static constexpr auto kPatience = std::chrono::microseconds(100);
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  Place* enter() {
+    for (Place& place : places_) {
+      State state = kFree;
+      if (place.state.load(std::memory_order_relaxed) == kFree && place.state.compare_exchange_strong(state, kWaits))
+        return &place;
+    }
+    return nullptr;
+  }
+
+  Place places_[64];
+};
+Lounge lounge;
+
+// XLA's threads and the caller share the items; the caller waits for items that somebody runs, never for a thread to start. A
+// thread that comes late finds no item, and touches nothing that the caller owned.
 class PoolTeam final : public slipway::Team {
  public:
   PoolTeam(ffi::ThreadPool& pool, bool alone) : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {
@@ -57,33 +140,16 @@ class PoolTeam final : public slipway::Team {
     auto job = std::make_shared<Job>();
     job->items = items, job->share = 2 * (helpers + 1), job->together = together, job->bytes = bytes;
     job->body = body, job->context = context;
-    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([job] { job->work(); });
+    for (int64_t i = lounge.give(job, helpers); i < helpers; ++i)
+      pool_.Schedule([job]() mutable {
+        for (; job; job = lounge.wait()) job->work();
+      });
     job->work();
     for (int turns = 0; job->done.load(std::memory_order_acquire) < items; ++turns)
       if (turns > 4096) std::this_thread::yield();
   }
 
  private:
-  struct Job {
-    std::atomic<int64_t> next{0}, done{0};
-    int64_t items, share, together, bytes;
-    void (*body)(const void*, int64_t, void*);
-    const void* context;
-
-    void work() {
-      int64_t i = next.load(std::memory_order_relaxed);
-      while (i < items) {
-        // a share of what is left, so that all end at about the same time
-        const int64_t count = std::clamp<int64_t>((items - i) / share, 1, together);
-        if (!next.compare_exchange_weak(i, i + count, std::memory_order_relaxed)) continue;
-        void* memory = scratch<kItems>(bytes);
-        for (int64_t item = i; item < i + count; ++item) body(context, item, memory);
-        done.fetch_add(count, std::memory_order_release);
-        i = next.load(std::memory_order_relaxed);
-      }
-    }
-  };
-
   ffi::ThreadPool& pool_;
   int64_t threads_;
 };
