@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "simd.h"
+#include "amx.h"
 
 namespace slipway {
 namespace SLIPWAY_ISA {
@@ -22,15 +22,53 @@ uint32_t* block_of(const Cache& cache, int64_t page, int64_t head, int which) {
   return static_cast<uint32_t*>(cache.data) + ((page * cache.kv_heads + head) * 2 + which) * units;
 }
 
+// Where tokens' keys, or values, of one head lie: a token's row is `distance` bytes behind the one before.
+struct Rows {
+  const uint8_t* first;
+  int64_t distance;
+  const uint8_t* operator[](int64_t t) const { return first + t * distance; }
+};
+
+// `count` keys to neighbouring slots of a page; kLanes units of kLanes of them at a time where they are whole lines.
 template <class T>
-void write_row(const Cache& cache, int64_t slot, int64_t head, const uint8_t* key, const uint8_t* value) {
-  const int64_t offset = slot % cache.page_size, S = cache.page_size, D = cache.head_dim;
-  uint32_t* keys = block_of<T>(cache, slot / S, head, 0);
-  for (int64_t d = 0; d < D / T::kPerUnit; ++d) std::memcpy(keys + d * S + offset, key + 4 * d, 4);
-  uint8_t* values = reinterpret_cast<uint8_t*>(block_of<T>(cache, slot / S, head, 1));
-  constexpr int64_t size = 4 / T::kPerUnit;
-  values += (offset / T::kPerUnit * D * T::kPerUnit + offset % T::kPerUnit) * size;
-  for (int64_t d = 0; d < D; ++d) std::memcpy(values + 4 * d, value + size * d, size);
+void write_keys(const Cache& cache, int64_t slot, int64_t head, const Rows& keys, int64_t count) {
+  const int64_t S = cache.page_size, units = cache.head_dim / T::kPerUnit;
+  uint32_t* out = block_of<T>(cache, slot / S, head, 0) + slot % S;
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  for (; count == kLanes && d + kLanes <= units; d += kLanes) {
+    U w[kLanes];
+    for (int i = 0; i < kLanes; ++i) w[i] = load<U>(keys[i] + 4 * d);
+    transpose(w);
+    for (int i = 0; i < kLanes; ++i) store(out + (d + i) * S, w[i]);
+  }
+#endif
+  for (; d < units; ++d)
+    for (int64_t i = 0; i < count; ++i) std::memcpy(out + d * S + i, keys[i] + 4 * d, 4);
+}
+
+// The same of values, of which two neighbours share a row of units if a unit holds two.
+template <class T>
+void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& values, int64_t count) {
+  constexpr int64_t P = T::kPerUnit, size = 4 / P;
+  const int64_t D = cache.head_dim, first = slot % cache.page_size;
+  uint32_t* block = block_of<T>(cache, slot / cache.page_size, head, 1);
+  for (int64_t i = 0; i < count;) {
+    const int64_t place = first + i;
+    uint32_t* out = block + place / P * D;
+    int64_t d = 0;
+    const bool pair = P == 2 && place % 2 == 0 && i + 1 < count;
+    if (P == 1) std::memcpy(out, values[i], 4 * D), d = D;
+    for (; pair && d + kLanes <= D; d += kLanes) {
+      const U low = __builtin_convertvector(load<H>(values[i] + 2 * d), U);
+      const U high = __builtin_convertvector(load<H>(values[i + 1] + 2 * d), U);
+      store(out + d, low | (high << 16));
+    }
+    for (int64_t one = 0; one < 1 + pair; ++one)
+      for (int64_t at = d; at < D; ++at)
+        std::memcpy(reinterpret_cast<uint8_t*>(out + at) + (place + one) % P * size, values[i + one] + size * at, size);
+    i += 1 + pair;
+  }
 }
 
 template <class T>
@@ -38,13 +76,15 @@ void write_kv_of(const WriteKv& op, Team& team) {
   team.run(op.cache.kv_heads, 1, 0,
            [](const void* context, int64_t head, void*) {
              const WriteKv& op = *static_cast<const WriteKv*>(context);
-             const Cache& cache = op.cache;
-             const int64_t bytes = cache.head_dim * 4 / T::kPerUnit;
-             for (int64_t t = 0; t < op.ragged.tokens; ++t) {
-               const int64_t slot = op.ragged.slots[t], at = (t * cache.kv_heads + head) * bytes;
-               if (slot < 0 || slot >= cache.pages * cache.page_size) continue;
-               write_row<T>(cache, slot, head, static_cast<const uint8_t*>(op.keys) + at,
-                            static_cast<const uint8_t*>(op.values) + at);
+             const int64_t bytes = op.cache.head_dim * 4 / T::kPerUnit, row = bytes * op.cache.kv_heads;
+             const int32_t* slots = op.ragged.slots;
+             for (int64_t t = 0, count; t < op.ragged.tokens; t += count) {
+               count = 1;  // tokens to neighbouring slots that lie in kGroup together
+               while (t + count < op.ragged.tokens && slots[t + count] == slots[t] + count && slots[t + count] % kGroup) ++count;
+               if (slots[t] < 0 || slots[t] >= op.cache.pages * op.cache.page_size) continue;
+               const int64_t at = t * row + head * bytes;
+               write_keys<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.keys) + at, row}, count);
+               write_values<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.values) + at, row}, count);
              }
            },
            &op);
@@ -70,11 +110,12 @@ struct Desk {
   uint32_t *keys, *values;  // copies of pages that cannot be read where they lie
 };
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
-  Desk desk{rows, padded(head_dim), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Desk desk{rows, padded(head_dim, kLanes), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   uint32_t* at = static_cast<uint32_t*>(memory);
+  rows = padded(rows, kRowsAtOnce);
   auto take = [&at](int64_t units) {
     uint32_t* taken = at;
     at += (units + 15) / 16 * 16;
@@ -124,7 +165,7 @@ void score(const Attention& op, const Block& block, const Block& next, const Des
       later[j] = s < next.count ? next.key<T>(op, s) : columns[j];
     }
     const Operand keys{columns, later, units, units, S};
-    tiles<T>(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
+    products<T>(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
   }
 }
 
@@ -165,8 +206,8 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
 }
 
-// Where the values of a block lie: in their pages, or in a copy without lanes past the head and with zeros for neighbours
-// that were never written.
+// Where the values of a block lie: in their pages, or in a copy, with zeros in lanes past the head and for neighbours that
+// were never written. Of heads that fill their lanes only the last segment is copied.
 template <class T>
 Operand values_of(const Attention& op, const Block& block, const Block& next, const Desk& desk, const uint32_t** bases,
                   const uint32_t** later) {
@@ -178,15 +219,20 @@ Operand values_of(const Attention& op, const Block& block, const Block& next, co
     bases[segments] = block.value<T>(op, s);
     later[segments] = s < next.count ? next.value<T>(op, s) : bases[segments];
   }
-  if (D == desk.width && count % T::kPerUnit == 0) return {bases, later, rows, segment, D};
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memset(desk.values + r * desk.width, 0, 4 * desk.width);
-    std::memcpy(desk.values + r * desk.width, block.value<T>(op, r * T::kPerUnit), 4 * D);
-  }
+  const bool fills = D == desk.width;
+  const int64_t all = padded(rows, kUnitsAtOnce), first = fills ? (rows - 1) / segment * segment : 0;
+  if (fills && all == rows && count % T::kPerUnit == 0) return {bases, later, rows, segment, D};
+  std::memset(desk.values, 0, 4 * desk.width * (all - first));
+  for (int64_t r = first; r < rows; ++r)
+    std::memcpy(desk.values + (r - first) * desk.width, block.value<T>(op, r * T::kPerUnit), 4 * D);
   if (count % T::kPerUnit)
-    for (int64_t d = 0; d < D; ++d) desk.values[(rows - 1) * desk.width + d] &= 0xffffu;
+    for (int64_t d = 0; d < D; ++d) desk.values[(rows - 1 - first) * desk.width + d] &= 0xffffu;
+  if (fills) {
+    bases[segments - 1] = desk.values;
+    return {bases, later, all, segment, D};
+  }
   bases[0] = later[0] = desk.values;
-  return {bases, later, rows, rows, desk.width};
+  return {bases, later, all, all, desk.width};
 }
 
 // o[r] += sum over the block's keys of weight[r][s] * value[s].
@@ -204,7 +250,7 @@ void mix(const Attention& op, const Block& block, const Block& next, const Desk&
         later[s * cols + j] = after[s] + d + j * kLanes;
       }
     const Operand b{columns, later, values.rows, values.segment, values.step};
-    tiles<T>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
+    products<T>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
   }
 }
 
@@ -213,6 +259,7 @@ template <class T>
 void attend(const Attention& op, const Item& item, const Item& next, void* memory) {
   const int64_t D = op.cache.head_dim, units = D / T::kPerUnit, group = op.heads / op.cache.kv_heads;
   const Desk desk = lay_out(memory, item.tokens * group, D);
+  const Tiles held(desk.rows, kUnitsAtOnce);
   for (int64_t t = 0; t < item.tokens; ++t)
     std::memcpy(desk.q + t * group * units,
                 static_cast<const uint32_t*>(op.q) + ((item.first + t) * op.heads + item.head * group) * units,

@@ -3,11 +3,18 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace slipway {
 
 #if defined(__x86_64__)
+namespace amx { extern const Kernels table; }
 namespace avx512bf16 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
@@ -15,6 +22,17 @@ namespace avx2 { extern const Kernels table; }
 namespace portable { extern const Kernels table; }
 
 namespace {
+
+#if defined(__x86_64__)
+// Whether it has tiles of bf16, and the system lets this process use them: their 8 kB have to be kept for each thread.
+bool has_tiles() {
+  constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTileBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
 
 const Kernels* choose() {
   const char* asked = std::getenv("SLIPWAY_ISA");
@@ -24,7 +42,9 @@ const Kernels* choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (fits(avx512bf16::table, avx512 && __builtin_cpu_supports("avx512bf16"))) return &avx512bf16::table;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (fits(amx::table, bf16) && has_tiles()) return &amx::table;
+  if (fits(avx512bf16::table, bf16)) return &avx512bf16::table;
   if (fits(avx512::table, avx512)) return &avx512::table;
   if (fits(avx2::table, avx2)) return &avx2::table;
 #endif

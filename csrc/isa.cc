@@ -6,6 +6,7 @@
 #include "norm.h"
 #include "quantized.h"
 #include "sample.h"
+#include "tiled_linear.h"
 
 namespace slipway {
 namespace SLIPWAY_ISA {

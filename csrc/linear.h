@@ -22,8 +22,6 @@ constexpr int64_t kAhead = 16384;  // bytes between what is read and what is fet
 constexpr int64_t kTogether = 32;  // panels that a thread takes at once: 44 GB/s where one by one has 39
 constexpr int64_t kNear = 32768;   // bytes of a block of tokens that stay in the first cache
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Matrices times the same tokens: the panels of one after those of the other.
 struct Batch {
   const Linear* ops;
@@ -161,7 +159,7 @@ void piece_of(int64_t fours, const Piece& piece, const uint32_t* x, float* parts
 
 // One token's sums of a panel, to where they belong.
 template <class T>
-void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
+ALWAYS void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
   for (int j = 0; j < (op.up ? 1 : kWidth / kLanes); ++j) {
     const int64_t at = first + j * kLanes, n = op.out_size - at;
     if (n <= 0) return;
@@ -249,9 +247,18 @@ void linear_of(const Linear* ops, int64_t matrices, Team& team) {
            &call);
 }
 
+#if defined(__AMX_BF16__)
+void tiled_linear(const Linear* ops, int64_t matrices, Team& team);
+#endif
+
 inline void linear(const Linear* ops, int64_t count, Team& team) {
   if (ops->tokens == 0) return;
-  ops->type == Type::kFloat ? linear_of<Float>(ops, count, team) : linear_of<BFloat16>(ops, count, team);
+  if (ops->type == Type::kFloat) return linear_of<Float>(ops, count, team);
+#if defined(__AMX_BF16__)
+  tiled_linear(ops, count, team);
+#else
+  linear_of<BFloat16>(ops, count, team);
+#endif
 }
 
 }  // namespace SLIPWAY_ISA

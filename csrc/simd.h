@@ -75,6 +75,8 @@ ALWAYS U all(uint32_t x) { return U{} + x; }
 ALWAYS F select(I mask, F yes, F no) { return mask ? yes : no; }
 ALWAYS F max(F a, F b) { return a > b ? a : b; }
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 constexpr I kNumbers =
 #if defined(__AVX512F__)
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -189,6 +191,22 @@ ALWAYS void quads(U* w) {
   w[0] = __builtin_shuffle(a, c, kLowPair), w[1] = __builtin_shuffle(a, c, kHighPair);
   w[2] = __builtin_shuffle(b, d, kLowPair), w[3] = __builtin_shuffle(b, d, kHighPair);
 }
+
+#if defined(__AVX512F__)
+// Rows of units to columns: quads first, then whole quads across the rows that they came from.
+ALWAYS void transpose(U (&w)[kLanes]) {
+  constexpr U even = kEvenQuads, odd = kOddQuads;
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) quads(w + i);
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const U a = __builtin_shuffle(w[c], w[4 + c], even), b = __builtin_shuffle(w[8 + c], w[12 + c], even);
+    const U d = __builtin_shuffle(w[c], w[4 + c], odd), e = __builtin_shuffle(w[8 + c], w[12 + c], odd);
+    w[c] = __builtin_shuffle(a, b, even), w[8 + c] = __builtin_shuffle(a, b, odd);
+    w[4 + c] = __builtin_shuffle(d, e, even), w[12 + c] = __builtin_shuffle(d, e, odd);
+  }
+}
+#endif
 
 // The quads of each of four vectors, added in pairs: out[4 i + r] is what vector r has at the i-th of every quad.
 ALWAYS void add_quads(const F (&rows)[4], float* out) {

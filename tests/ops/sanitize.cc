@@ -5,6 +5,11 @@
 #include <random>
 #include <vector>
 
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "isa.cc"
 
 namespace {
@@ -42,7 +47,7 @@ std::vector<char> numbers(int64_t count, Type type) {
 }
 
 void linears(Type type) {
-  for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100})
+  for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100, 150})
     for (int64_t in : {2, 8, 34, 64, 514})
       for (int64_t out_size : {1, 15, 16, 33, 70}) {
         auto x = numbers(tokens * in, type), w = numbers(out_size * in, type), up = numbers(out_size * in, type);
@@ -143,7 +148,38 @@ void samples() {
 
 }  // namespace
 
+// A row's products have the same bits, alone or beside others.
+template <class T>
+void products_of_rows(Type type) {
+  constexpr int64_t kUnits = 32, kRows = 64, kCols = 4;
+  auto a = numbers(kRows * kUnits * T::kPerUnit, type), b = numbers(kUnits * kCols * SLIPWAY_ISA::kLanes * T::kPerUnit, type);
+  const uint32_t* at[4 * kCols];
+  for (int s = 0; s < 4; ++s)
+    for (int j = 0; j < kCols; ++j)
+      at[s * kCols + j] = reinterpret_cast<uint32_t*>(b.data()) + (s * 8 * kCols + j) * SLIPWAY_ISA::kLanes;
+  const SLIPWAY_ISA::Operand second{at, at, kUnits, 8, kCols * SLIPWAY_ISA::kLanes};
+  const auto* first = reinterpret_cast<uint32_t*>(a.data());
+  constexpr int64_t width = kCols * SLIPWAY_ISA::kLanes;
+  std::vector<float> sums(kRows * width), alone(kRows * width);
+  for (int64_t rows : {1, 2, 3, 4, 5, 16, 17, 40, 64}) {
+    for (bool fresh : {true, false}) {
+      {
+        const SLIPWAY_ISA::Tiles held(rows, SLIPWAY_ISA::kUnitsAtOnce);
+        SLIPWAY_ISA::products<T>(kCols, rows, first, kUnits, second, sums.data(), width, fresh);
+      }
+      const SLIPWAY_ISA::Tiles held(1, SLIPWAY_ISA::kUnitsAtOnce);
+      for (int64_t r = 0; r < rows; ++r)
+        SLIPWAY_ISA::products<T>(kCols, 1, first + r * kUnits, kUnits, second, alone.data() + r * width, width, fresh);
+    }
+    if (std::memcmp(sums.data(), alone.data(), 4 * rows * width)) std::fprintf(stderr, "%d rows differ\n", int(rows)), std::exit(1);
+    ++calls;
+  }
+}
+
 int main() {
+#if defined(__AMX_BF16__)
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return std::perror("no tiles"), 1;  // as csrc/dispatch.cc asks for them
+#endif
   for (Type type : {Type::kFloat, Type::kBFloat16}) {
     linears(type), quantized_linears(type), embeds(type), norms(type);
     for (int64_t page_size : {16, 48, 64, 128})
@@ -152,5 +188,6 @@ int main() {
     attentions(type, 16, 16, 40, 1, 0);
   }
   samples();
+  products_of_rows<SLIPWAY_ISA::Float>(Type::kFloat), products_of_rows<SLIPWAY_ISA::BFloat16>(Type::kBFloat16);
   std::printf("%d\n", calls);
 }

@@ -228,7 +228,8 @@ def test_the_chosen_write_kv_touches_the_live_slots_of_one_layer_alone(shape):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
-    ("rows", "size", "out"), [(1, 48, 20), (2, 96, 32), (9, 48, 33), (14, 30, 16), (70, 600, 40), (3, 33, 17)]
+    ("rows", "size", "out"),
+    [(1, 48, 20), (2, 96, 32), (9, 48, 33), (14, 30, 16), (70, 600, 40), (3, 33, 17), (140, 640, 300), (530, 96, 40)],
 )
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
 def test_linear_equals_its_oracle(body, rows, size, out, dtype):
@@ -303,9 +304,9 @@ def test_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
     if cpu.refuses_dtype(dtype):
         pytest.skip("the portable body promises equal numbers, not equal bits")
     rng = np.random.default_rng(9)
-    x_TD, weight = normal(rng, 200, 330, dtype=dtype), normal(rng, 50, 330, dtype=dtype)
-    whole = ops.linear(x_TD, weight, jnp.int32(200))
-    for count in (1, 2, 4, 5, 8, 9, 16, 17, 31, 48, 49, 97):
+    x_TD, weight = normal(rng, 600, 330, dtype=dtype), normal(rng, 50, 330, dtype=dtype)
+    whole = ops.linear(x_TD, weight, jnp.int32(600))
+    for count in (1, 2, 4, 5, 8, 9, 16, 17, 31, 48, 49, 97, 128, 129, 200, 513):
         np.testing.assert_array_equal(
             ops.linear(x_TD[:count], weight, jnp.int32(count)), whole[:count], err_msg=str(count)
         )

@@ -1,0 +1,197 @@
+// Tile registers of AMX: their shape, loads, products, and `products` for any number of rows. Knows no matrix and no cache.
+//
+// A product adds to c[i][j], 16 x 16 floats, the sum over up to 16 units k of a[i][k] . b[k][j], k in order: what lies in
+// another row or column changes none of its bits. A set without such registers has `products` in vectors.
+
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AMX_BF16__)
+
+namespace slipway {
+namespace SLIPWAY_ISA {
+
+constexpr int kSide = 16;                  // rows of a tile, and its columns in units
+constexpr int64_t kTile = kSide * kSide;   // units of a tile
+
+#if defined(__SANITIZE_ADDRESS__)  // sees no tile being loaded or stored, so it is shown what is touched
+inline thread_local int64_t shown_rows[8], shown_bytes[8];
+template <class Touch>
+void show(int number, const void* place, int64_t distance, Touch touch) {
+  for (int64_t i = 0; i < shown_rows[number]; ++i)
+    touch(static_cast<char*>(const_cast<void*>(place)) + i * distance, shown_bytes[number]);
+}
+#endif
+
+// While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of so many rows, up to 16,
+// and second operands 6 and 7 of so many `units`. Others in this process who use them load a shape of their own.
+class Tiles {
+ public:
+  Tiles(int64_t rows, int64_t units) {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    const int64_t all[] = {rows, rows, rows, rows, rows, rows, units, units};
+    for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 4 * kSide, shape.rows[i] = static_cast<uint8_t>(least(all[i], kSide));
+    shape.row_bytes[4] = shape.row_bytes[5] = static_cast<uint16_t>(4 * units);
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+#if defined(__SANITIZE_ADDRESS__)
+    for (int i = 0; i < 8; ++i) shown_rows[i] = shape.rows[i], shown_bytes[i] = shape.row_bytes[i];
+#endif
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+};
+
+template <int kRegister>
+ALWAYS void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kRegister));
+}
+// Rows lie `distance` bytes apart.
+template <int kRegister>
+ALWAYS void tile_load(const void* from, int64_t distance) {
+#if defined(__SANITIZE_ADDRESS__)
+  show(kRegister, from, distance, [](const char* row, int64_t bytes) {
+    char held[4 * kSide];
+    std::memcpy(held, row, bytes);
+    asm volatile("" ::"m"(held));
+  });
+#endif
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(distance), "i"(kRegister) : "memory");
+}
+template <int kRegister>
+ALWAYS void tile_store(void* to, int64_t distance) {
+#if defined(__SANITIZE_ADDRESS__)
+  show(kRegister, to, distance, [](char* row, int64_t bytes) { std::memset(row, 0, bytes); });
+#endif
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(distance), "i"(kRegister) : "memory");
+}
+template <int kSum, int kA, int kB>
+ALWAYS void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
+}
+
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
+};
+// body(Number<i>) for each i below kCount: registers have their numbers when it compiles.
+template <int kCount, class Body>
+ALWAYS void each(Body body) {
+  if constexpr (kCount > 1) each<kCount - 1>(body);
+  body(Number<kCount - 1>{});
+}
+
+constexpr int64_t kRowsAtOnce = kSide, kUnitsAtOnce = 8;  // 8: of a value's column a page of 16 holds so many units
+
+// kRows tiles of rows times kCols columns from `col` on, of `cols` that `b` has; distances in units.
+template <int kRows, int kCols>
+void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c, int64_t ldc, bool fresh) {
+  each<kRows * kCols>([&](auto i) {
+    float* sums = c + i.value / kCols * kSide * ldc + (col + i.value % kCols) * kSide;
+    fresh ? tile_zero<i.value>() : tile_load<i.value>(sums, 4 * ldc);
+  });
+  int64_t k = 0;
+  for (int64_t s = col; k < b.rows; s += cols)
+    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnitsAtOnce * b.step, k += kUnitsAtOnce)
+      each<kRows>([&](auto r) {
+        tile_load<4 + r.value % 2>(a + r.value * kSide * lda + k, 4 * lda);
+        each<kCols>([&](auto j) {
+          if constexpr (r.value == 0) {
+            tile_load<6 + j.value % 2>(b.at[s + j.value] + at, 4 * b.step);
+            for (int64_t i = 0; i < kUnitsAtOnce; ++i) __builtin_prefetch(b.next[s + j.value] + at + i * b.step);
+          }
+          tile_dot<r.value * kCols + j.value, 4 + r.value % 2, 6 + j.value % 2>();
+        });
+      });
+  each<kRows * kCols>([&](auto i) {
+    tile_store<i.value>(c + i.value / kCols * kSide * ldc + (col + i.value % kCols) * kSide, 4 * ldc);
+  });
+}
+
+// The same in vectors, to the same bits: what a product adds is one sum of the units' lower halves and one of the upper. Its
+// two rows read a cache from memory at 28 GB/s where a tile, mostly empty then, reads 23.
+template <int kRows, int kCols>
+void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c, int64_t ldc, bool fresh) {
+  F sums[kRows][kCols];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) sums[r][j] = fresh ? F{} : load<F>(c + r * ldc + (col + j) * kLanes);
+  int64_t k = 0;
+  for (int64_t s = col; k < b.rows; s += cols)
+    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnitsAtOnce * b.step, k += kUnitsAtOnce) {
+      F lower[kRows][kCols] = {}, upper[kRows][kCols] = {};
+      for (int64_t i = 0; i < kUnitsAtOnce; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kCols; ++j) {
+          const U w = load<U>(b.at[s + j] + at + i * b.step);
+          __builtin_prefetch(b.next[s + j] + at + i * b.step);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            const U x = all(a[r * lda + k + i]);
+            lower[r][j] = lower[r][j] + low(w) * low(x), upper[r][j] = upper[r][j] + high(w) * high(x);
+          }
+        }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < kCols; ++j) sums[r][j] = sums[r][j] + (lower[r][j] + upper[r][j]);
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) store(c + r * ldc + (col + j) * kLanes, sums[r][j]);
+}
+
+constexpr int64_t kFewRows = 4;  // up to which vectors are as fast
+
+// As `tiles`. More than a few rows are computed 16 at a time, those past the last from and to what lies there.
+template <class T>
+void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+  if (T::kPerUnit == 1 || b.segment % kUnitsAtOnce || b.rows % kUnitsAtOnce)
+    return tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
+  const auto run = [&](auto wide, auto narrow, int together) {
+    if (cols % together) together = 1, wide = narrow;
+    for (int col = 0; col < cols; col += together) wide(a, lda, b, cols, col, c, ldc, fresh);
+  };
+  const auto in_vectors = [&](auto r) {
+    constexpr int kRows = r.value, kWide = kRows > 2 ? 2 : 4;
+    run(vector_products<kRows, kWide>, vector_products<kRows, 1>, kWide);
+  };
+  const auto in_tiles = [&](auto r) {
+    constexpr int kRows = r.value, kWide = 4 / kRows;
+    run(tile_products<kRows, kWide>, tile_products<kRows, 1>, kWide);
+  };
+  if (rows <= kFewRows)
+    return each<kFewRows>([&](auto i) { if (rows == i.value + 1) in_vectors(Number<i.value + 1>{}); });
+  for (; rows > 0; rows -= 4 * kSide, a += 4 * kSide * lda, c += 4 * kSide * ldc) {
+    const int64_t held = least((rows + kSide - 1) / kSide, 4);
+    each<4>([&](auto i) { if (held == i.value + 1) in_tiles(Number<i.value + 1>{}); });
+  }
+}
+
+}  // namespace SLIPWAY_ISA
+}  // namespace slipway
+
+#else
+
+namespace slipway {
+namespace SLIPWAY_ISA {
+
+constexpr int64_t kRowsAtOnce = 1, kUnitsAtOnce = 1;
+struct Tiles {
+  Tiles(int64_t, int64_t) {}
+};
+template <class T>
+void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+  tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
+}
+
+}  // namespace SLIPWAY_ISA
+}  // namespace slipway
+
+#endif
