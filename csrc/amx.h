@@ -24,8 +24,8 @@ void show(int number, const void* place, int64_t distance, Touch touch) {
 }
 #endif
 
-// While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of so many rows, up to 16,
-// and second operands 6 and 7 of so many `units`. Others in this process who use them load a shape of their own.
+// While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of so many rows, up to 16, and
+// second operands 6 and 7; 4 and 6 of 16 units, 5 and 7 of so many. Others in this process who use them load their own shape.
 class Tiles {
  public:
   Tiles(int64_t rows, int64_t units) {
@@ -34,9 +34,9 @@ class Tiles {
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
-    const int64_t all[] = {rows, rows, rows, rows, rows, rows, units, units};
+    const int64_t all[] = {rows, rows, rows, rows, rows, rows, kSide, units};
     for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 4 * kSide, shape.rows[i] = static_cast<uint8_t>(least(all[i], kSide));
-    shape.row_bytes[4] = shape.row_bytes[5] = static_cast<uint16_t>(4 * units);
+    shape.row_bytes[5] = static_cast<uint16_t>(4 * units);
     asm volatile("ldtilecfg %0" ::"m"(shape));
 #if defined(__SANITIZE_ADDRESS__)
     for (int i = 0; i < 8; ++i) shown_rows[i] = shape.rows[i], shown_bytes[i] = shape.row_bytes[i];
@@ -87,24 +87,23 @@ ALWAYS void each(Body body) {
 
 constexpr int64_t kRowsAtOnce = kSide, kUnitsAtOnce = 8;  // 8: of a value's column a page of 16 holds so many units
 
-// kRows tiles of rows times kCols columns from `col` on, of `cols` that `b` has; distances in units.
-template <int kRows, int kCols>
+// kRows tiles of rows times kCols columns from `col` on, of `cols` that `b` has, kUnits at a time; distances in units.
+template <int kRows, int kCols, int kUnits>
 void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c, int64_t ldc, bool fresh) {
+  constexpr int kA = kUnits == kSide ? 4 : 5, kB = kA + 2;
   each<kRows * kCols>([&](auto i) {
     float* sums = c + i.value / kCols * kSide * ldc + (col + i.value % kCols) * kSide;
     fresh ? tile_zero<i.value>() : tile_load<i.value>(sums, 4 * ldc);
   });
   int64_t k = 0;
   for (int64_t s = col; k < b.rows; s += cols)
-    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnitsAtOnce * b.step, k += kUnitsAtOnce)
-      each<kRows>([&](auto r) {
-        tile_load<4 + r.value % 2>(a + r.value * kSide * lda + k, 4 * lda);
-        each<kCols>([&](auto j) {
-          if constexpr (r.value == 0) {
-            tile_load<6 + j.value % 2>(b.at[s + j.value] + at, 4 * b.step);
-            for (int64_t i = 0; i < kUnitsAtOnce; ++i) __builtin_prefetch(b.next[s + j.value] + at + i * b.step);
-          }
-          tile_dot<r.value * kCols + j.value, 4 + r.value % 2, 6 + j.value % 2>();
+    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnits * b.step, k += kUnits)
+      each<kCols>([&](auto j) {
+        tile_load<kB>(b.at[s + j.value] + at, 4 * b.step);
+        for (int64_t i = 0; i < kUnits; ++i) __builtin_prefetch(b.next[s + j.value] + at + i * b.step);
+        each<kRows>([&](auto r) {
+          if (kRows > 1 || j.value == 0) tile_load<kA>(a + r.value * kSide * lda + k, 4 * lda);
+          tile_dot<r.value * kCols + j.value, kA, kB>();
         });
       });
   each<kRows * kCols>([&](auto i) {
@@ -114,7 +113,7 @@ void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, i
 
 // The same in vectors, to the same bits: what a product adds is one sum of the units' lower halves and one of the upper. Its
 // two rows read a cache from memory at 28 GB/s where a tile, mostly empty then, reads 23.
-template <int kRows, int kCols>
+template <int kRows, int kCols, int kUnits>
 void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c, int64_t ldc, bool fresh) {
   F sums[kRows][kCols];
 #pragma GCC unroll 4
@@ -123,9 +122,9 @@ void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols,
     for (int j = 0; j < kCols; ++j) sums[r][j] = fresh ? F{} : load<F>(c + r * ldc + (col + j) * kLanes);
   int64_t k = 0;
   for (int64_t s = col; k < b.rows; s += cols)
-    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnitsAtOnce * b.step, k += kUnitsAtOnce) {
+    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnits * b.step, k += kUnits) {
       F lower[kRows][kCols] = {}, upper[kRows][kCols] = {};
-      for (int64_t i = 0; i < kUnitsAtOnce; ++i)
+      for (int64_t i = 0; i < kUnits; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kCols; ++j) {
           const U w = load<U>(b.at[s + j] + at + i * b.step);
@@ -149,10 +148,11 @@ void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols,
 
 constexpr int64_t kFewRows = 4;  // up to which vectors are as fast
 
-// As `tiles`. More than a few rows are computed 16 at a time, those past the last from and to what lies there.
-template <class T>
+// As `tiles`, kUnits at a time: what is summed by itself. More than a few rows are computed 16 at a time, those past the last
+// from and to what lies there.
+template <class T, int kUnits>
 void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
-  if (T::kPerUnit == 1 || b.segment % kUnitsAtOnce || b.rows % kUnitsAtOnce)
+  if (T::kPerUnit == 1 || b.segment % kUnits || b.rows % kUnits)
     return tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
   const auto run = [&](auto wide, auto narrow, int together) {
     if (cols % together) together = 1, wide = narrow;
@@ -160,11 +160,11 @@ void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Oper
   };
   const auto in_vectors = [&](auto r) {
     constexpr int kRows = r.value, kWide = kRows > 2 ? 2 : 4;
-    run(vector_products<kRows, kWide>, vector_products<kRows, 1>, kWide);
+    run(vector_products<kRows, kWide, kUnits>, vector_products<kRows, 1, kUnits>, kWide);
   };
   const auto in_tiles = [&](auto r) {
     constexpr int kRows = r.value, kWide = 4 / kRows;
-    run(tile_products<kRows, kWide>, tile_products<kRows, 1>, kWide);
+    run(tile_products<kRows, kWide, kUnits>, tile_products<kRows, 1, kUnits>, kWide);
   };
   if (rows <= kFewRows)
     return each<kFewRows>([&](auto i) { if (rows == i.value + 1) in_vectors(Number<i.value + 1>{}); });
@@ -186,7 +186,7 @@ constexpr int64_t kRowsAtOnce = 1, kUnitsAtOnce = 1;
 struct Tiles {
   Tiles(int64_t, int64_t) {}
 };
-template <class T>
+template <class T, int kUnits>
 void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
   tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
 }

@@ -14,6 +14,7 @@ namespace SLIPWAY_ISA {
 constexpr int64_t kBlock = 64;      // keys between two looks at the maximum
 constexpr int64_t kGroup = 16;      // keys that lie together in a page of any size
 constexpr int64_t kQueryRows = 48;  // rows of an item, about
+constexpr int64_t kPieces = 8;      // of a row, on one head before the next
 constexpr float kMasked = -1e30f;   // finite, so that a row without keys stays free of NaN
 
 template <class T>
@@ -71,6 +72,16 @@ void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& va
   }
 }
 
+// The lines of a slot's key and value are to be written soon; each unit of a key has one of its own.
+template <class T>
+void expect(const Cache& cache, int64_t slot, int64_t head) {
+  const int64_t S = cache.page_size, units = cache.head_dim / T::kPerUnit, at = slot % S;
+  const uint32_t* keys = block_of<T>(cache, slot / S, head, 0) + at;
+  const uint32_t* values = block_of<T>(cache, slot / S, head, 1) + at / T::kPerUnit * cache.head_dim;
+  for (int64_t d = 0; d < units; ++d) __builtin_prefetch(keys + d * S, 1);
+  for (int64_t d = 0; d < cache.head_dim; d += 16) __builtin_prefetch(values + d, 1);
+}
+
 template <class T>
 void write_kv_of(const WriteKv& op, Team& team) {
   team.run(op.cache.kv_heads, 1, 0,
@@ -81,7 +92,9 @@ void write_kv_of(const WriteKv& op, Team& team) {
              for (int64_t t = 0, count; t < op.ragged.tokens; t += count) {
                count = 1;  // tokens to neighbouring slots that lie in kGroup together
                while (t + count < op.ragged.tokens && slots[t + count] == slots[t] + count && slots[t + count] % kGroup) ++count;
-               if (slots[t] < 0 || slots[t] >= op.cache.pages * op.cache.page_size) continue;
+               const int64_t all = op.cache.pages * op.cache.page_size, next = t + count;
+               if (next < op.ragged.tokens && slots[next] >= 0 && slots[next] < all) expect<T>(op.cache, slots[next], head);
+               if (slots[t] < 0 || slots[t] >= all) continue;
                const int64_t at = t * row + head * bytes;
                write_keys<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.keys) + at, row}, count);
                write_values<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.values) + at, row}, count);
@@ -165,7 +178,8 @@ void score(const Attention& op, const Block& block, const Block& next, const Des
       later[j] = s < next.count ? next.key<T>(op, s) : columns[j];
     }
     const Operand keys{columns, later, units, units, S};
-    products<T>(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
+    const auto multiply = units % 16 ? products<T, kUnitsAtOnce> : products<T, 16>;  // by the head alone, not by the batch
+    multiply(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
   }
 }
 
@@ -250,7 +264,7 @@ void mix(const Attention& op, const Block& block, const Block& next, const Desk&
         later[s * cols + j] = after[s] + d + j * kLanes;
       }
     const Operand b{columns, later, values.rows, values.segment, values.step};
-    products<T>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
+    products<T, kUnitsAtOnce>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
   }
 }
 
@@ -291,21 +305,23 @@ void attend(const Attention& op, const Item& item, const Item& next, void* memor
   }
 }
 
-// Item number `i`: pieces of `piece` tokens of each row of the batch, the last pieces of all first, as they see the most
-// keys; for each its KV heads, one after the other. One past the last sees nothing.
-inline Item item_of(const Attention& op, int64_t piece, int64_t pieces, int64_t i) {
-  int64_t left = pieces - 1 - i / op.cache.kv_heads;
+// Item number `i` of `items`: pieces of `piece` tokens of each row of the batch, the last pieces of all first, as they see the
+// most keys. Some pieces of a row follow each other on one KV head, whose keys stay in the second cache meanwhile; of a row
+// with a single piece the heads do, as they lie. One past the last sees nothing.
+inline Item item_of(const Attention& op, int64_t piece, int64_t items, int64_t i) {
+  int64_t left = items - 1 - i;
   for (int64_t row = 0; row < op.ragged.rows && left >= 0; ++row) {
-    const int64_t count = op.ragged.counts[row], held = (count + piece - 1) / piece;
-    if (left >= held) {
-      left -= held;
+    const int64_t heads = op.cache.kv_heads, count = op.ragged.counts[row], held = (count + piece - 1) / piece;
+    if (left >= held * heads) {
+      left -= held * heads;
       continue;
     }
-    const int64_t done = left * piece, first = op.ragged.starts[row] + done;
-    const int64_t tokens = count - done < piece ? count - done : piece;
-    const int64_t seen = op.ragged.positions[first + tokens - 1] + 1;
+    const int64_t before = left / (kPieces * heads) * kPieces, together = least(kPieces, held - before);
+    left -= before * heads;
+    const int64_t done = (before + left % together) * piece, first = op.ragged.starts[row] + done;
+    const int64_t tokens = least(count - done, piece), seen = op.ragged.positions[first + tokens - 1] + 1;
     const int64_t oldest = op.window ? op.ragged.positions[first] + 1 - op.window : 0;
-    return {row, first, tokens, seen, oldest > 0 ? oldest : 0, i % op.cache.kv_heads};
+    return {row, first, tokens, seen, oldest > 0 ? oldest : 0, heads - 1 - left / together};
   }
   return {};
 }
@@ -314,7 +330,7 @@ template <class T>
 void attention_of(const Attention& op, Team& team) {
   struct Call {
     const Attention& op;
-    int64_t piece, pieces;
+    int64_t piece, items;
   };
   const int64_t group = op.heads / op.cache.kv_heads, piece = kQueryRows / group > 1 ? kQueryRows / group : 1;
   int64_t pieces = 0, longest = 0;
@@ -325,11 +341,11 @@ void attention_of(const Attention& op, Team& team) {
   }
   const int64_t rows = (longest < piece ? longest : piece) * group;
   const Desk none = lay_out(nullptr, rows, op.cache.head_dim);
-  const Call call{op, piece, pieces};
-  team.run(pieces * op.cache.kv_heads, op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
+  const Call call{op, piece, pieces * op.cache.kv_heads};
+  team.run(call.items, op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
            [](const void* context, int64_t i, void* memory) {
-             const auto& [op, piece, pieces] = *static_cast<const Call*>(context);
-             attend<T>(op, item_of(op, piece, pieces, i), item_of(op, piece, pieces, i + 1), memory);
+             const auto& [op, piece, items] = *static_cast<const Call*>(context);
+             attend<T>(op, item_of(op, piece, items, i), item_of(op, piece, items, i + 1), memory);
            },
            &call);
 }

@@ -149,15 +149,15 @@ void samples() {
 }  // namespace
 
 // A row's products have the same bits, alone or beside others.
-template <class T>
+template <class T, int kTogether>
 void products_of_rows(Type type) {
   constexpr int64_t kUnits = 32, kRows = 64, kCols = 4;
   auto a = numbers(kRows * kUnits * T::kPerUnit, type), b = numbers(kUnits * kCols * SLIPWAY_ISA::kLanes * T::kPerUnit, type);
   const uint32_t* at[4 * kCols];
-  for (int s = 0; s < 4; ++s)
+  for (int s = 0; s < kUnits / kTogether; ++s)
     for (int j = 0; j < kCols; ++j)
-      at[s * kCols + j] = reinterpret_cast<uint32_t*>(b.data()) + (s * 8 * kCols + j) * SLIPWAY_ISA::kLanes;
-  const SLIPWAY_ISA::Operand second{at, at, kUnits, 8, kCols * SLIPWAY_ISA::kLanes};
+      at[s * kCols + j] = reinterpret_cast<uint32_t*>(b.data()) + (s * kTogether * kCols + j) * SLIPWAY_ISA::kLanes;
+  const SLIPWAY_ISA::Operand second{at, at, kUnits, kTogether, kCols * SLIPWAY_ISA::kLanes};
   const auto* first = reinterpret_cast<uint32_t*>(a.data());
   constexpr int64_t width = kCols * SLIPWAY_ISA::kLanes;
   std::vector<float> sums(kRows * width), alone(kRows * width);
@@ -165,11 +165,11 @@ void products_of_rows(Type type) {
     for (bool fresh : {true, false}) {
       {
         const SLIPWAY_ISA::Tiles held(rows, SLIPWAY_ISA::kUnitsAtOnce);
-        SLIPWAY_ISA::products<T>(kCols, rows, first, kUnits, second, sums.data(), width, fresh);
+        SLIPWAY_ISA::products<T, kTogether>(kCols, rows, first, kUnits, second, sums.data(), width, fresh);
       }
       const SLIPWAY_ISA::Tiles held(1, SLIPWAY_ISA::kUnitsAtOnce);
       for (int64_t r = 0; r < rows; ++r)
-        SLIPWAY_ISA::products<T>(kCols, 1, first + r * kUnits, kUnits, second, alone.data() + r * width, width, fresh);
+        SLIPWAY_ISA::products<T, kTogether>(kCols, 1, first + r * kUnits, kUnits, second, alone.data() + r * width, width, fresh);
     }
     if (std::memcmp(sums.data(), alone.data(), 4 * rows * width)) std::fprintf(stderr, "%d rows differ\n", int(rows)), std::exit(1);
     ++calls;
@@ -188,6 +188,7 @@ int main() {
     attentions(type, 16, 16, 40, 1, 0);
   }
   samples();
-  products_of_rows<SLIPWAY_ISA::Float>(Type::kFloat), products_of_rows<SLIPWAY_ISA::BFloat16>(Type::kBFloat16);
+  products_of_rows<SLIPWAY_ISA::Float, 8>(Type::kFloat);
+  products_of_rows<SLIPWAY_ISA::BFloat16, 8>(Type::kBFloat16), products_of_rows<SLIPWAY_ISA::BFloat16, 16>(Type::kBFloat16);
   std::printf("%d\n", calls);
 }
