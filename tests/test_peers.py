@@ -1,0 +1,32 @@
+"""`slipway bench peers` when a rival fails; the rivals themselves are not installed in tests."""
+
+import subprocess
+
+from slipway.bench import limits
+from slipway.bench.peers import PeersBench, summary
+
+
+class Engine:
+    """Takes a tenth of a second for everything, or crashes."""
+
+    def __init__(self, crashes: bool):
+        self._crashes = crashes
+
+    def decode(self, prompts, steps):
+        if self._crashes:
+            raise subprocess.CalledProcessError(-11, ["llama-batched-bench"])
+        return 0.1
+
+    def prefill(self, prompt):
+        return 0.1
+
+
+def test_what_a_rival_crashed_on_is_left_out_and_the_rest_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(limits, "read_bandwidth", lambda threads: 40.0)
+    monkeypatch.setattr(limits, "matmul_rate", lambda: 700.0)
+    engines = {"ours": Engine(False), "ours int4": Engine(False), "llama.cpp q4_0": Engine(True)}
+    figures = PeersBench(engines=tuple(engines), rounds=2, loads=())._rounds(engines, 2)
+    assert figures["decode b8 tok/s"] == {"ours": [80.0, 80.0], "ours int4": [80.0, 80.0]}
+    assert figures["prefill 512 tok/s"] == {"ours": [5120.0, 5120.0]}
+    assert "decode b8 tok/s, llama.cpp q4_0: left out" in capsys.readouterr().err
+    assert "decode b8 tok/s" not in summary(figures)["times_as_good"]
