@@ -47,7 +47,7 @@ std::vector<char> numbers(int64_t count, Type type) {
 }
 
 void linears(Type type) {
-  for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100, 150})
+  for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100, 200})
     for (int64_t in : {2, 8, 34, 64, 514})
       for (int64_t out_size : {1, 15, 16, 33, 70}) {
         auto x = numbers(tokens * in, type), w = numbers(out_size * in, type), up = numbers(out_size * in, type);
