@@ -72,16 +72,6 @@ void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& va
   }
 }
 
-// The lines of a slot's key and value are to be written soon; each unit of a key has one of its own.
-template <class T>
-void expect(const Cache& cache, int64_t slot, int64_t head) {
-  const int64_t S = cache.page_size, units = cache.head_dim / T::kPerUnit, at = slot % S;
-  const uint32_t* keys = block_of<T>(cache, slot / S, head, 0) + at;
-  const uint32_t* values = block_of<T>(cache, slot / S, head, 1) + at / T::kPerUnit * cache.head_dim;
-  for (int64_t d = 0; d < units; ++d) __builtin_prefetch(keys + d * S, 1);
-  for (int64_t d = 0; d < cache.head_dim; d += 16) __builtin_prefetch(values + d, 1);
-}
-
 template <class T>
 void write_kv_of(const WriteKv& op, Team& team) {
   team.run(op.cache.kv_heads, 1, 0,
@@ -92,9 +82,7 @@ void write_kv_of(const WriteKv& op, Team& team) {
              for (int64_t t = 0, count; t < op.ragged.tokens; t += count) {
                count = 1;  // tokens to neighbouring slots that lie in kGroup together
                while (t + count < op.ragged.tokens && slots[t + count] == slots[t] + count && slots[t + count] % kGroup) ++count;
-               const int64_t all = op.cache.pages * op.cache.page_size, next = t + count;
-               if (next < op.ragged.tokens && slots[next] >= 0 && slots[next] < all) expect<T>(op.cache, slots[next], head);
-               if (slots[t] < 0 || slots[t] >= all) continue;
+               if (slots[t] < 0 || slots[t] >= op.cache.pages * op.cache.page_size) continue;
                const int64_t at = t * row + head * bytes;
                write_keys<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.keys) + at, row}, count);
                write_values<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.values) + at, row}, count);
