@@ -15,7 +15,7 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int64_t kFewColumns = 12;   // of 128 tokens all matrices of a 0.6B shape take 74 ms, packed 92; of 224 116, 118
+constexpr int64_t kFewColumns = 12;   // 128 tokens: 74 ms for all matrices of a 0.6B shape, packed 92; 224: 124 and 116
 constexpr int64_t kSlice = 8;         // steps: 16 kB of a panel
 constexpr int64_t kGroupPanels = 8;   // that meet a slice's tokens
 constexpr int64_t kColumns = 32;      // at once: 256 kB of a slice, 512 kB for the sums of a group
@@ -28,6 +28,7 @@ struct Tiled {
   uint32_t* x;             // [column][step][unit][token], zeros past the last token and unit
   int64_t steps, columns;  // of 16 units; of 16 tokens
   int64_t slice, together;  // steps of a slice; panels of a group
+  bool few() const { return columns <= kFewColumns; }
   int64_t row_bytes() const { return op.in * 2; }
   int64_t groups() const { return (batch.panels() + together - 1) / together; }
 };
@@ -129,7 +130,7 @@ inline void member_of(const Tiled& call, const Group& group, int64_t i, int64_t 
   const Panel& panel = group.panels[i];
   const int64_t row_bytes = call.row_bytes(), columns = least(kColumns, call.columns - begin);
   Weights w{packed, packed + kHalf * kLine, kLine, kWidth * kLine};
-  if (call.columns > kFewColumns || !group.members[i].whole || row_bytes % kLine)
+  if (!call.few() || !group.members[i].whole || row_bytes % kLine)
     pack(panel, row_bytes, first, count, packed);
   else
     w = {panel.rows[0] + first * kLine, panel.rows[kHalf] + first * kLine, row_bytes, kLine};
@@ -143,7 +144,7 @@ inline void member_of(const Tiled& call, const Group& group, int64_t i, int64_t 
 // A group times the columns from `begin` on, up to kColumns; `next` is what this thread probably multiplies then.
 inline void group_of(const Tiled& call, const Group& group, const Group& next, int64_t begin, float* sums, uint8_t* packed) {
   const int64_t columns = least(kColumns, call.columns - begin);
-  const bool few = call.columns <= kFewColumns;
+  const bool few = call.few();
   for (int64_t first = 0; first < call.steps; first += call.slice) {
     const int64_t count = least(call.slice, call.steps - first), then = first + count == call.steps ? 0 : first + count;
     const int64_t turns = (columns + 1) / 2 * group.count * count, fetched = least(few ? kBegin : kSlice, call.steps - then);
@@ -159,8 +160,8 @@ inline void group_of(const Tiled& call, const Group& group, const Group& next, i
 inline void tiled_linear(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
   const int64_t steps = (op.in + 2 * kSide - 1) / (2 * kSide), columns = (op.tokens + kSide - 1) / kSide;
-  const bool few = columns <= kFewColumns;
-  Tiled call{{ops, matrices, op.up ? kHalf : kWidth}, op, nullptr, steps, columns, few ? steps : kSlice, few ? 1 : kGroupPanels};
+  Tiled call{{ops, matrices, op.up ? kHalf : kWidth}, op, nullptr, steps, columns, kSlice, kGroupPanels};
+  if (call.few()) call.slice = steps, call.together = 1;
   call.x = static_cast<uint32_t*>(team.shared(4 * columns * steps * kTile));
   const auto one = [](const void* context, int64_t column, void*) {
     tile_column(*static_cast<const Tiled*>(context), column);
