@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(SLIPWAY_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,8 +13,10 @@
 
 namespace slipway {
 
-#if defined(__x86_64__)
+#if defined(SLIPWAY_AMX)
 namespace amx { extern const Kernels table; }
+#endif
+#if defined(__x86_64__)
 namespace avx512bf16 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
@@ -23,7 +25,7 @@ namespace portable { extern const Kernels table; }
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(SLIPWAY_AMX)
 // Whether it has tiles of bf16, and the system lets this process use them: their 8 kB have to be kept for each thread.
 bool has_tiles() {
   constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
@@ -43,7 +45,9 @@ const Kernels* choose() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(SLIPWAY_AMX)
   if (fits(amx::table, bf16) && has_tiles()) return &amx::table;
+#endif
   if (fits(avx512bf16::table, bf16)) return &avx512bf16::table;
   if (fits(avx512::table, avx512)) return &avx512::table;
   if (fits(avx2::table, avx2)) return &avx2::table;
