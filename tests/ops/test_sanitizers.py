@@ -29,5 +29,7 @@ def test_kernels_run_clean(name, tmp_path):
     command = ["g++", "-std=c++17", "-O1", "-g1", "-Wno-psabi", *sanitizers, *FLAGS[name], f"-DSLIPWAY_ISA={name}"]
     subprocess.run([*command, f"-I{CSRC}", source, "-o", program], check=True)
     run = subprocess.run([program], capture_output=True, text=True)
+    if run.returncode == 77:
+        pytest.skip(f"this system does not let a process use {NEEDED[name]}")
     assert run.returncode == 0, run.stderr[-3000:]
     assert int(run.stdout) > 1000
