@@ -25,18 +25,22 @@ void show(int number, const void* place, int64_t distance, Touch touch) {
 #endif
 
 // While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of so many rows, up to 16, and
-// second operands 6 and 7; 4 and 6 of 16 units, 5 and 7 of so many. Others in this process who use them load their own shape.
+// second operands 6 and 7, which have as many columns as sums; 4 and 6 of 16 units, 5 and 7 of so many. Others in this process
+// who use them load their own shape.
 class Tiles {
  public:
-  Tiles(int64_t rows, int64_t units) {
+  Tiles(int64_t rows, int64_t units, int64_t columns = kSide) {
     struct {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
-    const int64_t all[] = {rows, rows, rows, rows, rows, rows, kSide, units};
-    for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 4 * kSide, shape.rows[i] = static_cast<uint8_t>(least(all[i], kSide));
-    shape.row_bytes[5] = static_cast<uint16_t>(4 * units);
+    const int64_t height[] = {rows, rows, rows, rows, rows, rows, kSide, units};
+    const int64_t width[] = {columns, columns, columns, columns, kSide, units, columns, columns};
+    for (int i = 0; i < 8; ++i) {
+      shape.rows[i] = static_cast<uint8_t>(least(height[i], kSide));
+      shape.row_bytes[i] = static_cast<uint16_t>(4 * width[i]);
+    }
     asm volatile("ldtilecfg %0" ::"m"(shape));
 #if defined(__SANITIZE_ADDRESS__)
     for (int i = 0; i < 8; ++i) shown_rows[i] = shape.rows[i], shown_bytes[i] = shape.row_bytes[i];

@@ -7,8 +7,6 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-
 template <class T>
 void embed_row(const Embed& op, int64_t token) {
   const int64_t id = op.ids[token], row_bytes = op.size * size_of(op.type);

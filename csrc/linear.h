@@ -86,13 +86,14 @@ struct Panel {
   int64_t next;                 // bytes from here to the same row of the next panel
 };
 
-// The rows of a panel whose first output is `first`; a gated one holds half as many of gate and up each.
-inline Panel panel_at(const Linear& op, int64_t first, int64_t outs, int64_t row_bytes) {
+// The rows of a panel whose first output is `first`, of weights or of their scales; a gated one holds half as many of gate
+// and up each.
+inline Panel panel_at(const Linear& op, const void* gate, const void* up, int64_t first, int64_t outs, int64_t row_bytes) {
   Panel panel;
   for (int i = 0; i < kWidth; ++i) {
-    const bool up = op.up && i >= kHalf;
-    const uint8_t* weight = static_cast<const uint8_t*>(up ? op.up : op.weight);
-    panel.rows[i] = weight + least(first + (up ? i - kHalf : i), op.out_size - 1) * row_bytes;
+    const bool upper = up && i >= kHalf;
+    const auto* matrix = static_cast<const uint8_t*>(upper ? up : gate);
+    panel.rows[i] = matrix + least(first + (upper ? i - kHalf : i), op.out_size - 1) * row_bytes;
   }
   panel.next = outs * row_bytes;
   return panel;
@@ -216,7 +217,7 @@ template <class T>
 void panel_of(const Call<T>& call, int64_t item, float* scratch) {
   const Linear& op = call.batch.at(item);
   const int64_t first = item * call.batch.outs;
-  const Panel panel = panel_at(op, first, call.batch.outs, call.row_bytes());
+  const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, call.row_bytes());
   const Blocks blocks(op.tokens);
   float* sums = scratch + kParts;
   for (int64_t b = 0; b < blocks.count; ++b) {

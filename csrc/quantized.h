@@ -180,13 +180,8 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const Linear& op = call.batch.at(item);
   const Packed& packed = call.packed;
   const int64_t first = item * call.batch.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
-  const Panel panel = panel_at(op, first, call.batch.outs, 4 * packed.words);
-  const uint8_t* scales[kWidth];
-  for (int i = 0; i < kWidth; ++i) {
-    const bool up = op.up && i >= kHalf;
-    const int64_t row = least(first + (up ? i - kHalf : i), op.out_size - 1);
-    scales[i] = static_cast<const uint8_t*>(up ? op.up_scale : op.scale) + row * scale_bytes;
-  }
+  const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, 4 * packed.words);
+  const Panel scales = panel_at(op, op.scale, op.up_scale, first, call.batch.outs, scale_bytes);
   const int64_t bytes = 4 * packed.words * kQuantRows, fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
   for (int64_t token = 0; token < op.tokens; token += kQuantTokens) {
     const int64_t count = least(kQuantTokens, op.tokens - token);
@@ -194,7 +189,7 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
       const int64_t later = r + fetched;
       const uint8_t* next = panel.rows[later % kWidth] + later / kWidth * panel.next;
       auto* rows = count == 1 ? quantized_rows<T, 1> : count == 2 ? quantized_rows<T, 2> : quantized_rows<T, 0>;
-      rows(packed, token, count, panel.rows + r, scales + r, next, sums + r, kWidth);
+      rows(packed, token, count, panel.rows + r, scales.rows + r, next, sums + r, kWidth);
     }
     for (int64_t i = 0; i < count; ++i) finish<T>(op, first, sums + i * kWidth, token + i);
   }
@@ -229,6 +224,9 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
 inline void quantized_linear(const Linear* ops, int64_t count, Team& team) {
   if (ops->tokens == 0) return;
   const bool is_float = ops->type == Type::kFloat;
+#if defined(__AMX_BF16__)  // groups of steps that fit a slice; others in vectors, for any number of tokens
+  if (!is_float && ops->group % 32 == 0 && ops->group <= 256) return tiled_linear(ops, count, team);
+#endif
   if (ops->bits == 4)
     is_float ? quantized_of<FloatNibbles>(ops, count, team) : quantized_of<BFloat16Nibbles>(ops, count, team);
   else

@@ -34,6 +34,7 @@ typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef float Q __attribute__((vector_size(16)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <class V>
 ALWAYS V load(const void* p) {

@@ -1,189 +1,326 @@
-// bf16 weights (out, in) times tokens in tiles of AMX: decides slices, what stays in which cache, and what is fetched.
+// Weights (out, in) times bf16 tokens in tiles of AMX: decides slices, what stays in which cache, and what is fetched.
 //
 // Weights are the first operand: 16 outputs, of each 32 numbers along `in`, a step. Tokens are the second, in columns of 16,
-// put into its order once a call. A panel is two tiles of outputs; two columns pass it at a time. Few tokens read it where it
-// is mapped. For many a slice of `in` of each panel is packed into the first cache and all columns pass; their sums wait in
-// the second until the group's panels have seen the last slice. A sum runs along `in` in order, however many tokens there are.
+// put into its order once a call; of one token alone a column has no more. A panel is two tiles of outputs; two columns pass
+// it at a time. Few tokens read it where it is mapped, or as it is unpacked. For many a slice of `in` of each panel is laid out
+// as tiles in the first cache and all columns pass; their sums wait in the second until the band's panels have seen the last
+// slice. A sum runs along `in` in order, however many tokens there are; with a scale a group, that of each group by itself.
 
 #pragma once
 
 #include "amx.h"
 #include "linear.h"
+#include "tile_rows.h"
 
 #if defined(__AMX_BF16__)
 
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int64_t kFewColumns = 12;   // 128 tokens: 74 ms for all matrices of a 0.6B shape, packed 92; 224: 124 and 116
 constexpr int64_t kSlice = 8;         // steps: 16 kB of a panel
-constexpr int64_t kGroupPanels = 8;   // that meet a slice's tokens
-constexpr int64_t kColumns = 32;      // at once: 256 kB of a slice, 512 kB for the sums of a group
+constexpr int64_t kBandPanels = 8;    // that meet a slice's tokens
+constexpr int64_t kColumns = 32;      // at once: 256 kB of a slice, 512 kB for the sums of a band
 constexpr int64_t kBegin = 2;         // steps of the next panel that are fetched before sums of few columns are written
+constexpr int64_t kChunk = 4;         // steps of a row that are unpacked together
+constexpr int64_t kHeldGroups = 4;    // whose sums wait for their scales: 512 tokens 390-412 ms, with 1 435, with 8 487
 constexpr int64_t kSums = 2 * kTile;  // of a panel and a column
+constexpr int64_t kTiles = kWidth * kLine;          // bytes of a panel's two tiles of a step
+constexpr int64_t kHeld = kHeldGroups * 2 * kSums;  // of a panel and two columns
 
 struct Tiled {
   Batch batch;
   const Linear& op;
-  uint32_t* x;             // [column][step][unit][token], zeros past the last token and unit
   int64_t steps, columns;  // of 16 units; of 16 tokens
-  int64_t slice, together;  // steps of a slice; panels of a group
-  bool few() const { return columns <= kFewColumns; }
-  int64_t row_bytes() const { return op.in * 2; }
-  int64_t groups() const { return (batch.panels() + together - 1) / together; }
+  int64_t width;           // tokens of a column
+  int shift;               // 2^shift steps share a scale, if a row has several
+  bool few;                // one slice, and one panel in a band
+  uint32_t* x = nullptr;   // [column][step][unit][token], zeros past the last token of the last of several columns, and unit
+
+  int64_t slice() const { return few ? steps : kSlice; }
+  int64_t together() const { return few ? 1 : kBandPanels; }
+  int64_t bands() const { return (batch.panels() + together() - 1) / together(); }
+  int64_t scales() const { return (slice() >> shift) * kWidth; }
+  int64_t sums() const { return together() * least(columns, kColumns) * kSums; }
 };
 
-inline void tile_column(const Tiled& call, int64_t column) {
-  const int64_t row_bytes = call.row_bytes(), first = column * kSide, count = least(kSide, call.op.tokens - first);
+// A thread's own memory.
+struct Own {
+  uint8_t* tiles;               // a slice of a panel, or two chunks
+  float *held, *scales, *sums;  // scales [group][row]; sums [panel][column][tile][16][16]
+
+  Own(const Tiled& call, void* memory) : tiles(static_cast<uint8_t*>(memory)) {
+    held = reinterpret_cast<float*>(tiles + kSlice * kTiles), scales = held + kHeld, sums = scales + call.scales();
+  }
+  static int64_t bytes(const Tiled& call) { return kSlice * kTiles + 4 * (kHeld + call.scales() + call.sums()); }
+};
+
+template <class From>
+void tile_column(const Tiled& call, int64_t column) {
+  const int64_t row_bytes = 2 * call.op.in, first = column * kSide, count = least(kSide, call.op.tokens - first);
   const auto* row = static_cast<const uint8_t*>(call.op.x) + first * row_bytes;
   uint32_t* out = call.x + column * call.steps * kTile;
-  for (int64_t t = 0; t < call.steps; ++t, out += kTile) {
+  for (int64_t t = 0; t < call.steps; ++t, out += kSide * call.width) {
     U x[kSide] = {};
-    for (int64_t i = 0; i < count; ++i) x[i] = load_step(row + i * row_bytes, t, row_bytes);
+    for (int64_t i = 0; i < count; ++i) x[i] = From::arranged(load_step(row + i * row_bytes, t, row_bytes));
+    if (call.width == 1) {
+      store(out, x[0]);
+      continue;
+    }
     transpose(x);
     for (int i = 0; i < kSide; ++i) store(out + i * kSide, x[i]);
   }
 }
 
 // Neighbouring panels, of one matrix or of two.
-struct Group {
+struct Band {
   int64_t count = 0;
   struct Member {
     const Linear* op;
-    int64_t out;  // its first
-    bool whole;   // no row lies past the last
-  } members[kGroupPanels];
-  Panel panels[kGroupPanels];
+    int64_t out, row_bytes;  // its first output
+    bool whole;              // no row lies past the last
+    Panel weights, scales;
+  } members[kBandPanels];
 };
 
-inline void find_group(const Tiled& call, int64_t number, Group& group) {
-  const int64_t first = number * call.together, outs = call.batch.outs;
-  group.count = least(call.together, call.batch.panels() - first);
-  for (int64_t i = 0; i < group.count; ++i) {
+template <class From, bool kGrouped>
+void find_band(const Tiled& call, int64_t number, Band& band) {
+  const int64_t first = number * call.together(), outs = call.batch.outs;
+  band.count = least(call.together(), call.batch.panels() - first);
+  for (int64_t i = 0; i < band.count; ++i) {
     int64_t panel = first + i;
     const Linear& op = call.batch.at(panel);
-    group.members[i] = {&op, panel * outs, (panel + 1) * outs <= op.out_size};
-    group.panels[i] = panel_at(op, panel * outs, outs, call.row_bytes());
+    Band::Member& member = band.members[i];
+    member.op = &op, member.out = panel * outs, member.row_bytes = op.in * From::kBits / 8;
+    member.whole = (panel + 1) * outs <= op.out_size;
+    member.weights = panel_at(op, op.weight, op.up, member.out, outs, member.row_bytes);
+    if (kGrouped) member.scales = panel_at(op, op.scale, op.up_scale, member.out, outs, op.in / op.group * 2);
   }
 }
 
-// Lines that are wanted soon: `lines` of each row of a group, from `offset` bytes on, `together` with each step after `wait`.
+// Lines that are wanted soon: `lines` of each row, from `offset` bytes on, of a band or of the `ahead`-th after it. After
+// `wait` steps, `together` with each.
 struct Fetch {
-  const Group& group;
-  int64_t offset, lines, wait, together, panel = 0, row = 0, line = 0;
+  const Band& band;
+  int64_t ahead, offset, lines, wait, together, member = 0, row = 0, line = 0;
 
   ALWAYS void step() {
     if (--wait >= 0) return;
-    for (int64_t i = 0; i < together && panel < group.count; ++i) {
-      __builtin_prefetch(group.panels[panel].rows[row] + offset + line * kLine, 0, 2);
+    for (int64_t i = 0; i < together && member < band.count; ++i) {
+      const Panel& panel = band.members[member].weights;
+      __builtin_prefetch(panel.rows[row] + ahead * band.count * panel.next + offset + line * kLine, 0, 2);
       if (++line < lines) continue;
       line = 0;
-      if (++row == kWidth) row = 0, ++panel;
+      if (++row == kWidth) row = 0, ++member;
     }
   }
 };
 
-// Where tiles of weights lie: those of step t at low + t * step and high + t * step.
-struct Weights {
-  const uint8_t *low, *high;
-  int64_t apart, step;  // bytes between rows, and steps
+// Tiles of weights times one or two columns: `count` steps.
+struct Pass {
+  const uint8_t *low, *high;  // tiles of step t lie at + t * step, or where t is in a ring of so many
+  int64_t apart, step, ring;  // bytes between rows, and steps; a power of two less 1, or -1
+  int64_t count;
+  const uint32_t* x;
+  int64_t width, distance;  // of a column; units between columns
+  float* sums;              // [column][tile][16][16]
+  bool fresh;               // they are written, not added to
+  float* held;
+  const float* scales;
+  int shift;
 };
 
-// `count` steps of weights times one or two columns, `distance` units apart, onto `sums`, [column][tile][16][16], or `fresh`
-// ones.
+// The sums of `count` groups, up to kHeldGroups, times the scales of their rows, onto those of the groups before.
 template <int kCols>
-void tile_pass(const Weights& w, int64_t count, const uint32_t* x, int64_t distance, float* sums, bool fresh, Fetch& fetch) {
-  each<2 * kCols>([&](auto i) { fresh ? tile_zero<i.value>() : tile_load<i.value>(sums + i.value * kTile, kLine); });
-  const uint8_t *low = w.low, *high = w.high;
-  for (int64_t t = 0; t < count; ++t, x += kTile, low += w.step, high += w.step) {
-    tile_load<4>(low, w.apart), tile_load<6>(x, kLine), tile_dot<0, 4, 6>();
-    tile_load<5>(high, w.apart), tile_dot<1, 5, 6>();
-    if constexpr (kCols == 2) tile_load<7>(x + distance, kLine), tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
-    fetch.step();
+ALWAYS void add_groups(const Pass& p, int64_t first, int64_t count) {
+  const float* scales = p.scales + first * kWidth;
+  const bool fresh = p.fresh && first == 0;
+  const auto add = [=](int64_t at, auto scale) {
+    F sum = fresh ? F{} : load<F>(p.sums + at);
+    for (int64_t g = 0; g < count; ++g)
+      sum = _mm512_fmadd_ps(load<F>(p.held + g * 2 * kSums + at), scale(scales + g * kWidth), sum);
+    store(p.sums + at, sum);
+  };
+  for (int64_t i = 0; i < 2 * kCols; ++i)
+    if (p.width == 1)
+      add(i * kTile, [i](const float* scales) { return load<F>(scales + i % 2 * kSide); });
+    else
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kSide; ++r)
+        add(i * kTile + r * kSide, [i, r](const float* scales) { return all(scales[i % 2 * kSide + r]); });
+}
+
+// before(t) comes before step t.
+template <bool kGrouped, int kCols, class Before>
+void tile_pass(const Pass& pass, Before before) {
+  const Pass p = pass;
+  const int64_t row = 4 * p.width, last = (1 << p.shift) - 1;
+  const uint32_t* x = p.x;
+  each<2 * kCols>([&](auto i) {
+    kGrouped || p.fresh ? tile_zero<i.value>() : tile_load<i.value>(p.sums + i.value * kTile, row);
+  });
+  for (int64_t t = 0; t < p.count; ++t, x += kSide * p.width) {
+    before(t);
+    const int64_t at = (t & p.ring) * p.step;
+    tile_load<4>(p.low + at, p.apart), tile_load<6>(x, row), tile_dot<0, 4, 6>();
+    tile_load<5>(p.high + at, p.apart), tile_dot<1, 5, 6>();
+    if constexpr (kCols == 2) tile_load<7>(x + p.distance, row), tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
+    if (!kGrouped || (t & last) != last) continue;
+    const int64_t place = (t >> p.shift) % kHeldGroups;
+    float* held = p.held + place * 2 * kSums;
+    each<2 * kCols>([&](auto i) { tile_store<i.value>(held + i.value * kTile, row), tile_zero<i.value>(); });
+    if (place == kHeldGroups - 1) add_groups<kCols>(p, (t >> p.shift) - place, kHeldGroups);
   }
-  each<2 * kCols>([&](auto i) { tile_store<i.value>(sums + i.value * kTile, kLine); });
+  if (!kGrouped)
+    each<2 * kCols>([&](auto i) { tile_store<i.value>(p.sums + i.value * kTile, row); });
+  else if (const int64_t left = (p.count >> p.shift) % kHeldGroups)
+    add_groups<kCols>(p, (p.count >> p.shift) - left, left);
 }
 
-// Steps of a panel as the tiles that they are; zeros past the end of a row.
-inline void pack(const Panel& panel, int64_t row_bytes, int64_t first, int64_t count, uint8_t* out) {
-  for (int64_t t = first; t < first + count; ++t, out += kWidth * kLine)
-    for (int i = 0; i < kWidth; ++i) store(out + i * kLine, load_step(panel.rows[i], t, row_bytes));
+// Up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, as rows of tiles; zeros past the end of a row.
+// With kFetching, the next steps and those of the next panel are asked
+// for.
+template <class From, bool kFetching>
+ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_t first, int64_t count, uint8_t* out) {
+  constexpr int64_t step = kLine * From::kBits / 16;
+  const int64_t bytes = member.row_bytes, next = member.weights.next;
+  const bool whole = count == kChunk && (first + count) * step <= bytes;
+  for (int64_t i = row; i < row + rows; ++i) {
+    const WeightRow held{member.weights.rows[i] + first * step, bytes - first * step};
+    uint8_t* line = out + i * kLine;
+    for (int64_t at = 0; kFetching && at < kChunk * step; at += kLine) {  // int8 of one token: 32 ms; one of the two alone 36
+      __builtin_prefetch(held.at + kChunk * step + at, 0, 3);
+      __builtin_prefetch(held.at + next + at, 0, 2);
+    }
+    if (whole) {
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < kChunk; ++t) store(line + t * kTiles, From::template step<true>(held, t));
+    } else {
+      for (int64_t t = 0; t < count; ++t) store(line + t * kTiles, From::template step<false>(held, t));
+    }
+  }
 }
 
-// A column's sums of a panel, to where they belong.
-inline void finish_column(const Group::Member& member, int64_t column, const float* sums) {
+// The scales of the groups that `count` steps from `first` on are, [group][row].
+inline void read_scales(const Tiled& call, const Band::Member& member, int64_t first, int64_t count, float* out) {
+  const int64_t groups = call.steps >> call.shift, from = first >> call.shift, to = (first + count) >> call.shift;
+  for (int64_t g = from; g < to; g += kLanes)
+    for (int half = 0; half < kWidth; half += kHalf) {
+      U scales[kLanes];
+      for (int i = 0; i < kHalf; ++i) scales[i] = as_units(BFloat16::read(member.scales.rows[half + i], g, groups - g));
+      transpose(scales);
+      for (int64_t i = 0; i < least(kLanes, to - g); ++i) store(out + (g - from + i) * kWidth + half, scales[i]);
+    }
+}
+
+// A column's sums of a panel, to where they belong. kScaled: a row has one scale.
+template <bool kScaled>
+void finish_column(const Tiled& call, const Band::Member& member, int64_t column, const float* sums) {
+  const Linear op = *member.op;  // a copy: nothing that is written can change it
+  const int64_t token = column * kSide, tokens = least(kSide, op.tokens - token), vectors = call.width == 1 ? 1 : kSide;
   float rows[kSide][kWidth];
   for (int half = 0; half < 2; ++half) {
     U tile[kSide];
-    for (int i = 0; i < kSide; ++i) tile[i] = load<U>(sums + half * kTile + i * kSide);
-    transpose(tile);
-    for (int i = 0; i < kSide; ++i) store(rows[i] + half * kSide, tile[i]);
+    for (int64_t i = 0; i < vectors; ++i) tile[i] = load<U>(sums + half * kTile + i * kSide);
+    if (vectors > 1) transpose(tile);
+    F scale = all(1.0f);
+    const int64_t out = member.out + (op.up ? 0 : half * kSide);
+    if (kScaled && out < op.out_size) scale = BFloat16::read(op.up && half ? op.up_scale : op.scale, out, op.out_size - out);
+    for (int64_t i = 0; i < tokens; ++i)
+      store(rows[i] + half * kSide, kScaled ? as_units(as_floats(tile[i]) * scale) : tile[i]);
   }
-  const Linear op = *member.op;  // a copy: nothing that is written can change it
-  const int64_t token = column * kSide;
-  for (int64_t i = 0; i < least(kSide, op.tokens - token); ++i) finish<BFloat16>(op, member.out, rows[i], token + i);
+  for (int64_t i = 0; i < tokens; ++i) finish<BFloat16>(op, member.out, rows[i], token + i);
 }
 
-// Steps of a group's member times the columns from `begin` on; the weights are packed unless they are read but once.
-inline void member_of(const Tiled& call, const Group& group, int64_t i, int64_t begin, int64_t first, int64_t count,
-                      float* sums, Fetch& fetch, uint8_t* packed) {
-  const Panel& panel = group.panels[i];
-  const int64_t row_bytes = call.row_bytes(), columns = least(kColumns, call.columns - begin);
-  Weights w{packed, packed + kHalf * kLine, kLine, kWidth * kLine};
-  if (!call.few() || !group.members[i].whole || row_bytes % kLine)
-    pack(panel, row_bytes, first, count, packed);
-  else
-    w = {panel.rows[0] + first * kLine, panel.rows[kHalf] + first * kLine, row_bytes, kLine};
-  for (int64_t c = 0; c < columns; c += 2) {
-    const uint32_t* x = call.x + ((begin + c) * call.steps + first) * kTile;
-    const auto pass = c + 1 < columns ? tile_pass<2> : tile_pass<1>;
-    pass(w, count, x, call.steps * kTile, sums + c * kSums, first == 0, fetch);
+// Steps of a member times the columns from `begin` on. Many columns pass a slice that is laid out as tiles before; few pass
+// the panel as it lies, or as it is unpacked: with each step a part of the chunk behind it.
+template <class From, bool kGrouped>
+void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first, int64_t count, const Own& own,
+               float* sums, Fetch& fetch) {
+  const int64_t columns = least(kColumns, call.columns - begin), distance = call.steps * kSide * call.width;
+  const uint32_t* x = call.x + begin * distance + first * kSide * call.width;
+  Pass p{own.tiles, own.tiles + kTiles / 2, kLine, kTiles, -1, count, x, call.width, distance, sums, first == 0,
+         own.held, own.scales, call.shift};
+  if (kGrouped) read_scales(call, member, first, count, own.scales);
+  const auto pass = [&](auto before, auto begun) {
+    for (int64_t c = 0; c < columns; c += 2, p.x += 2 * distance, p.sums += 2 * kSums) {
+      begun();
+      c + 1 < columns ? tile_pass<kGrouped, 2>(p, before) : tile_pass<kGrouped, 1>(p, before);
+    }
+  };
+  const auto fetching = [&](int64_t) { fetch.step(); };
+  if (!call.few) {
+    for (int64_t t = 0; t < count; t += kChunk)
+      unpack<From, false>(member, 0, kWidth, first + t, least(kChunk, count - t), own.tiles + t * kTiles);
+    pass(fetching, [] {});
+  } else if (From::kBits == 16 && member.whole && member.row_bytes % kLine == 0) {
+    p.low = member.weights.rows[0], p.high = member.weights.rows[kHalf], p.apart = member.row_bytes, p.step = kLine;
+    pass(fetching, [] {});
+  } else {
+    constexpr int64_t ring = 2 * kChunk, part = kWidth / kChunk;
+    const auto unpacked = [&](int64_t row, int64_t rows, int64_t t) {
+      if (t < count) unpack<From, true>(member, row, rows, t, least(kChunk, count - t), own.tiles + t % ring * kTiles);
+    };
+    p.ring = ring - 1;
+    const auto part_of_next = [&](int64_t t) { unpacked(t % kChunk * part, part, t / kChunk * kChunk + kChunk); };
+    pass(part_of_next, [&] { unpacked(0, kWidth, 0); });
   }
 }
 
-// A group times the columns from `begin` on, up to kColumns; `next` is what this thread probably multiplies then.
-inline void group_of(const Tiled& call, const Group& group, const Group& next, int64_t begin, float* sums, uint8_t* packed) {
-  const int64_t columns = least(kColumns, call.columns - begin);
-  const bool few = call.few();
-  for (int64_t first = 0; first < call.steps; first += call.slice) {
-    const int64_t count = least(call.slice, call.steps - first), then = first + count == call.steps ? 0 : first + count;
-    const int64_t turns = (columns + 1) / 2 * group.count * count, fetched = least(few ? kBegin : kSlice, call.steps - then);
-    const int64_t wait = few ? turns - fetched : 0, lines = fetched * kWidth * call.together;
-    Fetch fetch{then ? group : next, then * kLine, fetched, wait, (lines + turns - wait - 1) / (turns - wait)};
-    for (int64_t i = 0; i < group.count; ++i)
-      member_of(call, group, i, begin, first, count, sums + i * columns * kSums, fetch, packed);
+// A band times the columns from `begin` on, up to kColumns.
+template <class From, bool kGrouped>
+void band_of(const Tiled& call, const Band& band, int64_t begin, const Own& own) {
+  const int64_t columns = least(kColumns, call.columns - begin), slice = call.slice();
+  for (int64_t first = 0; first < call.steps; first += slice) {
+    const int64_t count = least(slice, call.steps - first), then = first + count == call.steps ? 0 : first + count;
+    const int64_t turns = (columns + 1) / 2 * band.count * count, step = kLine * From::kBits / 16;
+    const int64_t fetched = least(call.few ? kBegin : slice, call.steps - then), wait = call.few ? turns - fetched : 0;
+    const int64_t lines = (fetched * step + kLine - 1) / kLine, all = lines * kWidth * band.count;
+    const int64_t ahead = then == 0 && begin + columns == call.columns;  // this thread probably takes the next band
+    Fetch fetch{band, ahead, then * step, lines, wait, (all + turns - wait - 1) / (turns - wait)};
+    for (int64_t i = 0; i < band.count; ++i)
+      member_of<From, kGrouped>(call, band.members[i], begin, first, count, own, own.sums + i * columns * kSums, fetch);
   }
   for (int64_t c = 0; c < columns; ++c)  // a token's outputs of all panels lie side by side
-    for (int64_t i = 0; i < group.count; ++i) finish_column(group.members[i], begin + c, sums + (i * columns + c) * kSums);
+    for (int64_t i = 0; i < band.count; ++i)
+      finish_column<From::kBits < 16 && !kGrouped>(call, band.members[i], begin + c, own.sums + (i * columns + c) * kSums);
 }
 
-inline void tiled_linear(const Linear* ops, int64_t matrices, Team& team) {
+template <class From, bool kGrouped>
+void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
   const int64_t steps = (op.in + 2 * kSide - 1) / (2 * kSide), columns = (op.tokens + kSide - 1) / kSide;
-  Tiled call{{ops, matrices, op.up ? kHalf : kWidth}, op, nullptr, steps, columns, kSlice, kGroupPanels};
-  if (call.few()) call.slice = steps, call.together = 1;
-  call.x = static_cast<uint32_t*>(team.shared(4 * columns * steps * kTile));
+  int shift = 0;
+  while (2 * kSide << shift < op.group) ++shift;
+  const Batch batch{ops, matrices, op.up ? kHalf : kWidth};
+  Tiled call{batch, op, steps, columns, op.tokens == 1 ? 1 : kSide, shift, columns <= From::kFewColumns};
+  call.x = static_cast<uint32_t*>(team.shared(4 * columns * steps * kSide * call.width));
   const auto one = [](const void* context, int64_t column, void*) {
-    tile_column(*static_cast<const Tiled*>(context), column);
+    tile_column<From>(*static_cast<const Tiled*>(context), column);
   };
   if (columns == 1)
     one(&call, 0, nullptr);
   else
     team.run(columns, 4, 0, one, &call);
-  const int64_t sums = call.together * least(columns, kColumns) * kSums;
-  team.run(call.groups(), kTogether, 4 * sums + call.slice * kWidth * kLine,
+  team.run(call.bands(), kTogether, Own::bytes(call),
            [](const void* context, int64_t item, void* memory) {
              const Tiled& call = *static_cast<const Tiled*>(context);
-             const Tiles held(kSide, kSide);
-             Group group, next;
-             find_group(call, item, group);
-             find_group(call, item + 1, next);
-             auto* packed = static_cast<uint8_t*>(memory);
-             auto* sums = reinterpret_cast<float*>(packed + call.slice * kWidth * kLine);
+             const Tiles registers(kSide, kSide, call.width);
+             const Own own(call, memory);
+             Band band;
+             find_band<From, kGrouped>(call, item, band);
              for (int64_t begin = 0; begin < call.columns; begin += kColumns)
-               group_of(call, group, begin + kColumns < call.columns ? group : next, begin, sums, packed);
+               band_of<From, kGrouped>(call, band, begin, own);
            },
            &call);
+}
+
+// Of packed weights only those that have no groups, or groups of whole steps that are no longer than a slice.
+inline void tiled_linear(const Linear* ops, int64_t matrices, Team& team) {
+  const bool grouped = ops->group > 0;
+  const auto of = ops->bits == 0   ? tiled_linear_of<From16Bits, false>
+                  : ops->bits == 8 ? (grouped ? tiled_linear_of<From8Bits, true> : tiled_linear_of<From8Bits, false>)
+                                   : (grouped ? tiled_linear_of<From4Bits, true> : tiled_linear_of<From4Bits, false>);
+  of(ops, matrices, team);
 }
 
 }  // namespace SLIPWAY_ISA

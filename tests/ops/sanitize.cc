@@ -64,10 +64,11 @@ void linears(Type type) {
 }
 
 void quantized_linears(Type type) {
-  for (int64_t tokens : {0, 1, 2, 3, 33, 40})
+  for (int64_t tokens : {0, 1, 2, 3, 40, 530})
     for (int64_t in : {32, 160, 384})
-      for (auto [bits, group] : {std::pair<int, int64_t>{8, 0}, {4, 32}, {4, 0}})
+      for (auto [bits, group] : {std::pair<int, int64_t>{8, 0}, {4, 32}, {4, 0}, {8, 32}, {4, 128}})
         for (int64_t out_size : {1, 15, 33}) {
+          if (group && in % group) continue;
           auto x = numbers(tokens * in, type), w = numbers(out_size * in * bits / 32, Type::kFloat), up = w;
           auto scale = numbers(out_size * (group ? in / group : 1), type), up_scale = scale;
           std::vector<char> out(tokens * out_size * 4), other = out;

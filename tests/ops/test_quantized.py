@@ -10,7 +10,7 @@ from slipway.ops import cpu, xla
 from slipway.ops.quantized import Quantized, dequantized
 
 F32, BF16 = jnp.float32, jnp.bfloat16
-KINDS = [(8, 0), (4, 32), (4, 64), (4, 128), (4, 0), (8, 32)]  # bits, group
+KINDS = [(8, 0), (4, 32), (4, 64), (4, 128), (4, 0), (8, 32), (8, 16)]  # bits, group
 IN = 384  # a multiple of every group, and of no vector's 16 x 8 weights times a power of two
 
 
@@ -60,9 +60,9 @@ def test_linear_with_packed_weights_gives_a_token_the_same_bits_in_any_batch(bit
     if cpu.refuses_dtype(dtype):
         pytest.skip("the portable body promises equal numbers, not equal bits")
     rng = np.random.default_rng(3)
-    x_TD, weight = normal(rng, 50, IN, dtype=dtype), packed(rng, 50, IN, bits, group, dtype)
-    whole = ops.linear(x_TD, weight, jnp.int32(50))
-    for count in (1, 2, 3, 4, 15, 16, 17, 33):
+    x_TD, weight = normal(rng, 530, IN, dtype=dtype), packed(rng, 50, IN, bits, group, dtype)
+    whole = ops.linear(x_TD, weight, jnp.int32(530))
+    for count in (1, 2, 3, 4, 15, 16, 17, 33, 50):
         got = ops.linear(x_TD[:count], weight, jnp.int32(count))
         np.testing.assert_array_equal(got, whole[:count], err_msg=str(count))
         last = ops.linear(x_TD[-count:], weight, jnp.int32(count))
