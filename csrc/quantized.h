@@ -5,7 +5,8 @@
 // tokens alone, and the sum of every step starts with its negative. Bytes are converted; in bfloat16 they are exact, too.
 //
 // A vector holds kLanes neighbouring words of one row; a step multiplies all that they hold, scales the sum (or not: with one
-// scale for the row it is applied at its end), and adds it to the total. No order depends on how many tokens there are.
+// scale for the row it is applied at its end), and adds it to the total. No order depends on how many tokens there are. Where
+// there is AMX, bfloat16 tokens meet most packed weights in tiles instead (tiled_linear.h).
 
 #pragma once
 
