@@ -1,9 +1,11 @@
-"""`slipway bench peers` when a rival fails; the rivals themselves are not installed in tests."""
+"""`slipway bench peers`: our engine under its load, and a rival that fails; the rivals are not installed in tests."""
 
 import subprocess
 
 from slipway.bench import limits
+from slipway.bench.load import drive
 from slipway.bench.peers import PeersBench, summary
+from slipway.bench.worker import Ours
 
 
 class Engine:
@@ -30,3 +32,18 @@ def test_what_a_rival_crashed_on_is_left_out_and_the_rest_is_measured(monkeypatc
     assert figures["prefill 512 tok/s"] == {"ours": [5120.0, 5120.0]}
     assert "decode b8 tok/s, llama.cpp q4_0: left out" in capsys.readouterr().err
     assert "decode b8 tok/s" not in summary(figures)["times_as_good"]
+
+
+def test_a_load_counts_every_token_of_a_call_that_brings_several(tiny):
+    engine, calls = Ours(str(tiny), "float32", 64, 4), []
+    step = engine.step
+
+    def counted():
+        assert len(calls) < 10_000, "the load waits for tokens that it missed"
+        calls.append(step())
+        return calls[-1]
+
+    engine.step = counted
+    result = drive(engine, [[5, 6, 7]] * 6, max_tokens=40, concurrency=4)
+    assert [len(times) for times in result["times"]] == [40] * 6
+    assert max(call.count(0) for call in calls) > 1, "no call brought several tokens: the test shows nothing"

@@ -23,16 +23,21 @@ class Ours:
             directory, dtype=dtype, skip_tokenizer_init=True, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max(512, max_num_seqs), quantization=quantization,
         ).engine  # fmt: skip
-        self._numbers: dict[str, int] = {}
+        self._held: dict[str, tuple[int, int]] = {}  # each request's number and how many tokens it had
 
     def start(self, number: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request."""
         request_id = self._engine.add(prompt, self._params(temperature=0, max_tokens=max_tokens, ignore_eos=True))
-        self._numbers[request_id] = number
+        self._held[request_id] = number, 0
 
     def step(self) -> list[int]:
-        """The requests with a new token."""
-        return [self._numbers[request.request_id] for request in self._engine.step()]
+        """A request's number for each of its new tokens, of which a call may bring several."""
+        new: list[int] = []
+        for request in self._engine.step():
+            number, held = self._held[request.request_id]
+            new += [number] * (request.num_generated - held)
+            self._held[request.request_id] = number, request.num_generated
+        return new
 
 
 class Transformers:

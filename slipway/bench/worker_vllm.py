@@ -33,13 +33,12 @@ if __name__ == "__main__":
             self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
 
         def step(self):
-            """The requests with a new token."""
+            """A request's number for each of its new tokens."""
             new = []
             for output in self._engine.step():
                 number, count = int(output.request_id), len(output.outputs[0].token_ids)
-                if count > self._held[number]:
-                    self._held[number] = count
-                    new.append(number)
+                new += [number] * (count - self._held[number])
+                self._held[number] = count
             return new
 
     engine = Engine(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
