@@ -1,8 +1,8 @@
 """The loads that every engine is timed under; decides who waits for whom. Runs in any Python, without Slipway.
 
 An engine has ``start(number, prompt, max_tokens)``, which queues a request, and ``step()``, which returns the number of
-a request once for each new token that it has. A worker process answers one JSON line per load: when each request started, and when
-each of its tokens came.
+a request once for each new token that it has. A worker process answers one JSON line per load: when each request
+started, and when each of its tokens came.
 """
 
 import json
