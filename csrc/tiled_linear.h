@@ -2,9 +2,10 @@
 //
 // Weights are the first operand: 16 outputs, of each 32 numbers along `in`, a step. Tokens are the second, in columns of 16,
 // put into its order once a call; of one token alone a column has no more. A panel is two tiles of outputs; two columns pass
-// it at a time. Few tokens read it where it is mapped, or as it is unpacked. For many a slice of `in` of each panel is laid out
-// as tiles in the first cache and all columns pass; their sums wait in the second until the band's panels have seen the last
-// slice. A sum runs along `in` in order, however many tokens there are; with a scale a group, that of each group by itself.
+// it at a time. Few tokens read it where it is mapped, or as it is unpacked. For many, a band of neighbouring panels is cut
+// along `in`: a slice of each is laid out as tiles in the first cache and all columns pass; their sums wait in the second until
+// the band has seen the last slice. A sum runs along `in` in order, however many tokens there are; with a scale a group, that
+// of each group by itself.
 
 #pragma once
 
@@ -76,9 +77,10 @@ struct Band {
   int64_t count = 0;
   struct Member {
     const Linear* op;
-    int64_t out, row_bytes;  // its first output
-    bool whole;              // no row lies past the last
-    Panel weights, scales;
+    int64_t out;  // its first
+    int64_t row_bytes;
+    bool whole;             // no row lies past the last
+    Panel weights, scales;  // scales: where a row has several
   } members[kBandPanels];
 };
 
@@ -124,9 +126,9 @@ struct Pass {
   int64_t width, distance;  // of a column; units between columns
   float* sums;              // [column][tile][16][16]
   bool fresh;               // they are written, not added to
-  float* held;
+  float* held;              // these as Own's
   const float* scales;
-  int shift;
+  int shift;  // as Tiled's
 };
 
 // The sums of `count` groups, up to kHeldGroups, times the scales of their rows, onto those of the groups before.
@@ -176,9 +178,8 @@ void tile_pass(const Pass& pass, Before before) {
     add_groups<kCols>(p, (p.count >> p.shift) - left, left);
 }
 
-// Up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, as rows of tiles; zeros past the end of a row.
-// With kFetching, the next steps and those of the next panel are asked
-// for.
+// Up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, as rows of tiles. With kFetching, the steps behind
+// them and those of the next panel are asked for.
 template <class From, bool kFetching>
 ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_t first, int64_t count, uint8_t* out) {
   constexpr int64_t step = kLine * From::kBits / 16;
