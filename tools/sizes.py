@@ -1,10 +1,10 @@
-"""Fails if a file has more than 400 lines, a function more than 50, or a file no docstring; knows nothing else."""
+"""Fails if a file has more than 500 lines, a function more than 60, or a file no docstring; knows nothing else."""
 
 import ast
 import sys
 from pathlib import Path
 
-FILE_LINES, FUNCTION_LINES = 400, 50
+FILE_LINES, FUNCTION_LINES = 500, 60
 FOLDERS = ("slipway", "training", "tests", "tools")
 
 
