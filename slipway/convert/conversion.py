@@ -21,7 +21,7 @@ from slipway.checkpoint.shards import Spec
 from slipway.convert import mappings, move, run
 from slipway.convert.archives import NpzSink
 from slipway.convert.configure import TIE, configure, known_sizes
-from slipway.convert.lora import read_adapter
+from slipway.convert.lora import Merge, read_adapter
 from slipway.convert.orbax import OrbaxSink
 from slipway.convert.plan import Move, Plan, resolve
 from slipway.convert.remote import is_address
@@ -137,9 +137,9 @@ def prepare(
         given = configured.config
     else:
         problems += configure(plan, given, _hf_side(plan)).problems
-    adapter = read_adapter(options.merge_lora, targets) if options.merge_lora else None
+    merge = read_adapter(options.merge_lora, targets, given) if options.merge_lora else Merge()
     dtypes = {name: spec.dtype for name, spec in targets.items()}
-    run_options = Options(dtypes, {**(deltas or {}), **(adapter.deltas() if adapter else {})}, tied)
+    run_options = Options(dtypes, {**(deltas or {}), **merge.deltas}, tied, replaced=merge.replaced)
     return Conversion(plan, source, run_options, targets, given, tuple(dict.fromkeys(problems)))
 
 

@@ -55,11 +55,15 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to write: each target's dtype, what is added to it, and what must be equal instead of being written."""
+    """How to write: each target's dtype, what is added to it, and what must be equal instead of being written.
+
+    ``replaced``: targets whose numbers are not the source's but these, before anything is added.
+    """
 
     dtypes: Mapping[str, np.dtype]
     deltas: Mapping[str, Delta] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, tuple[Move, Move]] = dataclasses.field(default_factory=dict)
+    replaced: Arrays = dataclasses.field(default_factory=dict)
     workers: int = 0  # 0: one for each core, at most 8
 
 
@@ -163,6 +167,10 @@ class _Run:
             parts = moving.pieces(moves[0], arrays[moves[0].source.name], spec.dtype, self._memory_of_thread())
         else:
             parts = self._assembled(moves, arrays, spec)
+        changed = target in self.options.replaced or target in self.options.deltas
+        if target in self.options.replaced:
+            parts = iter([(0, self.options.replaced[target].reshape(-1).astype(spec.dtype))])
+            written.notes.append("an adapter's tensor is in its place")
         if target in self.options.deltas:
             parts = _added(parts, self.options.deltas[target])
             written.notes.append("an adapter was added")
@@ -174,7 +182,7 @@ class _Run:
             array = arrays[move.source.name]
             self.problems += unequal_copies(move, array)
             written.notes += _cut(move, array)
-            if (move.factor != 1.0 or spec.dtype != array.dtype) and target not in self.options.deltas:
+            if (move.factor != 1.0 or spec.dtype != array.dtype) and not changed:
                 written.max_ulp = max(written.max_ulp, _loss(move, array, spec.dtype))
         self.written.append(written)
         self.sink.mark(target, dataclasses.asdict(written))

@@ -124,6 +124,7 @@ def test_an_adapter_is_added(tmp_path):
         {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b},
     )
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "bias": "none"}
+    config |= {"layers_to_transform": [1]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     options = ConvertConfig(config=MAXTEXT / "hf_qwen3", merge_lora=adapter)
     _, written = convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", options)
