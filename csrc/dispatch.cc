@@ -1,7 +1,8 @@
-// Chooses among the instruction sets that were compiled: the first that this processor has, or the one asked for.
+// Choice among the compiled instruction sets: the best that this processor has, or the one that SLIPWAY_ISA names.
 
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(SLIPWAY_AMX)
 #include <cpuid.h>
@@ -36,9 +37,9 @@ bool has_tiles() {
 }
 #endif
 
-const Kernels* choose() {
-  const char* asked = std::getenv("SLIPWAY_ISA");
-  auto fits = [asked](const Kernels& set, bool runs) { return runs && (!asked || !std::strcmp(asked, set.name)); };
+// Call visit(set) for every set that this processor runs, the best first, until it returns true.
+template <class Visit>
+void for_each_set(Visit visit) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -46,13 +47,24 @@ const Kernels* choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #if defined(SLIPWAY_AMX)
-  if (fits(amx::table, bf16) && has_tiles()) return &amx::table;
+  if (bf16 && has_tiles() && visit(amx::table)) return;
 #endif
-  if (fits(avx512bf16::table, bf16)) return &avx512bf16::table;
-  if (fits(avx512::table, avx512)) return &avx512::table;
-  if (fits(avx2::table, avx2)) return &avx2::table;
+  if (bf16 && visit(avx512bf16::table)) return;
+  if (avx512 && visit(avx512::table)) return;
+  if (avx2 && visit(avx2::table)) return;
 #endif
-  return fits(portable::table, true) ? &portable::table : nullptr;
+  visit(portable::table);
+}
+
+const Kernels* choose() {
+  const char* asked = std::getenv("SLIPWAY_ISA");
+  const bool any = !asked || !*asked;  // an empty variable is an unset one
+  const Kernels* chosen = nullptr;
+  for_each_set([&](const Kernels& set) {
+    if (any || !std::strcmp(asked, set.name)) chosen = &set;
+    return chosen != nullptr;
+  });
+  return chosen;
 }
 
 }  // namespace
@@ -64,8 +76,21 @@ const Kernels* kernels() {
 
 }  // namespace slipway
 
-// The name of the set in use; null if none serves.
+// The name of the set in use; null if SLIPWAY_ISA names none that this processor runs.
 extern "C" const char* slipway_isa() {
   const slipway::Kernels* chosen = slipway::kernels();
   return chosen ? chosen->name : nullptr;
+}
+
+// The names of the sets that this processor runs, the best first, with a space between two.
+extern "C" const char* slipway_isa_choices() {
+  static const std::string names = [] {
+    std::string all;
+    slipway::for_each_set([&all](const slipway::Kernels& set) {
+      all += (all.empty() ? "" : " ") + std::string(set.name);
+      return false;
+    });
+    return all;
+  }();
+  return names.c_str();
 }

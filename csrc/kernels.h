@@ -118,7 +118,8 @@ struct Kernels {
 
 extern std::atomic<int64_t> kernel_calls;  // so far: while it moves, populate.cc rests
 
-// The best that this processor runs, or the one that the environment variable SLIPWAY_ISA names; null if it runs no such.
+// The best set that this processor runs, or the one that the environment variable SLIPWAY_ISA names; null if it runs none
+// of that name. An empty variable counts as unset.
 const Kernels* kernels();
 
 }  // namespace slipway

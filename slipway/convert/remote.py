@@ -166,7 +166,7 @@ def _spec(scheme: str, bucket: str, path: str) -> dict[str, Any]:
         # A variable of AWS's own libraries that tensorstore does not read.
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             spec["endpoint"] = endpoint.rstrip("/")
-        if "AWS_ACCESS_KEY_ID" in os.environ:  # first by default, too, but with complaints that ~/.aws is not there
+        if os.environ.get("AWS_ACCESS_KEY_ID"):  # first by default, too, but with complaints that ~/.aws is not there
             spec["aws_credentials"] = {"type": "environment"}
     return spec
 

@@ -29,7 +29,7 @@ def use(directory: str) -> Path | None:
     Returns where. A directory that JAX was told of already (JAX_COMPILATION_CACHE_DIR, say) stays.
     """
     held = _config.jax_compilation_cache_dir
-    if held is not None and held != _ours.get("path"):
+    if held and held != _ours.get("path"):  # an empty variable is an unset one
         return Path(held)
     if directory == OFF:
         _tell(None)

@@ -1,12 +1,13 @@
 """The C++ bodies (csrc/): decides what they serve and how XLA is told of them; computes nothing.
 
 They run on XLA's own threads, read weights where they are mapped, and touch live tokens only. A row's sums run in one
-order whatever else is in the batch. The environment's SLIPWAY_ISA names an instruction set of csrc/dispatch.cc to use
-instead of the best, or ``xla`` to use none.
+order whatever else is in the batch. The environment variable SLIPWAY_ISA names the instruction set to use instead of
+the best one that the processor has, or is ``xla`` for the portable bodies of ops/xla.py. Unset and empty are alike.
 """
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 import jax
@@ -14,28 +15,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import native
+from slipway.errors import InvalidConfig
 from slipway.ops.quantized import Quantized
 from slipway.tree import Pick
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+ISA_VARIABLE = "SLIPWAY_ISA"
+PORTABLE_BODIES = "xla"  # the value of SLIPWAY_ISA that turns the kernels off
 PAGE_MULTIPLE = 16  # the keys that the widest vector holds
 _TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample", "zeros")
 
 
 @functools.cache
 def isa() -> str | None:
-    """The instruction set in use, and XLA told of its kernels; None if none serves here."""
+    """Return the instruction set in use, and register its kernels with XLA; None where the portable bodies serve.
+
+    Raises InvalidConfig where SLIPWAY_ISA names a set that is not compiled or that this processor does not run.
+    """
     library = native.library()
-    if library is None:
+    asked = os.environ.get(ISA_VARIABLE, "")
+    if asked not in _choices(library):
+        what = "one of this machine's instruction sets" if library else "no instruction set: built without a compiler"
+        choices = " ".join(_choices(library)[1:])
+        raise InvalidConfig(ISA_VARIABLE, asked, f"{what} ({choices}), or nothing for the best")
+    if library is None or asked == PORTABLE_BODIES:
         return None
     library.slipway_isa.restype = ctypes.c_char_p
-    name = library.slipway_isa()
-    if name is None:
-        return None
     for target in _TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, f"slipway_{target}"))
         jax.ffi.register_ffi_target(f"slipway_{target}", handler, platform="cpu")
-    return name.decode()
+    return library.slipway_isa().decode()
+
+
+def _choices(library: ctypes.CDLL | None) -> list[str]:
+    """Return the values that SLIPWAY_ISA may have here, the empty one first."""
+    if library is None:
+        return ["", PORTABLE_BODIES]
+    library.slipway_isa_choices.restype = ctypes.c_char_p
+    return ["", *library.slipway_isa_choices().decode().split(), PORTABLE_BODIES]
 
 
 def refuses(*leaves: Any) -> str:
@@ -48,11 +65,7 @@ def refuses(*leaves: Any) -> str:
 def refuses_dtype(dtype: Any) -> str:
     """Why no kernel takes numbers of ``dtype`` here; empty if they do."""
     if isa() is None:
-        return (
-            "no C++ kernels for this processor, or none by SLIPWAY_ISA"
-            if native.library()
-            else "built without a C++ compiler"
-        )
+        return f"turned off by {ISA_VARIABLE}" if native.library() else "built without a C++ compiler"
     return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
 
 

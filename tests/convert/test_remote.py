@@ -180,3 +180,10 @@ def arrays(source: Source) -> dict[str, np.ndarray]:
         with source.open(name) as array:
             held[name] = array.copy()
     return held
+
+
+def test_an_empty_access_key_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
+    assert "aws_credentials" not in remote._spec("s3", "bucket", "")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA")
+    assert remote._spec("s3", "bucket", "")["aws_credentials"] == {"type": "environment"}

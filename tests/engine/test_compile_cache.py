@@ -69,6 +69,11 @@ def test_it_stays_where_it_was_asked_to(tmp_path):
     assert programs(tmp_path / "jax") and not (tmp_path / "none").exists()
 
 
+def test_an_empty_variable_of_jax_counts_as_unset(tmp_path):
+    answer(start(tmp_path, {"JAX_COMPILATION_CACHE_DIR": ""}))
+    assert programs(tmp_path / "slipway" / "compiled")
+
+
 def test_a_place_that_cannot_be_written_is_said_and_done_without(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     _, errors = answer(start(tmp_path, compilation_cache=str(tmp_path / "file" / "below")))

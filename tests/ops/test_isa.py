@@ -12,28 +12,50 @@ from slipway import native
 from slipway.ops import cpu
 
 DISPATCH = Path(__file__).parents[2] / "csrc" / "dispatch.cc"
-SETS = {*re.findall(r"return &(\w+)::table", DISPATCH.read_text()), "portable"}
+SETS = {*re.findall(r"visit\((\w+)::table", DISPATCH.read_text()), "portable"}
 
 
-def isa_if_asked_for(name: str) -> str:
-    """What a process uses that asks for an instruction set."""
+def isa_if_asked_for(name: str | None) -> subprocess.CompletedProcess[str]:
+    """Run a process with SLIPWAY_ISA set to ``name``, or unset for None; it prints what it uses."""
     code = "from slipway.ops import cpu; print(cpu.isa())"
-    environment = os.environ | {"SLIPWAY_ISA": name}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip()
+    variables = {key: value for key, value in os.environ.items() if key != "SLIPWAY_ISA"}
+    variables |= {} if name is None else {"SLIPWAY_ISA": name}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+
+
+def has(name: str) -> bool:
+    """Return whether this processor runs the set; a refusal must name it and the sets that are there."""
+    run = isa_if_asked_for(name)
+    if run.returncode == 0:
+        return True
+    error = run.stderr.strip().splitlines()[-1]
+    assert error.startswith(f"slipway.errors.InvalidConfig: SLIPWAY_ISA: got {name!r}, expected "), run.stderr
+    assert "portable xla)" in error
+    return False
+
+
+def test_an_empty_variable_is_an_unset_one():
+    unset = isa_if_asked_for(None)
+    assert unset.returncode == 0, unset.stderr
+    assert isa_if_asked_for("").stdout == unset.stdout
+    if native.library() is not None:
+        assert unset.stdout.strip() in SETS
+
+
+@pytest.mark.skipif(native.library() is None, reason="installed without a C++ compiler")
+@pytest.mark.parametrize("name", ["AVX2", "none", " avx2", "avx2,portable"])
+def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(name):
+    assert not has(name)
 
 
 @pytest.mark.skipif(native.library() is None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("name", [*sorted(SETS), "xla"])
 def test_ops_hold_on_every_instruction_set_of_this_processor(name):
-    used = isa_if_asked_for(name)
     if name == cpu.isa():
         pytest.skip("the set in use: the other tests of this folder run on it")
-    if name == "xla":
-        assert used == "None"
-    elif used == "None":
+    if not has(name):
         pytest.skip(f"this processor has no {name}")
-    else:
-        assert used == name
+    assert isa_if_asked_for(name).stdout.strip() == ("None" if name == "xla" else name)
     folder = Path(__file__).parent
     tests = [str(folder / "test_ops.py"), str(folder / "test_quantized.py")]
     if name == "xla":  # what the prefix cache promises differs there
