@@ -15,8 +15,9 @@ class Detokenizer:
     """Text of one sequence, released as early as it is certain.
 
     The pieces from `add` and `finish`, joined, equal `tokenizer.decode` of all ids, cut at the first stop string (which
-    is kept with `include_stop`). Held back: an unfinished character, and the longest tail that a stop string might
-    still claim. Text of the first `min_tokens` is no stop string's. Raises InvalidRequest for an empty stop string.
+    is kept with `include_stop`). Behind `prompt` they equal the decoding of both together without the prompt's text.
+    Held back: an unfinished character, and the longest tail that a stop string might still claim. Text of the first
+    `min_tokens` is no stop string's. Raises InvalidRequest for an empty stop string.
     """
 
     def __init__(
@@ -26,11 +27,12 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        prompt: Sequence[int] = (),
     ):
         if isinstance(stop, str) or not all(stop):
             raise InvalidRequest("stop", stop, "a list of strings, none of them empty")
         self.stopped: str | None = None
-        self._stream = tokenizer.stream(skip_special_tokens)
+        self._stream = tokenizer.stream(skip_special_tokens, prompt)
         self._stops = StopStrings(stop) if stop else None
         self._include_stop, self._num_exempt = include_stop, min_tokens
         self._state = 0

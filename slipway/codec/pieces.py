@@ -6,11 +6,16 @@ bytes that are no UTF-8 (huggingface/tokenizers#1705, vllm-project/vllm#17448). 
     ByteLevel       every token is a few bytes, and the text is the UTF-8 decoding of all of them: `ByteStream`
     anything else   every token is a piece of text that depends on being first, or not: `TextStream`. Only a run of
                     byte tokens ("<0xE2>") is decoded as a whole; one bad byte turns all of it into U+FFFD.
+
+A completion is the end of a text that begins with its prompt: its first token keeps the space that a decoder strips
+from a text's first token. A character that the prompt leaves unfinished belongs to the completion, as a whole.
 """
 
 import codecs
 import json
 import re
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import tokenizers
@@ -36,7 +41,13 @@ class Stream(Protocol):
 class Pieces(Protocol):
     """What each token of one vocabulary stands for, computed once per token and shared by every stream."""
 
-    def stream(self) -> Stream: ...
+    def stream(self, prompt: Sequence[int] = ()) -> Stream:
+        """Return a stream for the tokens that follow those of `prompt`, whose own text it leaves out."""
+        ...
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds behind other text; empty for an id that the full decode drops."""
+        ...
 
 
 def pieces(raw: tokenizers.Tokenizer, skip_special_tokens: bool) -> Pieces:
@@ -73,18 +84,25 @@ class BytePieces(dict[int, str | bytes]):
         self[token_id] = text = _text_or_bytes(piece)
         return text
 
-    def stream(self) -> "ByteStream":
-        return ByteStream(self)
+    def stream(self, prompt: Sequence[int] = ()) -> "ByteStream":
+        """Return a stream for the tokens that follow those of `prompt`."""
+        return ByteStream(self, prompt)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the token's bytes; empty for an id that the full decode drops."""
+        piece = self[token_id]
+        return piece if isinstance(piece, bytes) else piece.encode()
 
 
 class ByteStream:
     """Holds back the bytes of an unfinished character, three at most."""
 
-    def __init__(self, pieces: BytePieces):
+    def __init__(self, pieces: BytePieces, prompt: Sequence[int] = ()):
         self._pieces = pieces
         # "replace" writes one U+FFFD per maximal invalid subpart, as Rust's from_utf8_lossy does in the full decode.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._unfinished = False
+        self._decoder.decode(_last_bytes(pieces, prompt))
+        self._unfinished = bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int) -> str:
         piece = self._pieces[token_id]
@@ -98,6 +116,18 @@ class ByteStream:
 
     def flush(self) -> str:
         return self._decoder.decode(b"", True)
+
+
+def _last_bytes(pieces: BytePieces, prompt: Sequence[int]) -> bytes:
+    """Return the end of the prompt's bytes: enough to hold any unfinished character, which has three at most."""
+    tail = b""
+    for token_id in reversed(prompt):
+        piece = pieces[token_id]
+        if isinstance(piece, bytes):
+            tail = piece + tail
+        if len(tail) > 3 or (piece and isinstance(piece, str)):  # behind whole characters nothing is unfinished
+            break
+    return tail
 
 
 def _text_or_bytes(piece: bytes) -> str | bytes:
@@ -120,8 +150,9 @@ class TextPieces(dict[int, str | None]):
         self._raw, self._skip = raw, skip_special_tokens
         self._dropped = special if skip_special_tokens else frozenset()
         is_byte = re.compile(r"<0x[0-9A-Fa-f]{2}>").fullmatch
-        self.byte_ids = frozenset(i for token, i in vocab.items() if byte_fallback and is_byte(token))
-        ordinary = (i for i in sorted(vocab.values()) if i not in special and i not in self.byte_ids)
+        found = {i: int(token[3:5], 16) for token, i in vocab.items() if byte_fallback and is_byte(token)}
+        self.byte_of = {i: byte for i, byte in found.items() if i not in self._dropped}
+        ordinary = (i for i in sorted(vocab.values()) if i not in special and i not in self.byte_of)
         self.anchor = next(i for i in ordinary if self.decode([i]).strip())
         self._anchor_text = self.decode([self.anchor])
 
@@ -140,23 +171,32 @@ class TextPieces(dict[int, str | None]):
         assert text.startswith(self._anchor_text), "a tokenwise decoder rewrote an earlier token"
         return text[len(self._anchor_text) :]
 
-    def stream(self) -> "TextStream":
-        return TextStream(self)
+    def stream(self, prompt: Sequence[int] = ()) -> "TextStream":
+        """Return a stream for the tokens that follow those of `prompt`."""
+        return TextStream(self, prompt)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the byte of a byte token, else the text behind other text; empty for an id that is dropped."""
+        byte = self.byte_of.get(token_id)
+        return (self[token_id] or "").encode() if byte is None else bytes([byte])
 
 
 class TextStream:
     """Holds back a run of byte tokens until an ordinary token, or the end, closes it."""
 
-    def __init__(self, pieces: TextPieces):
+    def __init__(self, pieces: TextPieces, prompt: Sequence[int] = ()):
         self._pieces = pieces
         self._at_start = True
         self._pending: list[int] = []
+        self._num_shown = 0  # characters of the pending tokens' text that are the prompt's
+        if prompt:
+            self._follow(prompt)
 
     def push(self, token_id: int) -> str:
         piece = self._pieces[token_id]
         if piece is None:  # dropped before decoding, so it does not even close a run of byte tokens
             return ""
-        if token_id in self._pieces.byte_ids:
+        if token_id in self._pieces.byte_of:
             self._pending.append(token_id)
             return ""
         if not self._at_start and not self._pending:
@@ -171,9 +211,44 @@ class TextStream:
                 return ""
             self._at_start = False
         else:
-            text = self._pieces.continuation(self._pending)
+            text = self._pieces.continuation(self._pending)[self._num_shown :]
+            self._num_shown = 0
         self._pending.clear()
         return text
+
+    def _follow(self, prompt: Sequence[int]) -> None:
+        """Go to the end of the prompt's text: read its first visible token and the run of byte tokens at its end."""
+        byte_of = self._pieces.byte_of
+        first = next((number for number, token in enumerate(prompt, 1) if self.push(token)), None)
+        if first is not None:
+            for token in islice(reversed(prompt), len(prompt) - first):
+                if token in byte_of:
+                    self._pending.append(token)
+                elif self._pieces[token] is not None:
+                    break
+            self._pending.reverse()
+        num_bytes = next((n for n, i in enumerate(reversed(self._pending)) if i not in byte_of), len(self._pending))
+        run = bytes(byte_of[i] for i in self._pending[len(self._pending) - num_bytes :])
+        num_unfinished = _num_unfinished(run)
+        if num_unfinished is None:  # the prompt's text has one U+FFFD for each byte of the run, which stays invalid
+            self._at_start = False
+            self._pending = self._pending[len(self._pending) - num_bytes :]
+            self._num_shown = num_bytes
+            return
+        num_finished = len(self._pending) - num_unfinished
+        if not self._at_start or self._pieces.decode(self._pending[:num_finished]):
+            self._at_start = False
+            del self._pending[:num_finished]
+
+
+def _num_unfinished(run: bytes) -> int | None:
+    """Return how many bytes at the end of `run` begin a character; None where `run` is no UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    try:
+        decoder.decode(run)
+    except UnicodeDecodeError:
+        return None
+    return len(decoder.getstate()[0])
 
 
 def special_ids(raw: tokenizers.Tokenizer) -> frozenset[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from slipway.codec.pieces import BytePieces, Pieces, Stream, pieces, special_ids
+from slipway.codec.pieces import Pieces, Stream, pieces, special_ids
 from slipway.errors import CheckpointError, InvalidRequest
 
 NO_TOKENIZER = (
@@ -69,17 +69,17 @@ class Tokenizer:
         return self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for, special tokens included; empty for an id without one."""
-        pieces = self._all_pieces
-        if isinstance(pieces, BytePieces):
-            piece: str | bytes = pieces[token_id]
-        else:
-            piece = self.raw.decode([token_id], skip_special_tokens=False)
-        return piece if isinstance(piece, bytes) else piece.encode()
+        """Return the bytes that one token adds behind other text; empty for an id beyond the vocabulary.
 
-    def stream(self, skip_special_tokens: bool = True) -> Stream:
-        """A fresh stream for one sequence: what `decode` does, token by token."""
-        return (self._visible_pieces if skip_special_tokens else self._all_pieces).stream()
+        A byte token ("<0xF0>") has its byte, a piece keeps its space ("▁true" has those of " true"), a special token
+        has those of its name. All tokens of a text together have the text's bytes, but for a space that the decoder
+        strips from the first token.
+        """
+        return self._all_pieces.bytes_of(token_id)
+
+    def stream(self, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> Stream:
+        """Return a stream for one sequence behind `prompt`: `decode` of both less the prompt's text, by tokens."""
+        return (self._visible_pieces if skip_special_tokens else self._all_pieces).stream(prompt)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -71,7 +71,7 @@ class Admission:
         for index in range(params.num_samples):
             # without a seed of its own a request gets one from the engine's seed and its number
             seed = params.seed if params.seed is not None else _mix(self._seed, number)
-            sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(params))
+            sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(request))
             sequence.matcher = matchers[index] if matchers else None
             request.sequences.append(sequence)
         return request
@@ -106,13 +106,18 @@ class Admission:
             self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, sorted(self._eos_ids))
         return [self._grammars.matcher(params.structured_outputs, params.reasoning) for _ in range(params.num_samples)]
 
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+    def _detokenizer(self, request: Request) -> Detokenizer | None:
+        params = request.params
         if self._tokenizer is None:
             return None
         return Detokenizer(
-            self._tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens,
-            params.min_tokens,
-        )  # fmt: skip
+            self._tokenizer,
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            prompt=request.prompt_token_ids,
+        )
 
 
 def _mix(seed: int, number: int) -> int:

@@ -65,11 +65,11 @@ def byte_fallback() -> tokenizers.Tokenizer:
     return raw
 
 
-def metaspace() -> tokenizers.Tokenizer:
-    """As in T5: the decoder strips the first token alone."""
+def metaspace(scheme: str = "always") -> tokenizers.Tokenizer:
+    """As in T5: the decoder strips the first token alone, or nothing where the scheme is "never"."""
     raw = tokenizers.Tokenizer(models.Unigram())
-    raw.pre_tokenizer = pre_tokenizers.Metaspace()
-    raw.decoder = decoders.Metaspace()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
     trainer = trainers.UnigramTrainer(
         vocab_size=400, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
     )
@@ -86,10 +86,30 @@ def no_decoder() -> tokenizers.Tokenizer:
     return raw
 
 
+def word_piece() -> tokenizers.Tokenizer:
+    """As in BERT: "##ing" goes on with a word, and the space before a comma is cleaned up."""
+    raw = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer(lowercase=False)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    raw.train_from_iterator(corpus()[:60], trainer)
+    ends = [(name, raw.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return raw
+
+
 TOKENIZERS = {
     "byte_level": (byte_level, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
     "byte_fallback": (byte_fallback, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     "metaspace": (metaspace, {"eos_token": "</s>", "unk_token": "<unk>"}),
+    "metaspace_never": (lambda: metaspace("never"), {"eos_token": "</s>", "unk_token": "<unk>"}),
+    "metaspace_first": (lambda: metaspace("first"), {"eos_token": "</s>", "unk_token": "<unk>"}),
+    "word_piece": (
+        word_piece,
+        {"cls_token": "[CLS]", "eos_token": "[SEP]", "sep_token": "[SEP]", "unk_token": "[UNK]"},
+    ),
     "no_decoder": (no_decoder, {"eos_token": "</s>", "unk_token": "<unk>"}),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -55,6 +55,115 @@ def test_pieces_join_to_the_full_decode(tokenizer, data, skip, include_stop):
     assert "".join(released(detokenizer, ids)) == detokenizer.text == cut(full, stop, include_stop)
     assert detokenizer.stopped == first_stop(full, stop)
     assert detokenizer.finish() == "" and (detokenizer.stopped is None or detokenizer.add(ids[0]) == "")
+
+
+@THOROUGH
+@given(data=st.data(), skip=st.booleans())
+def test_follows_a_prompt(tokenizer, data, skip):
+    """The oracle: the decoding of prompt and completion together, less that of the prompt."""
+    prompt, ids = data.draw(ids_of(tokenizer)), data.draw(ids_of(tokenizer))
+    before, full = tokenizer.decode(prompt, skip), tokenizer.decode([*prompt, *ids], skip)
+    assume(full.startswith(before) and not is_unfinished(tokenizer, prompt, skip))
+    assert "".join(released(Detokenizer(tokenizer, (), False, skip, prompt=prompt), ids)) == full[len(before) :]
+
+
+@THOROUGH
+@given(data=st.data(), skip=st.booleans())
+def test_a_text_can_be_cut_anywhere(tokenizer, data, skip):
+    """The prompt's certain text and the completion are the whole text, also where half a character is the prompt's."""
+    text = data.draw(st.text("ab é日😀", max_size=12))
+    ids = tokenizer.encode(text)
+    cut_at = data.draw(st.integers(0, len(ids)))
+    stream = tokenizer.stream(skip)
+    certain = "".join(stream.push(token) for token in ids[:cut_at])
+    full = tokenizer.decode(ids, skip)
+    told = "".join(released(Detokenizer(tokenizer, (), False, skip, prompt=ids[:cut_at]), ids[cut_at:]))
+    assert full.endswith(told) and len(told) <= len(full) - len(certain)
+    if is_unfinished(tokenizer, ids[:cut_at], skip) or not full.startswith(tokenizer.decode(ids[:cut_at], skip)):
+        assert "\ufffd" not in told[:1] or "\ufffd" in full, "the whole character is the completion's"
+
+
+def is_unfinished(tokenizer: Tokenizer, ids: list[int], skip: bool) -> bool:
+    """Whether more bytes could complete the last character."""
+    text = tokenizer.decode(ids, skip)
+    tail = b"".join(tokenizer.token_bytes(i) for i in ids if not (skip and i in tokenizer.special_ids))[-4:]
+    ends = range(1, min(len(tail), 3) + 1)
+    return text.endswith("\ufffd") and any(begins_character(tail[len(tail) - size :]) for size in ends)
+
+
+def begins_character(tail: bytes) -> bool:
+    """Whether these bytes, a lead byte first, are the beginning of a character and not all of it."""
+    fills = (b"\x80", b"\x90", b"\xa0", b"\xbf", b"\x9f", b"\x8f")
+    size = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}.get(tail[0] >> 4, 0)
+    if not len(tail) < size:
+        return False
+    for fill in fills:
+        try:
+            (tail + fill + b"\x80" * (size - len(tail) - 1)).decode()
+        except UnicodeDecodeError:
+            continue
+        return True
+    return False
+
+
+SPACED = [
+    ("byte_fallback", "it", "▁the"), ("metaspace", "it", "▁the"), ("metaspace_first", "it", "▁the"),
+    ("metaspace_never", "it", "▁the"), ("word_piece", "it", "the"), ("no_decoder", "it", "the"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "prompt", "token"), SPACED)
+def test_the_first_token_keeps_its_space(directories, name, prompt, token):
+    tokenizer = Tokenizer.load(directories[name])
+    word = tokenizer.raw.token_to_id(token)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    assert "".join(released(Detokenizer(tokenizer, prompt=ids), [word, word])) == " the the"
+    stopped = Detokenizer(tokenizer, [" the"], prompt=ids)
+    assert "".join(released(stopped, [word])) == "" and stopped.stopped == " the"
+    if tokenizer.bos_token_id is not None:  # which has no text: the completion is all of it
+        assert "".join(released(Detokenizer(tokenizer, prompt=[tokenizer.bos_token_id]), [word])) == "the"
+
+
+def test_half_a_character_of_the_prompt_is_the_completions(directories):
+    for name, spelling in (("byte_level", "ðŁĳį"), ("byte_fallback", [f"<0x{byte:02X}>" for byte in "👍".encode()])):
+        tokenizer = Tokenizer.load(directories[name])
+        emoji = [tokenizer.raw.token_to_id(token) for token in spelling]
+        prompt = tokenizer.encode("it")
+        for cut_at in (1, 2, 3):
+            found = released(Detokenizer(tokenizer, prompt=[*prompt, *emoji[:cut_at]]), emoji[cut_at:])
+            assert "".join(found) == "👍"
+        assert "".join(released(Detokenizer(tokenizer, prompt=[*prompt, *emoji]), emoji)) == "👍"
+
+
+def test_a_bad_byte_leaves_the_prompts_characters_alone(directories):
+    tokenizer = Tokenizer.load(directories["byte_fallback"])
+    good = [tokenizer.raw.token_to_id(f"<0x{byte:02X}>") for byte in "é".encode()]
+    bad = tokenizer.raw.token_to_id("<0xFF>")
+    assert "".join(released(Detokenizer(tokenizer, prompt=good), [bad, bad])) == "\ufffd\ufffd"
+    assert "".join(released(Detokenizer(tokenizer, prompt=[bad]), good)) == "\ufffd\ufffd", "as the full decode has it"
+
+
+@THOROUGH
+@given(data=st.data())
+def test_bytes_of_tokens_join_to_the_text(tokenizer, data):
+    ids = data.draw(ids_of(tokenizer))
+    prompt = [next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i], False).strip(" \ufffd"))]
+    before, full = tokenizer.decode(prompt, False), tokenizer.decode([*prompt, *ids], False)
+    joined = b"".join(map(tokenizer.token_bytes, ids))
+    assume("\ufffd" not in full)
+    assert joined.decode() == full[len(before) :]
+
+
+def test_bytes_of_single_tokens(directories):
+    wanted = {
+        "byte_fallback": {"<0xF0>": b"\xf0", "▁the": b" the", "t": b"t", "▁": b" ", "</s>": b"</s>"},
+        "metaspace": {"▁the": b" the", "</s>": b"</s>"},
+        "word_piece": {"##ing": b"ing", "the": b" the"},
+        "byte_level": {"Ġthe": b" the", "ð": b"\xf0", "naïve tag": "naïve tag".encode(), "<|im_end|>": b"<|im_end|>"},
+    }  # fmt: skip
+    for name, tokens in wanted.items():
+        tokenizer = Tokenizer.load(directories[name])
+        assert {token: tokenizer.token_bytes(tokenizer.raw.token_to_id(token)) for token in tokens} == tokens
 
 
 @THOROUGH
