@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from slipway.codec import ebnf, reasoning, tags
+from slipway.codec import ebnf, json_schema, reasoning, tags
+from slipway.codec.json_schema import MAX_CHARS
 from slipway.codec.reasoning import Reasoning, Thinking, Walk
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
 Spelled = Callable[[str], list[str]]  # a text as Lark's texts and tokens
-MAX_CHARS, MAX_DEPTH, MAX_CHOICES = 256 * 1024, 64, 1024
+MAX_CHOICES = 1024
 KEPT = 256  # grammars that are kept built
 
 
@@ -67,6 +68,14 @@ class StructuredOutputs:
             return _lark(tags.lark(given, _schema, spelled))
         text = _bounded("grammar", self.grammar)
         return _lark(ebnf.lark(text) if ebnf.is_ebnf(text) else text)
+
+    def schemas(self, field: str) -> dict[str, Any]:
+        """Return the JSON schemas that the structure holds, by the fields of a request whose `field` it is."""
+        if self.json is not None and not self.json_object:
+            return {field: _json("json", self.json)}
+        if self.structural_tag is not None:
+            return tags.schemas(_json("structural_tag", self.structural_tag), field)
+        return {}
 
 
 class Grammars:
@@ -146,13 +155,11 @@ def _unforced(grammar: str) -> str:
 
 
 def _schema(given: Any) -> str:
-    """A schema's text. Raises InvalidRequest."""
+    """Return the text of a schema. Raises InvalidRequest."""
     schema = _json("json", given)
     if not isinstance(schema, dict | bool):
         raise InvalidRequest("json", schema, "a JSON schema: an object")
-    if _depth(schema) > MAX_DEPTH:
-        raise InvalidRequest("json", "a schema", f"one nested at most {MAX_DEPTH} deep")
-    return json.dumps(schema if isinstance(schema, dict) else {} if schema else {"not": {}})
+    return json_schema.notation(schema)
 
 
 def _json(field: str, given: Any) -> Any:
@@ -169,14 +176,3 @@ def _bounded(field: str, text: Any) -> str:
     if len(text) > MAX_CHARS:
         raise InvalidRequest(field, f"{len(text)} characters", f"at most {MAX_CHARS}")
     return text
-
-
-def _depth(value: Any) -> int:
-    """How deep a JSON value is nested; no recursion, for the value may be evil."""
-    deepest, stack = 0, [(value, 1)]
-    while stack:
-        item, depth = stack.pop()
-        deepest = max(deepest, depth)
-        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-        stack += [(each, depth + 1) for each in inner]
-    return deepest

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from slipway.codec import json_schema
 from slipway.errors import InvalidConfig
 
 
@@ -67,11 +68,12 @@ def _tagged_calls(text: str, schemas: Schemas) -> list[Part]:
     found, at = [], 0
     while (match := FUNCTION.match(text, at)) is not None:
         name, body = match.group(1).strip(), match.group(2)
-        properties = schemas.get(name, {}).get("properties", {})
+        root = schemas.get(name, {})
+        properties = _properties(root)
         pairs, inner = {}, 0
         while (pair := PARAMETER.match(body, inner)) is not None:
             key = pair.group(1).strip()
-            pairs[key] = _typed(pair.group(2), properties.get(key, {}))
+            pairs[key] = _typed(pair.group(2), properties.get(key, {}), root)
             inner = pair.end()
         if body[inner:].strip():
             return []
@@ -80,15 +82,26 @@ def _tagged_calls(text: str, schemas: Schemas) -> list[Part]:
     return found if at == len(text) else []
 
 
-def _typed(text: str, schema: Any) -> Any:
-    """A parameter's text as its schema says: a string as it stands, all else as JSON."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "string":
+def _typed(text: str, schema: Any, root: Any) -> Any:
+    """Return a parameter's value: a string as it stands where only that fits its schema, else what the JSON says."""
+    kinds = json_schema.types(schema, root)
+    if kinds == {"string"}:
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return text
+    kind = json_schema.TYPES.get(type(value), "null")
+    fits = kind in kinds or (kind == "integer" and "number" in kinds)
+    return text if "string" in kinds and not fits else value
+
+
+def _properties(schema: Any) -> dict[str, Any]:
+    """Return the properties of a function's parameters, which may be a reference."""
+    if isinstance(schema, dict) and "properties" not in schema and isinstance(schema.get("$ref"), str):
+        schema = json_schema.resolved(schema, schema["$ref"])
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return properties if isinstance(properties, dict) else {}
 
 
 THINK, TOOL = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")

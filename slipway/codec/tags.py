@@ -52,6 +52,22 @@ def lark(given: Any, schema: Schema, spelled: Spelled) -> str:
     return "\n".join([f"start: {body}", *writer.rules, "text: TEXT", r"TEXT: /(.|\n)*/", ""])
 
 
+def schemas(given: Any, field: str) -> dict[str, Any]:
+    """Return the JSON schemas in a checked structural tag, by their fields."""
+    found = {}
+    stack = [(given, field)]
+    while stack:
+        part, at = stack.pop()
+        if isinstance(part, list):
+            stack += [(each, f"{at}[{number}]") for number, each in enumerate(part)]
+        elif isinstance(part, dict):
+            name = "json_schema" if part.get("type") == "json_schema" else "schema"
+            if name in part:
+                found[f"{at}.{name}"] = part[name]
+            stack += [(value, f"{at}.{key}") for key, value in part.items() if key != name]
+    return found
+
+
 class _Writer:
     """Rules of one grammar. What writes a format writes what ends it, too: free text has to know."""
 

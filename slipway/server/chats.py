@@ -61,7 +61,10 @@ class Chats:
         if self.tools.family.keeps_special and self.tools.schemas:
             params = dataclasses.replace(params, skip_special_tokens=False)
         self.params = bounded(params, [self.prompt], service)
-        await service.try_out(self.params)
+        if structure is None:
+            await service.try_out(self.params, body.structure_field)
+        else:
+            await service.try_out(self.params, "tools", self.tools.forced_schemas())
 
     def _message(self) -> Message:
         """A reader for one sample."""

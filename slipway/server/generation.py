@@ -42,7 +42,7 @@ class Completions:
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
         self.params = bounded(params, self.prompts, service)
-        await service.try_out(self.params)
+        await service.try_out(self.params, body.structure_field)
 
     async def whole(self, place: Place) -> bytes:
         """The answer at once."""

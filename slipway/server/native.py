@@ -42,8 +42,8 @@ class Natives:
         if len({params.n for params in self._params}) > 1:
             raise InvalidRequest("sampling_params", [params.n for params in self._params], "the same n for each prompt")
         bounded(self._params[0], self._prompts, service)
-        for params in self._params:
-            await service.try_out(params)
+        for each, params in zip(asked, self._params):
+            await service.try_out(params, each.structure_field)
         single = isinstance(given, str) or isinstance(next(iter(given or ()), None), int)
         self._alone = single and self._params[0].n == 1
 

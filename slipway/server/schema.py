@@ -95,9 +95,22 @@ class Sampling(msgspec.Struct, kw_only=True):
             fields["logit_bias"] = {_token(key): value for key, value in self.logit_bias.items()}
         return SamplingParams(**fields, logprobs=logprobs, structured_outputs=self.structure())
 
+    @property
+    def structure_field(self) -> str:
+        """Where the body states the structure of the output, as errors name it."""
+        return next(iter(self._structures()), ("structured_outputs", {}))[0]
+
     def structure(self) -> StructuredOutputs | None:
-        """What the output must be, by OpenAI's, vLLM's or SGLang's field for it. Raises InvalidRequest."""
-        asked: list[dict[str, Any]] = []
+        """Return the structure of the output, by OpenAI's, vLLM's or SGLang's field for it. Raises InvalidRequest."""
+        asked = self._structures()
+        if len(asked) > 1:
+            fields = " and ".join(field for field, _ in asked)
+            raise InvalidRequest("response_format", Shown(fields), "one field that states the output's structure")
+        return _structure(*asked[0]) if asked else None
+
+    def _structures(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return each field that states a structure, with the arguments of StructuredOutputs."""
+        asked: list[tuple[str, dict[str, Any]]] = []
         if self.response_format is not None:
             asked += _response_format(self.response_format)
         if self.structured_outputs is not None:
@@ -105,13 +118,13 @@ class Sampling(msgspec.Struct, kw_only=True):
             if unknown:
                 name = sorted(unknown)[0]
                 raise InvalidRequest(f"structured_outputs.{name}", self.structured_outputs[name], "no such field")
-            asked.append(self.structured_outputs)
+            given = [name for name, value in self.structured_outputs.items() if value not in (None, False)]
+            field = f"structured_outputs.{given[0]}" if len(given) == 1 else "structured_outputs"
+            asked.append((field, self.structured_outputs))
         for field, name in STRUCTURES.items():
             if (value := getattr(self, field)) is not None:
-                asked.append({name: value})
-        if len(asked) > 1:
-            raise InvalidRequest("response_format", asked, "one of the fields that say what an output must be")
-        return StructuredOutputs(**asked[0]) if asked else None
+                asked.append((field, {name: value}))
+        return asked
 
 
 class Completion(Sampling, kw_only=True):
@@ -188,10 +201,16 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         asked = {ours: value for name, ours in NATIVE_STRUCTURES.items() if (value := getattr(self, name)) is not None}
         if asked.get("json") == "$$ANY$$":  # SGLang's way to say: any object
             asked = asked | {"json": None, "json_object": True}
-        structure = StructuredOutputs(**asked) if asked else None
+        structure = _structure(self.structure_field, asked) if asked else None
         return SamplingParams(
             **fields, logprobs=logprobs, prompt_logprobs=prompt_logprobs, structured_outputs=structure
         )
+
+    @property
+    def structure_field(self) -> str:
+        """Where the body states the structure of the output, as errors name it."""
+        given = [name for name in NATIVE_STRUCTURES if getattr(self, name) is not None]
+        return f"sampling_params.{given[0]}" if len(given) == 1 else "sampling_params"
 
 
 class Generate(msgspec.Struct, kw_only=True):
@@ -338,15 +357,24 @@ def _names(kind: Any) -> frozenset[str]:
     return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
 
 
-def _response_format(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """OpenAI's field as ours: text, json_object, json_schema with its schema, or structural_tag."""
+def _structure(field: str, given: dict[str, Any]) -> StructuredOutputs:
+    """Return the structure that a field states. Raises InvalidRequest, naming the field as the client sent it."""
+    try:
+        return StructuredOutputs(**given)
+    except InvalidRequest as error:
+        name = next((name for name in sorted(given, key=len) if error.field.startswith(name)), error.field)
+        raise InvalidRequest(field + error.field.removeprefix(name), error.got, error.expected) from error
+
+
+def _response_format(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return OpenAI's field as arguments of StructuredOutputs, with the part of it that errors name."""
     kind = given.get("type")
     if kind == "structural_tag":
-        return [{"structural_tag": given}]
+        return [("response_format", {"structural_tag": given})]
     if kind == "text":
         return []
     if kind == "json_object":
-        return [{"json_object": True}]
+        return [("response_format", {"json_object": True})]
     held = given.get("json_schema")
     if kind != "json_schema" or not isinstance(held, dict) or not isinstance(held.get("schema"), dict):
         expected = (
@@ -354,7 +382,7 @@ def _response_format(given: dict[str, Any]) -> list[dict[str, Any]]:
             'or {"type": "structural_tag"} with "format", or with "structures" and "triggers"'
         )
         raise InvalidRequest("response_format", given, expected)
-    return [{"json": held["schema"]}]
+    return [("response_format.json_schema.schema", {"json": held["schema"]})]
 
 
 def _token(text: str) -> int:

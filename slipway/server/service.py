@@ -9,15 +9,16 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slipway.codec import parts, tags
+from slipway.codec import json_schema, parts, tags
 from slipway.codec.chat import ChatTemplate
+from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
-from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidRequest
+from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidRequest, Shown
 from slipway.server.config import ServerConfig
 from slipway.server.replica import Replica, Stream
 from slipway.server.trial import Trial
@@ -171,10 +172,27 @@ class Service:
         except TimeoutError as error:
             raise InvalidRequest("messages", messages, f"a template that ends within {TEMPLATE_TIMEOUT_S} s") from error
 
-    async def try_out(self, params: SamplingParams) -> None:
-        """See that a client's grammar can be built. Raises InvalidRequest."""
-        if params.structured_outputs is not None and self._trial is not None:
-            await self._trial.check(params.structured_outputs.notation(), self.limits["vocab_size"])
+    async def try_out(
+        self, params: SamplingParams, field: str = "structured_outputs", schemas: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check that a client's grammar can be built.
+
+        `field`: where the request states it. `schemas`: the JSON schemas in it, by their fields; by default those of
+        the structure. Raises InvalidRequest, with the field and the location in it that cannot be built.
+        """
+        structure, trial = params.structured_outputs, self._trial
+        if structure is None or trial is None:
+            return
+        vocab_size = self.limits["vocab_size"]
+        if not (problem := await trial.problem(structure.notation(), vocab_size)):
+            return
+        for each, schema in (structure.schemas(field) if schemas is None else schemas).items():
+            if reason := await trial.problem(StructuredOutputs(json=schema).notation(), vocab_size):
+                field, problem = each, _without_grammar(reason)
+                if at := json_schema.location(schema, problem):
+                    problem += f", at {at}"
+                break
+        raise InvalidRequest(field, Shown("a structure that cannot be compiled"), problem)
 
     def close(self) -> None:
         """End what runs beside the engines."""
@@ -231,6 +249,12 @@ class Service:
         if sum(map(len, texts)) < 2000:
             return tokenizer.encode_batch(texts)
         return await asyncio.to_thread(tokenizer.encode_batch, texts)
+
+
+def _without_grammar(problem: str) -> str:
+    """Return llguidance's reason without the grammar, which the server wrote around the client's schema."""
+    _, found, reason = problem.partition("failed to compile JSON schema: ")
+    return f"a JSON schema that llguidance compiles: {reason.partition(chr(10) * 2)[0]}" if found else problem
 
 
 def _items(given: Any, field: str) -> list[Any]:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slipway.codec import tags
+from slipway.codec import json_schema, tags
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.parts import FAMILIES, Family, Part, Parts
 from slipway.codec.reasoning import Reasoning
@@ -16,13 +16,19 @@ from slipway.server import schema
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+# no free white space: a small model may choose nothing else for ever
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What a body says of its tools. ``forced``: the names of which one must be called; none: the model decides."""
+    """What a body says of its tools. ``forced``: the names of which one must be called; none: the model decides.
+
+    ``fields``: where the body states the schema of each function.
+    """
 
     schemas: dict[str, dict[str, Any]]
+    fields: dict[str, str]
     forced: tuple[str, ...]
     parallel: bool
     family: Family
@@ -30,7 +36,7 @@ class Tools:
     @staticmethod
     def read(body: schema.Chat, family: Family, template: str | None) -> "Tools":
         """Of a body. Raises InvalidRequest, naming the field."""
-        schemas = _schemas(body.tools or [])
+        schemas, fields = _schemas(body.tools or [])
         choice = ("auto" if schemas else "none") if body.tool_choice is None else body.tool_choice
         if choice != "none" and not schemas:
             raise InvalidRequest("tool_choice", choice, "none, where there are no tools")
@@ -51,25 +57,30 @@ class Tools:
             raise InvalidRequest("tool_choice", choice, "none, required or a function: no format of calls is known")
         if forced:  # its format is ours to choose: the one that every family can be made to write
             family = dataclasses.replace(FAMILIES["hermes"], thinking=family.thinking)
-        return Tools(schemas, forced, body.parallel_tool_calls is not False, family)
+        return Tools(schemas, fields, forced, body.parallel_tool_calls is not False, family)
 
     def structure(self, marks: Mapping[str, int]) -> StructuredOutputs | None:
-        """The grammar of an answer that must call. ``marks``: tokens that models write instead of their texts."""
+        """Return the grammar of an answer that must call a function; None if the model decides.
+
+        `marks`: tokens that models write instead of their texts. Each function's schema is a document of its own in
+        the grammar, so that its references keep their root.
+        """
         if not self.forced:
             return None
-        calls = [
-            {
-                "type": "object", "required": ["name", "arguments"], "additionalProperties": False,
-                "properties": {"name": {"const": name}, "arguments": self.schemas[name]},
-            }
-            for name in self.forced
-        ]  # fmt: skip
-        # no free white space: a small model may choose nothing else for ever
-        compact = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-        body = json.dumps(({"anyOf": calls} if len(calls) > 1 else calls[0]) | compact)
+        calls = [f"call_{number}" for number in range(len(self.forced))]
         many = "+" if self.parallel and len(calls) > 1 else ""
-        start, end = (" ".join(tags.spelled(mark, marks)) for mark in ("<tool_call>\n", "\n</tool_call>"))
-        return StructuredOutputs(grammar=f"start: call{many}\ncall: {start} body {end}\nbody: %json {body}\n")
+        rules = [f"start: ({' | '.join(calls)}){many}"]
+        end = " ".join(tags.spelled("}\n</tool_call>", marks))
+        for rule, name in zip(calls, self.forced):
+            opening = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": '
+            start = " ".join(tags.spelled(opening, marks))
+            schema = json_schema.notation(self.schemas[name], self.fields[name], **COMPACT)
+            rules.append(f"{rule}: {start} %json {schema} {end}")
+        return StructuredOutputs(grammar="\n".join(rules))
+
+    def forced_schemas(self) -> dict[str, dict[str, Any]]:
+        """Return the schemas of the functions of which one must be called, by their fields."""
+        return {self.fields[name]: self.schemas[name] for name in self.forced}
 
     def parser(self, reasons: bool, prompt: str) -> Parts:
         """For one answer to a prompt, which may have opened its reasoning."""
@@ -148,11 +159,12 @@ def _parsed(call: Any) -> Any:
         return call
 
 
-def _schemas(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Parameters of each function, by its name."""
+def _schemas(tools: Sequence[Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the schema of each function's parameters, and its field, by the function's name."""
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest("tools", f"{len(tools)} of them", f"at most {MAX_TOOLS}")
     schemas: dict[str, dict[str, Any]] = {}
+    fields: dict[str, str] = {}
     for number, tool in enumerate(tools):
         held = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         function = held if isinstance(held, dict) else None
@@ -163,5 +175,7 @@ def _schemas(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict):
             raise InvalidRequest(f"{field}.function.parameters", parameters, "a JSON schema")
+        fields[name] = f"{field}.function.parameters"
+        json_schema.check(parameters, fields[name])
         schemas[name] = parameters
-    return schemas
+    return schemas, fields

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from llguidance import LLMatcher, LLTokenizer
 
 from slipway.codec.tokenizer import Tokenizer
-from slipway.errors import EngineDead, InvalidRequest, Shown
+from slipway.errors import EngineDead
 
 TIMEOUT_S = 5.0
 STACK_BYTES = 2 * 2**20  # a quarter of what an engine's main thread has: what passes here has room there
@@ -31,18 +31,18 @@ class Trial:
         self._lock = asyncio.Lock()
         self._fine: OrderedDict[str, None] = OrderedDict()
 
-    async def check(self, grammar: str, vocab_size: int) -> None:
-        """Raises InvalidRequest for one that is none, or cannot be built within bounds."""
+    async def problem(self, grammar: str, vocab_size: int) -> str:
+        """Return why a grammar cannot be built within bounds, as what is expected instead; empty if it can."""
         if grammar in self._fine:
             self._fine.move_to_end(grammar)
-            return
+            return ""
         async with self._lock:
             problem = await self._ask(grammar, vocab_size)
-        if problem:
-            raise InvalidRequest("structured_outputs", Shown(f"{len(grammar)} characters"), problem)
-        self._fine[grammar] = None
+        if not problem:
+            self._fine[grammar] = None
         while len(self._fine) > KEPT:
             self._fine.popitem(last=False)
+        return problem
 
     def close(self) -> None:
         """End the process."""
@@ -60,7 +60,7 @@ class Trial:
             process.stdin.write(json.dumps(grammar).encode() + b"\n")
             line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
             done = bool(line)
-            return json.loads(line) if done else "a grammar that is less deep: this one ends who builds it"
+            return json.loads(line) if done else "a grammar that is nested less deeply: compiling this one crashed"
         except TimeoutError:
             return f"a grammar that is built within {TIMEOUT_S:.0f} s"
         finally:

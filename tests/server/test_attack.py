@@ -88,7 +88,9 @@ def test_a_grammar_that_ends_who_builds_it_ends_no_engine(server, name):
     engines = server.engine_pids()
     for _ in range(2):
         answer = server.post("/v1/completions", prompt="def f(", max_tokens=2, **DEEP[name])
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "structured_outputs", answer.text
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(next(iter(DEEP[name]))), (
+            answer.text
+        )
         fine = server.complete(prompt="def f(", guided_json=chain(20), max_tokens=2)
         assert fine["choices"][0]["text"].lstrip().startswith("{")
     assert server.engine_pids() == engines

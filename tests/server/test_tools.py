@@ -1,11 +1,14 @@
 """Functions over HTTP, through OpenAI's SDK: forced by grammar, so that nano, which knows none, calls them too."""
 
+import enum
 import json
 from pathlib import Path
+from typing import Literal
 
 import openai
 import pytest
 import tokenizers
+from pydantic import BaseModel, Field
 
 from slipway.codec.grammar import Grammars
 from slipway.codec.parts import FAMILIES
@@ -128,6 +131,92 @@ def test_calls_are_forced_in_the_models_own_tokens():
     assert walk.is_done and tokenizer.decode(ids) == f"{text}</tool_call>"
 
 
+class Unit(enum.StrEnum):
+    """How lengths are given."""
+
+    METRE = "m"
+    MILE = "mi"
+
+
+class Length(BaseModel):
+    """A nested model."""
+
+    value: int = Field(ge=0, le=99)
+    unit: Unit
+
+
+class Step(BaseModel):
+    """A model between two."""
+
+    turn: Literal["left", "right"]
+    length: Length
+
+
+class Route(BaseModel):
+    """A model of models."""
+
+    start: Length
+    steps: list[Step] = Field(max_length=2)
+
+
+class Measure(BaseModel):
+    """Another model of a nested one."""
+
+    length: Length | None
+
+
+def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
+    tools = [openai.pydantic_function_tool(each) for each in (Route, Measure)]
+    assert all("$defs" in tool["function"]["parameters"] for tool in tools)
+    choices = ["required", *({"type": "function", "function": {"name": each}} for each in ("Route", "Measure"))]
+    for seed in range(3):
+        for choice in choices:
+            answer = client.chat.completions.parse(
+                model="nano", messages=CHAT, tools=tools, tool_choice=choice, temperature=1.2, seed=seed,
+                max_tokens=600, parallel_tool_calls=False,
+            )  # fmt: skip
+            (call,) = answer.choices[0].message.tool_calls
+            assert isinstance(call.function.parsed_arguments, {"Route": Route, "Measure": Measure}[call.function.name])
+            assert choice == "required" or call.function.name == choice["function"]["name"]
+    answer = client.chat.completions.parse(
+        model="nano", messages=CHAT, response_format=Measure, max_tokens=100, temperature=0
+    )
+    assert isinstance(answer.choices[0].message.parsed, Measure)
+
+
+def function(name, **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"} | parameters}}
+
+
+CANNOT = {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"not": {"type": "string"}}}}
+
+
+def test_what_a_schema_cannot_say_is_refused_with_its_place(server):
+    def refused(path="/v1/chat/completions", /, **fields):
+        body = {"messages": CHAT} if path.endswith("chat/completions") else {"prompt": "def f("}
+        answer = server.post(path, **((body if path != "/generate" else {"text": "def f("}) | fields))
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert "#/$defs/A/not" in error["message"] and "not" in error["message"], error
+        return error["param"]
+
+    tools = [STOP, function("f", **CANNOT)]
+    assert refused(tools=tools, tool_choice="required") == "tools[1].function.parameters"
+    named = {"type": "function", "function": {"name": "f"}}
+    assert refused(tools=tools, tool_choice=named, stream=True) == "tools[1].function.parameters"
+    given = {"type": "json_schema", "json_schema": {"name": "n", "schema": CANNOT}}
+    assert refused(response_format=given) == "response_format.json_schema.schema"
+    assert refused("/v1/completions", structured_outputs={"json": CANNOT}) == "structured_outputs.json"
+    assert refused("/v1/completions", guided_json=json.dumps(CANNOT)) == "guided_json"
+    assert refused("/generate", sampling_params={"json_schema": json.dumps(CANNOT)}) == "sampling_params.json_schema"
+    tag = {"type": "tag", "begin": "(", "content": {"type": "json_schema", "json_schema": CANNOT}, "end": ")"}
+    place = refused(response_format={"type": "structural_tag", "format": tag})
+    assert place == "response_format.format.content.json_schema"
+    before = {"structures": [{"begin": "(", "schema": CANNOT, "end": ")"}], "triggers": ["("]}
+    place = refused("/v1/completions", structured_outputs={"structural_tag": before})
+    assert place == "structured_outputs.structural_tag.structures[0].schema"
+
+
 BAD = {
     "no list": ({"tools": {}}, "tools"),
     "no function": ({"tools": [{"type": "function"}]}, "tools[0]"),
@@ -150,7 +239,7 @@ BAD = {
             "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "unicorn"}}}],
             "tool_choice": "required",
         },
-        "structured_outputs",
+        "tools[0].function.parameters",
     ),
 }
 
