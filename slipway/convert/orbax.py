@@ -23,7 +23,7 @@ from slipway.checkpoint.shards import Spec
 from slipway.convert import remote
 from slipway.convert.remote import RemotePath, refused
 from slipway.convert.sink import ASIDE, JOURNAL, Facts, Pieces, journal
-from slipway.convert.source import dotted
+from slipway.convert.source import dotted_names
 from slipway.errors import CheckpointError
 
 METADATA = "_METADATA"
@@ -270,19 +270,20 @@ def _is_tree(path: Place) -> bool:
 
 
 def _named(metadata: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str, str]]:
-    """Dotted name and key in the store of every array: as the metadata says, or as the store lists them."""
+    """Yield the dotted name of every array and its key in the store."""
+    paths: dict[tuple[str, ...], str] = {}
     tree = metadata.get("tree_metadata")
-    if tree is None:
-        for key in keys:
-            folder, _, file = key.rpartition("/")
-            if file in _ARRAY_FILES:
-                yield dotted(tuple(folder.split("."))), folder
-        return
-    for entry in tree.values():
+    for key in keys if tree is None else ():
+        folder, _, file = key.rpartition("/")
+        if file in _ARRAY_FILES:
+            paths[tuple(folder.split("."))] = folder
+    for entry in (tree or {}).values():
         value = entry["value_metadata"]
         if value["value_type"] not in _NO_ARRAYS and not value.get("skip_deserialize"):
             path = tuple(str(part["key"]) for part in entry["key_metadata"])
-            yield dotted(path), ".".join(path)
+            paths[path] = ".".join(path)
+    for path, name in dotted_names(paths).items():
+        yield name, paths[path]
 
 
 def _chunk_counts(keys: list[str]) -> dict[str, int]:

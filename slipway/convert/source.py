@@ -1,19 +1,24 @@
-"""Decides how a checkpoint on disk becomes named arrays that can be opened one at a time. Knows formats, no models.
+"""Checkpoints as named arrays that are opened one at a time.
 
-Names are dotted paths: list indices are numbers, and what a format wraps around a leaf (``.value`` of NNX) is gone.
+Names are dotted paths in which list indices are numbers, without the ``.value`` that NNX wraps around leaves.
+Not here: which formats there are (formats.py), and what becomes of an array (rules.py).
 """
 
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from slipway.checkpoint import files
 from slipway.checkpoint.shards import Spec
+from slipway.errors import CheckpointError
+
+WRAPPERS = ("value", "raw_value")  # keys under which NNX may hold a leaf
 
 
 class Source(Protocol):
@@ -100,8 +105,10 @@ class MemorySource:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every array's dtype and shape."""
-        return {name: Spec(np.dtype(x.dtype), tuple(x.shape)) for name, x in self.arrays.items()}
+        """Return every array's dtype and shape, without random-number state."""
+        return {
+            name: Spec(np.dtype(x.dtype), tuple(x.shape)) for name, x in self.arrays.items() if not is_random_state(x)
+        }
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
@@ -113,8 +120,11 @@ class MemorySource:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Dotted names and leaves of nested mappings, sequences and NNX states; Nones and ``.value`` are gone."""
-    flat: dict[str, Any] = {}
+    """Return the leaves of nested mappings, sequences and NNX states under dotted names, without Nones.
+
+    Raises CheckpointError if two leaves have the same dotted name.
+    """
+    leaves: dict[tuple[str, ...], Any] = {}
 
     def walk(node: Any, path: tuple[str, ...]) -> None:
         if isinstance(node, Mapping):
@@ -124,16 +134,59 @@ def flatten(tree: Any) -> dict[str, Any]:
             for i, child in enumerate(node):
                 walk(child, (*path, str(i)))
         elif node is not None:
-            flat[dotted(path)] = node
+            leaves[path] = node
 
     walk(tree, ())
-    return flat
+    return {name: leaves[path] for path, name in dotted_names(leaves).items()}
+
+
+def is_random_state(leaf: Any) -> bool:
+    """Return whether a leaf is a PRNG key, or a variable in which NNX keeps keys and their counts."""
+    dtype = getattr(leaf, "dtype", None)
+    is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return is_key or any(kind.__name__ == "RngState" for kind in type(leaf).__mro__)
+
+
+def dotted_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Return the dotted name of every leaf of a tree, given the paths of all of them.
+
+    NNX may wrap each leaf in a mapping with the only key ``value`` (or ``raw_value``). The wrapper is
+    removed if every leaf is wrapped; leaves at the top and optimizer state need not be. In any other
+    tree, ``value`` is a name like any other.
+
+    Raises CheckpointError if two paths have the same name.
+    """
+    paths = list(paths)
+    children: dict[tuple[str, ...], set[str]] = {}
+    for path in paths:
+        for end in range(len(path)):
+            children.setdefault(path[:end], set()).add(path[end])
+    is_wrapped = all(
+        path[-1] in WRAPPERS and len(children[path[:-1]]) == 1
+        for path in paths
+        if len(path) > 1 and path[0] != "opt_state"
+    )
+    names = {path: dotted(path) if is_wrapped else _joined(path) for path in paths}
+    held: dict[str, list[str]] = {}
+    for path, name in names.items():
+        held.setdefault(name, []).append("/".join(path))
+    problems = [
+        f"{name}: {' and '.join(same)} have this name; rename one of them"
+        for name, same in held.items()
+        if len(same) > 1
+    ]
+    if problems:
+        raise CheckpointError("the tree", problems)
+    return names
 
 
 def dotted(path: tuple[str, ...]) -> str:
-    """The name of a leaf at ``path``, without the ``value`` or ``raw_value`` in which NNX wraps it."""
-    keys = path[:-1] if len(path) > 1 and path[-1] in ("value", "raw_value") else path
-    return ".".join(key.replace("/", ".") for key in keys)
+    """Return the name of a leaf at ``path``, without the ``value`` or ``raw_value`` of an NNX wrapper."""
+    return _joined(path[:-1] if len(path) > 1 and path[-1] in WRAPPERS else path)
+
+
+def _joined(path: tuple[str, ...]) -> str:
+    return ".".join(key.replace("/", ".") for key in path)
 
 
 def fingerprint(source: Source) -> str:
