@@ -21,12 +21,13 @@ import numpy as np
 
 from slipway.checkpoint.shards import Spec
 from slipway.convert.sink import ASIDE, Facts, Pieces
-from slipway.convert.source import dotted
+from slipway.convert.source import dotted_names
 from slipway.errors import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NPZ = "params.npz"
 _CHUNKED = "__msgpack_chunked_array__"
+KeyPath = tuple[str, ...]  # the keys that lead to an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +100,26 @@ def open_npz(path: Path) -> ArchiveSource:
 
     Raises CheckpointError, listing every member that cannot be read.
     """
-    regions: dict[str, Region] = {}
+    regions: dict[KeyPath, Region] = {}
     problems: list[str] = []
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for info in archive.infolist():
-                name = dotted(tuple(info.filename.removesuffix(".npy").split("/")))
+                name = info.filename.removesuffix(".npy")
                 try:
-                    regions[name] = _npy(archive, info, file, path.stat().st_size)
+                    regions[tuple(name.split("/"))] = _npy(archive, info, file, path.stat().st_size)
                 except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-                    problems.append(f"{name}: {error}")
+                    problems.append(f"{name.replace('/', '.')}: {error}")
     except zipfile.BadZipFile as error:
         problems.append(f"not a zip file, or a truncated one: {error}")
     if problems:
         raise CheckpointError(path, problems)
-    return ArchiveSource(path, regions, _map(path), lambda member: np.load(path, allow_pickle=False)[member])
+    return ArchiveSource(path, _named(regions), _map(path), lambda member: np.load(path, allow_pickle=False)[member])
+
+
+def _named(regions: Mapping[KeyPath, Region]) -> dict[str, Region]:
+    """Return the arrays under their dotted names."""
+    return {name: regions[path] for path, name in dotted_names(regions).items()}
 
 
 def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: int) -> Region:
@@ -145,14 +151,14 @@ def open_msgpack(path: Path) -> ArchiveSource:
     bytes), 3 a NumPy scalar, and arrays above 1 GB are mappings of pieces. Raises CheckpointError.
     """
     buffer = _map(path)
-    regions: dict[str, Region] = {}
+    regions: dict[KeyPath, Region] = {}
     try:
         end = _walk(buffer, 0, (), regions)
         if end != len(buffer):
             raise ValueError(f"{len(buffer) - end} bytes behind the tree")
     except (ValueError, IndexError, struct.error, TypeError) as error:
         raise CheckpointError(path, [f"not Flax msgpack, or truncated: {error}"]) from error
-    return ArchiveSource(path, regions, buffer, lambda number: np.asarray(int(number)))  # a Python integer
+    return ArchiveSource(path, _named(regions), buffer, lambda number: np.asarray(int(number)))  # a Python integer
 
 
 _SIZED = {  # first byte: kind, struct of the size
@@ -187,30 +193,30 @@ def _head(buffer: Any, at: int) -> tuple[str, Any, int]:
     return "value", {0xC0: None, 0xC2: False, 0xC3: True}[byte] if byte in (0xC0, 0xC2, 0xC3) else None, at + 1
 
 
-def _walk(buffer: Any, at: int, path: tuple[str, ...], regions: dict[str, Region]) -> int:
+def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -> int:
     """Note the arrays of the item at ``at``; where the next item starts."""
     kind, size, start = _head(buffer, at)
     if kind == "map":
-        held: dict[str, Region] = {}
+        held: dict[KeyPath, Region] = {}
         keys = []
         for _ in range(size):
             key, start = _string(buffer, start)
             keys.append(key)
             start = _walk(buffer, start, (key,) if _CHUNKED in keys else (*path, key), held)
-        regions.update({dotted(path): _joined(held)} if _CHUNKED in keys else held)
+        regions.update({path: _joined(held)} if _CHUNKED in keys else held)
         return start
     if kind == "ext":
         if start + 1 + size > len(buffer):
             raise ValueError("an array ends behind the file's end")
         if buffer[start] in (1, 3):
-            regions[dotted(path)] = _array(buffer, start + 1)
+            regions[path] = _array(buffer, start + 1)
         return start + 1 + size
     if kind == "array":
         for i in range(size):
             start = _walk(buffer, start, (*path, str(i)), regions)
         return start
     if kind == "value" and isinstance(size, int) and not isinstance(size, bool):
-        regions[dotted(path)] = Region(Spec(np.dtype(np.int64), ()), load=str(size))
+        regions[path] = Region(Spec(np.dtype(np.int64), ()), load=str(size))
     return start if kind == "value" else start + size
 
 
@@ -238,10 +244,10 @@ def _array(buffer: Any, at: int) -> Region:
     return Region(spec, (start,), (size,))
 
 
-def _joined(held: Mapping[str, Region]) -> Region:
+def _joined(held: Mapping[KeyPath, Region]) -> Region:
     """An array that Flax has written in pieces: ``shape`` and ``chunks``, each keyed by its number."""
-    shape = tuple(int(held[name].load) for name in sorted((n for n in held if n.startswith("shape.")), key=_number))
-    chunks = [held[name] for name in sorted((n for n in held if n.startswith("chunks.")), key=_number)]
+    shape = tuple(int(held[name].load) for name in sorted((n for n in held if n[0] == "shape"), key=_number))
+    chunks = [held[name] for name in sorted((n for n in held if n[0] == "chunks"), key=_number)]
     spec = Spec(chunks[0].spec.dtype, shape)
     sizes = tuple(chunk.sizes[0] for chunk in chunks)
     if sum(sizes) != spec.nbytes:
@@ -249,8 +255,8 @@ def _joined(held: Mapping[str, Region]) -> Region:
     return Region(spec, tuple(chunk.starts[0] for chunk in chunks), sizes)
 
 
-def _number(name: str) -> int:
-    return int(name.rpartition(".")[2])
+def _number(path: KeyPath) -> int:
+    return int(path[-1])
 
 
 def open_h5(path: Path) -> ArchiveSource:
@@ -262,12 +268,12 @@ def open_h5(path: Path) -> ArchiveSource:
         import h5py  # an extra: only those who have such files need it
     except ModuleNotFoundError as error:
         raise CheckpointError(path, ["HDF5 files need h5py: pip install slipway[keras]"]) from error
-    regions: dict[str, Region] = {}
+    regions: dict[KeyPath, Region] = {}
 
     def note(name: str, node: Any) -> None:
         if isinstance(node, h5py.Dataset) and node.dtype.kind in "fiu":
             spec, offset = Spec(node.dtype, node.shape), node.id.get_offset()
-            key = dotted(tuple(name.split("/")))
+            key = tuple(name.split("/"))
             is_plain = offset is not None and node.dtype.byteorder in "=|<"
             regions[key] = Region(spec, (offset,), (spec.nbytes,)) if is_plain else Region(spec, load=name)
 
@@ -280,7 +286,7 @@ def open_h5(path: Path) -> ArchiveSource:
             file.visititems(note)
     except OSError as error:
         raise CheckpointError(path, [f"not HDF5, or truncated: {error}"]) from error
-    return ArchiveSource(path, regions, _map(path), load)
+    return ArchiveSource(path, _named(regions), _map(path), load)
 
 
 class NpzSink:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from slipway.checkpoint import files
@@ -141,18 +140,20 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def is_random_state(leaf: Any) -> bool:
-    """Return whether a leaf is a PRNG key, or a variable in which NNX keeps keys and their counts."""
-    dtype = getattr(leaf, "dtype", None)
-    is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    """Return whether a leaf is a PRNG key, or a variable in which NNX keeps keys and their counts.
+
+    Types are recognized by name: a conversion starts without importing JAX.
+    """
+    is_key = str(getattr(leaf, "dtype", "")).startswith("key<")  # such as key<fry>
     return is_key or any(kind.__name__ == "RngState" for kind in type(leaf).__mro__)
 
 
 def dotted_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Return the dotted name of every leaf of a tree, given the paths of all of them.
 
-    NNX may wrap each leaf in a mapping with the only key ``value`` (or ``raw_value``). The wrapper is
-    removed if every leaf is wrapped; leaves at the top and optimizer state need not be. In any other
-    tree, ``value`` is a name like any other.
+    NNX wraps each leaf in a mapping with the only key ``value`` (or ``raw_value``). Such wrappers are
+    removed if most leaves below the top have one: a tree may hold an NNX state beside plain leaves.
+    In any other tree, ``value`` is a name like any other.
 
     Raises CheckpointError if two paths have the same name.
     """
@@ -161,12 +162,10 @@ def dotted_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
     for path in paths:
         for end in range(len(path)):
             children.setdefault(path[:end], set()).add(path[end])
-    is_wrapped = all(
-        path[-1] in WRAPPERS and len(children[path[:-1]]) == 1
-        for path in paths
-        if len(path) > 1 and path[0] != "opt_state"
-    )
-    names = {path: dotted(path) if is_wrapped else _joined(path) for path in paths}
+    inner = [path for path in paths if len(path) > 1 and path[0] != "opt_state"]
+    wrapped = {p for p in paths if len(p) > 1 and p[-1] in WRAPPERS and len(children[p[:-1]]) == 1}
+    is_state = 2 * len(wrapped.intersection(inner)) > len(inner)
+    names = {path: _joined(path[:-1] if is_state and path in wrapped else path) for path in paths}
     held: dict[str, list[str]] = {}
     for path, name in names.items():
         held.setdefault(name, []).append("/".join(path))
@@ -178,11 +177,6 @@ def dotted_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
     if problems:
         raise CheckpointError("the tree", problems)
     return names
-
-
-def dotted(path: tuple[str, ...]) -> str:
-    """Return the name of a leaf at ``path``, without the ``value`` or ``raw_value`` of an NNX wrapper."""
-    return _joined(path[:-1] if len(path) > 1 and path[-1] in WRAPPERS else path)
 
 
 def _joined(path: tuple[str, ...]) -> str:

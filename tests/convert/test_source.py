@@ -1,5 +1,7 @@
 """Trees in memory: dotted names, wrapped leaves, random-number state."""
 
+import flax.serialization
+import h5py
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -11,6 +13,24 @@ from slipway.errors import CheckpointError
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 ATTENTION = {"attn": {"query": X, "key": X + 1, "value": X + 2}, "critic": {"value": X + 3}}
+
+
+def write_npz(directory):
+    np.savez(directory / "tree.npz", **{f"{a}/{b}": x for a, leaves in ATTENTION.items() for b, x in leaves.items()})
+    return directory / "tree.npz"
+
+
+def write_msgpack(directory):
+    (directory / "tree.msgpack").write_bytes(flax.serialization.to_bytes(ATTENTION))
+    return directory / "tree.msgpack"
+
+
+def write_h5(directory):
+    with h5py.File(directory / "tree.h5", "w") as file:
+        for module, leaves in ATTENTION.items():
+            for leaf, x in leaves.items():
+                file[f"{module}/{leaf}"] = x
+    return directory / "tree.h5"
 
 
 def test_value_is_a_name_like_any_other_where_leaves_are_not_wrapped():
@@ -25,13 +45,27 @@ def test_a_tree_that_wraps_every_leaf_loses_the_wrappers(wrapper):
     assert set(flatten(tree)) == {"attn.value.kernel", "attn.bias", "step"}
 
 
+def test_a_wrapped_state_may_lie_beside_plain_leaves():
+    state = {f"layer{i}": {"kernel": {"value": X}, "bias": {"value": X}} for i in range(3)}
+    flat = flatten({"model": state, "schedule": {"rate": np.float32(1)}})
+    assert set(flat) == {f"model.layer{i}.{leaf}" for i in range(3) for leaf in ("kernel", "bias")} | {"schedule.rate"}
+
+
+@pytest.mark.parametrize("write", [write_npz, write_msgpack, write_h5])
+def test_archives_keep_a_leaf_that_is_called_value(tmp_path, write):
+    source = open_source(write(tmp_path))
+    assert set(source.specs) == {"attn.query", "attn.key", "attn.value", "critic.value"}
+    with source.open("attn.value") as array:
+        assert np.array_equal(array, X + 2)
+
+
 def test_value_beside_raw_value_keeps_both():
     flat = flatten({"a": {"value": np.ones(2), "raw_value": np.zeros(2)}})
     assert {name: x[0] for name, x in flat.items()} == {"a.value": 1, "a.raw_value": 0}
 
 
 def test_two_leaves_of_one_dotted_name_are_refused():
-    with pytest.raises(CheckpointError, match="a.b: a.b and a/b have this name"):
+    with pytest.raises(CheckpointError, match=r"a\.b: a\.b and a/b have this name"):
         flatten({"a.b": X, "a": {"b": X}})
 
 
