@@ -1,11 +1,12 @@
-"""`slipway.export`: decides the rules of any Flax NNX module by walking its layers, which it knows by their table only.
+"""`slipway.export`: a Flax module written in torch's layout, by its layers.
 
-What cannot be known is asked for: which Linear follows a flatten, and names that are not the attributes' own. What is
-not understood is refused, all of it at once.
+What cannot be known from the layers is asked for, or follows from an example. What is not understood is refused, all
+of it at once. Not here: which layers become what (layers.py), and which must be asked for (questions.py).
 """
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,38 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from slipway.convert import nnx_walk, stacks
 from slipway.convert.conversion import ConvertConfig, Dtype, convert
-from slipway.convert.layers import ATTRIBUTES, STATE, TABLE, LayerTable, NotLinear, Row
+from slipway.convert.flattening import Orders, described, dimensions, reordered, told_orders, traced_orders
+from slipway.convert.layers import Layer, Row, axes_of, role_of
 from slipway.convert.lora import Adapter
+from slipway.convert.nnx_walk import Found, Own
+from slipway.convert.questions import open_questions
 from slipway.convert.rules import TreeMapping, rules
 from slipway.convert.run import Written
 from slipway.convert.source import MemorySource
-from slipway.errors import CheckpointError, InvalidConfig
+from slipway.convert.stacks import Stacks
+from slipway.convert.tracing import Trace, trace_nnx
+from slipway.errors import CheckpointError
 
 Flatten = Mapping[str, Sequence[int] | None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user has told of a module, as in ``export``."""
+
+    flatten: Flatten = dataclasses.field(default_factory=dict)
+    unflatten: Flatten = dataclasses.field(default_factory=dict)
+    stack_axes: Mapping[str, int | Sequence[int]] = dataclasses.field(default_factory=dict)
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layers: Own = dataclasses.field(default_factory=dict)
+    extra: Sequence[Row] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """What a walk has found: the mapping, the arrays under their attribute paths, and what LoRA adds to which key."""
+    """The mapping that follows from a module, its arrays by attribute path, and what LoRA adds to which key."""
 
     mapping: TreeMapping
     arrays: Mapping[str, Any]
@@ -38,226 +57,248 @@ def export(
     config: Mapping[str, Any],
     out_dir: str | Path,
     *,
+    example: Any = None,
     flatten: Flatten | None = None,
+    unflatten: Flatten | None = None,
+    stack_axes: Mapping[str, int | Sequence[int]] | None = None,
     renames: Mapping[str, str] | None = None,
-    layers: Mapping[type, Sequence[Row]] | None = None,
+    layers: Own | None = None,
     extra: Sequence[Row] = (),
     dtype: Dtype | None = None,
     shard_size: str = "5GB",
 ) -> list[Written]:
     """Write ``module`` as safetensors in torch's layout, with ``config`` as config.json, into a new directory.
 
-    ``flatten``: for each Linear behind a flatten the feature map's (height, width, channels), or None where a Linear
-    that looks so follows none. ``renames``: prefixes of the attributes' paths and what they become, "" for all.
-    ``layers``: rows of (attribute, name, pattern) for classes of your own. ``extra``: such rows, with whole paths, for
-    variables that no layer holds.
+    ``example``: an input of the module, a tuple of its arguments or a mapping of its keyword arguments. The module is
+    run on it, and every flatten, reshape and scan follows from the run. ``flatten``: for each layer whose inputs, or
+    norm whose features, are a flattened feature map, the map's (height, width, channels); None where there is none.
+    ``unflatten``: the same for layers whose outputs are reshaped to a map. ``stack_axes``: prefixes of attribute paths
+    and the axis, or the axes, on which the arrays below are stacked. ``renames``: prefixes of attribute paths and what
+    they become, "" for all. ``layers``: for classes of your own, rows of (attribute, name, pattern), or the class of
+    Flax's whose rows are theirs. ``extra``: such rows, with whole paths, for variables that no layer holds.
 
-    Raises CheckpointError, listing all that is not understood, and InvalidConfig for a flatten that does not fit.
+    Raises CheckpointError, listing all that is not understood, and InvalidConfig for an option that does not fit.
     """
-    derived = derive(module, flatten or {}, renames or {}, layers or {}, extra)
-    options = ConvertConfig(dtype=dtype, shard_size=shard_size)
+    options = Options(
+        flatten=flatten or {},
+        unflatten=unflatten or {},
+        stack_axes=stack_axes or {},
+        renames=renames or {},
+        layers=layers or {},
+        extra=extra,
+    )
+    derived = derive(module, options, trace_nnx(module, example) if example is not None else None)
+    converting = ConvertConfig(dtype=dtype, shard_size=shard_size)
     source = MemorySource(derived.arrays)
     deltas = derived.adapter.deltas()
-    _, written = convert(source, Path(out_dir), options, config, [derived.mapping], deltas=deltas)
+    _, written = convert(source, Path(out_dir), converting, config, [derived.mapping], deltas=deltas)
     return written
 
 
-def derive(
-    module: nnx.Module,
-    flatten: Flatten,
-    renames: Mapping[str, str],
-    layers: Mapping[type, Sequence[Row]],
-    extra: Sequence[Row],
-) -> Derived:
-    """The mapping that ``export`` uses. Raises as it does."""
-    walk = _Walk(TABLE.extended(layers), flatten, renames)
-    walk.visit(module, (), ())
-    walk.finish(extra)
-    return Derived(
-        TreeMapping(name=type(module).__name__, rules=rules(walk.rows), sizes=walk.sizes, hf_constants=walk.constants),
-        walk.arrays,
-        Adapter(walk.pairs, 1.0),
+def derive(module: nnx.Module, options: Options, trace: Trace | None = None) -> Derived:
+    """Return the mapping that ``export`` uses. Raises as it does."""
+    writer = _Writer(nnx_walk.walk(module, options.layers), options, trace)
+    writer.write()
+    mapping = TreeMapping(
+        name=type(module).__name__, rules=rules(writer.rows), sizes=writer.sizes, hf_constants=writer.constants
     )
+    return Derived(mapping, writer.arrays, Adapter(writer.pairs, 1.0))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """One layer: where it lies, its name in torch, its rows and how many axes its stack has put in front."""
+class _Writer:
+    """Turns layers into rules and arrays, and collects problems."""
 
-    path: tuple[str, ...]
-    name: tuple[str, ...]
-    layer: Any
-    rows: Sequence[Row]
-    stacked: int
-
-
-class _Walk:
-    """Visits a module's layers and collects rules, arrays and problems."""
-
-    def __init__(self, table: LayerTable, flatten: Flatten, renames: Mapping[str, str]):
-        self.table, self.flatten, self.renames = table, dict(flatten), renames
+    def __init__(self, found: Found, options: Options, trace: Trace | None):
+        self.found, self.options, self.trace = found, options, trace
         self.rows: list[Row] = []
         self.sizes: dict[str, int] = {}
         self.constants: dict[str, int] = {}
         self.arrays: dict[str, Any] = {}
         self.pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._layers: list[_Layer] = []
-        self._adapters: list[tuple[tuple[str, ...], Any, Any]] = []  # torch's name, A, B
-        self._problems: list[str] = []
+        self.followed: list[str] = []  # lines of the report
+        self.unreached: list[str] = []
+        self._problems = list(found.problems)
+        self._renamed_by: set[str] = set()
+        self._stacks = self._find_stacks()
 
-    def visit(self, node: Any, path: tuple[str, ...], name: tuple[str, ...]) -> None:
-        """Note the layers at and below ``node``."""
-        if isinstance(node, nnx.LoRA):
-            self._adapters.append((name, node.lora_a, node.lora_b))
-            if node.base_module is not None:
-                self.visit(node.base_module, (*path, "base_module"), name)
-            elif not isinstance(self._layers[-1].layer if self._layers else None, nnx.LoRALinear):
-                self._problems.append(f"{'.'.join(path)}: LoRA without a layer that it adapts")
-            return
-        rows = self.table.find(node)
-        if rows is not None:
-            self._note(node, path, name, rows)
-            if isinstance(node, nnx.LoRALinear):
-                self.visit(node.lora, (*path, "lora"), name)
-            return
-        names = next((names for kind, names in ATTRIBUTES.items() if isinstance(node, kind)), {})
-        for key, child in _children(node):
-            if isinstance(child, nnx.Variable):
-                if not isinstance(child, STATE):
-                    self.arrays[".".join((*path, key))] = child[...]
-            else:
-                self.visit(child, (*path, key), (*name, names.get(key, key)))
+    def write(self) -> None:
+        """Collect rules and arrays. Raises CheckpointError for whatever is not understood."""
+        orders = {layer.path: self._orders(layer) for layer in self.found.layers}
+        for layer in self.found.layers:
+            self._write(layer, orders[layer.path])
+        for name, a, b in self.found.lora:
+            self._adapt(name, a, b, orders)
+        self._write_extra()
+        options, layers = self.options, self.found.layers
+        reached = [layer.dotted for layer in layers if self._axes(layer) is not None]
+        self._problems += open_questions(layers, options.flatten, options.unflatten, reached)
+        self.unreached = [layer.dotted for layer in layers if layer.dotted not in reached] if self.trace else []
+        for field, told in (("flatten", options.flatten), ("unflatten", options.unflatten)):
+            for unknown in told.keys() - {layer.dotted for layer in layers}:
+                self._problems.append(f"{field}: {unknown} is no layer")
+        for unused in options.renames.keys() - self._renamed_by - {""}:
+            self._problems.append(f"renames: {unused} is no prefix of an attribute's path")
+        if self._problems:
+            raise CheckpointError("the module", list(dict.fromkeys(self._problems)))
 
-    def finish(self, extra: Sequence[Row]) -> None:
-        """Turn what was noted into rules. Raises CheckpointError for whatever is not understood."""
-        bare = set(self.arrays)
-        for layer in self._layers:
-            self._write(layer)
-        for name, a, b in self._adapters:
-            self._adapt(name, a, b)
-        self.rows += [(row[0], self._renamed(row[1]), row[2]) for row in extra]
-        bare -= {row[0].removesuffix("?") for row in extra}
+    def _find_stacks(self) -> Stacks:
+        seen = {}
+        for layer in self.found.layers if self.trace else ():
+            for attribute, variable in layer.variables.items():
+                seen[layer.path, attribute] = self.trace.scanned(variable) if self.trace else ()
+        found = stacks.find(self.found.layers, self.options.stack_axes, seen)
+        self._problems += found.problems
+        return found
+
+    def _axes(self, layer: Layer) -> dict[str, Any] | None:
+        """The traced axes of a layer's arrays, without those of its stack; None where the example has not used it."""
+        made = {}
+        for attribute, variable in layer.variables.items():
+            axes = self.trace.of(variable) if self.trace else None
+            if axes is None:
+                return None
+            gone = self._stacks.of(layer, attribute)
+            made[attribute] = [axis for i, axis in enumerate(axes) if i not in gone]
+        return made
+
+    def _orders(self, layer: Layer) -> Orders:
+        """Orders of the layer's dimensions that are flattened maps: what was told counts before what was traced."""
+        told = told_orders(layer, self.options.flatten, self.options.unflatten)
+        orders: Orders = {}
+        axes = self._axes(layer)
+        if axes is not None and all(len(axes[a]) == len(axes_of(pattern)) for a, _, pattern in layer.rows):
+            orders, reasons = traced_orders(layer, axes)
+            fields = {"into": "flatten", "features": "flatten", "out": "unflatten"}
+            for attribute, _, pattern in layer.rows:
+                for dim, names in enumerate(dimensions(pattern)):
+                    field = fields.get(role_of(names[0]), "")
+                    if layer.dotted in (getattr(self.options, field) if field else ()):
+                        orders.pop((attribute, dim), None)
+                        reasons = [r for r in reasons if not r.startswith(f"{attribute}.{dim}: ")]
+            for reason in reasons:
+                self._problems.append(self._unclear(layer, reason))
+        orders |= told
+        if orders and layer.kind == "GroupNorm" and layer.facts.get("num_groups") != 1:
+            self._problems.append(
+                f"{layer.dotted}: GroupNorm of a flattened map: its groups hold other features in torch's order; "
+                "normalize before the flatten, or use LayerNorm"
+            )
+        self.followed += described(layer, orders)
+        return orders
+
+    def _unclear(self, layer: Layer, reason: str) -> str:
+        at, _, why = reason.partition(": ")
+        attribute, _, dim = at.partition(".")
+        pattern = next(p for a, _, p in layer.rows if a == attribute)
+        field = "unflatten" if role_of(dimensions(pattern)[int(dim)][0]) == "out" else "flatten"
+        path = layer.dotted
+        return (
+            f"{path}: {attribute}: {why}; give {field}={{{path!r}: (height, width, channels)}} if the twin flattens "
+            f"such a map with channels first, or {field}={{{path!r}: None}} if it keeps the order"
+        )
+
+    def _write(self, layer: Layer, orders: Orders) -> None:
+        """Add the rules of one layer; a stack's index stands behind the outermost attribute that is stacked."""
+        if layer.stacked and any((layer.path, a) not in self._stacks.axes for a in layer.variables):
+            return
+        prefix = self._prefix(layer.path, layer.name, layer)
+        for attribute, suffix, pattern in layer.rows:
+            key = ".".join((*layer.path, attribute))
+            own = {dim: order for (a, dim), order in orders.items() if a == attribute}
+            stack = self._stacks.of(layer, attribute)
+            array = layer.variables[attribute][...]
+            for dim, order in own.items():
+                if order.index is not None:
+                    kept = [i for i in range(array.ndim) if i not in stack]
+                    axis = axes_of(pattern).index(dimensions(pattern)[dim][0])
+                    array = np.take(np.asarray(array), order.index, kept[axis])
+            pattern, sizes = reordered(pattern, own, len(self.sizes))
+            self.sizes |= sizes
+            self.arrays[key] = array
+            self.rows.append((key, f"{prefix}.{suffix}".lstrip("."), _stacked(pattern, stack)))
+        if layer.kind == "BatchNorm":
+            for key in self._keys(layer, f"{prefix}.num_batches_tracked".lstrip(".")):
+                self.constants[key] = 0
+
+    def _write_extra(self) -> None:
+        """Add the rules that a user has given for variables of no layer, and refuse those variables that have none."""
+        bare = dict(self.found.bare)
+        for row in self.options.extra:
+            jax = row[0].removesuffix("?")
+            template = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(jax)))
+            matched = [name for name in bare if template.fullmatch(name)]
+            pattern = row[2]
+            if matched == [jax] and self.trace and (axes := self.trace.of(bare[jax])) is not None:
+                layer = Layer((jax,), (jax,), "variable", (("", row[1], pattern),), {}, {}, {})
+                if len(axes) == len(axes_of(pattern)):
+                    orders, reasons = traced_orders(layer, {"": axes})
+                    self._problems += [f"{jax}: {reason.partition(': ')[2]}; write it as a layer" for reason in reasons]
+                    self.followed += described(layer, orders)
+                    pattern, sizes = reordered(pattern, {dim: o for (_, dim), o in orders.items()}, len(self.sizes))
+                    self.sizes |= sizes
+            for name in matched:
+                self.arrays[name] = bare.pop(name)[...]
+            parts = tuple(row[1].split("."))
+            self.rows.append((row[0], self._prefix(parts, parts, None), pattern))
         self._problems += [
             f"{name}: a variable of no known layer; name its rule in extra=, or its class in layers="
             for name in sorted(bare)
         ]
-        for unknown in self.flatten.keys() - {".".join(layer.path) for layer in self._layers}:
-            self._problems.append(f"flatten: {unknown} is no layer")
-        if self._problems:
-            raise CheckpointError("the module", self._problems)
 
-    def _note(self, node: Any, path: tuple[str, ...], name: tuple[str, ...], rows: Any) -> None:
-        try:
-            found = list(rows(node))
-        except NotLinear as error:
-            self._problems.append(f"{'.'.join(path)}: {type(node).__name__}: {error}")
-            return
-        held = {row[0]: vars(node).get(row[0].removesuffix("?")) for row in found}
-        found = [row for row in found if held[row[0]] is not None]
-        stacked = {len(held[row[0]].shape) - len(row[2].partition("->")[0].split()) for row in found}
-        if len(stacked) > 1 or min(stacked, default=0) < 0:
-            self._problems.append(f"{'.'.join(path)}: {type(node).__name__}: arrays of unexpected rank")
-            return
-        self._layers.append(_Layer(path, name, node, found, max(stacked, default=0)))
-
-    def _write(self, layer: _Layer) -> None:
-        """The rules of one layer; a stack's index stands behind the outermost attribute that is stacked."""
-        path, at = ".".join(layer.path), self._stack_depth(layer)
-        axes = [f"stack{i}" for i in range(layer.stacked)]
-        names = [*layer.name[:at], *(f"{{{axis}}}" for axis in axes), *layer.name[at:]]
-        prefix = self._renamed(".".join(names))
-        leading = "".join(f"{axis} " for axis in axes)
-        for attribute, suffix, pattern in self._flattened(layer, path):
-            attribute = attribute.removesuffix("?")
-            key = ".".join(filter(None, (path, attribute)))
-            self.arrays[key] = vars(layer.layer)[attribute][...]
-            ours, _, theirs = pattern.partition("->")
-            self.rows.append((key, f"{prefix}.{suffix}", f"{leading}{ours.strip()} -> {leading}{theirs.strip()}"))
-        if isinstance(layer.layer, nnx.BatchNorm):
-            for key in self._keys(layer, f"{prefix}.num_batches_tracked"):
-                self.constants[key] = 0
-
-    def _stack_depth(self, layer: _Layer) -> int:
-        """How many of the layer's path names lie outside the stack: the fewest under which every layer is stacked."""
-        if not layer.stacked:
-            return len(layer.path)
-        for depth in range(1, len(layer.path) + 1):
-            beside = [other for other in self._layers if other.path[:depth] == layer.path[:depth]]
-            if all(other.stacked == layer.stacked for other in beside):
-                return depth
-        return len(layer.path)
-
-    def _keys(self, layer: _Layer, template: str) -> Iterator[str]:
+    def _keys(self, layer: Layer, template: str) -> Iterator[str]:
         """``template`` at every index of the layer's stack."""
-        first = vars(layer.layer)[layer.rows[0][0].removesuffix("?")].shape[: layer.stacked]
-        for index in itertools.product(*map(range, first)):
+        attribute = layer.rows[0][0]
+        shape = layer.variables[attribute].shape
+        counts = [shape[axis] for axis in self._stacks.of(layer, attribute)]
+        for index in itertools.product(*map(range, counts)):
             yield template.format(**{f"stack{i}": n for i, n in enumerate(index)})
 
-    def _flattened(self, layer: _Layer, path: str) -> Sequence[Row]:
-        """The layer's rows; a Linear's kernel behind a flatten has rows (h, w, c), torch's columns (c, h, w)."""
-        if path not in self.flatten:
-            self._suspect(layer, path)
-            return layer.rows
-        shape = self.flatten[path]
-        if shape is None:
-            return layer.rows
-        if not isinstance(layer.layer, nnx.Linear) or int(np.prod(shape)) != layer.layer.in_features:
-            expected = (
-                f"(..., channels) whose product is the inputs of a Linear, {vars(layer.layer).get('in_features')}"
-            )
-            raise InvalidConfig(f"flatten[{path!r}]", tuple(shape), expected)
-        axes = [f"flat{len(self.sizes) + i}" for i in range(len(shape))]
-        self.sizes |= dict(zip(axes, shape))
-        pattern = f"({' '.join(axes)}) out -> out ({' '.join([axes[-1], *axes[:-1]])})"
-        return [("kernel", "weight", pattern), *layer.rows[1:]]
-
-    def _suspect(self, layer: _Layer, path: str) -> None:
-        """Ask for the flatten of a Linear whose inputs are several of a convolution's outputs, and no layer's."""
-        if not isinstance(layer.layer, nnx.Linear):
-            return
-        channels = {o.layer.out_features for o in self._layers if isinstance(o.layer, nnx.Conv | nnx.ConvTranspose)}
-        features = channels | {o.layer.out_features for o in self._layers if isinstance(o.layer, nnx.Linear)}
-        inputs = layer.layer.in_features
-        if inputs not in features and any(inputs % c == 0 for c in channels):
-            self._problems.append(
-                f"{path}: its {inputs} inputs look like a flattened feature map; say which in flatten={{{path!r}: "
-                f"(height, width, channels)}}, or flatten={{{path!r}: None}} if they are none"
-            )
-
-    def _adapt(self, name: tuple[str, ...], a: Any, b: Any) -> None:
+    def _adapt(self, name: tuple[str, ...], a: Any, b: Any, orders: Mapping[tuple[str, ...], Orders]) -> None:
         """Add B^T A^T, torch's layout of x A B, to the Linear of that name."""
-        layer = next((layer for layer in self._layers if layer.name == name), None)
-        if layer is None or not isinstance(layer.layer, nnx.Linear):
+        wanted = tuple(filter(None, name))
+        layer = next((each for each in self.found.layers if tuple(filter(None, each.name)) == wanted), None)
+        if layer is None or layer.kind != "Linear":
             self._problems.append(f"{'.'.join(name)}: LoRA on something other than a Linear")
             return
-        at = self._stack_depth(layer)
-        axes = [f"{{stack{i}}}" for i in range(layer.stacked)]
-        template = f"{self._renamed('.'.join([*name[:at], *axes, *name[at:]]))}.weight"
-        pairs = np.asarray(a[...]), np.asarray(b[...])
-        for index, key in zip(
-            itertools.product(*map(range, pairs[0].shape[: layer.stacked])), self._keys(layer, template)
+        if layer.stacked and any(
+            self._stacks.of(layer, each) != tuple(range(layer.stacked)) for each in layer.variables
         ):
-            self.pairs[key] = pairs[0][index].T, pairs[1][index].T
+            self._problems.append(f"{layer.dotted}: LoRA in a stack on another axis than the first; merge it first")
+            return
+        template = f"{self._prefix(layer.path, layer.name, layer)}.weight"
+        first, second = np.asarray(a[...]), np.asarray(b[...])
+        own = orders[layer.path]
+        counts = first.shape[: layer.stacked]
+        for index, key in zip(itertools.product(*map(range, counts)), self._keys(layer, template)):
+            into, out = first[index].T, second[index].T
+            if ("kernel", 1) in own:
+                into = into[:, own["kernel", 1].places()]
+            if ("kernel", 0) in own:
+                out = out[own["kernel", 0].places()]
+            self.pairs[key] = into, out
 
-    def _renamed(self, name: str) -> str:
-        """``name`` with its longest prefix that ``renames`` holds replaced."""
-        for old in sorted(self.renames, key=len, reverse=True):
-            rest = name.removeprefix(old).removeprefix(".") if old else name
-            if not old or name == old or name.startswith(f"{old}."):
-                return ".".join(filter(None, (self.renames[old].strip("."), rest)))
-        return name
+    def _prefix(self, path: Sequence[str], name: Sequence[str], layer: Layer | None) -> str:
+        """The name in torch, with the stack's indices as placeholders, and its longest known prefix renamed."""
+        levels = list(zip(path, name))
+        if layer is not None and layer.stacked:
+            depth = self._stacks.depths[layer.path]
+            levels[depth:depth] = [(f"{{stack{i}}}",) * 2 for i in range(layer.stacked)]
+        for old in sorted(self.options.renames, key=len, reverse=True):
+            parts = old.split(".") if old else []
+            for end in range(len(levels), -1, -1):
+                names = [n for _, n in levels[:end] if n]
+                if parts in ([p for p, _ in levels[:end]], names):
+                    self._renamed_by.add(old)
+                    kept = [self.options.renames[old].strip("."), *(n for _, n in levels[end:])]
+                    return ".".join(filter(None, kept))
+        return ".".join(filter(None, (n for _, n in levels)))
 
 
-def _children(node: Any) -> Iterator[tuple[str, Any]]:
-    """The modules, containers and variables right below ``node``, with their keys."""
-    if isinstance(node, Mapping):
-        items = [(str(key), child) for key, child in node.items()]
-    elif isinstance(node, list | tuple | nnx.List):
-        items = [(str(i), child) for i, child in enumerate(node)]
-    elif isinstance(node, nnx.Module):
-        items = [(key, child) for key, child in vars(node).items() if not key.startswith("_")]
-    else:
-        items = []
-    for key, child in items:
-        if isinstance(child, nnx.Module | nnx.Variable | Mapping | list | tuple):
-            yield key, child
+def _stacked(pattern: str, axes: Sequence[int]) -> str:
+    """A pattern with axes for a stack: at ``axes`` of the array, in front in torch."""
+    ours, _, theirs = pattern.partition("->")
+    groups = re.findall(r"\([^)]*\)|\S+", ours)
+    names = [f"stack{i}" for i in range(len(axes))]
+    for axis, name in sorted(zip(axes, names)):
+        groups.insert(axis, name)
+    return f"{' '.join(groups)} -> {' '.join([*names, theirs.strip()])}"

@@ -1,18 +1,23 @@
-"""Decides what a Flax NNX layer's arrays become in torch's layout, read off the layer's class and attributes.
+"""What the arrays of one Flax layer become in torch's layout, from the layer's class and attributes.
 
-Knows one layer at a time: neither its name nor what stands before it. Rows are (attribute, torch's name, pattern) as in
-rules.py; an attribute that ends in ``?`` may be None.
+Rows are (attribute, torch's name, pattern) as in rules.py; an attribute that ends in ``?`` may be None. In patterns,
+axes named ``into...`` are contracted with the layer's input, ``out...`` are its output, ``features`` are both.
+Not here: how layers are found (nnx_walk.py, linen_walk.py), and what surrounds them (flattening.py, dataflow.py).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 Row = tuple[str, str, str]
-Rows = Callable[[Any], Sequence[Row]]
+Shape = tuple[int, ...]
+SPATIAL = ("depth", "height", "width")
 
 
 class NotLinear(ValueError):
@@ -20,114 +25,233 @@ class NotLinear(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerTable:
-    """Layer class -> its rows; the first class that a layer is an instance of counts, a user's own ones first."""
+class Form:
+    """The rows of a layer, and the shape of each array of one unstacked layer as far as it is known."""
 
-    rows: Mapping[type, Rows]
-
-    def find(self, layer: Any) -> Rows | None:
-        """How the layer's arrays are written; None if no class of the table is its."""
-        return next((rows for kind, rows in self.rows.items() if isinstance(layer, kind)), None)
-
-    def extended(self, own: Mapping[type, Sequence[Row]]) -> "LayerTable":
-        """The table with a user's classes in front, each with rows that are always the same."""
-        return LayerTable(
-            {**{kind: functools.partial(_always, tuple(rows)) for kind, rows in own.items()}, **self.rows}
-        )
+    rows: tuple[Row, ...]
+    shapes: Mapping[str, Shape]
 
 
-def _always(rows: Sequence[Row], _: Any) -> Sequence[Row]:
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer that was found in a module.
+
+    ``name`` has one entry for each of ``path``, "" where torch has no such level. ``variables`` and ``shapes`` are by
+    attribute. ``facts`` are attributes of the layer that matter beside its arrays.
+    """
+
+    path: tuple[str, ...]
+    name: tuple[str, ...]
+    kind: str
+    rows: tuple[Row, ...]
+    variables: Mapping[str, Any]
+    shapes: Mapping[str, Shape]
+    facts: Mapping[str, Any]
+    is_attention: bool = False
+
+    @property
+    def dotted(self) -> str:
+        """The path as text."""
+        return ".".join(self.path)
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether the layer is a convolution or its transpose."""
+        return self.kind in ("Conv", "ConvTranspose", "ConvLocal")
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the layer scales features without mixing them."""
+        return not self.is_conv and all(len(axes_of(row[2])) <= 1 for row in self.rows)
+
+    @property
+    def stacked(self) -> int:
+        """The number of axes that a stack has added to each array."""
+        return max((self.variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in self.rows), default=0)
+
+    def sizes(self, role: str) -> Shape:
+        """The sizes of the axes of ``role``: "into", "out" or "features"."""
+        for attribute, _, pattern in self.rows:
+            axes = [axis for axis in axes_of(pattern) if role_of(axis) == role]
+            shape = self.shapes.get(attribute)
+            if axes and shape is not None:
+                return tuple(shape[axes_of(pattern).index(axis)] for axis in axes)
+        return ()
+
+    def total(self, role: str) -> int:
+        """The number of inputs, outputs or features; 0 if the layer has none."""
+        sizes = self.sizes(role)
+        groups = self.facts.get("feature_group_count", 1) if role == "into" else 1
+        return math.prod(sizes) * groups if sizes else 0
 
 
-def _linear(_: Any) -> list[Row]:
-    return [("kernel", "weight", "into out -> out into"), ("bias?", "bias", "out -> out")]
+def axes_of(pattern: str) -> list[str]:
+    """Return the axes of a pattern's JAX side."""
+    return [word.lstrip("-") for word in pattern.partition("->")[0].replace("(", " ").replace(")", " ").split()]
 
 
-def _linear_general(layer: nnx.LinearGeneral) -> list[Row]:
-    """All input axes in a row, all output axes in a row: one matrix."""
-    if layer.batch_axis:
-        raise NotLinear(f"batch_axis {dict(layer.batch_axis)}: a matrix for each index has no torch Linear")
-    into = " ".join(f"into{i}" for i in range(len(layer.in_features)))
-    out = " ".join(f"out{i}" for i in range(len(layer.out_features)))
-    return [("kernel", "weight", f"{into} {out} -> ({out}) ({into})"), ("bias?", "bias", f"{out} -> ({out})")]
+def role_of(axis: str) -> str:
+    """Return "into", "out", "features" or "" for an axis of a pattern."""
+    return next((role for role in ("into", "out", "features") if axis.startswith(role)), "")
 
 
-def _einsum(layer: nnx.Einsum) -> list[Row]:
-    """Axes that the kernel shares with the input are summed over, the others are outputs."""
-    inputs, _, output = layer.einsum_str.replace(" ", "").partition("->")
+def own_form(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> Form:
+    """Return the form of a class that a user has described by rows; its axes may have any names."""
+    return Form(tuple(rows), shapes)
+
+
+# Forms that NNX and Linen share.
+
+
+def linear(into: Sequence[int], out: Sequence[int]) -> Form:
+    """Return the form of a matrix over several input and output axes."""
+    if len(into) == len(out) == 1:
+        rows = (("kernel", "weight", "into out -> out into"), ("bias?", "bias", "out -> out"))
+    else:
+        i, o = " ".join(f"into{n}" for n in range(len(into))), " ".join(f"out{n}" for n in range(len(out)))
+        rows = (("kernel", "weight", f"{i} {o} -> ({o}) ({i})"), ("bias?", "bias", f"{o} -> ({o})"))
+    return Form(rows, {"kernel": (*into, *out), "bias": tuple(out)})
+
+
+def einsum(spec: str, kernel_shape: Shape, bias_shape: Shape | None) -> Form:
+    """Return the form of an einsum: axes shared with the input are summed over, the others are outputs."""
+    inputs, _, output = spec.replace(" ", "").partition("->")
     x, _, kernel = inputs.partition(",")
     into = [axis for axis in x if axis in kernel and axis not in output]
     out = [axis for axis in output if axis in kernel and axis not in x]
     if not into or sorted(into + out) != sorted(kernel):
-        raise NotLinear(f"einsum {layer.einsum_str!r}: not a linear map of the input's axes alone")
-    if layer.bias is not None and len(layer.bias.shape) != len(out):
-        raise NotLinear(
-            f"einsum {layer.einsum_str!r}: bias of shape {layer.bias.shape}, expected the output axes {out}"
-        )
-    matrix = f"{' '.join(kernel)} -> ({' '.join(out)}) ({' '.join(into)})"
-    return [("kernel", "weight", matrix), ("bias?", "bias", f"{' '.join(out)} -> ({' '.join(out)})")]
+        raise NotLinear(f"einsum {spec!r}: not a linear map of the input's axes alone")
+    if bias_shape is not None and len(bias_shape) != len(out):
+        raise NotLinear(f"einsum {spec!r}: bias of shape {bias_shape}, expected the output axes {out}")
+    i, o = (" ".join(f"{role}_{axis}" for axis in axes) for role, axes in (("into", into), ("out", out)))
+    k = " ".join(f"{'into' if axis in into else 'out'}_{axis}" for axis in kernel)
+    rows = (("kernel", "weight", f"{k} -> ({o}) ({i})"), ("bias?", "bias", f"{o} -> ({o})"))
+    return Form(rows, {"kernel": tuple(kernel_shape)} | ({"bias": tuple(bias_shape)} if bias_shape else {}))
 
 
-def _spatial(layer: Any) -> list[str]:
-    size = layer.kernel_size if isinstance(layer.kernel_size, Sequence) else (layer.kernel_size,)
-    return ["depth", "height", "width"][-len(size) :] if len(size) <= 3 else [f"axis{i}" for i in range(len(size))]
+def conv(kernel_shape: Shape) -> Form:
+    """Return the form of a convolution: HWIO -> OIHW; with groups, ``into`` is each group's share."""
+    space = " ".join(_spatial(len(kernel_shape) - 2))
+    rows = (("kernel", "weight", f"{space} into out -> out into {space}"), ("bias?", "bias", "out -> out"))
+    return Form(rows, {"kernel": tuple(kernel_shape), "bias": (kernel_shape[-1],)})
 
 
-def _conv(layer: nnx.Conv) -> list[Row]:
-    """HWIO -> OIHW; with groups, into is each group's share, 1 for a depthwise convolution."""
-    space = " ".join(_spatial(layer))
-    return [("kernel", "weight", f"{space} into out -> out into {space}"), ("bias?", "bias", "out -> out")]
+def conv_transpose(kernel_shape: Shape, transpose_kernel: bool) -> Form:
+    """Return the form of a transposed convolution; torch's kernel is turned round unless Flax's is, too."""
+    space = _spatial(len(kernel_shape) - 2)
+    ours = "out into" if transpose_kernel else "into out"
+    turned = " ".join(space if transpose_kernel else [f"-{axis}" for axis in space])
+    rows = (
+        ("kernel", "weight", f"{turned} {ours} -> into out {' '.join(space)}"),
+        ("bias?", "bias", "out -> out"),
+    )
+    return Form(rows, {"kernel": tuple(kernel_shape), "bias": (kernel_shape[-2 if transpose_kernel else -1],)})
 
 
-def _conv_transpose(layer: nnx.ConvTranspose) -> list[Row]:
-    """torch's kernel is that of the convolution whose gradient it is: turned round, unless Flax was told the same."""
-    space = _spatial(layer)
-    if layer.transpose_kernel:
-        pattern = f"{' '.join(space)} out into -> into out {' '.join(space)}"
-    else:
-        pattern = f"{' '.join(f'-{axis}' for axis in space)} into out -> into out {' '.join(space)}"
-    return [("kernel", "weight", pattern), ("bias?", "bias", "out -> out")]
+def embed(num_embeddings: int, features: int) -> Form:
+    """Return the form of an embedding table."""
+    rows = (("embedding", "weight", "vocab out -> vocab out"),)
+    return Form(rows, {"embedding": (num_embeddings, features)})
 
 
-def _embed(_: Any) -> list[Row]:
-    return [("embedding", "weight", "vocab embed -> vocab embed")]
+def norm(features: int, running: bool = False) -> Form:
+    """Return the form of a norm, with running statistics or without."""
+    one = "features -> features"
+    rows: tuple[Row, ...] = (("scale?", "weight", one), ("bias?", "bias", one))
+    if running:
+        rows += (("mean", "running_mean", one), ("var", "running_var", one))
+    return Form(rows, {attribute.rstrip("?"): (features,) for attribute, _, _ in rows})
 
 
-def _norm(_: Any) -> list[Row]:
-    return [("scale?", "weight", "features -> features"), ("bias?", "bias", "features -> features")]
+def _spatial(count: int) -> list[str]:
+    return list(SPATIAL[-count:]) if count <= 3 else [f"axis{i}" for i in range(count)]
 
 
-def _batch_norm(layer: nnx.BatchNorm) -> list[Row]:
-    running = [("mean", "running_mean", "features -> features"), ("var", "running_var", "features -> features")]
-    return [*_norm(layer), *running]
+# NNX's layers.
 
 
-TABLE = LayerTable(
-    {
-        nnx.Linear: _linear,
-        nnx.LinearGeneral: _linear_general,
-        nnx.Einsum: _einsum,
-        nnx.Conv: _conv,
-        nnx.ConvTranspose: _conv_transpose,
-        nnx.Embed: _embed,
-        nnx.BatchNorm: _batch_norm,
-        nnx.LayerNorm: _norm,
-        nnx.RMSNorm: _norm,
-        nnx.GroupNorm: _norm,
-        nnx.InstanceNorm: _norm,
-    }
-)
-# Attributes that bear another name in torch's and Hugging Face's models.
-ATTRIBUTES: Mapping[type, Mapping[str, str]] = {
-    nnx.MultiHeadAttention: {
-        "query": "q_proj",
-        "key": "k_proj",
-        "value": "v_proj",
-        "out": "out_proj",
-        "query_ln": "q_norm",
-        "key_ln": "k_norm",
-    },
+def _linear_general(layer: nnx.LinearGeneral) -> Form:
+    if layer.batch_axis:
+        raise NotLinear(f"batch_axis {dict(layer.batch_axis)}: a matrix for each index has no torch Linear")
+    return linear(layer.in_features, layer.out_features)
+
+
+def _layer_norm(layer: Any) -> Form:
+    """A norm over the last axis."""
+    for field in ("feature_axes", "reduction_axes"):
+        axes = getattr(layer, field, -1)
+        if axes not in (-1, (-1,), [-1]):
+            raise NotLinear(f"{field}={axes!r}: torch's norms have the last axis; name its rows in layers=")
+    return norm(layer.num_features)
+
+
+def _instance_norm(layer: nnx.InstanceNorm) -> Form:
+    if layer.feature_axes not in (-1, (-1,), [-1]):
+        raise NotLinear(f"feature_axes={layer.feature_axes!r}: torch's norms have the last axis")
+    return norm(layer.num_features)
+
+
+def _batch_norm(layer: nnx.BatchNorm) -> Form:
+    if layer.axis != -1:
+        raise NotLinear(f"axis={layer.axis!r}: expected -1; name its rows in layers= if they are right as they are")
+    return norm(layer.num_features, running=True)
+
+
+def _group_norm(layer: nnx.GroupNorm) -> Form:
+    if layer.reduction_axes is not None:
+        raise NotLinear(f"reduction_axes={layer.reduction_axes!r}: torch's GroupNorm reduces all axes but the batch")
+    return norm(layer.num_groups * layer.group_size)
+
+
+NNX_FORMS: Mapping[type, Callable[[Any], Form]] = {
+    nnx.Linear: lambda layer: linear((layer.in_features,), (layer.out_features,)),
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: lambda layer: einsum(layer.einsum_str, layer.kernel_shape, layer.bias_shape),
+    nnx.Conv: lambda layer: conv(layer.kernel_shape),
+    nnx.ConvTranspose: lambda layer: conv_transpose(layer.kernel_shape, layer.transpose_kernel),
+    nnx.Embed: lambda layer: embed(layer.num_embeddings, layer.features),
+    nnx.BatchNorm: _batch_norm,
+    nnx.LayerNorm: _layer_norm,
+    nnx.RMSNorm: _layer_norm,
+    nnx.GroupNorm: _group_norm,
+    nnx.InstanceNorm: _instance_norm,
+}
+# Modules that compute something else with the arrays of the layer that they hold.
+REPARAMETRIZED = (nnx.WeightNorm, nnx.SpectralNorm)
+# Attributes that have another name in torch's and Hugging Face's models.
+ATTENTION_NAMES = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "out": "out_proj",
+    "query_ln": "q_norm",
+    "key_ln": "k_norm",
 }
 # Variables that are no weights.
 STATE = (nnx.RngState, nnx.Cache, nnx.Intermediate)
+# Functions that a layer may be given, and the defaults with which it computes what its class says.
+_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "dot_general": (None, jax.lax.dot_general),
+    "dot_general_cls": (None,),
+    "conv_general_dilated": (None, jax.lax.conv_general_dilated),
+    "einsum_op": (jnp.einsum,),
+    "promote_dtype": (dtypes.promote_dtype,),
+}
+
+
+def deviations(layer: Any, known: type) -> Iterator[str]:
+    """Yield what makes a layer compute something other than its known class does."""
+    kind = type(layer)
+    if kind.__call__ is not known.__call__:
+        yield (
+            f"{kind.__name__} computes in a __call__ of its own, so its arrays may mean something else; give "
+            f"layers={{{kind.__name__}: nnx.{known.__name__}}} if they mean the same, or its own rows"
+        )
+    for field, defaults in _DEFAULTS.items():
+        if (given := getattr(layer, field, defaults[0])) not in defaults:
+            yield (
+                f"{field}={given!r} may compute something else; give layers={{{kind.__name__}: "
+                f"nnx.{known.__name__}}} if it does not"
+            )
+    if getattr(layer, "mask", None) is not None:
+        yield "mask: the kernel is multiplied by it; store the product as the kernel, and no mask"

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slipway
-from slipway.convert.export import derive
+from slipway.convert.export import Options, derive
 from slipway.convert.plan import inverse
+from slipway.convert.tracing import trace_nnx
 from tests.convert.memory import moved, planned, specs_of
 
 RNG = np.random.default_rng(0)
@@ -33,13 +34,8 @@ def randomized(module: nnx.Module) -> nnx.Module:
 def exported(module: nnx.Module, folder, **options) -> dict[str, torch.Tensor]:
     slipway.export(module, {"model_type": "mine"}, folder / "out", **options)
     assert json.loads((folder / "out" / "config.json").read_text())["model_type"] == "mine"
-    derived = derive(
-        module,
-        options.get("flatten") or {},
-        options.get("renames") or {},
-        options.get("layers") or {},
-        options.get("extra", ()),
-    )
+    example = options.pop("example", None)
+    derived = derive(module, Options(**options), None if example is None else trace_nnx(module, example))
     if not derived.adapter.pairs:  # the derived rules lead back, bit for bit
         arrays = {name: np.ascontiguousarray(x) for name, x in derived.arrays.items()}
         plan = planned(derived.mapping, "to_hf", arrays)
