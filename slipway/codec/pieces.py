@@ -37,6 +37,15 @@ class Stream(Protocol):
         """Return the text still undecided, as the end of the sequence decides it."""
         ...
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the text of some token taken is not all certain."""
+        ...
+
+    def pending(self) -> list[bytes]:
+        """Return the bytes whose text is not certain, by tokens where a token is one byte."""
+        ...
+
 
 class Pieces(Protocol):
     """What each token of one vocabulary stands for, computed once per token and shared by every stream."""
@@ -47,6 +56,14 @@ class Pieces(Protocol):
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes that a token adds behind other text; empty for an id that the full decode drops."""
+        ...
+
+    def prompt_text(self, prompt: Sequence[int]) -> str:
+        """Return the text before the completion of a prompt: without the character that it leaves unfinished."""
+        ...
+
+    def character_starts(self, tokens: Sequence[bytes]) -> list[int]:
+        """Return where the text's characters begin in the tokens' joined bytes, also those that replace bad bytes."""
         ...
 
 
@@ -93,6 +110,27 @@ class BytePieces(dict[int, str | bytes]):
         piece = self[token_id]
         return piece if isinstance(piece, bytes) else piece.encode()
 
+    def prompt_text(self, prompt: Sequence[int]) -> str:
+        """Return the text of `prompt` without the character that it leaves unfinished."""
+        skip = bool(self._dropped)
+        text = self._raw.decode(list(prompt), skip_special_tokens=skip)
+        return text[:-1] if self.stream(prompt).is_pending else text
+
+    def character_starts(self, tokens: Sequence[bytes]) -> list[int]:
+        """Return where characters begin; bad bytes have one U+FFFD for each maximal part of a character."""
+        joined, found, at = b"".join(tokens), list[int](), 0
+        while at < len(joined):
+            try:
+                joined[at:].decode()
+                end, bad = len(joined), len(joined)
+            except UnicodeDecodeError as error:
+                end, bad = at + error.start, at + error.end
+            found += _lead_bytes(joined[at:end], at)
+            if end < bad:
+                found.append(end)
+            at = bad
+        return found
+
 
 class ByteStream:
     """Holds back the bytes of an unfinished character, three at most."""
@@ -115,7 +153,17 @@ class ByteStream:
         return text
 
     def flush(self) -> str:
+        self._unfinished = False
         return self._decoder.decode(b"", True)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a character is unfinished."""
+        return self._unfinished
+
+    def pending(self) -> list[bytes]:
+        """Return the bytes of the unfinished character."""
+        return [self._decoder.getstate()[0]] if self._unfinished else []
 
 
 def _last_bytes(pieces: BytePieces, prompt: Sequence[int]) -> bytes:
@@ -128,6 +176,11 @@ def _last_bytes(pieces: BytePieces, prompt: Sequence[int]) -> bytes:
         if len(tail) > 3 or (piece and isinstance(piece, str)):  # behind whole characters nothing is unfinished
             break
     return tail
+
+
+def _lead_bytes(text: bytes, start: int) -> list[int]:
+    """Return the places of all bytes but continuation bytes, counted from `start`."""
+    return [at for at, byte in enumerate(text, start) if byte & 0xC0 != 0x80]
 
 
 def _text_or_bytes(piece: bytes) -> str | bytes:
@@ -180,6 +233,24 @@ class TextPieces(dict[int, str | None]):
         byte = self.byte_of.get(token_id)
         return (self[token_id] or "").encode() if byte is None else bytes([byte])
 
+    def prompt_text(self, prompt: Sequence[int]) -> str:
+        """Return the text of `prompt` without the character that it leaves unfinished."""
+        kept, num_left = list(prompt), self.stream(prompt).num_unfinished
+        while num_left:
+            num_left -= kept.pop() in self.byte_of
+        return self.decode(kept)
+
+    def character_starts(self, tokens: Sequence[bytes]) -> list[int]:
+        """Return where characters begin; a run of byte tokens that is no UTF-8 has one U+FFFD for each byte."""
+        joined = b"".join(tokens)
+        if _num_unfinished(joined) == 0:
+            return _lead_bytes(joined, 0)
+        found, at = list[int](), 0
+        for token in tokens:
+            found += [at] if len(token) == 1 else _lead_bytes(token, at)
+            at += len(token)
+        return found
+
 
 class TextStream:
     """Holds back a run of byte tokens until an ordinary token, or the end, closes it."""
@@ -189,6 +260,7 @@ class TextStream:
         self._at_start = True
         self._pending: list[int] = []
         self._num_shown = 0  # characters of the pending tokens' text that are the prompt's
+        self.num_unfinished = 0  # bytes of a character that the prompt leaves unfinished
         if prompt:
             self._follow(prompt)
 
@@ -216,6 +288,15 @@ class TextStream:
         self._pending.clear()
         return text
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a run of byte tokens is open, or the text has not begun."""
+        return bool(self._pending)
+
+    def pending(self) -> list[bytes]:
+        """Return the bytes of each token of the open run, or before the beginning of the text."""
+        return [self._pieces.bytes_of(token) for token in self._pending]
+
     def _follow(self, prompt: Sequence[int]) -> None:
         """Go to the end of the prompt's text: read its first visible token and the run of byte tokens at its end."""
         byte_of = self._pieces.byte_of
@@ -235,6 +316,7 @@ class TextStream:
             self._pending = self._pending[len(self._pending) - num_bytes :]
             self._num_shown = num_bytes
             return
+        self.num_unfinished = num_unfinished
         num_finished = len(self._pending) - num_unfinished
         if not self._at_start or self._pieces.decode(self._pending[:num_finished]):
             self._at_start = False

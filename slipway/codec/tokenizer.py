@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from slipway.codec.offsets import spans_to_offsets
 from slipway.codec.pieces import Pieces, Stream, pieces, special_ids
 from slipway.errors import CheckpointError, InvalidRequest
 
@@ -79,7 +80,15 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> Stream:
         """Return a stream for one sequence behind `prompt`: `decode` of both less the prompt's text, by tokens."""
-        return (self._visible_pieces if skip_special_tokens else self._all_pieces).stream(prompt)
+        return self.pieces(skip_special_tokens).stream(prompt)
+
+    def pieces(self, skip_special_tokens: bool) -> Pieces:
+        """Return what each token stands for, where special tokens are left out or kept."""
+        return self._visible_pieces if skip_special_tokens else self._all_pieces
+
+    def offsets(self, text: str) -> list[int]:
+        """Return where in `text` each token of `encode` begins, in characters."""
+        return spans_to_offsets(self.raw.encode(text).offsets)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -1,7 +1,7 @@
 """The shapes of answers: OpenAI's objects, and vLLM's additions to them; knows no engine and no HTTP.
 
 Plain dictionaries, encoded once. A token's text in log probabilities is its bytes as UTF-8, with U+FFFD for half
-characters.
+characters; completions spell these as OpenAI does, "bytes:\\xf0\\x9f", for there texts are the keys of entries.
 """
 
 import time
@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from slipway.codec.offsets import Offsets
 from slipway.codec.tokenizer import Tokenizer
 from slipway.server.messages import Delta, Sample
 
@@ -58,16 +59,36 @@ class Shape:
         shown = b"" if usage is None else b',"usage":' + encode(usage.shown())
         return event(self._opening + encode(choices) + shown + b"}")
 
-    def completion_logprobs(self, ids: Sequence[int], entries: Sequence[Entry | None], offset: int) -> dict[str, Any]:
-        """OpenAI's logprobs of a completion; ``offset``: characters before the first token. None: nothing is known."""
-        tokens = [self.text(token) for token in ids]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        tops = [None if entry is None else {self.text(t): each[0] for t, each in entry.items()} for entry in entries]
+    def completion_logprobs(
+        self, ids: Sequence[int], entries: Sequence[Entry | None], offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        """Return OpenAI's logprobs of a completion's tokens; an entry of None: nothing is known of its token."""
         own = [None if entry is None else entry[token][0] for token, entry in zip(ids, entries)]
-        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+        tops = [None if entry is None else self._by_spelling(token, entry) for token, entry in zip(ids, entries)]
+        spelled = [self.spelling(token) for token in ids]
+        return {"tokens": spelled, "token_logprobs": own, "top_logprobs": tops, "text_offset": list(offsets)}
+
+    def spelling(self, token: int) -> str:
+        """Return how a completion's logprobs write a token: its text, or its bytes where these are half characters."""
+        if self._tokenizer is None:
+            return f"token_id:{token}"
+        content = self._bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def _by_spelling(self, chosen: int, entry: Entry) -> dict[str, float]:
+        """Return all log probabilities of an entry; of tokens spelled alike the chosen, then the likeliest keeps it.
+
+        The others are written token_id:17, as vLLM writes tokens on demand.
+        """
+        found = {self.spelling(chosen): entry[chosen][0]}
+        for token, (value, _) in sorted(entry.items(), key=lambda item: item[1][1]):
+            if token != chosen:
+                name = self.spelling(token)
+                found[f"token_id:{token}" if name in found else name] = value
+        return found
 
     def chat_logprobs(self, ids: Sequence[int], entries: Sequence[Entry], top: int) -> dict[str, Any]:
         """OpenAI's logprobs of a chat: for each token its own, and the ``top`` likeliest."""
@@ -103,6 +124,34 @@ class Shape:
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+
+class CompletionLogprobs:
+    """Log probabilities of one sample as it comes, in OpenAI's arrays.
+
+    A token is told of when the text before it is: what a stop string might still take back, and a run of byte tokens,
+    are waited for, so that a stream's offsets are those of the whole answer and lie within its text. `offsets`: None
+    without a tokenizer; all are 0 then. `start`: characters before the first token.
+    """
+
+    def __init__(self, shape: Shape, offsets: Offsets | None, start: int):
+        self._shape, self._offsets = shape, offsets
+        self._length = start  # characters of the text so far
+        self._held: list[tuple[int, Entry | None]] = []
+        self._certain: list[int] = []  # offsets of the first of the held tokens
+
+    def add(self, ids: Sequence[int], entries: Sequence[Entry | None], text: str, ended: bool) -> dict[str, Any]:
+        """Take new tokens with their entries and new text, perhaps the last; return what can be told."""
+        self._length += len(text)
+        for token, entry in zip(ids, entries):
+            self._held.append((token, entry))
+            self._certain += [0] if self._offsets is None else self._offsets.push(token)
+        if ended and self._offsets is not None:
+            self._certain += self._offsets.finish()
+        told = len(self._held) if ended else sum(offset <= self._length for offset in self._certain)
+        tokens, offsets = self._held[:told], [min(offset, self._length) for offset in self._certain[:told]]
+        del self._held[:told], self._certain[:told]
+        return self._shape.completion_logprobs([token for token, _ in tokens], [entry for _, entry in tokens], offsets)
 
 
 def event(content: bytes) -> bytes:

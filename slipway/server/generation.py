@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+from slipway.codec.offsets import Offsets
 from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest, SlipwayError
 from slipway.server import schema
-from slipway.server.answers import DONE, Shape, Usage, encode, event, merged, weights
+from slipway.server.answers import DONE, CompletionLogprobs, Shape, Usage, encode, event, merged, weights
 from slipway.server.messages import Delta, Sample
 from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
@@ -28,6 +29,8 @@ class Completions:
         self._service, self._body = service, body
         self.shape = Shape("text_completion", "cmpl", service.model_name, request_id, service.tokenizer)
         self.usage = Usage()
+        self._begun: set[int] = set()  # choices of which something was told
+        self._readers: dict[int, CompletionLogprobs] = {}  # by choice
 
     async def prepare(self) -> None:
         """Make prompts and parameters of the body. Raises InvalidRequest."""
@@ -60,8 +63,7 @@ class Completions:
 
     async def events(self, place: Place) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        body, options = self._body, self._body.stream_options or schema.StreamOptions()
-        begun: set[tuple[int, int]] = set()
+        options = self._body.stream_options or schema.StreamOptions()
         scored: dict[int, list[Any]] = {}  # by prompt; they come with its first delta
         with self._opened(place) as streams:
             self.usage.prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
@@ -71,9 +73,7 @@ class Completions:
                     scored.setdefault(number, delta.prompt_logprobs or [])
                 out, prompt = [], self.prompts[number]
                 for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
-                    echoes = body.echo and (number, sample.index) not in begun
-                    begun.add((number, sample.index))
-                    choice = self._choice(number, prompt, sample, deltas[-1], scored[number], echoes)
+                    choice = self._choice(number, prompt, sample, deltas[-1], scored[number])
                     out.append(self.shape.event([choice], self.usage if options.continuous_usage_stats else None))
                 yield b"".join(out)
         if options.include_usage:
@@ -84,35 +84,63 @@ class Completions:
         params = [self.params] * len(self.prompts)
         return opened(self._service, place, self.prompts, params, self._body.priority, self._body.cache_salt)
 
-    def _choice(
-        self, number: int, prompt: Prompt, sample: Sample, last: Delta, of_prompt: list[Any], echoes: bool = True
-    ) -> dict[str, Any]:
-        body, ids, entries = self._body, sample.token_ids, list(sample.logprobs or [])
-        text, shown = sample.text, None
-        echoed = body.echo and echoes
-        if echoed:
-            text = self._echoed(prompt) + text
+    def _choice(self, number: int, prompt: Prompt, sample: Sample, last: Delta, of_prompt: list[Any]) -> dict[str, Any]:
+        """Return a choice, or what is new in it: first what is echoed of the prompt, then the sample."""
+        body, ids, text = self._body, sample.token_ids, sample.text
+        index = number * self.params.n + sample.index
+        is_first = index not in self._begun
+        self._begun.add(index)
+        echo = self._echoed(prompt) if body.echo and is_first else ""
         if body.max_tokens == 0:
-            text, ids, entries = text[: len(text) - len(sample.text)], [], []
+            ids, text = [], ""
+        shown = None
         if body.logprobs is not None:
-            scored = of_prompt if echoed else []
-            known = prompt.token_ids[: len(scored)]
-            shown = self.shape.completion_logprobs([*known, *ids], [*scored, *entries], 0)
+            shown = self._logprobs(index, prompt, sample, echo, of_prompt)
         choice = {
-            "index": number * self.params.n + sample.index, "text": text, "logprobs": shown,
+            "index": index, "text": echo + text, "logprobs": shown,
             "finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason,
         }  # fmt: skip
         if body.prompt_logprobs is not None and last.finished:
             choice["prompt_logprobs"] = self.shape.prompt_logprobs(last.prompt_logprobs)
         if body.return_token_ids:
-            choice |= {"token_ids": ids, "prompt_token_ids": prompt.token_ids if echoes else None}
+            choice |= {"token_ids": ids, "prompt_token_ids": prompt.token_ids if is_first else None}
         return choice | weights(sample)
+
+    def _logprobs(self, index: int, prompt: Prompt, sample: Sample, echo: str, of_prompt: list[Any]) -> dict[str, Any]:
+        """Return the logprobs of what is new in a choice; with the prompt's own where that is echoed."""
+        tokenizer, shown = self._service.tokenizer, None
+        if (reader := self._readers.get(index)) is None:
+            offsets = None
+            if tokenizer is not None:
+                pieces = tokenizer.pieces(self.params.skip_special_tokens)
+                offsets = Offsets(pieces, prompt.token_ids, start=len(echo))
+            reader = self._readers[index] = CompletionLogprobs(self.shape, offsets, len(echo))
+            if self._body.echo:
+                ids = prompt.token_ids[: len(of_prompt)]
+                shown = self.shape.completion_logprobs(ids, of_prompt, self._offsets(prompt)[: len(ids)])
+        if self._body.max_tokens == 0:
+            new = reader.add([], [], "", ended=True)
+        else:
+            ended = sample.finish_reason is not None
+            new = reader.add(sample.token_ids, sample.logprobs or [], sample.text, ended)
+        return new if shown is None else {name: [*shown[name], *new[name]] for name in new}
+
+    def _offsets(self, prompt: Prompt) -> list[int]:
+        """Return where the tokens of a prompt begin in what is echoed of it."""
+        tokenizer = self._service.tokenizer
+        if tokenizer is None:
+            return [0] * len(prompt.token_ids)
+        if prompt.text is not None:
+            return tokenizer.offsets(prompt.text)
+        offsets = Offsets(tokenizer.pieces(skip_special_tokens=False))
+        return [at for found in [*map(offsets.push, prompt.token_ids), offsets.finish()] for at in found]
 
     def _echoed(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
         tokenizer = self._service.tokenizer
-        return "" if tokenizer is None else tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+        pieces = None if tokenizer is None else tokenizer.pieces(skip_special_tokens=False)
+        return "" if pieces is None else pieces.prompt_text(prompt.token_ids)
 
 
 @contextlib.contextmanager

@@ -154,7 +154,8 @@ class Service:
             if truncate != -1 and truncate < 1:
                 raise InvalidRequest("truncate_prompt_tokens", truncate, "at least 1, or -1 for what fits")
             keep = self.limits["max_model_len"] - 1 if truncate == -1 else truncate
-            found = [Prompt(prompt.token_ids[-keep:], prompt.text) for prompt in found]
+            # what is left of a text that was cut is its tokens
+            found = [each if len(each.token_ids) <= keep else Prompt(each.token_ids[-keep:]) for each in found]
         return found
 
     async def conversation(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
