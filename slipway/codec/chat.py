@@ -15,7 +15,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slipway.errors import CheckpointError, InvalidRequest
+from slipway.codec.conversation import normalized, unread_arguments
+from slipway.errors import CheckpointError, InvalidRequest, Shown
 
 # What a template written by a stranger may raise: its own errors, the sandbox's, and those of Python's operators.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -56,26 +57,29 @@ class ChatTemplate:
         instead. `kwargs` (tools, documents, enable_thinking, ...) are variables of the template. A template that knows
         no content parts gets their texts joined. Raises InvalidRequest, naming the field that is wrong.
         """
-        _check_messages(messages)
+        chat = normalized(messages)
         for name in kwargs.keys() & self._reserved:
             raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a name that is not the template's own")
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("add_generation_prompt", True, "false with continue_final_message")
         if self._template is None:
             raise InvalidRequest("messages", messages, "a model with a chat template; this one takes plain prompts")
-        chat = [self._prepared(message) for message in messages]
+        unread = unread_arguments(chat)
+        chat = [self._prepared(message) for message in chat]
         if continue_final_message:
             last = _mark_end(chat[-1], f"messages[{len(chat) - 1}].content")
         variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
         try:
             text = self._template.render(variables, messages=chat, add_generation_prompt=add_generation_prompt)
         except TEMPLATE_ERRORS as error:
+            if unread is not None:
+                expected = f"a JSON object, for this chat template: {error}"
+                raise InvalidRequest(unread, Shown("no JSON object"), expected) from error
             raise InvalidRequest("messages", messages, f"what the chat template takes: {error}") from error
         return _cut_at_mark(text, last) if continue_final_message else text
 
     def _prepared(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A copy as templates expect it: no key that is None, reasoning under both its names, content they can read."""
-        message = {key: value for key, value in message.items() if value is not None}
+        """Return a copy with reasoning under both its names, and content that the template can read."""
         names = ("reasoning_content", "thinking", "reasoning")
         reasoning = next((message[name] for name in names if name in message), None)
         if reasoning is not None:
@@ -134,34 +138,6 @@ def _mentions(template: nodes.Template, name: str) -> bool:
     return any(node.value == name for node in template.find_all(nodes.Const)) or any(
         node.attr == name for node in template.find_all(nodes.Getattr)
     )
-
-
-def _check_messages(messages: object) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages", messages, "a list of at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InvalidRequest(f"messages[{i}]", message, 'an object with "role" and "content"')
-        if not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"messages[{i}].role", message.get("role"), "a string")
-        _check_content(message.get("content"), f"messages[{i}].content", optional=bool(message.get("tool_calls")))
-
-
-def _check_content(content: object, field: str, optional: bool) -> None:
-    """`optional`: a message that calls tools may say nothing."""
-    match content:
-        case str():
-            return
-        case None if optional:
-            return
-        case list():
-            for i, part in enumerate(content):
-                match part:
-                    case {"type": "text", "text": str()}:
-                        continue
-                raise InvalidRequest(f"{field}[{i}]", part, '{"type": "text", "text": "..."}')
-        case _:
-            raise InvalidRequest(field, content, "a string or a list of text parts")
 
 
 def _mark_end(message: dict[str, Any], field: str) -> str:

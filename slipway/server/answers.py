@@ -4,6 +4,7 @@ Plain dictionaries, encoded once. A token's text in log probabilities is its byt
 characters; completions spell these as OpenAI does, "bytes:\\xf0\\x9f", for there texts are the keys of entries.
 """
 
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from slipway.server.messages import Delta, Sample
 Entry = dict[int, tuple[float, int]]
 encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
+PADDED_BYTES = 128
 
 
 class Usage:
@@ -46,6 +48,7 @@ class Shape:
     def __init__(self, kind: str, prefix: str, model: str, request_id: str | None, tokenizer: Tokenizer | None):
         self.id = request_id or f"{prefix}-{uuid.uuid4().hex}"
         self._kind, self._model, self._created, self._tokenizer = kind, model, int(time.time()), tokenizer
+        self.obfuscates = False  # whether an event's length hides the length of its text
         # OpenAI calls pieces of completions what it calls the whole
         piece = f"{kind}.chunk" if kind == "chat.completion" else kind
         self._opening = encode(self._frame(piece)).removesuffix(b"}") + b',"choices":'
@@ -57,7 +60,8 @@ class Shape:
     def event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
         """A piece of a stream, as a server-sent event; what all pieces have in common is encoded once."""
         shown = b"" if usage is None else b',"usage":' + encode(usage.shown())
-        return event(self._opening + encode(choices) + shown + b"}")
+        body = self._opening + encode(choices) + shown
+        return event(body + (_padding(len(body)) if self.obfuscates else b"") + b"}")
 
     def completion_logprobs(
         self, ids: Sequence[int], entries: Sequence[Entry | None], offsets: Sequence[int]
@@ -152,6 +156,12 @@ class CompletionLogprobs:
         tokens, offsets = self._held[:told], [min(offset, self._length) for offset in self._certain[:told]]
         del self._held[:told], self._certain[:told]
         return self._shape.completion_logprobs([token for token, _ in tokens], [entry for _, entry in tokens], offsets)
+
+
+def _padding(size_bytes: int) -> bytes:
+    """Return a field of random text that brings an event of `size_bytes` to a multiple of PADDED_BYTES."""
+    count = -(size_bytes + len(b',"obfuscation":""}')) % PADDED_BYTES or PADDED_BYTES
+    return b',"obfuscation":"' + secrets.token_hex(PADDED_BYTES // 2)[:count].encode() + b'"'
 
 
 def event(content: bytes) -> bytes:

@@ -34,6 +34,7 @@ from slipway.server.weights import Weights
 
 logger = logging.getLogger("slipway.access")
 BODY_TIMEOUT_S = 60.0
+PATH = re.compile(r"[\w.\[\]-]+", re.ASCII)  # of a field; a warning about it goes into a header
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # it comes back in a header
 
 
@@ -255,7 +256,7 @@ class App:
 
 
 def _headers(unknown: list[str]) -> dict[str, str]:
-    names = ", ".join(name for name in unknown if name.isidentifier() and name.isascii())[:200]
+    names = ", ".join(name for name in unknown if PATH.fullmatch(name))[:200]
     return {"x-slipway-warning": f"unknown fields ignored: {names}"} if unknown else {}
 
 

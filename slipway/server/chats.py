@@ -5,14 +5,14 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
-from slipway.errors import InvalidRequest
+from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.answers import DONE, Shape, Usage, encode, merged, weights
 from slipway.server.generation import bounded, drained, opened
 from slipway.server.messages import Sample
 from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
-from slipway.server.tools import Message, Tools, with_parsed_arguments
+from slipway.server.tools import Message, Tools
 
 
 class Chats:
@@ -36,11 +36,11 @@ class Chats:
             if "documents" not in (service.template or ""):
                 raise InvalidRequest("documents", body.documents, "none: this model's chat template knows no documents")
             kwargs = kwargs | {"documents": body.documents}
-        if body.tools:
-            kwargs = kwargs | {"tools": body.tools}
         self.tools = Tools.read(body, service.family, service.template)
+        if self.tools.listed:
+            kwargs = kwargs | {"tools": self.tools.listed}
         self.prompt = await service.conversation(
-            with_parsed_arguments(body.messages), add_generation_prompt=body.add_generation_prompt,
+            body.messages, add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message, **kwargs,
         )  # fmt: skip
         if body.add_special_tokens and service.tokenizer is not None and self.prompt.text is not None:
@@ -54,7 +54,8 @@ class Chats:
         params = body.params(service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None)
         if (structure := self.tools.structure(service.marks)) is not None:
             if params.structured_outputs is not None:
-                raise InvalidRequest("tool_choice", body.tool_choice, "none, where the output's structure is stated")
+                field = "function_call" if self.tools.legacy else "tool_choice"
+                raise InvalidRequest(field, Shown("a forced call"), "none, where the output's structure is stated")
             params = dataclasses.replace(params, structured_outputs=structure)
         reasoning = self.tools.reasoning(self.prompt.text or "", body.thinking_token_budget)
         params = dataclasses.replace(params, reasoning=reasoning)
@@ -69,7 +70,7 @@ class Chats:
     def _message(self) -> Message:
         """A reader for one sample."""
         parser = self.tools.parser(self._body.separate_reasoning, self.prompt.text or "")
-        return Message(parser, self.tools.parallel)
+        return Message(parser, self.tools)
 
     async def whole(self, place: Place) -> bytes:
         """The answer at once."""
@@ -82,7 +83,7 @@ class Chats:
         for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
             read = self._message()
             message: dict[str, Any] = {"role": "assistant", "content": None} | read.push(sample.text, ended=True)
-            if message["content"] is None and not read.calls:
+            if message["content"] is None and read.finish_reason is None:
                 message["content"] = ""
             for call in message.get("tool_calls", []):
                 del call["index"]  # which pieces of streams have
@@ -98,6 +99,7 @@ class Chats:
     async def events(self, place: Place) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         options = self._body.stream_options or schema.StreamOptions()
+        self.shape.obfuscates = options.include_obfuscation
         usage = self.usage if options.continuous_usage_stats else None
         with self._opened(place) as (stream,):
             self.usage.prompt = len(self.prompt.token_ids)
@@ -126,8 +128,8 @@ class Chats:
 
     def _choice(self, sample: Sample, read: Message) -> dict[str, Any]:
         body, logprobs, reason = self._body, None, sample.finish_reason
-        if reason == "stop" and read.calls:
-            reason = "tool_calls"
+        if reason == "stop":
+            reason = read.finish_reason or reason
         if body.logprobs:
             logprobs = self.shape.chat_logprobs(sample.token_ids, sample.logprobs or [], body.top_logprobs or 0)
         choice = {

@@ -64,6 +64,7 @@ class Completions:
     async def events(self, place: Place) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         options = self._body.stream_options or schema.StreamOptions()
+        self.shape.obfuscates = options.include_obfuscation
         scored: dict[int, list[Any]] = {}  # by prompt; they come with its first delta
         with self._opened(place) as streams:
             self.usage.prompt = sum(len(prompt.token_ids) for prompt in self.prompts)

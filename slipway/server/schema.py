@@ -5,8 +5,8 @@ refused under ``strict``. A field that is listed works, or is refused with a rea
 says who asks and changes nothing.
 """
 
-import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ import msgspec
 from slipway.codec.grammar import StructuredOutputs
 from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest, Shown
+from slipway.server import members
 
 DIRECT = (  # fields that SamplingParams has under the same name
     "n", "best_of", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
@@ -29,11 +30,12 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
 
 
-class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What a stream tells beside the text."""
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """What a stream holds beside the text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class Sampling(msgspec.Struct, kw_only=True):
@@ -114,13 +116,11 @@ class Sampling(msgspec.Struct, kw_only=True):
         if self.response_format is not None:
             asked += _response_format(self.response_format)
         if self.structured_outputs is not None:
-            unknown = self.structured_outputs.keys() - {field.name for field in dataclasses.fields(StructuredOutputs)}
-            if unknown:
-                name = sorted(unknown)[0]
-                raise InvalidRequest(f"structured_outputs.{name}", self.structured_outputs[name], "no such field")
-            given = [name for name, value in self.structured_outputs.items() if value not in (None, False)]
-            field = f"structured_outputs.{given[0]}" if len(given) == 1 else "structured_outputs"
-            asked.append((field, self.structured_outputs))
+            known = members.KNOWN["structured_outputs"]
+            given = {name: value for name, value in self.structured_outputs.items() if name in known}
+            used = [name for name, value in given.items() if value not in (None, False)]
+            field = f"structured_outputs.{used[0]}" if len(used) == 1 else "structured_outputs"
+            asked.append((field, given))
         for field, name in STRUCTURES.items():
             if (value := getattr(self, field)) is not None:
                 asked.append((field, {name: value}))
@@ -145,6 +145,8 @@ class Chat(Sampling, kw_only=True):
     top_logprobs: Int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: Literal["none", "auto"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -335,20 +337,37 @@ class WakeUp(msgspec.Struct, kw_only=True):
 
 
 def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
-    """A body, and the names of fields that it should not have. Raises InvalidRequest."""
+    """Return a body, and the paths of its unknown fields. A field that is null counts as absent.
+
+    Raises InvalidRequest.
+    """
     try:
         raw = msgspec.json.decode(body or b"{}")
         if not isinstance(raw, dict):
             raise InvalidRequest("body", raw, "a JSON object")
-        unknown = sorted(raw.keys() - _names(kind))  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
+        names = _names(kind)  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
+        unknown = {name: raw[name] for name in sorted(raw.keys() - names)}
+        raw = members.without_null({name: value for name, value in raw.items() if name in names})
+        unknown |= members.unknown(raw)
         if unknown and strict:
-            raise InvalidRequest(unknown[0], raw[unknown[0]], "no such field (--strict)")
-        return msgspec.convert(raw, kind), unknown
+            name, value = next(iter(unknown.items()))
+            raise InvalidRequest(name, value, "no such field (--strict)")
+        return msgspec.convert(raw, kind), list(unknown)
     except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `$")
-        raise InvalidRequest(path.strip("`.") or "body", Shown(text), "what the type says") from error
+        raise _wrong_type(str(error)) from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+
+
+def _wrong_type(problem: str) -> InvalidRequest:
+    """Return msgspec's error about a body as an error that names the field."""
+    text, _, path = problem.partition(" - at `$")
+    path = path.strip("`.")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
+        return InvalidRequest(f"{path}.{missing[1]}".lstrip("."), Shown("nothing"), "a value: the field is required")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
+        return InvalidRequest(f"{path}.{unknown[1]}".lstrip("."), Shown("an unknown field"), "no such field")
+    return InvalidRequest(path or "body", Shown(text), "what the type says")
 
 
 @functools.cache

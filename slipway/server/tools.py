@@ -15,6 +15,7 @@ from slipway.errors import InvalidRequest
 from slipway.server import schema
 
 MAX_TOOLS = 128
+FUNCTION_CALL = "function_call"  # OpenAI's older field for a call, and its finish_reason
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 # no free white space: a small model may choose nothing else for ever
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -24,40 +25,50 @@ COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 class Tools:
     """What a body says of its tools. ``forced``: the names of which one must be called; none: the model decides.
 
-    ``fields``: where the body states the schema of each function.
+    ``listed``: the tools, as chat templates read them. ``fields``: where the body states the schema of each function.
+    ``legacy``: the body has OpenAI's older ``functions``, and the answer has its ``function_call``.
     """
 
+    listed: list[dict[str, Any]]
     schemas: dict[str, dict[str, Any]]
     fields: dict[str, str]
     forced: tuple[str, ...]
     parallel: bool
     family: Family
+    legacy: bool = False
 
     @staticmethod
     def read(body: schema.Chat, family: Family, template: str | None) -> "Tools":
-        """Of a body. Raises InvalidRequest, naming the field."""
-        schemas, fields = _schemas(body.tools or [])
-        choice = ("auto" if schemas else "none") if body.tool_choice is None else body.tool_choice
+        """Read the tools of a body. Raises InvalidRequest, naming the field."""
+        legacy = body.functions is not None or body.function_call is not None
+        listed, field, chosen = body.tools or [], "tools", body.tool_choice
+        choice_field = "function_call" if legacy else "tool_choice"
+        if legacy:
+            listed, chosen = _from_functions(body)
+            field = "functions"
+        schemas, fields = _schemas(listed, field)
+        choice = ("auto" if schemas else "none") if chosen is None else chosen
         if choice != "none" and not schemas:
-            raise InvalidRequest("tool_choice", choice, "none, where there are no tools")
+            raise InvalidRequest(choice_field, choice, f"none, where there are no {field}")
         if schemas and "tools" not in (template or ""):
-            raise InvalidRequest("tools", list(schemas), "none: this model's chat template knows no tools")
+            raise InvalidRequest(field, list(schemas), "none: this model's chat template knows no tools")
         forced: tuple[str, ...] = ()
         if isinstance(choice, dict):
             function = choice.get("function")
             name = function.get("name") if isinstance(function, dict) else None
             if choice.get("type") != "function" or name not in schemas:
-                raise InvalidRequest("tool_choice", choice, f"one of the tools: {', '.join(schemas)}")
+                raise InvalidRequest(choice_field, choice, f"one of the {field}: {', '.join(schemas)}")
             forced = (str(name),)
         elif choice == "required":
             forced = tuple(schemas)
         if choice == "none":
             schemas = {}
         if schemas and not forced and family.calls is None:
-            raise InvalidRequest("tool_choice", choice, "none, required or a function: no format of calls is known")
+            raise InvalidRequest(choice_field, choice, "none, required or a function: no format of calls is known")
         if forced:  # its format is ours to choose: the one that every family can be made to write
             family = dataclasses.replace(FAMILIES["hermes"], thinking=family.thinking)
-        return Tools(schemas, fields, forced, body.parallel_tool_calls is not False, family)
+        parallel = body.parallel_tool_calls is not False and not legacy
+        return Tools(listed, schemas, fields, forced, parallel, family, legacy)
 
     def structure(self, marks: Mapping[str, int]) -> StructuredOutputs | None:
         """Return the grammar of an answer that must call a function; None if the model decides.
@@ -106,16 +117,19 @@ class Tools:
 class Message:
     """One answer as it comes: its parts in OpenAI's fields."""
 
-    def __init__(self, parser: Parts, parallel: bool):
-        self._parser, self._parallel, self._num_calls = parser, parallel, 0
+    def __init__(self, parser: Parts, tools: Tools):
+        self._parser = parser
+        self._parallel = tools.parallel
+        self._legacy = tools.legacy
+        self._num_calls = 0
 
     @property
-    def calls(self) -> bool:
-        """Whether a function was called."""
-        return self._num_calls > 0
+    def finish_reason(self) -> str | None:
+        """OpenAI's finish_reason of an answer that called a function; None if there was no call."""
+        return (FUNCTION_CALL if self._legacy else "tool_calls") if self._num_calls else None
 
     def push(self, text: str, ended: bool) -> dict[str, Any]:
-        """What a piece of text adds, as a delta: content, reasoning_content, tool_calls."""
+        """Return what a piece of text adds, as a delta: content, reasoning_content, tool_calls or function_call."""
         parts = self._parser.push(text)
         if ended:
             parts += self._parser.finish()
@@ -124,7 +138,11 @@ class Message:
             if part.kind == "call":
                 if self._num_calls and not self._parallel:
                     continue  # one call is all that was asked for
-                delta.setdefault("tool_calls", []).append(self._call(part))
+                call = self._call(part)
+                if self._legacy:
+                    delta[FUNCTION_CALL] = call["function"]
+                else:
+                    delta.setdefault("tool_calls", []).append(call)
             else:
                 field = "content" if part.kind == "content" else "reasoning_content"
                 delta[field] = delta.get(field, "") + part.text
@@ -138,44 +156,34 @@ class Message:
         }  # fmt: skip
 
 
-def with_parsed_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose earlier calls hold their arguments as objects: OpenAI sends texts, templates want to read them."""
-    found = []
-    for message in messages:
-        calls = message.get("tool_calls") if isinstance(message, dict) else None
-        if isinstance(calls, list):
-            message = message | {"tool_calls": [_parsed(call) for call in calls]}
-        found.append(message)
-    return found
+def _from_functions(body: schema.Chat) -> tuple[list[dict[str, Any]], Any]:
+    """Return OpenAI's older `functions` and `function_call` as `tools` and `tool_choice`. Raises InvalidRequest."""
+    for name in ("tools", "tool_choice"):
+        if (given := getattr(body, name)) is not None:
+            raise InvalidRequest(name, given, "nothing beside functions and function_call, which are its older form")
+    choice = body.function_call
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": choice}
+    return [{"type": "function", "function": each} for each in body.functions or []], choice
 
 
-def _parsed(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
-    except (json.JSONDecodeError, RecursionError):
-        return call
-
-
-def _schemas(tools: Sequence[Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def _schemas(tools: Sequence[Any], where: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Return the schema of each function's parameters, and its field, by the function's name."""
     if len(tools) > MAX_TOOLS:
-        raise InvalidRequest("tools", f"{len(tools)} of them", f"at most {MAX_TOOLS}")
+        raise InvalidRequest(where, f"{len(tools)} of them", f"at most {MAX_TOOLS}")
     schemas: dict[str, dict[str, Any]] = {}
     fields: dict[str, str] = {}
     for number, tool in enumerate(tools):
         held = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         function = held if isinstance(held, dict) else None
         name = None if function is None else function.get("name")
-        field = f"tools[{number}]"
+        field = f"{where}[{number}]"
         if function is None or not isinstance(name, str) or not NAME.fullmatch(name) or name in schemas:
             raise InvalidRequest(field, tool, '{"type": "function", "function": {"name": ...}}, its name its own')
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        fields[name] = f"{field}.parameters" if where == "functions" else f"{field}.function.parameters"
         if not isinstance(parameters, dict):
-            raise InvalidRequest(f"{field}.function.parameters", parameters, "a JSON schema")
-        fields[name] = f"{field}.function.parameters"
+            raise InvalidRequest(fields[name], parameters, "a JSON schema")
         json_schema.check(parameters, fields[name])
         schemas[name] = parameters
     return schemas, fields

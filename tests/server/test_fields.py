@@ -103,6 +103,20 @@ def test_usage_in_streams(server):
     assert counts == sorted(counts) and counts[-1] == 6
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_obfuscation_hides_the_sizes_of_events(server, path):
+    prompt = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    asked = prompt | {"temperature": 0, "max_tokens": 30, "stream": True}
+    plain, padded = (
+        server.post(path, **asked, stream_options={"include_usage": True, "include_obfuscation": pads})
+        for pads in (None, True)
+    )
+    sizes = [{len(line) for line in answer.text.split("\n\n")[:-2]} for answer in (plain, padded)]
+    assert len(sizes[0]) > len(sizes[1]) and not any((size - len("data: ")) % 128 for size in sizes[1])
+    seen = [event.pop("obfuscation") for event in events(padded)]
+    assert len({*seen}) == len(seen) and all(seen) and all("obfuscation" not in event for event in events(plain))
+
+
 def test_salts_keep_caches_apart(server):
     prompt = "import os\n" * 12
     for salt, cached in (("a", False), ("a", True), ("b", False)):
@@ -243,7 +257,7 @@ def test_what_the_server_says_of_itself(server):
 
 
 REFUSED = {
-    "no JSON": (b"{", "body"), "a list": (b"[]", "body"), "no prompt": (b"{}", "body"),
+    "no JSON": (b"{", "body"), "a list": (b"[]", "body"), "no prompt": (b"{}", "prompt"),
     "a wrong type": (b'{"prompt": 5}', "prompt"), "a wrong inner type": (b'{"prompt": ["a", 5]}', "prompt"),
     "deep": (b"[" * 100_000, "body"), "not UTF-8": (b'{"prompt": "\xff"}', "body"),
     "an empty prompt": (b'{"prompt": ""}', "prompt_token_ids"), "no prompts": (b'{"prompt": []}', "prompt"),
@@ -283,6 +297,11 @@ def test_unknown_fields_are_named(server, launch):
     strict = launch("--strict").wait_ready()
     refused = strict.post("/v1/completions", prompt=PROMPT, promt="x")
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "promt"
+    inner = {"stream": True, "stream_options": {"usage": True}, "max_tokens": 1}
+    answer = server.post("/v1/completions", prompt=PROMPT, **inner)
+    assert answer.status_code == 200 and answer.headers["x-slipway-warning"].endswith(": stream_options.usage")
+    refused = strict.post("/v1/completions", prompt=PROMPT, **inner)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream_options.usage"
 
 
 def test_tools_need_a_template_that_knows_them(server):

@@ -184,6 +184,40 @@ def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
     assert isinstance(answer.choices[0].message.parsed, Measure)
 
 
+@pytest.mark.parametrize("choice", [{"name": "get_weather"}, "auto"])
+def test_functions_are_called_in_openais_older_form(client, choice):
+    asked = {"functions": [WEATHER["function"], STOP["function"]], "function_call": choice, "temperature": 0}
+    if choice == "auto":  # nano calls nothing by itself: what it says is forced to look like a call
+        said = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
+        asked["extra_body"] = {"structured_outputs": {"choice": [said]}}
+    whole = ask(client, **asked).choices[0]
+    called = whole.message.function_call
+    assert whole.finish_reason == "function_call" and whole.message.tool_calls is None
+    assert whole.message.content is None and called.name == ("stop" if choice == "auto" else "get_weather")
+    assert choice == "auto" or fits(openai.types.chat.ChatCompletionMessageFunctionToolCall(
+        id="c", type="function", function={"name": called.name, "arguments": called.arguments}))  # fmt: skip
+    name = arguments = ""
+    for chunk in ask(client, stream=True, **asked):
+        reason, delta = chunk.choices[0].finish_reason, chunk.choices[0].delta
+        assert delta.tool_calls is None
+        if delta.function_call is not None:
+            name += delta.function_call.name or ""
+            arguments += delta.function_call.arguments or ""
+    assert (name, arguments, reason) == (called.name, called.arguments, "function_call")
+    again = [*CHAT, whole.message.model_dump(), {"role": "function", "name": called.name, "content": "sunny"}]
+    assert ask(client, messages=again, functions=asked["functions"], max_tokens=1).choices
+
+
+def test_functions_are_what_tools_are(server):
+    def size(**fields):
+        answer = server.post("/v1/chat/completions", messages=CHAT, max_tokens=1, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens"]
+
+    assert size(functions=[WEATHER["function"]]) == size(tools=[WEATHER]) > size()
+    assert size(functions=[WEATHER["function"]], function_call="none") == size(tools=[WEATHER])
+
+
 def function(name, **parameters):
     return {"type": "function", "function": {"name": name, "parameters": {"type": "object"} | parameters}}
 
@@ -233,6 +267,11 @@ BAD = {
     ),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "a strange choice": ({"tool_choice": "any"}, "tool_choice"),
+    "functions and tools": ({"functions": [STOP["function"]], "tools": [STOP]}, "tools"),
+    "functions and a choice of tools": ({"functions": [STOP["function"]], "tool_choice": "auto"}, "tool_choice"),
+    "an unknown function": ({"functions": [STOP["function"]], "function_call": {"name": "f"}}, "function_call"),
+    "a call without functions": ({"function_call": "auto"}, "function_call"),
+    "a function of no schema": ({"functions": [{"name": "f", "parameters": 5}]}, "functions[0].parameters"),
     "two structures": ({"tools": [STOP], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
     "an evil schema": (
         {
