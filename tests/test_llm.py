@@ -244,7 +244,7 @@ def test_the_default_options_are_sound():
 
 MODELS = [
     ("architectures", {"architectures": ["GPT2LMHeadModel"]}), ("architectures", {"architectures": None}),
-    ("hidden_act", {"hidden_act": "gelu"}), ("frobnicate", {"frobnicate": 3}), ("hidden_size", {"hidden_size": None}),
+    ("hidden_act", {"hidden_act": "gelu"}), ("is_causal", {"is_causal": False}), ("hidden_size", {"hidden_size": None}),
     ("hidden_size", {"hidden_size": "32"}), ("num_key_value_heads", {"num_key_value_heads": 3}),
     ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
 ]  # fmt: skip
@@ -258,9 +258,9 @@ def test_a_model_that_is_not_implemented_is_refused_by_field(config_only, uncomp
     assert isinstance(caught.value, InvalidInput)
 
 
-def test_an_unknown_field_can_be_overridden_away(config_only, uncompiled):
-    directory = config_only(frobnicate=3, max_position_embeddings=32)
-    overrides = {"frobnicate": None, "max_position_embeddings": 48}
+def test_a_field_can_be_overridden_away(config_only, uncompiled):
+    directory = config_only(is_causal=False, max_position_embeddings=32)
+    overrides = {"is_causal": None, "max_position_embeddings": 48}
     llm = LLM(directory, load_format="dummy", skip_tokenizer_init=True, hf_overrides=overrides)
     assert llm.engine.limits.max_model_len == 48
 

@@ -34,7 +34,7 @@ def pack(
     from slipway.nn import linear
 
     checkpoint = files.open_checkpoint(hub.resolve(model))
-    if quantize.FIELD in checkpoint.config:
+    if checkpoint.config.get(quantize.FIELD) is not None:
         raise InvalidConfig("model", model, f"float weights; its config.json has a {quantize.FIELD}")
     declaration = models.declare(checkpoint.config)
     load.check(declaration, checkpoint, np.float32)

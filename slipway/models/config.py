@@ -1,6 +1,6 @@
-"""Reads config.json into typed fields under HF's names; decides which values are implemented; knows no layers.
+"""config.json as typed fields under HF's names, and which of their values are implemented.
 
-A field that a model does not implement is refused by name, never ignored: what it would have changed is unknown.
+Not here: fields that no class below declares (reference.py), and layers.
 """
 
 import dataclasses
@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from slipway.errors import UnsupportedModel
+from slipway.models import reference
 from slipway.nn.rope import Scaling
 
-# Fields that do not change what a forward pass computes; old files hold defaults of generation, too.
-INERT = {
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
-    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "return_dict",
-    "output_attentions", "output_hidden_states", "is_encoder_decoder", "id2label", "label2id", "problem_type",
-    "chunk_size_feed_forward", "torchscript", "use_bfloat16", "pruned_heads", "task_specific_params",
-    "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "max_length", "min_length", "num_beams",
-    "num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-    "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "do_sample",
-}  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_ROPE_FIELDS = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
 MAY_BE_ZERO = ("max_window_layers", "sliding_window", "num_key_value_heads", "head_dim", "mscale", "mscale_all_dim")
 
 
@@ -63,16 +61,14 @@ class DenseConfig:
     def read(cls, raw: Mapping[str, Any]) -> Self:
         """Parse the content of a config.json.
 
-        Raises UnsupportedModel, naming the field, on an unknown field that is set, a missing or impossible value.
+        Raises UnsupportedModel, naming the field, for a missing or impossible value, and for a field that transformers
+        computes with and no field of this class stands for.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         values = {k: v for k, v in raw.items() if v is not None or (k in known and known[k].type == int | None)}
         length = values.get("max_position_embeddings", known["max_position_embeddings"].default)
-        values |= _rope(values.pop("rope_scaling", None), values.pop("rope_parameters", None), values, length)
-        for key, value in values.items():
-            if key not in known and key not in INERT and not key.startswith("_") and value is not False:
-                expected = f"no such field; hf_overrides={{{key!r}: None}} loads the model as if it were absent"
-                raise UnsupportedModel(f"config.json: {key}", value, expected)
+        reference.check_fields(values, {*known, *_ROPE_FIELDS})
+        values |= _rope(values, length)
         for name, field in known.items():
             if name not in values and field.default is dataclasses.MISSING:
                 raise UnsupportedModel(f"config.json: {name}", None, "a value")
@@ -108,36 +104,52 @@ class WindowedConfig(DenseConfig):
         return tuple(None if whole else self.sliding_window for whole in full)
 
 
-def _rope(old: Any, new: Any, values: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """``rope_theta`` and a Scaling, from the two ways in which config.json says them: the old one wins, as in HF."""
-    for name, given in (("rope_scaling", old), ("rope_parameters", new)):
-        if given is not None and not isinstance(given, Mapping):
-            raise UnsupportedModel(f"config.json: {name}", given, "an object")
-    given = {key: value for key, value in (old or new or {}).items() if value is not None}
-    given["rope_type"] = given.pop("type", None) if "rope_type" not in given else given["rope_type"]
-    given["rope_type"] = given["rope_type"] or "default"
-    theta = given.pop("rope_theta", (new or {}).get("rope_theta", values.get("rope_theta", 10000.0)))
+def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Return ``rope_theta`` and a Scaling, from the fields by which config.json states them.
+
+    As in transformers: ``rope_scaling`` before ``rope_parameters``, a member before the field of the same name, but
+    ``original_max_position_embeddings`` of config.json before the member.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        if values.get(name) is not None and not isinstance(values[name], Mapping):
+            raise UnsupportedModel(f"config.json: {name}", values[name], "an object")
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    stated = {key: value for key, value in (values.get(name) or {}).items() if value is not None}
+    rope_type = stated.pop("rope_type", stated.get("type", "default"))
+    stated.pop("type", None)
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModel("config.json: rope_scaling.rope_type", rope_type, " | ".join(ROPE_TYPES))
+    thetas = [stated.pop("rope_theta", None), values.get("rope_theta")]
+    thetas += [(values.get("rope_parameters") or {}).get("rope_theta")]
+    theta = next((theta for theta in thetas if theta is not None), 10000.0)
     if values.get("rope_theta", theta) != theta:
-        raise UnsupportedModel("config.json: rope_theta", values["rope_theta"], f"{theta}, as its rope_parameters say")
-    if given["rope_type"] not in ROPE_TYPES:
-        raise UnsupportedModel("config.json: rope_scaling.rope_type", given["rope_type"], " | ".join(ROPE_TYPES))
-    given.pop("type", None)
-    if (part := given.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModel("config.json: partial_rotary_factor", part, "1.0")
-    fields = {field.name: field for field in dataclasses.fields(Scaling)}
-    if unknown := sorted(set(given) - set(fields)):
-        raise UnsupportedModel(f"config.json: rope_scaling.{unknown[0]}", given[unknown[0]], "no such field")
-    if given["rope_type"] == "default":
+        raise UnsupportedModel("config.json: rope_theta", values["rope_theta"], f"{theta}, as its {name} say")
+    for part in (stated.pop("partial_rotary_factor", 1.0), values.get("partial_rotary_factor", 1.0)):
+        if part != 1.0:  # read for every rope type before transformers 5
+            raise UnsupportedModel("config.json: partial_rotary_factor", part, "1.0")
+    given = _members(rope_type, stated)
+    if rope_type in ("yarn", "llama3") and "original_max_position_embeddings" in values:
+        given["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    if rope_type == "default":
         return {"rope_theta": theta, "rope_scaling": Scaling()}
-    if given["rope_type"] == "dynamic":  # transformers measures it against this field alone
-        given["original_max_position_embeddings"] = length
     original = given.setdefault("original_max_position_embeddings", length)
-    if given["rope_type"] == "yarn" and "factor" not in given and isinstance(original, int) and original > 0:
+    if rope_type == "yarn" and "factor" not in given and isinstance(original, int) and original > 0:
         given["factor"] = length / original
     if "factor" not in given:
-        raise UnsupportedModel("config.json: rope_scaling.factor", None, f"a number, for {given['rope_type']}")
-    scaling = Scaling(**{key: _typed(fields[key], value, "rope_scaling.") for key, value in given.items()})
-    return {"rope_theta": theta, "rope_scaling": scaling}
+        raise UnsupportedModel("config.json: rope_scaling.factor", None, f"a number, for {rope_type}")
+    fields = {field.name: field for field in dataclasses.fields(Scaling)}
+    typed = {key: _typed(fields[key], value, "rope_scaling.") for key, value in given.items()}
+    return {"rope_theta": theta, "rope_scaling": Scaling(rope_type=rope_type, **typed)}
+
+
+def _members(rope_type: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members that transformers reads for this rope type; refuse parameters that differ between layers."""
+    read = reference.ROPE_MEMBERS[rope_type]
+    if nested := [member for member, value in stated.items() if isinstance(value, Mapping)]:
+        raise UnsupportedModel(f"config.json: rope_scaling.{nested[0]}", stated[nested[0]], "the same for all layers")
+    if unread := tuple(f"rope_scaling.{member}" for member in stated if member not in read):
+        reference.warn_unread(unread)
+    return {member: value for member, value in stated.items() if member in read}
 
 
 def _typed(field: dataclasses.Field, value: Any, prefix: str = "") -> Any:

@@ -1,11 +1,15 @@
 """What config.json may say: both ways to write rope, nulls, windows, and refusals that name the field."""
 
+import copy
+
+import numpy as np
 import pytest
 
 from slipway.errors import UnsupportedModel
+from slipway.models import reference
 from slipway.models.llama import LlamaConfig
 from slipway.models.qwen2 import Qwen2Config
-from slipway.nn.rope import Scaling
+from slipway.nn.rope import Rope, Scaling
 
 pytestmark = pytest.mark.host
 BASE = {
@@ -75,11 +79,85 @@ def test_windows(fields, windows):
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_scaling.full_attention"),
-        ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling.finetuned"),
+        ({"rope_scaling": YARN | {"finetuned": {"x": 1}}}, "rope_scaling.finetuned"),
+        ({"is_causal": False}, "is_causal"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+        ({"per_layer_config": {"0": {"hidden_size": 4}}}, "per_layer_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": "16"},
+         "rope_scaling.original_max_position_embeddings"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, "rope_theta"),
     ],
-)
+)  # fmt: skip
 def test_refusals_name_the_field(fields, field):
     with pytest.raises(UnsupportedModel) as caught:
         read(**fields)
     assert caught.value.field == f"config.json: {field}"
+    assert "hf_overrides" not in str(caught.value)
+
+
+# As files on the hub have them: no code of transformers reads any of these for a Llama.
+UNREAD = {
+    "unk_token_id": 0, "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
+    "auto_map": {"AutoConfig": "configuration_x.XConfig"}, "tokenizer_class": "LlamaTokenizer", "prefix": "x",
+    "neftune_noise_alpha": 5.0, "finetuning_task": "x", "unsloth_version": "2025.1", "decoder_start_token_id": 1,
+    "use_sliding_window": True, "max_window_layers": 1, "use_mrope": False, "mup": 0, "pruned_heads": {},
+}  # fmt: skip
+# Read or declared by transformers, and without a part in the logits.
+WITHOUT_EFFECT = {
+    "quantization_config": None, "sep_token_id": 2, "pad_token_id": 0, "num_labels": 2, "attn_implementation": "sdpa",
+    "output_scores": True, "suppress_tokens": [1], "temperature": 0.6, "forced_bos_token_id": 3, "pretraining_tp": 2,
+    "chunk_size_feed_forward": 4, "use_cache": False, "attention_dropout": 0.5, "initializer_range": 1.0,
+    "id2label": {"0": "x"}, "problem_type": None, "_name_or_path": "x", "torch_dtype": "bfloat16", "is_causal": True,
+    "layer_types": ["full_attention"] * 3, "sliding_window": None, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+
+
+def test_a_field_that_nothing_reads_is_a_warning_once(caplog):
+    reference.warn_unread.cache_clear()
+    for _ in range(2):
+        assert read(architectures=["LlamaForCausalLM"], **UNREAD | WITHOUT_EFFECT) == read()
+    [line] = caplog.messages
+    assert all(field in line for field in UNREAD)
+    assert not any(f" {field}" in line for field in WITHOUT_EFFECT)
+
+
+def test_a_field_of_another_architecture():
+    """Qwen2 has biases whatever attention_bias says; Llama reads it."""
+    assert read(Qwen2Config, architectures=["Qwen2ForCausalLM"], attention_bias=False)
+    with pytest.raises(UnsupportedModel, match="sliding_window"):
+        read(architectures=["LlamaForCausalLM"], sliding_window=16)
+    assert read(Qwen2Config, architectures=["Qwen2ForCausalLM"], sliding_window=16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": YARN, "original_max_position_embeddings": 16},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 32}, "original_max_position_embeddings": 16},
+        {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "finetuned": True}},
+        {"rope_scaling": YARN | {"mscale": 0.5, "mscale_all_dim": 2.0, "truncate": False, "type": "yarn"}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 3.0, "mscale": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "original_max_position_embeddings": 16},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 32, "beta_fast": 1}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+         "original_max_position_embeddings": 16, "rope_theta": 5e5},
+        {"rope_parameters": YARN | {"rope_theta": 5e5, "original_max_position_embeddings": 32}},
+        {"rope_scaling": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_rope_as_transformers_computes_it(fields):
+    transformers = pytest.importorskip("transformers")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    raw = BASE | {"hidden_size": 64, "num_attention_heads": 4} | fields
+    theirs = transformers.LlamaConfig(**copy.deepcopy(raw))
+    wanted, factor = rope_utils.ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs, "cpu")
+    config = LlamaConfig.read(raw)
+    rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+    np.testing.assert_allclose(rope.frequencies(), wanted.numpy(), rtol=1e-6)
+    assert rope.attention_factor() == pytest.approx(factor)
