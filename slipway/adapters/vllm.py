@@ -25,7 +25,7 @@ from slipway.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
 PREFIX = "Slipway"  # tpu-inference gives Hugging Face's names to its own classes
-IGNORED = ("*.rotary_emb.inv_freq",)
+IGNORED = files.INERT_TENSORS
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+# Buffers of older models that follow from config.json; an index and its shards need not agree on them.
+INERT_TENSORS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached", "*.masked_bias")
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 _HUGE_PAGE_BYTES = 1 << 21
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -156,6 +160,7 @@ def _configuration(directory: Path, problems: list[str]) -> tuple[dict[str, Any]
     """config.json and, where it exists, generation_config.json."""
     if not directory.is_dir():
         raise CheckpointError(directory, ["not a directory" if directory.exists() else "no such directory"])
+    refuse_adapter(directory)
     config = _json_object(directory / "config.json", problems)
     generation = directory / "generation_config.json"
     return config, _json_object(generation, problems) if generation.exists() else {}
@@ -175,7 +180,20 @@ def _json_object(path: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raise CheckpointError where ``directory`` holds a PEFT adapter and no model of its own."""
+    if not (directory / ADAPTER).is_file() or (directory / SINGLE).exists() or (directory / INDEX).exists():
+        return
+    config = _json_object(directory / ADAPTER, [])
+    base, kind = config.get("base_model_name_or_path") or "BASE_MODEL", config.get("peft_type") or "PEFT"
+    raise CheckpointError(directory, [
+        f"a {kind} adapter of the model {base}, not a model; merge it into a directory of that model: "
+        f"slipway convert {base} OUT --merge-lora {directory}"
+    ])  # fmt: skip
+
+
 def _tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
+    refuse_adapter(directory)
     if (directory / SINGLE).exists():  # before the index, as transformers does
         return _header(directory / SINGLE, problems) or {}
     if (directory / INDEX).exists():
@@ -208,14 +226,20 @@ def _sharded(directory: Path, problems: list[str]) -> dict[str, Tensor]:
         held = _header(directory / shard, problems)
         if held is None:
             continue
-        named = {name for name, file in weight_map.items() if file == shard}
+        named = {name for name, file in weight_map.items() if file == shard and (name in held or not _is_inert(name))}
         problems += [f"{INDEX}: places {name} in {shard}, which does not hold it" for name in sorted(named - {*held})]
         for name in sorted({*held} - named):
+            if _is_inert(name):
+                continue
             other = weight_map.get(name)
             place = "does not name" if other is None else f"places in {other}"
             problems.append(f"{shard}: holds {name}, which the index {place}")
         tensors |= held
     return tensors
+
+
+def _is_inert(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in INERT_TENSORS)
 
 
 def _header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from slipway import layout, tree
 from slipway.checkpoint.bits import copy_bits, count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
+from slipway.checkpoint.quantize import PACKED
 from slipway.errors import CheckpointError
 from slipway.mesh import shardings
 
@@ -63,6 +64,12 @@ def read(declaration: Any, checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> An
 def wanted(declaration: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a checkpoint of the declaration may hold, aliases included."""
     return {key: leaf.param.hf_shape for leaf in tree.leaves(declaration) for key in leaf.names()}
+
+
+def names(declaration: Any) -> set[str]:
+    """Return what a tensor of the declaration may be called in a checkpoint, packed or not."""
+    held = wanted(declaration)
+    return {*held, *(name.removesuffix(PACKED) for name in held)}
 
 
 def check(

@@ -27,6 +27,7 @@ def open_source(location: str | Path) -> Source:
         return _open_file(path)
     if not path.is_dir():
         raise CheckpointError(location, ["no such file or directory"])
+    files.refuse_adapter(path)
     if any(path.glob("*.safetensors")) or (path / files.INDEX).exists():
         return SafetensorsSource(files.open_tensors(path))
     if (path / "params.npz").is_file():

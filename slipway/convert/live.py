@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import models
-from slipway.checkpoint import files, hub, load, quantize, reshard
+from slipway.checkpoint import files, hub, load, names, quantize, reshard
 from slipway.checkpoint.bits import count_above
 from slipway.checkpoint.files import Checkpoint
 from slipway.checkpoint.shards import Spec
@@ -38,13 +38,17 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
     if isinstance(source, str | Path):
         if mapping is not None:
             raise InvalidRequest("mapping", mapping, "none for a directory: `slipway convert` brings it into HF's form")
-        return FromTensors(_packed(_directory(str(source), weights), weights))
+        tensors = names.unwrapped(_directory(str(source), weights), load.names(weights.declaration))
+        return FromTensors(_packed(tensors, weights))
     if isinstance(source, Weights):
         source = jax.tree.unflatten(_structure(source), source.arrays)
     if mapping is None and _has_structure(source, weights):
         return FromTree(jax.tree.leaves(source))
     arrays = _named(source)
-    if mapping in (None, "hf") and any(name in _names(weights) for name in arrays):
+    if mapping in (None, "hf"):
+        found = names.plain(arrays, load.names(weights.declaration))
+        arrays = {found[name]: array for name, array in arrays.items()}
+    if mapping in (None, "hf") and any(name in load.names(weights.declaration) for name in arrays):
         return FromTensors(_packed(Held(arrays), weights))
     return FromTensors(_packed(Foreign(arrays, weights, mapping), weights))
 
@@ -179,12 +183,6 @@ def _packed(tensors: Checkpoint, weights: Weights) -> Checkpoint:
     if any(name.endswith(quantize.PACKED) for name in wanted):
         return quantize.packed_view(tensors, wanted)
     return tensors
-
-
-def _names(weights: Weights) -> set[str]:
-    """What a tensor of the model may be called, packed or not."""
-    wanted = load.wanted(weights.declaration)
-    return {*wanted, *(name.removesuffix(quantize.PACKED) for name in wanted)}
 
 
 def _structure(weights: Weights) -> Any:

@@ -30,14 +30,15 @@ def pack(
     already or a group that no row holds, CheckpointError for what is wrong with the files.
     """
     from slipway import models  # with JAX, which the other commands of this folder do without
-    from slipway.checkpoint import load
+    from slipway.checkpoint import load, names
     from slipway.nn import linear
 
     checkpoint = files.open_checkpoint(hub.resolve(model))
     if checkpoint.config.get(quantize.FIELD) is not None:
         raise InvalidConfig("model", model, f"float weights; its config.json has a {quantize.FIELD}")
     declaration = models.declare(checkpoint.config)
-    load.check(declaration, checkpoint, np.float32)
+    checkpoint = names.unwrapped(checkpoint, load.wanted(declaration))
+    load.check(declaration, checkpoint, np.float32, files.INERT_TENSORS)
     wanted = load.wanted(linear.quantize(declaration, scheme.bits, scheme.group, tables=False))
     view = quantize.packed_view(checkpoint, wanted)
     specs = {name: Spec(files.DTYPES[tensor.dtype], tensor.shape) for name, tensor in view.tensors.items()}

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from slipway import mesh as meshes
 from slipway import models, ops, tree
-from slipway.checkpoint import files, hub, load, quantize
+from slipway.checkpoint import files, hub, load, names, quantize
 from slipway.checkpoint.swap import Weights
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
@@ -34,7 +34,7 @@ from slipway.nn import linear
 logger = logging.getLogger(__name__)
 
 LAYERS = {"cpu": tree.separate}  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
-IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.weight_shape")  # what follows from config.json
+IGNORED_TENSORS = (*files.INERT_TENSORS, "*.weight_shape")  # what follows from config.json
 SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
 # Several decode steps in a call: docs/log.md has what it gained, by size of the model and number of rows.
 SMALL_BYTES, AUTO_STEPS, MAX_REPEATED_ROWS = 32 * 2**20, 8, 32
@@ -100,6 +100,8 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     declaration = meshes.fit(LAYERS.get(platform, lambda same: same)(declaration), mesh)
     dtype = _dtype(config.dtype, raw, checkpoint)
     length = _max_model_len(config.max_model_len, model_config.max_context)
+    if not dummy:
+        checkpoint = names.unwrapped(checkpoint, load.names(declaration))
     if not dummy and scheme is not None:
         checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
     if not dummy:

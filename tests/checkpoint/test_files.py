@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from slipway.checkpoint.files import DTYPES, INDEX, MAX_HEADER_BYTES, SINGLE, open_checkpoint
+from slipway.checkpoint.files import (
+    DTYPES,
+    INDEX,
+    MAX_HEADER_BYTES,
+    SINGLE,
+    open_checkpoint,
+    open_tensors,
+    open_without_weights,
+)
+from slipway.convert.formats import open_source
 from slipway.errors import CheckpointError
 
 pytestmark = pytest.mark.host
@@ -174,3 +183,31 @@ def test_every_disagreement_of_index_and_shards_at_once(directory):
         "2.safetensors: holds twice, which the index places in 1.safetensors",
         "3.safetensors: missing, though the index names it",
     ]
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("opened", [open_checkpoint, open_tensors, open_without_weights, open_source])
+def test_an_adapter_given_as_a_model(tmp_path, weights, opened):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file({"base_model.model.x.lora_A.weight": np.ones((1, 1), np.float32)}, tmp_path / weights)
+    with pytest.raises(CheckpointError) as caught:
+        opened(tmp_path)
+    [problem] = caught.value.problems
+    assert "LORA adapter of the model org/base" in problem and f"--merge-lora {tmp_path}" in problem
+
+
+def test_a_model_beside_an_adapter_is_a_model(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    safetensors.numpy.save_file({"a": np.ones(1, np.float32)}, directory / SINGLE)
+    assert open_checkpoint(directory).tensors.keys() == {"a"}
+
+
+def test_index_and_shards_may_differ_in_what_follows_from_the_config(directory):
+    inert = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = {"a": np.ones(1, np.float32), inert: np.ones(1, np.float32)}
+    safetensors.numpy.save_file(tensors, directory / "1.safetensors")
+    safetensors.numpy.save_file({"b": np.ones(1, np.float32)}, directory / "2.safetensors")
+    other = inert.replace("0", "1")
+    index(directory, {"a": "1.safetensors", "b": "2.safetensors", other: "2.safetensors"})
+    assert open_checkpoint(directory).tensors.keys() == {"a", "b", inert}

@@ -9,6 +9,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from slipway.checkpoint import files
 from slipway.engine.async_engine import AsyncEngine
@@ -328,3 +329,35 @@ def test_resharding_between_engines(tiny, said):
         source = llm
     source.close()
     assert jax.device_count() == 8
+
+
+WRAPPED = [
+    "module.{}", "_orig_mod.{}", "_fsdp_wrapped_module.{}", "base_model.model.{}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [*WRAPPED, "base model", "peft"])
+def test_names_of_trainers(engine, said, new, form, tmp_path):
+    """What RL trainers push: the wrappers of torch and PEFT around each name, as arrays and as a file."""
+
+    def named(name):
+        if form == "base model":
+            return name.removeprefix("model.")
+        if form == "peft":
+            return "base_model.model." + name.replace("_proj.", "_proj.base_layer.")
+        return form.format(name)
+
+    renamed = {named(name): array for name, array in new.items()}
+    engine.update_weights(renamed.items(), version="pushed")
+    assert tokens(engine, PROMPT) == said["new"]["PROMPT"]
+    safetensors.numpy.save_file(renamed, tmp_path / "model.safetensors")
+    engine.update_weights(str(tmp_path), version="from a file")
+    assert tokens(engine, PROMPT) == said["new"]["PROMPT"]
+
+
+def test_an_adapter_pushed_beside_its_base_is_refused_as_one(engine, new):
+    pushed = {"base_model.model." + name: array for name, array in new.items()}
+    pushed["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = np.ones((1, 32), np.float32)
+    with pytest.raises(CheckpointError) as caught:
+        engine.update_weights(pushed)
+    assert "LoRA adapter that is not merged" in str(caught.value) and "mapping" not in str(caught.value)

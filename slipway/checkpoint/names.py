@@ -1,0 +1,57 @@
+"""Names of tensors under the wrappers that training code puts around a model, and the HF names below them.
+
+Not here: the names that a model declares (models/), and trees whose layout is not Hugging Face's (convert/).
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Iterable
+
+from slipway.checkpoint.files import Checkpoint
+from slipway.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+# torch.compile, DataParallel, FSDP, activation checkpointing, a PEFT layer around a projection: parts of a path.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+_PEFT, _BASE = "base_model.model.", "model."
+
+
+def plain(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+    """Return, for each of ``names``, the name among ``wanted`` that it is below its wrappers; else the name itself.
+
+    Also without the ``model.`` in front, as the base model of a causal language model is saved.
+    Raises CheckpointError for tensors of an adapter that is not merged, and for two names of one tensor.
+    """
+    names = list(names)
+    if adapted := [name for name in names if _ADAPTER.search(name)]:
+        example = f"{adapted[0]} and {len(adapted) - 1} others" if len(adapted) > 1 else adapted[0]
+        raise CheckpointError("the tensors", [
+            f"{example}: of a LoRA adapter that is not merged into its base model; merge it first (PEFT's "
+            "merge_adapter(), or slipway convert --merge-lora) and leave its tensors out"
+        ])  # fmt: skip
+    found: dict[str, str] = {}
+    holders: dict[str, list[str]] = {}
+    for name in names:
+        found[name] = name if name in wanted else _below(name, wanted)
+        holders.setdefault(found[name], []).append(name)
+    if twice := [f"{' and '.join(held)}: two names of {name}" for name, held in holders.items() if len(held) > 1]:
+        raise CheckpointError("the tensors", twice)
+    return found
+
+
+def unwrapped(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
+    """Return the checkpoint with its tensors under the names that ``plain`` gives them."""
+    found = plain(checkpoint.tensors, wanted)
+    renamed = [(name, new) for name, new in found.items() if name != new]
+    if not renamed:
+        return checkpoint
+    _log.info("%s: %d tensors under other names: %s is %s", checkpoint.directory, len(renamed), *renamed[0])
+    tensors = {found[name]: dataclasses.replace(t, name=found[name]) for name, t in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _below(name: str, wanted: Collection[str]) -> str:
+    bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(_PEFT)
+    return next((guess for guess in (bare, _BASE + bare) if guess in wanted), name)
