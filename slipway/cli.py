@@ -238,6 +238,8 @@ class Convert:
                 progress=lambda size: bar.advance(task, size),
             )
         print(f"{self.out_dir}: {len(written)} tensors, {sum(w.nbytes for w in written) / 1e9:.2f} GB")
+        if conversion.plan.mapping.note:
+            print(conversion.plan.mapping.note)
         if self.verify:
             self._verify(conversion, written)
 

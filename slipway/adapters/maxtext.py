@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from slipway.convert.mappings.maxtext import ROTATED, Rotation, rope_type, rotation
 from slipway.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,10 @@ def configuration(vllm_config: Any, maxtext: MaxText, lanes: int = LANES) -> Any
 
 
 def check(config: Any, hf_config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raise InvalidConfig where MaxText's ``config`` does not go with the mesh, or with what vLLM goes by."""
+    """Raise InvalidConfig where MaxText's ``config`` contradicts the mesh or the HF config that vLLM reads.
+
+    The rotary embedding is held against the rule by which `slipway convert` writes and reads MaxText's trees.
+    """
     if missing := set(config.mesh_axes) - set(mesh.axis_names):
         raise InvalidConfig(
             "mesh", mesh.axis_names, f"{sorted(missing)} too: tpu-inference makes them with NEW_MODEL_DESIGN=1 set"
@@ -130,6 +134,24 @@ def check(config: Any, hf_config: Any, mesh: jax.sharding.Mesh) -> None:
         got, expected = getattr(config, name), getattr(hf_config, field)
         if got != expected:
             raise InvalidConfig(f"{name} of maxtext_config", got, f"{expected}, the HF config's {field}")
+    if getattr(hf_config, "model_type", None) in ROTATED:
+        ropes = {field: getattr(hf_config, field, None) for field in ("rope_scaling", "rope_parameters")}
+        expected_rotation = rotation(ropes)
+        if expected_rotation not in (None, computed_rotation(config)):
+            names = "llama3.1" if expected_rotation == "interleaved" else "default"
+            raise InvalidConfig(
+                "rope_type of maxtext_config",
+                str(getattr(config.rope_type, "value", config.rope_type)),
+                f"{names!r} ({expected_rotation}), since the HF config's rope_type is {rope_type(ropes)!r}",
+            )
+
+
+def computed_rotation(config: Any) -> Rotation | None:
+    """Return what MaxText's Llama and Mistral do under ``config``: pairs, halves, or None for yarn, which has both."""
+    kind = str(getattr(config.rope_type, "value", config.rope_type)).lower()
+    if config.model_name.startswith("llama3.1") or kind.startswith("llama3.1"):
+        return "interleaved"
+    return None if kind.startswith("yarn") else "halves"
 
 
 class ByLayer:

@@ -1,4 +1,4 @@
-"""Decides what `slipway convert` does with its options: source, mapping, plan, checks, sink, in that order.
+"""Execution of `slipway convert`: from its options the source, mapping, plan, checks and sink, in that order.
 
 Every problem that can be told before a value is read is collected into one error; on any error nothing stays behind.
 """
@@ -18,12 +18,13 @@ import numpy as np
 
 from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
-from slipway.convert import mappings, move, run
+from slipway.convert import hf_classes, mappings, move, run
 from slipway.convert.archives import NpzSink
 from slipway.convert.configure import TIE, configure, known_sizes
 from slipway.convert.lora import Merge, read_adapter
+from slipway.convert.mappings import hf
 from slipway.convert.orbax import OrbaxSink
-from slipway.convert.plan import Move, Plan, resolve
+from slipway.convert.plan import Direction, Move, Plan, resolve
 from slipway.convert.remote import is_address
 from slipway.convert.rules import TreeMapping
 from slipway.convert.run import Delta, Options, Written
@@ -37,7 +38,9 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+MAX_DIFFERENCES = 3  # of names, in one error
 Dtype = Literal["float32", "bfloat16", "float16"]
+MAXTEXT = ("maxtext", "maxtext-interleaved", "maxtext-halves")
 To = Literal["hf", "maxtext", "orbax", "npz"]
 
 
@@ -46,7 +49,11 @@ class ConvertConfig:
     """What to convert, and how."""
 
     mapping: str | None = None
-    """maxtext, nnx, linen, hf, or a Python or YAML file with a mapping; by default the one that fits."""
+    """maxtext, maxtext-interleaved, maxtext-halves, nnx, linen, tunix, hf, or a Python or YAML file with a mapping; by
+    default the one that fits. MaxText's Llama and Mistral turn pairs or halves of a head: maxtext follows config.json's
+    rope_type, the other two say it."""
+    allow_unknown_names: bool = False
+    """Take a tree's names as Hugging Face's own although nothing here knows the architecture (mapping hf)."""
     config: Path | None = None
     """An HF directory or a JSON file: config.json's fields, those that no tensor tells at least."""
     tokenizer: Path | None = None
@@ -128,15 +135,17 @@ def prepare(
     plan = _plan(source, options, given, candidates)
     plan, tied = _without_tied(plan, given)
     targets = {name: Spec(_dtype(options.dtype, spec.dtype), spec.shape) for name, spec in plan.targets.items()}
-    problems = list(plan.problems)
+    problems = _misfits(plan)
+    # What config.json states beside a mapping of another architecture that does not fit either is no news.
+    is_foreign = len(plan.unmatched) > MAX_DIFFERENCES and _contradicts(plan, given)
     if options.to == "hf":
         configured = configure(plan, given, targets)
-        problems += configured.problems
+        problems += () if is_foreign else configured.problems
         generation = generation_file(options.config, source.path)
         problems += tokenizer_problems(options.tokenizer, generation, configured.config)
         given = configured.config
     else:
-        problems += configure(plan, given, _hf_side(plan)).problems
+        problems += () if is_foreign else configure(plan, given, _hf_side(plan)).problems
     merge = read_adapter(options.merge_lora, targets, given) if options.merge_lora else Merge()
     dtypes = {name: spec.dtype for name, spec in targets.items()}
     run_options = Options(dtypes, {**(deltas or {}), **merge.deltas}, tied, replaced=merge.replaced)
@@ -183,25 +192,77 @@ def _check(options: ConvertConfig) -> None:
         raise InvalidConfig("resume", True, "False: an .npz cannot be gone on with")
     if not options.scan_layers and options.to != "maxtext":
         raise InvalidConfig("scan_layers", False, "True, since --to is not maxtext")
-    if options.to == "maxtext" and options.mapping not in (None, "maxtext"):
-        raise InvalidConfig("mapping", options.mapping, "maxtext, since --to is maxtext")
+    if options.to == "maxtext" and options.mapping not in (None, *MAXTEXT):
+        raise InvalidConfig("mapping", options.mapping, f"{' | '.join(MAXTEXT)}, since --to is maxtext")
+    if options.allow_unknown_names and (options.to == "maxtext" or options.mapping not in (None, "hf")):
+        raise InvalidConfig("allow_unknown_names", True, "False, since only mapping hf keeps names as they are")
 
 
 def _plan(
     source: Source, options: ConvertConfig, given: Mapping[str, Any], candidates: Sequence[TreeMapping] | None
 ) -> Plan:
-    """The plan of the mapping that fits best: the first that leaves the fewest tensors without a counterpart."""
+    """Return the plan of the mapping that fits best: that which leaves the fewest tensors without a counterpart."""
     backward = options.to != "hf"
-    name = "maxtext" if options.to == "maxtext" else options.mapping or ("hf" if backward else None)
-    found = list(candidates or mappings.find(name, source.specs, given))
+    name = options.mapping or {"hf": None, "maxtext": "maxtext"}.get(options.to, "hf")
+    found = list(candidates or mappings.find(name, given))
     if options.to == "maxtext":
         found = [mapping for mapping in found if ("not scanned" in mapping.name) != options.scan_layers]
     plans = [
         resolve(mapping, "to_jax" if backward else "to_hf", source.specs, known_sizes(mapping, given))
         for mapping in found
     ]
-    # By names first, so that the right mapping that meets a wrong shape stays the right one. Any names fit "hf".
-    return min(plans, key=lambda plan: (len(plan.unmatched), plan.mapping.name == "hf", len(plan.problems)))
+    # By names first, so that the right mapping that meets a wrong shape stays the right one.
+    best = min(plans, key=lambda plan: (len(plan.unmatched), _contradicts(plan, given), len(plan.problems)))
+    if candidates or name not in (None, "hf") or not (best.unmatched or _contradicts(best, given)):
+        return best
+    return _own_names(best, source, options, given)
+
+
+def _contradicts(plan: Plan, given: Mapping[str, Any]) -> bool:
+    """Whether config.json is of another architecture than the mapping."""
+    settled = plan.mapping.config
+    return any(given.get(f, settled.get(f)) != settled.get(f) for f in ("model_type", "architectures") if f in settled)
+
+
+def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mapping[str, Any]) -> Plan:
+    """Return the plan that keeps every name, where the names are known to be the architecture's, else the nearest.
+
+    ``best`` is the plan of the built-in mapping that fits best. Names that transformers' class does not load count as
+    tensors without a counterpart.
+    """
+    direction: Direction = "to_hf" if options.to == "hf" else "to_jax"
+    if options.allow_unknown_names:
+        note = "names: taken as they are, unchecked, as --allow-unknown-names says"
+        return resolve(hf.identity(source.specs, note), direction, source.specs, {})
+    if hf.is_declared(given):
+        return best
+    mapping = hf.identity(source.specs, "")
+    specs = {name.removeprefix(mapping.roots[0]): spec for name, spec in source.specs.items()}
+    found = hf_classes.compare(given, specs)
+    if found.unknown:
+        unknown = f"mapping 'hf' was not tried: {found.unknown}; --allow-unknown-names takes names as they are"
+        return dataclasses.replace(best, problems=(unknown, *best.problems))
+    theirs = f"names that {found.class_name} of transformers loads"
+    mapping = dataclasses.replace(mapping, note=f"names: {theirs}")
+    own = dataclasses.replace(resolve(mapping, direction, source.specs, {}), unmatched=found.differences)
+    if own.fits or len(own.unmatched) <= len(best.unmatched):
+        return own
+    other = f"mapping 'hf' does not fit either: {len(own.unmatched)} differences from the {theirs}"
+    return dataclasses.replace(best, problems=(other, *best.problems))
+
+
+def _misfits(plan: Plan) -> list[str]:
+    """Return why the source does not fit the plan's mapping; of a tree that the mapping is not for, only the first."""
+    if len(plan.unmatched) <= MAX_DIFFERENCES:
+        return [*plan.unmatched, *plan.problems]
+    first = "; ".join(plan.unmatched[:MAX_DIFFERENCES])
+    more = len(plan.problems) - MAX_DIFFERENCES
+    return [
+        f"no mapping names these tensors; the nearest is {plan.mapping.name!r} with {len(plan.unmatched)} "
+        f"differences, the first {MAX_DIFFERENCES}: {first}",
+        *plan.problems[:MAX_DIFFERENCES],
+        *([f"{more} more problems of shapes"] if more > 0 else []),
+    ]
 
 
 def _without_tied(plan: Plan, given: Mapping[str, Any]) -> tuple[Plan, dict[str, tuple[Move, Move]]]:

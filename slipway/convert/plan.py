@@ -86,8 +86,13 @@ class Plan:
     targets: Mapping[str, Spec]
     sources: Mapping[str, Spec]
     ignored: tuple[str, ...]
-    unmatched: tuple[str, ...]  # tensors that no rule names, and tensors that a rule needs and the source lacks
-    problems: tuple[str, ...]
+    unmatched: tuple[str, ...]  # problems: tensors that no rule names, and tensors that a rule needs and are missing
+    problems: tuple[str, ...]  # all others
+
+    @property
+    def fits(self) -> bool:
+        """Whether every tensor of the source has its place, and every tensor that a rule needs is there."""
+        return not self.unmatched and not self.problems
 
     def jobs(self) -> Iterator[tuple[list[str], list[str]]]:
         """Sources and targets in the smallest groups that can be read and written each by itself."""
@@ -114,9 +119,10 @@ def resolve(mapping: TreeMapping, direction: Direction, sources: Mapping[str, Sp
     root = _root(mapping, sources) if direction == "to_hf" else mapping.roots[0]
     local: tuple[Sizes, ...] = ({},) * len(mapping.rules)
     plan = _resolve(mapping, direction, sources, root, {}, known, local)
-    if not plan.problems:
+    if plan.fits:
         return plan
-    return min(plan, _resolve(mapping, direction, sources, root, known, {}, local), key=lambda p: len(p.problems))
+    other = _resolve(mapping, direction, sources, root, known, {}, local)
+    return min(plan, other, key=lambda p: len(p.unmatched) + len(p.problems))
 
 
 def inverse(plan: Plan, sources: Mapping[str, Spec]) -> Plan:
@@ -134,7 +140,10 @@ def _resolve(
     then: Mapping[str, int],
     local_sizes: Sequence[Mapping[str, int]],
 ) -> Plan:
-    ignored = tuple(name for name in sources if any(fnmatchcase(name, glob) for glob in mapping.ignored))
+    constants = mapping.jax_constants if direction == "to_hf" else mapping.hf_constants
+    ignored = tuple(
+        name for name in sources if name in constants or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+    )
     kept = {name: spec for name, spec in sources.items() if name not in ignored}
     turn = 1 if direction == "to_hf" else -1
     rules = [
@@ -149,10 +158,17 @@ def _resolve(
     resolver.complete(prefixes[0])
     moves = resolver.moves(*prefixes)
     targets = {name: Spec(kept[group[0].source.name].dtype, group[0].target.shape) for name, group in moves.items()}
-    problems = (*resolver.problems, *_gaps(moves, kept))
+    undecided = (mapping.undecided,) if mapping.undecided else ()
+    problems = (*undecided, *resolver.problems, *_gaps(moves, kept))
     local = tuple(rule.local for rule in rules)
-    unmatched = tuple(resolver.unmatched)
+    unmatched = alternating(resolver.unnamed, resolver.missing)
     return Plan(mapping, direction, root, resolver.sizes, local, moves, targets, kept, ignored, unmatched, problems)
+
+
+def alternating(one: Sequence[str], two: Sequence[str]) -> tuple[str, ...]:
+    """Return the items of both by turns, so that the first few show both."""
+    pairs = itertools.zip_longest(one, two)
+    return tuple(item for pair in pairs for item in pair if item is not None)
 
 
 def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
@@ -182,7 +198,8 @@ class _Resolver:
     def __init__(self, mapping: TreeMapping, rules: list[_Rule], sizes: Sizes):
         self.mapping, self.rules, self.sizes = mapping, rules, sizes
         self.problems: list[str] = []
-        self.unmatched: list[str] = []
+        self.unnamed: list[str] = []
+        self.missing: list[str] = []
 
     def match(self, sources: Mapping[str, Spec], prefix: str) -> None:
         """Give each source tensor to the first rule that names it, and count the indices in the names."""
@@ -201,8 +218,7 @@ class _Resolver:
                             indices.setdefault(axis, set()).add(int(label))
                     break
             else:
-                self.unmatched.append(name)
-                self.problems.append(f"{name}: no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})")
+                self.unnamed.append(f"{name}: no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})")
         for axis, numbers in indices.items():
             self._settle(axis, max(numbers) + 1, "the names' indices")
 
@@ -227,8 +243,7 @@ class _Resolver:
             for labels in self._combinations(rule.source.indices):
                 name = prefix + rule.source.format(labels)
                 if name not in rule.found:
-                    self.unmatched.append(name)
-                    self.problems.append(f"{name}: missing")
+                    self.missing.append(f"{name}: missing")
 
     def moves(self, source_prefix: str, target_prefix: str) -> dict[str, tuple[Move, ...]]:
         """Every move, by target; none of a rule whose tensors did not fit."""

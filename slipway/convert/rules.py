@@ -129,7 +129,9 @@ class TreeMapping:
     settles, ``required`` those that nothing in the tree can tell. ``roots`` are prefixes under which the tree may
     lie, the one that is written first; ``ignored`` are globs of names, roots included, that hold no weights. ``tied``
     maps an HF key to the key it repeats where ``tie_word_embeddings`` is true. ``jax_constants`` and ``hf_constants``
-    are what only one side has, by its whole name: integers, or empty mappings.
+    are what only one side has, by its whole name: integers, or empty mappings. ``note`` is printed and reported with
+    every conversion: which of several possible rules were taken, and why. ``undecided`` is a problem of its own: what
+    has to be given before the rules can be trusted.
     """
 
     name: str
@@ -144,6 +146,8 @@ class TreeMapping:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     jax_constants: Mapping[str, int | Mapping] = dataclasses.field(default_factory=dict)
     hf_constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    undecided: str = ""
 
     def sides(self) -> Iterator[tuple[Rule, Side, Side]]:
         """Every rule with its JAX and its HF side."""

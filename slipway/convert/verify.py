@@ -74,7 +74,11 @@ def verify(conversion: Conversion, written: Sequence[Written], directory: Path) 
     back = inverse(plan, made.specs)
     comparing = _Comparing(source)
     dtypes = {name: plan.sources[name].dtype for name in back.moves if name in plan.sources}
-    problems = [*back.problems, *(f"{name}: not in the source" for name in back.moves if name not in dtypes)]
+    problems = [
+        *back.unmatched,
+        *back.problems,
+        *(f"{name}: not in the source" for name in back.moves if name not in dtypes),
+    ]
     if problems:
         raise CheckpointError(directory, problems)
     execute(back, made, comparing, Options(dtypes))
@@ -102,6 +106,7 @@ def report(
     return {
         "source": conversion.source.location,
         "mapping": conversion.plan.mapping.name,
+        "note": conversion.plan.mapping.note,
         "direction": conversion.plan.direction,
         "ignored": list(conversion.plan.ignored),
         "tied": {name: pair[0].source.name for name, pair in conversion.options.tied.items()},
@@ -124,6 +129,8 @@ def explain(conversion: Conversion) -> str:
             )
     lines += [f"{name}: must equal what it is tied to, not written" for name in conversion.options.tied]
     lines += [f"{name}: no weight, left out" for name in plan.ignored]
+    if plan.mapping.note:
+        lines.append(plan.mapping.note)
     total = sum(spec.nbytes for spec in conversion.targets.values())
     lines.append(f"mapping {plan.mapping.name!r}: {len(conversion.targets)} tensors, {total:,} bytes")
     if conversion.problems:

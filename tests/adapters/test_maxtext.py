@@ -114,11 +114,11 @@ class Embedder(nnx.Module):
         return self.embedding[...][ids]
 
 
-def made_configuration(load_parameters_path="", model_name="default", **sizes):
+def made_configuration(load_parameters_path="", model_name="default", rope_type="default", **sizes):
     """MaxText's, as far as it is read; its path is text, empty where there is none."""
     return types.SimpleNamespace(
         logical_axis_rules=[("embed", None)], dtype=jnp.float32, load_parameters_path=load_parameters_path,
-        mesh_axes=["data", "model"], emb_dim=6, num_decoder_layers=2,
+        mesh_axes=["data", "model"], emb_dim=6, num_decoder_layers=2, model_name=model_name, rope_type=rope_type,
     )  # fmt: skip
 
 
@@ -197,6 +197,38 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(fake_maxte
         with pytest.raises(InvalidConfig, match=f"{name}.*{field}"):
             maxtext.MaxTextForCausalLM(config, jax.random.key(0), one_device())
     assert "made" not in fake_maxtext
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("model_name", "rope_type", "hf", "is_right"),
+    [
+        ("llama3-8b", "default", {}, True),
+        ("llama3-8b", "default", {"rope_scaling": {"rope_type": "llama3"}}, False),
+        ("llama3.1-8b", "default", {"rope_scaling": {"rope_type": "llama3"}}, True),
+        ("llama3.2-1b", "LLAMA3.1", {"rope_parameters": {"rope_type": "llama3"}}, True),
+        ("llama3.2-1b", "llama3.1", {"rope_parameters": {"rope_type": "default"}}, False),
+        ("llama2-7b", "yarn", {"rope_scaling": {"type": "yarn"}}, True),
+        ("llama2-7b", "yarn", {}, False),
+    ],
+)
+def test_maxtexts_rotary_embedding_is_the_one_that_a_conversion_follows(
+    model_type, model_name, rope_type, hf, is_right
+):
+    config = made_configuration(model_name=model_name, rope_type=rope_type)
+    described = types.SimpleNamespace(hidden_size=6, num_hidden_layers=2, model_type=model_type, **hf)
+    if is_right:
+        maxtext.check(config, described, one_device())
+        return
+    with pytest.raises(InvalidConfig, match="rope_type of maxtext_config"):
+        maxtext.check(config, described, one_device())
+
+
+def test_other_families_have_one_rotary_embedding():
+    described = types.SimpleNamespace(
+        hidden_size=6, num_hidden_layers=2, model_type="qwen3", rope_scaling={"rope_type": "llama3"}
+    )
+    maxtext.check(made_configuration(), described, one_device())
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["it ends the process", "it raises"])

@@ -2,6 +2,7 @@
 source; what does not fit changes nothing.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from slipway.checkpoint.save import hf_tensors
 from slipway.checkpoint.shards import write_safetensors
 from slipway.checkpoint.swap import Weights
 from slipway.convert import live
+from slipway.convert.conversion import ConvertConfig, convert
 from slipway.convert.formats import open_source
 from slipway.errors import CheckpointError, InvalidRequest, WeightsLost
 
@@ -105,11 +107,7 @@ def _structure(of):
 )
 def test_maxtext_trees_give_what_their_conversion_gives(tree_of, twin, on_devices):
     source = open_source(DATA / tree_of / "0" / "items")
-    arrays = {}
-    for name in source.specs:
-        if not name.startswith("opt_state"):
-            with source.open(name) as array:
-                arrays[name] = np.array(array)
+    arrays = _arrays(source)
     if on_devices:
         everywhere = NamedSharding(meshes.make_mesh(1, 8), PartitionSpec())
         arrays = {name: jax.device_put(x, everywhere) for name, x in arrays.items()}
@@ -119,6 +117,39 @@ def test_maxtext_trees_give_what_their_conversion_gives(tree_of, twin, on_device
         # MaxText's Llama holds queries scaled by 1/sqrt(head_dim): docs/convert.md
         limit = 2**-22 if twin == "hf_llama" and "q_proj" in leaf.keys[()] else 0
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=limit, atol=0, err_msg=str(leaf.keys))
+
+
+def _arrays(source):
+    """Everything but the optimizer's state, in memory."""
+    arrays = {}
+    for name in source.specs:
+        if not name.startswith("opt_state"):
+            with source.open(name) as array:
+                arrays[name] = np.array(array)
+    return arrays
+
+
+@pytest.mark.parametrize("mapping", [None, "maxtext", "maxtext-halves", "maxtext-interleaved"])
+def test_maxtexts_default_rope_is_pushed_by_the_rule_of_its_conversion(mapping, tmp_path):
+    source = open_source(DATA / "llama3_default_rope_orbax")
+    given = json.loads((DATA / "llama3_default_rope_orbax" / "config.json").read_text())
+    halves = mapping != "maxtext-interleaved"
+    convert(source, tmp_path / "hf", ConvertConfig(mapping="maxtext-halves" if halves else mapping), given)
+    loaded, target = weights(tmp_path / "hf"), weights(tmp_path / "hf", dummy=True)
+    exchange(target, _nested(_arrays(source)), mapping=mapping)
+    assert_equal(loaded, target)
+
+
+def test_a_rope_that_does_not_tell_maxtexts_rotation_is_asked_for(tmp_path):
+    source = open_source(DATA / "llama3_default_rope_orbax")
+    given = json.loads((DATA / "llama3_default_rope_orbax" / "config.json").read_text())
+    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    convert(source, tmp_path / "hf", ConvertConfig(mapping="maxtext-halves"), given | yarn)
+    target = weights(tmp_path / "hf", dummy=True)
+    with pytest.raises(CheckpointError, match="maxtext-interleaved"):
+        exchange(target, _nested(_arrays(source)))
+    exchange(target, _nested(_arrays(source)), mapping="maxtext-halves")
+    assert_equal(weights(tmp_path / "hf"), target)
 
 
 def _nested(flat):

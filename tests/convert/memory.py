@@ -49,7 +49,7 @@ def planned(mapping: TreeMapping, direction: Direction, arrays: Mapping[str, np.
 
 def moved(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Written]]:
     """The plan's targets, each in its source's dtype."""
-    assert not plan.problems, plan.problems
+    assert plan.fits, (plan.unmatched, plan.problems)
     sink = MemorySink(plan.targets)
     options = Options({name: spec.dtype for name, spec in plan.targets.items()}, workers=1)
     return sink.arrays, execute(plan, MemorySource(arrays), sink, options)

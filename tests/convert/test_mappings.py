@@ -218,7 +218,7 @@ def test_a_mapping_of_ones_own(tmp_path):
 def test_a_mapping_file_that_cannot_be_read(content, told, tmp_path):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(InvalidConfig) as caught:
-        find(str(tmp_path / "mine.yaml"), {}, {})
+        find(str(tmp_path / "mine.yaml"), {})
     assert told in str(caught.value)
 
 
@@ -228,10 +228,10 @@ def test_a_mapping_in_python(tmp_path):
         "from slipway.convert.rules import TreeMapping, rules\n"
         "MAPPING = TreeMapping(name='mine', rules=rules([('a', 'b', 'x y -> y x')]))\n"
     )
-    assert find(str(tmp_path / "mine.py"), {}, {})[0].rules[0].hf == "b"
+    assert find(str(tmp_path / "mine.py"), {})[0].rules[0].hf == "b"
     (tmp_path / "mine.py").write_text("MAPPING = 3")
     with pytest.raises(InvalidConfig, match="MAPPING"):
-        find(str(tmp_path / "mine.py"), {}, {})
+        find(str(tmp_path / "mine.py"), {})
 
 
 @pytest.mark.host

@@ -147,7 +147,8 @@ def test_every_problem_is_listed():
         ("c", "c", "y -> y"),
     )
     tree = {"l.0.a": numbers(2), "l.1.a": numbers(3), "l.0.b": numbers(2), "new": numbers(1)}
-    problems = "\n".join(planned(mapping(*rows, fields={"x": "x"}), "to_hf", tree).problems)
+    plan = planned(mapping(*rows, fields={"x": "x"}), "to_hf", tree)
+    problems = "\n".join([*plan.unmatched, *plan.problems])
     for told in ("new: no rule", "l.1.a: shape (3,)", "l.1.b: missing", "c: missing"):
         assert told in problems
 

@@ -1,21 +1,26 @@
-"""The table of built-in mappings, and mappings from a user's file. Decides which are tried; knows no weights."""
+"""Table of built-in mappings, and mappings from a user's file.
+
+Not here: trees whose names are Hugging Face's own beyond the declared decoders (conversion.py, hf_classes.py).
+"""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint.shards import Spec
 from slipway.convert.mappings import flax, gemma, hf, maxtext
 from slipway.convert.rules import TreeMapping, rules
 from slipway.errors import InvalidConfig
 
 BUILT_IN: Mapping[str, Sequence[TreeMapping]] = {
     "maxtext": maxtext.MAPPINGS,
+    "maxtext-interleaved": maxtext.given("interleaved"),
+    "maxtext-halves": maxtext.given("halves"),
     "nnx": (*flax.MAPPINGS, *gemma.NNX),
     "linen": (*flax.MAPPINGS, *gemma.LINEN),
     "hf": hf.DECODERS,
 }
+_TRIED = ("maxtext", "nnx", "linen", "hf")  # where the user names none
 _FIELDS = (
     "sizes",
     "parts",
@@ -30,23 +35,22 @@ _FIELDS = (
 )
 
 
-def find(name: str | None, specs: Mapping[str, Spec], given: Mapping[str, Any]) -> list[TreeMapping]:
-    """The mappings that ``name`` stands for, all built-in ones if it is None; those of another model_type than
-    ``given`` states are left out, unless none is left.
+def find(name: str | None, given: Mapping[str, Any]) -> list[TreeMapping]:
+    """Return the mappings that ``name`` stands for, all built-in ones if it is None.
 
-    Raises InvalidConfig for an unknown name or a file that holds no mapping.
+    Those of another model_type than ``given`` states are left out, unless none is left. Raises InvalidConfig for an
+    unknown name or a file that holds no mapping.
     """
     if name is not None and name.endswith((".py", ".yaml", ".yml")):
         return [read_file(Path(name))]
     if name is not None and name not in BUILT_IN:
         raise InvalidConfig("mapping", name, f"{' | '.join(BUILT_IN)}, or a .py or .yaml file")
-    found = list(BUILT_IN[name]) if name else [mapping for group in BUILT_IN.values() for mapping in group]
-    found = list({mapping.name: mapping for mapping in found}.values())
+    groups = [BUILT_IN[name]] if name else [BUILT_IN[group] for group in _TRIED]
+    found = list({mapping.name: mapping for group in groups for mapping in group}.values())
+    if name in (None, "maxtext"):
+        found = maxtext.chosen(found, given)
     stated = given.get("model_type")
-    fitting = [mapping for mapping in found if stated is not None and mapping.config["model_type"] == stated]
-    if name in (None, "hf") and not (stated and any(mapping in hf.DECODERS for mapping in fitting)):
-        fitting.append(hf.identity(specs))  # nothing holds its tensors against config.json
-    return fitting or found
+    return [mapping for mapping in found if stated is not None and mapping.config["model_type"] == stated] or found
 
 
 def read_file(path: Path) -> TreeMapping:

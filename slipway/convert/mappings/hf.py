@@ -1,8 +1,11 @@
-"""Trees whose names and layouts are Hugging Face's own. Decides that decoders we know are held against config.json, and
-that of any other model each tensor is itself.
+"""Mappings of trees whose names and layouts are Hugging Face's own.
+
+Decoders that Slipway declares are held against config.json; of any other model each tensor is itself. Not here:
+whether the names are those of the architecture (conversion.py, hf_classes.py).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from slipway.checkpoint.shards import Spec
 from slipway.convert.mappings.flax import FAMILIES, FIELDS, decoder_layer
@@ -35,14 +38,23 @@ def _decoder(model_type: str) -> TreeMapping:
 DECODERS = tuple(_decoder(model_type) for model_type in FAMILIES)
 
 
-def identity(specs: Mapping[str, Spec]) -> TreeMapping:
-    """One rule for each tensor, under whatever root all of them lie."""
+def is_declared(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is of one of ``DECODERS``; its architectures may be left out."""
+    return any(
+        config.get("model_type") == mapping.config["model_type"]
+        and config.get("architectures") in (None, mapping.config["architectures"])
+        for mapping in DECODERS
+    )
+
+
+def identity(specs: Mapping[str, Spec], note: str) -> TreeMapping:
+    """Return one rule for each tensor, under the root that all of them share."""
     root = next(root for root in reversed(_ROOTS) if all(name.startswith(root) for name in specs))
     keys = {name.removeprefix(root): " ".join(f"axis{i}" for i in range(len(s.shape))) for name, s in specs.items()}
     return TreeMapping(
         name="hf",
         rules=tuple(Rule(key, key, f"{axes} -> {axes}", optional=True) for key, axes in keys.items()),
         roots=(root,),
-        tied=_TIED if "model.embed_tokens.weight" in keys else {},
-        required=("architectures",),
+        tied={head: table for head, table in _TIED.items() if {head, table} <= keys.keys()},
+        note=note,
     )

@@ -1,15 +1,28 @@
-"""MaxText's trees, scanned or not: Llama, Qwen3 and Qwen3-MoE. Decides names and axes only.
+"""Mappings of MaxText's trees, scanned or not: Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE.
 
-A scanned tree stacks its layers along axis 1. The Llama family stores queries divided by sqrt(head_dim) and rotates
-neighbouring pairs, where Hugging Face rotates the two halves of a head: the axis ``half`` lies before ``two`` here and
-behind it there. Read off checkpoints that MaxText wrote (tests/data/maxtext).
+A scanned tree stacks its layers along axis 1. Llama and Mistral store queries divided by sqrt(head_dim). With MaxText's
+``rope_type: llama3.1`` their rotary embedding turns neighbouring pairs, where Hugging Face turns the two halves of a
+head: the axis ``half`` lies before ``two`` here and behind it there. With MaxText's default rotary embedding (llama2,
+llama3, mistral) it turns halves, too. Names and shapes are the same, so config.json decides, or the user does.
+Compared with checkpoints and logits that MaxText wrote (tests/data/maxtext).
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from slipway.convert.mappings.flax import FIELDS
 from slipway.convert.rules import TreeMapping, rules, within
 
+Rotation = Literal["interleaved", "halves"]
+ROTATED = ("llama", "mistral")  # model_types whose rotary embedding MaxText has in both forms
+ROTATIONS: tuple[Rotation, ...] = ("interleaved", "halves")
+_ROTATION_OF: Mapping[str, Rotation] = {
+    "default": "halves",
+    "linear": "halves",
+    "dynamic": "halves",
+    "llama3": "interleaved",
+}
 _OUTSIDE = (
     ("token_embedder.embedding", "model.embed_tokens.weight", "vocab+pad embed -> vocab embed"),
     ("decoder.decoder_norm.scale", "model.norm.weight", "embed -> embed"),
@@ -29,26 +42,37 @@ _COMMON = (
         "heads layers head_dim embed -> layers embed (heads head_dim)",
     ),
 )
+_QUERY = (
+    "self_attention.query.kernel",
+    "self_attn.q_proj.weight",
+    "embed layers heads head_dim -> layers (heads head_dim) embed",
+)
+_KEY = (
+    "self_attention.key.kernel",
+    "self_attn.k_proj.weight",
+    "embed layers kv_heads head_dim -> layers (kv_heads head_dim) embed",
+)
+_DIVIDED = "* head_dim ** 0.5"  # queries; not with normalized ones, and not in Qwen2
 _NORMALIZED = (
-    (
-        "self_attention.query.kernel",
-        "self_attn.q_proj.weight",
-        "embed layers heads head_dim -> layers (heads head_dim) embed",
-    ),
-    (
-        "self_attention.key.kernel",
-        "self_attn.k_proj.weight",
-        "embed layers kv_heads head_dim -> layers (kv_heads head_dim) embed",
-    ),
+    _QUERY,
+    _KEY,
     ("self_attention.query_norm.scale", "self_attn.q_norm.weight", "head_dim layers -> layers head_dim"),
     ("self_attention.key_norm.scale", "self_attn.k_norm.weight", "head_dim layers -> layers head_dim"),
 )
-_ROTATED_IN_PAIRS = (
+_BIASED = (
+    _QUERY,
+    _KEY,
+    ("self_attention.query.bias", "self_attn.q_proj.bias", "heads layers head_dim -> layers (heads head_dim)"),
+    ("self_attention.key.bias", "self_attn.k_proj.bias", "kv_heads layers head_dim -> layers (kv_heads head_dim)"),
+    ("self_attention.value.bias", "self_attn.v_proj.bias", "kv_heads layers head_dim -> layers (kv_heads head_dim)"),
+)
+_HALVES = ((*_QUERY, _DIVIDED), _KEY)
+_INTERLEAVED = (
     (
         "self_attention.query.kernel",
         "self_attn.q_proj.weight",
         "embed layers heads (half two) -> layers (heads two half) embed",
-        "* head_dim ** 0.5",
+        _DIVIDED,
     ),
     (
         "self_attention.key.kernel",
@@ -75,13 +99,13 @@ _EXPERTS = (
 
 
 def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) -> tuple[TreeMapping, TreeMapping]:
-    """The mapping of a family's scanned trees and of its unscanned ones."""
+    """Return the mapping of a family's scanned trees and that of its unscanned ones."""
     scanned = TreeMapping(
         name=f"maxtext {name}, scanned",
         rules=rules(_OUTSIDE + within("decoder.layers.", "model.layers.{layers}.", layer)),
         sizes=sizes,
         fields=fields,
-        config={"hidden_act": "silu", "attention_bias": False, **config},
+        config={"hidden_act": "silu", **config},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
         roots=("params.params.", "params.", ""),
         ignored=("step", "opt_state.*"),
@@ -96,20 +120,36 @@ def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) ->
     return scanned, unscanned
 
 
-MAPPINGS = (
-    *_family(
+def _rotated(name: str, config: dict) -> dict[Rotation, tuple[TreeMapping, TreeMapping]]:
+    """Return a family's mappings for both rotary embeddings."""
+    return {
+        "halves": _family(f"{name} (halves)", _COMMON + _HALVES + _MLP, {}, FIELDS, config),
+        "interleaved": _family(f"{name} (interleaved)", _COMMON + _INTERLEAVED + _MLP, {"two": 2}, FIELDS, config),
+    }
+
+
+_EITHER = (
+    _rotated(
         "llama",
-        _COMMON + _ROTATED_IN_PAIRS + _MLP,
-        {"two": 2},
-        FIELDS,
-        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": False},
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+    ),
+    _rotated("mistral", {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}),
+)
+_QWEN = (
+    *_family(
+        "qwen2", _COMMON + _BIASED + _MLP, {}, FIELDS, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     ),
     *_family(
         "qwen3",
         _COMMON + _NORMALIZED + _MLP,
         {},
         FIELDS,
-        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
     ),
     *_family(
         "qwen3_moe",
@@ -117,6 +157,59 @@ MAPPINGS = (
         {},
         {axis: field for axis, field in FIELDS.items() if axis != "mlp"}
         | {"experts": "num_experts", "moe_mlp": "moe_intermediate_size"},
-        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1},
+        {
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+        },
     ),
 )
+BY_ROTATION: Mapping[Rotation, tuple[TreeMapping, ...]] = {
+    rotation: tuple(mapping for family in _EITHER for mapping in family[rotation]) for rotation in ROTATIONS
+}
+MAPPINGS = (*BY_ROTATION["halves"], *BY_ROTATION["interleaved"], *_QWEN)
+
+
+def rope_type(config: Mapping[str, Any]) -> str:
+    """Return config.json's type of rotary embedding: ``rope_scaling`` counts before ``rope_parameters``."""
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field)
+        if isinstance(rope, Mapping) and rope:
+            return str(rope.get("rope_type") or rope.get("type") or "default")
+    return "default"
+
+
+def rotation(config: Mapping[str, Any]) -> Rotation | None:
+    """Return how MaxText's Llama and Mistral turn heads for this config.json; None where that does not follow.
+
+    MaxText has three types: default, llama3.1 and yarn. yarn turns pairs or halves as its ``rope_interleave`` says.
+    """
+    return _ROTATION_OF.get(rope_type(config))
+
+
+def chosen(found: Iterable[TreeMapping], config: Mapping[str, Any]) -> list[TreeMapping]:
+    """Return ``found`` without the rotary embedding that config.json rules out; mappings that remain say why."""
+    kind, decided = rope_type(config), rotation(config)
+    other: Rotation = "interleaved" if decided == "halves" else "halves"
+    dropped = BY_ROTATION[other] if decided else BY_ROTATION["interleaved"]
+    note = f"rotary embedding: {decided}, as MaxText has it for config.json's rope_type {kind!r}; "
+    note += f"--mapping maxtext-{other} takes the other one"
+    undecided = (
+        f"config.json: rope_type: {kind!r} does not tell which rotary embedding MaxText's tree has; give "
+        "--mapping maxtext-interleaved (neighbouring pairs) or --mapping maxtext-halves"
+    )
+    rotated = (*BY_ROTATION["halves"], *BY_ROTATION["interleaved"])
+    return [
+        dataclasses.replace(mapping, note=note if decided else "", undecided="" if decided else undecided)
+        if mapping in rotated
+        else mapping
+        for mapping in found
+        if mapping not in dropped
+    ]
+
+
+def given(asked: Rotation) -> tuple[TreeMapping, ...]:
+    """Return the mappings of the rotary embedding that the user names."""
+    note = f"rotary embedding: {asked}, as --mapping maxtext-{asked} says"
+    return tuple(dataclasses.replace(mapping, note=note) for mapping in BY_ROTATION[asked])
