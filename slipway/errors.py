@@ -3,6 +3,7 @@
 SlipwayError
 ├── InvalidInput (ValueError)      one field of something a caller passed: .field, .got, .expected
 │   ├── InvalidRequest             a prompt or a sampling parameter
+│   │   ├── ContextTooLong         a prompt that does not fit the model's context: .max_model_len
 │   │   └── InvalidBatch           several requests of one call: .errors, and .outputs of those that finished
 │   ├── InvalidConfig              an engine option, or options that contradict each other
 │   └── UnsupportedModel           an architecture or a config.json value that is not implemented
@@ -32,6 +33,21 @@ class InvalidInput(SlipwayError, ValueError):
 
 class InvalidRequest(InvalidInput):
     """A prompt or a sampling parameter is out of its range."""
+
+
+class ContextTooLong(InvalidRequest):
+    """A prompt has no room in the model's context.
+
+    Clients that shorten a conversation and try again look for "maximum context length is N tokens" in the message.
+    """
+
+    def __init__(self, field: str, got: str, max_model_len: int):
+        super().__init__(field, Shown(got), f"fewer than max_model_len ({max_model_len})")
+        self.args = (
+            f"{field}: This model's maximum context length is {max_model_len} tokens, and an answer needs at least one "
+            f"of them; got {got}. Shorten the prompt.",
+        )
+        self.max_model_len = max_model_len
 
 
 class InvalidBatch(InvalidRequest):

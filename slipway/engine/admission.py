@@ -12,7 +12,7 @@ from slipway.engine import edits
 from slipway.engine.batch import Sizes
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, Sequence
-from slipway.errors import InvalidRequest
+from slipway.errors import ContextTooLong, InvalidRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Admission:
             if type(token) is not int or not 0 <= token < limits.vocab_size:
                 raise InvalidRequest("prompt_token_ids", token, f"token ids from 0 to {limits.vocab_size - 1}")
         if length >= limits.max_model_len:
-            raise InvalidRequest("prompt", f"{length} tokens", f"fewer than max_model_len ({limits.max_model_len})")
+            raise ContextTooLong("prompt", f"{length} tokens", limits.max_model_len)
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)")
         longest = limits.max_model_len - length

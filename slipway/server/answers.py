@@ -193,6 +193,6 @@ def weights(sample: Sample) -> dict[str, Any]:
     return {"weights_version": sample.weights[-1][1]} | several
 
 
-def error(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return OpenAI's error object; `code` is a name or null, never a number."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

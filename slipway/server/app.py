@@ -21,10 +21,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from slipway.errors import InvalidRequest, Shown, SlipwayError
-from slipway.server import generation, pages, schema
+from slipway.server import gate, pages, schema
 from slipway.server.answers import encode
 from slipway.server.chats import Chats
-from slipway.server.gate import Gate, NotFound, TooLarge, TooSlow, json_response
+from slipway.server.gate import Gate, NotFound, TooLarge, TooSlow, failed_event, json_response
 from slipway.server.generation import Completions
 from slipway.server.metrics import Metrics
 from slipway.server.native import Natives
@@ -88,7 +88,8 @@ class App:
                 ("/stop_profile", self._profiling("stop_profile"), post),
             ]
         self.routes = [Route(path, endpoint, methods=methods) for path, endpoint, methods in table]
-        return Starlette(routes=self.routes, middleware=middleware, lifespan=lifespan)
+        handlers = {404: gate.unknown_route, 405: gate.wrong_method, Exception: gate.internal_error}
+        return Starlette(routes=self.routes, middleware=middleware, lifespan=lifespan, exception_handlers=handlers)
 
     def _generating(self, kind: type, make: Any) -> Callable[[Request], Awaitable[Response]]:
         """A handler whose answer is generated, whole or as a stream."""
@@ -97,12 +98,13 @@ class App:
             body, unknown = await self._body(request, kind)
             self._check_model(body.model)
             request_id = body.request_id or request.headers.get("x-request-id")
-            if request_id is not None and not REQUEST_ID.fullmatch(request_id):
-                raise InvalidRequest("request_id", request_id, "1 to 128 visible ASCII characters")
-            answer = make(self.service, body, request_id)
-            request.scope["slipway.id"] = answer.shape.id
-            headers = _headers(unknown) | {"x-request-id": answer.shape.id}
             with contextlib.ExitStack() as stack:
+                stack.enter_context(schema.errors_as_sent(body))
+                if request_id is not None and not REQUEST_ID.fullmatch(request_id):
+                    raise InvalidRequest("request_id", request_id, "1 to 128 visible ASCII characters")
+                answer = make(self.service, body, request_id)
+                request.scope["slipway.id"] = answer.shape.id
+                headers = _headers(unknown) | {"x-request-id": answer.shape.id}
                 place = stack.enter_context(self.service.place(_client(request), answer.shape.id))
                 await answer.prepare()
                 if body.stream:
@@ -121,7 +123,8 @@ class App:
         async def handle(request: Request) -> Response:
             body, unknown = await self._body(request, kind)
             self._check_model(getattr(body, "model", None))
-            with self.service.place(_client(request), f"req-{uuid.uuid4().hex}") as place:
+            name = f"req-{uuid.uuid4().hex}"
+            with self.service.place(_client(request), name) as place, schema.errors_as_sent(body):
                 found = await _unless_gone(request, answer(body, place), place)
             return json_response(encode(found), _headers(unknown))
 
@@ -314,7 +317,7 @@ class EventStream(Response):
             async for event in self._rest:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except SlipwayError as error:
-            await send({"type": "http.response.body", "body": generation.failed(error), "more_body": True})
+            await send({"type": "http.response.body", "body": failed_event(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _abort_when_gone(self, receive: Receive) -> None:

@@ -47,6 +47,7 @@ class Chats:
             self.prompt = Prompt(service.tokenizer.encode(self.prompt.text), self.prompt.text)
         if body.truncate_prompt_tokens is not None:
             (self.prompt,) = await service.prompts([self.prompt.token_ids], "messages", body.truncate_prompt_tokens)
+        service.check_lengths([self.prompt], "messages")
         both = body.max_tokens, body.max_completion_tokens
         if None not in both and both[0] != both[1]:
             raise InvalidRequest("max_tokens", body.max_tokens, f"max_completion_tokens ({body.max_completion_tokens})")
@@ -107,10 +108,10 @@ class Chats:
             opening = [
                 {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
             ]
-            yield b"".join(self.shape.event([choice], usage) for choice in opening)
+            out = [self.shape.event([choice], usage) for choice in opening]
             reading = [self._message() for _ in range(self.params.n)]
             while not stream.finished:
-                deltas, out = await stream.next(), []
+                deltas = await stream.next()  # before anything is yielded: a refusal is not an event
                 for delta in deltas:
                     self.usage.add(delta)
                 for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
@@ -118,6 +119,7 @@ class Chats:
                     added = read.push(sample.text, ended=sample.finish_reason is not None)
                     out.append(self.shape.event([self._choice(sample, read) | {"delta": added}], usage))
                 yield b"".join(out)
+                out = []
         if options.include_usage:
             yield self.shape.event([], self.usage)
         yield DONE

@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slipway.errors import (
     CheckpointError,
     ClientBusy,
+    ContextTooLong,
     EngineBusy,
     EngineDead,
     InvalidInput,
@@ -60,7 +61,10 @@ STATUS = {
     TooLarge: 413, TooSlow: 408, NotFound: 404, ClientBusy: 429, EngineBusy: 503, EngineDead: 503, WeightsLost: 503,
     InvalidInput: 400, CheckpointError: 400,
 }  # fmt: skip
-KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable_error"}
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # OpenAI's types; else a wrong request
+CODES = {
+    ContextTooLong: "context_length_exceeded", NotFound: "model_not_found", ClientBusy: "rate_limit_exceeded",
+}  # fmt: skip
 
 
 class Gate:
@@ -90,7 +94,7 @@ class Gate:
             if scope["path"] in PROBES or not keys or self._knows(scope, keys):
                 await self._asgi(scope, receive, watched)
             else:
-                body = answers.error(401, "no such API key", "authentication_error")
+                body = answers.error("no such API key", "invalid_request_error", code="invalid_api_key")
                 await json_response(encode(body), {"www-authenticate": "Bearer"}, 401)(scope, receive, watched)
         except ClientDisconnect:
             pass
@@ -118,13 +122,46 @@ def status_of(error: SlipwayError) -> int:
     return next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
 
 
-def refusal(error: SlipwayError) -> Response:
-    """What a failure becomes."""
+def error_object(error: SlipwayError) -> dict[str, Any]:
+    """Return OpenAI's error object for a failure."""
     status = status_of(error)
-    headers = {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, EngineBusy) else {}
-    kind = KINDS.get(status, "invalid_request_error")
     text = str(error) if status != 500 else "internal error"
-    return json_response(encode(answers.error(status, text, kind, getattr(error, "field", None))), headers, status)
+    code = next((code for kind, code in CODES.items() if isinstance(error, kind)), None)
+    param = getattr(error, "field", None)
+    return answers.error(text, KINDS.get(status, "invalid_request_error"), param, code)
+
+
+def refusal(error: SlipwayError) -> Response:
+    """Return the response for a failure before an answer has begun."""
+    headers = {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, EngineBusy) else {}
+    return json_response(encode(error_object(error)), headers, status_of(error))
+
+
+def failed_event(error: SlipwayError) -> bytes:
+    """Return the events that end a stream which cannot go on."""
+    return answers.event(encode(error_object(error))) + answers.DONE
+
+
+async def unknown_route(request: Request, _: Exception) -> Response:
+    """Return the response for a path that is not served."""
+    body = answers.error(
+        f"no such route: {request.method} {request.url.path}", "invalid_request_error", code="unknown_url"
+    )
+    return json_response(encode(body), status=404)
+
+
+async def wrong_method(request: Request, error: Exception) -> Response:
+    """Return the response for a path that is served for other methods."""
+    headers = dict(getattr(error, "headers", None) or {})
+    allowed = next((value for name, value in headers.items() if name.lower() == "allow"), "another method")
+    text = f"{request.method} is not supported for {request.url.path}; use {allowed}"
+    body = answers.error(text, "invalid_request_error", code="method_not_supported")
+    return json_response(encode(body), headers, 405)
+
+
+async def internal_error(_: Request, __: Exception) -> Response:
+    """Return the response for a fault of the server's own, which the log has."""
+    return json_response(encode(answers.error("internal error", "server_error")), status=500)
 
 
 def json_response(body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> Response:

@@ -12,9 +12,9 @@ from typing import Any
 
 from slipway.codec.offsets import Offsets
 from slipway.engine.params import SamplingParams
-from slipway.errors import InvalidRequest, SlipwayError
+from slipway.errors import InvalidRequest
 from slipway.server import schema
-from slipway.server.answers import DONE, CompletionLogprobs, Shape, Usage, encode, event, merged, weights
+from slipway.server.answers import DONE, CompletionLogprobs, Shape, Usage, encode, merged, weights
 from slipway.server.messages import Delta, Sample
 from slipway.server.replica import Stream
 from slipway.server.service import Place, Prompt, Service
@@ -191,8 +191,3 @@ def bounded(params: SamplingParams, prompts: Sequence[Prompt], service: Service)
     if (asked := len(prompts) * params.num_samples) > service.config.max_prompts:
         raise InvalidRequest("n", f"{asked} samples in all", f"at most {service.config.max_prompts}")
     return params
-
-
-def failed(error: SlipwayError) -> bytes:
-    """The event that ends a stream which could not go on."""
-    return event(encode({"error": {"message": str(error), "type": type(error).__name__}})) + DONE

@@ -5,10 +5,11 @@ refused under ``strict``. A field that is listed works, or is refused with a rea
 says who asks and changes nothing.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -28,6 +29,14 @@ STRUCTURES = {  # vLLM's former fields and SGLang's
 }  # fmt: skip
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A body whose fields have other names in the engine."""
+
+    def names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -135,6 +144,10 @@ class Completion(Sampling, kw_only=True):
     logprobs: Int | None = None
     suffix: str | None = None
 
+    def names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's."""
+        return {"prompt_token_ids": "prompt"}
+
 
 class Chat(Sampling, kw_only=True):
     """POST /v1/chat/completions."""
@@ -156,6 +169,11 @@ class Chat(Sampling, kw_only=True):
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+
+    def names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's."""
+        found = {"prompt_token_ids": "messages", "prompt": "messages", "logprobs": "top_logprobs"}
+        return found if self.max_completion_tokens is None else found | {"max_tokens": "max_completion_tokens"}
 
 
 NATIVE = {  # SGLang's names -> SamplingParams'
@@ -231,6 +249,15 @@ class Generate(msgspec.Struct, kw_only=True):
     model: str | None = None
     request_id: str | None = msgspec.field(name="rid", default=None)
 
+    def names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's."""
+        prompt = "text" if self.input_ids is None else "input_ids"
+        scores = {"logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
+        sampling = {ours: f"sampling_params.{name}" for name, ours in NATIVE.items()}
+        more = {"logit_bias": "sampling_params.logit_bias", "prompt_token_ids": prompt, "prompt": prompt}
+        named = {} if self.request_id is None else {"request_id": "rid"}  # else a header has it
+        return sampling | scores | more | named
+
 
 class Embedding(msgspec.Struct, kw_only=True):
     """POST /v1/embeddings."""
@@ -244,6 +271,10 @@ class Embedding(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: Int | None = None
     priority: Int = 0
     user: str | None = None
+
+    def names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's."""
+        return {"prompt_token_ids": "input", "prompt": "input"}
 
 
 class Score(msgspec.Struct, kw_only=True):
@@ -357,6 +388,18 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
         raise _wrong_type(str(error)) from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+
+
+@contextlib.contextmanager
+def errors_as_sent(body: Any) -> Iterator[None]:
+    """Name fields in errors as the client sent them, where the engine has another name for them."""
+    try:
+        yield
+    except InvalidRequest as error:
+        names = body.names() if isinstance(body, Named) else {}
+        if (name := names.get(error.field)) is None:
+            raise
+        raise InvalidRequest(name, error.got, error.expected) from error
 
 
 def _wrong_type(problem: str) -> InvalidRequest:

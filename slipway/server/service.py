@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from slipway.codec.chat import ChatTemplate
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
-from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidRequest, Shown
+from slipway.errors import ClientBusy, ContextTooLong, EngineBusy, EngineDead, InvalidRequest, Shown
 from slipway.server.config import ServerConfig
 from slipway.server.replica import Replica, Stream
 from slipway.server.trial import Trial
@@ -146,7 +146,8 @@ class Service:
             raise InvalidRequest(field, f"{len(items)} prompts", f"at most {self.config.max_prompts}")
         longest = 16 * self.limits["max_model_len"]  # characters of any token: beyond, it cannot fit
         if any(isinstance(item, str) and len(item) > longest * 8 for item in items):
-            raise InvalidRequest(field, "a text", f"one that fits max_model_len ({self.limits['max_model_len']})")
+            size = max(len(item) for item in items if isinstance(item, str))
+            raise ContextTooLong(field, f"a text of {size} characters", self.limits["max_model_len"])
         texts = [item for item in items if isinstance(item, str)]
         encoded = iter(await self._encode(texts)) if texts else iter(())
         found = [Prompt(next(encoded), item) if isinstance(item, str) else Prompt(item) for item in items]
@@ -156,7 +157,15 @@ class Service:
             keep = self.limits["max_model_len"] - 1 if truncate == -1 else truncate
             # what is left of a text that was cut is its tokens
             found = [each if len(each.token_ids) <= keep else Prompt(each.token_ids[-keep:]) for each in found]
+        self.check_lengths(found, field)
         return found
+
+    def check_lengths(self, prompts: Sequence[Prompt], field: str) -> None:
+        """Raise ContextTooLong for a prompt that leaves no room for an answer; `field`: where the client sent it."""
+        limit = self.limits["max_model_len"]
+        for prompt in prompts:
+            if len(prompt.token_ids) >= limit:
+                raise ContextTooLong(field, f"{len(prompt.token_ids)} tokens", limit)
 
     async def conversation(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
         """A conversation through the chat template. Raises InvalidRequest, too, if that takes too long."""

@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.testclient import TestClient
 from uvicorn.server import ServerState
 
 import slipway
@@ -79,7 +80,7 @@ def test_failures_say_no_more_than_they_should():
     busy = gate.refusal(EngineBusy("full", 1.0))
     assert busy.status_code == 503 and busy.headers["retry-after"] == "1"
     named = json.loads(gate.refusal(InvalidRequest("n", -1, "more")).body)["error"]
-    assert (named["param"], named["type"], named["code"]) == ("n", "invalid_request_error", 400)
+    assert (named["param"], named["type"], named["code"]) == ("n", "invalid_request_error", None)
 
 
 class Wire:
@@ -200,6 +201,20 @@ def test_a_template_that_takes_too_long_is_given_up(monkeypatch):
         assert caught.value.field == "messages" and "ends within" in caught.value.expected and turns > 1
 
     asyncio.run(run())
+
+
+def test_a_fault_of_the_servers_own_is_an_error_object(monkeypatch):
+    async def broken(*_):
+        raise RuntimeError("/home/me/secret.txt")
+
+    async def nothing():
+        pass
+
+    monkeypatch.setattr(app.App, "version", broken)
+    with TestClient(app.App(service()).asgi(nothing, nothing), raise_server_exceptions=False) as client:
+        answer = client.get("/version")
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.json()["error"] == {"message": "internal error", "type": "server_error", "param": None, "code": None}
 
 
 def test_a_body_has_a_time(monkeypatch):

@@ -148,18 +148,18 @@ REFUSED = {
     "nothing": ({"text": None}, "text"), "both": ({"input_ids": [5]}, "text"),
     "mixed": ({"text": None, "input_ids": [5, [5]]}, "input_ids"),
     "no parameter": ({"sampling_params": {"max_tokens": 5}}, "sampling_params"),
-    "out of range": ({"sampling_params": {"top_p": 2}}, "top_p"),
+    "out of range": ({"sampling_params": {"top_p": 2}}, "sampling_params.top_p"),
     "too few": ({"sampling_params": [{}, {}]}, "sampling_params"),
     "unlike n": ({"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "sampling_params"),
-    "two structures": ({"sampling_params": {"regex": "a", "ebnf": "b"}}, "structured_outputs"),
+    "two structures": ({"sampling_params": {"regex": "a", "ebnf": "b"}}, "sampling_params"),
     "spaces": ({"sampling_params": {"spaces_between_special_tokens": False}}, "sampling_params"),
     "top without logprobs": ({"top_logprobs_num": 2}, "return_logprob"),
     "a start without logprobs": ({"logprob_start_len": 2}, "return_logprob"),
     "a start beyond": ({"return_logprob": True, "logprob_start_len": 500}, "logprob_start_len"),
     "a negative start": ({"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
-    "too many logprobs": ({"return_logprob": True, "top_logprobs_num": 21}, "logprobs"),
-    "a bad id": ({"rid": "a b"}, "request_id"), "many ids": ({"rid": ["a"]}, "rid"),
-    "too many samples": ({"text": ["a", "b"], "sampling_params": {"n": 1000}}, "n"),
+    "too many logprobs": ({"return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
+    "a bad id": ({"rid": "a b"}, "rid"), "many ids": ({"rid": ["a"]}, "rid"),
+    "too many samples": ({"text": ["a", "b"], "sampling_params": {"n": 1000}}, "sampling_params.n"),
 }  # fmt: skip
 
 
