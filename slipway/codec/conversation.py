@@ -14,6 +14,7 @@ def normalized(messages: Any) -> list[dict[str, Any]]:
 
     Arguments of earlier calls become objects; empty ones and null become {}, and a text that is no JSON object stays a
     text. `function_call` becomes `tool_calls`, and the role "function" becomes "tool". Refusals become content.
+    Reasoning gets both of its names, `reasoning_content` and vLLM's `reasoning`: templates read one of the two.
 
     Raises InvalidRequest, naming the part of a message that is wrong.
     """
@@ -26,7 +27,7 @@ def normalized(messages: Any) -> list[dict[str, Any]]:
             raise InvalidRequest(field, message, 'an object with "role" and "content"')
         if not isinstance(message.get("role"), str):
             raise InvalidRequest(f"{field}.role", message.get("role"), "a string")
-        message = _without_null(message)
+        message = _with_both_names(_without_null(message))
         if "function_call" in message:
             message = _of_tools(message, number, field)
         elif message["role"] == "function":
@@ -51,6 +52,14 @@ def unread_arguments(messages: list[dict[str, Any]]) -> str | None:
 
 def _without_null(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _with_both_names(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose reasoning has both of its names."""
+    reasoning = message.get("reasoning_content", message.get("reasoning"))
+    if not isinstance(reasoning, str):
+        return message
+    return message | {"reasoning_content": reasoning, "reasoning": reasoning}
 
 
 def _of_tools(message: dict[str, Any], number: int, field: str) -> dict[str, Any]:

@@ -51,16 +51,18 @@ class Shape:
         self.obfuscates = False  # whether an event's length hides the length of its text
         # OpenAI calls pieces of completions what it calls the whole
         piece = f"{kind}.chunk" if kind == "chat.completion" else kind
+        self.names_token_ids = False  # in logprobs: "token_id:17" instead of a token's text
         self._opening = encode(self._frame(piece)).removesuffix(b"}") + b',"choices":'
 
     def whole(self, choices: list[dict[str, Any]], usage: Usage, **more: Any) -> dict[str, Any]:
         """All of an answer."""
         return self._frame(self._kind) | {"choices": choices, "usage": usage.shown()} | more
 
-    def event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
+    def event(self, choices: list[dict[str, Any]], usage: Usage | None, **more: Any) -> bytes:
         """A piece of a stream, as a server-sent event; what all pieces have in common is encoded once."""
         shown = b"" if usage is None else b',"usage":' + encode(usage.shown())
-        body = self._opening + encode(choices) + shown
+        more_shown = b"".join(b"," + encode(name) + b":" + encode(value) for name, value in more.items())
+        body = self._opening + encode(choices) + shown + more_shown
         return event(body + (_padding(len(body)) if self.obfuscates else b"") + b"}")
 
     def completion_logprobs(
@@ -74,7 +76,7 @@ class Shape:
 
     def spelling(self, token: int) -> str:
         """Return how a completion's logprobs write a token: its text, or its bytes where these are half characters."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self.names_token_ids:
             return f"token_id:{token}"
         content = self._bytes(token)
         try:
@@ -113,14 +115,17 @@ class Shape:
             return None
         return [
             None if entry is None else {
-                str(token): {"logprob": value, "rank": rank, "decoded_token": self.text(token)}
+                str(token): {"logprob": value, "rank": rank, "decoded_token": self._decoded(token)}
                 for token, (value, rank) in entry.items()
             }
             for entry in entries
         ]  # fmt: skip
 
     def text(self, token: int) -> str:
-        """Of one token."""
+        """Return how logprobs write a token."""
+        return f"token_id:{token}" if self.names_token_ids else self._decoded(token)
+
+    def _decoded(self, token: int) -> str:
         return f"token_id:{token}" if self._tokenizer is None else self._bytes(token).decode(errors="replace")
 
     def _frame(self, kind: str) -> dict[str, Any]:

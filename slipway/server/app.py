@@ -5,10 +5,11 @@ Bodies are read under a limit, before anything is decoded.
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,18 @@ class App:
                               allow_headers=["*"]),
             )  # fmt: skip
         get, post, vectors = ["GET"], ["POST"], Vectors(self.service)
+        completions = self._generating(schema.Completion, Completions)
+        chats = self._generating(schema.Chat, Chats)
+        embeddings = self._reading(schema.Embedding, vectors.embeddings)
+        score = self._reading(schema.Score, vectors.score)
+        rerank = self._reading(schema.Rerank, vectors.rerank)
         table: list[tuple[str, Any, list[str]]] = [
-            ("/v1/completions", self._generating(schema.Completion, Completions), post),
-            ("/v1/chat/completions", self._generating(schema.Chat, Chats), post),
+            ("/v1/completions", completions, post), ("/v1/chat/completions", chats, post),
             ("/generate", self._generating(schema.Generate, Natives), post),
-            ("/v1/embeddings", self._reading(schema.Embedding, vectors.embeddings), post),
-            ("/v1/score", self._reading(schema.Score, vectors.score), post),
-            ("/v1/rerank", self._reading(schema.Rerank, vectors.rerank), post),
+            ("/v1/embeddings", embeddings, post), ("/v1/score", score, post), ("/score", score, post),
+            ("/v1/rerank", rerank, post), ("/v2/rerank", rerank, post), ("/rerank", rerank, post),
             ("/classify", self._reading(schema.Classify, vectors.classify), post),
+            ("/invocations", self._dispatching([chats, completions, rerank, score, embeddings]), post),
             ("/v1/models", self.models, get), ("/v1/models/{model:path}", self.model, get),
             ("/tokenize", self._reading(schema.Tokenize, self.tokenize), post),
             ("/detokenize", self._reading(schema.Detokenize, self.detokenize), post),
@@ -79,6 +84,7 @@ class App:
             ("/server_info", self.server_info, get), ("/version", self.version, get),
             ("/capabilities", self.capabilities, get), ("/metrics", self.published, get),
             ("/livez", self.livez, get), ("/readyz", self.readyz, get), ("/health", self.readyz, get),
+            ("/health_generate", self.readyz, get), ("/ping", self.readyz, ["GET", "POST"]),
             ("/openapi.json", self.openapi, get), ("/docs", self.docs, get),
         ]  # fmt: skip
         table += Weights(self.service, self.service.folder).routes(self._body)
@@ -87,6 +93,8 @@ class App:
                 ("/start_profile", self._profiling("start_profile"), post),
                 ("/stop_profile", self._profiling("stop_profile"), post),
             ]
+        if self.config.enable_tokenizer_info_endpoint:
+            table.append(("/tokenizer_info", self.tokenizer_info, get))
         self.routes = [Route(path, endpoint, methods=methods) for path, endpoint, methods in table]
         handlers = {404: gate.unknown_route, 405: gate.wrong_method, Exception: gate.internal_error}
         return Starlette(routes=self.routes, middleware=middleware, lifespan=lifespan, exception_handlers=handlers)
@@ -115,7 +123,7 @@ class App:
                 whole = await _unless_gone(request, answer.whole(place), place)
             return json_response(whole, headers)
 
-        return pages.taking(kind, handle)
+        return pages.taking([kind], handle, f"{kind.__doc__}")
 
     def _reading(self, kind: type, answer: Any) -> Callable[[Request], Awaitable[Response]]:
         """A handler that is given a body."""
@@ -128,7 +136,17 @@ class App:
                 found = await _unless_gone(request, answer(body, place), place)
             return json_response(encode(found), _headers(unknown))
 
-        return pages.taking(kind, handle)
+        return pages.taking([kind], handle, f"{kind.__doc__}")
+
+    def _dispatching(self, handlers: Sequence[pages.Handler]) -> Callable[[Request], Awaitable[Response]]:
+        """Return a handler that gives a body to the one of ``handlers`` whose fields it has."""
+
+        async def handle(request: Request) -> Response:
+            content = request.scope["slipway.body"] = await self._content(request)
+            return await _handler(schema.field_names(content), handlers)(request)
+
+        kinds = [kind for handler in handlers for kind in pages.kinds(handler)]
+        return pages.taking(kinds, handle, "Answer SageMaker's one route: the body's fields name the request.")
 
     def _asking(self, what: str) -> Callable[[Request], Awaitable[Response]]:
         async def handle(_: Request) -> Response:
@@ -151,7 +169,17 @@ class App:
         return handle
 
     async def _body(self, request: Request, kind: type) -> tuple[Any, list[str]]:
-        """A checked body, and its unknown fields. Raises InvalidRequest."""
+        """Return a checked body, and its unknown fields. Raises InvalidRequest."""
+        content = request.scope.get("slipway.body")
+        body, unknown = schema.read(
+            await self._content(request) if content is None else content, kind, self.config.strict
+        )
+        if unknown:
+            logger.warning("%s: unknown fields ignored: %s", request.scope["route"].path, ", ".join(unknown)[:200])
+        return body, unknown
+
+    async def _content(self, request: Request) -> bytes:
+        """Return the bytes of a body. Raises TooLarge and TooSlow."""
         limit, held, size = self.config.max_body_bytes, [], 0
         if int(request.headers.get("content-length") or 0) > limit:
             raise TooLarge("body", f"{request.headers['content-length']} bytes", f"at most {limit}")
@@ -164,10 +192,7 @@ class App:
                         raise TooLarge("body", f"more than {size} bytes", f"at most {limit}")
         except TimeoutError as error:
             raise TooSlow("body", f"{size} bytes in {BODY_TIMEOUT_S:.0f} s", "all of it") from error
-        body, unknown = schema.read(b"".join(held), kind, self.config.strict)
-        if unknown:
-            logger.warning("%s: unknown fields ignored: %s", request.scope["route"].path, ", ".join(unknown)[:200])
-        return body, unknown
+        return b"".join(held)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.service.model_name:
@@ -210,8 +235,17 @@ class App:
         return json_response(encode(self._card()))
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self.service.model_name, "object": "model", "created": 0, "owned_by": "slipway",
-                "max_model_len": self.service.limits["max_model_len"]}  # fmt: skip
+        """Return the model as OpenAI and vLLM list it; ``root``: the name that it was loaded by, without folders."""
+        service = self.service
+        return {
+            "id": service.model_name, "object": "model", "created": 0, "owned_by": "slipway", "root": service.root,
+            "parent": None, "max_model_len": service.limits["max_model_len"],
+        }  # fmt: skip
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        """Show tokenizer_config.json, with the chat template that is in use."""
+        # by json: lengths in such files may be integers beyond 64 bits
+        return json_response(json.dumps(self.service.tokenizer_info()).encode())
 
     async def load(self, _: Request) -> Response:
         """Requests that run or wait."""
@@ -256,6 +290,17 @@ class App:
     async def docs(self, _: Request) -> Response:
         """The same for people."""
         return Response(pages.html(self.routes), media_type="text/html")
+
+
+def _handler(names: Set[str], handlers: Sequence[pages.Handler]) -> pages.Handler:
+    """Return the handler of the request that fields belong to. Raises InvalidRequest."""
+    for handler in handlers:
+        if any(set(needed) <= names for kind in pages.kinds(handler) for needed in schema.RECOGNIZED[kind]):
+            return handler
+    pairs = [" with ".join(needed) for several in schema.RECOGNIZED.values() for needed in several]
+    raise InvalidRequest(
+        "body", Shown(f"the fields {', '.join(sorted(names)) or '(none)'}"), f"one of: {'; '.join(pairs)}"
+    )
 
 
 def _headers(unknown: list[str]) -> dict[str, str]:

@@ -19,10 +19,12 @@ class Chats:
     """The answer to a Chat."""
 
     def __init__(self, service: Service, body: schema.Chat, request_id: str | None):
+        body.check_supported()
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("top_logprobs", body.top_logprobs, "none without logprobs")
         self._service, self._body = service, body
         self.shape = Shape("chat.completion", "chatcmpl", service.model_name, request_id, service.tokenizer)
+        self.shape.names_token_ids = service.names_token_ids(body)
         self.usage = Usage()
 
     async def prepare(self) -> None:
@@ -46,7 +48,11 @@ class Chats:
         if body.add_special_tokens and service.tokenizer is not None and self.prompt.text is not None:
             self.prompt = Prompt(service.tokenizer.encode(self.prompt.text), self.prompt.text)
         if body.truncate_prompt_tokens is not None:
-            (self.prompt,) = await service.prompts([self.prompt.token_ids], "messages", body.truncate_prompt_tokens)
+            cut = body.truncate_prompt_tokens, body.truncation_side
+            (cut_prompt,) = await service.prompts([self.prompt.token_ids], "messages", *cut)
+            if cut_prompt.token_ids != self.prompt.token_ids and service.tokenizer is not None:
+                ids = cut_prompt.token_ids
+                self.prompt = Prompt(ids, service.tokenizer.decode(ids, skip_special_tokens=False))
         service.check_lengths([self.prompt], "messages")
         both = body.max_tokens, body.max_completion_tokens
         if None not in both and both[0] != both[1]:
@@ -83,19 +89,21 @@ class Chats:
         choices = []
         for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
             read = self._message()
-            message: dict[str, Any] = {"role": "assistant", "content": None} | read.push(sample.text, ended=True)
+            added = self._shown(read.push(sample.text, ended=True))
+            message: dict[str, Any] = {"role": "assistant", "content": None} | added
             if message["content"] is None and read.finish_reason is None:
                 message["content"] = ""
             for call in message.get("tool_calls", []):
                 del call["index"]  # which pieces of streams have
             choices.append(self._choice(sample, read) | {"message": message})
-        more: dict[str, Any] = {}
-        if self._body.prompt_logprobs is not None:
-            more["prompt_logprobs"] = self.shape.prompt_logprobs(deltas[-1].prompt_logprobs)
-        if self._body.return_token_ids:
-            more["prompt_token_ids"] = self.prompt.token_ids
         choices.sort(key=lambda choice: choice["index"])
-        return encode(self.shape.whole(choices, self.usage, **more))
+        scored = None if self._body.prompt_logprobs is None else deltas[-1].prompt_logprobs
+        return encode(
+            self.shape.whole(
+                choices, self.usage, prompt_logprobs=self.shape.prompt_logprobs(scored),
+                prompt_token_ids=self.prompt.token_ids if self._body.return_token_ids else None,
+            )
+        )  # fmt: skip
 
     async def events(self, place: Place) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
@@ -108,7 +116,8 @@ class Chats:
             opening = [
                 {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
             ]
-            out = [self.shape.event([choice], usage) for choice in opening]
+            about = {"prompt_token_ids": self.prompt.token_ids} if self._body.return_token_ids else {}
+            out = [self.shape.event([choice], usage, **about) for choice in opening]
             reading = [self._message() for _ in range(self.params.n)]
             while not stream.finished:
                 deltas = await stream.next()  # before anything is yielded: a refusal is not an event
@@ -116,13 +125,22 @@ class Chats:
                     self.usage.add(delta)
                 for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
                     read = reading[sample.index]
-                    added = read.push(sample.text, ended=sample.finish_reason is not None)
+                    added = self._shown(read.push(sample.text, ended=sample.finish_reason is not None))
                     out.append(self.shape.event([self._choice(sample, read) | {"delta": added}], usage))
                 yield b"".join(out)
                 out = []
         if options.include_usage:
             yield self.shape.event([], self.usage)
         yield DONE
+
+    def _shown(self, added: dict[str, Any]) -> dict[str, Any]:
+        """Return what is new in a message, its reasoning under both names; ``include_reasoning`` false: without it."""
+        reasoning = added.get("reasoning_content")
+        if reasoning is None:
+            return added
+        if not self._body.include_reasoning:
+            return {name: value for name, value in added.items() if name != "reasoning_content"}
+        return added | {"reasoning": reasoning}
 
     def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
         body = self._body
@@ -134,11 +152,13 @@ class Chats:
             reason = read.finish_reason or reason
         if body.logprobs:
             logprobs = self.shape.chat_logprobs(sample.token_ids, sample.logprobs or [], body.top_logprobs or 0)
-        choice = {
+        choice: dict[str, Any] = {
             "index": sample.index, "logprobs": logprobs, "finish_reason": reason,
             "stop_reason": sample.stop_reason,
         }  # fmt: skip
-        return choice | weights(sample) | ({"token_ids": sample.token_ids} if body.return_token_ids else {})
+        if body.return_token_ids or not body.stream:  # as in vLLM: a whole answer has every field
+            choice["token_ids"] = sample.token_ids if body.return_token_ids else None
+        return choice | weights(sample)
 
 
 def _effort(body: schema.Chat, template: str) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class ServerConfig:
     log_format: Format = "text"
     vllm_metric_names: bool = False
     """Publish the metrics under vLLM's names, too."""
+    return_tokens_as_token_ids: bool = False
+    """Write tokens in logprobs as "token_id:17", where a request does not set that itself."""
+    enable_tokenizer_info_endpoint: bool = False
+    """Serve GET /tokenizer_info: tokenizer_config.json with the chat template."""
     profile_dir: Path | None = None
     """Where /start_profile and /stop_profile leave traces of the engine; without it there are no such routes."""
 

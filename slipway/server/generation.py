@@ -24,10 +24,12 @@ class Completions:
     """The answer to a Completion."""
 
     def __init__(self, service: Service, body: schema.Completion, request_id: str | None):
+        body.check_supported()
         if body.suffix is not None:
             raise InvalidRequest("suffix", body.suffix, "none: this model does not fill in")
         self._service, self._body = service, body
         self.shape = Shape("text_completion", "cmpl", service.model_name, request_id, service.tokenizer)
+        self.shape.names_token_ids = service.names_token_ids(body)
         self.usage = Usage()
         self._begun: set[int] = set()  # choices of which something was told
         self._readers: dict[int, CompletionLogprobs] = {}  # by choice
@@ -35,7 +37,10 @@ class Completions:
     async def prepare(self) -> None:
         """Make prompts and parameters of the body. Raises InvalidRequest."""
         body, service = self._body, self._service
-        self.prompts = await service.prompts(body.prompt, "prompt", body.truncate_prompt_tokens)
+        if body.prompt is None:
+            raise InvalidRequest("prompt", None, "a text, token ids, or a list of one kind of these")
+        cut = body.truncate_prompt_tokens, body.truncation_side
+        self.prompts = await service.prompts(body.prompt, "prompt", *cut)
         max_tokens = body.max_tokens if body.max_tokens != 0 else 1  # 0 with echo: only the prompt's are wanted
         if body.max_tokens == 0 and not body.echo:
             raise InvalidRequest("max_tokens", 0, "at least 1, or echo")
@@ -101,10 +106,13 @@ class Completions:
             "index": index, "text": echo + text, "logprobs": shown,
             "finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason,
         }  # fmt: skip
-        if body.prompt_logprobs is not None and last.finished:
-            choice["prompt_logprobs"] = self.shape.prompt_logprobs(last.prompt_logprobs)
+        if not body.stream or (body.prompt_logprobs is not None and last.finished):
+            wanted = body.prompt_logprobs is not None
+            choice["prompt_logprobs"] = self.shape.prompt_logprobs(last.prompt_logprobs if wanted else None)
         if body.return_token_ids:
             choice |= {"token_ids": ids, "prompt_token_ids": prompt.token_ids if is_first else None}
+        elif not body.stream:  # as in vLLM: a whole answer has every field
+            choice |= {"token_ids": None, "prompt_token_ids": None}
         return choice | weights(sample)
 
     def _logprobs(self, index: int, prompt: Prompt, sample: Sample, echo: str, of_prompt: list[Any]) -> dict[str, Any]:

@@ -23,27 +23,32 @@ HEAD = (
 )
 
 
-def taking(kind: type, handler: Handler) -> Handler:
-    """A handler as the pages show it: its body is a ``kind``, whose docstring says what it does."""
-    handler.__doc__ = f"{kind.__doc__}"
-    handler.kind = kind  # type: ignore[attr-defined]  # of a function mypy knows no attributes
+def taking(kinds: Sequence[type], handler: Handler, summary: str) -> Handler:
+    """Return a handler as the pages show it: its body is one of ``kinds``."""
+    handler.__doc__ = summary
+    handler.kinds = tuple(kinds)  # type: ignore[attr-defined]  # of a function mypy knows no attributes
     return handler
+
+
+def kinds(handler: Handler) -> tuple[type, ...]:
+    """Return the types that a handler's body may have; none for a handler that reads no JSON."""
+    return getattr(handler, "kinds", ())
 
 
 def openapi(routes: Sequence[Route]) -> dict[str, Any]:
     """OpenAPI 3.1; bodies by their types, answers by their media type alone."""
-    kinds = [kind for route in routes if (kind := _kind(route)) is not None]
-    schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    of_kind = dict(zip(kinds, schemas))
+    bodies = list(dict.fromkeys(kind for route in routes for kind in kinds(route.endpoint)))
+    schemas, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    of_kind = dict(zip(bodies, schemas))
     paths: dict[str, Any] = {}
     for route in routes:
         for method in sorted(set(route.methods or ()) - {"HEAD"}):
             operation: dict[str, Any] = {
-                "operationId": _name(route), "summary": _summary(route),
+                "operationId": _name(route, method), "summary": _summary(route),
                 "responses": {"default": {"description": "JSON; an error is OpenAI's error object"}},
             }  # fmt: skip
-            if (kind := _kind(route)) is not None:
-                content = {"application/json": {"schema": of_kind[kind]}}
+            if taken := [of_kind[kind] for kind in kinds(route.endpoint)]:
+                content = {"application/json": {"schema": taken[0] if len(taken) == 1 else {"anyOf": taken}}}
                 operation["requestBody"] = {"required": True, "content": content}
             if route.path in FILES:
                 content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
@@ -68,7 +73,7 @@ def capabilities(
     listed = {
         route.path.replace(":path", ""): {
             "methods": sorted(set(route.methods or ()) - {"HEAD"}),
-            "fields": [] if (kind := _kind(route)) is None else [f.encode_name for f in msgspec.structs.fields(kind)],
+            "fields": [field.encode_name for field in _fields(route)],
         }
         for route in routes
     }
@@ -85,21 +90,24 @@ def html(routes: Sequence[Route]) -> bytes:
         methods = ", ".join(sorted(set(route.methods or ()) - {"HEAD"}))
         path, summary = escaping.escape(route.path), escaping.escape(_summary(route))
         parts.append(f"<h2><code>{methods} {path}</code></h2><p>{summary}</p>")
-        if (kind := _kind(route)) is not None:
-            rows = "".join(
-                f"<tr><td><code>{field.encode_name}</code><td>{escaping.escape(_type(field.type))}"
-                for field in msgspec.structs.fields(kind)
-            )
-            parts.append(f"<table>{rows}</table>")
+        rows = "".join(
+            f"<tr><td><code>{field.encode_name}</code><td>{escaping.escape(_type(field.type))}"
+            for field in _fields(route)
+        )
+        parts.append(f"<table>{rows}</table>" if rows else "")
     return "".join(parts).encode()
 
 
-def _kind(route: Route) -> type | None:
-    return getattr(route.endpoint, "kind", None)
+def _fields(route: Route) -> list[msgspec.structs.FieldInfo]:
+    """Return the fields that the bodies of a route may have, each name once."""
+    fields = [field for kind in kinds(route.endpoint) for field in msgspec.structs.fields(kind)]
+    return list({field.encode_name: field for field in fields}.values())
 
 
-def _name(route: Route) -> str:
-    return route.path.replace(":path", "").strip("/").replace("/", "_").replace("{", "").replace("}", "")
+def _name(route: Route, method: str) -> str:
+    """Return an operation's id: the path, and the method where there is more than one."""
+    name = route.path.replace(":path", "").strip("/").replace("/", "_").replace("{", "").replace("}", "")
+    return name if len(set(route.methods or ()) - {"HEAD"}) == 1 else f"{name}_{method.lower()}"
 
 
 def _summary(route: Route) -> str:

@@ -27,7 +27,19 @@ STRUCTURES = {  # vLLM's former fields and SGLang's
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
     "json_schema": "json", "regex": "regex", "ebnf": "grammar",
 }  # fmt: skip
+UNSUPPORTED = {  # fields of vLLM that would change an answer: the values that are taken, and why no others are
+    "use_beam_search": ((None, False), "false: tokens are drawn, or the likeliest is taken; there is no beam search"),
+    "length_penalty": ((None, 1), "1: it ranks beams, and there is no beam search"),
+    "prompt_embeds": ((None, []), "none: a prompt is a text or token ids"),
+    "logprob_token_ids": ((None, []), "none: logprobs are of the chosen and of the likeliest tokens"),
+    "spaces_between_special_tokens": ((None, True), "true: the text is what the tokenizer decodes"),
+    "repetition_detection": ((None, {}), "none: an output ends by its stops and its length"),
+    "vllm_xargs": ((None, {}), "none: there are no extensions"),
+    "kv_transfer_params": ((None, {}), "none: caches stay in their engine"),
+    "mm_processor_kwargs": ((None, {}), "none: a prompt is a text or token ids"),
+}  # fmt: skip
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+Side = Literal["left", "right"]  # where a prompt that is too long is cut: "left" keeps its end
 Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
 
 
@@ -73,6 +85,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: Int | None = None
     truncate_prompt_tokens: Int | None = None
+    truncation_side: Side = "left"
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -87,8 +100,23 @@ class Sampling(msgspec.Struct, kw_only=True):
     priority: Int = 0
     cache_salt: str | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
     user: str | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    logprob_token_ids: list[Int] | None = None
+    spaces_between_special_tokens: bool = True
+    repetition_detection: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+    def check_supported(self) -> None:
+        """Raise InvalidRequest, naming the field, for one that is known from vLLM and cannot be honoured."""
+        for field, (taken, expected) in UNSUPPORTED.items():
+            if (value := getattr(self, field, None)) not in taken:
+                raise InvalidRequest(field, value, expected)
 
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
@@ -139,7 +167,8 @@ class Sampling(msgspec.Struct, kw_only=True):
 class Completion(Sampling, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: Texts
+    prompt: Texts | None = None
+    prompt_embeds: str | list[str] | None = None
     echo: bool = False
     logprobs: Int | None = None
     suffix: str | None = None
@@ -162,6 +191,7 @@ class Chat(Sampling, kw_only=True):
     function_call: Literal["none", "auto"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool = True
+    include_reasoning: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     thinking_token_budget: Int | None = None
     add_generation_prompt: bool = True
@@ -269,6 +299,7 @@ class Embedding(msgspec.Struct, kw_only=True):
     pooling: Literal["last", "mean"] = "last"
     normalize: bool = True
     truncate_prompt_tokens: Int | None = None
+    truncation_side: Side = "left"
     priority: Int = 0
     user: str | None = None
 
@@ -277,26 +308,42 @@ class Embedding(msgspec.Struct, kw_only=True):
         return {"prompt_token_ids": "input", "prompt": "input"}
 
 
-class Score(msgspec.Struct, kw_only=True):
+Document = str | dict[str, Any]  # a text, {"text": ...}, or {"content": [text parts]}
+
+
+class Scoring(msgspec.Struct, kw_only=True):
+    """What scores and ranks have in common."""
+
+    model: str | None = None
+    pooling: Literal["last", "mean"] = "last"
+    max_tokens_per_query: Int = 0
+    max_tokens_per_doc: Int = 0
+    truncate_prompt_tokens: Int | None = None
+    truncation_side: Side = "left"
+    instruction: str | None = None
+    priority: Int = 0
+    user: str | None = None
+
+
+class Score(Scoring, kw_only=True):
     """POST /v1/score: the cosine of two texts' embeddings, pair by pair or one with many."""
 
-    text_1: str | list[str]
-    text_2: str | list[str]
-    model: str | None = None
-    pooling: Literal["last", "mean"] = "last"
-    priority: Int = 0
+    queries: Document | list[Document] | None = None
+    documents: Document | list[Document] | None = None
+    items: Document | list[Document] | None = None
+    data_1: Document | list[Document] | None = None
+    data_2: Document | list[Document] | None = None
+    text_1: Document | list[Document] | None = None
+    text_2: Document | list[Document] | None = None
 
 
-class Rerank(msgspec.Struct, kw_only=True):
+class Rerank(Scoring, kw_only=True):
     """POST /v1/rerank: documents by their score with a query."""
 
-    query: str
-    documents: list[str]
-    model: str | None = None
-    top_n: Int | None = None
+    query: Document
+    documents: Document | list[Document]
+    top_n: Int = 0
     return_documents: bool = True
-    pooling: Literal["last", "mean"] = "last"
-    priority: Int = 0
 
 
 class Classify(msgspec.Struct, kw_only=True):
@@ -411,6 +458,24 @@ def _wrong_type(problem: str) -> InvalidRequest:
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
         return InvalidRequest(f"{path}.{unknown[1]}".lstrip("."), Shown("an unknown field"), "no such field")
     return InvalidRequest(path or "body", Shown(text), "what the type says")
+
+
+RECOGNIZED: dict[type, list[tuple[str, ...]]] = {  # kind of body -> fields by which /invocations knows it
+    Chat: [("messages",)], Completion: [("prompt",), ("prompt_embeds",)], Rerank: [("query", "documents")],
+    Score: [("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2")],
+    Embedding: [("input",)],
+}  # fmt: skip
+
+
+def field_names(body: bytes) -> frozenset[str]:
+    """Return the names of the fields in a body whose kind is not known yet. Raises InvalidRequest."""
+    try:
+        raw = msgspec.json.decode(body or b"{}")
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+    if not isinstance(raw, dict):
+        raise InvalidRequest("body", raw, "a JSON object")
+    return frozenset(name for name, value in raw.items() if value is not None)
 
 
 @functools.cache

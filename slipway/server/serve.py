@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -61,9 +62,17 @@ def _service(model: str, name: str, engine: EngineConfig, config: ServerConfig, 
     folder = Path(tempfile.mkdtemp(prefix="slipway-"))  # mode 700: sockets in it are this user's alone
     try:
         engines = [Replica(model, engine, folder, f"engine-{number}", config.log_format) for number in range(replicas)]
-        yield Service(config, config.served_model_name or name, tokenizer, template, engines, folder)
+        described = directory / "tokenizer_config.json"
+        shown = json.loads(described.read_text()) if tokenizer is not None and described.is_file() else None
+        called = config.served_model_name or name
+        yield Service(config, called, tokenizer, template, engines, folder, root=_root(name), tokenizer_config=shown)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _root(name: str) -> str:
+    """Return the name that a model was loaded by: a hub id whole, of a directory its last part."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 async def _run_batch(service: Service, source: Path, target: Path, at_a_time: int) -> int:

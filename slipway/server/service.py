@@ -11,7 +11,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slipway.codec import json_schema, parts, tags
 from slipway.codec.chat import ChatTemplate
@@ -19,6 +19,7 @@ from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
 from slipway.errors import ClientBusy, ContextTooLong, EngineBusy, EngineDead, InvalidRequest, Shown
+from slipway.server import schema
 from slipway.server.config import ServerConfig
 from slipway.server.replica import Replica, Stream
 from slipway.server.trial import Trial
@@ -54,8 +55,10 @@ class Service:
 
     def __init__(
         self, config: ServerConfig, model_name: str, tokenizer: Tokenizer | None, template: str | None,
-        replicas: list[Replica], folder: Path,
+        replicas: list[Replica], folder: Path, root: str = "", tokenizer_config: Mapping[str, Any] | None = None,
     ):  # fmt: skip
+        self.root = root or model_name  # what the model was loaded by
+        self._tokenizer_config = tokenizer_config
         self.folder = folder  # this user's alone
         self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
         special = frozenset[int]() if tokenizer is None else tokenizer.special_ids  # the text leaves those out
@@ -98,6 +101,19 @@ class Service:
             "reasoning": self.family.thinking is not None,
         }  # fmt: skip
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Return tokenizer_config.json with the chat template in use. Raises InvalidRequest without a tokenizer."""
+        if self._tokenizer_config is None:
+            raise InvalidRequest("tokenizer", Shown("none"), "a server with a tokenizer")
+        shown = {name: value for name, value in self._tokenizer_config.items() if not name.endswith(("_file", "_path"))}
+        shown["tokenizer_class"] = shown.get("tokenizer_class") or "PreTrainedTokenizerFast"
+        return shown | ({"chat_template": self.template} if self.template else {})
+
+    def names_token_ids(self, body: schema.Sampling) -> bool:
+        """Return whether logprobs write tokens as "token_id:17": by the request, else by the server's option."""
+        asked = body.return_tokens_as_token_ids
+        return self.config.return_tokens_as_token_ids if asked is None else asked
+
     @property
     def num_requests(self) -> int:
         """Requests that run or wait."""
@@ -139,8 +155,13 @@ class Service:
         for place in self._running.values():
             place.abort()
 
-    async def prompts(self, given: Any, field: str, truncate: int | None) -> list[Prompt]:
-        """The prompts of a body: texts or token ids, one or many. Raises InvalidRequest."""
+    async def prompts(
+        self, given: Any, field: str, truncate: int | None, side: Literal["left", "right"] = "left"
+    ) -> list[Prompt]:
+        """Read the prompts of a body: texts or token ids, one or many.
+
+        ``truncate``: tokens to keep of each, at most; ``side``: where the others are cut off. Raises InvalidRequest.
+        """
         items = _items(given, field)
         if len(items) > self.config.max_prompts:
             raise InvalidRequest(field, f"{len(items)} prompts", f"at most {self.config.max_prompts}")
@@ -155,8 +176,9 @@ class Service:
             if truncate != -1 and truncate < 1:
                 raise InvalidRequest("truncate_prompt_tokens", truncate, "at least 1, or -1 for what fits")
             keep = self.limits["max_model_len"] - 1 if truncate == -1 else truncate
+            kept = slice(keep) if side == "right" else slice(-keep, None)
             # what is left of a text that was cut is its tokens
-            found = [each if len(each.token_ids) <= keep else Prompt(each.token_ids[-keep:]) for each in found]
+            found = [each if len(each.token_ids) <= keep else Prompt(each.token_ids[kept]) for each in found]
         self.check_lengths(found, field)
         return found
 
@@ -196,10 +218,10 @@ class Service:
         vocab_size = self.limits["vocab_size"]
         if not (problem := await trial.problem(structure.notation(), vocab_size)):
             return
-        for each, schema in (structure.schemas(field) if schemas is None else schemas).items():
-            if reason := await trial.problem(StructuredOutputs(json=schema).notation(), vocab_size):
+        for each, held in (structure.schemas(field) if schemas is None else schemas).items():
+            if reason := await trial.problem(StructuredOutputs(json=held).notation(), vocab_size):
                 field, problem = each, _without_grammar(reason)
-                if at := json_schema.location(schema, problem):
+                if at := json_schema.location(held, problem):
                     problem += f", at {at}"
                 break
         raise InvalidRequest(field, Shown("a structure that cannot be compiled"), problem)

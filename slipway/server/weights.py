@@ -54,7 +54,7 @@ class Weights:
             async def handle(request: Request) -> Response:
                 return json_response(encode(await act((await read(request, kind))[0])))
 
-            return pages.taking(kind, handle)
+            return pages.taking([kind], handle, f"{kind.__doc__}")
 
         post, shown = ["POST"], ("/weights_version", self.shown, ["GET"])
         if not self._service.config.admin_api_key:
