@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tyro.conf import OmitArgPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from slipway import flags
+from slipway import expected_logits, flags
 from slipway.adapters.package import adapt
 from slipway.adapters.twin import Engine
 from slipway.bench.command import Bench
@@ -217,13 +217,28 @@ class Convert:
     explain: bool = False
     """Print what would become of every tensor, and stop."""
     verify: bool = False
-    """Read the result anew, compare every tensor through the inverse rule, then logits; write report.json."""
+    """Read the result anew, compare every tensor through the inverse rule, then our engine with transformers; write
+    report.json. A wrong rule passes: only --expect sees that."""
+    expect: tuple[Path, Path] | None = None
+    """IDS.npy LOGITS.npy: token ids (B, T) and the original model's logits (B, T, V) for them. The result is run on the
+    ids and must give the same logits; with it comes --verify."""
+    expect_tolerance: float = 1e-3
+    """Largest difference from --expect's logits, as a share of the largest of them (at least 1)."""
     options: OmitArgPrefixes[ConvertConfig] = ConvertConfig()
 
     def run(self) -> None:
         """Convert, with a progress bar."""
         if self.explain and (self.verify or self.options.resume):
             raise InvalidConfig("explain", True, "neither --verify nor --resume, since nothing is written")
+        if self.explain and self.expect:
+            raise InvalidConfig("expect", str(self.expect[0]), "nothing with --explain, since nothing is written")
+        if self.expect and self.options.to != "hf":
+            raise InvalidConfig("expect", str(self.expect[0]), "nothing, since --to is not hf")
+        if not self.expect and self.expect_tolerance != Convert.expect_tolerance:
+            raise InvalidConfig("expect_tolerance", self.expect_tolerance, "--expect beside it")
+        if not self.expect_tolerance > 0:
+            raise InvalidConfig("expect_tolerance", self.expect_tolerance, "a number above 0")
+        expected = expected_logits.read(*self.expect) if self.expect else None
         source = open_source(self.source)
         if self.explain:
             print(explain(prepare(source, self.options)))
@@ -240,16 +255,23 @@ class Convert:
         print(f"{self.out_dir}: {len(written)} tensors, {sum(w.nbytes for w in written) / 1e9:.2f} GB")
         if conversion.plan.mapping.note:
             print(conversion.plan.mapping.note)
-        if self.verify:
-            self._verify(conversion, written)
+        if self.verify or expected:
+            self._verify(conversion, written, expected)
 
-    def _verify(self, conversion: Conversion, written: list[Written]) -> None:
+    def _verify(
+        self, conversion: Conversion, written: list[Written], expected: expected_logits.Expected | None
+    ) -> None:
         compared = verify(conversion, written, self.out_dir)
         parity = None
         if self.options.to == "hf" and "vocab_size" in conversion.config:
             parity = dataclasses.asdict(parity_of(self.out_dir, conversion.config["vocab_size"]))
-        write_json(self.out_dir / "report.json", report(conversion, written, compared, parity))
-        print(summary(written, compared, parity))
+        original = None
+        if expected is not None:
+            agreement = expected_logits.compare(self.out_dir, expected, self.expect_tolerance)
+            original = dataclasses.asdict(agreement)
+        facts = report(conversion, written, compared, parity)
+        write_json(self.out_dir / "report.json", facts | {"original": original})
+        print(summary(written, compared, parity, original))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,61 @@ def test_convert_verifies_with_the_engine_and_transformers(slipway, tmp_path):
     assert report["logits"]["same_choices"] and report["logits"]["max_logprob_difference"] < 1e-4
 
 
+DEFAULT_ROPE = Path(__file__).parent / "data" / "maxtext" / "llama3_default_rope_orbax"
+ORIGINAL = (DEFAULT_ROPE / "ids.npy", DEFAULT_ROPE / "logits.npy")
+NOT_COMPARED = "not compared with the original's logits"
+
+
+@pytest.mark.parametrize("mapping", ["maxtext-halves", "maxtext-interleaved"])
+def test_verify_without_the_originals_logits_says_that_it_is_only_consistent(slipway, mapping, tmp_path):
+    words = ["convert", DEFAULT_ROPE, tmp_path / "out", "--config", DEFAULT_ROPE, "--mapping", mapping, "--verify"]
+    code, out, err = slipway(*words)
+    assert code == 0, err
+    assert out.splitlines()[-1] == NOT_COMPARED
+    assert "a wrong rule has a wrong inverse" in out and f"as --mapping {mapping} says" in out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["original"] is None
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("to", ["maxtext", "npz", "orbax"])
+def test_verify_of_the_way_back_says_so_too(slipway, to, tmp_path):
+    directory = DEFAULT_ROPE.parent / "hf_llama"
+    code, out, err = slipway("convert", directory, tmp_path / "out", "--to", to, "--verify")
+    assert code == 0, err
+    assert out.splitlines()[-1] == NOT_COMPARED
+
+
+def test_expected_logits_pass_the_right_rule_and_fail_the_wrong_one(slipway, tmp_path):
+    words = ["--config", DEFAULT_ROPE, "--expect", *ORIGINAL]
+    code, out, err = slipway("convert", DEFAULT_ROPE, tmp_path / "out", *words)
+    assert code == 0, err
+    assert "likeliest token the same at 100.0% of 32 positions" in out.splitlines()[-1] and NOT_COMPARED not in out
+    original = json.loads((tmp_path / "out" / "report.json").read_text())["original"]
+    assert original["max_difference"] < 1e-4 and original["quantity"] == "logits"
+    words += ["--mapping", "maxtext-interleaved"]
+    code, _, err = slipway("convert", DEFAULT_ROPE, tmp_path / "wrong", *words)
+    assert code == 2 and "differ from the original's by 3.8" in err and "Traceback" not in err
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--expect", *ORIGINAL, "--explain"], "expect"),
+        (["--expect", *ORIGINAL, "--to", "maxtext"], "--to is not hf"),
+        (["--expect-tolerance", "0.1"], "expect_tolerance"),
+        (["--expect", *ORIGINAL, "--expect-tolerance", "0"], "above 0"),
+        (["--expect", *ORIGINAL, "--expect-tolerance", "nan"], "above 0"),
+        (["--expect", "nowhere.npy", ORIGINAL[1]], "nowhere.npy"),
+        (["--expect", ORIGINAL[1], ORIGINAL[0]], "integers"),
+    ],
+)
+def test_expect_is_honoured_or_refused_before_anything_is_written(slipway, words, told, tmp_path):
+    code, _, err = slipway("convert", DEFAULT_ROPE, tmp_path / "out", "--config", DEFAULT_ROPE, *words)
+    assert code == 2 and told in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_parity_notices_another_model(tmp_path, monkeypatch):
     answers = parity._complete(Path(cli.NANO), [list(range(100, 124))] * 4)
     monkeypatch.setattr(parity, "_complete", lambda directory, prompts: answers)

@@ -5,7 +5,7 @@ Knows no formats. What may differ, and by how much, is what the conversion repor
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from slipway.convert.run import Options, Written, execute
 from slipway.convert.sink import Facts, Pieces
 from slipway.convert.source import Source
 from slipway.errors import CheckpointError
+
+NOT_COMPARED = "not compared with the original's logits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ def verify(conversion: Conversion, written: Sequence[Written], directory: Path) 
     comparing = _Comparing(source)
     dtypes = {name: plan.sources[name].dtype for name in back.moves if name in plan.sources}
     problems = [
+        *_constants(conversion, made),
         *back.unmatched,
         *back.problems,
         *(f"{name}: not in the source" for name in back.moves if name not in dtypes),
@@ -97,6 +100,18 @@ def verify(conversion: Conversion, written: Sequence[Written], directory: Path) 
     if problems:
         raise CheckpointError(directory, problems)
     return sorted(comparing.compared, key=lambda c: c.name)
+
+
+def _constants(conversion: Conversion, made: Source) -> Iterator[str]:
+    """What was written of the mapping's constants and is not their value."""
+    mapping, to_hf = conversion.plan.mapping, conversion.plan.direction == "to_hf"
+    for name, value in mapping.hf_constants.items() if to_hf else ():
+        if name not in made.specs:
+            yield f"{name}: missing"
+            continue
+        with made.open(name) as array:
+            if array.shape or int(array) != value:
+                yield f"{name}: got {array}, expected {value}"
 
 
 def report(
@@ -138,18 +153,33 @@ def explain(conversion: Conversion) -> str:
     return "\n".join(lines)
 
 
-def summary(written: Sequence[Written], compared: Sequence[Compared], logits: Mapping[str, Any] | None) -> str:
-    """A report a person reads: what is not bit for bit, and what was compared."""
+def summary(
+    written: Sequence[Written],
+    compared: Sequence[Compared],
+    logits: Mapping[str, Any] | None,
+    original: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the report that a person reads; ``original``: the comparison with the original model's logits."""
     lossy = [w for w in written if not w.lossless]
-    lines = [f"{len(compared)} source tensors compared through the inverse: {len(written) - len(lossy)} of "]
-    lines[0] += f"{len(written)} written ones are bit for bit"
+    lines = [
+        f"{len(compared)} source tensors compared through the inverse: {len(written) - len(lossy)} of "
+        f"{len(written)} written ones are bit for bit",
+        "  (consistent with the mapping's rules, right or wrong: a wrong rule has a wrong inverse)",
+    ]
     lines += [
         f"  {w.name}: {w.source_dtype} -> {w.dtype}, back within {w.max_ulp} ulp {'; '.join(w.notes)}" for w in lossy
     ]
     if logits and logits["max_logprob_difference"] is not None:
         lines.append(
-            f"{' and '.join(logits['programs'])} agree on {logits['tokens']} tokens: "
+            f"{' and '.join(logits['programs'])} agree on {logits['tokens']} tokens of the converted model: "
             f"log-probabilities differ by at most {logits['max_logprob_difference']:.1e}"
         )
     lines += [f"not run: {reason}" for reason in (logits or {}).get("not_run", ())]
+    if original is None:
+        return "\n".join([*lines, NOT_COMPARED])
+    lines.append(
+        f"the original's {original['quantity']} against the converted model's in {original['program']}: at most "
+        f"{original['max_difference']:.1e} apart ({original['tolerance']:.1e} allowed), likeliest token the same at "
+        f"{original['same_argmax']:.1%} of {original['positions']} positions"
+    )
     return "\n".join(lines)

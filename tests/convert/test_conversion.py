@@ -355,3 +355,31 @@ def test_what_lies_otherwise_in_its_files_is_not_gone_on_with(monkeypatch):
     before = conversion_module._identity(conversion, options)
     monkeypatch.setattr(conversion_module.shards, "PAGE", 64)
     assert conversion_module._identity(conversion, options) != before
+
+
+BATCH_NORM = """
+rules:
+  - [bn.scale, bn.weight, f -> f]
+  - [bn.bias, bn.bias, f -> f]
+hf_constants: {bn.num_batches_tracked: 7}
+"""
+
+
+def test_constants_of_the_hf_side_are_verified_and_left_out_on_the_way_back(tmp_path):
+    (tmp_path / "bn.yaml").write_text(BATCH_NORM)
+    tree = {"bn.scale": np.ones(4, np.float32), "bn.bias": np.full(4, 2, np.float32)}
+    options = ConvertConfig(mapping=str(tmp_path / "bn.yaml"))
+    given = {"model_type": "mine", "architectures": ["Mine"]}
+    conversion, written = convert(MemorySource(tree), tmp_path / "out", options, given)
+    assert {c.name for c in verify(conversion, written, tmp_path / "out")} == tree.keys()
+    back = dataclasses.replace(options, to="npz")
+    conversion_back, written_back = convert(open_source(tmp_path / "out"), tmp_path / "npz", back, given)
+    verify(conversion_back, written_back, tmp_path / "npz")
+    with np.load(tmp_path / "npz" / "params.npz") as archive:
+        assert_same({name: archive[name] for name in archive.files}, tree)
+    held = {name: np.array(x) for name, x in tensors(tmp_path / "out").items()}
+    for count in (3, None):
+        held.pop("bn.num_batches_tracked") if count is None else held.update({"bn.num_batches_tracked": np.int64(3)})
+        shards.write_safetensors(tmp_path / "out" / "model.safetensors", {n: np.asarray(x) for n, x in held.items()})
+        with pytest.raises(errors.CheckpointError, match=r"bn.num_batches_tracked: (got 3, expected 7|missing)"):
+            verify(conversion, written, tmp_path / "out")
