@@ -10,13 +10,14 @@ from pathlib import Path
 from slipway.errors import CheckpointError, InvalidConfig
 
 WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # no code, no pickles
+FOLDER = "additional_chat_templates"  # the only folder that is downloaded
 ALLOW_PATTERNS = (*WITHOUT_WEIGHTS, "*.safetensors")
 
 
 def resolve(model: str, revision: str | None = None, patterns: Sequence[str] = ALLOW_PATTERNS) -> Path:
     """The directory of ``model``: a local directory, else the snapshot of a hub id (``org/name``) at ``revision``.
 
-    ``patterns``: the files that a download takes, of the repository's top level.
+    ``patterns``: the files that a download takes, of the repository's top level and the folder of chat templates.
 
     Raises InvalidConfig for an empty name or a revision of a local directory, CheckpointError for what is neither a
     directory nor a hub id, or cannot be had.
@@ -40,7 +41,7 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
 
     try:
         directory = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=_folders_but(FOLDER)
         )
         return Path(directory)
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
@@ -58,6 +59,13 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
             case _:
                 problem = f"the download failed: {type(error).__name__}: {_first_line(error)}"
         raise CheckpointError(model, [problem]) from error
+
+
+def _folders_but(name: str) -> list[str]:
+    """Return patterns (fnmatch, whose * matches slashes, too) of all files in folders, but those right in ``name``."""
+    shorter = [f"{name[:size]}/*" for size in range(1, len(name))]
+    other = [f"{name[:size]}[!{name[size]}/]*/*" for size in range(len(name))]
+    return [*shorter, *other, f"{name}[!/]*/*", f"{name}/*/*"]
 
 
 def _first_line(error: BaseException) -> str:

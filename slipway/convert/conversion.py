@@ -30,7 +30,7 @@ from slipway.convert.rules import TreeMapping
 from slipway.convert.run import Delta, Options, Written
 from slipway.convert.sink import ASIDE, SafetensorsSink, Sink
 from slipway.convert.source import Source, fingerprint
-from slipway.convert.tokenizer import GENERATION, generation_file, tokenizer_files, tokenizer_problems
+from slipway.convert.tokenizer import GENERATION, copy_tokenizer, generation_file, tokenizer_problems
 from slipway.errors import CheckpointError, InvalidConfig
 
 DTYPES = {
@@ -344,8 +344,7 @@ def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -
     shards.write_json(aside / "config.json", conversion.config)
     if (generation := generation_file(options.config, conversion.source.path)) is not None:
         shutil.copyfile(generation, aside / GENERATION)
-    for file in tokenizer_files(options.tokenizer):
-        shutil.copyfile(file, aside / file.name)
+    copy_tokenizer(options.tokenizer, aside)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from slipway.checkpoint.quantize import PACKED, SHAPE, Scheme
 from slipway.checkpoint.shards import Spec, write_json
 from slipway.convert.conversion import new_directory, size_bytes
 from slipway.convert.sink import ASIDE, SafetensorsSink
-from slipway.convert.tokenizer import GENERATION, generation_file, tokenizer_files
+from slipway.convert.tokenizer import GENERATION, copy_tokenizer, generation_file
 from slipway.errors import CheckpointError, InvalidConfig
 
 
@@ -72,5 +72,4 @@ def _write_extras(aside: Path, checkpoint: files.Checkpoint, scheme: Scheme) -> 
     write_json(aside / "config.json", checkpoint.config | {quantize.FIELD: quantize.config_of(scheme)})
     if (generation := generation_file(None, checkpoint.directory)) is not None:
         shutil.copyfile(generation, aside / GENERATION)
-    for file in tokenizer_files(checkpoint.directory):
-        shutil.copyfile(file, aside / file.name)
+    copy_tokenizer(checkpoint.directory, aside)

@@ -111,7 +111,10 @@ class SafetensorsSink:
         self._close()
         for path in sorted(self._aside.iterdir()):  # weights and what was put beside them
             if path.name != JOURNAL:
-                os.replace(path, self._directory / path.name)
+                place = self._directory / path.name
+                if place.is_dir():  # a folder of templates, from a run that was cut off here
+                    shutil.rmtree(place)
+                os.replace(path, place)
         if len(self._shards) > 1:
             weight_map = {name: shard for shard, names in self._shards.items() for name in names}
             total_size = sum(spec.nbytes for spec in self._specs.values())

@@ -1,20 +1,37 @@
 """Decides which files belong to a tokenizer and whether its ids fit a vocabulary; knows no weights."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 GENERATION = "generation_config.json"
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+# The files that transformers, mistral-common and tiktoken read; no code.
+PATTERNS = (
+    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab-*.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json",
+    "entity_vocab.json", "target_vocab.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer",
+    "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 
 def tokenizer_files(directory: Path | None) -> list[Path]:
-    """The tokenizer's files in ``directory``."""
-    return [] if directory is None else [directory / name for name in FILES if (directory / name).is_file()]
+    """Return the paths of the tokenizer's and the processor's files in ``directory``."""
+    if directory is None:
+        return []
+    return [path for pattern in PATTERNS for path in sorted(directory.glob(pattern)) if path.is_file()]
+
+
+def copy_tokenizer(directory: Path | None, target: Path) -> None:
+    """Copy the tokenizer's files, chat templates in their folder included, from ``directory`` to ``target``."""
+    for path in tokenizer_files(directory):
+        assert directory is not None
+        copy = target / path.relative_to(directory)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def generation_file(config: Path | None, source: Path | None) -> Path | None:

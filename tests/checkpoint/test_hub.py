@@ -17,6 +17,12 @@ FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "additional_chat_templates/old/tool_use.jinja": b"{{ tools }}",
+    "additional_chat_templates_2/tool_use.jinja": b"{{ tools }}",
+    "additional/config.json": b"{}",
+    "a/config.json": b"{}",
+    "onnx/config.json": b"{}",
     "pytorch_model.bin": b"pickle",
     "modeling.py": b"code",
 }
@@ -39,7 +45,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if "/tree/" in self.path:
             files = [{"type": "file", "path": p, "size": len(b), "oid": p.encode().hex()} for p, b in FILES.items()]
             return self._answer(200, json.dumps(files).encode(), {})
-        body = FILES[self.path.rpartition("/")[2]]
+        body = FILES[self.path.partition(f"/resolve/{SHA}/")[2]]
         return self._answer(200, body, {"ETag": f'"{len(body)}-etag"', "X-Repo-Commit": SHA})
 
     def _answer(self, status, body, headers):
@@ -135,8 +141,9 @@ def test_what_is_not_cached_is_refused_offline(cache):
 
 def test_downloads_weights_and_texts_but_no_code_and_no_pickle(hub):
     snapshot = resolve("org/model")
-    names = {path.name for path in snapshot.iterdir()}
-    assert names == {"config.json", "model.safetensors", "chat_template.jinja"}
+    names = {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()}
+    templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    assert names == {"config.json", "model.safetensors", *templates}
     assert (snapshot / "model.safetensors").read_bytes() == b"weights"
 
 
