@@ -138,7 +138,7 @@ PARAMETERS = [
     ("temperature", -0.1), ("temperature", math.inf), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01),
     ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1),
     ("seed", 2**32), ("seed", 0.5), ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", 5),
-    ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("logprobs", -1), ("logprobs", 21),
+    ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("logprobs", -2), ("logprobs", 21),
     ("logprobs", True),
 ]  # fmt: skip
 

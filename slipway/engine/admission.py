@@ -10,7 +10,7 @@ from slipway.codec.reasoning import Walk
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import edits
 from slipway.engine.batch import Sizes
-from slipway.engine.params import SamplingParams
+from slipway.engine.params import SamplingParams, check_logprobs
 from slipway.engine.request import Request, Sequence
 from slipway.errors import ContextTooLong, InvalidRequest
 
@@ -28,13 +28,15 @@ class Limits:
     copies: int
     prefix_caching: bool
     stream_interval: int
+    max_logprobs: int  # -1: the whole vocabulary
     bodies: dict[str, str]  # which serves each op
 
     @property
     def sizes(self) -> Sizes:
         """Of every batch."""
         width = -(-self.max_model_len // self.page_size)
-        return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len)
+        num_logprobs = self.vocab_size if self.max_logprobs < 0 else self.max_logprobs
+        return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len, num_logprobs)
 
 
 class Admission:
@@ -86,6 +88,8 @@ class Admission:
                 raise InvalidRequest("prompt_token_ids", token, f"token ids from 0 to {limits.vocab_size - 1}")
         if length >= limits.max_model_len:
             raise ContextTooLong("prompt", f"{length} tokens", limits.max_model_len)
+        check_logprobs("logprobs", params.logprobs, limits.max_logprobs)
+        check_logprobs("prompt_logprobs", params.prompt_logprobs, limits.max_logprobs)
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)")
         longest = limits.max_model_len - length

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from slipway.engine.config import MAX_LOGPROBS
 from slipway.engine.scheduler import Chunk
 from slipway.tree import module
 
@@ -43,6 +44,7 @@ class Sizes:
     table_width: int
     vocab_size: int
     max_model_len: int
+    num_logprobs: int = MAX_LOGPROBS  # of the likeliest tokens, beside each token
 
 
 @module

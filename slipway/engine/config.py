@@ -7,6 +7,7 @@ from typing import Any, Literal
 from slipway.errors import InvalidConfig
 
 MAX_DECODE_STEPS = 64
+MAX_LOGPROBS = 20  # unless a request may ask for the whole vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class EngineConfig:
     stream_interval: int = 1
     """Tokens of a sequence from one delta to the next, after its first; its last come at once. More cost the host less,
     where steps are short and streams many."""
+    max_logprobs: int = MAX_LOGPROBS
+    """The most of the likeliest tokens that a request may ask for beside each token, at most 20; -1: up to the whole
+    vocabulary (logprobs -1), which costs each token's row a sort, and its answer as many entries."""
     page_size: int = 16
     """Tokens per page of the cache."""
     enable_prefix_caching: bool = True
@@ -74,6 +78,9 @@ class EngineConfig:
             _need(name, value := getattr(self, name), type(value) is int and value >= 1, "an integer of at least 1")
         steps = self.decode_steps
         fine = steps == "auto" or (type(steps) is int and 1 <= steps <= MAX_DECODE_STEPS)
+        top = self.max_logprobs
+        fine_top = type(top) is int and -1 <= top <= MAX_LOGPROBS
+        _need("max_logprobs", top, fine_top, f"an integer from 0 to {MAX_LOGPROBS}, or -1 for the whole vocabulary")
         _need("decode_steps", steps, fine, f"an integer from 1 to {MAX_DECODE_STEPS}, or auto")
         rank, address = self.node_rank, self.dist_init_addr
         _need("node_rank", rank, type(rank) is int and 0 <= rank < self.nnodes, f"0 to nnodes - 1 ({self.nnodes - 1})")

@@ -121,7 +121,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
         copies=config.data_parallel_size, prefix_caching=_caches(config.enable_prefix_caching, model_config),
-        stream_interval=config.stream_interval,
+        stream_interval=config.stream_interval, max_logprobs=config.max_logprobs,
         bodies=ops.bodies(platform, step.kv, dtype),
     )  # fmt: skip
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
@@ -159,7 +159,8 @@ def _compiled(
         num_pages = budget.pages(temp, useful)
         shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
         kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(empty))))
-        sizes = Sizes(config.page_size, num_pages, table_width, model.vocab_size, length)
+        num_logprobs = model.vocab_size if config.max_logprobs < 0 else config.max_logprobs
+        sizes = Sizes(config.page_size, num_pages, table_width, model.vocab_size, length, num_logprobs)
         step = Step(declaration, mesh, kv, dtype, sizes, shapes[-1].num_rows, repeats)
         # memory is ample where the cache can be as large as useful: then all shapes compile at once
         step.compile(shapes if num_pages == useful else shapes[-1:])

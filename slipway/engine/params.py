@@ -12,9 +12,10 @@ import numpy as np
 
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.reasoning import Reasoning
+from slipway.engine.config import MAX_LOGPROBS
 from slipway.errors import InvalidRequest
 
-MAX_LOGPROBS, MAX_N, MAX_TEMPERATURE = 20, 1024, 1e6
+MAX_N, MAX_TEMPERATURE = 1024, 1e6
 MAX_LOGIT_BIAS, MAX_BAD_WORDS, MAX_STOPS = 1024, 128, 64
 GENERATION_DEFAULTS = {  # of generation_config.json, by its names
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
@@ -74,7 +75,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after the model's end token."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to report beside the chosen one, at most 20."""
+    """How many of the likeliest tokens to report beside the chosen one, at most 20; -1: the whole vocabulary, where
+    the engine's max_logprobs is -1."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first."""
     skip_special_tokens: bool = True
@@ -120,7 +122,7 @@ class SamplingParams:
 
     def _checks(self) -> dict[str, tuple[bool, str]]:
         integer, number, bias, allowed = _is_integer, _is_number, self.logit_bias, self.allowed_token_ids
-        penalty, top = "a number from -2 to 2", f"an integer from 0 to {MAX_LOGPROBS}, or None"
+        penalty, top = "a number from -2 to 2", f"0 to {MAX_LOGPROBS}, -1 for the whole vocabulary, or None"
         return {
             "n": (integer(self.n, 1, MAX_N), f"an integer from 1 to {MAX_N}"),
             "best_of": (
@@ -164,9 +166,16 @@ class SamplingParams:
                 f"at most {MAX_STOPS} strings that are not empty",
             ),
             "stop_token_ids": (all(integer(t, 0) for t in self.stop_token_ids), "token ids"),
-            "logprobs": (self.logprobs is None or integer(self.logprobs, 0, MAX_LOGPROBS), top),
-            "prompt_logprobs": (self.prompt_logprobs is None or integer(self.prompt_logprobs, 0, MAX_LOGPROBS), top),
+            "logprobs": (self.logprobs is None or integer(self.logprobs, -1, MAX_LOGPROBS), top),
+            "prompt_logprobs": (self.prompt_logprobs is None or integer(self.prompt_logprobs, -1, MAX_LOGPROBS), top),
         }  # fmt: skip
+
+
+def check_logprobs(field: str, value: int | None, limit: int) -> None:
+    """Raise InvalidRequest if a number of log probabilities is beyond the engine's max_logprobs, ``limit``."""
+    if value is not None and limit >= 0 and not 0 <= value <= limit:
+        expected = f"0 to {limit} (max_logprobs); -1, the whole vocabulary, only where max_logprobs is -1"
+        raise InvalidRequest(field, value, expected)
 
 
 def generation_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:

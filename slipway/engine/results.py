@@ -35,7 +35,8 @@ class Dispatched:
 
 
 def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
-    """The chosen token and the ``top`` likeliest, each with its rank."""
+    """Return the chosen token and the ``top`` likeliest, each with its rank; -1: all that there are."""
+    top = sampled.top_id_BX.shape[1] if top < 0 else top
     ids, values = sampled.top_id_BX[row, :top].tolist(), sampled.top_logprob_BX[row, :top].tolist()
     found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(zip(ids, values), 1)}
     chosen = int(sampled.token_B[row])

@@ -29,7 +29,6 @@ from slipway.engine import sample
 from slipway.engine.batch import Batch, Bucket, Repeat, Sampling, Sizes, Tokens
 from slipway.engine.edits import Edits
 from slipway.engine.memory import Populating
-from slipway.engine.params import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,10 @@ class Step:
         self._by_rows = sharded = NamedSharding(mesh, rows)
         # the first process pools the hidden states of all copies, so it needs those of other processes here
         apart = len({device.process_index for device in mesh.devices[:, 0]}) > 1
-        forward, choose = functools.partial(_forward, structure, apart), functools.partial(_sample, max_rows)
+        forward, choose = (
+            functools.partial(_forward, structure, apart),
+            functools.partial(_sample, max_rows, sizes.num_logprobs),
+        )
         self._forward = jax.jit(
             jax.shard_map(
                 forward, mesh=mesh, in_specs=(specs, cache, rows, rows),
@@ -248,7 +250,12 @@ def _forward(
 
 
 def _sample(
-    max_rows: int, logits_BV: jax.Array, newest_R: jax.Array, sampling: Sampling, edits: Edits | None
+    max_rows: int,
+    num_logprobs: int,
+    logits_BV: jax.Array,
+    newest_R: jax.Array,
+    sampling: Sampling,
+    edits: Edits | None,
 ) -> tuple[sample.Sampled, jax.Array]:
     """A token per row, and the same as the next step reads it; log probabilities where some row wants them."""
 
@@ -261,7 +268,7 @@ def _sample(
     token_B = draw(logits_BV) if edits is None else _edited(draw, logits_BV, newest_R, sampling, edits)
     newest_R = jnp.zeros(max_rows, jnp.int32).at[: token_B.shape[0]].set(token_B)
     token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
-    num_top = min(MAX_LOGPROBS, logits_BV.shape[1])
+    num_top = min(num_logprobs, logits_BV.shape[1])
     sampled = jax.lax.cond(
         jnp.any(sampling.wants_logprobs_B),
         lambda: sample.logprobs(logits_BV, token_B, num_top),
@@ -294,12 +301,12 @@ def _repeat(
         kv, newest_R, found = carry
         kv, _, logits_BV = _forward(structure, False, leaves, kv, newest_R, _advanced(batch.tokens, step, sizes))
         sampling = dataclasses.replace(batch.sampling, position_B=batch.sampling.position_B + step)
-        sampled, newest_R = _sample(max_rows, logits_BV, newest_R, sampling, None)
+        sampled, newest_R = _sample(max_rows, sizes.num_logprobs, logits_BV, newest_R, sampling, None)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * num_rows, axis=0)
         return kv, newest_R, jax.tree.map(lambda found_B, sampled_B: put(found_B, sampled_B), found, sampled)
 
     tokens_B = jnp.zeros(max_steps * num_rows, jnp.int32)
-    found = sample.without_logprobs(tokens_B, min(MAX_LOGPROBS, sizes.vocab_size))
+    found = sample.without_logprobs(tokens_B, min(sizes.num_logprobs, sizes.vocab_size))
     kv, newest_R, found = jax.lax.fori_loop(jnp.int32(0), num_steps_1[0], body, (kv, newest_R, found))
     return kv, found, newest_R
 

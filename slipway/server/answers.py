@@ -97,14 +97,14 @@ class Shape:
         return found
 
     def chat_logprobs(self, ids: Sequence[int], entries: Sequence[Entry], top: int) -> dict[str, Any]:
-        """OpenAI's logprobs of a chat: for each token its own, and the ``top`` likeliest."""
+        """Return OpenAI's logprobs of a chat: for each token its own, and the ``top`` likeliest; -1: all."""
 
         def one(token: int, logprob: float) -> dict[str, Any]:
             return {"token": self.text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
 
         content = []
         for token, entry in zip(ids, entries):
-            likeliest = sorted(entry.items(), key=lambda item: item[1][1])[:top]
+            likeliest = sorted(entry.items(), key=lambda item: item[1][1])[: None if top < 0 else top]
             tops = [one(other, value) for other, (value, _) in likeliest]
             content.append(one(token, entry[token][0]) | {"top_logprobs": tops})
         return {"content": content}

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+from slipway.engine.params import check_logprobs
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.answers import DONE, Shape, Usage, encode, merged, weights
@@ -58,6 +59,8 @@ class Chats:
         if None not in both and both[0] != both[1]:
             raise InvalidRequest("max_tokens", body.max_tokens, f"max_completion_tokens ({body.max_completion_tokens})")
         asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+        for field in ("top_logprobs", "prompt_logprobs"):
+            check_logprobs(field, getattr(body, field), service.limits["max_logprobs"])
         params = body.params(service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None)
         if (structure := self.tools.structure(service.marks)) is not None:
             if params.structured_outputs is not None:

@@ -52,6 +52,8 @@ class Natives:
         if not -1 <= start <= len(prompt.token_ids):
             expected = f"-1, or a place in the prompt (0 to {len(prompt.token_ids)})"
             raise InvalidRequest("logprob_start_len", start, expected)
+        if body.top_logprobs_num < 0:
+            raise InvalidRequest("top_logprobs_num", body.top_logprobs_num, "at least 0")
         if not body.return_logprob:
             return asked.params(self._service.defaults, None, None)
         scores = 0 <= start < len(prompt.token_ids)

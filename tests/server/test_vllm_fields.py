@@ -266,3 +266,23 @@ def test_the_tokenizer_is_described_where_that_is_allowed(server, launch):
     described = json.loads((Path(NANO) / "tokenizer_config.json").read_text())
     assert found["eos_token"] == described["eos_token"] and isinstance(found["tokenizer_class"], str)
     assert found["chat_template"] == TOKENIZER.chat_template
+
+
+def test_all_log_probabilities_are_given_where_that_is_allowed(server, launch):
+    chat = {"messages": CHAT, "max_tokens": 2, "temperature": 0, "logprobs": True}
+    for path, body, field in (
+        ("/v1/completions", {"prompt": PROMPT}, "logprobs"), ("/v1/completions", {"prompt": PROMPT}, "prompt_logprobs"),
+        ("/v1/chat/completions", chat, "top_logprobs"), ("/v1/chat/completions", chat, "prompt_logprobs"),
+    ):  # fmt: skip
+        error = server.post(path, **body, **{field: -1}).json()["error"]
+        assert error["param"] == field and "max_logprobs" in error["message"], error
+    refused = server.post("/generate", text=PROMPT, return_logprob=True, top_logprobs_num=-1)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs_num"
+    able = launch("--max-logprobs", "-1").wait_ready()
+    asked = {"prompt": PROMPT, "logprobs": -1, "prompt_logprobs": -1, "return_tokens_as_token_ids": True}
+    choice = able.complete(**asked, max_tokens=2)["choices"][0]
+    size = able.http.get("/capabilities").json()["limits"]["vocab_size"]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [size, size]
+    assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [size] * (len(choice["prompt_logprobs"]) - 1)
+    content = able.post("/v1/chat/completions", **chat, top_logprobs=-1).json()["choices"][0]["logprobs"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in content] == [size, size]
