@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
-CHECKED := slipway training tests tools examples
+CHECKED := slipway training tests tools examples benchmarks
 # One BLAS and one torch thread per test process: xdist already uses every core.
 WORKERS ?= 2
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES = 500, 60
-FOLDERS = ("slipway", "training", "tests", "tools")
+FOLDERS = ("slipway", "training", "tests", "tools", "benchmarks")
 
 
 def main() -> int:
