@@ -251,6 +251,16 @@ ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffe
   return ffi::Error::Success();
 }
 
+ffi::Error LogNormalizer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S32> rows,
+                         ffi::Result<ffi::Buffer<ffi::F32>> largest, ffi::Result<ffi::Buffer<ffi::F32>> log_sum) {
+  slipway::LogNormalizer op{};
+  op.rows = live(rows, logits.dimensions()[0]), op.vocab = logits.dimensions()[1];
+  op.logits = logits.typed_data(), op.largest = largest->typed_data(), op.log_sum = log_sum->typed_data();
+  PoolTeam team(pool, op.rows * op.vocab < kAloneNumbers);
+  slipway::kernels()->log_normalizer(op, team);
+  return ffi::Error::Success();
+}
+
 // Zeros that take no memory: whole pages are given back to the system, which hands out empty ones where they are touched.
 ffi::Error Zeros(ffi::Result<ffi::AnyBuffer> out) {
   char *data = static_cast<char*>(out->untyped_data()), *end = data + out->size_bytes();
@@ -368,6 +378,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_sample, Sample,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_log_normalizer, LogNormalizer,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_zeros, Zeros, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 

@@ -14,7 +14,8 @@ namespace SLIPWAY_ISA {
 extern const Kernels table;
 #define SLIPWAY_TEXT(x) #x
 #define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
-const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, quantized_linear, embed, norm, rotate, write_kv, attention, sample};
+const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, quantized_linear, embed, norm, rotate, write_kv, attention, sample,
+                       log_normalizer};
 
 }  // namespace SLIPWAY_ISA
 }  // namespace slipway

@@ -72,6 +72,14 @@ struct Sample {
   int32_t* token;
 };
 
+// What turns a row of logits into log probabilities: its largest, and the natural logarithm of the sum over the row of
+// exp(logit - largest). NaN anywhere in a row makes its log_sum NaN.
+struct LogNormalizer {
+  int64_t rows, vocab;
+  const float* logits;
+  float *largest, *log_sum;  // [rows]
+};
+
 // The cache of one layer, [pages][kv_heads][2][page_size * head_dim]. With u = 1 float or 2 bfloat16 per unit, a key block
 // is [head_dim / u][page_size] units, each of u neighbours in the head; a value block is [page_size / u][head_dim] units,
 // each of u neighbours in the page: the order in which the matrix kernel reads its second operand.
@@ -114,6 +122,7 @@ struct Kernels {
   void (*write_kv)(const WriteKv&, Team&);
   void (*attention)(const Attention&, Team&);
   void (*sample)(const Sample&, Team&);
+  void (*log_normalizer)(const LogNormalizer&, Team&);
 };
 
 extern std::atomic<int64_t> kernel_calls;  // so far: while it moves, populate.cc rests

@@ -1,4 +1,4 @@
-// A token per row of logits: the largest, or a draw from those that the filters keep. One instruction set per inclusion.
+// Sampling of a token per row of logits, and the normalizer of log probabilities. Included once per instruction set.
 //
 // No sort. With s = (logit - largest) / temperature <= 0, the bits of |s| order the tokens as integers, so "the k largest"
 // and "the fewest that reach p" are thresholds on those bits, found digit by digit from histograms. Equal logits stand or
@@ -109,6 +109,34 @@ inline void sample(const Sample& op, Team& team) {
   team.run(op.rows, 1, 8 * (op.vocab + 32),
            [](const void* context, int64_t b, void* memory) {
              sample_row(*static_cast<const Sample*>(context), b, memory);
+           },
+           &op);
+}
+
+// The lanes add up runs of kRun logits in floats, and the runs are added in order in doubles: a sum does not depend on the
+// number of rows.
+inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
+  const float* logits = op.logits + b * op.vocab;
+  const float largest = logits[argmax(logits, op.vocab)];
+  double whole = 0;
+  for (int64_t first = 0; first < op.vocab; first += kRun) {
+    const int64_t end = least(first + kRun, op.vocab);
+    F run = {};
+    for (int64_t i = first; i < end; i += kLanes) {
+      const F s = load_part<F>(logits + i, end - i) - largest;
+      const F term = select(s > -87.0f, exp(s), s == s ? F{} : s);  // below that exp is 0; NaN stays NaN
+      run = run + (end - i < kLanes ? select(kNumbers < static_cast<int32_t>(end - i), term, F{}) : term);
+    }
+    whole += static_cast<double>(sum(run));
+  }
+  op.largest[b] = largest;
+  op.log_sum[b] = static_cast<float>(__builtin_log(whole));
+}
+
+inline void log_normalizer(const LogNormalizer& op, Team& team) {
+  team.run(op.rows, 1, 0,
+           [](const void* context, int64_t b, void*) {
+             log_normalizer_row(*static_cast<const LogNormalizer*>(context), b);
            },
            &op);
 }

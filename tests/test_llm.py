@@ -12,6 +12,7 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.errors import CheckpointError, InvalidBatch, InvalidConfig, InvalidInput, InvalidRequest, UnsupportedModel
 from slipway.llm import LLM
+from slipway.ops import cpu
 
 pytestmark = pytest.mark.xdist_group("engine")  # one worker compiles the shared engine
 
@@ -288,6 +289,16 @@ def test_an_interruption_leaves_nothing_behind(llm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT] * 3, [params(max_tokens=n) for n in (2, 2, 9)], use_tqdm=False)
     assert not llm.engine.has_work()
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="the portable bodies promise equal numbers, not equal bits")
+def test_a_mean_embedding_is_the_same_bits_in_any_chunks(tiny, monkeypatch):
+    llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=64, page_size=16, skip_tokenizer_init=True)
+    asked = [np.random.default_rng(n).integers(3, 1000, n).tolist() for n in (40, 3, 17)]
+    whole = llm.encode(asked, "mean", use_tqdm=False)
+    monkeypatch.setattr(llm.engine._schedulers[0], "max_num_tokens", 5)
+    llm.engine.flush()
+    np.testing.assert_array_equal(llm.encode(asked, "mean", use_tqdm=False), whole)
 
 
 def test_embeddings_are_transformers(tiny):

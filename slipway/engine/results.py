@@ -54,7 +54,10 @@ def pool(sequence: Sequence, x_CD: np.ndarray, chunk: Chunk) -> None:
     """Take in the hidden states of a chunk of the prompt: of its last token, or the mean of all."""
     request = sequence.request
     if request.pooling == "mean":
-        total = x_CD.sum(axis=0, dtype=np.float32) / sequence.num_prompt
-        request.hidden = total if chunk.start == 0 else request.hidden + total
+        before_1D = () if chunk.start == 0 or request.hidden is None else (request.hidden[None],)
+        # one token after the other, so that the sum does not depend on where the prompt is cut into chunks
+        request.hidden = np.concatenate([*before_1D, x_CD]).sum(axis=0, dtype=np.float32)
+        if chunk.samples:
+            request.hidden = request.hidden / sequence.num_prompt
     elif chunk.samples:
         request.hidden = x_CD[-1]

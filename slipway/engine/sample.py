@@ -73,9 +73,13 @@ def without_logprobs(token_B, num_top: int):
     return Sampled(token_B, rows_B, rows_B.astype(jnp.int32), tops_BX.astype(jnp.int32), tops_BX)
 
 
-def logprobs(logits_BV, token_B, num_top: int):
-    """Log probability and rank of each row's token, and the ``num_top`` likeliest with theirs."""
-    all_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+def logprobs(logits_BV, num_rows, token_B, num_top: int):
+    """Return the log probability and rank of each row's token, and the ``num_top`` likeliest with theirs.
+
+    A row's numbers have the same bits whatever other rows there are (ops.log_normalizer).
+    """
+    largest_B, log_sum_B = ops.log_normalizer(logits_BV, num_rows)
+    all_BV = logits_BV - largest_B[:, None] - log_sum_B[:, None]
     chosen_B = jnp.take_along_axis(all_BV, token_B[:, None], axis=-1)
     rank_B = 1 + jnp.sum(all_BV > chosen_B, axis=-1).astype(jnp.int32)
     top_logprob_BX, top_id_BX = lax.top_k(all_BV, num_top)

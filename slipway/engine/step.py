@@ -271,7 +271,7 @@ def _sample(
     num_top = min(num_logprobs, logits_BV.shape[1])
     sampled = jax.lax.cond(
         jnp.any(sampling.wants_logprobs_B),
-        lambda: sample.logprobs(logits_BV, token_B, num_top),
+        lambda: sample.logprobs(logits_BV, sampling.num_rows_1[0], token_B, num_top),
         lambda: sample.without_logprobs(token_B, num_top),
     )
     return jax.tree.map(lambda array: meshes.all_rows(array), sampled), newest_R

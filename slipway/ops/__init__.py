@@ -16,6 +16,7 @@ device's part: the ops run under shard_map and communicate with nobody.
     allocate_kv(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype) -> kv
     zeros(shape, dtype) -> array                                on a CPU, of memory that is taken where it is written
     sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B) -> token_B
+    log_normalizer(logits_BV, num_rows) -> (largest_B, log_sum_B)   log p = logit - largest - log_sum, as each row alone
 
 Weights may be Picks: one of several arrays by a traced index; matrices may be Quantized. The cache goes to an op whole,
 with a layer index: a slice of it would be a copy. Its layout is the body's own affair: kv_LPK2SH, with the numbers of a
@@ -85,6 +86,11 @@ def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, unifor
     return _serve(cpu.refuses(logits_BV), cpu.sample, xla.sample, *args)
 
 
+def log_normalizer(logits_BV, num_rows):
+    """See above."""
+    return _serve(cpu.refuses(logits_BV), cpu.log_normalizer, xla.log_normalizer, logits_BV, num_rows)
+
+
 def write_kv(kv, layer, k_TKH, v_TKH, ragged):
     """See above."""
     if tpu.is_mine(kv):
@@ -137,7 +143,7 @@ def bodies(platform: str, kv, dtype) -> dict[str, str]:
     )
     return {
         "embed": dense, "linear": dense, "gated_linear": dense, "rms_norm": dense, "rotate": dense,
-        "write_kv": cache, "paged_attention": cache, "sample": logits,
+        "write_kv": cache, "paged_attention": cache, "sample": logits, "log_normalizer": logits,
     }  # fmt: skip
 
 

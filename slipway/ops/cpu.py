@@ -23,7 +23,7 @@ DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 ISA_VARIABLE = "SLIPWAY_ISA"
 PORTABLE_BODIES = "xla"  # the value of SLIPWAY_ISA that turns the kernels off
 PAGE_MULTIPLE = 16  # the keys that the widest vector holds
-_TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample", "zeros")
+_TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample", "log_normalizer", "zeros")
 
 
 @functools.cache
@@ -152,6 +152,12 @@ def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, unifor
     """As ops.sample."""
     call = jax.ffi.ffi_call("slipway_sample", jax.ShapeDtypeStruct(temperature_B.shape, jnp.int32))
     return call(logits_BV, jnp.int32(num_rows), temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+
+
+def log_normalizer(logits_BV, num_rows):
+    """As ops.log_normalizer."""
+    row = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.float32)
+    return jax.ffi.ffi_call("slipway_log_normalizer", (row, row))(logits_BV, jnp.int32(num_rows))
 
 
 def zeros(shape, dtype):

@@ -223,6 +223,34 @@ def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, unifor
     return jnp.where(temperature_B > 0, drawn_B, greedy_B)
 
 
+def log_normalizer(logits_BV, num_rows):
+    """Return the largest logit of each row, and the log of the sum of exp(logit - largest).
+
+    XLA's own reductions add in an order that depends on the number of rows. Here each row is cut into runs, and the
+    runs are added one after the other, element by element, so the order is that of the loop.
+    """
+    del num_rows  # XLA computes every row
+    largest_B = jnp.max(logits_BV, axis=-1)
+    lowered_BV = logits_BV - largest_B[:, None]
+    missing = -lowered_BV.shape[1] % _NORMALIZER_RUNS[0]
+    terms_BX = jnp.exp(jnp.pad(lowered_BV, ((0, 0), (0, missing)), constant_values=DROPPED))
+    for size in _NORMALIZER_RUNS:
+        terms_BX = _added_runs(terms_BX, size)
+    return largest_B, jnp.log(terms_BX[:, 0])
+
+
+_NORMALIZER_RUNS = (1024, 32, 1)  # numbers a row: what is left of it after each round
+
+
+def _added_runs(x_BX, size: int):
+    """The sum of each row's runs of ``size`` numbers, from the first to the last."""
+
+    def add(i, sum_BS):
+        return sum_BS + lax.dynamic_slice_in_dim(x_BX, i * size, size, axis=1)
+
+    return lax.fori_loop(1, x_BX.shape[1] // size, add, x_BX[:, :size])
+
+
 def keep(logits_BV, top_k_B, top_p_B, min_p_B):
     """The logits, minus infinity where min_p, then top_k, then top_p drop. Equal logits stand or fall together."""
     floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)  # log(0): nothing is dropped

@@ -47,20 +47,36 @@ def test_greedy_tokens_do_not_depend_on_the_batch(llm, alone):
     assert run(llm, mixed, params)[::2] == alone
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
-def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options):
-    if cpu.isa() is None:
-        pytest.skip("the portable bodies promise equal tokens, not equal bits")
+PRECISIONS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"dtype": "bfloat16", "tensor_parallel_size": 2}]
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="the portable bodies promise equal tokens, not equal bits")
+@pytest.mark.parametrize("options", PRECISIONS, ids=str)
+def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options, monkeypatch):
+    """Alone, in a batch, behind a cached prefix and in chunks: of chosen, likeliest and prompt tokens, ranks too."""
     llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=40, page_size=16, skip_tokenizer_init=True, **options)
-    asked = dataclasses.replace(GREEDY, logprobs=3)
+    asked = dataclasses.replace(GREEDY, logprobs=3, prompt_logprobs=2)
     company = [SamplingParams(temperature=1.0, max_tokens=m, seed=m) for m in (3, 9, 17)]
     mixed = [prompt for i, own in enumerate(prompts()) for prompt in (own, prompts((7, 40, 21), seed=1)[i % 3])]
     params = [each for i in range(len(LENGTHS)) for each in (asked, company[i % 3])]
+    alone_ = []
+    for prompt in prompts():
+        llm.engine.flush()
+        alone_.append(llm.generate([prompt], asked, use_tqdm=False)[0])
+    llm.engine.flush()
     together = llm.generate(mixed, params, use_tqdm=False)[::2]
-    for prompt, output in zip(prompts(), together):
-        alone_ = llm.generate([prompt], asked, use_tqdm=False)[0].outputs[0]
-        assert alone_.token_ids == output.outputs[0].token_ids
-        assert alone_.logprobs == output.outputs[0].logprobs  # ranks, too, and floats to the last bit
+    unscored = dataclasses.replace(asked, prompt_logprobs=None)  # so that cached tokens are not computed again
+    cached = llm.generate(prompts(), unscored, use_tqdm=False)
+    assert cached[-1].num_cached_tokens >= 32
+    llm.engine.flush()
+    monkeypatch.setattr(llm.engine._schedulers[0], "max_num_tokens", 7)
+    chunked = llm.generate(prompts(), asked, use_tqdm=False)
+    for others in (together, cached, chunked):
+        for one, other in zip(alone_, others, strict=True):
+            assert one.outputs[0].token_ids == other.outputs[0].token_ids
+            assert one.outputs[0].logprobs == other.outputs[0].logprobs
+    assert [one.prompt_logprobs for one in alone_] == [other.prompt_logprobs for other in together]
+    assert [one.prompt_logprobs for one in alone_] == [other.prompt_logprobs for other in chunked]
 
 
 @pytest.mark.parametrize("budget", [4, 7, 32])

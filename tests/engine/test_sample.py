@@ -134,7 +134,7 @@ def test_temperature_towards_0_is_argmax(temperature, filters):
 def test_logprobs_and_ranks_are_numpys():
     logits = np.random.default_rng(5).normal(size=(8, V)).astype(np.float32) * 3
     chosen = np.arange(8, dtype=np.int32)
-    got = sample.logprobs(jnp.asarray(logits), jnp.asarray(chosen), 5)
+    got = sample.logprobs(jnp.asarray(logits), jnp.int32(8), jnp.asarray(chosen), 5)
     wide = logits.astype(np.float64)
     expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     np.testing.assert_allclose(got.logprob_B, expected[np.arange(8), chosen], rtol=1e-5, atol=1e-5)
@@ -142,3 +142,18 @@ def test_logprobs_and_ranks_are_numpys():
     np.testing.assert_array_equal(got.rank_B, 1 + np.argmax(order == chosen[:, None], axis=-1))
     np.testing.assert_array_equal(got.top_id_BX, order[:, :5])
     np.testing.assert_allclose(got.top_logprob_BX, np.take_along_axis(expected, order[:, :5], -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [37, 1000, 32_000])
+def test_log_probabilities_are_the_same_bits_in_any_batch(size):
+    """With the portable bodies, too."""
+    rng = np.random.default_rng(7)
+    logits = (rng.normal(size=(64, size)) * rng.uniform(1, 20, size=(64, 1))).astype(np.float32)
+    chosen = rng.integers(size, size=64).astype(np.int32)
+    found = jax.jit(sample.logprobs, static_argnums=3)
+    whole = found(jnp.asarray(logits), jnp.int32(64), jnp.asarray(chosen), 20)
+    for count in (1, 2, 3, 5, 8, 16, 33):
+        for part in (slice(count), slice(-count, None)):
+            got = found(jnp.asarray(logits[part]), jnp.int32(count), jnp.asarray(chosen[part]), 20)
+            for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+                np.testing.assert_array_equal(one, other[part], err_msg=str(part))

@@ -143,6 +143,8 @@ void samples() {
     int32_t token[2];
     SLIPWAY_ISA::table.sample({2, vocab, reinterpret_cast<float*>(logits.data()), temperature, top_k, top_p, min_p, uniform,
                                token}, team);
+    float largest[2], log_sum[2];
+    SLIPWAY_ISA::table.log_normalizer({2, vocab, reinterpret_cast<float*>(logits.data()), largest, log_sum}, team);
     if (token[0] < 0 || token[0] >= vocab || token[1] < 0 || token[1] >= vocab) std::abort();
     ++calls;
   }

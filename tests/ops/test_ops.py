@@ -312,6 +312,36 @@ def test_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
         )
 
 
+VOCABULARIES = (1, 3, 37, 1000, 1024, 5001, 151_936)
+
+
+@pytest.mark.parametrize("size", VOCABULARIES)
+@pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
+def test_log_normalizer_equals_its_definition_and_is_the_same_bits_in_any_batch(body, size):
+    rng = np.random.default_rng(12)
+    logits = (rng.normal(size=(33, size)) * rng.uniform(0.1, 30, size=(33, 1))).astype(np.float32)
+    logits[0, size // 2] = -np.inf if size > 1 else 0
+    normalizer = jax.jit(body.log_normalizer)
+    largest_B, log_sum_B = normalizer(jnp.asarray(logits), jnp.int32(33))
+    wide = logits.astype(np.float64)
+    np.testing.assert_array_equal(largest_B, logits.max(-1))
+    expected = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1))
+    np.testing.assert_allclose(log_sum_B, expected, rtol=1e-6, atol=1e-6)
+    for count in (1, 2, 3, 7, 8, 16, 31):
+        for part in (slice(count), slice(-count, None)):
+            _, got_B = normalizer(jnp.asarray(logits[part]), jnp.int32(count))
+            np.testing.assert_array_equal(got_B, log_sum_B[part], err_msg=f"{part} of 33 rows")
+
+
+@pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
+@pytest.mark.parametrize("at", [0, 5, 1001])
+def test_log_normalizer_of_a_row_with_nan_is_nan(body, at):
+    logits = np.zeros((2, 1002), np.float32)
+    logits[1, at] = np.nan
+    _, log_sum_B = body.log_normalizer(jnp.asarray(logits), jnp.int32(2))
+    np.testing.assert_array_equal(np.isnan(log_sum_B), [False, True])
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
 def test_embed_gives_rows_and_zeros_for_ids_held_elsewhere(body, dtype):
