@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from slipway.errors import InvalidRequest, Shown, SlipwayError
-from slipway.server import gate, pages, schema
+from slipway.server import bodies, gate, pages, schema
 from slipway.server.answers import encode
 from slipway.server.chats import Chats
 from slipway.server.gate import Gate, NotFound, TooLarge, TooSlow, failed_event, json_response
@@ -107,7 +107,7 @@ class App:
             self._check_model(body.model)
             request_id = body.request_id or request.headers.get("x-request-id")
             with contextlib.ExitStack() as stack:
-                stack.enter_context(schema.errors_as_sent(body))
+                stack.enter_context(bodies.errors_as_sent(body))
                 if request_id is not None and not REQUEST_ID.fullmatch(request_id):
                     raise InvalidRequest("request_id", request_id, "1 to 128 visible ASCII characters")
                 answer = make(self.service, body, request_id)
@@ -132,7 +132,7 @@ class App:
             body, unknown = await self._body(request, kind)
             self._check_model(getattr(body, "model", None))
             name = f"req-{uuid.uuid4().hex}"
-            with self.service.place(_client(request), name) as place, schema.errors_as_sent(body):
+            with self.service.place(_client(request), name) as place, bodies.errors_as_sent(body):
                 found = await _unless_gone(request, answer(body, place), place)
             return json_response(encode(found), _headers(unknown))
 
@@ -143,7 +143,7 @@ class App:
 
         async def handle(request: Request) -> Response:
             content = request.scope["slipway.body"] = await self._content(request)
-            return await _handler(schema.field_names(content), handlers)(request)
+            return await _handler(bodies.field_names(content), handlers)(request)
 
         kinds = [kind for handler in handlers for kind in pages.kinds(handler)]
         return pages.taking(kinds, handle, "Answer SageMaker's one route: the body's fields name the request.")
@@ -171,7 +171,7 @@ class App:
     async def _body(self, request: Request, kind: type) -> tuple[Any, list[str]]:
         """Return a checked body, and its unknown fields. Raises InvalidRequest."""
         content = request.scope.get("slipway.body")
-        body, unknown = schema.read(
+        body, unknown = bodies.read(
             await self._content(request) if content is None else content, kind, self.config.strict
         )
         if unknown:
@@ -295,9 +295,9 @@ class App:
 def _handler(names: Set[str], handlers: Sequence[pages.Handler]) -> pages.Handler:
     """Return the handler of the request that fields belong to. Raises InvalidRequest."""
     for handler in handlers:
-        if any(set(needed) <= names for kind in pages.kinds(handler) for needed in schema.RECOGNIZED[kind]):
+        if any(set(needed) <= names for kind in pages.kinds(handler) for needed in bodies.RECOGNIZED[kind]):
             return handler
-    pairs = [" with ".join(needed) for several in schema.RECOGNIZED.values() for needed in several]
+    pairs = [" with ".join(needed) for several in bodies.RECOGNIZED.values() for needed in several]
     raise InvalidRequest(
         "body", Shown(f"the fields {', '.join(sorted(names)) or '(none)'}"), f"one of: {'; '.join(pairs)}"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from slipway.errors import EngineDead, InvalidRequest, Shown, SlipwayError
-from slipway.server import schema
+from slipway.server import bodies, schema
 from slipway.server.chats import Chats
 from slipway.server.gate import status_of
 from slipway.server.generation import Completions
@@ -58,7 +58,7 @@ async def _answer(service: Service, line: str) -> dict[str, Any]:
         if asked.get("method", "POST") != "POST" or asked.get("url") not in KINDS:
             raise InvalidRequest("url", asked.get("url"), f"POST to {' or '.join(KINDS)}")
         kind, make = KINDS[asked["url"]]
-        body, _ = schema.read(json.dumps(asked.get("body")).encode(), kind, service.config.strict)
+        body, _ = bodies.read(json.dumps(asked.get("body")).encode(), kind, service.config.strict)
         if body.stream:
             raise InvalidRequest("stream", True, "false in a batch")
         answer = make(service, body, body.request_id)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from slipway.errors import InvalidRequest
-from slipway.server import members, schema
+from slipway.server import bodies, members, schema
 
 pytestmark = pytest.mark.host
 REQUIRED = {
@@ -28,7 +28,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def read(name, strict=False, **fields):
-    return schema.read(json.dumps(REQUIRED[name] | fields).encode(), getattr(schema, name), strict)
+    return bodies.read(json.dumps(REQUIRED[name] | fields).encode(), getattr(schema, name), strict)
 
 
 @pytest.mark.parametrize(("name", "field"), OPTIONAL)
