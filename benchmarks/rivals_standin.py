@@ -112,7 +112,9 @@ def pytest_load_initial_conftests() -> None:
     SlipwayServer.upstream = utils.RemoteOpenAIServer
     utils.RemoteOpenAIServer = SlipwayServer
     _redirect(tokenizers, "get_tokenizer")
-    _redirect(huggingface_hub, "snapshot_download")
+    # adapters, too, are a local directory then: their flags are left out
+    huggingface_hub.snapshot_download = lambda repo_id, *_, **__: directory(repo_id)
+    huggingface_hub.HfApi.snapshot_download = lambda _, repo_id, *__, **___: directory(repo_id)
     for name in ("AutoTokenizer", "AutoConfig"):
         _redirect(getattr(transformers, name), "from_pretrained")
 
@@ -165,7 +167,7 @@ def _redirect(owner: ModuleType | type, name: str) -> None:
     real = getattr(owner, name)
 
     def redirected(*args: Any, **kwargs: Any) -> Any:
-        names = {"tokenizer_name", "pretrained_model_name_or_path", "repo_id"} & kwargs.keys()
+        names = {"tokenizer_name", "pretrained_model_name_or_path"} & kwargs.keys()
         kwargs |= {key: directory(str(kwargs[key])) for key in names}
         return real(*(directory(str(each)) for each in args[:1]), *args[1:], **kwargs)
 

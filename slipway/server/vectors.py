@@ -34,7 +34,7 @@ class Vectors:
             if not 1 <= body.dimensions <= vectors.shape[1]:
                 raise InvalidRequest("dimensions", body.dimensions, f"1 to {vectors.shape[1]}")
             vectors = vectors[:, : body.dimensions]  # Kusupati et al., Matryoshka representation learning, 2022
-        if body.normalize:
+        if body.normalize if body.use_activation is None else body.use_activation:
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         usage = sum(len(prompt.token_ids) for prompt in prompts)
 

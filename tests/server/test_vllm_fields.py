@@ -109,6 +109,16 @@ def test_answers_have_all_fields_of_vllms(server):
     pieces = list(stream)
     assert pieces[0].prompt_token_ids == chat.prompt_token_ids
     assert [token for piece in pieces[1:] for token in piece.choices[0].token_ids] == chat.choices[0].token_ids
+    stream = client.completions.create(
+        model="nano", prompt=[PROMPT, "a"], n=2, max_tokens=3, stream=True, extra_body={"return_token_ids": True}
+    )
+    told = {}
+    for piece in stream:
+        for choice in piece.choices:
+            told.setdefault(choice.index, []).append(choice.prompt_token_ids)
+    expected = [ids, ids, *[TOKENIZER.encode("a")] * 2]
+    assert [told[index][0] for index in range(4)] == expected
+    assert all(later is None for each in told.values() for later in each[1:]), "with the first event only"
     model = client.models.retrieve("nano")
     assert (model.root, model.parent, model.max_model_len) == ("nano", None, 1024)
     assert client.models.list().data == [model]
@@ -286,3 +296,15 @@ def test_all_log_probabilities_are_given_where_that_is_allowed(server, launch):
     assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [size] * (len(choice["prompt_logprobs"]) - 1)
     content = able.post("/v1/chat/completions", **chat, top_logprobs=-1).json()["choices"][0]["logprobs"]["content"]
     assert [len(entry["top_logprobs"]) for entry in content] == [size, size]
+
+
+def test_embeddings_are_what_was_asked_for(server):
+    def length(**fields):
+        (found,) = server.post("/v1/embeddings", input="a list", **fields).json()["data"]
+        return sum(value * value for value in found["embedding"])
+
+    assert length() == length(use_activation=True) == pytest.approx(1, abs=1e-5)
+    assert length(use_activation=False) == length(normalize=False) > 2
+    for field, value in (("embed_dtype", "float16"), ("endianness", "big")):
+        refused = server.post("/v1/embeddings", input="a list", encoding_format="base64", **{field: value})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == field, "never other bytes, silently"
