@@ -19,83 +19,130 @@ constexpr int kQuantRows = 4;          // side by side
 constexpr int kQuantTokens = 32;       // that use the unpacked weights of a step
 constexpr int64_t kQuantAhead = 8192;  // bytes between what is read and what is fetched
 
-// What a word holds in units: kNumbers of them in kUnits units, of which `unit` gives the i-th; number j of the word lies in
-// unit j % kUnits, and of two the lower comes first. `kExcess` is what each number has too much.
-struct FloatNibbles : Float {
-  static constexpr int kNumbers = 8, kUnits = 8, kExcess = 136;
-  static ALWAYS void units(U words, U* unit) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      unit[i] = ((i < 4 ? words << (16 - 4 * i) : words >> (4 * i - 16)) & 0xf0000u) | 0x43000000u;
+// A word's numbers lie in kUnits units; `unit` gives the i-th, number j of the word is in unit j % kUnits, and of two the
+// lower comes first. Each number is kExcess too large. kVectors: what `spread` writes of a token for each step, its units last
+// and before them what a step begins and ends with.
+
+// Floats. A number stays at its place in the word, kBits * i bits up, and is converted from there; the tokens are divided by that
+// power of two instead, so every product is exact.
+template <int kBits>
+struct Floats : Float {
+  using Sum = F;
+  static constexpr int kNumbers = 32 / kBits, kUnits = kNumbers, kVectors = 1 + kUnits;
+  static constexpr int kExcess = 1 << (kBits - 1);
+  static ALWAYS U unit(U words, int i) {
+    const uint32_t mask = (1u << kBits) - 1;
+    const U number = i == kUnits - 1 ? words >> (32 - kBits) : words & (mask << (kBits * i));  // no sign bit in either
+    return as_units(__builtin_convertvector(reinterpret_cast<I>(number), F));
+  }
+  static ALWAYS Sum begin(const uint32_t* x) { return load<F>(x); }
+  static ALWAYS F end(Sum sum, const uint32_t*) { return sum; }
+
+  static ALWAYS void spread(const F (&number)[kNumbers], uint32_t* out) {
+    F sum = {};
+    for (int i = 0; i < kNumbers; ++i) {
+      sum = sum + number[i];
+      const float shrink = i == kUnits - 1 ? 1.0f : 1.0f / static_cast<float>(1u << (kBits * i));
+      store(out + (1 + i) * kLanes, number[i] * shrink);
+    }
+    store(out, sum * -static_cast<float>(kExcess));
   }
 };
-struct BFloat16Nibbles : BFloat16 {
-  static constexpr int kNumbers = 8, kUnits = 4, kExcess = 136;
-  static ALWAYS void units(U words, U* unit) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) unit[i] = ((words >> (4 * i)) & 0x000f000fu) | 0x43004300u;
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, multiplied as such: a nibble n behind the exponent of 128 is 128 + n, and bytes are converted.
+template <int kBits>
+struct Pairs : BFloat16 {
+  using Sum = F;
+  static constexpr int kNumbers = 32 / kBits, kUnits = kNumbers / 2, kVectors = 1 + kUnits;
+  static constexpr int kExcess = kBits == 4 ? 136 : 0;
+  static ALWAYS U byte(U words, int i) {  // as a float: 2^23 + a number below 2^23 is its bits
+    return as_units(as_floats(((words >> (8 * i)) & 0xffu) | 0x4b000000u) - 8388736.0f);
+  }
+  static ALWAYS U unit(U words, int i) {
+    if constexpr (kBits == 4) return ((words >> (4 * i)) & 0x000f000fu) | 0x43004300u;
+    return (byte(words, i) >> 16) | (byte(words, i + 2) & 0xffff0000u);
+  }
+  static ALWAYS Sum begin(const uint32_t* x) { return kExcess ? load<F>(x) : F{}; }
+  static ALWAYS F end(Sum sum, const uint32_t*) { return sum; }
+
+  static ALWAYS void spread(const F (&number)[kNumbers], uint32_t* out) {
+    F sum = {};
+    for (int i = 0; i < kUnits; ++i) {
+      sum = sum + (number[i] + number[i + kUnits]);
+      store(out + (1 + i) * kLanes, (as_units(number[i]) >> 16) | as_units(number[i + kUnits]));
+    }
+    store(out, sum * -static_cast<float>(kExcess));
   }
 };
-ALWAYS U byte(U words, int i) {  // as a float: 2^23 + a number below 2^23 is its bits
-  return as_units(as_floats(((words >> (8 * i)) & 0xffu) | 0x4b000000u) - 8388736.0f);
-}
-struct FloatBytes : Float {
-  static constexpr int kNumbers = 4, kUnits = 4, kExcess = 0;
-  static ALWAYS void units(U words, U* unit) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) unit[i] = byte(words, i);
+#else
+// Products of 16-bit integers, exact. What a word of weights meets of a token, four or eight bfloat16, becomes integers times
+// a power of two, such that the largest is between 2^14 and 2^15. So numbers of at least 1/256 of the largest of the eight
+// are themselves, and smaller ones are rounded by at most 2^-15 of it. Infinity becomes NaN.
+template <int kBits>
+struct Pairs : BFloat16 {
+  using Sum = I;
+  static constexpr int kNumbers = 32 / kBits, kUnits = kNumbers / 2, kVectors = 2 + kUnits;
+  static constexpr int kExcess = 1 << (kBits - 1);
+  static ALWAYS U unit(U words, int i) { return (words >> (kBits * i)) & (kBits == 4 ? 0x000f000fu : 0x00ff00ffu); }
+  static ALWAYS Sum begin(const uint32_t* x) { return load<I>(x); }
+  static ALWAYS F end(Sum sum, const uint32_t* x) { return __builtin_convertvector(sum, F) * load<F>(x + kLanes); }
+  static ALWAYS Sum dot(Sum sum, U a, U b) { return sum + multiply_pairs(a, b); }
+
+  static ALWAYS void spread(const F (&number)[kNumbers], uint32_t* out) {
+    I peak = {};  // of floats without a sign the order is that of their bits
+    for (int i = 0; i < kNumbers; ++i) {
+      const I size = reinterpret_cast<I>(as_units(number[i]) & 0x7fffffffu);
+      peak = size > peak ? size : peak;
+    }
+    const I least_power = I{} + (15 << 23), power = peak & 0x7f800000, kept = power > least_power ? power : least_power;
+    const F scale = as_floats(reinterpret_cast<U>(kept - (14 << 23)));
+    const F inverse = as_floats((268u << 23) - reinterpret_cast<U>(kept));
+    I whole[kNumbers], sum = {};
+    for (int i = 0; i < kNumbers; ++i) {  // the bits of 1.5 * 2^23 + n end in those of n
+      whole[i] = reinterpret_cast<I>(as_units(number[i] * inverse + 12582912.0f)) - 0x4b400000;
+      sum = sum + whole[i];
+    }
+    store(out, sum * -kExcess);
+    store(out + kLanes, select(power == 0x7f800000, all(__builtin_nanf("")), scale));
+    for (int i = 0; i < kUnits; ++i)
+      store(out + (2 + i) * kLanes,
+            (reinterpret_cast<U>(whole[i]) & 0xffffu) | (reinterpret_cast<U>(whole[i + kUnits]) << 16));
   }
 };
-struct BFloat16Bytes : BFloat16 {
-  static constexpr int kNumbers = 4, kUnits = 2, kExcess = 0;
-  static ALWAYS void units(U words, U* unit) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) unit[i] = (byte(words, i) >> 16) | (byte(words, i + 2) & 0xffff0000u);
-  }
-};
+#endif
 
 struct Packed {
   int64_t words, steps;  // of a row; of kLanes words each
   int shift;             // 2^shift words share a scale; below 0: the row has one
   int64_t groups;        // scales of a row
   int64_t tokens;
-  uint32_t* x;  // per block of kQuantTokens: [steps][tokens][1 + kUnits][kLanes], the first what a step's sum starts with
+  uint32_t* x;  // per block of kQuantTokens: [steps][tokens][kVectors][kLanes]
 };
 
 // Where a block of tokens begins, and how many it has.
 template <class T>
 ALWAYS uint32_t* block_at(const Packed& packed, int64_t first) {
-  return packed.x + first * packed.steps * (1 + T::kUnits) * kLanes;
+  return packed.x + first * packed.steps * T::kVectors * kLanes;
 }
 ALWAYS int64_t block_tokens(const Packed& packed, int64_t first) { return least(kQuantTokens, packed.tokens - first); }
 
-// One token's numbers in the order of the weights that they meet.
+// One token's numbers in the order of the weights that they meet, zeros past the end.
 template <class T>
 void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
-  constexpr int columns = T::kNumbers / T::kPerUnit;  // units of x that a word meets
-  const auto* row = static_cast<const uint8_t*>(x) + token * in * 4 / T::kPerUnit;
+  constexpr int64_t kStep = kLanes * T::kNumbers;
   const int64_t place = token % kQuantTokens, count = block_tokens(packed, token - place);
-  uint32_t* block = block_at<T>(packed, token - place) + place * (1 + T::kUnits) * kLanes;
-  for (int64_t t = 0; t < packed.steps; ++t) {
-    uint32_t held[columns * kLanes] = {}, turned[columns][kLanes];
-    const int64_t left = (packed.words - t * kLanes) * columns;
-    std::memcpy(held, row + 4 * t * kLanes * columns, 4 * least(left, kLanes * columns));
-    for (int l = 0; l < kLanes; ++l)
-      for (int c = 0; c < columns; ++c) turned[c][l] = held[l * columns + c];
-    uint32_t* out = block + t * count * (1 + T::kUnits) * kLanes;
-    F sum = {};
-    for (int i = 0; i < T::kUnits; ++i) {
-      U unit = load<U>(turned[i]);
-      if constexpr (T::kPerUnit == 2) {  // numbers i and i + kUnits
-        const U one = load<U>(turned[i / 2]), two = load<U>(turned[(i + T::kUnits) / 2]);
-        unit = i % 2 ? (one >> 16) | (two & 0xffff0000u) : (one & 0xffffu) | (two << 16);
-        sum = sum + (low(unit) + high(unit));
-      } else {
-        sum = sum + as_floats(unit);
-      }
-      store(out + (1 + i) * kLanes, unit);
-    }
-    store(out, sum * -static_cast<float>(T::kExcess));
+  uint32_t* out = block_at<T>(packed, token - place) + place * T::kVectors * kLanes;
+  for (int64_t first = 0; first < in; first += kStep, out += count * T::kVectors * kLanes) {
+    float held[kStep] = {};
+    for (int64_t i = 0; i < least(kStep, in - first); i += kLanes)
+      store(held + i, T::read(x, token * in + first + i, in - first - i));
+    float turned[kStep];
+    for (int i = 0; i < T::kNumbers; ++i)
+      for (int l = 0; l < kLanes; ++l) turned[i * kLanes + l] = held[l * T::kNumbers + i];
+    F number[T::kNumbers];
+    for (int i = 0; i < T::kNumbers; ++i) number[i] = load<F>(turned + i * kLanes);
+    T::spread(number, out);
   }
 }
 
@@ -116,10 +163,36 @@ ALWAYS Q join_rows(const F (&totals)[kQuantRows]) {
   return (load<Q>(lanes) + load<Q>(lanes + 4)) + (load<Q>(lanes + 8) + load<Q>(lanes + 12));
 }
 
+// One token times kRows rows of a step, each sum scaled and added to its total. `unit(r, u)` is row r's u-th.
+template <class T, int kRows, bool kGrouped, class Unit>
+ALWAYS void step_of(Unit unit, const F* scale, const uint32_t* x, F* totals) {
+  constexpr int64_t kFirst = (T::kVectors - T::kUnits) * kLanes;
+  typename T::Sum sum[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sum[r] = T::begin(x);
+#pragma GCC unroll 8
+  for (int u = 0; u < T::kUnits; ++u) {
+    const U factors = load<U>(x + kFirst + u * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum[r] = T::dot(sum[r], unit(r, u), factors);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const F found = T::end(sum[r], x);
+    totals[r] = totals[r] + (kGrouped ? found * scale[r] : found);
+  }
+}
+
+// Rows whose units stay in half of the registers while tokens pass.
+template <class T>
+constexpr int kRowsHeld = kRegisters / 2 / T::kUnits < kQuantRows ? kRegisters / 2 / T::kUnits : kQuantRows;
+
 // kQuantRows rows times `kTokens` tokens (0: `count`, at most kQuantTokens); sums[token * distance + row].
 template <class T, int kTokens, bool kGrouped>
 ALWAYS void quantized_rows(const Packed& packed, int64_t token, int64_t count, const uint8_t* const* rows,
                            const uint8_t* const* scales, const uint8_t* next, float* sums, int64_t distance) {
+  constexpr int64_t kDistance = T::kVectors * kLanes;
+  constexpr int kHeld = kRowsHeld<T>;
   const int64_t tokens = kTokens ? kTokens : count;
   F totals[kTokens ? kTokens : kQuantTokens][kQuantRows];
 #pragma GCC unroll 2
@@ -127,31 +200,32 @@ ALWAYS void quantized_rows(const Packed& packed, int64_t token, int64_t count, c
 #pragma GCC unroll 4
     for (int r = 0; r < kQuantRows; ++r) totals[i][r] = F{};
   const uint32_t* x = block_at<T>(packed, token);
-  for (int64_t t = 0; t < packed.steps; ++t) {
-    U units[kQuantRows][T::kUnits];
+  for (int64_t t = 0; t < packed.steps; ++t, x += tokens * kDistance) {
+    U words[kQuantRows];
     F scale[kQuantRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kQuantRows; ++r) {
-      const U words = load_part<U>(rows[r] + 4 * kLanes * t, packed.words - kLanes * t);
+      words[r] = load_part<U>(rows[r] + 4 * kLanes * t, packed.words - kLanes * t);
       __builtin_prefetch(next, 0, 3);
       next += 4 * kLanes;
-      T::units(words, units[r]);
       if constexpr (kGrouped) scale[r] = lane_scales<T>(packed, scales[r], t);
     }
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < tokens; ++i) {
-      F sum[kQuantRows];
+    if constexpr (kTokens == 1) {
+      const auto unit = [&](int r, int u) __attribute__((always_inline)) { return T::unit(words[r], u); };
+      step_of<T, kQuantRows, kGrouped>(unit, scale, x, totals[0]);
+      continue;
+    }
 #pragma GCC unroll 4
-      for (int r = 0; r < kQuantRows; ++r) sum[r] = T::kExcess ? load<F>(x) : F{};
-      x += kLanes;
+    for (int first = 0; first < kQuantRows; first += kHeld) {
+      U units[kHeld][T::kUnits];
+#pragma GCC unroll 4
+      for (int r = 0; r < kHeld; ++r)
 #pragma GCC unroll 8
-      for (int u = 0; u < T::kUnits; ++u, x += kLanes) {
-        const U factors = load<U>(x);
-#pragma GCC unroll 4
-        for (int r = 0; r < kQuantRows; ++r) sum[r] = T::dot(sum[r], units[r][u], factors);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kQuantRows; ++r) totals[i][r] = totals[i][r] + (kGrouped ? sum[r] * scale[r] : sum[r]);
+        for (int u = 0; u < T::kUnits; ++u) units[r][u] = T::unit(words[first + r], u);
+      const auto unit = [&](int r, int u) __attribute__((always_inline)) { return units[r][u]; };
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < tokens; ++i)
+        step_of<T, kHeld, kGrouped>(unit, scale + first, x + i * kDistance, totals[i] + first);
     }
   }
   Q whole = Q{} + 1.0f;  // the scales of the rows
@@ -204,7 +278,7 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   int shift = -1;
   while (group_words >> (shift + 1)) ++shift;
   const int64_t groups = op.group ? op.in / op.group : 1;
-  auto* memory = static_cast<uint32_t*>(team.shared(op.tokens * steps * (1 + T::kUnits) * step_bytes));
+  auto* memory = static_cast<uint32_t*>(team.shared(op.tokens * steps * T::kVectors * step_bytes));
   const Packed packed{words, steps, shift, groups, op.tokens, memory};
   const QuantizedCall<T> call{{ops, matrices, op.up ? kHalf : kWidth}, packed};
   const auto one = [](const void* context, int64_t token, void*) {
@@ -228,10 +302,10 @@ inline void quantized_linear(const Linear* ops, int64_t count, Team& team) {
 #if defined(__AMX_BF16__)  // groups of steps that fit a slice; others in vectors, for any number of tokens
   if (!is_float && ops->group % 32 == 0 && ops->group <= 256) return tiled_linear(ops, count, team);
 #endif
-  if (ops->bits == 4)
-    is_float ? quantized_of<FloatNibbles>(ops, count, team) : quantized_of<BFloat16Nibbles>(ops, count, team);
+  if (is_float)
+    ops->bits == 4 ? quantized_of<Floats<4>>(ops, count, team) : quantized_of<Floats<8>>(ops, count, team);
   else
-    is_float ? quantized_of<FloatBytes>(ops, count, team) : quantized_of<BFloat16Bytes>(ops, count, team);
+    ops->bits == 4 ? quantized_of<Pairs<4>>(ops, count, team) : quantized_of<Pairs<8>>(ops, count, team);
 }
 
 }  // namespace SLIPWAY_ISA

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -27,6 +27,12 @@ constexpr int kFours = 4;  // of tokens: 16 sums, 4 rows, 4 fours, 1 shuffled
 constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFours = 2;
 #else
 constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFours = 2;
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;  // for vectors
+#else
+constexpr int kRegisters = 16;
 #endif
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
@@ -107,6 +113,20 @@ ALWAYS float highest(F x) {
 // Two bfloat16 in a unit: the first in memory is the lower half.
 ALWAYS F low(U pairs) { return as_floats(pairs << 16); }
 ALWAYS F high(U pairs) { return as_floats(pairs & 0xffff0000u); }
+
+// Two signed 16-bit integers in a unit: the sum of the products of both.
+ALWAYS I multiply_pairs(U a, U b) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<I>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<I>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<I>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  const I first = reinterpret_cast<I>(a), second = reinterpret_cast<I>(b);
+  return (first << 16 >> 16) * (second << 16 >> 16) + (first >> 16) * (second >> 16);
+#endif
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 ALWAYS H to_bfloat16(F x) {

@@ -69,6 +69,32 @@ def test_linear_with_packed_weights_gives_a_token_the_same_bits_in_any_batch(bit
         np.testing.assert_array_equal(last, whole[-count:], err_msg=f"the last {count}")
 
 
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+def test_an_outlier_costs_precision_in_its_own_eight_columns_only(bits, group):
+    """A body that multiplies integers may round what lies beside a large activation, by 2^-15 of it at most."""
+    rng = np.random.default_rng(6)
+    x_TD, weight = np.array(normal(rng, 3, IN, dtype=F32)), packed(rng, 50, IN, bits, group, BF16)
+    x_TD[1, 133] = 1024.0
+    x_TD = np.asarray(jnp.asarray(x_TD, BF16).astype(F32))
+    w_OD = np.asarray(dequantized(weight), np.float64)
+    got = np.asarray(ops.linear(jnp.asarray(x_TD, BF16), weight, jnp.int32(3)), np.float64)
+    beside_O = np.abs(w_OD[:, 128:136]).sum(-1)
+    bound = 1e-4 + 1e-6 * np.abs(x_TD) @ np.abs(w_OD).T
+    bound[1] += 1024.0 * 2.0**-15 * beside_O
+    assert (np.abs(got - x_TD.astype(np.float64) @ w_OD.T) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+def test_a_token_with_nan_gives_nan_and_leaves_the_others_alone(bits, group, dtype):
+    rng = np.random.default_rng(7)
+    x_TD, weight = normal(rng, 5, IN, dtype=dtype), packed(rng, 20, IN, bits, group, dtype)
+    got = np.asarray(ops.linear(x_TD.at[3, 77].set(np.nan), weight, jnp.int32(5)))
+    plain = np.asarray(ops.linear(x_TD, weight, jnp.int32(5)))
+    assert np.isnan(got[3]).all()
+    np.testing.assert_array_equal(np.delete(got, 3, 0), np.delete(plain, 3, 0))
+
+
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
 def test_linear_picks_the_packed_weight_of_a_traced_layer(body):
     rng = np.random.default_rng(4)
