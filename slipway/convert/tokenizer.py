@@ -11,7 +11,8 @@ GENERATION = "generation_config.json"
 PATTERNS = (
     "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab-*.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json",
-    "entity_vocab.json", "target_vocab.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer",
+    "entity_vocab.json", "target_vocab.json", "normalizer.json", "word_shape.json",
+    "word_pronunciation.json", "prophetnet.tokenizer",
     "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "tekken.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
