@@ -12,6 +12,7 @@ from slipway.convert.orbax import is_orbax, open_orbax
 from slipway.convert.source import SafetensorsSource, Source
 from slipway.errors import CheckpointError
 
+_ARCHIVES = ("params.npz", "model.npz", "flax_model.msgpack")  # in a directory
 _HDF5, _ZIP = b"\x89HDF", b"PK\x03\x04"
 
 
@@ -30,11 +31,16 @@ def open_source(location: str | Path) -> Source:
     files.refuse_adapter(path)
     if any(path.glob("*.safetensors")) or (path / files.INDEX).exists():
         return SafetensorsSource(files.open_tensors(path))
-    if (path / "params.npz").is_file():
-        return open_npz(path / "params.npz")
+    if held := [path / name for name in _ARCHIVES if (path / name).is_file()]:
+        if len(held) > 1:
+            names = ", ".join(file.name for file in held)
+            raise CheckpointError(location, [f"several checkpoints in this directory: {names}; give one by its path"])
+        return _open_file(held[0])
     if is_orbax(path):
         return open_orbax(path)
-    expected = "Orbax, safetensors, params.npz; or a .msgpack, .npz, .h5 or .safetensors file"
+    expected = (
+        "Orbax, safetensors, params.npz, model.npz, flax_model.msgpack; or a .msgpack, .npz, .h5 or .safetensors file"
+    )
     raise CheckpointError(location, [f"no checkpoint found in this directory; expected {expected}"])
 
 

@@ -28,6 +28,7 @@ from slipway.errors import CheckpointError
 
 METADATA = "_METADATA"
 _ITEMS = ("default", "items", "state", "params", "model")  # folders in which Orbax's managers put a tree
+_STEP = re.compile(r"(?:.*[_-])?(\d+)")
 _NO_ARRAYS = ("Dict", "List", "Tuple", "NamedTuple", "None", "string")
 _ARRAY_FILES = ("zarr.json", ".zarray")
 _CHUNK_BYTES = 1 << 26  # of one chunk that is written: what is encoded at a time
@@ -248,9 +249,11 @@ def _find_tree(path: Place) -> Place:
     held = [path / item for item in _ITEMS if _is_tree(path / item)]
     if held:
         return held[0]
+    if items := _items(path):
+        return items
     steps = {}
     for folder in path.iterdir() if path.is_dir() else ():
-        found = re.fullmatch(r"(?:.*[_-])?(\d+)", folder.name)
+        found = _STEP.fullmatch(folder.name)
         if found and folder.is_dir():
             steps[int(found[1])] = folder
     committed = {
@@ -259,6 +262,19 @@ def _find_tree(path: Place) -> Place:
     for _, folder in sorted((committed or steps).items(), reverse=True):
         return _find_tree(folder)
     raise CheckpointError(path, ["no Orbax checkpoint: no _METADATA, no zarr arrays, no step directories"])
+
+
+def _items(path: Place) -> Place | None:
+    """Return the one tree below a step's directory, whatever its name; optimizer state does not count.
+
+    Raises CheckpointError, listing the items, where several remain: one of them must be given by its path.
+    """
+    folders = [folder for folder in (path.iterdir() if path.is_dir() else ()) if not _STEP.fullmatch(folder.name)]
+    held = [f for f in folders if not f.name.startswith(("opt", "rng")) and _is_tree(f)]
+    if len(held) > 1:
+        names = ", ".join(sorted(folder.name for folder in held))
+        raise CheckpointError(path, [f"several items: {names}; give the path of the one that holds the model"])
+    return held[0] if held else None
 
 
 def _is_tree(path: Place) -> bool:

@@ -17,7 +17,7 @@ from slipway import errors
 from slipway.checkpoint import shards
 from slipway.convert.conversion import ConvertConfig, convert
 from slipway.convert.formats import open_source
-from slipway.convert.source import flatten
+from slipway.convert.source import MemorySource, flatten
 from tests.convert.twins import MAXTEXT, assert_same, flax_tree, tensors
 
 pytestmark = pytest.mark.host
@@ -125,3 +125,53 @@ def test_a_truncated_file(form, share, tmp_path):
     with pytest.raises(errors.CheckpointError):
         convert(open_source(path), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("item", ["model_params", "weights", "train_state", "ema_params"])
+def test_a_steps_one_item_is_read_whatever_its_name(item, tmp_path):
+    tree = flax_tree("hf_qwen3", tmp_path / "flax")
+    with ocp.CheckpointManager((tmp_path / "t").absolute()) as manager:
+        items = {item: ocp.args.PyTreeSave(tree), "optimizer_state": ocp.args.PyTreeSave({"m": np.ones(3)})}
+        manager.save(1, args=ocp.args.Composite(**items))
+    convert(open_source(tmp_path / "t"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
+
+
+def test_several_items_are_listed_and_one_is_taken_by_its_path(tmp_path):
+    tree = flax_tree("hf_qwen3", tmp_path / "flax")
+    with ocp.CheckpointManager((tmp_path / "t").absolute()) as manager:
+        items = {name: ocp.args.PyTreeSave(tree) for name in ("actor", "critic")}
+        manager.save(1, args=ocp.args.Composite(**items))
+    with pytest.raises(errors.CheckpointError, match="actor, critic"):
+        open_source(tmp_path / "t" / "1")
+    source = open_source(tmp_path / "t" / "1" / "actor")
+    convert(source, tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
+
+
+@pytest.mark.parametrize("file", ["flax_model.msgpack", "model.npz"])
+def test_a_directory_with_one_archive_whose_norms_are_called_weight(file, tmp_path):
+    tree = flax_tree("hf_qwen3", tmp_path / "flax")
+    flat = {"model." + name.replace("norm.scale", "norm.weight"): x for name, x in flatten(tree).items()}
+    (tmp_path / "t").mkdir()
+    if file == "model.npz":
+        np.savez(tmp_path / "t" / file, **flat)
+    else:
+        nested = unflatten_dict({tuple(name.split(".")): x for name, x in flat.items()})
+        (tmp_path / "t" / file).write_bytes(serialization.msgpack_serialize(nested))
+    convert(open_source(tmp_path / "t"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
+
+
+@pytest.mark.parametrize("root", ["", "base.", "model."])
+def test_random_number_state_in_a_maxtext_tree_is_left_out(root, tmp_path):
+    source = open_source(MAXTEXT / "qwen3_scan_orbax")
+    arrays = {}
+    for name in source.specs:
+        if name.startswith("params.params."):
+            with source.open(name) as array:
+                arrays[root + name.removeprefix("params.params.")] = np.array(array)
+    for name in ("dropout.rngs.params.key", "layers.dropout.rngs.dropout.count", "dropout.rngs.aqt.key"):
+        arrays[f"{root}decoder.{name}"] = np.zeros(2, np.uint32)
+    convert(MemorySource(arrays), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))

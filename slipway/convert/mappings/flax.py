@@ -51,18 +51,23 @@ def decoder_layer(biases: tuple[str, ...], normalized: bool, stacked: str, kerne
     return rows
 
 
-def _mapping(model_type: str, inside: str, is_scanned: bool) -> TreeMapping:
-    """``inside`` is ``"model."`` where the tree has such a level."""
+def _mapping(model_type: str, inside: str, is_scanned: bool, scale: str = "scale") -> TreeMapping:
+    """Return the mapping of one naming.
+
+    ``inside`` is ``"model."`` where the tree has such a level, ``scale`` the leaf of norms: Flax's, or ``"weight"`` in
+    the Flax classes of transformers 4.
+    """
     biases, normalized, config = FAMILIES[model_type]
     layers = f"{inside}layers." if is_scanned else f"{inside}layers.{{layers}}."
     outside = (
         (f"{inside}embed_tokens.embedding", "model.embed_tokens.weight", "vocab+pad embed -> vocab embed"),
-        (f"{inside}norm.scale", "model.norm.weight", "embed -> embed"),
+        (f"{inside}norm.{scale}", "model.norm.weight", "embed -> embed"),
         ("lm_head.kernel?", "lm_head.weight", "embed vocab+pad -> vocab embed"),
     )
-    layer = decoder_layer(biases, normalized, "layers " if is_scanned else "", "kernel", "scale")
+    layer = decoder_layer(biases, normalized, "layers " if is_scanned else "", "kernel", scale)
     return TreeMapping(
-        name=f"{model_type} in Flax, {inside}layers {'stacked' if is_scanned else 'one by one'}",
+        name=f"{model_type} in Flax, {inside}layers {'stacked' if is_scanned else 'one by one'}"
+        + ("" if scale == "scale" else f", norms' {scale}"),
         rules=rules(outside + within(layers, "model.layers.{layers}.", layer)),
         fields=FIELDS,
         config={"model_type": model_type, "hidden_act": "silu", **config},
@@ -74,7 +79,8 @@ def _mapping(model_type: str, inside: str, is_scanned: bool) -> TreeMapping:
 
 
 MAPPINGS = tuple(
-    _mapping(model_type, inside, is_scanned)
+    _mapping(model_type, inside, is_scanned, scale)
+    for scale in ("scale", "weight")
     for model_type in FAMILIES
     for inside in ("", "model.")
     for is_scanned in (False, True)

@@ -107,8 +107,8 @@ def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) ->
         fields=fields,
         config={"hidden_act": "silu", **config},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
-        roots=("params.params.", "params.", ""),
-        ignored=("step", "opt_state.*"),
+        roots=("params.params.", "params.", "", "base.", "model.", "params.base.", "params.model."),
+        ignored=("step", "opt_state.*", "*.rngs.*", "rngs.*", "aqt.*", "*.aqt.*"),
         tied={"lm_head.weight": "model.embed_tokens.weight"},
         jax_constants={"step": 0, "opt_state": {}},
     )
