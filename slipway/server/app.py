@@ -208,7 +208,8 @@ class App:
             ids = (await self.service.conversation(body.messages, **options)).token_ids
         else:
             ids = await asyncio.to_thread(tokenizer.encode, str(body.prompt), body.add_special_tokens)
-        found = {"tokens": ids, "count": len(ids), "max_model_len": self.service.limits["max_model_len"]}
+        found: dict[str, Any] = {"tokens": ids, "count": len(ids), "token_strs": None}
+        found["max_model_len"] = self.service.limits["max_model_len"]
         if body.return_token_strs:
             found["token_strs"] = [tokenizer.token_bytes(token).decode(errors="replace") for token in ids]
         return found

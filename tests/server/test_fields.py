@@ -231,6 +231,7 @@ def test_tags_hold_wherever_they_are_said(server):
 
 
 def test_tokenize_and_back(server):
+    assert server.post("/tokenize", prompt=PROMPT).json()["token_strs"] is None
     found = server.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
     assert found["count"] == len(found["tokens"]) and "".join(found["token_strs"]) == PROMPT
     assert server.post("/detokenize", tokens=found["tokens"]).json()["prompt"] == PROMPT
