@@ -162,7 +162,8 @@ def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis] | None:
         return None
     made: list[Axis] = []
     for dim in reversed(shape):
-        need, atoms = dim, []
+        need = dim
+        atoms: list[Atom] = []
         while need > 1:
             atom = stack.pop()
             if need % atom.size == 0:
@@ -173,11 +174,12 @@ def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis] | None:
             else:
                 return None
         made.insert(0, tuple(atoms))
-    for axis in made:
-        found = leaves(axis)
-        if len(found) > 1 and all(leaf.kind == "space" for leaf in found):
-            for leaf in found:
-                leaf.is_tokens = True
+    held = [leaves(axis) for axis in made]
+    if any(found and all(leaf.kind != "space" for leaf in found) for found in held[1:]):
+        for found in held:
+            if len(found) > 1 and all(leaf.kind == "space" for leaf in found):
+                for leaf in found:
+                    leaf.is_tokens = True
     return made
 
 
@@ -202,11 +204,13 @@ def torch_order(atoms: Sequence[Atom]) -> list[int] | None:
         raise Unclear(f"it takes {_described(atoms)}, of which not all are a feature map's")
     at, rest = len(untyped), kinds.lstrip("U")
     spaces = [atom.index for atom in atoms if atom.kind == "space"]
-    if "CS" in rest and "SC" in rest or spaces != sorted(spaces) or not _complete(atoms):
+    if ("CS" in rest and "SC" in rest) or spaces != sorted(spaces) or not _complete(atoms):
         raise Unclear(f"it takes {_described(atoms)}, which is no whole feature map in its order")
     if "SC" not in rest:
         return None
-    one_origin = all(atom.origin and _root(atom) is _root(atoms[0]) for atom in atoms)
+    one_origin = all(
+        atom.origin and _root(atom) is _root(atoms[0]) and "conv" not in atom.births for atom in atoms
+    )  # a vector that was reshaped to a map
     tokenwise = any("linear" in atom.births for atom in atoms if atom.kind == "channel")
     if not one_origin and (tokenwise or any(atom.is_tokens for atom in atoms)):
         raise Unclear(f"it takes {_described(atoms)}; torch may hold them as (tokens, channels) or the other way round")
@@ -253,9 +257,9 @@ def index_order(axis: Sequence[Atom]) -> np.ndarray | None:
             at += size
         index = np.concatenate(made)
     else:
-        order = torch_order(atoms)
-        if order is None:
+        positions = torch_order(atoms)
+        if positions is None:
             return None
         sizes = [atom.size for atom in atoms]
-        index = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)
+        index = np.arange(math.prod(sizes)).reshape(sizes).transpose(positions).reshape(-1)
     return None if np.array_equal(index, np.arange(index.size)) else index

@@ -27,27 +27,36 @@ from slipway.convert.axes import (
 
 Axes = list[Axis]
 
-ELEMENTWISE = frozenset(
-    "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh device_put div eq erf erf_inv "
-    "erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma digamma log log1p logistic lt max min mul ne "
-    "neg nextafter not optimization_barrier or population_count pow pvary real reduce_precision rem round rsqrt "
-    "select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square "
-    "stop_gradient sub tan tanh xor asin acos atan asinh acosh atanh reshard mesh_cast".split()
-)
+ELEMENTWISE = frozenset({
+    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type",
+    "copy", "copy_p", "cos", "cosh", "device_put", "div", "eq", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma",
+    "digamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
+    "not", "optimization_barrier", "or", "population_count", "pow", "pvary", "real",
+    "reduce_precision", "rem", "round", "rsqrt", "select_n", "sharding_constraint",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
+    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "asin", "acos", "atan",
+    "asinh", "acosh", "atanh", "reshard", "mesh_cast",
+})  # fmt: skip
 COMPUTING = frozenset(("dot_general", "conv_general_dilated", "gather"))
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
-)
-_ALONG = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
-_NEW = frozenset(
-    "iota random_bits random_wrap random_unwrap random_seed random_fold_in random_split threefry2x32".split()
-)
+_REDUCTIONS = frozenset({
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
+    "reduce_xor", "argmax", "argmin",
+})  # fmt: skip
+_ALONG = frozenset({
+    "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",
+})  # fmt: skip
+_NEW = frozenset({
+    "iota", "random_bits", "random_wrap", "random_unwrap", "random_seed", "random_fold_in",
+    "random_split", "threefry2x32",
+})  # fmt: skip
 
 
 def follow(closed: core.ClosedJaxpr, births: Sequence[str]) -> list[Axes]:
     """Return the axes of the jaxpr's arguments; ``births`` says which are "param" and which "input"."""
     flow = _Flow()
-    arguments = [[fresh(size, birth) for size in var.aval.shape] for var, birth in zip(closed.jaxpr.invars, births)]
+    avals: list[Any] = [var.aval for var in closed.jaxpr.invars]
+    arguments = [[fresh(size, birth) for size in aval.shape] for aval, birth in zip(avals, births)]
     flow.run(closed.jaxpr, [_constant(const) for const in closed.consts], arguments)
     flow.settle()
     return arguments
@@ -68,15 +77,17 @@ class _Flow:
         env: dict[Any, Axes] = {}
 
         def read(atom: Any) -> Axes:
-            return [None if size != 1 else () for size in atom.aval.shape] if atom not in env else env[atom]
+            if isinstance(atom, core.Literal):
+                return [None if size != 1 else () for size in getattr(atom.aval, "shape", ())]
+            return env[atom]
 
         for var, axes in [*zip(jaxpr.constvars, consts), *zip(jaxpr.invars, arguments)]:
             env[var] = axes
         for eqn in jaxpr.eqns:
-            known = [[None] * len(v.aval.shape) if isinstance(v, core.Literal) else read(v) for v in eqn.invars]
+            known = [read(var) for var in eqn.invars]
             made = self._apply(eqn, known)
             env |= dict(zip(eqn.outvars, made))
-        return [[None] * len(v.aval.shape) if isinstance(v, core.Literal) else read(v) for v in jaxpr.outvars]
+        return [read(var) for var in jaxpr.outvars]
 
     def settle(self) -> None:
         """Carry over broken operations what is a merged feature map on one side."""
@@ -85,7 +96,7 @@ class _Flow:
             changed = False
             for name, before, behind in self.broken:
                 for one, other in ((before, behind), (behind, before)):
-                    if any(_is_merged(axis) for axis in one):
+                    if any(_is_merged(axis, count_lost=one is before) for axis in one):
                         for axis in other:
                             changed |= any(not leaf.lost for leaf in everything(axis))
                             lose(axis, f"the operation {name}")
@@ -150,12 +161,14 @@ class _Flow:
             return [list(axes) for axes in known]
         made: Axes = [None if size != 1 else () for size in shapes[0]]
         for axes in known:
-            if len(axes) == len(made):
-                made = [unify(one, other) if size != 1 else () for one, other, size in zip(made, axes, shapes[0])]
+            for i, axis in enumerate(axes if len(axes) == len(made) else ()):
+                if axis:  # neither of size 1, which is spread, nor constant
+                    made[i] = unify(made[i], axis)
         return [made]
 
     def _reshape(self, eqn: Any, known: list[Axes], shapes: list[tuple[int, ...]]) -> list[Axes]:
-        before = [axis if axis is not None else fresh(n) for axis, n in zip(known[0], eqn.invars[0].aval.shape)]
+        shape = eqn.invars[0].aval.shape
+        before = [axis if axis is not None else fresh(n) for axis, n in zip(known[0], shape)]
         if all(axis is None or not axis for axis in known[0]):
             return [[None if size != 1 else () for size in shapes[0]]]
         made = regroup(before, shapes[0])
@@ -253,7 +266,7 @@ class _Flow:
         return made
 
     def _part(self, axis: Axis, start: int, size: int) -> Axis:
-        """The rows of one part of a concatenation; an axis of one atom without kind is cut into parts. None otherwise."""
+        """The rows of one part of a concatenation; an axis of one atom without kind is cut. None otherwise."""
         found = leaves(axis)
         if len(found) != 1 or found[0].kind == "space":
             return None
@@ -395,9 +408,12 @@ def _unified(one: Axes, other: Axes) -> Axes:
     return [unify(a, b) for a, b in zip(one, other)]
 
 
-def _is_merged(axis: Axis) -> bool:
-    """Whether torch's order of an axis is another one, or unknown."""
+def _is_merged(axis: Axis, count_lost: bool) -> bool:
+    """Whether torch's order of an axis is another one, or unknown; what is lost counts behind its operation only."""
+    found = leaves(axis)
+    if not count_lost and any(leaf.lost for leaf in found):
+        return False
     try:
-        return index_order(leaves(axis)) is not None
+        return index_order(found) is not None
     except Unclear:
         return True

@@ -14,21 +14,22 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from slipway.convert import nnx_walk, stacks
+from slipway.convert import differences, nnx_walk, stacks
 from slipway.convert.conversion import ConvertConfig, Dtype, convert
+from slipway.convert.export_report import Exported, Report, save
 from slipway.convert.flattening import Orders, described, dimensions, reordered, told_orders, traced_orders
 from slipway.convert.layers import Layer, Row, axes_of, role_of
 from slipway.convert.lora import Adapter
 from slipway.convert.nnx_walk import Found, Own
 from slipway.convert.questions import open_questions
 from slipway.convert.rules import TreeMapping, rules
-from slipway.convert.run import Written
 from slipway.convert.source import MemorySource
 from slipway.convert.stacks import Stacks
 from slipway.convert.tracing import Trace, trace_nnx
 from slipway.errors import CheckpointError
 
 Flatten = Mapping[str, Sequence[int] | None]
+NO_EXAMPLE = "reshapes are known from the layers' sizes and what was told only; example= follows each of them"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """The mapping that follows from a module, its arrays by attribute path, and what LoRA adds to which key."""
+    """The mapping that follows from a module, its arrays by attribute path, what LoRA adds to which key, the report."""
 
     mapping: TreeMapping
     arrays: Mapping[str, Any]
     adapter: Adapter
+    report: Report
 
 
 def export(
@@ -66,7 +68,7 @@ def export(
     extra: Sequence[Row] = (),
     dtype: Dtype | None = None,
     shard_size: str = "5GB",
-) -> list[Written]:
+) -> Exported:
     """Write ``module`` as safetensors in torch's layout, with ``config`` as config.json, into a new directory.
 
     ``example``: an input of the module, a tuple of its arguments or a mapping of its keyword arguments. The module is
@@ -77,6 +79,8 @@ def export(
     they become, "" for all. ``layers``: for classes of your own, rows of (attribute, name, pattern), or the class of
     Flax's whose rows are theirs. ``extra``: such rows, with whole paths, for variables that no layer holds.
 
+    Returns the tensors that were written; ``.report``, which is in OUT/report.txt too, has the defaults of Flax that
+    the twin must be given. The example's inputs and outputs are written beside it as .npy files.
     Raises CheckpointError, listing all that is not understood, and InvalidConfig for an option that does not fit.
     """
     options = Options(
@@ -92,7 +96,8 @@ def export(
     source = MemorySource(derived.arrays)
     deltas = derived.adapter.deltas()
     _, written = convert(source, Path(out_dir), converting, config, [derived.mapping], deltas=deltas)
-    return written
+    save(derived.report, Path(out_dir))
+    return Exported(written, derived.report)
 
 
 def derive(module: nnx.Module, options: Options, trace: Trace | None = None) -> Derived:
@@ -102,7 +107,18 @@ def derive(module: nnx.Module, options: Options, trace: Trace | None = None) -> 
     mapping = TreeMapping(
         name=type(module).__name__, rules=rules(writer.rows), sizes=writer.sizes, hf_constants=writer.constants
     )
-    return Derived(mapping, writer.arrays, Adapter(writer.pairs, 1.0))
+    return Derived(mapping, writer.arrays, Adapter(writer.pairs, 1.0), _report(mapping.name, writer))
+
+
+def _report(name: str, writer: "_Writer") -> Report:
+    """The report of what was written."""
+    trace = writer.trace
+    found = differences.of_layers([each for each in writer.found.layers if each.dotted not in writer.unreached])
+    if trace is None:
+        return Report(name, writer.followed, found, [differences.NOT_TRACED, NO_EXAMPLE])
+    unchecked = [f"{path}: not used by the example" for path in writer.unreached]
+    found += differences.of_operations(trace.jaxpr)
+    return Report(name, writer.followed, found, unchecked, trace.inputs, trace.outputs)
 
 
 class _Writer:

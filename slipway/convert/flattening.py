@@ -122,7 +122,7 @@ def reordered(pattern: str, orders: Mapping[int, Order], first: int) -> tuple[st
 
     ``first``: the number of the first of those axes. Orders by index are left out: permute the array for them.
     """
-    ours, _, theirs = pattern.partition("->")
+    ours = pattern.partition("->")[0]
     sizes: dict[str, int] = {}
     dims = dimensions(pattern)
     for dim, order in orders.items():

@@ -17,7 +17,7 @@ def open_questions(layers: Sequence[Layer], flatten: Told, unflatten: Told, foll
 
     ``followed``: paths of layers that an example has reached.
     """
-    reader = _Reader(layers, flatten, unflatten)
+    reader = _Reader(layers, flatten, unflatten, bool(followed))
     return [
         question
         for at, layer in enumerate(layers)
@@ -29,12 +29,14 @@ def open_questions(layers: Sequence[Layer], flatten: Told, unflatten: Told, foll
 class _Reader:
     """The layers of a module in the order of their attributes."""
 
-    def __init__(self, layers: Sequence[Layer], flatten: Told, unflatten: Told):
+    def __init__(self, layers: Sequence[Layer], flatten: Told, unflatten: Told, is_followed: bool):
         self.layers, self.flatten, self.unflatten = layers, flatten, unflatten
         self.convs = [at for at, layer in enumerate(layers) if layer.is_conv]
         self.told = {layer.total("into") or layer.total("features") for layer in layers if flatten.get(layer.dotted)}
-        self.has_junction = bool(self.told) or any(
-            self._follows_conv(at) for at, layer in enumerate(layers) if not layer.is_norm
+        self.has_junction = (
+            is_followed
+            or bool(self.told)
+            or any(self._follows_conv(at) for at, layer in enumerate(layers) if not layer.is_norm)
         )
 
     def inputs(self, at: int) -> Iterator[str]:
