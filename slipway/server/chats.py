@@ -96,6 +96,8 @@ class Chats:
             message: dict[str, Any] = {"role": "assistant", "content": None} | added
             if message["content"] is None and read.finish_reason is None:
                 message["content"] = ""
+            if echoed := self._echoed():
+                message["content"] = echoed + (message["content"] or "")
             for call in message.get("tool_calls", []):
                 del call["index"]  # which pieces of streams have
             choices.append(self._choice(sample, read) | {"message": message})
@@ -115,7 +117,7 @@ class Chats:
         usage = self.usage if options.continuous_usage_stats else None
         with self._opened(place) as (stream,):
             self.usage.prompt = len(self.prompt.token_ids)
-            first = {"role": "assistant", "content": ""}
+            first = {"role": "assistant", "content": self._echoed()}
             opening = [
                 {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
             ]
@@ -144,6 +146,14 @@ class Chats:
         if not self._body.include_reasoning:
             return {name: value for name, value in added.items() if name != "reasoning_content"}
         return added | {"reasoning": reasoning}
+
+    def _echoed(self) -> str:
+        """Return the text of the conversation's last message, where the answer repeats it: vLLM's ``echo``."""
+        last = self._body.messages[-1]
+        if not self._body.echo or last["role"] != "assistant":
+            return ""
+        content = last.get("content") or ""
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
     def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
         body = self._body

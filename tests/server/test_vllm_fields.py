@@ -92,6 +92,28 @@ def test_a_prompt_is_cut_on_either_side(server):
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "truncation_side"
 
 
+def test_a_chat_echoes_an_assistants_last_message(server):
+    begun = [*CHAT, {"role": "assistant", "content": "It is"}]
+    asked = {"max_tokens": 3, "temperature": 0, "add_generation_prompt": False, "continue_final_message": True}
+
+    def content(messages, **fields):
+        body = {"messages": messages} | asked | fields
+        return server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+
+    plain = content(begun)
+    assert content(begun, echo=True) == "It is" + plain
+    parts = [{"type": "text", "text": "It"}, {"type": "text", "text": " is"}]
+    assert content([*CHAT, {"role": "assistant", "content": parts}], echo=True).startswith("It is")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    options = {name: asked[name] for name in ("add_generation_prompt", "continue_final_message")}
+    stream = client.chat.completions.create(
+        model="nano", messages=begun, max_tokens=3, temperature=0, stream=True, extra_body={"echo": True} | options
+    )
+    assert "".join(piece.choices[0].delta.content or "" for piece in stream) == "It is" + plain
+    of_user = {"add_generation_prompt": True, "continue_final_message": False}
+    assert content(CHAT, echo=True, **of_user) == content(CHAT, **of_user), "the user's message is not the answer's"
+
+
 def test_answers_have_all_fields_of_vllms(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     choice = client.completions.create(model="nano", prompt=PROMPT, max_tokens=2).choices[0]
