@@ -178,7 +178,8 @@ def test_a_bad_prompt_is_refused_and_the_others_finish(llm, whole, name):
     with pytest.raises(InvalidBatch) as caught:
         llm.generate([PROMPT, prompt, PROMPT], params(), use_tqdm=False)
     batch = caught.value
-    assert list(batch.errors) == [1] and type(batch.errors[1]) is InvalidRequest and isinstance(batch, ValueError)
+    assert list(batch.errors) == [1] and isinstance(batch, ValueError)
+    assert isinstance(batch.errors[1], InvalidRequest) and not isinstance(batch.errors[1], InvalidBatch)
     assert batch.errors[1].field == field and batch.errors[1].expected and batch.field == f"prompts[1].{field}"
     assert batch.outputs[1] is None
     assert [batch.outputs[i].outputs[0].token_ids for i in (0, 2)] == [whole.token_ids] * 2
