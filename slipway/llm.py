@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from slipway.codec.chat import ChatTemplate
+from slipway.codec.chat import ChatTemplates
 from slipway.codec.prompt import Prompt, is_batch, read
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
@@ -47,7 +47,9 @@ class LLM:
 
         self.engine = launch(NANO if model == "nano" else model, EngineConfig(**options))
         tokenizer = self.engine.tokenizer
-        self._chat = None if tokenizer is None else ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        self._templates = (
+            None if tokenizer is None else ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens)
+        )
 
     def __enter__(self) -> "LLM":
         return self
@@ -168,6 +170,7 @@ class LLM:
         """Answer a conversation, or each of several, through the model's chat template.
 
         ``template_options``: ``add_generation_prompt``, ``continue_final_message``, and variables of the template.
+        With ``tools`` among these the template named "tool_use" is taken, if the model has one.
         Raises InvalidRequest if there is no template or it refuses the conversation.
         """
         several = bool(messages) and isinstance(messages[0], Sequence)
@@ -178,9 +181,10 @@ class LLM:
     def chat_prompt(self, messages: Sequence[Message], **template_options: Any) -> dict[str, Any]:
         """A conversation as a prompt; the template has written its special tokens itself."""
         tokenizer = self.engine.tokenizer
-        if self._chat is None or tokenizer is None:
+        if self._templates is None or tokenizer is None:
             raise InvalidRequest("messages", messages, "a tokenizer; this engine runs with skip_tokenizer_init")
-        text = self._chat.render(list(messages), **template_options)
+        template = self._templates.choose(bool(template_options.get("tools")))
+        text = template.render(list(messages), **template_options)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _add(self, prompt: Prompt, params: SamplingParams, priority: int = 0, pooling: str = "") -> str:

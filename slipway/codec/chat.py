@@ -32,6 +32,7 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]):
         environment = _environment()
+        self.source = source or ""
         self._special_tokens = dict(special_tokens)
         self._reserved = {*special_tokens, *environment.globals, "messages", "self"}
         self._template = None
@@ -88,6 +89,37 @@ class ChatTemplate:
             parts = [dict(part) for part in message["content"]]
             message["content"] = parts if self._reads_parts else "".join(part["text"] for part in parts)
         return message
+
+
+class ChatTemplates:
+    """The chat templates of a model by name, of which "default" and "tool_use" answer chats.
+
+    `sources` are the templates' texts; only those that answer chats are compiled. Raises CheckpointError where one of
+    these is no template.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]):
+        self.sources = sources
+        self._compiled = {
+            name: ChatTemplate(sources[name], special_tokens) for name in ("default", "tool_use") if name in sources
+        }
+        if not sources:
+            self._compiled["default"] = ChatTemplate(None, special_tokens)
+
+    def find(self, tools: bool) -> ChatTemplate | None:
+        """Return the template of a chat, with tools or without; None if neither it nor "default" is there."""
+        default = self._compiled.get("default")
+        return self._compiled.get("tool_use", default) if tools else default
+
+    def choose(self, tools: bool) -> ChatTemplate:
+        """Return the template of a chat, with tools or without. Raises InvalidRequest, naming the choices."""
+        if (found := self.find(tools)) is None:
+            names = ", ".join(sorted(self.sources))
+            raise InvalidRequest(
+                "messages", Shown("a chat" if tools else "a chat without tools"),
+                f'a model with a chat template named "default"; this one has {names}: --chat-template NAME chooses',
+            )  # fmt: skip
+        return found
 
 
 class GenerationTag(Extension):

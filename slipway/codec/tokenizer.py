@@ -5,7 +5,7 @@ says whether a bos token is added, and add_bos_token of tokenizer_config.json, m
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +29,14 @@ class Tokenizer:
 
     `special_tokens` maps names to texts ("bos_token" -> "<s>"), as chat templates see them. `eos_token_id` is the
     tokenizer's end of sequence, or None; `eos_token_ids` are all ids that end a generation, those of
-    generation_config.json included. `chat_template` is the template's source, or None.
+    generation_config.json included. `chat_templates` are the sources of the chat templates by name; a model's only one
+    is "default".
     """
 
     raw: tokenizers.Tokenizer
     special_tokens: dict[str, str]
     eos_token_ids: frozenset[int]
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -46,13 +47,13 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:  # written before transformers 4.34, or without such tokens
             config |= _read_json(directory / "special_tokens_map.json", problems)
         generation = _read_json(directory / "generation_config.json", problems)
-        chat_template = _chat_template(directory, config, problems)
+        chat_templates = _chat_templates(directory, config, problems)
         if raw is None or problems:
             raise CheckpointError(directory, problems)
         special_tokens = {name: text for name in config if name.endswith("_token") and (text := _content(config[name]))}
         _add_tokens(raw, config, special_tokens)
         ends = [raw.token_to_id(special_tokens.get("eos_token", "")), *_as_list(generation.get("eos_token_id"))]
-        return cls(raw, special_tokens, frozenset(i for i in ends if i is not None), chat_template)
+        return cls(raw, special_tokens, frozenset(i for i in ends if i is not None), chat_templates)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; with `add_special_tokens`, what the post-processor adds too (often a bos token)."""
@@ -99,6 +100,11 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The ids that `decode` leaves out unless asked not to."""
         return special_ids(self.raw)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Return the source of the template named "default"; None if there is none."""
+        return self.chat_templates.get("default")
 
     @property
     def bos_token_id(self) -> int | None:
@@ -165,22 +171,43 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     return value
 
 
-def _chat_template(directory: Path, config: dict[str, Any], problems: list[str]) -> str | None:
-    """chat_template.jinja if there is one, else tokenizer_config.json's template, or its "default" among several."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    match config.get("chat_template"):
-        case None | str() as source:
-            return source
+def _chat_templates(directory: Path, config: dict[str, Any], problems: list[str]) -> dict[str, str]:
+    """Return the chat templates by name, from the first of three places that has any.
+
+    These are the .jinja files; tokenizer_config.json; chat_template.json, which processors had before.
+    """
+    files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (path := directory / "chat_template.jinja").is_file():
+        files = {"default": path} | files
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    found = config.get("chat_template")
+    if found is not None:
+        return _named_templates(found, "tokenizer_config.json", problems)
+    name = "chat_template.json"
+    return _named_templates(_read_json(directory / name, problems).get("chat_template"), name, problems)
+
+
+def _named_templates(value: object, file: str, problems: list[str]) -> dict[str, str]:
+    """Return a `chat_template` of JSON by name: a string, an object, or a list of {"name": ..., "template": ...}."""
+    if isinstance(value, dict):
+        value = [{"name": name, "template": template} for name, template in value.items()]
+    match value:
+        case None:
+            return {}
+        case str():
+            return {"default": value}
         case [*entries]:
-            named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
-            if isinstance(named.get("default"), str):
-                return named["default"]
-            problems.append(f'tokenizer_config.json chat_template: got templates {list(named)}, expected a "default"')
-        case other:
-            problems.append(f"tokenizer_config.json chat_template: got {type(other).__name__}, expected a string")
-    return None
+            found: dict[str, str] = {}
+            for number, entry in enumerate(entries):
+                match entry:
+                    case {"name": str(name), "template": str(template)}:
+                        found[name] = template
+                    case _:
+                        problems.append(f"{file} chat_template[{number}]: expected a name and a template, both strings")
+            return found
+    problems.append(f"{file} chat_template: got {type(value).__name__}, expected a string or named templates")
+    return {}
 
 
 def _add_tokens(raw: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]) -> None:

@@ -31,15 +31,16 @@ class Chats:
     async def prepare(self) -> None:
         """Make a prompt and parameters of the body. Raises InvalidRequest."""
         body, service = self._body, self._service
-        kwargs = (body.chat_template_kwargs or {}) | _effort(body, service.template or "")
+        template, family = service.chat_format(bool(body.tools or body.functions))
+        kwargs = (body.chat_template_kwargs or {}) | _effort(body, template)
         for name in ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools"):
             if name in kwargs:
                 raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
         if body.documents is not None:
-            if "documents" not in (service.template or ""):
+            if "documents" not in template:
                 raise InvalidRequest("documents", body.documents, "none: this model's chat template knows no documents")
             kwargs = kwargs | {"documents": body.documents}
-        self.tools = Tools.read(body, service.family, service.template)
+        self.tools = Tools.read(body, family, template)
         if self.tools.listed:
             kwargs = kwargs | {"tools": self.tools.listed}
         self.prompt = await service.conversation(

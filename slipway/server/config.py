@@ -24,8 +24,8 @@ class ServerConfig:
     """Origins that browsers may call from (CORS); none by default."""
     strict: bool = False
     """Refuse a body with an unknown field; by default it is named in a warning header and in the log."""
-    chat_template: Path | None = None
-    """A file that replaces the model's own chat template."""
+    chat_template: str | None = None
+    """A file, or the name of one of the model's own chat templates, for all chats."""
     output_parser: str = "auto"
     """How answers mark reasoning and calls: hermes, qwen3, qwen3_coder, mimo, deepseek_r1, llama3, plain, or auto: by
     the chat template."""

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,28 @@ def _service(model: str, name: str, engine: EngineConfig, config: ServerConfig, 
     """The model as its clients use it, not started yet."""
     directory = hub.resolve(model, engine.revision, hub.WITHOUT_WEIGHTS)
     tokenizer = None if engine.skip_tokenizer_init else Tokenizer.load(directory)
-    template = None if tokenizer is None else tokenizer.chat_template
-    if config.chat_template is not None:
-        if not config.chat_template.is_file():
-            raise InvalidConfig("chat_template", str(config.chat_template), "a file")
-        template = config.chat_template.read_text()
+    templates = _templates({} if tokenizer is None else tokenizer.chat_templates, config.chat_template)
     folder = Path(tempfile.mkdtemp(prefix="slipway-"))  # mode 700: sockets in it are this user's alone
     try:
         engines = [Replica(model, engine, folder, f"engine-{number}", config.log_format) for number in range(replicas)]
         described = directory / "tokenizer_config.json"
         shown = json.loads(described.read_text()) if tokenizer is not None and described.is_file() else None
         called = config.served_model_name or name
-        yield Service(config, called, tokenizer, template, engines, folder, root=_root(name), tokenizer_config=shown)
+        yield Service(config, called, tokenizer, templates, engines, folder, root=_root(name), tokenizer_config=shown)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _templates(own: Mapping[str, str], chosen: str | None) -> Mapping[str, str]:
+    """Return the model's own chat templates, or the one that is chosen, a file or a name. Raises InvalidConfig."""
+    if chosen is None:
+        return own
+    if (path := Path(chosen)).is_file():
+        return {"default": path.read_text(encoding="utf-8")}
+    if chosen not in own:
+        named = f", or one of the model's chat templates: {', '.join(own)}" if own else ""
+        raise InvalidConfig("chat_template", chosen, f"a file{named}")
+    return {"default": own[chosen]}
 
 
 def _root(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slipway.codec import json_schema, parts, tags
-from slipway.codec.chat import ChatTemplate
+from slipway.codec.chat import ChatTemplates
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
@@ -54,7 +54,7 @@ class Service:
     """The model as its clients use it. All methods are called from one event loop."""
 
     def __init__(
-        self, config: ServerConfig, model_name: str, tokenizer: Tokenizer | None, template: str | None,
+        self, config: ServerConfig, model_name: str, tokenizer: Tokenizer | None, templates: Mapping[str, str],
         replicas: list[Replica], folder: Path, root: str = "", tokenizer_config: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self.root = root or model_name  # what the model was loaded by
@@ -65,8 +65,8 @@ class Service:
         marks = {} if tokenizer is None else tags.marks(tokenizer)
         self.marks = {mark: token for mark, token in marks.items() if token not in special}
         self._trial = None if tokenizer is None else Trial(tokenizer)
-        self._chat = None if tokenizer is None else ChatTemplate(template, tokenizer.special_tokens)
-        self.template, self.family = template, parts.family(config.output_parser, template)
+        self._templates = ChatTemplates(templates, {} if tokenizer is None else tokenizer.special_tokens)
+        parts.family(config.output_parser, None)  # an unknown name is refused before the start
         self._num_requests = self._num_tokens = 0
         self._by_client: Counter[str] = Counter()
         self._prefixes: dict[Replica, OrderedDict[bytes, None]] = {each: OrderedDict() for each in replicas}
@@ -93,12 +93,13 @@ class Service:
 
     @property
     def features(self) -> dict[str, bool]:
-        """What can be asked of this model, by its tokenizer and its chat template."""
-        template = self.template or ""
+        """Return what can be asked of this model, by its tokenizer and its chat templates."""
+        found = [self._templates.find(tools) for tools in (False, True)]
+        plain, with_tools = ("" if template is None else template.source for template in found)
         return {
             "generation": True, "embeddings": True, "classification": False, "text": self.tokenizer is not None,
-            "chat": bool(template), "tools": "tools" in template, "documents": "documents" in template,
-            "reasoning": self.family.thinking is not None,
+            "chat": bool(plain or with_tools), "tools": "tools" in with_tools, "documents": "documents" in plain,
+            "reasoning": self._family(plain or with_tools).thinking is not None,
         }  # fmt: skip
 
     def tokenizer_info(self) -> dict[str, Any]:
@@ -107,7 +108,21 @@ class Service:
             raise InvalidRequest("tokenizer", Shown("none"), "a server with a tokenizer")
         shown = {name: value for name, value in self._tokenizer_config.items() if not name.endswith(("_file", "_path"))}
         shown["tokenizer_class"] = shown.get("tokenizer_class") or "PreTrainedTokenizerFast"
-        return shown | ({"chat_template": self.template} if self.template else {})
+        if sources := self._templates.sources:
+            listed = [{"name": name, "template": source} for name, source in sources.items()]
+            shown["chat_template"] = sources["default"] if [*sources] == ["default"] else listed
+        return shown
+
+    def chat_format(self, tools: bool) -> tuple[str, parts.Family]:
+        """Return the template's text of a chat, with tools or without, and the format of the answers to it.
+
+        Raises InvalidRequest where the model has several templates but none for the chat.
+        """
+        source = self._templates.choose(tools).source
+        return source, self._family(source)
+
+    def _family(self, source: str) -> parts.Family:
+        return parts.family(self.config.output_parser, source)
 
     def names_token_ids(self, body: schema.Sampling) -> bool:
         """Return whether logprobs write tokens as "token_id:17": by the request, else by the server's option."""
@@ -190,10 +205,10 @@ class Service:
                 raise ContextTooLong(field, f"{len(prompt.token_ids)} tokens", limit)
 
     async def conversation(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
-        """A conversation through the chat template. Raises InvalidRequest, too, if that takes too long."""
-        if self._chat is None or self.tokenizer is None:
+        """Render a conversation by its chat template. Raises InvalidRequest, too, if that takes too long."""
+        if (tokenizer := self.tokenizer) is None:
             raise InvalidRequest("messages", messages, "a model with a tokenizer")
-        chat, tokenizer = self._chat, self.tokenizer
+        chat = self._templates.choose(bool(options.get("tools")))
 
         def render() -> Prompt:
             text = chat.render(messages, **options)

@@ -6,7 +6,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from slipway.codec.chat import ChatTemplate
+from slipway.codec.chat import ChatTemplate, ChatTemplates
 from slipway.errors import CheckpointError, InvalidRequest
 
 CHATML = """\
@@ -205,3 +205,30 @@ def test_the_sandbox_holds(source):
     with pytest.raises((InvalidRequest, CheckpointError)):
         ChatTemplate(source, {}).render(messages)
     assert messages == TURNS
+
+
+@pytest.mark.parametrize("sources", [
+    {"default": "plain", "tool_use": "with tools", "rag": "{% broken"}, {"default": "plain"},
+    {"default": "a", "rag": "b"}, {"tool_use": "with tools", "rag": "b"}, {"rag": "b", "search": "c"},
+])  # fmt: skip
+def test_templates_are_chosen_as_transformers_does(reference, sources):
+    """One that no chat takes is not even compiled."""
+    templates = ChatTemplates(sources, {})
+    theirs = copy.copy(reference)
+    theirs.chat_template = sources
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        try:
+            expected = theirs.get_chat_template(tools=tools)
+        except ValueError:
+            with pytest.raises(InvalidRequest, match=", ".join(sorted(sources))) as caught:
+                templates.choose(bool(tools))
+            assert caught.value.field == "messages"
+        else:
+            assert templates.choose(bool(tools)).render(TURNS) == expected
+    with pytest.raises(CheckpointError):
+        ChatTemplates({"default": "fine", "tool_use": "{% for %}"}, {})
+
+
+def test_models_without_templates_refuse_conversations():
+    with pytest.raises(InvalidRequest, match="takes plain prompts"):
+        ChatTemplates({}, {}).choose(tools=False).render(TURNS)

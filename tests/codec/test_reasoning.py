@@ -21,7 +21,7 @@ def with_tokens() -> Tokenizer:
     raw = tokenizers.Tokenizer.from_str(TEXTS.raw.to_str())
     raw.add_tokens(["<think>", "</think>", "<tool_call>"])
     raw.add_special_tokens(["</tool_call>"])
-    return Tokenizer(raw, TEXTS.special_tokens, TEXTS.eos_token_ids, None)
+    return Tokenizer(raw, TEXTS.special_tokens, TEXTS.eos_token_ids, {})
 
 
 TOKENIZERS = {"texts": TEXTS, "tokens": with_tokens()}

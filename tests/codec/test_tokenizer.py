@@ -115,14 +115,46 @@ def test_saved_limits_do_not_cut_or_pad(editable):
     assert len(ids) > 3 and ids[-1] != 0
 
 
+def named(directory: Path) -> dict[str, str]:
+    """The templates as transformers reads them, by name."""
+    found = AutoTokenizer.from_pretrained(directory).chat_template
+    return {"default": found} if isinstance(found, str) else found or {}
+
+
 def test_template_sources(editable):
+    """Files alone count where there is one; a model without a "default" loads all the same."""
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     edit_config(editable, chat_template=several)
-    assert Tokenizer.load(editable).chat_template == (editable / "chat_template.jinja").read_text()
+    folder = editable / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no template")
+    own = (editable / "chat_template.jinja").read_text()
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {"default": own}
+    (folder / "v1.rag.jinja").write_text("documents")
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {"default": own, "v1.rag": "documents"}
     (editable / "chat_template.jinja").unlink()
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {"v1.rag": "documents"}
+    assert Tokenizer.load(editable).chat_template is None
+    shutil.rmtree(folder)
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {"default": "plain", "tool_use": "tools"}
     assert Tokenizer.load(editable).chat_template == "plain"
     edit_config(editable, chat_template=several[:1])
-    with pytest.raises(CheckpointError, match='expected a "default"'):
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {"tool_use": "tools"}
+    edit_config(editable, chat_template={"rag": "documents"})
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {"rag": "documents"}
+    edit_config(editable, chat_template=None)
+    assert Tokenizer.load(editable).chat_templates == named(editable) == {}
+    (editable / "chat_template.json").write_text('{"chat_template": "as processors save it"}')
+    assert Tokenizer.load(editable).chat_template == "as processors save it"
+
+
+def test_templates_that_are_none_are_all_named(editable):
+    (editable / "chat_template.jinja").unlink()
+    edit_config(editable, chat_template=[{"name": "default"}, {"name": "rag", "template": "fine"}, "text"])
+    with pytest.raises(CheckpointError, match=r"(?s)chat_template\[0\]: .*chat_template\[2\]: "):
+        Tokenizer.load(editable)
+    edit_config(editable, chat_template=7)
+    with pytest.raises(CheckpointError, match="got int, expected a string or named"):
         Tokenizer.load(editable)
 
 

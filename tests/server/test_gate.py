@@ -178,7 +178,7 @@ def test_nothing_unpickles():
 def service(**options):
     """A Service of a template that takes its time, without engines."""
     template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}x"
-    return Service(ServerConfig(**options), "nano", Tokenizer.load(Path(NANO)), template, [], Path())
+    return Service(ServerConfig(**options), "nano", Tokenizer.load(Path(NANO)), {"default": template}, [], Path())
 
 
 def test_a_template_that_takes_too_long_is_given_up(monkeypatch):

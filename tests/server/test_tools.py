@@ -117,8 +117,8 @@ def test_calls_are_forced_in_the_models_own_tokens():
     raw = tokenizers.Tokenizer.from_str(plain.raw.to_str())
     raw.add_tokens(["<tool_call>"])
     raw.add_special_tokens(["</tool_call>"])
-    tokenizer = Tokenizer(raw, plain.special_tokens, plain.eos_token_ids, None)
-    marks = Service(ServerConfig(), "nano", tokenizer, None, [], Path()).marks
+    tokenizer = Tokenizer(raw, plain.special_tokens, plain.eos_token_ids, {})
+    marks = Service(ServerConfig(), "nano", tokenizer, {}, [], Path()).marks
     body = schema.Chat(messages=CHAT, tools=[STOP], tool_choice="required")
     structure = Tools.read(body, FAMILIES["hermes"], TEMPLATE).structure(marks)
     walk = Grammars(tokenizer, tokenizer.vocab_size, [0]).matcher(structure)
