@@ -144,6 +144,7 @@ class Parts:
             self._marks.append(of.calls[0])
         self._state = "reasoning" if of.thinking is not None and reasons and inside else "start"
         self._held, self._strips = "", False  # strips: line breaks behind a mark belong to nobody
+        self._lead = ""  # white space before a first mark: text only if the mark proves to be text
 
     def push(self, text: str) -> list[Part]:
         """What a piece of text makes certain."""
@@ -171,6 +172,11 @@ class Parts:
             stripped = self._held.lstrip()
             if not stripped or (self._family.bare and self._is_bare(stripped)):
                 return False
+            if any(mark != stripped and mark.startswith(stripped) for mark in self._marks):
+                return False
+            if stripped.startswith(tuple(self._marks)):
+                self._lead = self._held[: -len(stripped)]
+                self._held = stripped
             self._state = "content"
             return True
         if self._state == "content":
@@ -186,7 +192,7 @@ class Parts:
             return False  # a call is given when it is whole
         body, _, self._held = self._held.partition(end)
         found += self._calls(body) or [Part("content", self._opening() + body + end)]
-        self._state = "content"
+        self._state, self._lead = "content", ""
         return True
 
     def _until(self, marks: Sequence[str], kind: str, found: list[Part]) -> bool:
@@ -206,7 +212,7 @@ class Parts:
         if kind == "reasoning":
             self._state, self._strips = "content", True
         elif thinking is not None and mark == thinking[0]:
-            self._state, self._strips = "reasoning", True
+            self._state, self._strips, self._lead = "reasoning", True, ""
         else:
             self._state = "call"
         return True
@@ -215,7 +221,8 @@ class Parts:
         return self._family.read(text, self._tools) if self._family.read is not None and self._tools else []
 
     def _opening(self) -> str:
-        return self._family.calls[0] if self._state == "call" and self._family.calls is not None else ""
+        """Return the mark of the call that is being read, with what stood before it; empty outside of a call."""
+        return self._lead + self._family.calls[0] if self._state == "call" and self._family.calls is not None else ""
 
     def _is_bare(self, text: str) -> bool:
         return self._family.bare and bool(self._tools) and text.lstrip().startswith("{")

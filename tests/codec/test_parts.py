@@ -48,6 +48,21 @@ CASES = {
         "<tool_call>not JSON</tool_call> on",
         [("content", "<tool_call>not JSON</tool_call> on")],
     ),
+    "white space, a call": (
+        "hermes",
+        ' \n<tool_call>{"name": "stop", "arguments": {}}</tool_call>',
+        [call("stop", {})],
+    ),
+    "white space, thought": ("qwen3", " <think>It may.</think>So", [("reasoning", "It may."), ("content", "So")]),
+    "white space, text": ("qwen3", "  <b>", [("content", "  <b>")]),
+    "white space alone": ("qwen3", " \n", [("content", " \n")]),
+    "white space, half a mark": ("qwen3", " <thin", [("content", " <thin")]),
+    "white space, a call that is none": (
+        "hermes",
+        ' <tool_call>no</tool_call> <tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>x</tool_call>',
+        [("content", " <tool_call>no</tool_call> "), call("stop", {}), ("content", "<tool_call>x</tool_call>")],
+    ),
+    "white space, a call that is cut": ("hermes", ' <tool_call>{"na', [("content", ' <tool_call>{"na')]),
     "a call that is cut": ("hermes", 'x<tool_call>{"name": "st', [("content", 'x<tool_call>{"name": "st')]),
     "a mark that is none": ("qwen3", "a <tool_cal> b <thin", [("content", "a <tool_cal> b <thin")]),
     "tagged calls": (
