@@ -188,6 +188,8 @@ class Chat:
     """A directory or a hub id; nano is the shipped model."""
     system: str | None = None
     """A system message to begin with."""
+    chat_template: str | None = None
+    """The name of one of the model's chat templates, or a template's text; by default the one named "default"."""
     engine: OmitArgPrefixes[EngineFlags] = ONE_AT_A_TIME
     sampling: OmitArgPrefixes[ChatFlags] = ChatFlags(max_tokens=256, temperature=0.6, top_p=0.9)
 
@@ -198,7 +200,7 @@ class Chat:
         while (line := _ask()) is not None:
             messages.append({"role": "user", "content": line})
             try:
-                text = _print_stream(llm.stream(llm.chat_prompt(messages), self.sampling), False)
+                text = _print_stream(llm.stream(llm.chat_prompt(messages, self.chat_template), self.sampling), False)
             except InvalidRequest as error:  # longer than the context, say: the conversation so far is not lost
                 print(f"slipway: {error}", file=sys.stderr)
                 messages.pop()

@@ -165,25 +165,32 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        chat_template: str | None = None,
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the model's chat template.
 
         ``template_options``: ``add_generation_prompt``, ``continue_final_message``, and variables of the template.
-        With ``tools`` among these the template named "tool_use" is taken, if the model has one.
+        ``chat_template``: the name of one of the model's templates, or a template's text; by default a chat
+        with ``tools`` among the options takes "tool_use" if there is one, every other chat "default".
         Raises InvalidRequest if there is no template or it refuses the conversation.
         """
         several = bool(messages) and isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = messages if several else [messages]
-        prompts = [self.chat_prompt(conversation, **template_options) for conversation in conversations]
+        prompts = [self.chat_prompt(conversation, chat_template, **template_options) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def chat_prompt(self, messages: Sequence[Message], **template_options: Any) -> dict[str, Any]:
-        """A conversation as a prompt; the template has written its special tokens itself."""
+    def chat_prompt(
+        self, messages: Sequence[Message], chat_template: str | None = None, **template_options: Any
+    ) -> dict[str, Any]:
+        """Render a conversation as a prompt, with the options of `chat`; the template writes its special tokens."""
         tokenizer = self.engine.tokenizer
         if self._templates is None or tokenizer is None:
             raise InvalidRequest("messages", messages, "a tokenizer; this engine runs with skip_tokenizer_init")
-        template = self._templates.choose(bool(template_options.get("tools")))
+        if chat_template is None:
+            template = self._templates.choose(bool(template_options.get("tools")))
+        else:
+            template = self._templates.given(chat_template)
         text = template.render(list(messages), **template_options)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 

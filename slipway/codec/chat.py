@@ -100,6 +100,7 @@ class ChatTemplates:
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]):
         self.sources = sources
+        self._special_tokens = special_tokens
         self._compiled = {
             name: ChatTemplate(sources[name], special_tokens) for name in ("default", "tool_use") if name in sources
         }
@@ -111,13 +112,22 @@ class ChatTemplates:
         default = self._compiled.get("default")
         return self._compiled.get("tool_use", default) if tools else default
 
+    def given(self, template: str) -> ChatTemplate:
+        """Return the template that a name or a text stands for. Raises InvalidRequest for an unknown name."""
+        if template in self._compiled and self.sources:
+            return self._compiled[template]
+        if template not in self.sources and "{" not in template:
+            choices = ", ".join(["a template's text", *sorted(self.sources)])
+            raise InvalidRequest("chat_template", template, choices)
+        return ChatTemplate(self.sources.get(template, template), self._special_tokens)
+
     def choose(self, tools: bool) -> ChatTemplate:
         """Return the template of a chat, with tools or without. Raises InvalidRequest, naming the choices."""
         if (found := self.find(tools)) is None:
             names = ", ".join(sorted(self.sources))
             raise InvalidRequest(
                 "messages", Shown("a chat" if tools else "a chat without tools"),
-                f'a model with a chat template named "default"; this one has {names}: --chat-template NAME chooses',
+                f'a chat template named "default"; the model has {names}: chat_template (--chat-template) takes a name',
             )  # fmt: skip
         return found
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from slipway.codec.tokenizer import Tokenizer
+from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidConfig, InvalidRequest
 from slipway.llm import LLM, NANO
 from slipway.server import schema
@@ -117,3 +118,11 @@ def test_the_offline_interface_chooses_as_transformers_does(tmp_path):
         for options in {}, {"tools": TOOLS}:
             expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True, **options)
             assert llm.chat_prompt(CHAT, **options)["prompt"] == expected
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, chat_template="tool_use", tools=[])
+        assert llm.chat_prompt(CHAT, "tool_use", tools=[])["prompt"] == expected
+        assert llm.chat(CHAT, SamplingParams(max_tokens=1), chat_template="tool_use", tools=[])[0].prompt == expected
+        text = "{{ messages[0].role }}"
+        assert llm.chat_prompt(CHAT, text)["prompt"] == "user"
+        with pytest.raises(InvalidRequest, match="default, tool_use") as caught:
+            llm.chat(CHAT, chat_template="rag")
+        assert caught.value.field == "chat_template"
