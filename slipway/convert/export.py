@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
-from slipway.convert import differences, nnx_walk, stacks
+from slipway.convert import differences, linen_walk, nnx_walk, stacks
 from slipway.convert.conversion import ConvertConfig, Dtype, convert
 from slipway.convert.export_report import Exported, Report, save
 from slipway.convert.flattening import Orders, described, dimensions, reordered, told_orders, traced_orders
@@ -26,7 +26,7 @@ from slipway.convert.rules import TreeMapping, rules
 from slipway.convert.source import MemorySource
 from slipway.convert.stacks import Stacks
 from slipway.convert.tracing import Trace, trace_nnx
-from slipway.errors import CheckpointError
+from slipway.errors import CheckpointError, InvalidConfig
 
 Flatten = Mapping[str, Sequence[int] | None]
 NO_EXAMPLE = "reshapes are known from the layers' sizes and what was told only; example= follows each of them"
@@ -55,10 +55,11 @@ class Derived:
 
 
 def export(
-    module: nnx.Module,
+    module: nnx.Module | linen.Module,
     config: Mapping[str, Any],
     out_dir: str | Path,
     *,
+    variables: Mapping[str, Any] | None = None,
     example: Any = None,
     flatten: Flatten | None = None,
     unflatten: Flatten | None = None,
@@ -71,6 +72,7 @@ def export(
 ) -> Exported:
     """Write ``module`` as safetensors in torch's layout, with ``config`` as config.json, into a new directory.
 
+    ``variables``: a Linen module's collections, as its ``init`` returns them; it needs an example, too.
     ``example``: an input of the module, a tuple of its arguments or a mapping of its keyword arguments. The module is
     run on it, and every flatten, reshape and scan follows from the run. ``flatten``: for each layer whose inputs, or
     norm whose features, are a flattened feature map, the map's (height, width, channels); None where there is none.
@@ -91,7 +93,7 @@ def export(
         layers=layers or {},
         extra=extra,
     )
-    derived = derive(module, options, trace_nnx(module, example) if example is not None else None)
+    derived = derive(module, options, *_read(module, variables, options, example))
     converting = ConvertConfig(dtype=dtype, shard_size=shard_size)
     source = MemorySource(derived.arrays)
     deltas = derived.adapter.deltas()
@@ -100,14 +102,24 @@ def export(
     return Exported(written, derived.report)
 
 
-def derive(module: nnx.Module, options: Options, trace: Trace | None = None) -> Derived:
-    """Return the mapping that ``export`` uses. Raises as it does."""
-    writer = _Writer(nnx_walk.walk(module, options.layers), options, trace)
+def derive(module: Any, options: Options, trace: Trace | None = None, found: Found | None = None) -> Derived:
+    """Return the mapping that ``export`` uses; ``found`` are a Linen module's layers. Raises as ``export`` does."""
+    writer = _Writer(nnx_walk.walk(module, options.layers) if found is None else found, options, trace)
     writer.write()
     mapping = TreeMapping(
         name=type(module).__name__, rules=rules(writer.rows), sizes=writer.sizes, hf_constants=writer.constants
     )
     return Derived(mapping, writer.arrays, Adapter(writer.pairs, 1.0), _report(mapping.name, writer))
+
+
+def _read(module: Any, variables: Any, options: Options, example: Any) -> tuple[Trace | None, Found | None]:
+    """Run a module on an example, if there is one; Linen's layers are found by that run."""
+    if isinstance(module, linen.Module):
+        found, trace = linen_walk.walk(module, variables, options.layers, example)
+        return trace, found
+    if variables is not None:
+        raise InvalidConfig("variables", type(variables).__name__, "None: only a Linen module is apart from them")
+    return trace_nnx(module, example) if example is not None else None, None
 
 
 def _report(name: str, writer: "_Writer") -> Report:

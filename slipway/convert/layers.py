@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
+from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes
 
 Row = tuple[str, str, str]
@@ -216,6 +217,47 @@ NNX_FORMS: Mapping[type, Callable[[Any], Form]] = {
     nnx.GroupNorm: _group_norm,
     nnx.InstanceNorm: _instance_norm,
 }
+
+
+# Linen's layers, of which the arrays tell the sizes.
+
+
+def _dense_general(layer: linen.DenseGeneral, shapes: Mapping[str, Shape]) -> Form:
+    if layer.batch_dims not in ((), []):
+        raise NotLinear(f"batch_dims={layer.batch_dims!r}: a matrix for each index has no torch Linear")
+    outputs = 1 if isinstance(layer.features, int) else len(layer.features)
+    kernel = shapes["kernel"]
+    return linear(kernel[:-outputs], kernel[-outputs:])
+
+
+def _linen_norm(running: bool = False) -> Callable[[Any, Mapping[str, Shape]], Form]:
+    """The function that returns a norm's form, with running statistics or without."""
+
+    def form(layer: Any, shapes: Mapping[str, Shape]) -> Form:
+        for field in ("axis", "feature_axes", "reduction_axes"):
+            default = None if isinstance(layer, linen.GroupNorm) else -1
+            axes = getattr(layer, field, default)
+            if axes != default and axes not in ((-1,), [-1]):
+                raise NotLinear(f"{field}={axes!r}: torch's norms have the last axis; name its rows in layers=")
+        if getattr(layer, "axis_name", None) is not None and not running:
+            raise NotLinear(f"axis_name={layer.axis_name!r}: torch's norms reduce over one device's features")
+        return norm(next((shape[0] for shape in shapes.values()), 0), running)
+
+    return form
+
+
+LINEN_FORMS: Mapping[type, Callable[[Any, Mapping[str, Shape]], Form]] = {
+    linen.Dense: lambda layer, shapes: linear(shapes["kernel"][:1], shapes["kernel"][1:]),
+    linen.DenseGeneral: _dense_general,
+    linen.Conv: lambda layer, shapes: conv(shapes["kernel"]),
+    linen.ConvTranspose: lambda layer, shapes: conv_transpose(shapes["kernel"], layer.transpose_kernel),
+    linen.Embed: lambda layer, shapes: embed(layer.num_embeddings, layer.features),
+    linen.BatchNorm: _linen_norm(running=True),
+    linen.LayerNorm: _linen_norm(),
+    linen.RMSNorm: _linen_norm(),
+    linen.GroupNorm: _linen_norm(),
+    linen.InstanceNorm: _linen_norm(),
+}
 # Modules that compute something else with the arrays of the layer that they hold.
 REPARAMETRIZED = (nnx.WeightNorm, nnx.SpectralNorm)
 # Attributes that have another name in torch's and Hugging Face's models.
@@ -233,25 +275,27 @@ STATE = (nnx.RngState, nnx.Cache, nnx.Intermediate)
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "dot_general": (None, jax.lax.dot_general),
     "dot_general_cls": (None,),
+    "conv_general_dilated_cls": (None,),
     "conv_general_dilated": (None, jax.lax.conv_general_dilated),
     "einsum_op": (jnp.einsum,),
-    "promote_dtype": (dtypes.promote_dtype,),
+    "promote_dtype": (dtypes.promote_dtype, linen_dtypes.promote_dtype),
 }
 
 
 def deviations(layer: Any, known: type) -> Iterator[str]:
     """Yield what makes a layer compute something other than its known class does."""
     kind = type(layer)
+    package = "nnx" if issubclass(known, nnx.Module) else "linen"
     if kind.__call__ is not known.__call__:
         yield (
             f"{kind.__name__} computes in a __call__ of its own, so its arrays may mean something else; give "
-            f"layers={{{kind.__name__}: nnx.{known.__name__}}} if they mean the same, or its own rows"
+            f"layers={{{kind.__name__}: {package}.{known.__name__}}} if they mean the same, or its own rows"
         )
     for field, defaults in _DEFAULTS.items():
         if (given := getattr(layer, field, defaults[0])) not in defaults:
             yield (
                 f"{field}={given!r} may compute something else; give layers={{{kind.__name__}: "
-                f"nnx.{known.__name__}}} if it does not"
+                f"{package}.{known.__name__}}} if it does not"
             )
     if getattr(layer, "mask", None) is not None:
         yield "mask: the kernel is multiplied by it; store the product as the kernel, and no mask"

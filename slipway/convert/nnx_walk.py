@@ -25,7 +25,7 @@ from slipway.convert.layers import (
 
 Own = Mapping[type, Sequence[Row] | type]
 _KNOWN = (*NNX_FORMS, nnx.LoRALinear)
-_FACTS = (
+FACTS = (
     "epsilon", "padding", "strides", "kernel_size", "kernel_dilation", "input_dilation", "feature_group_count",
     "transpose_kernel", "num_groups", "momentum", "axis", "use_bias", "use_scale",
 )  # fmt: skip
@@ -112,7 +112,7 @@ class _Walker:
             self._refuse(path, node, f"has no {', '.join(sorted(missing))}")
             return
         variables = {row[0]: getattr(node, row[0]) for row in rows}
-        facts = {fact: getattr(node, fact) for fact in _FACTS if hasattr(node, fact)}
+        facts = {fact: getattr(node, fact) for fact in FACTS if hasattr(node, fact)}
         layer = Layer(path, name, kind, rows, variables, form.shapes, facts, is_attention)
         extra = {variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in rows}
         if len(extra) > 1 or min(extra, default=0) < 0:
