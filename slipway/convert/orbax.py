@@ -134,6 +134,8 @@ def is_orbax(path: Place) -> bool:
     """Whether a directory looks like an Orbax checkpoint, or like steps of some."""
     try:
         _find_tree(path)
+    except _SeveralItems:  # open_orbax lists them
+        return True
     except CheckpointError:
         return False
     return True
@@ -242,6 +244,10 @@ class OrbaxSink:
             store[start : start + len(part)].write(part, can_reference_source_data_indefinitely=True).result()
 
 
+class _SeveralItems(CheckpointError):
+    """More than one item of a step may hold the model."""
+
+
 def _find_tree(path: Place) -> Place:
     """The directory that holds the tree itself: ``path``, a folder of it, or that of its newest complete step."""
     if _is_tree(path):
@@ -267,13 +273,13 @@ def _find_tree(path: Place) -> Place:
 def _items(path: Place) -> Place | None:
     """Return the one tree below a step's directory, whatever its name; optimizer state does not count.
 
-    Raises CheckpointError, listing the items, where several remain: one of them must be given by its path.
+    Raises _SeveralItems, listing the items, where several remain: one of them must be given by its path.
     """
     folders = [folder for folder in (path.iterdir() if path.is_dir() else ()) if not _STEP.fullmatch(folder.name)]
     held = [f for f in folders if not f.name.startswith(("opt", "rng")) and _is_tree(f)]
     if len(held) > 1:
         names = ", ".join(sorted(folder.name for folder in held))
-        raise CheckpointError(path, [f"several items: {names}; give the path of the one that holds the model"])
+        raise _SeveralItems(path, [f"several items: {names}; give the path of the one that holds the model"])
     return held[0] if held else None
 
 
