@@ -49,7 +49,7 @@ class ConvertConfig:
     """What to convert, and how."""
 
     mapping: str | None = None
-    """maxtext, maxtext-interleaved, maxtext-halves, nnx, linen, tunix, hf, or a Python or YAML file with a mapping; by
+    """maxtext, maxtext-interleaved, maxtext-halves, nnx, linen, hf, or a Python or YAML file with a mapping; by
     default the one that fits. MaxText's Llama and Mistral turn pairs or halves of a head: maxtext follows config.json's
     rope_type, the other two say it."""
     allow_unknown_names: bool = False
