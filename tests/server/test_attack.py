@@ -129,9 +129,11 @@ def test_names_lead_to_no_files(server):
             assert answer.status_code == 404 and "root:" not in answer.text, path
     for body in ({"model": "../../etc/passwd", "prompt": "a"}, {"model": "/etc/passwd", "prompt": "a"}):
         assert server.post("/v1/completions", **body).status_code == 404
-    for field in ("chat_template", "prompt_embeds", "lora_path"):  # what others open
+    for field in ("chat_template", "lora_path"):  # what others open
         answer = server.post("/v1/completions", prompt="a", max_tokens=1, **{field: "/etc/passwd"})
         assert field in answer.headers["x-slipway-warning"] and "root:" not in answer.text
+    answer = server.post("/v1/completions", prompt_embeds="/etc/passwd", max_tokens=1)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt_embeds"
 
 
 def test_engines_are_reached_by_their_owner_alone(server):
