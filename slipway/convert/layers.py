@@ -19,6 +19,10 @@ from flax.nnx.nn import dtypes
 Row = tuple[str, str, str]
 Shape = tuple[int, ...]
 SPATIAL = ("depth", "height", "width")
+FACTS = (
+    "epsilon", "padding", "strides", "kernel_size", "kernel_dilation", "input_dilation", "feature_group_count",
+    "transpose_kernel", "num_groups", "momentum", "axis", "use_bias", "use_scale",
+)  # fmt: skip
 
 
 class NotLinear(ValueError):
@@ -84,6 +88,29 @@ class Layer:
         sizes = self.sizes(role)
         groups = self.facts.get("feature_group_count", 1) if role == "into" else 1
         return math.prod(sizes) * groups if sizes else 0
+
+
+def facts_of(layer: Any) -> dict[str, Any]:
+    """Return the settings of a layer that matter beside its arrays; each class has some of FACTS."""
+    return {fact: getattr(layer, fact) for fact in FACTS if hasattr(layer, fact)}
+
+
+def fitted(form: Form, held: Mapping[str, Any]) -> tuple[tuple[Row, ...], dict[str, Any]]:
+    """Return the rows of a form whose arrays a layer holds, and these arrays by attribute.
+
+    ``held``: the layer's arrays by attribute. Raises NotLinear where an array is missing, or has too few axes, or where
+    some arrays have more axes than others beside those of their patterns.
+    """
+    rows = tuple((a.removesuffix("?"), name, pattern) for a, name, pattern in form.rows if a.removesuffix("?") in held)
+    missing = {a for a, _, _ in form.rows if not a.endswith("?")} - {row[0] for row in rows}
+    if missing:
+        raise NotLinear(f"has no {', '.join(sorted(missing))}")
+    variables = {attribute: held[attribute] for attribute, _, _ in rows}
+    extra = {variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in rows}
+    if len(extra) > 1 or min(extra, default=0) < 0:
+        shapes = ", ".join(f"{a} {tuple(x.shape)}" for a, x in variables.items())
+        raise NotLinear(f"arrays of unexpected rank: {shapes}")
+    return rows, variables
 
 
 def axes_of(pattern: str) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
+import jax
 import numpy as np
 from flax import linen
 from flax.core import meta
@@ -19,11 +20,12 @@ from slipway.convert.layers import (
     Layer,
     NotLinear,
     Shape,
-    axes_of,
     deviations,
+    facts_of,
+    fitted,
     own_form,
 )
-from slipway.convert.nnx_walk import FACTS, Found, Own
+from slipway.convert.nnx_walk import Found, Own
 from slipway.convert.tracing import Trace, trace
 from slipway.errors import InvalidConfig
 
@@ -50,6 +52,7 @@ def walk(module: linen.Module, variables: Any, own: Own, example: Any) -> tuple[
     weights = {path: np.asarray(x)[...] for path, x in flat.items() if path[0] not in _STATE}
     state = {path: x for path, x in flat.items() if path[0] in _STATE}
     recorder = _Recorder(weights, own)
+    jax.make_jaxpr(_check_parents)(0)
 
     def call(values: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         given = flax.traverse_util.unflatten_dict(dict(zip(weights, values)) | state)
@@ -121,7 +124,7 @@ class _Recorder:
                     f"layers={{{type(node).__name__}: {told.__name__}}}: expected a class of Flax's that it extends"
                 )
             before = self.seen.setdefault(node.path, node)
-            if type(before) is not type(node) or _facts(before) != _facts(node):
+            if type(before) is not type(node) or facts_of(before) != facts_of(node):
                 raise NotLinear(f"another layer, {type(before).__name__}, has the same variables and other settings")
             held = _held(node)
             if any(_is_computed(x) for x in held.values()):
@@ -136,14 +139,7 @@ class _Recorder:
         shapes = {attribute: tuple(x.shape) for attribute, x in held.items()}
         form = LINEN_FORMS[told](node, shapes) if isinstance(told, type) else own_form(told, shapes)
         stored = {path[-1]: path for path in self.weights if path[1:-1] == node.path and path[-1] in held}
-        rows = tuple((a.removesuffix("?"), n, p) for a, n, p in form.rows if a.removesuffix("?") in stored)
-        missing = {a for a, _, _ in form.rows if not a.endswith("?")} - {row[0] for row in rows}
-        if missing:
-            raise NotLinear(f"has no {', '.join(sorted(missing))}")
-        variables = {a: self.weights[stored[a]] for a, _, _ in rows}
-        extra = {variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in rows}
-        if len(extra) > 1 or min(extra, default=0) < 0:
-            raise NotLinear(f"arrays of unexpected rank: {', '.join(f'{a} {v.shape}' for a, v in variables.items())}")
+        rows, variables = fitted(form, {attribute: self.weights[path] for attribute, path in stored.items()})
         kind = next((kind.__name__ for kind in type(node).__mro__ if kind in LINEN_FORMS), type(node).__name__)
         is_attention = isinstance(node.parent, linen.MultiHeadDotProductAttention)
         layer = Layer(
@@ -153,7 +149,7 @@ class _Recorder:
             rows,
             variables,
             {a: shapes[a] for a in variables},
-            _facts(node) | _groups(node, shapes),
+            facts_of(node) | _groups(node, shapes),
             is_attention,
         )
         self.found.layers.append(layer)
@@ -179,10 +175,17 @@ def _held(node: linen.Module) -> dict[str, Any]:
 
 
 def _is_computed(value: Any) -> bool:
-    """Whether a traced array is the result of an operation instead of an input of the trace."""
-    while hasattr(value, "batch_dim"):
+    """Return whether a traced array is the result of an operation instead of an input of the trace."""
+    while hasattr(value, "batch_dim"):  # under vmap: the array that is mapped
         value = value.val
-    return getattr(value, "parent", None) is not None
+    return getattr(value, "parent", None) is not None  # other tracers, as remat's, were seen in the first run
+
+
+def _check_parents(x: Any) -> Any:
+    """Raise an error, when traced, where this JAX does not hold what ``_is_computed`` reads: it is not public."""
+    if x.parent is not None or (x + 1).parent is None:
+        raise RuntimeError(f"JAX {jax.__version__} traces otherwise than Slipway's export of Linen modules knows")
+    return x
 
 
 def _check_running(node: linen.BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -194,11 +197,6 @@ def _check_running(node: linen.BatchNorm, args: tuple[Any, ...], kwargs: Mapping
             f"{'.'.join(node.path)} computes the statistics of the batch",
             "arguments with which every BatchNorm uses its running averages, such as {'x': x, 'train': False}",
         )
-
-
-def _facts(node: linen.Module) -> dict[str, Any]:
-    """The settings of a layer that matter beside its arrays."""
-    return {fact: getattr(node, fact) for fact in FACTS if hasattr(node, fact)}
 
 
 def _groups(node: linen.Module, shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -18,17 +18,14 @@ from slipway.convert.layers import (
     Layer,
     NotLinear,
     Row,
-    axes_of,
     deviations,
+    facts_of,
+    fitted,
     own_form,
 )
 
 Own = Mapping[type, Sequence[Row] | type]
 _KNOWN = (*NNX_FORMS, nnx.LoRALinear)
-FACTS = (
-    "epsilon", "padding", "strides", "kernel_size", "kernel_dilation", "input_dilation", "feature_group_count",
-    "transpose_kernel", "num_groups", "momentum", "axis", "use_bias", "use_scale",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -65,11 +62,12 @@ class _Walker:
             return
         try:
             form = self._form(node)
+            if form is not None:
+                self._note(node, path, name, form, is_attention)
         except NotLinear as error:
             self._refuse(path, node, str(error))
             return
         if form is not None:
-            self._note(node, path, name, form, is_attention)
             return
         if isinstance(node, REPARAMETRIZED):
             self._refuse(path, node, "computes another kernel from the one that it holds; fold it into the layer first")
@@ -102,23 +100,10 @@ class _Walker:
 
     def _note(self, node: Any, path: tuple[str, ...], name: tuple[str, ...], form: Form, is_attention: bool) -> None:
         kind = next((kind.__name__ for kind in type(node).__mro__ if kind in NNX_FORMS), type(node).__name__)
-        rows = tuple(
-            (attribute.removesuffix("?"), suffix, pattern)
-            for attribute, suffix, pattern in form.rows
-            if getattr(node, attribute.removesuffix("?"), None) is not None
-        )
-        missing = {a for a, _, _ in form.rows if not a.endswith("?")} - {row[0] for row in rows}
-        if missing:
-            self._refuse(path, node, f"has no {', '.join(sorted(missing))}")
-            return
-        variables = {row[0]: getattr(node, row[0]) for row in rows}
-        facts = {fact: getattr(node, fact) for fact in FACTS if hasattr(node, fact)}
-        layer = Layer(path, name, kind, rows, variables, form.shapes, facts, is_attention)
-        extra = {variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in rows}
-        if len(extra) > 1 or min(extra, default=0) < 0:
-            shapes = ", ".join(f"{a} {tuple(v.shape)}" for a, v in variables.items())
-            self._refuse(path, node, f"arrays of unexpected rank: {shapes}")
-            return
+        attributes = [row[0].removesuffix("?") for row in form.rows]
+        held = {name: x for name in attributes if (x := getattr(node, name, None)) is not None}
+        rows, variables = fitted(form, held)
+        layer = Layer(path, name, kind, rows, variables, form.shapes, facts_of(node), is_attention)
         self.found.layers.append(layer)
         for key, child in _children(node):
             if isinstance(child, nnx.LoRA) and isinstance(node, nnx.LoRALinear):
