@@ -55,7 +55,7 @@ class SlipwayServer:
         self.proc = subprocess.Popen([*COMMAND, *words], start_new_session=True)
         try:
             self._wait_ready(words)
-        except BaseException:
+        except BaseException:  # an interruption, too, leaves no server running
             self.__exit__()
             raise
 

@@ -106,7 +106,7 @@ def _operations(jaxpr: Any) -> Iterator[Any]:
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
+                if isinstance(inner, core.Jaxpr):
                     yield from _operations(inner)
 
 

@@ -40,7 +40,7 @@ def compare(config: Mapping[str, Any], specs: Mapping[str, Spec]) -> Comparison:
     import transformers  # optional and slow to import: only for architectures that no mapping declares
 
     model_class = getattr(transformers, names[0], None)
-    if not hasattr(model_class, "from_pretrained") or not hasattr(model_class, "config_class"):
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         return Comparison(unknown=f"transformers {transformers.__version__} has no class {names[0]}")
     try:
         info = _load(model_class, config, specs)
