@@ -131,7 +131,7 @@ def _by_engine(directory: Path, expected: Expected, tolerance: float) -> Agreeme
             same.append(max(entries, key=lambda token: entries[token].logprob) == int(theirs.argmax()))
     limit = tolerance * max(1.0, float(np.abs(expected.logits).max()))
     quantity = f"log-probabilities of the {count} likeliest tokens"
-    return Agreement("slipway", quantity, len(same), max(differences), limit, float(np.mean(same)))
+    return Agreement("slipway", quantity, len(same), float(np.max(differences)), limit, float(np.mean(same)))
 
 
 def _array(file: Path) -> np.ndarray:
