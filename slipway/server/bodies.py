@@ -27,22 +27,20 @@ def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
 
     Raises InvalidRequest.
     """
+    raw = _decoded(body)
+    names = _names(kind)  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
+    unknown = {name: raw[name] for name in sorted(raw.keys() - names)}
+    raw = members.without_null({name: value for name, value in raw.items() if name in names})
+    unknown |= members.unknown(raw)
+    if unknown and strict:
+        name, value = next(iter(unknown.items()))
+        raise InvalidRequest(name, value, "no such field (--strict)")
     try:
-        raw = msgspec.json.decode(body or b"{}")
-        if not isinstance(raw, dict):
-            raise InvalidRequest("body", raw, "a JSON object")
-        names = _names(kind)  # type: ignore[arg-type]  # to mypy a type[Any] has no hash
-        unknown = {name: raw[name] for name in sorted(raw.keys() - names)}
-        raw = members.without_null({name: value for name, value in raw.items() if name in names})
-        unknown |= members.unknown(raw)
-        if unknown and strict:
-            name, value = next(iter(unknown.items()))
-            raise InvalidRequest(name, value, "no such field (--strict)")
         return msgspec.convert(raw, kind), list(unknown)
     except msgspec.ValidationError as error:
         raise _wrong_type(str(error)) from error
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
+    except RecursionError as error:
+        raise InvalidRequest("body", Shown("JSON nested too deeply"), "a JSON object") from error
 
 
 @contextlib.contextmanager
@@ -70,13 +68,18 @@ def _wrong_type(problem: str) -> InvalidRequest:
 
 def field_names(body: bytes) -> frozenset[str]:
     """Return the names of the fields in a body whose kind is not known yet. Raises InvalidRequest."""
+    return frozenset(name for name, value in _decoded(body).items() if value is not None)
+
+
+def _decoded(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body; {} for an empty one. Raises InvalidRequest."""
     try:
         raw = msgspec.json.decode(body or b"{}")
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest("body", Shown(f"no JSON: {error}"), "a JSON object") from error
     if not isinstance(raw, dict):
         raise InvalidRequest("body", raw, "a JSON object")
-    return frozenset(name for name, value in raw.items() if value is not None)
+    return raw
 
 
 @functools.cache
