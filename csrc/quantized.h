@@ -18,6 +18,7 @@ namespace SLIPWAY_ISA {
 constexpr int kQuantRows = 4;          // side by side
 constexpr int kQuantTokens = 32;       // that use the unpacked weights of a step
 constexpr int64_t kQuantAhead = 8192;  // bytes between what is read and what is fetched
+constexpr int kFetchedSteps = 4 * kLanes < 64 ? 64 / (4 * kLanes) : 1;  // of a row, in one line of the cache
 
 // A word's numbers lie in kUnits units; `unit` gives the i-th, number j of the word is in unit j % kUnits, and of two the
 // lower comes first. Each number is kExcess too large. kVectors: what `spread` writes of a token for each step, its units last
@@ -84,7 +85,10 @@ struct Pairs : BFloat16 {
   using Sum = I;
   static constexpr int kNumbers = 32 / kBits, kUnits = kNumbers / 2, kVectors = 2 + kUnits;
   static constexpr int kExcess = 1 << (kBits - 1);
-  static ALWAYS U unit(U words, int i) { return (words >> (kBits * i)) & (kBits == 4 ? 0x000f000fu : 0x00ff00ffu); }
+  static ALWAYS U unit(U words, int i) {
+    if (i == kUnits - 1) return shift_halves<16 - kBits>(words);
+    return (words >> (kBits * i)) & (kBits == 4 ? 0x000f000fu : 0x00ff00ffu);
+  }
   static ALWAYS Sum begin(const uint32_t* x) { return load<I>(x); }
   static ALWAYS F end(Sum sum, const uint32_t* x) { return __builtin_convertvector(sum, F) * load<F>(x + kLanes); }
   static ALWAYS Sum dot(Sum sum, U a, U b) { return sum + multiply_pairs(a, b); }
@@ -150,10 +154,25 @@ void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
 template <class T>
 ALWAYS F lane_scales(const Packed& packed, const uint8_t* scales, int64_t step) {
   const int64_t first = (step * kLanes >> packed.shift) / kLanes * kLanes;
-  U lanes = {};
-  for (int l = 0; l < kLanes; ++l) lanes[l] = l;
+  const U lanes = reinterpret_cast<U>(kNumbers);
   const U group = ((lanes + static_cast<uint32_t>(step * kLanes)) >> packed.shift) & (kLanes - 1u);
   return __builtin_shuffle(T::read(scales, first, packed.groups - first), reinterpret_cast<I>(group));
+}
+
+// Scales of a step that its row has as a whole: kNone (the row has one), or one for all lanes, or one for each half of them,
+// or any number.
+enum class Scales { kNone, kOne, kHalves, kAny };
+template <class T>
+ALWAYS Scales scales_of(const Packed& packed) {
+  if (packed.shift < 0) return Scales::kNone;
+  if (kLanes >> packed.shift <= 1) return Scales::kOne;
+  return kLanes >> packed.shift == 2 && T::kPerUnit == 2 ? Scales::kHalves : Scales::kAny;
+}
+template <class T, Scales kScales>
+ALWAYS F step_scales(const Packed& packed, const uint8_t* scales, int64_t step) {
+  if constexpr (kScales == Scales::kOne) return all(T::first(scales + (step * kLanes >> packed.shift) * 4 / T::kPerUnit));
+  if constexpr (kScales == Scales::kHalves) return halves(all(load<uint32_t>(scales + 4 * step)));
+  return lane_scales<T>(packed, scales, step);
 }
 
 // Four rows' sums: quad onto quad, and then the lanes of the one that is left.
@@ -188,60 +207,85 @@ template <class T>
 constexpr int kRowsHeld = kRegisters / 2 / T::kUnits < kQuantRows ? kRegisters / 2 / T::kUnits : kQuantRows;
 
 // kQuantRows rows times `kTokens` tokens (0: `count`, at most kQuantTokens); sums[token * distance + row].
-template <class T, int kTokens, bool kGrouped>
-ALWAYS void quantized_rows(const Packed& packed, int64_t token, int64_t count, const uint8_t* const* rows,
-                           const uint8_t* const* scales, const uint8_t* next, float* sums, int64_t distance) {
+template <class T, int kTokens, Scales kScales>
+void quantized_rows(const Packed& packed, int64_t token, int64_t count, const uint8_t* const* rows,
+                    const uint8_t* const* scales, const uint8_t* next, float* sums, int64_t distance) {
   constexpr int64_t kDistance = T::kVectors * kLanes;
   constexpr int kHeld = kRowsHeld<T>;
-  const int64_t tokens = kTokens ? kTokens : count;
+  constexpr bool kGrouped = kScales != Scales::kNone;
+  const int64_t tokens = kTokens ? kTokens : count, whole = packed.words / kLanes;
   F totals[kTokens ? kTokens : kQuantTokens][kQuantRows];
 #pragma GCC unroll 2
   for (int64_t i = 0; i < tokens; ++i)
 #pragma GCC unroll 4
     for (int r = 0; r < kQuantRows; ++r) totals[i][r] = F{};
-  const uint32_t* x = block_at<T>(packed, token);
-  for (int64_t t = 0; t < packed.steps; ++t, x += tokens * kDistance) {
-    U words[kQuantRows];
-    F scale[kQuantRows];
+  const uint8_t *at[kQuantRows], *scales_at[kQuantRows];  // in registers
 #pragma GCC unroll 4
-    for (int r = 0; r < kQuantRows; ++r) {
-      words[r] = load_part<U>(rows[r] + 4 * kLanes * t, packed.words - kLanes * t);
-      __builtin_prefetch(next, 0, 3);
-      next += 4 * kLanes;
-      if constexpr (kGrouped) scale[r] = lane_scales<T>(packed, scales[r], t);
-    }
-    if constexpr (kTokens == 1) {
+  for (int r = 0; r < kQuantRows; ++r) at[r] = rows[r], scales_at[r] = scales[r];
+
+  const uint32_t* x = block_at<T>(packed, token);
+  const auto step = [&](const U(&words)[kQuantRows], const F(&scale)[kQuantRows]) __attribute__((always_inline)) {
+    if constexpr (kTokens == 1 && kRegisters < 32) {  // row by row: few registers hold a row's units, none all rows'
+#pragma GCC unroll 4
+      for (int r = 0; r < kQuantRows; ++r) {
+        const auto unit = [&](int, int u) __attribute__((always_inline)) { return T::unit(words[r], u); };
+        step_of<T, 1, kGrouped>(unit, scale + r, x, totals[0] + r);
+      }
+    } else if constexpr (kTokens == 1) {
       const auto unit = [&](int r, int u) __attribute__((always_inline)) { return T::unit(words[r], u); };
       step_of<T, kQuantRows, kGrouped>(unit, scale, x, totals[0]);
-      continue;
-    }
+    } else {
 #pragma GCC unroll 4
-    for (int first = 0; first < kQuantRows; first += kHeld) {
-      U units[kHeld][T::kUnits];
+      for (int first = 0; first < kQuantRows; first += kHeld) {
+        U units[kHeld][T::kUnits];
 #pragma GCC unroll 4
-      for (int r = 0; r < kHeld; ++r)
+        for (int r = 0; r < kHeld; ++r)
 #pragma GCC unroll 8
-        for (int u = 0; u < T::kUnits; ++u) units[r][u] = T::unit(words[first + r], u);
-      const auto unit = [&](int r, int u) __attribute__((always_inline)) { return units[r][u]; };
+          for (int u = 0; u < T::kUnits; ++u) units[r][u] = T::unit(words[first + r], u);
+        const auto unit = [&](int r, int u) __attribute__((always_inline)) { return units[r][u]; };
 #pragma GCC unroll 2
-      for (int64_t i = 0; i < tokens; ++i)
-        step_of<T, kHeld, kGrouped>(unit, scale + first, x + i * kDistance, totals[i] + first);
+        for (int64_t i = 0; i < tokens; ++i)
+          step_of<T, kHeld, kGrouped>(unit, scale + first, x + i * kDistance, totals[i] + first);
+      }
     }
+    x += tokens * kDistance;
+  };
+  U words[kQuantRows];
+  F scale[kQuantRows];
+  for (int64_t t = 0; t < whole; ++t) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kQuantRows; ++r) {
+      words[r] = load<U>(at[r] + 4 * kLanes * t);
+      if constexpr (kGrouped) scale[r] = step_scales<T, kScales>(packed, scales_at[r], t);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kQuantRows; i += kFetchedSteps) __builtin_prefetch(next + 4 * kLanes * i, 0, 3);
+    next += 4 * kLanes * kQuantRows;
+    step(words, scale);
   }
-  Q whole = Q{} + 1.0f;  // the scales of the rows
-  for (int r = 0; r < kQuantRows && !kGrouped; ++r) whole[r] = T::first(scales[r]);
+  if (whole < packed.steps) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kQuantRows; ++r) {
+      words[r] = load_part<U>(at[r] + 4 * kLanes * whole, packed.words - kLanes * whole);
+      if constexpr (kGrouped) scale[r] = lane_scales<T>(packed, scales_at[r], whole);
+    }
+    step(words, scale);
+  }
+  Q factors = Q{} + 1.0f;  // the scales of the rows
+  for (int r = 0; r < kQuantRows && !kGrouped; ++r) factors[r] = T::first(scales[r]);
 #pragma GCC unroll 2
   for (int64_t i = 0; i < tokens; ++i)
-    store(sums + i * distance, join_rows(totals[i]) * whole);
+    store(sums + i * distance, join_rows(totals[i]) * factors);
 }
 
 template <class T, int kTokens>
-void quantized_rows(const Packed& packed, int64_t token, int64_t count, const uint8_t* const* rows,
-                    const uint8_t* const* scales, const uint8_t* next, float* sums, int64_t distance) {
-  if (packed.shift >= 0)
-    quantized_rows<T, kTokens, true>(packed, token, count, rows, scales, next, sums, distance);
-  else
-    quantized_rows<T, kTokens, false>(packed, token, count, rows, scales, next, sums, distance);
+auto* rows_kernel(Scales scales) {
+  switch (scales) {
+    case Scales::kNone: return quantized_rows<T, kTokens, Scales::kNone>;
+    case Scales::kOne: return quantized_rows<T, kTokens, Scales::kOne>;
+    case Scales::kHalves: return quantized_rows<T, kTokens, Scales::kHalves>;
+    default: return quantized_rows<T, kTokens, Scales::kAny>;
+  }
 }
 
 template <class T>
@@ -254,6 +298,7 @@ template <class T>
 void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const Linear& op = call.batch.at(item);
   const Packed& packed = call.packed;
+  const Scales kind = scales_of<T>(packed);
   const int64_t first = item * call.batch.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, 4 * packed.words);
   const Panel scales = panel_at(op, op.scale, op.up_scale, first, call.batch.outs, scale_bytes);
@@ -263,7 +308,7 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
     for (int r = 0; r < kWidth; r += kQuantRows) {
       const int64_t later = r + fetched;
       const uint8_t* next = panel.rows[later % kWidth] + later / kWidth * panel.next;
-      auto* rows = count == 1 ? quantized_rows<T, 1> : count == 2 ? quantized_rows<T, 2> : quantized_rows<T, 0>;
+      auto* rows = count == 1 ? rows_kernel<T, 1>(kind) : count == 2 ? rows_kernel<T, 2>(kind) : rows_kernel<T, 0>(kind);
       rows(packed, token, count, panel.rows + r, scales.rows + r, next, sums + r, kWidth);
     }
     for (int64_t i = 0; i < count; ++i) finish<T>(op, first, sums + i * kWidth, token + i);

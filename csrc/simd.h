@@ -114,6 +114,23 @@ ALWAYS float highest(F x) {
 ALWAYS F low(U pairs) { return as_floats(pairs << 16); }
 ALWAYS F high(U pairs) { return as_floats(pairs & 0xffff0000u); }
 
+// The first of two bfloat16 in the lower lanes, the second in the upper ones; `pairs` is the same in all.
+ALWAYS F halves(U pairs) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  constexpr U bytes{0x01008080, 0x01008080, 0x01008080, 0x01008080, 0x03028080, 0x03028080, 0x03028080, 0x03028080};
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(pairs), reinterpret_cast<__m256i>(bytes)));
+#else
+  return as_floats(kNumbers < kLanes / 2 ? pairs << 16 : pairs & 0xffff0000u);
+#endif
+}
+
+// Each half of a unit, 16 bits without a sign, shifted to the right.
+template <int kBits>
+ALWAYS U shift_halves(U pairs) {
+  typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
+  return reinterpret_cast<U>(reinterpret_cast<Halves>(pairs) >> kBits);
+}
+
 // Two signed 16-bit integers in a unit: the sum of the products of both.
 ALWAYS I multiply_pairs(U a, U b) {
 #if defined(__AVX512BW__)

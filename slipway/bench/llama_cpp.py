@@ -24,7 +24,9 @@ from slipway.checkpoint import files
 
 SOURCE = "llama-cpp-python==0.3.36"
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-server", "llama-quantize")
-OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
+OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
+NATIVE = ("-DGGML_NATIVE=ON",)
+AVX2 = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")))
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -34,8 +36,13 @@ NAMES = {
 
 
 def environment(folder: Path) -> Path:
-    """The folder of llama.cpp's tools; built, some ten minutes on two cores, on the first call."""
-    binaries, source = folder / "build" / "bin", folder / "source"
+    """The folder of llama.cpp's tools; built, some ten minutes on two cores, on the first call.
+
+    With SLIPWAY_ISA=avx2, which holds our kernels to that instruction set, llama.cpp is built for it, too.
+    """
+    is_avx2 = os.environ.get("SLIPWAY_ISA") == "avx2"
+    build, source = folder / ("build-avx2" if is_avx2 else "build"), folder / "source"
+    binaries = build / "bin"
     if all((binaries / tool).exists() for tool in TOOLS):
         return binaries
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,10 +51,10 @@ def environment(folder: Path) -> Path:
     with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(source, filter="data")
     root = next(source.glob("*/vendor/llama.cpp"))
-    subprocess.run(["cmake", "-S", root, "-B", folder / "build", *OPTIONS], check=True, stdout=sys.stderr)
-    jobs = str(os.cpu_count())
-    build = ["cmake", "--build", str(folder / "build"), "-j", jobs, "--target", *TOOLS]
-    subprocess.run(build, check=True, stdout=sys.stderr)
+    options = (*OPTIONS, *(AVX2 if is_avx2 else NATIVE))
+    subprocess.run(["cmake", "-S", root, "-B", build, *options], check=True, stdout=sys.stderr)
+    command = ["cmake", "--build", str(build), "-j", str(os.cpu_count()), "--target", *TOOLS]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     return binaries
 
 
