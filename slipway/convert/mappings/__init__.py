@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slipway.convert.mappings import flax, gemma, hf, maxtext
+from slipway.convert.mappings import flax, gemma, hf, maxtext, tunix
 from slipway.convert.rules import TreeMapping, rules
 from slipway.errors import InvalidConfig
 
@@ -16,11 +16,12 @@ BUILT_IN: Mapping[str, Sequence[TreeMapping]] = {
     "maxtext": maxtext.MAPPINGS,
     "maxtext-interleaved": maxtext.given("interleaved"),
     "maxtext-halves": maxtext.given("halves"),
+    "tunix": (*tunix.MAPPINGS, *gemma.NNX),
     "nnx": (*flax.MAPPINGS, *gemma.NNX),
     "linen": (*flax.MAPPINGS, *gemma.LINEN),
     "hf": hf.DECODERS,
 }
-_TRIED = ("maxtext", "nnx", "linen", "hf")  # where the user names none
+_TRIED = ("maxtext", "tunix", "nnx", "linen", "hf")  # where the user names none
 _FIELDS = (
     "sizes",
     "parts",
@@ -49,6 +50,8 @@ def find(name: str | None, given: Mapping[str, Any]) -> list[TreeMapping]:
     found = list({mapping.name: mapping for group in groups for mapping in group}.values())
     if name in (None, "maxtext"):
         found = maxtext.chosen(found, given)
+    if name in (None, "tunix"):
+        found = tunix.noted(found, given)
     stated = given.get("model_type")
     return [mapping for mapping in found if stated is not None and mapping.config["model_type"] == stated] or found
 

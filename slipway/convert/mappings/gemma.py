@@ -1,7 +1,8 @@
-"""Gemma in the naming of Flax's public examples: examples/gemma (NNX) and the Linen trees that it reads.
+"""Gemma in the naming of Flax's public examples: examples/gemma (NNX), as in tunix, and the Linen trees that it reads.
 
 Decides names and axes only. Both store ``scale`` of a norm as Hugging Face does: what is multiplied is ``1 + scale``.
-Gemma 1 and 2; queries, keys and values are fused where heads and kv_heads are equal, keys and values otherwise.
+Gemma 1 and 2, and tunix's Gemma 3 for text; queries, keys and values are fused where heads and kv_heads are equal, keys
+and values otherwise.
 """
 
 from slipway.convert.mappings.flax import FIELDS
@@ -32,6 +33,11 @@ _NORMS = {
         ("post_ffw_norm.scale", "post_feedforward_layernorm.weight", "embed -> embed"),
     ),
 }
+_NORMS["gemma3_text"] = (
+    *_NORMS["gemma2"],
+    ("attn._query_norm.scale", "self_attn.q_norm.weight", "head_dim -> head_dim"),
+    ("attn._key_norm.scale", "self_attn.k_norm.weight", "head_dim -> head_dim"),
+)
 _NNX_MLP = (
     ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "embed mlp -> mlp embed"),
     ("mlp.up_proj.kernel", "mlp.up_proj.weight", "embed mlp -> mlp embed"),
@@ -41,7 +47,7 @@ _LINEN_MLP = (
     ("mlp.gating_einsum", "mlp.{gate_up}_proj.weight", "gate_up embed mlp -> gate_up mlp embed"),
     ("mlp.linear", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
 )
-_ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
+_ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
 
 def _mapping(kind: str, model_type: str, layers: str, mlp: tuple, fused: bool, post_attention: str) -> TreeMapping:
@@ -60,13 +66,21 @@ def _mapping(kind: str, model_type: str, layers: str, mlp: tuple, fused: bool, p
     )
 
 
+_EITHER = (True, False)  # equal heads are fused; unequal ones do not fit the first
 NNX = tuple(
-    _mapping("NNX", model_type, "layers.{layers}.", _NNX_MLP, fused, "post_attn_norm")
+    _mapping(
+        "NNX",
+        model_type,
+        "layers.{layers}.",
+        _NNX_MLP,
+        is_fused,
+        "post_attention_norm" if model_type == "gemma3_text" else "post_attn_norm",
+    )
     for model_type in _ARCHITECTURES
-    for fused in (True, False)  # equal heads are fused; unequal ones do not fit the first
+    for is_fused in _EITHER
 )
 LINEN = tuple(
-    _mapping("Linen", model_type, "layer_{layers}.", _LINEN_MLP, fused, "post_attention_norm")
-    for model_type in _ARCHITECTURES
-    for fused in (True, False)  # equal heads are fused; unequal ones do not fit the first
+    _mapping("Linen", model_type, "layer_{layers}.", _LINEN_MLP, is_fused, "post_attention_norm")
+    for model_type in ("gemma", "gemma2")
+    for is_fused in _EITHER
 )

@@ -5,6 +5,7 @@ whether the names are those of the architecture (conversion.py, hf_classes.py).
 """
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from slipway.checkpoint.shards import Spec
@@ -45,6 +46,20 @@ def is_declared(config: Mapping[str, Any]) -> bool:
         and config.get("architectures") in (None, mapping.config["architectures"])
         for mapping in DECODERS
     )
+
+
+class DeclaredNames:
+    """What tensors of the declared decoder of a config.json may be called, those that hold no weights included."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._mappings = [mapping for mapping in DECODERS if mapping.config["model_type"] == config.get("model_type")]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and any(
+            theirs.match(name, mapping.parts) is not None or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+            for mapping in self._mappings
+            for _, _, theirs in mapping.sides()
+        )
 
 
 def identity(specs: Mapping[str, Spec], note: str) -> TreeMapping:
