@@ -6,7 +6,7 @@ Not here: the names that a model declares (models/), and trees whose layout is n
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 
 from slipway.checkpoint.files import Checkpoint
 from slipway.errors import CheckpointError
@@ -18,7 +18,7 @@ _ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector
 _PEFT, _BASE = "base_model.model.", "model."
 
 
-def plain(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+def plain(names: Iterable[str], wanted: Container[str]) -> dict[str, str]:
     """Return, for each of ``names``, the name among ``wanted`` that it is below its wrappers; else the name itself.
 
     Also without the ``model.`` in front, as the base model of a causal language model is saved.
@@ -52,6 +52,11 @@ def unwrapped(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def _below(name: str, wanted: Collection[str]) -> str:
-    bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(_PEFT)
-    return next((guess for guess in (bare, _BASE + bare) if guess in wanted), name)
+def bare(name: str) -> str:
+    """Return the name without the parts that wrappers add to a path."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(_PEFT)
+
+
+def _below(name: str, wanted: Container[str]) -> str:
+    inner = bare(name)
+    return next((guess for guess in (inner, _BASE + inner) if guess in wanted), name)

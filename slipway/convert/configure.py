@@ -56,7 +56,7 @@ def _facts(plan: Plan, targets: Mapping[str, Spec]) -> Iterator[tuple[str, Any, 
     for axis, field in plan.mapping.fields.items():
         if axis in plan.sizes:
             yield field, plan.sizes[axis], f"axis {axis} of the tensors"
-    for head in plan.mapping.tied:
+    for head in plan.mapping.tied if not plan.unmatched else ():  # it may lie there under a name that is not known
         yield TIE, head not in targets, f"{head}, which is {'not ' if head not in targets else ''}there"
 
 

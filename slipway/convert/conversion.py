@@ -18,7 +18,7 @@ import numpy as np
 
 from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
-from slipway.convert import hf_classes, mappings, move, run
+from slipway.convert import hf_classes, mappings, move, run, wrapped
 from slipway.convert.archives import NpzSink
 from slipway.convert.configure import TIE, configure, known_sizes
 from slipway.convert.lora import Merge, read_adapter
@@ -49,9 +49,9 @@ class ConvertConfig:
     """What to convert, and how."""
 
     mapping: str | None = None
-    """maxtext, maxtext-interleaved, maxtext-halves, nnx, linen, hf, or a Python or YAML file with a mapping; by
-    default the one that fits. MaxText's Llama and Mistral turn pairs or halves of a head: maxtext follows config.json's
-    rope_type, the other two say it."""
+    """maxtext, maxtext-interleaved, maxtext-halves, tunix, nnx, linen, hf, or a Python or YAML file with a mapping;
+    by default the one that fits. MaxText's Llama and Mistral turn pairs or halves of a head: maxtext follows
+    config.json's rope_type, the other two say it."""
     allow_unknown_names: bool = False
     """Take a tree's names as Hugging Face's own although nothing here knows the architecture (mapping hf)."""
     config: Path | None = None
@@ -108,7 +108,7 @@ def convert(
     try:
         with new_directory(out_dir, options.resume):
             sink = _sink(conversion, out_dir, options)
-            written = run.execute(conversion.plan, source, sink, conversion.options, progress)
+            written = run.execute(conversion.plan, conversion.source, sink, conversion.options, progress)
             if options.to == "hf":
                 for name, value in conversion.plan.mapping.hf_constants.items():
                     sink.write(name, iter([(0, np.array([value]))]))
@@ -132,7 +132,12 @@ def prepare(
     """
     _check(options)
     given = dict(given if given is not None else read_config(options.config, source.path))
-    plan = _plan(source, options, given, candidates)
+    if not candidates and options.mapping in (None, *MAXTEXT, "hf") and hf.is_declared(given):
+        source = wrapped.declared(source, hf.DeclaredNames(given)) or source
+    plan, source = _plan(source, options, given, candidates)
+    if isinstance(source, wrapped.RenamedSource):
+        note = "; ".join(filter(None, (source.note, plan.mapping.note)))
+        plan = dataclasses.replace(plan, mapping=dataclasses.replace(plan.mapping, note=note))
     plan, tied = _without_tied(plan, given)
     targets = {name: Spec(_dtype(options.dtype, spec.dtype), spec.shape) for name, spec in plan.targets.items()}
     problems = _misfits(plan)
@@ -200,8 +205,11 @@ def _check(options: ConvertConfig) -> None:
 
 def _plan(
     source: Source, options: ConvertConfig, given: Mapping[str, Any], candidates: Sequence[TreeMapping] | None
-) -> Plan:
-    """Return the plan of the mapping that fits best: that which leaves the fewest tensors without a counterpart."""
+) -> tuple[Plan, Source]:
+    """Return the plan of the mapping that fits best: that which leaves the fewest tensors without a counterpart.
+
+    And the source, whose tensors it may read under other names.
+    """
     backward = options.to != "hf"
     name = options.mapping or {"hf": None, "maxtext": "maxtext"}.get(options.to, "hf")
     found = list(candidates or mappings.find(name, given))
@@ -214,7 +222,7 @@ def _plan(
     # By names first, so that the right mapping that meets a wrong shape stays the right one.
     best = min(plans, key=lambda plan: (len(plan.unmatched), _contradicts(plan, given), len(plan.problems)))
     if candidates or name not in (None, "hf") or not (best.unmatched or _contradicts(best, given)):
-        return best
+        return best, source
     return _own_names(best, source, options, given)
 
 
@@ -224,31 +232,37 @@ def _contradicts(plan: Plan, given: Mapping[str, Any]) -> bool:
     return any(given.get(f, settled.get(f)) != settled.get(f) for f in ("model_type", "architectures") if f in settled)
 
 
-def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mapping[str, Any]) -> Plan:
+def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mapping[str, Any]) -> tuple[Plan, Source]:
     """Return the plan that keeps every name, where the names are known to be the architecture's, else the nearest.
 
     ``best`` is the plan of the built-in mapping that fits best. Names that transformers' class does not load count as
-    tensors without a counterpart.
+    tensors without a counterpart. Where it loads all of them without their wrappers, the source is read so.
     """
     direction: Direction = "to_hf" if options.to == "hf" else "to_jax"
     if options.allow_unknown_names:
         note = "names: taken as they are, unchecked, as --allow-unknown-names says"
-        return resolve(hf.identity(source.specs, note), direction, source.specs, {})
+        return resolve(hf.identity(source.specs, note), direction, source.specs, {}), source
     if hf.is_declared(given):
-        return best
-    mapping = hf.identity(source.specs, "")
-    specs = {name.removeprefix(mapping.roots[0]): spec for name, spec in source.specs.items()}
-    found = hf_classes.compare(given, specs)
+        return best, source
+    found = _compared(source, given)
+    if found.differences and (bare := wrapped.bare(source)) and not (inner := _compared(bare, given)).differences:
+        source, found = bare, inner
     if found.unknown:
         unknown = f"mapping 'hf' was not tried: {found.unknown}; --allow-unknown-names takes names as they are"
-        return dataclasses.replace(best, problems=(unknown, *best.problems))
+        return dataclasses.replace(best, problems=(unknown, *best.problems)), source
     theirs = f"names that {found.class_name} of transformers loads"
-    mapping = dataclasses.replace(mapping, note=f"names: {theirs}")
+    mapping = hf.identity(source.specs, f"names: {theirs}")
     own = dataclasses.replace(resolve(mapping, direction, source.specs, {}), unmatched=found.differences)
     if own.fits or len(own.unmatched) <= len(best.unmatched):
-        return own
+        return own, source
     other = f"mapping 'hf' does not fit either: {len(own.unmatched)} differences from the {theirs}"
-    return dataclasses.replace(best, problems=(other, *best.problems))
+    return dataclasses.replace(best, problems=(other, *best.problems)), source
+
+
+def _compared(source: Source, given: Mapping[str, Any]) -> hf_classes.Comparison:
+    """Return how the source's names, without the root that all share, compare with those of transformers' class."""
+    root = hf.identity(source.specs, "").roots[0]
+    return hf_classes.compare(given, {name.removeprefix(root): spec for name, spec in source.specs.items()})
 
 
 def _misfits(plan: Plan) -> list[str]:
