@@ -1,7 +1,8 @@
 """Mappings of tunix's trees: Llama, Qwen2, Qwen3 and Qwen3-MoE. (Its Gemma trees are those of gemma.py.)
 
 Projections keep heads and head_dim as axes, biases are flat, experts are stacked along the first axis. Rotary
-embeddings turn halves of a head, as Hugging Face's do. Compared with trees and logits of tunix 0.1.7 (tests/data/tunix).
+embeddings turn halves of a head, as Hugging Face's do. Compared with trees and logits that tunix 0.1.7 made
+(tests/data/tunix).
 """
 
 import dataclasses
