@@ -6,7 +6,7 @@ Marks are found in the text, for what is one token to one model is five to anoth
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -63,6 +63,47 @@ def then(before: Reasoning, grammar: str, spelled: Callable[[str], list[str]]) -
     inner = json.loads(grammar)["grammars"]
     assert len(inner) == 1, "grammars are built as one"
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, inner[0] | {"name": "answer"}]})
+
+
+class ReasoningTokens:
+    """How many tokens of one output are reasoning: those between its marks, as they come."""
+
+    def __init__(self, reasoning: Reasoning, tokenizer: Tokenizer):
+        self._tokenizer, self._start, self._end = tokenizer, reasoning.start.encode(), reasoning.end.encode()
+        self._text = b""  # before: all of it; inside: what may hold the beginning of the end mark
+        self._sizes: deque[int] = deque()  # of the tokens inside ``_text``
+        self._state = "inside" if reasoning.opened else "before"
+        self.count = 0
+
+    def push(self, token_ids: Sequence[int]) -> None:
+        """Count new tokens."""
+        for token_id in token_ids:
+            if self._state == "after":
+                return
+            piece = self._tokenizer.token_bytes(token_id)
+            self._text += piece
+            if self._state == "before":
+                self._begin()
+            else:
+                self._sizes.append(len(piece))
+                self.count += 1
+                self._look()
+
+    def _begin(self) -> None:
+        text = self._text.lstrip()
+        if text.startswith(self._start):
+            self._state, self._text = "inside", text[len(self._start) :]
+        elif not self._start.startswith(text):
+            self._state = "after"  # it answers at once
+
+    def _look(self) -> None:
+        mark, end = self._text.find(self._end), len(self._text)
+        if mark >= 0:
+            self._state = "after"
+            while self._sizes and (end := end - self._sizes.pop()) >= mark:  # tokens of the mark itself
+                self.count -= 1
+        while self._sizes and len(self._text) - self._sizes[0] >= len(self._end):
+            self._text = self._text[self._sizes.popleft() :]
 
 
 class Thinking:

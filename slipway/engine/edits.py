@@ -12,7 +12,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
 from slipway.engine.request import Sequence
 from slipway.engine.scheduler import Chunk
-from slipway.errors import InvalidRequest
+from slipway.errors import InvalidRequest, Shown
 from slipway.tree import module
 
 Array = Any
@@ -48,7 +48,9 @@ class Rules:
         self.params, self._stop_ids = params, np.array(sorted(t for t in stop_ids if t < vocab_size), np.int64)
         for field, ids in (("allowed_token_ids", params.allowed_token_ids or ()), ("logit_bias", params.logit_bias)):
             if outside := [token for token in ids if token >= vocab_size]:
-                raise InvalidRequest(field, outside[0], f"token ids from 0 to {vocab_size - 1}")
+                raise InvalidRequest(
+                    field, Shown(", ".join(map(str, outside))), f"token ids from 0 to {vocab_size - 1}"
+                )
         if params.bad_words and tokenizer is None:
             raise InvalidRequest("bad_words", params.bad_words, "none without a tokenizer (skip_tokenizer_init)")
         spelled = [ids for word in params.bad_words for ids in _spellings(word, tokenizer)]

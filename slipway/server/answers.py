@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from slipway.codec.offsets import Offsets
+from slipway.codec.reasoning import ReasoningTokens
 from slipway.codec.tokenizer import Tokenizer
 from slipway.server.messages import Delta, Sample
 
@@ -27,19 +28,26 @@ class Usage:
 
     def __init__(self) -> None:
         self.prompt = self.completion = self.cached = 0
+        self.thinking: dict[int, ReasoningTokens] | None = None  # of chats: each sample's, empty without reasoning
 
     def add(self, delta: Delta) -> None:
         """Count what is new."""
         for sample in delta.samples:
             self.completion += len(sample.token_ids)
+            if self.thinking and sample.index in self.thinking:
+                self.thinking[sample.index].push(sample.token_ids)
         self.cached += delta.num_cached_tokens
 
     def shown(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        return {
+        found = {
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion, "prompt_tokens_details": {"cached_tokens": self.cached},
         }  # fmt: skip
+        if self.thinking is None:
+            return found
+        reasoning = sum(each.count for each in self.thinking.values())
+        return found | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
 class Shape:

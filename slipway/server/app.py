@@ -204,8 +204,15 @@ class App:
         if tokenizer is None or (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt", body.prompt, "either prompt or messages, and a tokenizer")
         if body.messages is not None:
-            options = {"add_generation_prompt": body.add_generation_prompt} | (body.chat_template_kwargs or {})
-            ids = (await self.service.conversation(body.messages, **options)).token_ids
+            if body.tools and "tools" not in self.service.chat_format(True)[0]:
+                raise InvalidRequest(
+                    "tools", Shown(f"{len(body.tools)} tools"), "none: the chat template knows no tools"
+                )
+            prompt = await self.service.conversation(
+                body.messages, body.chat_template_kwargs, add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message, tools=body.tools,
+            )  # fmt: skip
+            ids = prompt.token_ids
         else:
             ids = await asyncio.to_thread(tokenizer.encode, str(body.prompt), body.add_special_tokens)
         found: dict[str, Any] = {"tokens": ids, "count": len(ids), "token_strs": None}

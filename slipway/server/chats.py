@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+from slipway.codec.reasoning import ReasoningTokens
 from slipway.engine.params import check_logprobs
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
@@ -33,19 +34,17 @@ class Chats:
         body, service = self._body, self._service
         template, family = service.chat_format(bool(body.tools or body.functions))
         kwargs = (body.chat_template_kwargs or {}) | _effort(body, template)
-        for name in ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools"):
-            if name in kwargs:
-                raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
+        given: dict[str, Any] = {}
         if body.documents is not None:
             if "documents" not in template:
                 raise InvalidRequest("documents", body.documents, "none: this model's chat template knows no documents")
-            kwargs = kwargs | {"documents": body.documents}
+            given["documents"] = body.documents
         self.tools = Tools.read(body, family, template)
         if self.tools.listed:
-            kwargs = kwargs | {"tools": self.tools.listed}
+            given["tools"] = self.tools.listed
         self.prompt = await service.conversation(
-            body.messages, add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message, **kwargs,
+            body.messages, kwargs, add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message, **given,
         )  # fmt: skip
         if body.add_special_tokens and service.tokenizer is not None and self.prompt.text is not None:
             self.prompt = Prompt(service.tokenizer.encode(self.prompt.text), self.prompt.text)
@@ -70,6 +69,10 @@ class Chats:
             params = dataclasses.replace(params, structured_outputs=structure)
         reasoning = self.tools.reasoning(self.prompt.text or "", body.thinking_token_budget)
         params = dataclasses.replace(params, reasoning=reasoning)
+        tokenizer = service.tokenizer
+        self.usage.thinking = {
+            i: ReasoningTokens(reasoning, tokenizer) for i in range(params.n) if reasoning and tokenizer is not None
+        }
         if self.tools.family.keeps_special and self.tools.schemas:
             params = dataclasses.replace(params, skip_special_tokens=False)
         self.params = bounded(params, [self.prompt], service)

@@ -128,7 +128,7 @@ class Sampling(msgspec.Struct, kw_only=True):
         if self.seed is not None:
             fields["seed"] = self.seed % 2**32  # OpenAI's are 64 bits wide, and may be negative
         if self.logit_bias is not None:
-            fields["logit_bias"] = {_token(key): value for key, value in self.logit_bias.items()}
+            fields["logit_bias"] = _by_token(self.logit_bias)
         return SamplingParams(**fields, logprobs=logprobs, structured_outputs=self.structure())
 
     @property
@@ -245,7 +245,7 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         given = {ours: value for name, ours in NATIVE.items() if (value := getattr(self, name)) is not None}
         fields = {"max_tokens": 128} | dict(defaults) | given
         if self.logit_bias is not None:
-            fields["logit_bias"] = {_token(key): value for key, value in self.logit_bias.items()}
+            fields["logit_bias"] = _by_token(self.logit_bias)
         asked = {ours: value for name, ours in NATIVE_STRUCTURES.items() if (value := getattr(self, name)) is not None}
         if asked.get("json") == "$$ANY$$":  # SGLang's way to say: any object
             asked = asked | {"json": None, "json_object": True}
@@ -290,7 +290,11 @@ class Generate(msgspec.Struct, kw_only=True):
 class Embedding(msgspec.Struct, kw_only=True):
     """POST /v1/embeddings."""
 
-    input: Texts
+    input: Texts | None = None
+    messages: list[dict[str, Any]] | None = None  # a conversation, in place of input
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Int | None = None
@@ -306,7 +310,8 @@ class Embedding(msgspec.Struct, kw_only=True):
 
     def names(self) -> dict[str, str]:
         """Return the body's names of fields by the engine's."""
-        return {"prompt_token_ids": "input", "prompt": "input"}
+        field = "input" if self.messages is None else "messages"
+        return {"prompt_token_ids": field, "prompt": field}
 
 
 Document = str | dict[str, Any]  # a text, {"text": ...}, or {"content": [text parts]}
@@ -362,6 +367,8 @@ class Tokenize(msgspec.Struct, kw_only=True):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -443,7 +450,9 @@ def _response_format(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [("response_format.json_schema.schema", {"json": held["schema"]})]
 
 
-def _token(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 10:
-        raise InvalidRequest("logit_bias", text, "token ids as text")
-    return int(text)
+def _by_token(bias: dict[str, float]) -> dict[int, float]:
+    """Return ``logit_bias`` by token. Raises InvalidRequest with every key that is no token id."""
+    wrong = [key for key in bias if not key.isascii() or not key.isdigit() or len(key) > 10]
+    if wrong:
+        raise InvalidRequest("logit_bias", Shown(", ".join(map(repr, wrong))), "token ids as text")
+    return {int(key): value for key, value in bias.items()}

@@ -26,6 +26,7 @@ from slipway.server.trial import Trial
 
 logger = logging.getLogger(__name__)
 TEMPLATE_TIMEOUT_S = 10.0
+TEMPLATE_FIELDS = ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools")
 PREFIX_TOKENS, PREFIX_DEPTH, PREFIXES = 64, 8, 4096  # by which a replica is found that has seen a prompt's beginning
 RETRY_AFTER_S = 1.0
 
@@ -204,8 +205,17 @@ class Service:
             if len(prompt.token_ids) >= limit:
                 raise ContextTooLong(field, f"{len(prompt.token_ids)} tokens", limit)
 
-    async def conversation(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
-        """Render a conversation by its chat template. Raises InvalidRequest, too, if that takes too long."""
+    async def conversation(
+        self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> Prompt:
+        """Render a conversation by its chat template, with ``chat_template_kwargs``.
+
+        Raises InvalidRequest, too, if that takes too long, and for ``kwargs`` that are fields of the body.
+        """
+        for name in TEMPLATE_FIELDS:
+            if kwargs and name in kwargs:
+                raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
+        options = {**(kwargs or {}), **options}
         if (tokenizer := self.tokenizer) is None:
             raise InvalidRequest("messages", messages, "a model with a tokenizer")
         chat = self._templates.choose(bool(options.get("tools")))

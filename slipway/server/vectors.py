@@ -27,8 +27,16 @@ class Vectors:
 
     async def embeddings(self, body: schema.Embedding, place: Place) -> dict[str, Any]:
         """OpenAI's list of embeddings."""
-        cut = body.truncate_prompt_tokens, body.truncation_side
-        prompts = await self._service.prompts(body.input, "input", *cut)
+        cut, given = (body.truncate_prompt_tokens, body.truncation_side), body.input
+        if (given is None) == (body.messages is None):
+            raise InvalidRequest("input", body.input, "either input or messages")
+        if body.messages is not None:
+            conversation = await self._service.conversation(
+                body.messages, body.chat_template_kwargs, add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+            )  # fmt: skip
+            given = [conversation.token_ids]
+        prompts = await self._service.prompts(given, body.names()["prompt"], *cut)
         vectors = await self._hidden(place, prompts, body.pooling, body.priority)
         if body.dimensions is not None:
             if not 1 <= body.dimensions <= vectors.shape[1]:

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from slipway.codec.grammar import Grammars, StructuredOutputs
-from slipway.codec.reasoning import Reasoning
+from slipway.codec.reasoning import Reasoning, ReasoningTokens
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 from slipway.llm import NANO
@@ -226,3 +226,24 @@ def test_reasoning_that_is_none_is_refused():
         with pytest.raises(InvalidRequest) as caught:
             Reasoning(**{"start": "<think>", "end": "</think>", "opened": True} | fields)
         assert caught.value.field == field
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_tokens_of_reasoning_are_those_between_its_marks(kind, opened, size):
+    def encoded(text):
+        return TOKENIZERS[kind].encode(text, add_special_tokens=False)
+
+    thought = encoded("a long < thought </th, not its end")
+    ids = [*(() if opened else encoded("<think>")), *thought, *encoded("</think>"), *encoded("an answer </think> x")]
+    counter = ReasoningTokens(Reasoning(start="<think>", end="</think>", opened=opened), TOKENIZERS[kind])
+    for first in range(0, len(ids), size):
+        counter.push(ids[first : first + size])
+    assert counter.count == len(thought)
+
+
+def test_an_answer_without_reasoning_has_no_tokens_of_it():
+    counter = ReasoningTokens(Reasoning(start="<think>", end="</think>", opened=False), TEXTS)
+    counter.push(TEXTS.encode("<thin answer</think>", add_special_tokens=False))
+    assert counter.count == 0

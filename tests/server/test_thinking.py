@@ -75,6 +75,20 @@ def test_a_budget_ends_the_reasoning(server, budget):
     assert all(each["token_ids"][budget : budget + len(END)] == END for each in sampled["choices"])
 
 
+@pytest.mark.parametrize("budget", [0, 1, 7, 20])
+def test_usage_counts_the_tokens_of_reasoning(server, budget):
+    fields = {"thinking_token_budget": budget, "temperature": 1.0, "seed": 3, "n": 3}
+    whole = ask(server, **fields)["usage"]
+    assert whole["completion_tokens_details"] == {"reasoning_tokens": 3 * budget}
+    asked = OPENED | {"max_tokens": 40} | fields
+    streamed = events(server.post("/v1/chat/completions", **asked, stream=True, stream_options={"include_usage": True}))
+    assert streamed[-1]["usage"] == whole
+    cut = ask(server, max_tokens=12)["usage"]
+    assert cut["completion_tokens_details"]["reasoning_tokens"] == cut["completion_tokens"] == 12, "it never ended"
+    none = ask(server, chat_template_kwargs={"enable_thinking": False})["usage"]
+    assert none["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
 def test_reasoning_is_apart_or_stays_where_it_is(server):
     fields = {"thinking_token_budget": 8, "structured_outputs": {"choice": ["yes"]}}
     apart, together = message(server, **fields), message(server, separate_reasoning=False, **fields)
@@ -126,3 +140,20 @@ def test_a_budget_is_a_number(server):
     for bad in (-1, 2**40, "x"):
         answer = server.post("/v1/chat/completions", **OPENED, thinking_token_budget=bad)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking_token_budget", answer.text
+
+
+def test_tokens_of_a_conversation_with_tools(server, _server):
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    asked = {"messages": CHAT, "tools": [tool]}
+    refused = _server.post("/tokenize", **asked)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools", "its template knows none"
+    ids = server.post("/tokenize", **asked).json()["tokens"]
+    prompt = server.post("/v1/chat/completions", **asked, max_tokens=1, return_token_ids=True).json()[
+        "prompt_token_ids"
+    ]
+    assert ids == prompt and ids != server.post("/tokenize", messages=CHAT).json()["tokens"]
+    last = [*CHAT, {"role": "assistant", "content": "def"}]
+    left_open = {"messages": last, "add_generation_prompt": False, "continue_final_message": True}
+    assert TOKENIZER.decode(server.post("/tokenize", **left_open).json()["tokens"]).endswith("def")
+    twice = server.post("/tokenize", messages=CHAT, chat_template_kwargs={"tools": []})
+    assert twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.tools"

@@ -330,3 +330,27 @@ def test_embeddings_are_what_was_asked_for(server):
     for field, value in (("embed_dtype", "float16"), ("endianness", "big")):
         refused = server.post("/v1/embeddings", input="a list", encoding_format="base64", **{field: value})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == field, "never other bytes, silently"
+
+
+def test_every_bad_key_of_logit_bias_is_named(server):
+    for bias in ({"one": 1, "7": 1, "-2": 1}, {"99998": 1, "7": 1, "99999": 1}):
+        answer = server.post("/v1/completions", prompt=PROMPT, logit_bias=bias)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == "logit_bias"
+        assert all((key in error["message"]) == (key != "7") for key in bias if key != "7"), error
+
+
+def test_a_conversation_is_embedded_as_its_prompt(server):
+    ids = server.post("/tokenize", messages=CHAT, add_generation_prompt=False).json()["tokens"]
+
+    def embedded(**fields):
+        return server.post("/v1/embeddings", **fields)
+
+    assert embedded(messages=CHAT).json()["data"] == embedded(input=ids).json()["data"]
+    opened = server.post("/tokenize", messages=CHAT).json()["tokens"]
+    assert opened != ids
+    assert embedded(messages=CHAT, add_generation_prompt=True).json()["data"] == embedded(input=opened).json()["data"]
+    for fields in ({}, {"input": "a", "messages": CHAT}):
+        refused = embedded(**fields)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "input"
+    assert embedded(messages=[]).json()["error"]["param"] == "messages"
