@@ -27,6 +27,7 @@ from slipway.errors import CheckpointError
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NPZ = "params.npz"
 _CHUNKED = "__msgpack_chunked_array__"
+_ELSEWHERE = ("PLACEHOLDER://", "//GDAPlaceholder:", "//MPAArrayPlaceholder:")  # in old trees of Orbax and of Flax
 KeyPath = tuple[str, ...]  # the keys that lead to an array
 
 
@@ -48,6 +49,7 @@ class ArchiveSource:
     regions: Mapping[str, Region]
     buffer: mmap.mmap
     read: Any = None  # name in the file -> array, for those that cannot be mapped
+    elsewhere: tuple[str, ...] = ()  # leaves that the file names, and that lie beside it
 
     mapped = True
     stamp = ""
@@ -147,18 +149,28 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: 
 def open_msgpack(path: Path) -> ArchiveSource:
     """What ``flax.serialization.to_bytes`` and ``msgpack_serialize`` write; their lists have string keys.
 
+    Or a stream of pairs: the keys that lead to an array, and its bytes as ``to_bytes`` writes them (EasyLM).
     Format: https://github.com/msgpack/msgpack/blob/master/spec.md; Flax's extension 1 is an array as (shape, dtype,
     bytes), 3 a NumPy scalar, and arrays above 1 GB are mappings of pieces. Raises CheckpointError.
     """
     buffer = _map(path)
     regions: dict[KeyPath, Region] = {}
     try:
-        end = _walk(buffer, 0, (), regions)
+        kind, size, start = _head(buffer, 0)
+        if (kind, size) == ("array", 2) and _head(buffer, start)[0] in ("array", "str"):
+            end = 0
+            while end < len(buffer):
+                end = _walk_pair(buffer, end, regions)
+        else:
+            end = _walk(buffer, 0, (), regions)
         if end != len(buffer):
             raise ValueError(f"{len(buffer) - end} bytes behind the tree")
     except (ValueError, IndexError, struct.error, TypeError) as error:
         raise CheckpointError(path, [f"not Flax msgpack, or truncated: {error}"]) from error
-    return ArchiveSource(path, _named(regions), buffer, lambda number: np.asarray(int(number)))  # a Python integer
+    named = _named(regions)
+    elsewhere = tuple(name for name, region in named.items() if region.load.startswith(_ELSEWHERE))
+    held = {name: region for name, region in named.items() if name not in elsewhere}
+    return ArchiveSource(path, held, buffer, lambda number: np.asarray(int(number)), elsewhere)  # a Python integer
 
 
 _SIZED = {  # first byte: kind, struct of the size
@@ -215,9 +227,33 @@ def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -
         for i in range(size):
             start = _walk(buffer, start, (*path, str(i)), regions)
         return start
+    if kind == "str" and (text := bytes(buffer[start : start + size]).decode()).startswith(_ELSEWHERE):
+        regions[path] = Region(Spec(np.dtype(np.void), ()), load=text)
     if kind == "value" and isinstance(size, int) and not isinstance(size, bool):
         regions[path] = Region(Spec(np.dtype(np.int64), ()), load=str(size))
     return start if kind == "value" else start + size
+
+
+def _walk_pair(buffer: Any, at: int, regions: dict[KeyPath, Region]) -> int:
+    """Note the array of one pair of a stream; where the next pair starts."""
+    kind, size, start = _head(buffer, at)
+    if (kind, size) != ("array", 2):
+        raise ValueError(f"no pair of keys and bytes at byte {at}")
+    kind, size, first = _head(buffer, start)
+    if kind == "array":
+        keys = []
+        for _ in range(size):
+            key, first = _string(buffer, first)
+            keys.append(key)
+    else:
+        key, first = _string(buffer, start)
+        keys = key.split("/")
+    kind, size, start = _head(buffer, first)
+    if kind != "bin" or tuple(keys) in regions:
+        raise ValueError(f"{'.'.join(keys)}: {'named twice' if kind == 'bin' else 'no bytes'} at byte {first}")
+    if _walk(buffer, start, tuple(keys), regions) != start + size:
+        raise ValueError(f"{'.'.join(keys)}: more than one array at byte {start}")
+    return start + size
 
 
 def _string(buffer: Any, at: int) -> tuple[str, int]:

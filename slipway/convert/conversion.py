@@ -262,7 +262,8 @@ def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mappin
 def _compared(source: Source, given: Mapping[str, Any]) -> hf_classes.Comparison:
     """Return how the source's names, without the root that all share, compare with those of transformers' class."""
     root = hf.identity(source.specs, "").roots[0]
-    return hf_classes.compare(given, {name.removeprefix(root): spec for name, spec in source.specs.items()})
+    inside = {name.removeprefix(root): spec for name, spec in source.specs.items() if name.startswith(root)}
+    return hf_classes.compare(given, inside)
 
 
 def _misfits(plan: Plan) -> list[str]:

@@ -1,5 +1,7 @@
 """Decides which format a path holds, by what lies there, not by its name alone. Knows the readers, no rules."""
 
+import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -9,10 +11,13 @@ from slipway.checkpoint import files
 from slipway.convert import remote
 from slipway.convert.archives import open_h5, open_msgpack, open_npz
 from slipway.convert.orbax import is_orbax, open_orbax
-from slipway.convert.source import SafetensorsSource, Source
+from slipway.convert.source import JoinedSource, SafetensorsSource, Source
 from slipway.errors import CheckpointError
 
 _ARCHIVES = ("params.npz", "model.npz", "flax_model.msgpack")  # in a directory
+_INDEX = "flax_model.msgpack.index.json"  # of a model that transformers' Flax classes saved in shards
+_AGGREGATE = "checkpoint"  # Flax's and Orbax's file of a tree, as far as its arrays do not lie beside it
+_NUMBERED = re.compile(r"checkpoint_(\d+)")
 _HDF5, _ZIP = b"\x89HDF", b"PK\x03\x04"
 
 
@@ -36,11 +41,14 @@ def open_source(location: str | Path) -> Source:
             names = ", ".join(file.name for file in held)
             raise CheckpointError(location, [f"several checkpoints in this directory: {names}; give one by its path"])
         return _open_file(held[0])
+    if (path / _INDEX).is_file():
+        return _open_shards(path)
+    if (newest := _newest(path)) is not None:
+        return _open_aggregate(newest) if newest.is_dir() else _open_file(newest)
     if is_orbax(path):
         return open_orbax(path)
-    expected = (
-        "Orbax, safetensors, params.npz, model.npz, flax_model.msgpack; or a .msgpack, .npz, .h5 or .safetensors file"
-    )
+    known = ", ".join(("Orbax", "safetensors", *_ARCHIVES, "checkpoint_N"))
+    expected = f"{known}; or a .msgpack, .npz, .h5 or .safetensors file"
     raise CheckpointError(location, [f"no checkpoint found in this directory; expected {expected}"])
 
 
@@ -72,4 +80,48 @@ def _open_file(path: Path) -> Source:
         return open_h5(path)
     if head == _ZIP or path.suffix == ".npz":
         return open_npz(path)
-    return open_msgpack(path)
+    archive = open_msgpack(path)
+    if archive.elsewhere:
+        more = f"{archive.elsewhere[0]} and {len(archive.elsewhere) - 1} others lie beside this file"
+        raise CheckpointError(path, [f"{more}: give the directory, as it was written"])
+    return archive
+
+
+def _open_shards(path: Path) -> Source:
+    """Open the shards of transformers' Flax classes, which the index lists. Raises CheckpointError."""
+    try:
+        files_of = json.loads((path / _INDEX).read_bytes())["weight_map"]
+        names = {key.replace("/", "."): str(file) for key, file in files_of.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(path, [f"{_INDEX}: no JSON with a weight_map: {error}"]) from error
+    if missing := sorted(file for file in set(names.values()) if not (path / file).is_file()):
+        raise CheckpointError(path, [f"{file}: missing; {_INDEX} names it" for file in missing])
+    source = JoinedSource.of(path, [_open_file(path / file) for file in sorted(set(names.values()))])
+    problems = [f"{name}: {_INDEX} names it, no shard holds it" for name in sorted(names.keys() - source.specs.keys())]
+    problems += [f"{name}: in a shard, not in {_INDEX}" for name in sorted(source.specs.keys() - names.keys())]
+    if problems:
+        raise CheckpointError(path, problems)
+    return source
+
+
+def _newest(path: Path) -> Path | None:
+    """Return what ``flax.training.checkpoints`` and old releases of Orbax left: a file, or a folder with an aggregate.
+
+    ``path`` is that folder, or holds numbered ones; None for anything else.
+    """
+    if (path / _AGGREGATE).is_file():
+        return path
+    steps = {int(found[1]): entry for entry in path.iterdir() if (found := _NUMBERED.fullmatch(entry.name))}
+    newest = steps[max(steps)] if steps else path
+    return newest if newest.is_file() or (newest / _AGGREGATE).is_file() else None
+
+
+def _open_aggregate(folder: Path) -> Source:
+    """Open an aggregate, and the arrays that it only names. Raises CheckpointError, listing those that are missing."""
+    archive = open_msgpack(folder / _AGGREGATE)
+    if not archive.elsewhere:
+        return archive
+    beside = open_orbax(folder)
+    if missing := [name for name in archive.elsewhere if name not in beside.specs]:
+        raise CheckpointError(folder, [f"{name}: {_AGGREGATE} names it, no array of this name" for name in missing])
+    return JoinedSource.of(folder, [archive, beside])

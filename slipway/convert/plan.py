@@ -142,7 +142,13 @@ def _resolve(
 ) -> Plan:
     constants = mapping.jax_constants if direction == "to_hf" else mapping.hf_constants
     ignored = tuple(
-        name for name in sources if name in constants or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+        name
+        for name, spec in sources.items()
+        if name in constants
+        or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+        or (
+            direction == "to_hf" and spec.shape == () and not name.startswith(root)
+        )  # a step, a rate beside the weights
     )
     kept = {name: spec for name, spec in sources.items() if name not in ignored}
     turn = 1 if direction == "to_hf" else -1

@@ -118,6 +118,51 @@ class MemorySource:
         """Nothing: the arrays are the caller's."""
 
 
+@dataclasses.dataclass(frozen=True)
+class JoinedSource:
+    """Several sources that hold parts of one tree, which lies at ``path``."""
+
+    path: Path
+    parts: Mapping[str, Source]  # each tensor's own
+
+    stamp = ""
+
+    @staticmethod
+    def of(path: Path, sources: Iterable[Source]) -> "JoinedSource":
+        """Raises CheckpointError for a tensor that two of them hold."""
+        parts: dict[str, Source] = {}
+        for source in sources:
+            if twice := sorted(parts.keys() & source.specs.keys()):
+                where = f"in {parts[twice[0]].location} and in {source.location}"
+                raise CheckpointError(path, [f"{name}: {where}" for name in twice])
+            parts |= dict.fromkeys(source.specs, source)
+        return JoinedSource(path, parts)
+
+    @property
+    def location(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether all parts are views of files."""
+        return all(source.mapped for source in self.parts.values())
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every tensor's dtype and shape."""
+        specs = {id(source): source.specs for source in self.parts.values()}
+        return {name: specs[id(source)][name] for name, source in self.parts.items()}
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
+        """Open the tensor where it lies."""
+        return self.parts[name].open(name)
+
+    def drop(self, name: str) -> None:
+        """Give back what reading has made resident."""
+        self.parts[name].drop(name)
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """Return the leaves of nested mappings, sequences and NNX states under dotted names, without Nones.
 

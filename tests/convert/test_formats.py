@@ -3,10 +3,12 @@
 tests/data/maxtext holds trees that MaxText made from the hf_* directories beside them.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 import h5py
+import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -21,6 +23,50 @@ from slipway.convert.source import MemorySource, flatten
 from tests.convert.twins import MAXTEXT, assert_same, flax_tree, tensors
 
 pytestmark = pytest.mark.host
+
+
+def write_flax(flat: dict, form: str, path: Path) -> Path:
+    """What Flax's own tools, transformers' Flax classes and others' streams leave at a path."""
+
+    def nested(arrays):
+        return unflatten_dict({tuple(name.split(".")): x for name, x in arrays.items()})
+
+    def scaled(factor):
+        return nested({name: x * x.dtype.type(factor) for name, x in flat.items()})
+
+    match form:
+        case "pairs":
+            pairs = [(("params", *name.split(".")), serialization.to_bytes(x)) for name, x in flat.items()]
+            path.write_bytes(b"".join(map(msgpack.packb, pairs)))
+        case "pairs of paths":
+            pairs = [(name.replace(".", "/"), serialization.to_bytes(x)) for name, x in flat.items()]
+            path.write_bytes(b"".join(map(msgpack.packb, pairs)))
+        case "numbered files":
+            path.mkdir()
+            for step, factor in ((9, 0), (10, 1)):
+                held = {"params": scaled(factor), "step": step, "epoch": np.int32(2), "rate": np.float32(0.5)}
+                (path / f"checkpoint_{step}").write_bytes(serialization.msgpack_serialize(held))
+        case "numbered aggregates":
+            for step, factor in ((9, 0), (10, 1)):
+                (path / f"checkpoint_{step}").mkdir(parents=True)
+                file = path / f"checkpoint_{step}" / "checkpoint"
+                file.write_bytes(serialization.msgpack_serialize({"params": scaled(factor), "step": step}))
+        case "aggregate beside arrays":
+            large = {name: x for name, x in flat.items() if x.ndim > 1}
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)) as checkpointer:
+                checkpointer.save(path.absolute(), {f"params.{name}": x for name, x in large.items()})
+            (path / "_METADATA").unlink()
+            named = {name: f"PLACEHOLDER://params.{name}" if name in large else x for name, x in flat.items()}
+            (path / "checkpoint").write_bytes(serialization.msgpack_serialize({"params": nested(named)}))
+        case "shards":
+            path.mkdir()
+            files = {name: f"flax_model-{i % 2 + 1:05d}-of-00002.msgpack" for i, name in enumerate(flat)}
+            for file in set(files.values()):
+                part = {name: x for name, x in flat.items() if files[name] == file}
+                (path / file).write_bytes(serialization.to_bytes(nested(part)))
+            index = {"metadata": {}, "weight_map": {name.replace(".", "/"): file for name, file in files.items()}}
+            (path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+    return path
 
 
 def write(tree: dict, form: str, folder: Path) -> Path:
@@ -39,6 +85,15 @@ def write(tree: dict, form: str, folder: Path) -> Path:
         case "safetensors":
             shards.write_safetensors(folder / "t.safetensors", flat)
             return folder / "t.safetensors"
+        case (
+            "pairs" | "pairs of paths" | "numbered files" | "numbered aggregates" | "aggregate beside arrays" | "shards"
+        ):
+            return write_flax(flat, form, folder / "t")
+        case "orbax scalars":
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                held = {"params": tree, "epoch": np.int32(3), "rate": 0.5, "step": 7, "best": {"loss": np.float32(1.5)}}
+                checkpointer.save((folder / "t").absolute(), held)
+            return folder / "t"
         case "orbax standard":
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((folder / "t").absolute(), tree)
@@ -63,7 +118,8 @@ def write(tree: dict, form: str, folder: Path) -> Path:
 
 FORMS = [
     "npz", "npz compressed", "msgpack", "safetensors", "orbax standard", "orbax without ocdbt", "orbax zarr3",
-    "orbax manager",
+    "orbax manager", "orbax scalars", "pairs", "pairs of paths", "numbered files", "numbered aggregates",
+    "aggregate beside arrays", "shards",
 ]  # fmt: skip
 
 
@@ -175,3 +231,55 @@ def test_random_number_state_in_a_maxtext_tree_is_left_out(root, tmp_path):
         arrays[f"{root}decoder.{name}"] = np.zeros(2, np.uint32)
     convert(MemorySource(arrays), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
+
+
+PAIR = msgpack.packb((["a"], serialization.to_bytes(np.ones(2))))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (msgpack.packb((["a"], b"")), "not Flax msgpack"),
+        (PAIR * 2, "named twice"),
+        (msgpack.packb((["a"], serialization.to_bytes(np.ones(2)) + b"\x01")), "more than one array"),
+        (msgpack.packb((["a"], "text")), "no bytes"),
+        (PAIR + msgpack.packb(7), "no pair"),
+        (PAIR[:-3], "not Flax msgpack"),
+    ],
+    ids=["empty", "twice", "longer", "text", "no pair", "torn"],
+)
+def test_a_stream_that_is_torn(content, told, tmp_path):
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(errors.CheckpointError, match=told):
+        open_source(tmp_path / "t")
+
+
+def test_parts_that_are_missing_are_named(tmp_path):
+    tree = flax_tree("hf_qwen3", tmp_path / "flax")
+    for form in ("aggregate beside arrays", "shards"):
+        folder = tmp_path / form
+        folder.mkdir()
+        path = write(tree, form, folder)
+        if form == "shards":
+            (path / "flax_model-00002-of-00002.msgpack").unlink()
+            told = "flax_model-00002-of-00002.msgpack: missing"
+        else:
+            with pytest.raises(errors.CheckpointError, match="beside this file: give the directory"):
+                open_source(path / "checkpoint")
+            shutil.rmtree(path / "params.embed_tokens.embedding")
+            told = r"params\.embed_tokens\.embedding: checkpoint names it"
+        with pytest.raises(errors.CheckpointError, match=told):
+            open_source(path)
+
+
+def test_shards_and_their_index_hold_the_same_names(tmp_path):
+    path = write(flax_tree("hf_qwen3", tmp_path / "flax"), "shards", tmp_path)
+    index = json.loads((path / "flax_model.msgpack.index.json").read_text())
+    name, file = index["weight_map"].popitem()
+    (path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+    with pytest.raises(errors.CheckpointError, match=f"{name.replace('/', '.')}: in a shard"):
+        open_source(path)
+    index["weight_map"] |= {name: file, "more/kernel": file}
+    (path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+    with pytest.raises(errors.CheckpointError, match=r"more\.kernel: .* no shard holds it"):
+        open_source(path)

@@ -156,3 +156,15 @@ def test_without_transformers_the_error_says_what_is_not_installed(package, monk
         convert(open_source(directory), tmp_path / "out", ConvertConfig())
     convert(open_source(directory), tmp_path / "out", ConvertConfig(allow_unknown_names=True))
     assert_same(tensors(tmp_path / "out"), tensors(directory))
+
+
+@pytest.mark.parametrize("root", ["params.", "params.params."])
+def test_scalars_beside_the_weights_are_left_out(root, tmp_path):
+    directory = saved("BertForMaskedLM", tmp_path / "hf")
+    tree = {root + name: x for name, x in tensors(directory).items()}
+    beside = {"epoch": np.int32(3), "best.loss": np.float32(0.5)}
+    conversion, _ = convert(MemorySource(tree | beside), tmp_path / "out", ConvertConfig(config=directory))
+    assert_same(tensors(tmp_path / "out"), tensors(directory))
+    assert {"epoch", "best.loss"} <= set(conversion.plan.ignored)
+    with pytest.raises(errors.CheckpointError, match=r"best\.loss"):
+        convert(MemorySource(tree | {"best.loss": numbers(2)}), tmp_path / "more", ConvertConfig(config=directory))

@@ -63,9 +63,14 @@ class DeclaredNames:
 
 
 def identity(specs: Mapping[str, Spec], note: str) -> TreeMapping:
-    """Return one rule for each tensor, under the root that all of them share."""
-    root = next(root for root in reversed(_ROOTS) if all(name.startswith(root) for name in specs))
-    keys = {name.removeprefix(root): " ".join(f"axis{i}" for i in range(len(s.shape))) for name, s in specs.items()}
+    """Return one rule for each tensor under the root that all share; scalars beside that root have none."""
+    arrays = [name for name, spec in specs.items() if spec.shape] or list(specs)
+    root = next(root for root in reversed(_ROOTS) if all(name.startswith(root) for name in arrays))
+    keys = {
+        name.removeprefix(root): " ".join(f"axis{i}" for i in range(len(spec.shape)))
+        for name, spec in specs.items()
+        if name.startswith(root)
+    }
     return TreeMapping(
         name="hf",
         rules=tuple(Rule(key, key, f"{axes} -> {axes}", optional=True) for key, axes in keys.items()),
