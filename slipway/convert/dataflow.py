@@ -374,14 +374,15 @@ class _Flow:
         return [made]
 
     def _scan(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-        over = known[consts + carries :]
+        body = eqn.params["jaxpr"].jaxpr  # its parameters' names differ between JAX's versions, ranks do not
+        carries, whole = _unstacked(eqn.outvars, body.outvars), _unstacked(eqn.invars, body.invars)
+        consts, over = whole - carries, known[whole:]
         for axes in over:
             if len(found := leaves(axes[0])) == 1:
                 found[0].is_scanned = True
-        inside = [*known[: consts + carries], *(axes[1:] for axes in over)]
+        inside = [*known[:whole], *(axes[1:] for axes in over)]
         results = self._call(eqn.params["jaxpr"], inside)
-        carried = [_unified(a, b) for a, b in zip(known[consts : consts + carries], results[:carries])]
+        carried = [_unified(a, b) for a, b in zip(known[consts:whole], results[:carries])]
         stack = fresh(eqn.params["length"], "constant")
         return [*carried, *([stack, *axes] for axes in results[carries:])]
 
@@ -396,6 +397,11 @@ class _Flow:
         for branch in branches[1:]:
             made = [_unified(a, b) for a, b in zip(made, branch)]
         return made
+
+
+def _unstacked(around: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many of a scan's variables are whole in each turn: the first ones."""
+    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(around, inside))
 
 
 def _piece(atom: Atom, size: int) -> Axis:
