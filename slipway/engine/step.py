@@ -32,9 +32,10 @@ from slipway.engine.memory import Populating
 
 logger = logging.getLogger(__name__)
 
-# docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
-    "cpu": {"xla_cpu_use_fusion_emitters": False},
+    # docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
+    # From JAX 0.11 on XLA refuses to be asked.
+    "cpu": {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {},
     # else TPU7x copies every weight into other tiles at every step: 7.8 GB a device for 32 B parameters on 8
     "tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},
 }
