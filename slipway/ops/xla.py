@@ -227,7 +227,8 @@ def log_normalizer(logits_BV, num_rows):
     """Return the largest logit of each row, and the log of the sum of exp(logit - largest).
 
     XLA's own reductions add in an order that depends on the number of rows. Here each row is cut into runs, and the
-    runs are added one after the other, element by element, so the order is that of the loop.
+    runs are added one after the other, element by element, so the order is that of the loop. From JAX 0.11 on, exp of
+    one element on a CPU may differ by an ulp between shapes.
     """
     del num_rows  # XLA computes every row
     largest_B = jnp.max(logits_BV, axis=-1)
