@@ -20,11 +20,12 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from slipway import expected_logits, flags
 from slipway.adapters.package import adapt
 from slipway.adapters.twin import Engine
+from slipway.adapters.twin import load as load_twin
 from slipway.bench.command import Bench
 from slipway.checkpoint import hub
 from slipway.checkpoint.quantize import Scheme
 from slipway.checkpoint.shards import write_json
-from slipway.convert.conversion import Conversion, ConvertConfig, convert, prepare
+from slipway.convert.conversion import Conversion, ConvertConfig, convert, prepare, read_config
 from slipway.convert.formats import open_source
 from slipway.convert.pack import pack
 from slipway.convert.run import Written
@@ -224,6 +225,9 @@ class Convert:
     expect: tuple[Path, Path] | None = None
     """IDS.npy LOGITS.npy: token ids (B, T) and the original model's logits (B, T, V) for them. The result is run on the
     ids and must give the same logits; with it comes --verify."""
+    twin: str | None = None
+    """FILE.py or FILE.py:CLASS: the torch class of the architecture, as for `slipway adapt`; the source's names are
+    kept where they are those that it loads."""
     expect_tolerance: float = 1e-3
     """Largest difference from --expect's logits, as a share of the largest of them (at least 1)."""
     options: OmitArgPrefixes[ConvertConfig] = ConvertConfig()
@@ -242,8 +246,9 @@ class Convert:
             raise InvalidConfig("expect_tolerance", self.expect_tolerance, "a number above 0")
         expected = expected_logits.read(*self.expect) if self.expect else None
         source = open_source(self.source)
+        twin = self._twin_class(source.path)
         if self.explain:
-            print(explain(prepare(source, self.options)))
+            print(explain(prepare(source, self.options, twin=twin)))
             return
         with Progress(*_PROGRESS) as bar:
             task = bar.add_task(f"{Path(self.source).name} -> {self.out_dir}", total=None)
@@ -251,6 +256,7 @@ class Convert:
                 source,
                 self.out_dir,
                 self.options,
+                twin=twin,
                 on_start=lambda size: bar.update(task, total=size),
                 progress=lambda size: bar.advance(task, size),
             )
@@ -259,6 +265,16 @@ class Convert:
             print(conversion.plan.mapping.note)
         if self.verify or expected:
             self._verify(conversion, written, expected)
+
+    def _twin_class(self, path: Path | None) -> Any:
+        if self.twin is None:
+            return None
+        options = self.options
+        if options.mapping not in (None, "hf") or options.to == "maxtext" or options.allow_unknown_names:
+            raise InvalidConfig(
+                "twin", self.twin, "neither --mapping, --to maxtext nor --allow-unknown-names beside it"
+            )
+        return load_twin(self.twin, read_config(options.config, path)).model_class
 
     def _verify(
         self, conversion: Conversion, written: list[Written], expected: expected_logits.Expected | None

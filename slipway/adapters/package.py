@@ -59,7 +59,7 @@ def adapt(model: str, twin_file: str, engine: Engine, out_dir: Path) -> Package:
     for a file that is no twin, CheckpointError with every tensor, parameter and computation that does not fit.
     """
     checkpoint = files.open_checkpoint(hub.resolve(model))
-    found = twin.load(twin_file, checkpoint)
+    found = twin.load(twin_file, checkpoint.config)
     asked = _ask(engine, found.architecture)
     if problems := [*twin.homes(found, checkpoint, engine), *probe.misfits(found, engine)]:
         raise CheckpointError(checkpoint.directory, problems)

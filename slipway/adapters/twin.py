@@ -72,12 +72,12 @@ def _failures() -> tuple[type[Exception], ...]:
     )  # fmt: skip
 
 
-def load(twin: str, checkpoint: Checkpoint) -> Twin:
-    """The twin that ``FILE`` or ``FILE:CLASS`` names, for a checkpoint; the class is else config.json's architecture.
+def load(twin: str, raw_config: Mapping[str, Any]) -> Twin:
+    """The twin that ``FILE`` or ``FILE:CLASS`` names, for a config.json, whose architecture is else the class.
 
     Raises UnsupportedModel for what config.json must say and does not, InvalidConfig for a file that is no twin.
     """
-    architecture, model_type = _named(checkpoint.config)
+    architecture, model_type = _named(raw_config)
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         raise InvalidConfig("twin", twin, f"{' and '.join(missing)} installed here, to make it")
     file, _, name = twin.partition(":")
@@ -85,7 +85,7 @@ def load(twin: str, checkpoint: Checkpoint) -> Twin:
     model_class = getattr(module, name or architecture, None)
     if model_class is None:
         raise InvalidConfig("twin", twin, f"a file that defines {name or architecture}")
-    base_class, config_class = _classes(Path(file).resolve(), model_class, checkpoint.config)
+    base_class, config_class = _classes(Path(file).resolve(), model_class, raw_config)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if config_class.model_type != model_type:
@@ -98,7 +98,7 @@ def load(twin: str, checkpoint: Checkpoint) -> Twin:
         if getattr(module, part.__name__, None) is not part:
             raise InvalidConfig("twin", twin, f"a file that defines {part.__name__} itself")
     path = Path(file).resolve()
-    return Twin(path, architecture, model_class, base_class, config_class, checkpoint.config)
+    return Twin(path, architecture, model_class, base_class, config_class, raw_config)
 
 
 def homes(twin: Twin, checkpoint: Checkpoint, engine: Engine) -> list[str]:

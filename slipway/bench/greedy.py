@@ -90,7 +90,7 @@ class GreedyBench(abc.ABC):
         import torch  # optional, like transformers: neither is needed to serve
 
         checkpoint = files.open_checkpoint(self.model)
-        found = twin.load(file, checkpoint)
+        found = twin.load(file, checkpoint.config)
         model = found.model_class(found.config()).float().eval()  # from_pretrained would empty buffers that no file has
         tensors = {name: torch.from_numpy(checkpoint.array(name).astype(np.float32)) for name in checkpoint.tensors}
         model.load_state_dict(tensors, strict=False)  # `adapt` has checked the names; those of tied ones may be absent

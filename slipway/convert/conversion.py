@@ -91,17 +91,19 @@ def convert(
     given: Mapping[str, Any] | None = None,
     candidates: Sequence[TreeMapping] | None = None,
     deltas: Mapping[str, Delta] | None = None,
+    twin: Any = None,
     on_start: Callable[[int], None] = lambda size_bytes: None,
     progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> tuple[Conversion, list[Written]]:
     """Convert ``source`` into ``out_dir``, which must be new, empty, or hold a conversion to resume.
 
     ``given`` are config.json's fields where they do not come from ``options.config``, ``candidates`` mappings that
-    are none of the built-in ones, ``deltas`` what to add to which target. ``on_start`` is told the bytes to write,
+    are none of the built-in ones, ``deltas`` what to add to which target, ``twin`` the torch class (a transformers
+    PreTrainedModel) whose names the source has. ``on_start`` is told the bytes to write,
     ``progress`` those of each tensor written. Raises InvalidConfig for an option, CheckpointError for everything else
     that does not fit, listing all of it.
     """
-    conversion = prepare(source, options, given, candidates, deltas)
+    conversion = prepare(source, options, given, candidates, deltas, twin)
     if conversion.problems:
         raise CheckpointError(source.location, [*conversion.problems, *_values(conversion)])
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
@@ -125,6 +127,7 @@ def prepare(
     given: Mapping[str, Any] | None = None,
     candidates: Sequence[TreeMapping] | None = None,
     deltas: Mapping[str, Delta] | None = None,
+    twin: Any = None,
 ) -> Conversion:
     """Find the mapping and resolve it; what does not fit is in the conversion's ``problems``.
 
@@ -134,7 +137,7 @@ def prepare(
     given = dict(given if given is not None else read_config(options.config, source.path))
     if not candidates and options.mapping in (None, *MAXTEXT, "hf") and hf.is_declared(given):
         source = wrapped.declared(source, hf.DeclaredNames(given)) or source
-    plan, source = _plan(source, options, given, candidates)
+    plan, source = _plan(source, options, given, candidates, twin)
     if isinstance(source, wrapped.RenamedSource):
         note = "; ".join(filter(None, (source.note, plan.mapping.note)))
         plan = dataclasses.replace(plan, mapping=dataclasses.replace(plan.mapping, note=note))
@@ -204,7 +207,11 @@ def _check(options: ConvertConfig) -> None:
 
 
 def _plan(
-    source: Source, options: ConvertConfig, given: Mapping[str, Any], candidates: Sequence[TreeMapping] | None
+    source: Source,
+    options: ConvertConfig,
+    given: Mapping[str, Any],
+    candidates: Sequence[TreeMapping] | None,
+    twin: Any,
 ) -> tuple[Plan, Source]:
     """Return the plan of the mapping that fits best: that which leaves the fewest tensors without a counterpart.
 
@@ -221,9 +228,10 @@ def _plan(
     ]
     # By names first, so that the right mapping that meets a wrong shape stays the right one.
     best = min(plans, key=lambda plan: (len(plan.unmatched), _contradicts(plan, given), len(plan.problems)))
-    if candidates or name not in (None, "hf") or not (best.unmatched or _contradicts(best, given)):
+    fits = not (best.unmatched or _contradicts(best, given))
+    if candidates or name not in (None, "hf") or (fits and twin is None):
         return best, source
-    return _own_names(best, source, options, given)
+    return _own_names(best, source, options, given, twin)
 
 
 def _contradicts(plan: Plan, given: Mapping[str, Any]) -> bool:
@@ -232,7 +240,9 @@ def _contradicts(plan: Plan, given: Mapping[str, Any]) -> bool:
     return any(given.get(f, settled.get(f)) != settled.get(f) for f in ("model_type", "architectures") if f in settled)
 
 
-def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mapping[str, Any]) -> tuple[Plan, Source]:
+def _own_names(
+    best: Plan, source: Source, options: ConvertConfig, given: Mapping[str, Any], twin: Any
+) -> tuple[Plan, Source]:
     """Return the plan that keeps every name, where the names are known to be the architecture's, else the nearest.
 
     ``best`` is the plan of the built-in mapping that fits best. Names that transformers' class does not load count as
@@ -242,15 +252,15 @@ def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mappin
     if options.allow_unknown_names:
         note = "names: taken as they are, unchecked, as --allow-unknown-names says"
         return resolve(hf.identity(source.specs, note), direction, source.specs, {}), source
-    if hf.is_declared(given):
+    if hf.is_declared(given) and twin is None:
         return best, source
-    found = _compared(source, given)
-    if found.differences and (bare := wrapped.bare(source)) and not (inner := _compared(bare, given)).differences:
+    found = _compared(source, given, twin)
+    if found.differences and (bare := wrapped.bare(source)) and not (inner := _compared(bare, given, twin)).differences:
         source, found = bare, inner
     if found.unknown:
         unknown = f"mapping 'hf' was not tried: {found.unknown}; --allow-unknown-names takes names as they are"
         return dataclasses.replace(best, problems=(unknown, *best.problems)), source
-    theirs = f"names that {found.class_name} of transformers loads"
+    theirs = f"names that {found.class_name} loads"
     mapping = hf.identity(source.specs, f"names: {theirs}")
     own = dataclasses.replace(resolve(mapping, direction, source.specs, {}), unmatched=found.differences)
     if own.fits or len(own.unmatched) <= len(best.unmatched):
@@ -259,11 +269,11 @@ def _own_names(best: Plan, source: Source, options: ConvertConfig, given: Mappin
     return dataclasses.replace(best, problems=(other, *best.problems)), source
 
 
-def _compared(source: Source, given: Mapping[str, Any]) -> hf_classes.Comparison:
-    """Return how the source's names, without the root that all share, compare with those of transformers' class."""
+def _compared(source: Source, given: Mapping[str, Any], twin: Any) -> hf_classes.Comparison:
+    """Return how the source's names, without the root that all share, compare with a torch class's."""
     root = hf.identity(source.specs, "").roots[0]
     inside = {name.removeprefix(root): spec for name, spec in source.specs.items() if name.startswith(root)}
-    return hf_classes.compare(given, inside)
+    return hf_classes.compare(given, inside, twin)
 
 
 def _misfits(plan: Plan) -> list[str]:

@@ -27,11 +27,13 @@ class Comparison:
     """Why there is no class to compare with; empty where there is one."""
 
 
-def compare(config: Mapping[str, Any], specs: Mapping[str, Spec]) -> Comparison:
-    """Compare tensors with the class that config.json's ``architectures`` names, by its own loader.
+def compare(config: Mapping[str, Any], specs: Mapping[str, Spec], model_class: Any = None) -> Comparison:
+    """Compare tensors with ``model_class``, else the class that config.json's ``architectures`` names, by its loader.
 
     The loader's renamings of published checkpoints (experts one by one, old names of norms) count as its names.
     """
+    if model_class is not None:
+        return _compared(model_class, f"the twin {model_class.__name__}", config, specs)
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         return Comparison(unknown=f"config.json: architectures: got {names!r}, expected the name of one class")
@@ -42,12 +44,16 @@ def compare(config: Mapping[str, Any], specs: Mapping[str, Spec]) -> Comparison:
     model_class = getattr(transformers, names[0], None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         return Comparison(unknown=f"transformers {transformers.__version__} has no class {names[0]}")
+    return _compared(model_class, f"{names[0]} of transformers", config, specs)
+
+
+def _compared(model_class: Any, shown: str, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> Comparison:
     try:
         info = _load(model_class, config, specs)
     except _failures() as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        return Comparison(unknown=f"transformers cannot make {names[0]} from this config.json: {reason}")
-    return Comparison(names[0], tuple(_differences(names[0], info, specs)))
+        return Comparison(unknown=f"transformers cannot make {model_class.__name__} from this config.json: {reason}")
+    return Comparison(shown, tuple(_differences(shown, info, specs)))
 
 
 def _load(model_class: Any, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
@@ -71,15 +77,15 @@ def _load(model_class: Any, config: Mapping[str, Any], specs: Mapping[str, Spec]
 def _differences(class_name: str, info: Mapping[str, Any], specs: Mapping[str, Spec]) -> Iterator[str]:
     """Sentences about the loader's report, unexpected and missing names by turns."""
     unexpected = [
-        f"{name}: {class_name} of transformers has no such tensor (shape {specs[name].shape})"
+        f"{name}: {class_name} has no such tensor (shape {specs[name].shape})"
         if name in specs
-        else f"{name}: {class_name} of transformers has no such tensor"
+        else f"{name}: {class_name} has no such tensor"
         for name in sorted(info["unexpected_keys"])
     ]
     missing = [f"{name}: missing" for name in sorted(info["missing_keys"])]
     yield from alternating(unexpected, missing)
     for name, got, expected in sorted(info["mismatched_keys"], key=str):
-        yield f"{name}: got shape {tuple(got)}, expected {tuple(expected)} ({class_name} of transformers)"
+        yield f"{name}: got shape {tuple(got)}, expected {tuple(expected)} ({class_name})"
     yield from info["error_msgs"]
 
 

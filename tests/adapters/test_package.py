@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -339,3 +340,35 @@ def test_transformers_is_left_as_it_was(tmp_path, saved):
     before = set(ALL_ATTENTION_FUNCTIONS.valid_keys()), torch.get_default_device()
     adapt(str(saved), str(TWIN), "vllm", tmp_path / "package")
     assert (set(ALL_ATTENTION_FUNCTIONS.valid_keys()), torch.get_default_device()) == before
+
+
+def convert(tmp_path, monkeypatch, tensors, *flags):
+    """`slipway convert` of a tree, by the command; the exit code."""
+    np.savez(tmp_path / "tree.npz", **tensors)
+    words = ["convert", str(tmp_path / "tree.npz"), str(tmp_path / "out"), "--config", str(tmp_path / "model"), *flags]
+    monkeypatch.setattr(sys, "argv", ["slipway", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_a_conversion_keeps_names_that_the_twin_loads(tmp_path, monkeypatch, capsys, saved):
+    checkpoint = open_checkpoint(saved)
+    tensors = {name: np.array(checkpoint.array(name)) for name in checkpoint.tensors}
+    assert convert(tmp_path, monkeypatch, tensors) == 2, "nothing knows a Halyard"
+    assert "HalyardForCausalLM" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    renamed = {name.replace("gains", "gain"): array for name, array in tensors.items()}
+    assert convert(tmp_path, monkeypatch, renamed, "--twin", str(TWIN)) == 2
+    assert "gain: the twin HalyardForCausalLM has no such tensor" in capsys.readouterr().err
+    for flags in (["--mapping", "nnx"], ["--allow-unknown-names"], ["--to", "maxtext"]):
+        assert convert(tmp_path, monkeypatch, tensors, "--twin", str(TWIN), *flags) == 2
+        assert "twin: got" in capsys.readouterr().err
+    wrapped = {f"module.{name}": array for name, array in tensors.items()}
+    for tree in (wrapped, tensors):
+        assert convert(tmp_path, monkeypatch, tree, "--twin", str(TWIN)) == 0
+        assert "names that the twin HalyardForCausalLM loads" in capsys.readouterr().out
+        made = open_checkpoint(tmp_path / "out")
+        assert all(np.array_equal(made.array(name), array) for name, array in tensors.items())
+        shutil.rmtree(tmp_path / "out")
