@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from slipway import mesh as meshes
 from slipway import models, ops, tree
-from slipway.checkpoint import files, hub, load
+from slipway.checkpoint import files, hub, load, names
 from slipway.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Served(nnx.Module):
         """Read the HF directory, each device its own part. Raises CheckpointError, listing all that does not fit."""
         checkpoint = files.open_checkpoint(hub.resolve(self.model_name))
         declaration = self.declaration.value
+        checkpoint = names.unwrapped(checkpoint, load.names(declaration))
         arrays = load.load(declaration, checkpoint, self.mesh, self.dtype, IGNORED)
         self.arrays = nnx.List([nnx.Param(array) for array in jax.tree.leaves(arrays)])
 

@@ -16,6 +16,7 @@ import transformers
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
 from slipway.adapters import maxtext, standins
 from slipway.adapters import vllm as adapter
@@ -125,6 +126,21 @@ def test_chunks_and_decoding_give_transformers_logits(saved, devices, monkeypatc
                 expected = model(torch.tensor([whole[row][: first + len(tokens)]])).logits[0, first:].numpy()
             np.testing.assert_allclose(found[at : at + len(tokens)], expected, rtol=0, atol=2e-4)
             at += len(tokens)
+
+
+def test_names_of_trainers_are_read(saved, monkeypatch):
+    name, model, vllm_config = saved
+    monkeypatch.setattr(adapter, "attention_kernel", lambda: stand_in_kernel)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+
+    def arrays():
+        made = adapter.served(name)(vllm_config, jax.random.key(0), mesh)
+        made.load_weights(jax.random.key(0))
+        return [np.asarray(array[...]) for array in made.arrays]
+
+    plain, file = arrays(), Path(vllm_config.model_config.model) / "model.safetensors"
+    save_file({f"module.{key}": x for key, x in load_file(file).items()}, file)
+    assert all(np.array_equal(one, other) for one, other in zip(plain, arrays(), strict=True))
 
 
 def test_dummy_weights_need_no_files(saved, monkeypatch):
