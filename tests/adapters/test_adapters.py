@@ -129,7 +129,7 @@ def test_chunks_and_decoding_give_transformers_logits(saved, devices, monkeypatc
 
 
 def test_names_of_trainers_are_read(saved, monkeypatch):
-    name, model, vllm_config = saved
+    name, _, vllm_config = saved
     monkeypatch.setattr(adapter, "attention_kernel", lambda: stand_in_kernel)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 
