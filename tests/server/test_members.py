@@ -125,7 +125,7 @@ def test_known_members_are_those_that_are_read():
     ("name", "fields", "field"),
     [
         ("Detokenize", {"tokens": None}, "tokens"), ("Chat", {"messages": None}, "messages"),
-        ("Embedding", {"input": None}, "input"), ("Completion", {"stop": [5]}, "stop[0]"),
+        ("Classify", {"input": None}, "input"), ("Completion", {"stop": [5]}, "stop[0]"),
         ("Chat", {"stream_options": {"include_usage": 5}}, "stream_options.include_usage"),
         ("Generate", {"sampling_params": {"foo": 1}}, "sampling_params.foo"),
         ("Generate", {"sampling_params": {"top_k": "a"}}, "sampling_params.top_k"),

@@ -350,7 +350,7 @@ def test_a_conversation_is_embedded_as_its_prompt(server):
     opened = server.post("/tokenize", messages=CHAT).json()["tokens"]
     assert opened != ids
     assert embedded(messages=CHAT, add_generation_prompt=True).json()["data"] == embedded(input=opened).json()["data"]
-    for fields in ({}, {"input": "a", "messages": CHAT}):
+    for fields in ({}, {"input": None}, {"input": "a", "messages": CHAT}):
         refused = embedded(**fields)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "input"
     assert embedded(messages=[]).json()["error"]["param"] == "messages"
