@@ -204,13 +204,13 @@ class App:
         if tokenizer is None or (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt", body.prompt, "either prompt or messages, and a tokenizer")
         if body.messages is not None:
-            if body.tools and "tools" not in self.service.chat_format(True)[0]:
-                raise InvalidRequest(
-                    "tools", Shown(f"{len(body.tools)} tools"), "none: the chat template knows no tools"
-                )
+            kwargs = dict(body.chat_template_kwargs or {})
+            tools = kwargs.pop("tools", None) if body.tools is None else body.tools
+            if tools and "tools" not in self.service.chat_format(True)[0]:
+                raise InvalidRequest("tools", Shown(f"{len(tools)} tools"), "none: the chat template knows no tools")
             prompt = await self.service.conversation(
-                body.messages, body.chat_template_kwargs, add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message, tools=body.tools,
+                body.messages, kwargs, add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message, tools=tools,
             )  # fmt: skip
             ids = prompt.token_ids
         else:

@@ -155,5 +155,6 @@ def test_tokens_of_a_conversation_with_tools(server, _server):
     last = [*CHAT, {"role": "assistant", "content": "def"}]
     left_open = {"messages": last, "add_generation_prompt": False, "continue_final_message": True}
     assert TOKENIZER.decode(server.post("/tokenize", **left_open).json()["tokens"]).endswith("def")
-    twice = server.post("/tokenize", messages=CHAT, chat_template_kwargs={"tools": []})
+    assert server.post("/tokenize", messages=CHAT, chat_template_kwargs={"tools": [tool]}).json()["tokens"] == ids
+    twice = server.post("/tokenize", **asked, chat_template_kwargs={"tools": []})
     assert twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.tools"
