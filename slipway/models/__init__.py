@@ -1,27 +1,43 @@
-"""The table of architectures: which class serves the name in config.json; knows no layers and no files."""
+"""Registry of architectures: config.json's ``architectures`` -> configuration class and declaration.
 
-from collections.abc import Mapping
+Not here: layers (nn/) and files (checkpoint/).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from slipway.errors import UnsupportedModel
-from slipway.models.llama import LlamaForCausalLM
-from slipway.models.qwen2 import Qwen2ForCausalLM
-from slipway.models.qwen3 import Qwen3ForCausalLM
+from slipway.models import llama, qwen2, qwen3
+from slipway.models.config import DenseConfig
+from slipway.models.decoder import CausalLM
 
-ARCHITECTURES: dict[str, Any] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Registry entry: the class that parses config.json, and the function that declares one layer."""
+
+    config_class: type[DenseConfig]
+    declare_layer: Callable[[Any, int | None], Any]
+
+    def declare(self, raw_config: Mapping[str, Any]) -> CausalLM:
+        """Declare the model of a config.json. Raises UnsupportedModel for a value that is not implemented."""
+        return CausalLM.declare(self.config_class.read(raw_config), self.declare_layer)
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(llama.LlamaConfig, llama.declare_layer),
+    "Qwen2ForCausalLM": Architecture(qwen2.Qwen2Config, qwen2.declare_layer),
+    "Qwen3ForCausalLM": Architecture(qwen3.Qwen3Config, qwen3.declare_layer),
 }
 
 
-def declare(raw_config: Mapping[str, Any]) -> Any:
-    """The declaration of the model that a config.json describes; its ``config`` is the typed configuration.
+def declare(raw_config: Mapping[str, Any]) -> CausalLM:
+    """Declare the model of a config.json; its ``config`` is the typed configuration.
 
-    Raises UnsupportedModel if the architecture is unknown or a config value is not implemented.
+    Raises UnsupportedModel for an unknown architecture and for a value that is not implemented.
     """
     names = raw_config.get("architectures") or [None]
     if names[0] not in ARCHITECTURES:
         raise UnsupportedModel("config.json: architectures", names[0], " | ".join(ARCHITECTURES))
-    architecture = ARCHITECTURES[names[0]]
-    return architecture.declare(architecture.Config.read(raw_config))
+    return ARCHITECTURES[names[0]].declare(raw_config)

@@ -4,7 +4,7 @@ Not here: fields that no class below declares (reference.py), and layers.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from slipway.errors import UnsupportedModel
@@ -79,8 +79,17 @@ class DenseConfig:
             num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         )
-        _check(config)
+        for name, got, is_implemented, expected in config.checks():
+            if not is_implemented:
+                raise UnsupportedModel(f"config.json: {name}", got, expected)
         return config
+
+    def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
+        """Yield (field, value, whether it is implemented, expected) for every field with a rule beyond its type."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        yield "hidden_act", self.hidden_act, self.hidden_act == "silu", "silu"
+        yield "num_key_value_heads", kv_heads, heads % kv_heads == 0, f"a divisor of the {heads} attention heads"
+        yield "head_dim", self.head_dim, self.head_dim % 2 == 0, "an even number"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,19 @@ class WindowedConfig(DenseConfig):
         if self.layer_types:
             full = [kind == "full_attention" for kind in self.layer_types]
         return tuple(None if whole else self.sliding_window for whole in full)
+
+    def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
+        """Yield the checks of a dense decoder and those of its sliding windows."""
+        yield from super().checks()
+        kinds, window = self.layer_types, self.sliding_window
+        is_named = not kinds or (
+            len(kinds) == self.num_hidden_layers and set(kinds) <= {"full_attention", "sliding_attention"}
+        )
+        expected = f"{self.num_hidden_layers} times full_attention or sliding_attention"
+        yield "layer_types", kinds, is_named, expected
+        slides = self.use_sliding_window and "sliding_attention" in kinds
+        is_stated = not (self.use_sliding_window and window == 0) and not (slides and window is None)
+        yield "sliding_window", window, is_stated, "a number of positions, for the layers that slide"
 
 
 def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
@@ -168,26 +190,3 @@ def _typed(field: dataclasses.Field, value: Any, prefix: str = "") -> Any:
     if kind in (int, float) and not number > 0 and not (number == 0 and field.name in MAY_BE_ZERO):
         raise UnsupportedModel(f"config.json: {prefix}{field.name}", value, "a positive number")
     return value
-
-
-def _check(config: DenseConfig) -> None:
-    """Refuse values that no layer computes, and values that contradict each other."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    checks = {
-        "hidden_act": (config.hidden_act, config.hidden_act == "silu", "silu"),
-        "num_key_value_heads": (kv_heads, heads % kv_heads == 0, f"a divisor of the {heads} attention heads"),
-        "head_dim": (config.head_dim, config.head_dim % 2 == 0, "an even number"),
-    }
-    if isinstance(config, WindowedConfig):
-        kinds, layers, window = config.layer_types, config.num_hidden_layers, config.sliding_window
-        named = not kinds or (len(kinds) == layers and set(kinds) <= {"full_attention", "sliding_attention"})
-        slides = config.use_sliding_window and "sliding_attention" in kinds
-        checks["layer_types"] = (kinds, named, f"{layers} times full_attention or sliding_attention")
-        checks["sliding_window"] = (
-            window,
-            not (config.use_sliding_window and window == 0) and not (slides and window is None),
-            "a number of positions, for the layers that slide",
-        )
-    for field, (got, fine, expected) in checks.items():
-        if not fine:
-            raise UnsupportedModel(f"config.json: {field}", got, expected)
