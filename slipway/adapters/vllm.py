@@ -20,12 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 from slipway import mesh as meshes
 from slipway import models, ops, tree
-from slipway.checkpoint import files, hub, load, names
 from slipway.errors import InvalidConfig
+from slipway.runtime import load
 
 logger = logging.getLogger(__name__)
 PREFIX = "Slipway"  # tpu-inference gives Hugging Face's names to its own classes
-IGNORED = files.INERT_TENSORS
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -62,11 +61,11 @@ class Served(nnx.Module):
             raise InvalidConfig("sharding_strategy", wide, "data and tensor parallelism alone")
         self.mesh, self.model_name = mesh, vllm_config.model_config.model
         raw = vllm_config.model_config.hf_config.to_dict() | {"architectures": [self.architecture]}
-        declared = tree.separate(models.declare(raw), form=tree.Unrolled)
-        self.declaration = Static(meshes.fit(declared, mesh))
+        unrolled = functools.partial(tree.separate, form=tree.Unrolled)
+        self.declaration = Static(load.on_mesh(models.declare(raw), mesh, unrolled))
         self.dtype = np.dtype(vllm_config.model_config.dtype)
         if vllm_config.load_config.load_format == "dummy":
-            arrays = jax.tree.leaves(load.dummy(self.declaration.value, mesh, self.dtype))
+            arrays = jax.tree.leaves(load.arrays(self.declaration.value, None, mesh, self.dtype))
         else:
             arrays = [jnp.zeros(leaf.param.shape, leaf.param.held_as(self.dtype)) for leaf in self._leaves()]
         self.arrays = nnx.List([nnx.Param(array) for array in arrays])
@@ -74,10 +73,9 @@ class Served(nnx.Module):
 
     def load_weights(self, rng: jax.Array) -> None:
         """Read the HF directory, each device its own part. Raises CheckpointError, listing all that does not fit."""
-        checkpoint = files.open_checkpoint(hub.resolve(self.model_name))
         declaration = self.declaration.value
-        checkpoint = names.unwrapped(checkpoint, load.names(declaration))
-        arrays = load.load(declaration, checkpoint, self.mesh, self.dtype, IGNORED)
+        checkpoint = load.checked(declaration, load.open_files(self.model_name).checkpoint, self.dtype)
+        arrays = load.arrays(declaration, checkpoint, self.mesh, self.dtype)
         self.arrays = nnx.List([nnx.Param(array) for array in jax.tree.leaves(arrays)])
 
     def __call__(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from slipway import mesh as meshes
 from slipway import models, ops, tree
-from slipway.checkpoint import files, hub, load, names, quantize
+from slipway.checkpoint import files, quantize
 from slipway.checkpoint.swap import Weights
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import batch as batches
@@ -29,12 +29,11 @@ from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
 from slipway.engine.step import Step
 from slipway.errors import InvalidConfig, UnsupportedModel
-from slipway.nn import linear
+from slipway.runtime import load
 
 logger = logging.getLogger(__name__)
 
 LAYERS = {"cpu": tree.separate}  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
-IGNORED_TENSORS = (*files.INERT_TENSORS, "*.weight_shape")  # what follows from config.json
 SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
 # Several decode steps in a call: docs/log.md has what it gained, by size of the model and number of rows.
 SMALL_BYTES, AUTO_STEPS, MAX_REPEATED_ROWS = 32 * 2**20, 8, 32
@@ -84,39 +83,27 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     started = time.perf_counter()
     nodes.join(config)
     kept = compile_cache.use(config.compilation_cache)
-    dummy = config.load_format == "dummy"
-    directory = hub.resolve(model, config.revision, hub.WITHOUT_WEIGHTS if dummy else hub.ALLOW_PATTERNS)
-    checkpoint = files.open_without_weights(directory) if dummy else files.open_checkpoint(directory)
-    removed = {key for key, value in config.hf_overrides.items() if value is None}
-    raw = {k: v for k, v in (checkpoint.config | dict(config.hf_overrides)).items() if k not in removed}
-    tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(directory)
+    held = load.open_files(model, config.revision, config.hf_overrides, config.load_format == "dummy")
+    checkpoint, raw = held.checkpoint, held.raw_config
+    tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(checkpoint.directory)
     mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
     scheme = _scheme(config.quantization, raw)
     declaration = models.declare({key: value for key, value in raw.items() if key != quantize.FIELD})
-    model_config = declaration.config
-    if scheme is not None:
-        declaration = linear.quantize(declaration, scheme.bits, scheme.group)
-    platform = mesh.devices.flat[0].platform
-    declaration = meshes.fit(LAYERS.get(platform, lambda same: same)(declaration), mesh)
+    model_config, platform = declaration.config, mesh.devices.flat[0].platform
+    declaration = load.on_mesh(declaration, mesh, LAYERS.get(platform), scheme)
     dtype = _dtype(config.dtype, raw, checkpoint)
     length = _max_model_len(config.max_model_len, model_config.max_context)
-    if not dummy:
-        checkpoint = names.unwrapped(checkpoint, load.names(declaration))
-    if not dummy and scheme is not None:
-        checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
-    if not dummy:
-        load.check(declaration, checkpoint, dtype, IGNORED_TENSORS)  # before anything takes time
+    weights_of = None  # the checkpoint of the weights, checked before anything takes time
+    if not held.is_dummy:
+        weights_of = load.checked(declaration, checkpoint, dtype, scheme=scheme)
     step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)
 
     with ThreadPoolExecutor(1) as pool:
         rest = pool.submit(step.compile, shapes)
-        if dummy:
-            params = load.dummy(declaration, mesh, dtype, config.seed)
-        else:
-            params = load.read(declaration, checkpoint, mesh, dtype)
+        params = load.arrays(declaration, weights_of, mesh, dtype, config.seed)
         kv = step.empty_kv()
         rest.result()
-    weights = Weights(declaration, mesh, dtype, params, raw, config.hf_overrides, IGNORED_TENSORS)
+    weights = Weights(declaration, mesh, dtype, params, raw, config.hf_overrides, load.IGNORED_TENSORS)
     limits = Limits(
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from slipway.checkpoint.files import INERT_TENSORS
 from slipway.checkpoint.shards import Spec
 from slipway.convert.mappings.flax import FAMILIES, FIELDS, decoder_layer
 from slipway.convert.rules import Rule, TreeMapping, rules, within
@@ -31,7 +32,7 @@ def _decoder(model_type: str) -> TreeMapping:
         config={"model_type": model_type, "hidden_act": "silu", **config},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
         roots=_ROOTS,
-        ignored=("*.rotary_emb.inv_freq", "step", "opt_state.*"),
+        ignored=(*INERT_TENSORS, "step", "opt_state.*"),
         tied=_TIED,
     )
 

@@ -1,0 +1,1 @@
+"""Models on devices: files opened, declarations fitted to a mesh, arrays loaded. Not here: requests (engine/)."""
