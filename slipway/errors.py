@@ -86,10 +86,13 @@ class OutOfMemory(SlipwayError, MemoryError):
     """The memory budget does not hold the weights and at least one request's pages."""
 
 
-class EngineBusy(SlipwayError):
-    """No more requests, or no more of their tokens, may wait. ``retry_after_s``: when it may be worth another try."""
+RETRY_AFTER_S = 1.0  # after a refusal for lack of room
 
-    def __init__(self, what: str, retry_after_s: float):
+
+class EngineBusy(SlipwayError):
+    """The queue of requests, or of their tokens, is full. ``retry_after_s``: seconds until another try may succeed."""
+
+    def __init__(self, what: str, retry_after_s: float = RETRY_AFTER_S):
         super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
         self.what, self.retry_after_s = what, retry_after_s
 
@@ -103,7 +106,7 @@ class WeightsLost(SlipwayError):
 
 
 class ClientBusy(EngineBusy):
-    """One client has as many requests as it may."""
+    """One client has reached its limit of requests."""
 
 
 class Shown:

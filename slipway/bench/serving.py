@@ -152,7 +152,7 @@ class ServingBench:
         return ask
 
     async def _inside(self, llm: LLM, requests: list[list[tuple[list[int], int]]]) -> tuple[list[Timed], float]:
-        from slipway.engine.async_engine import AsyncEngine  # with JAX, which a bench of another server does without
+        from slipway.async_engine import AsyncEngine  # with JAX, which a bench of another server does without
         from slipway.engine.params import SamplingParams
 
         engine = AsyncEngine(llm.engine, max_requests=10**6, max_tokens=10**9)

@@ -112,7 +112,7 @@ def _by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]
 
 async def _under_load(llm: LLM, arrays: dict[str, np.ndarray], swaps: int, requests: int) -> dict[str, Any]:
     """Exchange weights while as many requests always run."""
-    from slipway.engine.async_engine import AsyncEngine
+    from slipway.async_engine import AsyncEngine
 
     engine, compiled = AsyncEngine(llm.engine), llm.engine.num_compiled
     rng, ended, going, begun = np.random.default_rng(0), [0, 0], True, 0

@@ -103,16 +103,6 @@ def is_float(dtype: np.dtype) -> bool:
 _EXTENDED = {np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
 
 
-def narrows(source: np.dtype, target: np.dtype) -> bool:
-    """Whether some ``source`` number has no equal in ``target``."""
-    if source == target:
-        return False
-    if is_float(source) and is_float(target):
-        a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
-        return a.nmant > b.nmant or a.maxexp > b.maxexp or a.minexp < b.minexp
-    return not np.can_cast(source, target, "safe")
-
-
 @functools.cache
 def _largest(dtype: np.dtype) -> int:
     return int(np.asarray(ml_dtypes.finfo(dtype).max).astype(dtype).view(f"u{dtype.itemsize}"))

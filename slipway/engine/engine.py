@@ -25,7 +25,7 @@ from slipway.engine.admission import Admission, Limits
 from slipway.engine.batch import Bucket
 from slipway.engine.nodes import Leading
 from slipway.engine.params import SamplingParams
-from slipway.engine.request import Request, RequestOutput, Sequence
+from slipway.engine.request import FinishReason, Request, RequestOutput, Sequence
 from slipway.engine.results import Dispatched
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
@@ -61,11 +61,15 @@ class Engine:
         sizes = limits.sizes
         self._schedulers = [
             Scheduler(
-                limits.num_pages, limits.page_size, sizes.table_width, limits.max_num_seqs,
-                limits.max_num_batched_tokens, limits.prefix_caching,
+                num_pages=limits.num_pages,
+                page_size=limits.page_size,
+                table_width=sizes.table_width,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_tokens=limits.max_num_batched_tokens,
+                prefix_caching=limits.prefix_caching,
             )
             for _ in range(limits.copies)
-        ]  # fmt: skip
+        ]
         self._builders = [batches.Builder(sizes, scheduler.page_table) for scheduler in self._schedulers]
         self._versions = itertools.count(1)
         self._requests: dict[str, Request] = {}
@@ -112,7 +116,7 @@ class Engine:
         """A running request. Raises KeyError if it is not running."""
         return self._requests[request_id]
 
-    def abort(self, request_id: str, reason: str = "abort") -> RequestOutput:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> RequestOutput:
         """End a request where it stands; its pages are free at once. Raises KeyError if it is not running."""
         request = self._requests.pop(request_id)
         for sequence in request.sequences:
@@ -346,16 +350,16 @@ class Engine:
         sequence.num_pending -= 1
         params = sequence.request.params
         if sequence.request.pooling:
-            sequence.finish("stop")
+            sequence.finish(FinishReason.STOP)
         else:
             if params.best_of is not None:
                 sequence.cumulative_logprob += float(sampled.logprob_B[row])
             sequence.append(token, None if params.logprobs is None else results.logprobs(sampled, row, params.logprobs))
             if sequence.matcher is not None and sequence.finish_reason is None:
                 if not sequence.matcher.accept(token):
-                    sequence.finish("abort", "the grammar's limits")
+                    sequence.finish(FinishReason.ABORT, "the grammar's limits")
                 elif sequence.matcher.is_done:
-                    sequence.finish("stop")
+                    sequence.finish(FinishReason.STOP)
             self.stats.generated_tokens += 1
         if math.isnan(sequence.request.first_token_at):
             sequence.request.first_token_at = sequence.last_token_at
@@ -378,7 +382,7 @@ class Engine:
     def _end_overdue(self, moved: dict[str, Request]) -> None:
         now = time.monotonic()
         for request in [request for request in self._requests.values() if request.deadline <= now]:
-            self.abort(request.request_id, "timeout")
+            self.abort(request.request_id, FinishReason.TIMEOUT)
             moved[request.request_id] = request
         self._has_deadlines = any(request.deadline < math.inf for request in self._requests.values())
 

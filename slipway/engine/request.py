@@ -1,6 +1,7 @@
 """What a caller gets back, and a request's and a sequence's life until then; knows no batch and no JAX."""
 
 import dataclasses
+import enum
 import math
 import time
 from typing import Any
@@ -24,9 +25,20 @@ class Logprob:
 Logprobs = dict[int, Logprob]
 
 
+class FinishReason(enum.StrEnum):
+    """Why a sample ended: an end token or a stop string, max_tokens, an abort, or its deadline."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    TIMEOUT = "timeout"
+
+    __repr__ = str.__repr__  # in a printed RequestOutput the word, as any other text
+
+
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One sample so far. ``finish_reason``: None while it runs, then stop | length | abort | timeout.
+    """One sample so far. ``finish_reason``: None while it runs.
 
     ``weights``: which version of the weights it comes from, as (first token of the output, version), in order.
     """
@@ -35,7 +47,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     logprobs: list[Logprobs] | None
-    finish_reason: str | None
+    finish_reason: FinishReason | None
     stop_reason: int | str | None
     weights: tuple[tuple[int, str], ...] = ()
 
@@ -94,7 +106,7 @@ class Sequence:
         self.first_run, self.last_token_at = True, 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
         self.weights: tuple[tuple[int, str], ...] = ()
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
     @property
@@ -121,13 +133,13 @@ class Sequence:
             self.logprobs.append(logprobs or {})
         if token_id in self.stop_ids:
             self._num_hidden = int(not params.include_stop_str_in_output)
-            self.finish("stop", token_id if token_id in params.stop_token_ids else None)
+            self.finish(FinishReason.STOP, token_id if token_id in params.stop_token_ids else None)
         elif self.detokenizer is not None and params.stop and self._read().stopped is not None:
-            self.finish("stop", self.detokenizer.stopped)
+            self.finish(FinishReason.STOP, self.detokenizer.stopped)
         elif self.num_tokens >= self.max_length:
-            self.finish("length")
+            self.finish(FinishReason.LENGTH)
             if self.detokenizer is not None and params.stop and self._read().stopped is not None:
-                self.finish("stop", self.detokenizer.stopped)  # completed by the very end of the text
+                self.finish(FinishReason.STOP, self.detokenizer.stopped)  # completed by the very end of the text
 
     def change_weights(self, version: str) -> None:
         """What it computes from now on comes from this version; so does all of it, where nothing is computed yet."""
@@ -139,8 +151,8 @@ class Sequence:
         if self.scores:
             self.num_scored, self.request.prompt_logprobs = 0, [None]
 
-    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """End, for this reason."""
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End the sequence. ``stop_reason``: the stop string or token id that matched, or what an abort says."""
         self.finish_reason, self.stop_reason = reason, stop_reason
 
     def output(self) -> CompletionOutput:

@@ -57,9 +57,15 @@ class Scheduler:
     """The waiting and the running sequences of one copy of the weights, and the pages that they own."""
 
     def __init__(
-        self, num_pages: int, page_size: int, table_width: int, max_num_seqs: int, max_num_tokens: int,
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        table_width: int,
+        max_num_seqs: int,
+        max_num_tokens: int,
         prefix_caching: bool = True,
-    ):  # fmt: skip
+    ):
         self.pages = Pages(num_pages)
         self.tree = RadixTree(self.pages.give_back)
         self.page_size, self.prefix_caching = page_size, prefix_caching

@@ -19,7 +19,6 @@ from slipway.errors import EngineBusy, InvalidRequest, WeightsLost
 logger = logging.getLogger(__name__)
 
 Policy = Literal["finish", "recompute", "continue"]
-RETRY_AFTER_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Updates:
     def check(self) -> None:
         """Raises EngineBusy or WeightsLost where no request can be taken."""
         if self.sleep_level:
-            raise EngineBusy("the engine sleeps", RETRY_AFTER_S)
+            raise EngineBusy("the engine sleeps")
         if not self._weights.whole:
             raise WeightsLost("the engine holds no whole version of the weights: update them")
 

@@ -40,7 +40,6 @@ from slipway.server.messages import (
 
 logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S, STEADY_S = 0.5, 30.0, 60.0
-RETRY_AFTER_S = 1.0
 LOOK_S = 0.2  # how often the process is looked after
 
 
@@ -108,7 +107,6 @@ class Replica:
         self._out: list[messages.ToEngine] = []
         self._task: asyncio.Task | None = None
         self._task_again: asyncio.Future | None = None
-        self._closing = False
 
     def start(self) -> None:
         """Begin, and from now on see to it that an engine runs."""
@@ -122,7 +120,7 @@ class Replica:
         if not self.ready.is_set():
             raise EngineDead("the engine is not ready")
         if self.refuses:
-            raise EngineBusy(self.refuses, RETRY_AFTER_S)
+            raise EngineBusy(self.refuses)
         number = next(self._numbers)
         stream = self._streams[number] = Stream(self, number, params.num_samples * len(token_ids))
         self.load += stream.num_tokens
@@ -176,7 +174,6 @@ class Replica:
 
     async def close(self) -> None:
         """End the process; what runs ends with EngineDead."""
-        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

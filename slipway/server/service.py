@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 TEMPLATE_TIMEOUT_S = 10.0
 TEMPLATE_FIELDS = ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools")
 PREFIX_TOKENS, PREFIX_DEPTH, PREFIXES = 64, 8, 4096  # by which a replica is found that has seen a prompt's beginning
-RETRY_AFTER_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +139,11 @@ class Service:
         """A place in the queue. Raises EngineBusy or ClientBusy."""
         config = self.config
         if self.draining:
-            raise EngineBusy("the server is draining", RETRY_AFTER_S)
+            raise EngineBusy("the server is draining")
         if self._num_requests >= config.max_queued_requests:
-            raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may", RETRY_AFTER_S)
+            raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may")
         if self._by_client[client] >= config.max_requests_per_client:
-            raise ClientBusy(f"{self._by_client[client]} requests of this client run or wait", RETRY_AFTER_S)
+            raise ClientBusy(f"{self._by_client[client]} requests of this client run or wait")
         if request_id in self._running:
             raise InvalidRequest("request_id", request_id, "one that is not running")
         place = self._running[request_id] = Place()
@@ -264,7 +263,7 @@ class Service:
         """What a prompt becomes, as it comes. Raises EngineBusy or EngineDead."""
         cost = params.num_samples * len(prompt.token_ids)
         if self._num_tokens and self._num_tokens + cost > self.config.max_queued_tokens:
-            raise EngineBusy(f"{self._num_tokens} prompt tokens run or wait", RETRY_AFTER_S)
+            raise EngineBusy(f"{self._num_tokens} prompt tokens run or wait")
         stream = self._choose(prompt.token_ids, cache_salt).open(
             prompt.token_ids, params, priority=priority, timeout_s=self.config.request_timeout_s,
             cache_salt=cache_salt, pooling=pooling,
@@ -282,7 +281,7 @@ class Service:
         ready = [replica for replica in self.replicas if replica.serves]
         if not ready:
             if refusing := [replica.refuses for replica in self.replicas if replica.ready.is_set()]:
-                raise EngineBusy(refusing[0], RETRY_AFTER_S)
+                raise EngineBusy(refusing[0])
             raise EngineDead("no engine is ready")
         if len(self.replicas) == 1:
             return ready[0]

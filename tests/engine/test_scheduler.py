@@ -70,7 +70,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def start(self, rows, spare, seed, caching, repeats):
         self.rows, self.budget, self.random, self.repeats = rows, rows + spare, random.Random(seed), repeats
-        self.scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, rows, self.budget, caching)
+        self.scheduler = Scheduler(
+            num_pages=NUM_PAGES,
+            page_size=PAGE_SIZE,
+            table_width=TABLE_WIDTH,
+            max_num_seqs=rows,
+            max_num_tokens=self.budget,
+            prefix_caching=caching,
+        )
         self.device, self.live, self.arrived, self.texts = Device(self.scheduler), [], [], {}
         self.pending = []  # (sequence, token) of the call on the device
         self.scored = {}
@@ -244,19 +251,21 @@ def add(scheduler, *requests):
 
 
 def test_a_long_prompt_does_not_hold_up_those_that_decode():
-    scheduler = Scheduler(NUM_PAGES, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=4)
+    scheduler = Scheduler(
+        num_pages=NUM_PAGES, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=2, max_num_tokens=4
+    )
     add(scheduler, make_request(0, 1, 20), make_request(1, 30, 1))
     assert run(scheduler, 10) == [[(0, 1), (1, 3)]] * 10
 
 
 def test_a_small_request_does_not_overtake_one_that_waits_for_pages():
-    scheduler = Scheduler(4, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=4, max_num_tokens=16)
+    scheduler = Scheduler(num_pages=4, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=4, max_num_tokens=16)
     add(scheduler, make_request(0, 12, 4), make_request(1, 8, 4), make_request(2, 1, 1))
     assert run(scheduler, 2) == [[(0, 12)], [(0, 1)]]
 
 
 def test_requests_of_one_step_share_what_the_first_of_them_computes():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=8, max_num_tokens=64)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=8, max_num_tokens=64)
     prefix = list(range(20))
     add(scheduler, *(make_request(number, [*prefix, 100 + number], 2) for number in range(6)))
     assert run(scheduler) == [[(0, 21), *((number, 1) for number in range(1, 6))]]
@@ -264,13 +273,13 @@ def test_requests_of_one_step_share_what_the_first_of_them_computes():
 
 
 def test_samples_share_their_prompts_full_pages():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=8, max_num_tokens=64)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=8, max_num_tokens=64)
     add(scheduler, make_request(0, 10, 4, n=4))
     assert run(scheduler) == [[(0, 10), (0, 2), (0, 2), (0, 2)]]
 
 
 def test_what_was_aborted_is_there_for_the_next():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
     first = make_request(0, list(range(30)), 4)
     add(scheduler, first)
     run(scheduler, 2)  # 16 of its tokens
@@ -280,7 +289,7 @@ def test_what_was_aborted_is_there_for_the_next():
 
 
 def test_pages_that_run_out_are_taken_from_the_newest_and_the_least_important():
-    scheduler = Scheduler(6, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=3, max_num_tokens=24)
+    scheduler = Scheduler(num_pages=6, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=3, max_num_tokens=24)
     important = make_request(2, 4, 12, priority=-1)
     add(scheduler, make_request(0, 4, 12), make_request(1, 4, 12), important)
     outputs = {}
@@ -296,13 +305,13 @@ def test_pages_that_run_out_are_taken_from_the_newest_and_the_least_important():
 
 
 def test_priority_goes_before_arrival():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=1, max_num_tokens=8)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=1, max_num_tokens=8)
     add(scheduler, make_request(0, 2, 1, priority=5), make_request(1, 2, 1), make_request(2, 2, 1, priority=-1))
     assert run(scheduler, 3) == [[(2, 2)], [(1, 2)], [(0, 2)]]
 
 
 def test_a_cached_prefix_goes_first_but_nobody_is_overtaken_for_ever():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=1, max_num_tokens=16)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=1, max_num_tokens=16)
     prefix = list(range(8))
     add(scheduler, make_request(0, [*prefix, 99], 1))
     run(scheduler)
@@ -318,7 +327,7 @@ def test_a_cached_prefix_goes_first_but_nobody_is_overtaken_for_ever():
 
 
 def test_a_scored_prompt_uses_no_cache_and_no_more_rows_than_there_are():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=4, max_num_tokens=32)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=4, max_num_tokens=32)
     add(scheduler, make_request(0, list(range(10)), 1))
     run(scheduler)
     add(scheduler, make_request(1, list(range(10)), 1, scored=True))
@@ -327,13 +336,13 @@ def test_a_scored_prompt_uses_no_cache_and_no_more_rows_than_there_are():
 
 
 def test_chunks_end_on_pages_so_that_others_can_go_on_from_there():
-    scheduler = Scheduler(64, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=11)
+    scheduler = Scheduler(num_pages=64, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=2, max_num_tokens=11)
     add(scheduler, make_request(0, 30, 2))
     assert run(scheduler, 4) == [[(0, 8)], [(0, 8)], [(0, 8)], [(0, 6)]]
 
 
 def test_steps_go_together_where_all_only_decode_and_nobody_waits():
-    scheduler = Scheduler(8, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
+    scheduler = Scheduler(num_pages=8, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
     add(scheduler, make_request(0, 3, 9), make_request(1, 2, 20))
     chunks = scheduler.schedule()
     assert scheduler.spare_steps(chunks, 4) == 0, "prompts"
@@ -353,7 +362,7 @@ def test_steps_go_together_where_all_only_decode_and_nobody_waits():
 
 
 def test_who_is_preempted_with_several_tokens_on_the_device_waits_for_them():
-    scheduler = Scheduler(4, PAGE_SIZE, TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
+    scheduler = Scheduler(num_pages=4, page_size=PAGE_SIZE, table_width=TABLE_WIDTH, max_num_seqs=2, max_num_tokens=8)
     add(scheduler, make_request(0, 3, 12), make_request(1, 3, 12))
     finish(scheduler, scheduler.schedule())
     chunks = scheduler.schedule()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from slipway.async_engine import AsyncEngine
 from slipway.checkpoint import files
-from slipway.engine.async_engine import AsyncEngine
 from slipway.engine.params import SamplingParams
 from slipway.errors import CheckpointError, EngineBusy, EngineDead, InvalidRequest, WeightsLost
 from slipway.llm import LLM

@@ -25,8 +25,6 @@ from slipway.errors import EngineBusy, EngineDead, SlipwayError
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1.0
-
 
 @dataclasses.dataclass(eq=False)
 class _Stream:
@@ -177,11 +175,11 @@ class AsyncEngine:
     def _admit(self, stream: _Stream) -> None:
         with self._lock:
             if self._draining:
-                raise EngineBusy("the engine is draining", RETRY_AFTER_S)
+                raise EngineBusy("the engine is draining")
             if self._num_requests >= self.max_requests:
-                raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may", RETRY_AFTER_S)
+                raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may")
             if self._num_requests and self._num_tokens + stream.num_tokens > self.max_tokens:
-                raise EngineBusy(f"{self._num_tokens} prompt tokens of {self.max_tokens} run or wait", RETRY_AFTER_S)
+                raise EngineBusy(f"{self._num_tokens} prompt tokens of {self.max_tokens} run or wait")
             self._num_requests += 1
             self._num_tokens += stream.num_tokens
             self._idle.clear()

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from slipway.engine.async_engine import AsyncEngine
+from slipway.async_engine import AsyncEngine
 from slipway.engine.params import SamplingParams
 from slipway.errors import EngineBusy, EngineDead, InvalidRequest
 from slipway.llm import LLM
