@@ -51,7 +51,7 @@ def test_the_walk_finds_what_is_known_to_be_read(name, generated):
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_a_field_that_is_left_out_means_what_it_means_to_transformers(name):
-    fields = {field.name: field for field in dataclasses.fields(models.ARCHITECTURES[name].Config)}
+    fields = {field.name: field for field in dataclasses.fields(models.ARCHITECTURES[name].config_class)}
     read = TABLE["architectures"][name]["read"]
     defaults = {field: read[field] for field in fields.keys() & read.keys() - DERIVED}
     for field, default in defaults.items():
