@@ -141,15 +141,12 @@ def _resolve(
     local_sizes: Sequence[Mapping[str, int]],
 ) -> Plan:
     constants = mapping.jax_constants if direction == "to_hf" else mapping.hf_constants
-    ignored = tuple(
-        name
-        for name, spec in sources.items()
-        if name in constants
-        or any(fnmatchcase(name, glob) for glob in mapping.ignored)
-        or (
-            direction == "to_hf" and spec.shape == () and not name.startswith(root)
-        )  # a step, a rate beside the weights
-    )
+
+    def is_ignored(name: str, spec: Spec) -> bool:
+        is_beside = direction == "to_hf" and spec.shape == () and not name.startswith(root)  # a step or a rate
+        return is_beside or name in constants or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+
+    ignored = tuple(name for name, spec in sources.items() if is_ignored(name, spec))
     kept = {name: spec for name, spec in sources.items() if name not in ignored}
     turn = 1 if direction == "to_hf" else -1
     rules = [

@@ -53,14 +53,15 @@ class DeclaredNames:
     """What tensors of the declared decoder of a config.json may be called, those that hold no weights included."""
 
     def __init__(self, config: Mapping[str, Any]):
-        self._mappings = [mapping for mapping in DECODERS if mapping.config["model_type"] == config.get("model_type")]
+        found = [mapping for mapping in DECODERS if mapping.config["model_type"] == config.get("model_type")]
+        self._sides = [(theirs, mapping.parts) for mapping in found for _, _, theirs in mapping.sides()]
+        self._ignored = [glob for mapping in found for glob in mapping.ignored]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(
-            theirs.match(name, mapping.parts) is not None or any(fnmatchcase(name, glob) for glob in mapping.ignored)
-            for mapping in self._mappings
-            for _, _, theirs in mapping.sides()
-        )
+        if not isinstance(name, str):
+            return False
+        is_tensor = any(side.match(name, parts) is not None for side, parts in self._sides)
+        return is_tensor or any(fnmatchcase(name, glob) for glob in self._ignored)
 
 
 def identity(specs: Mapping[str, Spec], note: str) -> TreeMapping:
