@@ -214,6 +214,9 @@ class App:
             )  # fmt: skip
             ids = prompt.token_ids
         else:
+            for field in ("tools", "continue_final_message"):
+                if value := getattr(body, field):
+                    raise InvalidRequest(field, value, "messages beside it, not prompt")
             ids = await asyncio.to_thread(tokenizer.encode, str(body.prompt), body.add_special_tokens)
         found: dict[str, Any] = {"tokens": ids, "count": len(ids), "token_strs": None}
         found["max_model_len"] = self.service.limits["max_model_len"]

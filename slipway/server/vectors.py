@@ -30,7 +30,11 @@ class Vectors:
         cut, given = (body.truncate_prompt_tokens, body.truncation_side), body.input
         if (given is None) == (body.messages is None):
             raise InvalidRequest("input", body.input, "either input or messages")
-        if body.messages is not None:
+        if body.messages is None:
+            for field in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+                if value := getattr(body, field):
+                    raise InvalidRequest(field, value, "messages beside it, not input")
+        else:
             conversation = await self._service.conversation(
                 body.messages, body.chat_template_kwargs, add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
