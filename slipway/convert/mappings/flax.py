@@ -16,6 +16,15 @@ FIELDS = {
     "head_dim": "head_dim",
     "mlp": "intermediate_size",
 }
+EXPERT_FIELDS = {axis: field for axis, field in FIELDS.items() if axis != "mlp"} | {
+    "experts": "num_experts",
+    "moe_mlp": "moe_intermediate_size",
+}
+MLP_KERNELS = (  # of trees whose feed-forward layer alone is made of Flax's Linear
+    ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "embed mlp -> mlp embed"),
+    ("mlp.up_proj.kernel", "mlp.up_proj.weight", "embed mlp -> mlp embed"),
+    ("mlp.down_proj.kernel", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
+)
 _LINEAR = {  # module: out, in
     "self_attn.q_proj": ("(heads head_dim)", "embed"),
     "self_attn.k_proj": ("(kv_heads head_dim)", "embed"),

@@ -5,7 +5,7 @@ Gemma 1 and 2, and tunix's Gemma 3 for text; queries, keys and values are fused 
 and values otherwise.
 """
 
-from slipway.convert.mappings.flax import FIELDS
+from slipway.convert.mappings.flax import FIELDS, MLP_KERNELS
 from slipway.convert.rules import TreeMapping, rules, within
 
 _PARTS = {"qkv": {"q": 1, "k": 1, "v": 1}, "kv": {"k": 1, "v": 1}, "gate_up": {"gate": 1, "up": 1}}
@@ -38,11 +38,6 @@ _NORMS["gemma3_text"] = (
     ("attn._query_norm.scale", "self_attn.q_norm.weight", "head_dim -> head_dim"),
     ("attn._key_norm.scale", "self_attn.k_norm.weight", "head_dim -> head_dim"),
 )
-_NNX_MLP = (
-    ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "embed mlp -> mlp embed"),
-    ("mlp.up_proj.kernel", "mlp.up_proj.weight", "embed mlp -> mlp embed"),
-    ("mlp.down_proj.kernel", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
-)
 _LINEN_MLP = (
     ("mlp.gating_einsum", "mlp.{gate_up}_proj.weight", "gate_up embed mlp -> gate_up mlp embed"),
     ("mlp.linear", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
@@ -72,7 +67,7 @@ NNX = tuple(
         "NNX",
         model_type,
         "layers.{layers}.",
-        _NNX_MLP,
+        MLP_KERNELS,
         is_fused,
         "post_attention_norm" if model_type == "gemma3_text" else "post_attn_norm",
     )

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from slipway.convert.mappings.flax import FIELDS
+from slipway.convert.mappings.flax import EXPERT_FIELDS, FIELDS
 from slipway.convert.rules import TreeMapping, rules, within
 
 Rotation = Literal["interleaved", "halves"]
@@ -155,8 +155,7 @@ _QWEN = (
         "qwen3_moe",
         _COMMON + _NORMALIZED + _EXPERTS,
         {},
-        {axis: field for axis, field in FIELDS.items() if axis != "mlp"}
-        | {"experts": "num_experts", "moe_mlp": "moe_intermediate_size"},
+        EXPERT_FIELDS,
         {
             "model_type": "qwen3_moe",
             "architectures": ["Qwen3MoeForCausalLM"],

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from slipway.convert.mappings.flax import FAMILIES, FIELDS
+from slipway.convert.mappings.flax import EXPERT_FIELDS, FAMILIES, FIELDS, MLP_KERNELS
 from slipway.convert.rules import TreeMapping, rules, within
 
 _OUTSIDE = (
@@ -33,11 +33,6 @@ _BIASED = (
     ("attn.q_bias", "self_attn.q_proj.bias", "(heads head_dim) -> (heads head_dim)"),
     ("attn.k_bias", "self_attn.k_proj.bias", "(kv_heads head_dim) -> (kv_heads head_dim)"),
     ("attn.v_bias", "self_attn.v_proj.bias", "(kv_heads head_dim) -> (kv_heads head_dim)"),
-)
-_MLP = (
-    ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "embed mlp -> mlp embed"),
-    ("mlp.up_proj.kernel", "mlp.up_proj.weight", "embed mlp -> mlp embed"),
-    ("mlp.down_proj.kernel", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
 )
 _INTO_EXPERT = "experts embed moe_mlp -> experts moe_mlp embed"
 _EXPERTS = (
@@ -64,14 +59,13 @@ def _family(model_type: str, layer: tuple, fields: Mapping[str, str], config: Ma
 
 
 MAPPINGS = (
-    _family("qwen3", _NORMALIZED + _MLP, FIELDS, FAMILIES["qwen3"][2]),
-    _family("qwen2", _BIASED + _MLP, FIELDS, FAMILIES["qwen2"][2]),
-    _family("llama", _MLP, FIELDS, FAMILIES["llama"][2]),
+    _family("qwen3", _NORMALIZED + MLP_KERNELS, FIELDS, FAMILIES["qwen3"][2]),
+    _family("qwen2", _BIASED + MLP_KERNELS, FIELDS, FAMILIES["qwen2"][2]),
+    _family("llama", MLP_KERNELS, FIELDS, FAMILIES["llama"][2]),
     _family(
         "qwen3_moe",
         _NORMALIZED + _EXPERTS,
-        {axis: field for axis, field in FIELDS.items() if axis != "mlp"}
-        | {"experts": "num_experts", "moe_mlp": "moe_intermediate_size"},
+        EXPERT_FIELDS,
         {
             "architectures": ["Qwen3MoeForCausalLM"],
             "attention_bias": False,
