@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "slipway" / "models" / "reference.json"
-# Modules whose code is followed where a model imports from them; others (output classes, logging, ...) hold no reads.
+# Modules that are followed where a model imports from them; the others (output classes, logging, ...) read nothing.
 SHARED = ("modeling_rope_utils", "masking_utils", "cache_utils", "modeling_utils", "configuration_utils")
 SHARED_BELOW = ("models.", "integrations.sdpa_attention", "integrations.heterogeneity", "quantizers.auto")
 RECEIVERS = {"config", "text_config", "decoder_config", "effective_config", "layer_config"}
@@ -34,7 +34,8 @@ class Module:
     """The syntax tree of one transformers module: its definitions by name, and where imported names come from."""
 
     def __init__(self, name: str):
-        self.name, self.module = name, importlib.import_module(name)
+        self.name = name
+        self.module = importlib.import_module(name)
         tree = ast.parse(inspect.getsource(self.module))
         self.definitions: dict[str, ast.AST] = {}
         self.imported: dict[str, tuple[str, str]] = {}
