@@ -18,8 +18,8 @@ import pytest
 from slipway import models, tree
 from slipway.checkpoint.save import save
 from slipway.codec.tokenizer import Tokenizer
-from slipway.engine.step import Step
 from slipway.llm import LLM, NANO
+from slipway.runtime.runner import Runner
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -59,7 +59,7 @@ def llm(_shared_llm):
     """The shared engine: 4 rows, 32 tokens a step, a context of 64; each test must leave it without work or pages."""
     yield _shared_llm
     assert not _shared_llm.engine.has_work()
-    for scheduler in _shared_llm.engine._schedulers:
+    for scheduler in _shared_llm.engine.schedulers:
         assert scheduler.load == 0 and not scheduler.running and not scheduler.waiting
         assert scheduler.pages.num_free + scheduler.tree.num_unlocked == scheduler.pages.num_pages
 
@@ -68,8 +68,8 @@ def llm(_shared_llm):
 def uncompiled(monkeypatch):
     """Engines start without compiling, and claim that a step needs this many bytes; they cannot run."""
     temp_bytes = 50_000
-    monkeypatch.setattr(Step, "compile", lambda self, shapes: None)
-    monkeypatch.setattr(Step, "temp_bytes", lambda self, bucket: temp_bytes)
+    monkeypatch.setattr(Runner, "compile", lambda self, wanted: None)
+    monkeypatch.setattr(Runner, "temp_bytes", lambda self: temp_bytes)
     return temp_bytes
 
 

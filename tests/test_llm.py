@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from slipway.engine import programs
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.errors import CheckpointError, InvalidBatch, InvalidConfig, InvalidInput, InvalidRequest, UnsupportedModel
@@ -297,7 +298,7 @@ def test_a_mean_embedding_is_the_same_bits_in_any_chunks(tiny, monkeypatch):
     llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=64, page_size=16, skip_tokenizer_init=True)
     asked = [np.random.default_rng(n).integers(3, 1000, n).tolist() for n in (40, 3, 17)]
     whole = llm.encode(asked, "mean", use_tqdm=False)
-    monkeypatch.setattr(llm.engine._schedulers[0], "max_num_tokens", 5)
+    monkeypatch.setattr(llm.engine.schedulers[0], "max_num_tokens", 5)
     llm.engine.flush()
     np.testing.assert_array_equal(llm.encode(asked, "mean", use_tqdm=False), whole)
 
@@ -338,9 +339,10 @@ def test_closing_frees_the_devices_memory(tiny):
     with LLM(tiny, max_num_seqs=2, max_num_batched_tokens=16, page_size=16) as llm:
         complete(llm, max_tokens=2)
         assert held() > before + 100_000
-        engine = llm.engine
+        state = llm.engine.runner.state
+        freed = jax.tree.leaves([state[name] for name in (programs.CACHES, programs.NEWEST)])
     gc.collect()
-    assert all(array.is_deleted() for array in (engine._kv, engine._newest))
+    assert all(array.is_deleted() for array in freed)
     assert held() - before < 50_000, "what is left are the constants of a program"
 
 

@@ -5,6 +5,7 @@ the engine's: its ops, its cache, its packed weights. Knows no training.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from slipway import mesh, models, ops, tree
 from slipway.checkpoint import files, load, quantize
 from slipway.nn import linear
+from slipway.ops import kv_cache
 from training.data import held_out_rows
 from training.export import NANO_FOLDER
 from training.train import TrainConfig
@@ -34,25 +36,33 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
         checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
     one = mesh.make_mesh()
     model = load.load(declaration, checkpoint, one, jnp.bfloat16)
-    config, context = declaration.config, rows.shape[1] - 1
-    pages = -(-context // PAGE_SIZE)
-    cache = ops.allocate_kv(
-        config.num_hidden_layers, pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim, jnp.bfloat16
-    )
-    steps = jnp.arange(context, dtype=jnp.int32)
-    whole = [jnp.full(1, context, jnp.int32) for _ in range(2)]
-    table = jnp.arange(pages, dtype=jnp.int32)[None]
-    ragged = ops.Ragged(
-        jnp.int32(context), steps, whole[0].repeat(context), steps, jnp.zeros(1, jnp.int32), *whole, table
+    context = rows.shape[1] - 1
+    num_pages = -(-context // PAGE_SIZE)
+    sizes = {"page_size": PAGE_SIZE, "dtype": jnp.bfloat16}
+    caches = kv_cache.allocate(declaration.cache_specs, [num_pages], platform="cpu", **sizes)
+    positions_T, zero_1 = jnp.arange(context, dtype=jnp.int32), jnp.zeros(1, jnp.int32)
+    whole_1 = zero_1 + context
+    step = ops.StepInput(
+        num_tokens_1=whole_1,
+        ids_T=positions_T,
+        positions_T=positions_T,
+        contexts_T=whole_1.repeat(context),
+        row_T=zero_1.repeat(context),
+        starts_B=zero_1,
+        counts_B=whole_1,
+        lengths_B=whole_1,
+        pages=(ops.PageMap(positions_T, jnp.arange(num_pages, dtype=jnp.int32)[None]),),
+        num_samples_1=zero_1,
+        sample_at_B=zero_1,
     )
 
-    def loss(model, cache, row):
-        x_TD, _ = model(row[:-1], cache, ragged)
-        chosen = jax.nn.log_softmax(model.logits(x_TD))[jnp.arange(context), row[1:]]
+    def loss(model, caches, row):
+        x_TD, _ = model(dataclasses.replace(step, ids_T=row[:-1]), caches)
+        chosen = jax.nn.log_softmax(model.logits(x_TD, jnp.int32(context)))[positions_T, row[1:]]
         return -chosen.mean()
 
     run = jax.jit(jax.shard_map(loss, mesh=one, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
-    return float(np.mean([run(model, cache, jnp.asarray(row, jnp.int32)) for row in rows]))
+    return float(np.mean([run(model, caches, jnp.asarray(row, jnp.int32)) for row in rows]))
 
 
 def main() -> None:

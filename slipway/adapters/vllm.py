@@ -90,11 +90,15 @@ class Served(nnx.Module):
             one = next(iter(one.values()))
         kernel = self.kernel.value
 
+        windows = self.declaration.value.config.windows  # of each layer; those of one window have one cache
+
         def step(arrays, caches, ids_T, where):
             model = self._model(arrays)
-            borrowed = ops.Borrowed(tuple(caches), where, kernel)
-            x_TD, borrowed = model(ids_T, borrowed, ragged(where))
-            return list(borrowed.caches), x_TD
+            layers = [[i for i, w in enumerate(windows) if w == spec.window] for spec in model.cache_specs]
+            borrowed = [ops.BorrowedCache(tuple(caches[i] for i in each), where, kernel) for each in layers]
+            x_TD, borrowed = model(step_input(ids_T, where), borrowed)
+            written = {i: array for each, cache in zip(layers, borrowed) for i, array in zip(each, cache.caches)}
+            return [written[i] for i in range(len(caches))], x_TD
 
         caches = P(meshes.DATA, None, meshes.TENSOR, None, None)
         rows = jax.tree.map(lambda _: P(meshes.DATA), one)
@@ -137,30 +141,38 @@ class Static:
         self.value = value
 
 
-def ragged(where: Any) -> ops.Ragged:
-    """Our account of a step's tokens from tpu-inference's AttentionMetadata, without what its own kernel knows.
+def step_input(ids_T: jax.Array, where: Any) -> ops.StepInput:
+    """Return our input of a step from tpu-inference's AttentionMetadata, without the pages, which its kernel reads.
 
     input_positions [T], seq_lens [B], query_start_loc [B + 1], request_distribution [3]: the last is the number of
-    sequences; what lies behind theirs in every array is padding.
+    sequences; entries behind theirs in every array are padding.
     """
     starts, lengths_B, count = where.query_start_loc, where.seq_lens, where.request_distribution[2]
-    num_tokens, rows = starts[count], lengths_B.shape[0]
+    num_tokens, rows = starts[count].astype(jnp.int32), lengths_B.shape[0]
     tokens_T = jnp.arange(where.input_positions.shape[0], dtype=jnp.int32)
-    of_T = jnp.clip(jnp.searchsorted(starts[1:], tokens_T, side="right"), 0, jnp.maximum(count - 1, 0))
-    live_B = jnp.arange(rows, dtype=jnp.int32) < count
+    row_T = jnp.clip(jnp.searchsorted(starts[1:], tokens_T, side="right"), 0, jnp.maximum(count - 1, 0))
+    is_used_B = jnp.arange(rows, dtype=jnp.int32) < count
     zero = jnp.zeros((), jnp.int32)
-    return ops.Ragged(
-        num_tokens.astype(jnp.int32), where.input_positions, lengths_B[of_T], jnp.zeros_like(tokens_T),
-        jnp.where(live_B, starts[:-1], zero), jnp.where(live_B, starts[1:] - starts[:-1], zero),
-        jnp.where(live_B, lengths_B, zero), where.block_tables.reshape(rows, -1),
-    )  # fmt: skip
+    return ops.StepInput(
+        num_tokens_1=num_tokens[None],
+        ids_T=ids_T,
+        positions_T=where.input_positions,
+        contexts_T=lengths_B[row_T],
+        row_T=row_T.astype(jnp.int32),
+        starts_B=jnp.where(is_used_B, starts[:-1], zero),
+        counts_B=jnp.where(is_used_B, starts[1:] - starts[:-1], zero),
+        lengths_B=jnp.where(is_used_B, lengths_B, zero),
+        pages=(),
+        num_samples_1=zero[None],  # tpu-inference chooses the tokens that become logits
+        sample_at_B=jnp.zeros(rows, jnp.int32),
+    )
 
 
 def attention_kernel() -> Kernel:
-    """tpu-inference's ragged paged attention as ``ops.Borrowed`` calls a kernel."""
+    """tpu-inference's ragged paged attention as ``ops.BorrowedCache`` calls a kernel."""
     interface = importlib.import_module("tpu_inference.layers.common.attention_interface")
 
-    def kernel(q_TNH, k_TKH, v_TKH, cache, where, *, scale, window, soft_cap, sinks_N):
+    def kernel(q_TNH, k_TKH, v_TKH, *, cache, where, scale, window, soft_cap, sinks_N):
         if sinks_N is not None:
             raise InvalidConfig("attention sinks", "some", "none: this kernel has no place for them")
         narrow = q_TNH.shape[-1] == 64  # a kernel of its own

@@ -50,35 +50,33 @@ class CompileBench:
 
 def compiled(asked: CompileBench) -> dict[str, Any]:
     """Seconds, memory of one device and collectives of each program."""
-    import jax  # after the environment is set
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding
 
     from slipway import mesh as meshes
-    from slipway import models, ops
+    from slipway import models
+    from slipway.engine import programs as model_programs
     from slipway.engine.batch import Bucket, Sizes
-    from slipway.engine.step import Step
+    from slipway.engine.caches import Caches
 
     devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=asked.topology).devices
     mesh = meshes.make_mesh(tensor=len(devices), devices=devices)
     declaration = meshes.fit(models.declare(SHAPES[asked.model]), mesh)
-    config, heads = declaration.config, max(declaration.config.num_key_value_heads, len(devices))
-    sizes = config.num_hidden_layers, asked.num_pages, asked.page_size, heads, config.head_dim, jnp.bfloat16
-    kv = jax.eval_shape(lambda: ops.allocate_kv("tpu", *sizes))
-    kv = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(kv))))
-    width = -(-asked.max_model_len // asked.page_size)
-    batch = Sizes(asked.page_size, asked.num_pages, width, config.vocab_size, asked.max_model_len)
-    step = Step(declaration, mesh, kv, jnp.bfloat16, batch, asked.rows)
+    caches = Caches(declaration, mesh, jnp.bfloat16, asked.page_size).shapes((asked.num_pages,), 1)
+    width, kv = -(-asked.max_model_len // asked.page_size), caches[0].kv
+    sizes = Sizes(asked.page_size, (asked.num_pages,), width, declaration.config.vocab_size, asked.max_model_len)
+    runner = model_programs.runner(
+        declaration, mesh, caches, dtype=jnp.bfloat16, sizes=sizes, max_rows=asked.rows, repeats=None
+    )
     kv_bytes = kv.size * kv.dtype.itemsize // len(devices)
     programs = {}
     for name, tokens in (("decode", asked.rows), ("prefill", asked.prefill_tokens)):
         started = time.perf_counter()
-        program = step.program(Bucket(tokens, asked.rows))
+        program = runner.compiled(model_programs.FORWARD, Bucket(tokens, asked.rows))
         programs[name] = {"tokens": tokens, "compile_s": round(time.perf_counter() - started, 1)} | read(program, kv)
     return {
         "model": asked.model, "topology": asked.topology, "device": devices[0].device_kind, "devices": len(devices),
-        "bodies": ops.bodies("tpu", kv, jnp.bfloat16), "kv_bytes_a_device": kv_bytes, "programs": programs,
+        "bodies": runner.bodies, "kv_bytes_a_device": kv_bytes, "programs": programs,
     }  # fmt: skip
 
 

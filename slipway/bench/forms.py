@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
 from slipway import mesh as meshes
-from slipway import models, ops, tree
+from slipway import models, tree
 from slipway.bench.models import QWEN3_SHAPE
 from slipway.checkpoint import load
-from slipway.engine import batch as batches
-from slipway.engine.batch import Bucket, Sizes
-from slipway.engine.step import Step
+from slipway.engine import batch, programs
+from slipway.engine.batch import Bucket, Sampling, Sizes
+from slipway.engine.caches import Caches
+from slipway.ops import StepInput
 
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
 
@@ -50,51 +50,41 @@ def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | 
     mesh = meshes.make_mesh(tensor=1 if devices is None else len(devices), devices=devices)
     declaration = FORMS[name](meshes.fit(models.declare(QWEN3_SHAPE), mesh))
     config = declaration.config
-    kv = jax.eval_shape(
-        lambda: ops.allocate_kv(
-            mesh.devices.flat[0].platform,
-            config.num_hidden_layers,
-            NUM_PAGES,
-            PAGE_SIZE,
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype,
-        )
-    )
-    shape = jax.ShapeDtypeStruct(kv.shape, kv.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(kv))))
-    step, bucket = Step(declaration, mesh, shape, dtype, _sizes(config), rows), Bucket(rows, rows)
+    caches = Caches(declaration, mesh, dtype, PAGE_SIZE).shapes((NUM_PAGES,), 1)
+    sizes, bucket = _sizes(config), Bucket(rows, rows)
+    runner = programs.runner(declaration, mesh, caches, dtype=dtype, sizes=sizes, max_rows=rows, repeats=None)
     started = time.perf_counter()
-    step.compile([bucket])
+    runner.compile(programs.wanted([bucket], None))
     figures = {
         "compile_s": round(time.perf_counter() - started, 2),
-        "temp_mb": round(step.temp_bytes(bucket) / 1e6, 1),
+        "temp_mb": round(runner.temp_bytes() / 1e6, 1),
     }
     if topology is not None:
         return figures
-    leaves, cache = jax.tree.leaves(load.dummy(declaration, mesh, dtype, seed=0)), jnp.zeros(kv.shape, kv.dtype)
-    batch, times = _batch(bucket, rows, _sizes(config)), []
-    newest = step.first_newest()
+    runner.state[programs.WEIGHTS] = jax.tree.leaves(load.dummy(declaration, mesh, dtype, seed=0))
+    runner.allocate(programs.CACHES)
+    runner.allocate(programs.NEWEST)
+    times: list[float] = []
+    step, sampling = _inputs(bucket, rows, sizes)
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        cache, _, logits = step.forward(leaves, cache, newest, bucket, batch.tokens)
-        sampled, newest = step.choose(logits, newest, bucket, batch.sampling, None)
-        jax.block_until_ready(sampled)
+        runner.call(programs.FORWARD, bucket, step)
+        jax.block_until_ready(runner.call(programs.SAMPLE, rows, sampling, None))
         times.append(time.perf_counter() - started)
     return figures | {"step_ms": round(statistics.median(times[1:]) * 1e3, 1)}
 
 
 def _sizes(config: Any) -> Sizes:
-    return Sizes(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, config.vocab_size, TABLE_WIDTH * PAGE_SIZE)
+    return Sizes(PAGE_SIZE, (NUM_PAGES,), TABLE_WIDTH, config.vocab_size, TABLE_WIDTH * PAGE_SIZE)
 
 
-def _batch(bucket: Bucket, rows: int, sizes: Sizes) -> batches.Batch:
-    batch = batches.empty(bucket, sizes)
-    tokens = batch.tokens
-    tokens.num_tokens_1[0] = tokens.num_samples_1[0] = batch.sampling.num_rows_1[0] = rows
-    tokens.counts_B[:], tokens.lengths_B[:] = 1, 128
-    tokens.positions_T[:], tokens.slots_T[:] = 127, range(rows)
-    tokens.starts_B[:] = tokens.sample_at_B[:] = range(rows)
-    return batch
+def _inputs(bucket: Bucket, rows: int, sizes: Sizes) -> tuple[StepInput, Sampling]:
+    step, sampling = batch.empty_step(bucket, sizes), batch.empty_sampling(rows)
+    step.num_tokens_1[0] = step.num_samples_1[0] = sampling.num_rows_1[0] = rows
+    step.counts_B[:], step.lengths_B[:] = 1, 128
+    step.positions_T[:], step.pages[0].slots_T[:] = 127, range(rows)
+    step.row_T[:] = step.starts_B[:] = step.sample_at_B[:] = range(rows)
+    return step, sampling
 
 
 def _replace(declaration: Any) -> Any:

@@ -119,21 +119,35 @@ def others(tokens: int, context: int) -> Iterator[Case]:
     import jax.numpy as jnp
 
     from slipway import ops
+    from slipway.ops import kv_cache
 
     rows = tokens if tokens < 64 else 1
     each, pages = tokens // rows, -(-context // PAGE_SIZE)
-    cache = ops.allocate_kv("cpu", LAYERS, rows * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM, jnp.bfloat16)
-    first = jnp.arange(rows, dtype=jnp.int32) * each
-    ragged = ops.Ragged(
-        jnp.int32(tokens), jnp.tile(jnp.arange(context - each, context, dtype=jnp.int32), rows),
-        jnp.full(tokens, context, jnp.int32), jnp.arange(tokens, dtype=jnp.int32), first,
-        jnp.full(rows, each, jnp.int32), jnp.full(rows, context, jnp.int32),
-        jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
-    )  # fmt: skip
+    spec = ops.CacheSpec(LAYERS, KV_HEADS, HEAD_DIM)
+    sizes = {"page_size": PAGE_SIZE, "dtype": jnp.bfloat16}
+    (cache,) = kv_cache.allocate([spec], [rows * pages], platform="cpu", **sizes)
+    first, positions = jnp.arange(rows, dtype=jnp.int32) * each, jnp.arange(context - each, context, dtype=jnp.int32)
+    step = ops.StepInput(
+        num_tokens_1=jnp.full(1, tokens, jnp.int32),
+        ids_T=jnp.zeros(tokens, jnp.int32),
+        positions_T=jnp.tile(positions, rows),
+        contexts_T=jnp.full(tokens, context, jnp.int32),
+        row_T=jnp.arange(rows, dtype=jnp.int32).repeat(each),
+        starts_B=first,
+        counts_B=jnp.full(rows, each, jnp.int32),
+        lengths_B=jnp.full(rows, context, jnp.int32),
+        pages=(
+            ops.PageMap(
+                jnp.arange(tokens, dtype=jnp.int32), jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages)
+            ),
+        ),
+        num_samples_1=jnp.zeros(1, jnp.int32),
+        sample_at_B=jnp.zeros(rows, jnp.int32),
+    )
 
     def attend(x_TD, _, layer, cache):
         q_TNH = jnp.tile(x_TD, (1, HEADS * HEAD_DIM // EMBED)).reshape(tokens, HEADS, HEAD_DIM)
-        return ops.paged_attention(q_TNH, cache, layer, ragged, HEAD_DIM**-0.5, None)
+        return cache.read(q_TNH, layer=layer, step=step, scale=HEAD_DIM**-0.5)
 
     read = rows * context * KV_HEADS * HEAD_DIM * 2 * 2
     seen = rows * sum(context - each + i + 1 for i in range(each))

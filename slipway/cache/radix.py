@@ -16,22 +16,23 @@ class Node:
     exactly where no sequence reads the page.
     """
 
-    __slots__ = ("block", "children", "depth", "generation", "last_used", "locks", "page", "parent")
+    __slots__ = ("block", "children", "depth", "generation", "last_used", "locks", "page", "parent", "windows")
 
     def __init__(self, parent: "Node | None", block: bytes, page: int, generation: int):
         self.parent, self.block, self.page, self.generation = parent, block, page, generation
         self.children: dict[bytes, Node] = {}
         self.depth: int = 0 if parent is None else parent.depth + 1  # pages from the root on, this one included
         self.locks = self.last_used = 0
+        self.windows: list[int] = []  # its pages of layers with sliding windows (windows.py), one for each numbering
 
 
 class RadixTree:
     """The pages that finished and running sequences have computed, found again by their tokens.
 
-    The tree owns the pages of its nodes. ``on_free`` gets those that it lets go.
+    The tree owns the pages of its nodes. ``on_free`` gets each node that leaves it.
     """
 
-    def __init__(self, on_free: Callable[[list[int]], None]):
+    def __init__(self, on_free: Callable[[Node], None]):
         self._on_free = on_free
         self._roots: dict[str, Node] = {}
         self._generation = 0
@@ -144,4 +145,4 @@ class RadixTree:
         node.parent = None
         self.num_pages -= 1
         self.num_unlocked -= 1
-        self._on_free([node.page])
+        self._on_free(node)

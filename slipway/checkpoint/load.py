@@ -29,6 +29,7 @@ from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.checkpoint.quantize import PACKED
 from slipway.errors import CheckpointError
 from slipway.mesh import shardings
+from slipway.ops import backend
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 ALIGNMENT = 64  # bytes: where it starts on such a boundary, JAX uses a host buffer on a CPU device as it is
@@ -171,7 +172,8 @@ def load_leaf(
             if view is None:
                 _fill(blocks[bounds], leaf, checkpoint, bounds, faults)
     array = place(leaf.param.shape, sharding, blocks)
-    if sharding.mesh.devices.flat[0].platform != "cpu":  # an accelerator has copied even what was a view
+    # an accelerator has copied even what was a view
+    if not backend.of(sharding.mesh.devices.flat[0].platform).uses_host_memory:
         for key in leaf.keys.values():
             checkpoint.drop(key)
     return array

@@ -19,6 +19,7 @@ from slipway.checkpoint.bits import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError, WeightsLost
 from slipway.mesh import shardings
+from slipway.ops import backend
 
 Mode = Literal["inplace", "atomic"]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -105,7 +106,7 @@ class Weights:
     @property
     def on_cpu(self) -> bool:
         """Whether a device's memory is the host's."""
-        return self.mesh.devices.flat[0].platform == "cpu"
+        return backend.of(self.mesh.devices.flat[0].platform).uses_host_memory
 
     def refilled(self, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
         """The leaf ``at`` after blocks were written to: on one device the same array, if it is a view of them.
@@ -301,7 +302,7 @@ def on_host(array: Any) -> Any:
     if not isinstance(array, jax.Array):
         return np.asarray(array)
     devices = list(array.devices())
-    return np.asarray(array) if len(devices) == 1 and devices[0].platform == "cpu" else array
+    return np.asarray(array) if len(devices) == 1 and backend.of(devices[0].platform).uses_host_memory else array
 
 
 def _name(array: Any) -> str | None:

@@ -8,7 +8,7 @@ from slipway.codec.detokenizer import Detokenizer
 from slipway.codec.grammar import Grammars
 from slipway.codec.reasoning import Walk
 from slipway.codec.tokenizer import Tokenizer
-from slipway.engine import edits
+from slipway.engine import logit_rules
 from slipway.engine.batch import Sizes
 from slipway.engine.params import SamplingParams, check_logprobs
 from slipway.engine.request import Request, Sequence
@@ -17,14 +17,18 @@ from slipway.errors import ContextTooLong, InvalidRequest
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the running engine can hold; printed at start."""
+    """What the running engine can hold; printed at start.
+
+    ``windows`` and ``num_pages`` are of each numbering of pages (kv_cache.page_windows).
+    """
 
     vocab_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     page_size: int
-    num_pages: int
+    num_pages: tuple[int, ...]
+    windows: tuple[int | None, ...]
     copies: int
     prefix_caching: bool
     stream_interval: int
@@ -32,8 +36,13 @@ class Limits:
     bodies: dict[str, str]  # which serves each op
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the cache of one copy of the weights holds."""
+        return self.num_pages[0] * self.page_size
+
+    @property
     def sizes(self) -> Sizes:
-        """Of every batch."""
+        """Sizes of every batch."""
         width = -(-self.max_model_len // self.page_size)
         num_logprobs = self.vocab_size if self.max_logprobs < 0 else self.max_logprobs
         return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len, num_logprobs)
@@ -67,8 +76,8 @@ class Admission:
             deadline=deadline, cache_salt=cache_salt, pooling=pooling,
         )  # fmt: skip
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        if edits.needed(params):
-            request.rules = edits.Rules(params, stop_ids, self._tokenizer, self._limits.vocab_size)
+        if logit_rules.needed(params):
+            request.rules = logit_rules.Rules(params, stop_ids, self._tokenizer, self._limits.vocab_size)
         matchers = self._matchers(params)
         for index in range(params.num_samples):
             # without a seed of its own a request gets one from the engine's seed and its number
@@ -94,7 +103,7 @@ class Admission:
             raise InvalidRequest("stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)")
         longest = limits.max_model_len - length
         max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
-        room = limits.num_pages * limits.page_size
+        room = limits.num_tokens
         if length + max_tokens > room:
             got = f"{length} prompt tokens + {max_tokens} max_tokens"
             raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")

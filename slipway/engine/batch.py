@@ -13,6 +13,7 @@ import numpy as np
 
 from slipway.engine.config import MAX_LOGPROBS
 from slipway.engine.scheduler import Chunk
+from slipway.ops import PageMap, StepInput
 from slipway.tree import module
 
 Array = Any  # NumPy on the host; inside the step what JAX makes of it
@@ -37,10 +38,10 @@ class Repeat:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the arrays of every batch are measured by."""
+    """Sizes that the arrays of every batch follow. ``num_pages``: of each numbering, for one copy of the weights."""
 
     page_size: int
-    num_pages: int
+    num_pages: tuple[int, ...]
     table_width: int
     vocab_size: int
     max_model_len: int
@@ -68,31 +69,10 @@ class Sampling:
 
 
 @module
-class Tokens:
-    """What the forward pass reads.
-
-    ``ids_T``: token ids, or -1 - row of the last step's results. ``sample_at_B``: the flat token whose hidden state a
-    row of results comes from; there are ``num_samples_1`` of them.
-    """
-
-    num_tokens_1: Array
-    num_samples_1: Array
-    ids_T: Array
-    positions_T: Array
-    contexts_T: Array
-    slots_T: Array
-    starts_B: Array
-    counts_B: Array
-    lengths_B: Array
-    page_table_BM: Array
-    sample_at_B: Array
-
-
-@module
 class Batch:
-    """One step's input. Copies of the weights lie one after the other along the first axis of each array."""
+    """Input of a step's two halves. Copies of the weights lie one after the other along the first axis of arrays."""
 
-    tokens: Tokens
+    step: StepInput
     sampling: Sampling
 
 
@@ -118,9 +98,11 @@ def choose(shapes: Sequence[Bucket], chunks: Sequence[Sequence[Chunk]]) -> Bucke
 class Builder:
     """Makes the batches of one copy of the weights; keeps, slot by slot, what stays while a sequence runs."""
 
-    def __init__(self, sizes: Sizes, page_table: np.ndarray):
-        slots = len(page_table)
-        self._sizes, self._page_table = sizes, page_table  # the scheduler's, read here
+    def __init__(self, sizes: Sizes, page_tables: Sequence[np.ndarray]):
+        """``page_tables``: the scheduler's, one for each numbering of pages; read here."""
+        slots = len(page_tables[0])
+        self._sizes = sizes
+        self._page_tables = page_tables
         self._owners: list[Any] = [None] * slots
         self._prompts = np.zeros(slots, np.int32)
         self._sampling = empty_sampling(slots)
@@ -142,7 +124,7 @@ class Builder:
         newest = np.array([sequence.last_row for sequence in sequences], np.int32)
         newest = np.where(first + counts > known, newest, -1)  # rows of the last step, where the host knows no token
 
-        ids_T, positions_T, contexts_T, slots_T = np.zeros((4, bucket.num_tokens), np.int32)
+        ids_T, positions_T, contexts_T, row_T = np.zeros((4, bucket.num_tokens), np.int32)
         starts_B, counts_B, lengths_B = np.zeros((3, bucket.num_rows), np.int32)
         ends = np.cumsum(counts, dtype=np.int32)
         T, starts = int(counts.sum()), ends - counts
@@ -154,20 +136,26 @@ class Builder:
             ids_T[end - chunk.num_tokens :][: len(held)] = held
         ids_T[ends[newest >= 0] - 1] = -1 - newest[newest >= 0]
         positions_T[:T], contexts_T[:T] = at, np.maximum(at + 1, self._prompts[slots][row_of_token])
-        slots_T[:T] = self._page_table[slots[row_of_token], at // page_size] * page_size + at % page_size
-        slots_T[T:] = self._sizes.num_pages * page_size
+        row_T[:T] = row_of_token
         starts_B[:B], counts_B[:B], lengths_B[:B] = starts, counts, first + counts
-        page_table_BM = np.zeros((bucket.num_rows, self._sizes.table_width), np.int32)
-        page_table_BM[:B] = self._page_table[slots]
-        sample_at_B, sampling = self._rows(chunks, bucket, slots, ends, newest)
-        tokens = Tokens(
-            np.array([T], np.int32), sampling.num_rows_1, ids_T, positions_T, contexts_T, slots_T, starts_B, counts_B,
-            lengths_B, page_table_BM, sample_at_B,
+        token_slots, at_page, offset = slots[row_of_token], at // page_size, at % page_size
+        pages = []
+        for num_pages, page_table in zip(self._sizes.num_pages, self._page_tables):
+            slots_T = np.full(bucket.num_tokens, num_pages * page_size, np.int32)
+            slots_T[:T] = page_table[token_slots, at_page] * page_size + offset
+            page_table_BM = np.zeros((bucket.num_rows, self._sizes.table_width), np.int32)
+            page_table_BM[:B] = page_table[slots]
+            pages.append(PageMap(slots_T, page_table_BM))
+        sample_at_B, sampling = self._rows(chunks, bucket, slots, ends=ends, newest=newest)
+        step = StepInput(
+            num_tokens_1=np.array([T], np.int32), ids_T=ids_T, positions_T=positions_T, contexts_T=contexts_T,
+            row_T=row_T, starts_B=starts_B, counts_B=counts_B, lengths_B=lengths_B, pages=tuple(pages),
+            num_samples_1=sampling.num_rows_1, sample_at_B=sample_at_B,
         )  # fmt: skip
-        return Batch(tokens, sampling)
+        return Batch(step, sampling)
 
     def _rows(
-        self, chunks: Sequence[Chunk], bucket: Bucket, slots: Array, ends: Array, newest: Array
+        self, chunks: Sequence[Chunk], bucket: Bucket, slots: Array, *, ends: Array, newest: Array
     ) -> tuple[Array, Sampling]:
         """Rows of results, chunk after chunk: first those that score the prompt, then the one that samples."""
         num_rows = np.array([len(chunk.scored) + chunk.samples for chunk in chunks], np.int32)
@@ -211,23 +199,27 @@ def empty_sampling(num_rows: int) -> Sampling:
     )  # fmt: skip
 
 
-def empty(bucket: Bucket, sizes: Sizes) -> Batch:
-    """A batch of nothing but padding."""
+def empty_step(bucket: Bucket, sizes: Sizes) -> StepInput:
+    """Return the input of a step that is all padding."""
     T, B = bucket.num_tokens, bucket.num_rows
 
     def zeros(size: int) -> np.ndarray:
         return np.zeros(size, np.int32)
 
-    tokens = Tokens(
-        num_tokens_1=zeros(1), num_samples_1=zeros(1), ids_T=zeros(T), positions_T=zeros(T), contexts_T=zeros(T),
-        slots_T=np.full(T, sizes.num_pages * sizes.page_size, np.int32), starts_B=zeros(B), counts_B=zeros(B),
-        lengths_B=zeros(B), page_table_BM=np.zeros((B, sizes.table_width), np.int32), sample_at_B=zeros(B),
+    def page_map(num_pages: int) -> PageMap:
+        slots_T = np.full(T, num_pages * sizes.page_size, np.int32)
+        return PageMap(slots_T, np.zeros((B, sizes.table_width), np.int32))
+
+    return StepInput(
+        num_tokens_1=zeros(1), ids_T=zeros(T), positions_T=zeros(T), contexts_T=zeros(T), row_T=zeros(T),
+        starts_B=zeros(B), counts_B=zeros(B), lengths_B=zeros(B),
+        pages=tuple(page_map(num_pages) for num_pages in sizes.num_pages),
+        num_samples_1=zeros(1), sample_at_B=zeros(B),
     )  # fmt: skip
-    return Batch(tokens, empty_sampling(B))
 
 
-def join(batches: Sequence[Batch]) -> Batch:
-    """The batches of every copy of the weights as one."""
+def join(batches: Sequence[Any]) -> Any:
+    """Join the batches, or parts of them, of every copy of the weights."""
     if len(batches) == 1:
         return batches[0]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)

@@ -1,6 +1,7 @@
-"""From a model's name to an engine that runs: reads, declares, sizes the cache, loads and compiles; keeps nothing.
+"""Launch of an engine from a model's name: files, declaration, cache sizes, weights, compiled programs.
 
-Loading and compiling overlap: both need only the declaration.
+Not here: loading of any model (runtime/load.py), the programs (programs.py). Loading and compiling overlap: both need
+only the declaration.
 """
 
 import dataclasses
@@ -10,44 +11,43 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import mesh as meshes
-from slipway import models, ops, tree
+from slipway import models, tree
 from slipway.checkpoint import files, quantize
 from slipway.checkpoint.swap import Weights
 from slipway.codec.tokenizer import Tokenizer
-from slipway.engine import batch as batches
-from slipway.engine import compile_cache, memory, nodes
+from slipway.engine import compile_cache, memory, programs
 from slipway.engine.admission import Limits
-from slipway.engine.batch import Bucket, Repeat, Sizes
+from slipway.engine.batch import Bucket, Repeat, Sizes, buckets
+from slipway.engine.caches import Caches
 from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
-from slipway.engine.step import Step
 from slipway.errors import InvalidConfig, UnsupportedModel
-from slipway.runtime import load
+from slipway.ops import backend, kv_cache
+from slipway.runtime import load, multihost
+from slipway.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
-LAYERS = {"cpu": tree.separate}  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
 SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
 # Several decode steps in a call: docs/log.md has what it gained, by size of the model and number of rows.
-SMALL_BYTES, AUTO_STEPS, MAX_REPEATED_ROWS = 32 * 2**20, 8, 32
+SMALL_BYTES, MAX_REPEATED_ROWS = 32 * 2**20, 32
 NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model whose arrays are on their devices and whose programs are compiled, and what its files say."""
+    """A model with arrays on its devices and compiled programs, and what its files state."""
 
-    step: Step
+    runner: Runner
     weights: Weights
-    kv: jax.Array
     shapes: list[Bucket]
+    repeats: Repeat | None
     limits: Limits
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
@@ -62,10 +62,21 @@ def launch(model: str, config: EngineConfig) -> Engine:
     if config.node_rank:
         raise InvalidConfig("node_rank", config.node_rank, "0 here; the other processes run `slipway follow`")
     it = _load(model, config)
-    step = it.step if config.nnodes == 1 else nodes.Leading(it.step, it.shapes, config)
+    leader = None
+    if config.nnodes > 1:
+        leader = multihost.Leader(it.runner, config.nnodes - 1, config.dist_init_addr)
     return Engine(
-        step, it.weights, it.kv, it.shapes, it.limits, it.tokenizer, it.eos_ids, config.seed, it.defaults
-    )  # fmt: skip
+        it.runner,
+        it.weights,
+        shapes=it.shapes,
+        repeats=it.repeats,
+        limits=it.limits,
+        tokenizer=it.tokenizer,
+        eos_ids=it.eos_ids,
+        seed=config.seed,
+        defaults=it.defaults,
+        leader=leader,
+    )
 
 
 def follow(model: str, config: EngineConfig) -> None:
@@ -76,12 +87,12 @@ def follow(model: str, config: EngineConfig) -> None:
     if not config.node_rank:
         raise InvalidConfig("node_rank", config.node_rank, "1 or more: process 0 leads")
     it = _load(model, config)
-    nodes.follow(it.step, it.weights.arrays, it.kv, it.shapes, it.limits.sizes, config)
+    multihost.follow(it.runner, config.dist_init_addr)
 
 
 def _load(model: str, config: EngineConfig) -> Loaded:
     started = time.perf_counter()
-    nodes.join(config)
+    multihost.join(config.nnodes, config.node_rank, config.dist_init_addr)
     kept = compile_cache.use(config.compilation_cache)
     held = load.open_files(model, config.revision, config.hf_overrides, config.load_format == "dummy")
     checkpoint, raw = held.checkpoint, held.raw_config
@@ -90,85 +101,100 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     scheme = _scheme(config.quantization, raw)
     declaration = models.declare({key: value for key, value in raw.items() if key != quantize.FIELD})
     model_config, platform = declaration.config, mesh.devices.flat[0].platform
-    declaration = load.on_mesh(declaration, mesh, LAYERS.get(platform), scheme)
+    declaration = load.on_mesh(declaration, mesh, backend.of(platform).layer_form, scheme)
     dtype = _dtype(config.dtype, raw, checkpoint)
     length = _max_model_len(config.max_model_len, model_config.max_context)
     weights_of = None  # the checkpoint of the weights, checked before anything takes time
     if not held.is_dummy:
         weights_of = load.checked(declaration, checkpoint, dtype, scheme=scheme)
-    step, shapes, num_pages = _compiled(declaration, mesh, dtype, length, config)
+    shapes = buckets(config.max_num_seqs, config.max_num_batched_tokens)
+    repeats = _repeats(config, mesh, _weights_bytes(declaration, mesh, dtype), shapes)
+    runner, num_pages = _compiled(
+        declaration, mesh, dtype, length=length, config=config, shapes=shapes, repeats=repeats
+    )
 
     with ThreadPoolExecutor(1) as pool:
-        rest = pool.submit(step.compile, shapes)
+        rest = pool.submit(runner.compile, programs.wanted(shapes, repeats))
         params = load.arrays(declaration, weights_of, mesh, dtype, config.seed)
-        kv = step.empty_kv()
+        weights = Weights(declaration, mesh, dtype, params, raw, config.hf_overrides, load.IGNORED_TENSORS)
+        runner.state[programs.WEIGHTS] = weights.arrays
+        runner.allocate(programs.CACHES)
+        runner.allocate(programs.NEWEST)
         rest.result()
-    weights = Weights(declaration, mesh, dtype, params, raw, config.hf_overrides, load.IGNORED_TENSORS)
     limits = Limits(
         vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
-        copies=config.data_parallel_size, prefix_caching=_caches(config.enable_prefix_caching, model_config),
-        stream_interval=config.stream_interval, max_logprobs=config.max_logprobs,
-        bodies=ops.bodies(platform, step.kv, dtype),
+        windows=kv_cache.page_windows(declaration.cache_specs), copies=config.data_parallel_size,
+        prefix_caching=_caches(config.enable_prefix_caching, model_config), stream_interval=config.stream_interval,
+        max_logprobs=config.max_logprobs, bodies=runner.bodies,
     )  # fmt: skip
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
-    _announce(platform, np.dtype(dtype).name, mesh, limits, step.repeats, time.perf_counter() - started)
+    _announce(platform, np.dtype(dtype).name, mesh, limits, repeats, time.perf_counter() - started)
     return Loaded(
-        step, weights, kv, shapes, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
+        runner, weights, shapes, repeats, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
         generation_defaults(checkpoint.generation_config),
     )  # fmt: skip
 
 
 def _compiled(
-    declaration: Any, mesh: Mesh, dtype: Any, length: int, config: EngineConfig
-) -> tuple[Step, list[Bucket], int]:
-    """The step with its largest shape compiled, all its shapes, and the pages that fit beside what that shape needs.
+    declaration: Any, mesh: Mesh, dtype: Any, *, length: int, config: EngineConfig, shapes: list[Bucket],
+    repeats: Repeat | None,
+) -> tuple[Runner, tuple[int, ...]]:  # fmt: skip
+    """Return the runner with its largest bucket compiled, and the pages of each numbering that fit beside it.
 
-    The cache's size is part of the program: it is first compiled as if it needed no temporaries, which is final where
-    the cache is as large as could be useful, and compiled once more with fewer pages where they do not fit.
+    The caches' sizes are part of the program: it is first compiled as if it needed no temporaries, which is final where
+    the caches are as large as could be useful, and compiled once more with fewer pages where they do not fit.
     """
-    model, platform = declaration.config, mesh.devices.flat[0].platform
-    heads = max(model.num_key_value_heads, mesh.shape[meshes.TENSOR])
-    empty = jax.eval_shape(
-        lambda: ops.allocate_kv(platform, model.num_hidden_layers, 1, config.page_size, heads, model.head_dim, dtype)
-    )
-    devices = mesh.shape[meshes.TENSOR]
-    page_bytes = math.prod(empty.shape) * empty.dtype.itemsize // devices
-    weights = sum(_shard_bytes(leaf.param, mesh, dtype) for leaf in tree.leaves(declaration))
-    mine = mesh.local_devices
-    budget = memory.budget(config.memory_fraction, mine[0], len(mine), weights, page_bytes)
-    budget = dataclasses.replace(budget, total=nodes.least(budget.total))
+    caches = Caches(declaration, mesh, dtype, config.page_size)
     table_width = -(-length // config.page_size)
-    shapes = batches.buckets(config.max_num_seqs, config.max_num_batched_tokens)
-    repeats = _repeats(config, mesh, weights, shapes)
-    temp, useful = 0, config.max_num_seqs * table_width
+    mine = mesh.local_devices
+    budget = memory.budget(
+        config.memory_fraction,
+        mine[0],
+        len(mine),
+        weights=_weights_bytes(declaration, mesh, dtype),
+        pages=caches.costs(config.max_num_seqs, config.max_num_batched_tokens, table_width=table_width),
+    )
+    budget = dataclasses.replace(budget, total=multihost.least(budget.total))
+    vocab_size, temp = declaration.config.vocab_size, 0
+    num_logprobs = vocab_size if config.max_logprobs < 0 else config.max_logprobs
     while True:
-        num_pages = budget.pages(temp, useful)
-        shape = (empty.shape[0], config.data_parallel_size * num_pages, *empty.shape[2:])
-        kv = jax.ShapeDtypeStruct(shape, empty.dtype, sharding=NamedSharding(mesh, meshes.spec(ops.kv_axes(empty))))
-        num_logprobs = model.vocab_size if config.max_logprobs < 0 else config.max_logprobs
-        sizes = Sizes(config.page_size, num_pages, table_width, model.vocab_size, length, num_logprobs)
-        step = Step(declaration, mesh, kv, dtype, sizes, shapes[-1].num_rows, repeats)
-        # memory is ample where the cache can be as large as useful: then all shapes compile at once
-        step.compile(shapes if num_pages == useful else shapes[-1:])
-        temp = step.temp_bytes(shapes[-1])
-        if budget.pages(temp, useful) >= num_pages:
-            return step, shapes, num_pages
+        num_pages = budget.fit(temp)
+        sizes = Sizes(config.page_size, num_pages, table_width, vocab_size, length, num_logprobs)
+        runner = programs.runner(
+            declaration,
+            mesh,
+            caches.shapes(num_pages, config.data_parallel_size),
+            dtype=dtype,
+            sizes=sizes,
+            max_rows=shapes[-1].num_rows,
+            repeats=repeats,
+        )
+        # memory is ample where the caches can be as large as useful: then all shapes compile at once
+        runner.compile(programs.wanted(shapes if num_pages == budget.useful else shapes[-1:], repeats))
+        temp = runner.temp_bytes()
+        if budget.fit(temp) >= num_pages:
+            return runner, num_pages
 
 
-def _repeats(config: EngineConfig, mesh: Mesh, weights: int, shapes: list[Bucket]) -> Repeat | None:
-    """How many decode steps one call may make, and its shape: one for any number of rows, as padding costs little."""
+def _repeats(config: EngineConfig, mesh: Mesh, weights_bytes: int, shapes: list[Bucket]) -> Repeat | None:
+    """Return how many decode steps one call may make, and its bucket: one for all, as padding rows cost little."""
     steps = config.decode_steps
     if steps == "auto":
-        alone_on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-        steps = AUTO_STEPS if alone_on_cpu and weights <= SMALL_BYTES else 1
+        is_small = mesh.size == 1 and weights_bytes <= SMALL_BYTES
+        steps = backend.of(mesh.devices.flat[0].platform).decode_steps if is_small else 1
     rows = min(config.max_num_seqs, MAX_REPEATED_ROWS)
     return Repeat(next(shape for shape in shapes if shape.num_tokens >= rows), steps) if steps > 1 else None
 
 
-def _shard_bytes(param: tree.Param, mesh: Mesh, dtype: Any) -> int:
-    shape = NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)
-    return math.prod(shape) * param.held_as(dtype).itemsize
+def _weights_bytes(declaration: Any, mesh: Mesh, dtype: Any) -> int:
+    """Return the size of the weights on one device."""
+
+    def size(param: tree.Param) -> int:
+        shape = NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)
+        return math.prod(shape) * param.held_as(dtype).itemsize
+
+    return sum(size(leaf.param) for leaf in tree.leaves(declaration))
 
 
 def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
@@ -218,10 +244,13 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokeniz
 
 
 def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, repeats: Repeat | None, seconds: float) -> None:
-    tokens = limits.num_pages * limits.page_size
+    """Log what runs where, and how much fits."""
     logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), limits.bodies)
     logger.info("decode steps in one call: %s", "1" if repeats is None else f"up to {repeats.num_steps}")
+    tokens = limits.num_tokens
     logger.info(
         "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
-        limits.num_pages, limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,
+        limits.num_pages[0], limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,
     )  # fmt: skip
+    for window, num_pages in zip(limits.windows[1:], limits.num_pages[1:]):
+        logger.info("cache of layers that see %d positions: %d pages", window, num_pages)

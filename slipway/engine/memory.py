@@ -1,53 +1,87 @@
-"""How much memory there is, how many pages it gives and when a cache's is taken; knows shapes and no requests."""
+"""Memory budget: free bytes of a device, and the number of pages that fit beside weights and temporaries."""
 
-import ctypes
 import dataclasses
-import logging
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from slipway import native
 from slipway.errors import OutOfMemory
+from slipway.ops import backend
 
-logger = logging.getLogger(__name__)
 
-CPU_FRACTION, DEVICE_FRACTION = 0.25, 0.9
+@dataclasses.dataclass(frozen=True)
+class PageCost:
+    """Pages of one numbering.
+
+    ``size_bytes``: of one page in all its caches. ``needed``: how many sequences can use at once. ``useful``: how many
+    more than that the prefix cache could fill.
+    """
+
+    size_bytes: int
+    needed: int
+    useful: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """One device's memory, in bytes: what may be used, and what weights and one page take of it."""
+    """One device's memory, in bytes: the share that may be used, and the part that weights and pages take of it."""
 
     total: int
     weights: int
-    page: int
+    pages: tuple[PageCost, ...]
 
-    def pages(self, temp: int, useful: int) -> int:
-        """How many pages fit beside ``temp`` bytes of temporaries, no more than could ever be ``useful``.
+    @property
+    def useful(self) -> tuple[int, ...]:
+        """Pages of each numbering that could ever be in use."""
+        return tuple(cost.useful for cost in self.pages)
 
-        Raises OutOfMemory if not a single one does.
+    def fit(self, temp: int) -> tuple[int, ...]:
+        """Return how many pages of each numbering fit beside ``temp`` bytes of temporaries.
+
+        Every numbering gets equally many up to those it needs, then equally many up to those that are useful. Raises
+        OutOfMemory if not a single page fits.
         """
-        fit = (self.total - self.weights - temp) // self.page
-        if fit < 1:
+        left = self.total - self.weights - temp
+        needed = self._equally(left, [0] * len(self.pages), [cost.needed for cost in self.pages])
+        if min(needed) < 1:
+            page = sum(cost.size_bytes for cost in self.pages)
             raise OutOfMemory(
                 f"memory budget {gib(self.total)}: weights take {gib(self.weights)}, temporaries {gib(temp)}, "
-                f"a page {gib(self.page)}; raise memory_fraction or lower max_num_batched_tokens"
+                f"a page {gib(page)}; raise memory_fraction or lower max_num_batched_tokens"
             )
-        return min(fit, useful)
+        left -= sum(cost.size_bytes * count for cost, count in zip(self.pages, needed))
+        return tuple(self._equally(left, needed, list(self.useful)))
+
+    def _equally(self, left: int, held: list[int], most: list[int]) -> list[int]:
+        """Return how many pages ``left`` bytes add to ``held`` ones: the smallest first, each up to its ``most``."""
+        count = min(held)
+        for level in sorted({*held, *most}):
+            growing = [i for i in range(len(held)) if held[i] <= count < most[i]]
+            page_bytes = sum(self.pages[i].size_bytes for i in growing)
+            more = min(level - count, left // page_bytes) if page_bytes else level - count
+            if more <= 0:
+                continue
+            left -= more * page_bytes
+            held = [number + more if i in growing else number for i, number in enumerate(held)]
+            count += more
+            if count < level:
+                break
+        return held
 
 
-def budget(fraction: float | None, device: jax.Device, devices_sharing: int, weights: int, page: int) -> Budget:
-    """The budget of one of ``devices_sharing`` devices; virtual CPU devices share the host's memory."""
-    default = CPU_FRACTION if device.platform == "cpu" else DEVICE_FRACTION
-    share = devices_sharing if device.platform == "cpu" else 1
-    return Budget(int(free_bytes(device) * (fraction or default)) // share, weights, page)
+def budget(
+    fraction: float | None, device: jax.Device, devices_sharing: int, *, weights: int, pages: tuple[PageCost, ...]
+) -> Budget:
+    """Return the budget of one of ``devices_sharing`` devices; virtual CPU devices share the host's memory."""
+    platform = backend.of(device.platform)
+    share = devices_sharing if platform.uses_host_memory else 1
+    total = int(free_bytes(device) * (fraction or platform.memory_fraction)) // share
+    return Budget(total, weights, pages)
 
 
 def free_bytes(device: jax.Device) -> int:
-    """Bytes that nobody holds: the device's, or on a CPU what the host and the container's limit leave."""
-    if device.platform != "cpu":
+    """Return the free bytes of the device, or on a CPU those that the host and the container's limit leave."""
+    if not backend.of(device.platform).uses_host_memory:
         stats = device.memory_stats()
         return stats["bytes_limit"] - stats["bytes_in_use"]
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -60,33 +94,6 @@ def free_bytes(device: jax.Device) -> int:
     return max(0, available)
 
 
-class Populating:
-    """Takes an empty array's memory from the system while the processor has nothing better to do, until it ends.
-
-    A CPU's cache is born without any (``ops.zeros``); else the first requests would wait for every page they write.
-    """
-
-    def __init__(self, array: jax.Array):
-        on_cpu = next(iter(array.devices())).platform == "cpu"
-        library: Any = native.library() if on_cpu else None
-        self._started: list[int] = []
-        if library is None:
-            return
-        self._end = library.slipway_end_populate  # all that is needed when the interpreter has gone
-        self._end.argtypes, library.slipway_populate.restype = [ctypes.c_void_p], ctypes.c_void_p
-        for shard in array.addressable_shards:
-            part = shard.data.block_until_ready()
-            address, size = ctypes.c_void_p(part.unsafe_buffer_pointer()), ctypes.c_int64(part.nbytes)
-            self._started.append(library.slipway_populate(address, size))
-
-    def end(self) -> None:
-        """Return once nothing touches the array's memory."""
-        while self._started:
-            self._end(self._started.pop())
-
-    __del__ = end
-
-
 def gib(size_bytes: int) -> str:
-    """A size for people."""
+    """Format a size for people, in MiB or GiB."""
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.1f} MiB"

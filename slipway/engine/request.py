@@ -97,6 +97,8 @@ class Sequence:
         # the scheduler's:
         self.num_computed = self.num_pending = self.num_scored = 0
         self.pages: list[int] = []
+        # Its pages of each numbering for sliding windows, FREED before the window (cache/windows.py).
+        self.window_pages: list[list[int]] = []
         self.duplicates: list[int] = []  # its own copies of pages that the tree has from others
         self.node: Node | None = None  # the tree's deepest page among them; those after it are the sequence's own
         self.slot = -1  # its row of the scheduler's page table while it runs

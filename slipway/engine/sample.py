@@ -1,16 +1,21 @@
-"""From logits to tokens, row by row; decides where randomness comes from; knows no request.
+"""Sampling: logits to tokens, row by row, and log probabilities.
 
-Order, as in vLLM: what is not allowed is ruled out, biases, penalties, temperature, min_p, top_k, top_p, then a draw by
-one random number of the row's own (its seed, folded with the position), so that a row's token depends on nothing else
-in the batch. Log probabilities are the model's own, before all that.
+Not here: the rules of a request that change logits (logit_rules.py), top_k and top_p themselves (ops/xla.py, csrc/).
+
+Order, as in vLLM: tokens that are not allowed are ruled out, then biases, penalties, temperature, min_p, top_k, top_p,
+then a draw by one random number for the row (its seed, folded with the position): a row's token does not depend on the
+other rows of the batch. Log probabilities are those of the model, before all of that.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from slipway import ops
-from slipway.engine.edits import WORD_BITS
+from slipway.engine.batch import Sampling
+from slipway.engine.logit_rules import WORD_BITS
 from slipway.tree import module
 
 BANNED = -jnp.inf
@@ -18,7 +23,7 @@ BANNED = -jnp.inf
 
 @module
 class Sampled:
-    """One step's choice for every row; all but the token are zeros unless some row wants log probabilities."""
+    """Tokens of one step, one a row; the other fields are zeros unless some row wants log probabilities."""
 
     token_B: jax.Array
     logprob_B: jax.Array
@@ -27,14 +32,21 @@ class Sampled:
     top_logprob_BX: jax.Array
 
 
-def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position_B):
-    """A token per row; temperature 0: the likeliest."""
-    uniform_B = jax.vmap(_uniform)(seed_B, position_B)
-    return ops.sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+def sample(logits_BV, sampling: Sampling):
+    """Draw a token for each row; temperature 0: the likeliest."""
+    return ops.sample(
+        logits_BV,
+        sampling.num_rows_1[0],
+        temperature_B=sampling.temperature_B,
+        top_k_B=sampling.top_k_B,
+        top_p_B=sampling.top_p_B,
+        min_p_B=sampling.min_p_B,
+        uniform_B=jax.vmap(_uniform)(sampling.seed_B, sampling.position_B),
+    )
 
 
 def edit(logits_BV, edits, position_B, newest_B):
-    """The logits with what each row bans, adds and penalizes.
+    """Return the logits with the bans, biases and penalties of each row applied.
 
     ``position_B``: how many tokens the row's sequence has; ``newest_B``: the last of them, or -1 if the history has it.
     """
@@ -45,19 +57,18 @@ def edit(logits_BV, edits, position_B, newest_B):
     logits_BV = jnp.where(allowed_BV, logits_BV, BANNED)
     logits_BV = logits_BV.at[row_B1, edits.bias_id_BX].add(edits.bias_BX, mode="drop")
     penalizes_B = (edits.repetition_B != 1) | (edits.frequency_B != 0) | (edits.presence_B != 0)
-    return lax.cond(
-        jnp.any(penalizes_B), lambda: _penalized(logits_BV, edits, position_B, newest_B, row_B1), lambda: logits_BV
-    )
+    penalized = partial(_penalized, logits_BV, edits, row_B1, position_B=position_B, newest_B=newest_B)
+    return lax.cond(jnp.any(penalizes_B), penalized, lambda: logits_BV)
 
 
-def _penalized(logits_BV, edits, position_B, newest_B, row_B1):
-    """Repetition: Keskar et al., CTRL, 2019, section 4.1; frequency and presence: OpenAI's API reference."""
+def _penalized(logits_BV, edits, row_B1, position_B, newest_B):
+    """Apply penalties: repetition (Keskar et al., CTRL, 2019, section 4.1), frequency and presence (OpenAI's API)."""
     at_1C = jnp.arange(edits.history_BC.shape[1], dtype=jnp.int32)[None]
     is_newest_BC = (at_1C == position_B[:, None] - 1) & (newest_B >= 0)[:, None]
     history_BC = jnp.where(is_newest_BC, newest_B[:, None], edits.history_BC)
-    nobody = jnp.int32(logits_BV.shape[1])
-    held_BC = jnp.where(at_1C < position_B[:, None], history_BC, nobody)
-    output_BC = jnp.where(at_1C >= edits.num_prompt_B[:, None], held_BC, nobody)
+    no_token = jnp.int32(logits_BV.shape[1])
+    held_BC = jnp.where(at_1C < position_B[:, None], history_BC, no_token)
+    output_BC = jnp.where(at_1C >= edits.num_prompt_B[:, None], held_BC, no_token)
     zeros_BV = jnp.zeros(logits_BV.shape, jnp.int32)
     seen_BV = zeros_BV.at[row_B1, held_BC].set(1, mode="drop") == 1
     count_BV = zeros_BV.at[row_B1, output_BC].add(1, mode="drop").astype(jnp.float32)
@@ -68,7 +79,7 @@ def _penalized(logits_BV, edits, position_B, newest_B, row_B1):
 
 
 def without_logprobs(token_B, num_top: int):
-    """Tokens alone, shaped like ``logprobs``."""
+    """Return the tokens in the shape of ``logprobs``, with zeros for the rest."""
     rows_B, tops_BX = jnp.zeros(token_B.shape), jnp.zeros((*token_B.shape, num_top))
     return Sampled(token_B, rows_B, rows_B.astype(jnp.int32), tops_BX.astype(jnp.int32), tops_BX)
 

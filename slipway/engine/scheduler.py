@@ -12,12 +12,14 @@ the last of those that run is preempted: it waits again, at the head of its equa
 
 import bisect
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from slipway.cache.pages import Pages
-from slipway.cache.radix import RadixTree
+from slipway.cache.radix import Node, RadixTree
+from slipway.cache.windows import FREED, WindowPages
 from slipway.engine.request import Sequence
 
 LOOKAHEAD = 8  # waiting sequences whose cached prefixes are compared
@@ -65,12 +67,21 @@ class Scheduler:
         max_num_seqs: int,
         max_num_tokens: int,
         prefix_caching: bool = True,
+        windows: Iterable[tuple[int, int]] = (),
     ):
+        """``windows``: for each numbering of pages for a sliding window, the window and the number of pages."""
         self.pages = Pages(num_pages)
-        self.tree = RadixTree(self.pages.give_back)
-        self.page_size, self.prefix_caching = page_size, prefix_caching
-        self.max_num_seqs, self.max_num_tokens = max_num_seqs, max_num_tokens
-        self.page_table = np.zeros((max_num_seqs, table_width), np.int32)
+        self.windows = [
+            WindowPages(count, window=window, page_size=page_size, numbering=numbering)
+            for numbering, (window, count) in enumerate(windows)
+        ]
+        self.tree = RadixTree(self._forget)
+        self.page_size = page_size
+        self.prefix_caching = prefix_caching
+        self.max_num_seqs = max_num_seqs
+        self.max_num_tokens = max_num_tokens
+        # One for each numbering, the windows' after the first. Entries of pages before a window are stale.
+        self.page_tables = [np.zeros((max_num_seqs, table_width), np.int32) for _ in range(1 + len(self.windows))]
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self.waiting: list[Sequence] = []  # both in order of Sequence.order
         self.running: list[Sequence] = []
@@ -142,15 +153,16 @@ class Scheduler:
         if self.waiting or not all(_only_decodes(chunk) for chunk in chunks):
             return 0
         steps = min([most, *(chunk.sequence.max_length - chunk.sequence.length for chunk in chunks)])
-        return steps if self._missing(chunks, steps) <= self.pages.num_free + self.tree.num_unlocked else 0
+        return steps if self._missing(chunks, steps) <= self._num_available() else 0
 
     def repeat(self, chunks: list[Chunk], steps: int) -> None:
         """Count as many tokens more of each chunk's sequence as computed and on the device: ``spare_steps`` of them."""
         self._free(self._missing(chunks, steps))
-        for sequence, *_ in chunks:
+        for sequence, start, *_ in chunks:
+            self._slide(sequence, start)
             sequence.num_computed += steps
             sequence.num_pending += steps
-            self._hold(sequence, self.pages.take(self._pages_for(sequence.num_computed) - len(sequence.pages)))
+            self._take(sequence, self._pages_for(sequence.num_computed) - len(sequence.pages))
         self.counts.computed_tokens += steps * len(chunks)
 
     def release(self, sequence: Sequence) -> None:
@@ -165,8 +177,8 @@ class Scheduler:
                 self.load -= sequence.max_length
 
     def cached(self, salt: str, prompt: np.ndarray) -> int:
-        """How many tokens of a prompt the tree holds."""
-        return self.tree.match(salt, self._blocks(prompt, len(prompt) - 1)).depth * self.page_size
+        """Return how many tokens of a prompt the cache holds."""
+        return self._match(salt, self._blocks(prompt, len(prompt) - 1)).depth * self.page_size
 
     def _chunk(self, sequence: Sequence, spare_tokens: int, spare_rows: int) -> Chunk:
         """What a sequence computes next, with as much beside its own token and row as is left."""
@@ -187,13 +199,14 @@ class Scheduler:
         assert sequence.node is not None
         end = chunk.start + chunk.num_tokens
         if end > len(sequence.pages) * self.page_size:
+            self._slide(sequence, chunk.start)
             needed = self._pages_for(end) - len(sequence.pages)
             while needed > self._free(needed):
                 last = self.running[-1]
                 self._preempt(last)
                 if last is sequence:
                     return False
-            self._hold(sequence, self.pages.take(needed))
+            self._take(sequence, needed)
         sequence.num_computed = end
         sequence.num_pending += chunk.samples
         if chunk.scored:
@@ -209,22 +222,70 @@ class Scheduler:
         return sum(self._pages_for(s.num_computed + steps) - len(s.pages) for s in sequences)
 
     def _free(self, needed: int) -> int:
-        """Free pages, after the tree has let go of what is needed beyond them."""
+        """Return how many pages of every numbering can be taken, after evicting those that are needed from the tree."""
         if needed > self.pages.num_free:
             self.tree.evict(needed - self.pages.num_free)
-        return self.pages.num_free
+        return min([self.pages.num_free, *(pool.num_available for pool in self.windows)])
+
+    def _num_available(self) -> int:
+        """Return how many pages of every numbering could be taken without a preemption."""
+        of_tree = self.pages.num_free + self.tree.num_unlocked
+        return min([of_tree, *(pool.num_available for pool in self.windows)])
+
+    def _take(self, sequence: Sequence, count: int) -> None:
+        """Give a sequence its next pages, of every numbering."""
+        taken = [self.pages.take(count), *(pool.take(count) for pool in self.windows)]
+        self._hold(sequence, taken)
+
+    def _slide(self, sequence: Sequence, position: int) -> None:
+        """Drop the pages that the tokens from ``position`` on no longer see."""
+        for pool, pages in zip(self.windows, sequence.window_pages):
+            for index in range(min(pool.first_seen(position), len(pages)) - 1, -1, -1):
+                if pages[index] == FREED:
+                    break  # as are all before it
+                pool.drop(pages[index])
+                pages[index] = FREED
+
+    def _forget(self, node: Node) -> None:
+        """Take back the pages of a node that leaves the tree."""
+        self.pages.give_back([node.page])
+        for pool in self.windows:
+            pool.forget(node)
+
+    def _match(self, salt: str, blocks: list[bytes]) -> Node:
+        """Return the deepest node on the path of ``blocks`` from which a sequence can go on."""
+        return self._usable(self.tree.match(salt, blocks))
+
+    def _usable(self, node: Node) -> Node:
+        """Return the deepest node, at or above ``node``, with every page that the token after it sees."""
+        while any(hole := pool.hole(node) for pool in self.windows):
+            assert hole is not None and hole.parent is not None
+            node = hole.parent
+        return node
+
+    def _pages_of(self, node: Node, first: int) -> list[list[int]]:
+        """Share the pages of the path to ``node`` from index ``first`` on, by numbering; FREED before a window."""
+        found = [self.tree.pages(node)[first:]]
+        for pool in self.windows:
+            pages = [FREED] * (node.depth - first)
+            for seen in pool.seen(node):
+                if seen.depth > first:
+                    pool.share(pool.page(seen))
+                    pages[seen.depth - 1 - first] = pool.page(seen)
+            found.append(pages)
+        return found
 
     def _admit(self) -> Sequence | None:
         """Let the next waiting sequence run, if pages for all its tokens are there beside what the others will need."""
         sequence = self._next()
         if sequence.num_pending > 1:
             return None  # preempted just now, and what it has to compute anew is not all known here yet
-        node = self.tree.match(sequence.request.cache_salt, self._matchable(sequence))
+        node = self._match(sequence.request.cache_salt, self._matchable(sequence))
         self.tree.lock(node)
-        needed = self._pages_for(sequence.num_tokens) - node.depth
-        owed = sum(1 + max(0, self._pages_for(s.num_tokens) - len(s.pages)) for s in self.running)
-        if self.running and needed + owed > self.pages.num_free + self.tree.num_unlocked:
+        pages = self._pages_of(node, 0)
+        if self.running and not self._has_room(self._pages_for(sequence.num_tokens) - node.depth):
             self.tree.unlock(node)
+            self._drop_windows(pages[1:])
             return None
         if sequence is not self.waiting[0]:
             self.waiting[0].overtaken += 1
@@ -232,12 +293,32 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=_order)
         sequence.slot, sequence.node = self._slots.pop(), node
         sequence.num_computed = node.depth * self.page_size
-        self._hold(sequence, self.tree.pages(node))
+        sequence.window_pages = [[] for _ in self.windows]
+        self._hold(sequence, pages)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
             self.counts.queried_tokens += sequence.num_prompt
             self.counts.cached_tokens += sequence.num_computed
         return sequence
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether a sequence that needs so many pages can run beside what the running ones may still need."""
+        missing = [max(0, self._pages_for(s.num_tokens) - len(s.pages)) for s in self.running]
+        if needed + sum(1 + count for count in missing) > self.pages.num_free + self.tree.num_unlocked:
+            return False
+        for pool in self.windows:
+            span = pool.span(self.max_num_tokens)
+            owed = sum(1 + min(count, span) for count in missing)
+            if min(needed, span) + owed > pool.num_available:
+                return False
+        return True
+
+    def _drop_windows(self, held: Iterable[list[int]]) -> None:
+        """Drop a sequence's pages of each sliding window."""
+        for pool, pages in zip(self.windows, held):
+            for page in pages:
+                if page != FREED:
+                    pool.drop(page)
 
     def _next(self) -> Sequence:
         """Of the first few equals, who has most of its tokens in the tree, unless the first was overtaken enough."""
@@ -245,7 +326,7 @@ class Scheduler:
         if first.overtaken >= MAX_OVERTAKEN or not self.prefix_caching or len(self.waiting) == 1:
             return first
         equals = [s for s in self.waiting[:LOOKAHEAD] if s.request.priority == first.request.priority]
-        return max(equals, key=lambda s: self.tree.match(s.request.cache_salt, self._matchable(s)).depth)
+        return max(equals, key=lambda s: self._match(s.request.cache_salt, self._matchable(s)).depth)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -259,14 +340,17 @@ class Scheduler:
         assert sequence.node is not None
         self._publish(sequence)
         self.pages.give_back(sequence.pages[sequence.node.depth :] + sequence.duplicates)
+        self._drop_windows(sequence.window_pages)
         self.tree.unlock(sequence.node)
         self._slots.append(sequence.slot)
-        sequence.pages, sequence.duplicates, sequence.node, sequence.slot = [], [], None, -1
+        sequence.pages, sequence.window_pages, sequence.duplicates = [], [], []
+        sequence.node, sequence.slot = None, -1
 
-    def _hold(self, sequence: Sequence, pages: list[int]) -> None:
-        held = len(sequence.pages)
-        self.page_table[sequence.slot, held : held + len(pages)] = pages
-        sequence.pages += pages
+    def _hold(self, sequence: Sequence, pages: list[list[int]]) -> None:
+        """Append pages to a sequence's own, of each numbering, and to its rows of the page tables."""
+        for held, table, more in zip([sequence.pages, *sequence.window_pages], self.page_tables, pages, strict=True):
+            table[sequence.slot, len(held) : len(held) + len(more)] = more
+            held += more
 
     def _publish(self, sequence: Sequence) -> None:
         """Hand the pages to the tree that are full of tokens known here, and computed."""
@@ -279,9 +363,13 @@ class Scheduler:
             child, page = node.children.get(block), sequence.pages[node.depth]
             if child is None:
                 node = self.tree.extend(node, block, page)
+                node.windows = [FREED] * len(self.windows)
             else:  # another sequence computed the same; this one may be writing its own page yet, and keeps it
                 node = self.tree.descend(node, child)
                 sequence.duplicates.append(page)
+            for pool, pages in zip(self.windows, sequence.window_pages):
+                if pool.page(node) == FREED != pages[node.depth - 1]:
+                    pool.publish(pages[node.depth - 1], node)
         sequence.node = node
 
     def _adopt(self, sequence: Sequence) -> None:
@@ -290,15 +378,20 @@ class Scheduler:
         assert node is not None
         if sequence.needs_every_token or sequence.num_computed != node.depth * self.page_size:
             return  # all must be computed, or it is in the midst of a page
-        first = node.depth
+        first, target = node.depth, node
         for block in self._blocks(sequence.tokens, sequence.num_tokens - 1, first):
-            if (child := node.children.get(block)) is None:
+            if (child := target.children.get(block)) is None:
                 break
-            node = self.tree.descend(node, child)
-        if node.depth > first:
-            self.counts.cached_tokens += (node.depth - first) * self.page_size
-            self._hold(sequence, self.tree.pages(node)[first:])
-            sequence.node, sequence.num_computed = node, node.depth * self.page_size
+            target = child
+        target = self._usable(target)
+        if target.depth <= first:
+            return
+        for block in self._blocks(sequence.tokens, target.depth * self.page_size, first):
+            node = self.tree.descend(node, node.children[block])
+        self.counts.cached_tokens += (node.depth - first) * self.page_size
+        self._slide(sequence, node.depth * self.page_size)
+        self._hold(sequence, self._pages_of(node, first))
+        sequence.node, sequence.num_computed = node, node.depth * self.page_size
 
     def _matchable(self, sequence: Sequence) -> list[bytes]:
         """The pages that the tree may hold: not that of the last token, which gives the next, or of scored ones."""

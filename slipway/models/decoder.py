@@ -3,7 +3,8 @@
 Not here: the layers of an architecture (llama.py, qwen2.py, qwen3.py), the fields of config.json (config.py).
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from slipway import ops
@@ -17,8 +18,8 @@ from slipway.tree import Chain, module, runs, stack, static
 class FeedForward(Protocol):
     """Feed-forward layer: [T, embed] -> [T, embed]."""
 
-    def __call__(self, x_TD: Any, num_tokens: Any) -> Any:
-        """Compute the first ``num_tokens`` rows of ``x_TD``; the other rows are padding."""
+    def __call__(self, x_TD: Any, step: ops.StepInput) -> Any:
+        """Compute the rows of ``x_TD`` that are tokens of the step; the other rows are padding."""
 
 
 @module
@@ -36,11 +37,11 @@ class DecoderLayer:
         norm = RMSNorm.declare("embed", config.hidden_size, config.rms_norm_eps)
         return DecoderLayer(norm, attention, norm, mlp)
 
-    def __call__(self, x_TD, kv, layer, ragged: ops.Ragged, angles):
+    def __call__(self, x_TD, kv: ops.KVCache, layer, step: ops.StepInput):
         """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's index in the cache."""
-        y_TD, kv = self.self_attn(self.input_layernorm(x_TD, ragged.num_tokens), kv, layer, ragged, angles)
+        y_TD, kv = self.self_attn(self.input_layernorm(x_TD, step), kv, layer=layer, step=step)
         x_TD = x_TD + y_TD
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD, ragged.num_tokens), ragged.num_tokens), kv
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD, step), step), kv
 
 
 @module
@@ -73,15 +74,28 @@ class CausalLM:
         model = Decoder(table, layers, RMSNorm.declare("embed", embed, config.rms_norm_eps))
         return CausalLM(model, None if tied else Embedding.declare(vocab, embed), config)
 
-    def __call__(self, ids_T, kv, ragged: ops.Ragged):
-        """Token ids [T] -> (hidden states [T, embed], kv)."""
+    @property
+    def cache_specs(self) -> tuple[ops.CacheSpec, ...]:
+        """One cache for each window of the layers, in order of their first layer."""
+        windows, config = self.config.windows, self.config
+        heads = {"num_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        return tuple(ops.CacheSpec(windows.count(window), window=window, **heads) for window in dict.fromkeys(windows))
+
+    def __call__(self, step: ops.StepInput, caches: Sequence[ops.KVCache]):
+        """Step -> (hidden states [T, embed], caches); ``caches`` are those of ``cache_specs``."""
         rope = Rope(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        angles = rope(ragged.positions_T, ragged.contexts_T)
-        x_TD, kv = self.model.layers.fold(
-            lambda layer, index, carry: layer(*carry, index, ragged, angles),
-            (self.model.embed_tokens(ids_T, ragged.num_tokens), kv),
-        )
-        return self.model.norm(x_TD, ragged.num_tokens), kv
+        step = dataclasses.replace(step, angles=(rope(step.positions_T, step.contexts_T),))
+        x_TD = self.model.embed_tokens(step.ids_T, step)
+        held = {spec.window: cache for spec, cache in zip(self.cache_specs, caches, strict=True)}
+        num_done = dict.fromkeys(held, 0)  # layers of each cache that have been computed
+        for part, (window, first, n) in zip(self.model.layers, runs(self.config.windows), strict=True):
+
+            def apply(layer, index, carry, first_in_cache=num_done[window] - first):
+                return layer(*carry, layer=index + first_in_cache, step=step)
+
+            x_TD, held[window] = part.fold(apply, (x_TD, held[window]))
+            num_done[window] += n
+        return self.model.norm(x_TD, step), tuple(held.values())
 
     def logits(self, x_BD, num_rows):
         """Hidden states [B, embed] -> f32 logits [B, vocab]."""

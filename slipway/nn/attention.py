@@ -1,6 +1,6 @@
-"""Grouped-query attention over the paged cache; decides projections, norms and rotation; knows no pages.
+"""Grouped-query attention layer (Ainslie et al., GQA, 2023): projections, norms of heads, rotation.
 
-Ainslie et al., GQA, 2023. Which tokens see which is in ``ragged``; the op reads and writes the cache.
+Not here: attention over cached keys and values (ops/kv_cache.py), the angles of rotation (rope.py).
 """
 
 from typing import Any
@@ -13,7 +13,10 @@ from slipway.tree import module, static
 
 @module
 class Attention:
-    """Queries, keys and values of every token, and their mix. ``q_norm`` and ``k_norm``: per head, or None."""
+    """Attention layer. ``q_norm`` and ``k_norm`` normalize each head, or are None.
+
+    ``window``: how many positions a token sees, itself included; None: all. ``rope``: index into ``StepInput.angles``.
+    """
 
     q_proj: Linear
     k_proj: Linear
@@ -22,13 +25,14 @@ class Attention:
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     head_dim: int = static()
-    window: int | None = static()  # positions that a token sees, itself included; None: all
+    window: int | None = static()
+    rope: int = static(default=0)
 
     @staticmethod
     def declare(
         config: Any, window: int | None = None, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
     ) -> "Attention":
-        """Sizes from ``config``'s hidden_size, num_attention_heads, num_key_value_heads and head_dim."""
+        """Declare a layer; hidden_size and the number and size of heads are those of ``config``."""
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         kv = Linear.declare("(kv_heads head_dim)", "embed", sizes, qkv_bias)
@@ -44,16 +48,16 @@ class Attention:
             window=window,
         )
 
-    def __call__(self, x_TD, kv, layer, ragged: ops.Ragged, angles):
-        """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's place in the cache, ``angles`` the rope's."""
-        num_tokens = ragged.num_tokens
-        flat = together((self.q_proj, self.k_proj, self.v_proj), x_TD, num_tokens)
+    def __call__(self, x_TD, kv: ops.KVCache, layer, step: ops.StepInput):
+        """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's index in the cache."""
+        flat = together((self.q_proj, self.k_proj, self.v_proj), x_TD, step)
         q_TNH, k_TKH, v_TKH = (y_TO.reshape(x_TD.shape[0], -1, self.head_dim) for y_TO in flat)
 
         def rotated(x_TNH, norm: RMSNorm | None):
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return ops.rotate(x_TNH, weight, angles, num_tokens, eps)
+            return ops.rotate(x_TNH, weight, step.angles[self.rope], num_tokens=step.num_tokens, eps=eps)
 
         q_TNH, k_TKH = rotated(q_TNH, self.q_norm), rotated(k_TKH, self.k_norm)
-        o_TNH, kv = ops.attend(q_TNH, k_TKH, v_TKH, kv, layer, ragged, self.head_dim**-0.5, self.window)
-        return self.o_proj(o_TNH.reshape(x_TD.shape[0], -1), num_tokens), kv
+        options = {"scale": self.head_dim**-0.5, "window": self.window}
+        o_TNH, kv = kv.attend(q_TNH, k_TKH, v_TKH, layer=layer, step=step, **options)
+        return self.o_proj(o_TNH.reshape(x_TD.shape[0], -1), step), kv

@@ -1,6 +1,4 @@
-"""Matrices: decides how a projection, an embedding and an output head are declared, packed and split; knows no
-attention.
-"""
+"""Linear layers, token embedding and output head: their declaration, packed weights, sums over devices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -41,21 +39,21 @@ class Linear:
         packed = self.weight_packed, self.weight_scale
         return Quantized(*packed, self.bits, self.group) if self.weight is None else self.weight
 
-    def __call__(self, x_TD, num_tokens):
+    def __call__(self, x_TD, step):
         """[T, in] -> [T, out] in x's dtype; sums in f32, over devices too."""
         if not mesh.splits(self.sums_over):
-            return ops.linear(x_TD, self.matrix, num_tokens, self.bias, x_TD.dtype)
-        y_TO = mesh.psum(ops.linear(x_TD, self.matrix, num_tokens), self.sums_over)
+            return ops.linear(x_TD, self.matrix, step.num_tokens, bias=self.bias, dtype=x_TD.dtype)
+        y_TO = mesh.psum(ops.linear(x_TD, self.matrix, step.num_tokens), self.sums_over)
         if self.bias is not None:
             y_TO = y_TO + tree.value(self.bias).astype(jnp.float32)[None]
         return y_TO.astype(x_TD.dtype)
 
 
-def together(projections: Sequence[Linear], x_TD, num_tokens):
-    """Each projection of the same tokens, in one op: [T, in] -> [T, out] each, in x's dtype."""
+def together(projections: Sequence[Linear], x_TD, step):
+    """Apply several projections to the same tokens in one op: [T, in] -> [T, out] each, in x's dtype."""
     assert not any(mesh.splits(projection.sums_over) for projection in projections), "no partial sums"
     matrices, biases = ([getattr(p, name) for p in projections] for name in ("matrix", "bias"))
-    return ops.linears(x_TD, matrices, num_tokens, biases, x_TD.dtype)
+    return ops.linears(x_TD, matrices, step.num_tokens, biases=biases, dtype=x_TD.dtype)
 
 
 @module
@@ -77,11 +75,11 @@ class Embedding:
         packed = self.weight_packed, self.weight_scale
         return Quantized(*packed, TABLE_BITS, 0) if self.weight is None else self.weight
 
-    def __call__(self, ids_T, num_tokens):
+    def __call__(self, ids_T, step):
         """[T] token ids -> [T, embed]."""
         held = self.weight_packed if self.weight is None else self.weight
         first = mesh.local_offset("vocab", held.shape[0])
-        return mesh.psum(ops.embed(ids_T - first, self.matrix, num_tokens), "vocab")
+        return mesh.psum(ops.embed(ids_T - first, self.matrix, step.num_tokens), "vocab")
 
     def logits(self, x_BD, num_rows, vocab_size: int):
         """[B, embed] -> f32 [B, vocab_size], whole on every device, the mesh's padding cut off."""

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer; knows no experts and no norm."""
+"""Gated feed-forward layer."""
 
 from slipway import ops
 from slipway.nn.linear import Linear
@@ -15,13 +15,14 @@ class MLP:
 
     @staticmethod
     def declare(embed: int, mlp: int, bias: bool = False) -> "MLP":
-        """Hidden size ``mlp``."""
+        """Declare a layer of input size ``embed`` and hidden size ``mlp``."""
         sizes = {"embed": embed, "mlp": mlp}
         up = Linear.declare("mlp", "embed", sizes, bias)
         return MLP(up, up, Linear.declare("embed", "mlp", sizes, bias))
 
-    def __call__(self, x_TD, num_tokens):
+    def __call__(self, x_TD, step):
         """[T, embed] -> [T, embed]."""
         gate, up = self.gate_proj, self.up_proj
-        y_TF = ops.gated_linear(x_TD, gate.matrix, up.matrix, num_tokens, gate.bias, up.bias, x_TD.dtype)
-        return self.down_proj(y_TF, num_tokens)
+        options = {"gate_bias": gate.bias, "up_bias": up.bias, "dtype": x_TD.dtype}
+        y_TF = ops.gated_linear(x_TD, gate.matrix, up.matrix, num_tokens=step.num_tokens, **options)
+        return self.down_proj(y_TF, step)

@@ -1,4 +1,4 @@
-"""Normalization; decides that it is computed in f32; knows no layer around it."""
+"""Normalization layers."""
 
 from slipway import ops
 from slipway.tree import Param, Tensor, module, static
@@ -13,9 +13,9 @@ class RMSNorm:
 
     @staticmethod
     def declare(axis: str, size: int, eps: float) -> "RMSNorm":
-        """A norm over ``axis``."""
+        """Declare a norm over ``axis``."""
         return RMSNorm(Param(axis, {axis: size}, init="ones"), eps)
 
-    def __call__(self, x_TD, num_tokens):
-        """The same shape and dtype; as in transformers, rounded to it before the weight is applied."""
-        return ops.rms_norm(x_TD, self.weight, num_tokens, self.eps)
+    def __call__(self, x_TD, step):
+        """Normalize each row in f32; as in transformers, round to x's dtype before the weight is applied."""
+        return ops.rms_norm(x_TD, self.weight, step.num_tokens, eps=self.eps)

@@ -1,4 +1,4 @@
-"""Rotary position embedding and its scalings; decides angles from positions; knows no attention and no config file.
+"""Rotary position embedding: angles of positions, and their scalings.
 
 Su et al., RoFormer, 2021, in the half-split form: dimension i turns with i + head_dim / 2. Scalings follow
 transformers' ``modeling_rope_utils``, whose checkpoints name them.

@@ -1,8 +1,8 @@
-"""The C++ bodies (csrc/): decides what they serve and how XLA is told of them; computes nothing.
+"""CPU backend: calls of the C++ bodies (csrc/), and which arguments each of them takes.
 
-They run on XLA's own threads, read weights where they are mapped, and touch live tokens only. A row's sums run in one
-order whatever else is in the batch. The environment variable SLIPWAY_ISA names the instruction set to use instead of
-the best one that the processor has, or is ``xla`` for the portable bodies of ops/xla.py. Unset and empty are alike.
+The C++ bodies run on XLA's own threads, read weights where they are mapped, and compute live tokens only. The sums of a
+row run in the same order in every batch. The environment variable SLIPWAY_ISA names the instruction set to use instead
+of the best one of the processor, or is ``xla`` for the portable bodies (xla.py). Unset and empty mean the same.
 """
 
 import ctypes
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slipway import native
+from slipway import native, tree
 from slipway.errors import InvalidConfig
+from slipway.ops.backend import Backend, Body
 from slipway.ops.quantized import Quantized
 from slipway.tree import Pick
 
@@ -56,33 +57,35 @@ def _choices(library: ctypes.CDLL | None) -> list[str]:
 
 
 def refuses(*leaves: Any) -> str:
-    """Why no kernel takes these arrays, Picks and Quantized, or None for absent ones, together; empty if they do."""
+    """Return why no kernel takes these leaves together, "" if one does: arrays, Picks, Quantized, None for absent."""
     numbers = [leaf.scale if isinstance(leaf, Quantized) else leaf for leaf in leaves if leaf is not None]
     dtypes = {array.dtype for leaf in numbers for array in _arrays(leaf)}
     return "unlike dtypes" if len(dtypes) > 1 else refuses_dtype(dtypes.pop())
 
 
 def refuses_dtype(dtype: Any) -> str:
-    """Why no kernel takes numbers of ``dtype`` here; empty if they do."""
+    """Return why no kernel takes numbers of ``dtype`` here, "" if one does."""
     if isa() is None:
         return f"turned off by {ISA_VARIABLE}" if native.library() else "built without a C++ compiler"
     return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
 
 
-def refuses_row(x_TD) -> str:
-    """Why no kernel takes weights with rows of this size: they are read 32 bits at a time."""
-    return "rows of no whole 32-bit units" if x_TD.shape[1] * x_TD.dtype.itemsize % 4 else ""
+def _refuses_matrices(x_TD, *leaves: Any) -> str:
+    """Return why no kernel multiplies ``x_TD`` by these weights: rows are read 32 bits at a time."""
+    whole_units = x_TD.shape[1] * x_TD.dtype.itemsize % 4 == 0
+    return refuses(x_TD, *leaves) or ("" if whole_units else "rows of no whole 32-bit units")
 
 
-def refuses_cache(kv, dtype: Any) -> str:
-    """Why ``write_kv`` and ``paged_attention`` do not take this cache of ``dtype``; empty if they do."""
-    if kv.shape[4] % PAGE_MULTIPLE:
-        return f"a page of {kv.shape[4]} tokens, no multiple of {PAGE_MULTIPLE}"
-    return f"head_dim {kv.shape[5]}" if kv.shape[5] % 2 else refuses_dtype(dtype)
+def _refuses_cache(kv, dtype: Any) -> str:
+    """Return why no kernel writes or reads this cache for numbers of ``dtype``, "" if one does."""
+    page_size, head_dim = kv.shape[4:]
+    if page_size % PAGE_MULTIPLE:
+        return f"a page of {page_size} tokens, no multiple of {PAGE_MULTIPLE}"
+    return f"head_dim {head_dim}" if head_dim % 2 else refuses_dtype(dtype)
 
 
-def refuses_table(table) -> str:
-    """Why ``embed`` does not take this table; empty if it does."""
+def _refuses_table(table) -> str:
+    """Return why no kernel looks up rows of this table, "" if one does."""
     rows_of_bytes = not isinstance(table, Quantized) or (table.bits, table.group) == (8, 0)
     return refuses(table) or ("" if rows_of_bytes else f"a packed table of {table.bits} bits, group {table.group}")
 
@@ -97,7 +100,7 @@ def embed(ids_T, table_VD, num_tokens):
 
 
 def linears(x_TD, weights, num_tokens, biases, dtype):
-    """As ops.linears; weights, or what Quantized ones hold, and biases may be Picks."""
+    """As ops.linears; weights, or the arrays of Quantized ones, and biases may be Picks."""
     return tuple(_linear(x_TD, weights, num_tokens, biases, dtype, gated=False))
 
 
@@ -165,20 +168,19 @@ def zeros(shape, dtype):
     return jax.ffi.ffi_call("slipway_zeros", jax.ShapeDtypeStruct(shape, dtype))()
 
 
-def write_kv(kv, layer, k_TKH, v_TKH, ragged):
-    """As ops.write_kv; within a page the order is csrc/kernels.h's."""
+def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
+    """Write keys and values into their slots; csrc/kernels.h has the order within a page."""
     call = jax.ffi.ffi_call("slipway_write_kv", jax.ShapeDtypeStruct(kv.shape, kv.dtype), input_output_aliases={0: 0})
-    return call(kv, jnp.int32(layer), k_TKH, v_TKH, ragged.num_tokens, ragged.slots_T)
+    return call(kv, jnp.int32(layer), k_TKH, v_TKH, num_tokens, slots_T)
 
 
-def paged_attention(q_TNH, kv, layer, ragged, sinks_N, *, scale, window, soft_cap):
-    """As ops.paged_attention."""
+def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, window, soft_cap):
+    """As PagedCache.read."""
     call = jax.ffi.ffi_call("slipway_attention", jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))
-    return call(
-        q_TNH, kv, jnp.int32(layer), ragged.positions_T, ragged.starts_B, ragged.counts_B, ragged.page_table_BM,
-        *(() if sinks_N is None else (sinks_N.astype(jnp.float32),)),
-        scale=np.float32(scale), window=int(window or 0), soft_cap=np.float32(soft_cap or 0),
-    )  # fmt: skip
+    sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32),)
+    rows = step.positions_T, step.starts_B, step.counts_B, page_table_BM
+    static = {"scale": np.float32(scale), "window": int(window or 0), "soft_cap": np.float32(soft_cap or 0)}
+    return call(q_TNH, kv, jnp.int32(layer), *rows, *sinks, **static)
 
 
 def _arrays(leaf: Any) -> tuple[jax.Array, ...]:
@@ -187,3 +189,40 @@ def _arrays(leaf: Any) -> tuple[jax.Array, ...]:
 
 def _index(leaf: Any) -> jax.Array:
     return jnp.int32(leaf.index) if isinstance(leaf, Pick) else jnp.int32(0)
+
+
+def _bodies() -> dict[str, Body]:
+    return {
+        "embed": Body(embed, lambda ids_T, table_VD, num_tokens: _refuses_table(table_VD)),
+        "linear": Body(
+            linears, lambda x_TD, weights, num_tokens, biases, dtype: _refuses_matrices(x_TD, *weights, *biases)
+        ),
+        "gated_linear": Body(
+            gated_linear,
+            lambda x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype: _refuses_matrices(
+                x_TD, gate, up, gate_bias, up_bias
+            ),
+        ),
+        "rms_norm": Body(rms_norm, lambda x_TD, weight, num_tokens, eps: refuses(x_TD, weight)),
+        "rotate": Body(rotate, lambda x_TNH, weight, angles, num_tokens, eps: refuses(x_TNH, weight)),
+        "write_kv": Body(write_kv, lambda kv, layer, k_TKH, *_: _refuses_cache(kv, k_TKH.dtype)),
+        "paged_attention": Body(paged_attention, lambda q_TNH, kv, *_, **__: _refuses_cache(kv, q_TNH.dtype)),
+        "sample": Body(sample, lambda logits_BV, *_: refuses(logits_BV)),
+        "log_normalizer": Body(log_normalizer, lambda logits_BV, num_rows: refuses(logits_BV)),
+        "zeros": Body(zeros, lambda shape, dtype: refuses_dtype(jnp.float32)),
+    }
+
+
+BACKEND = Backend(
+    platform="cpu",
+    lowers_for=("cpu",),
+    bodies=_bodies(),
+    label=lambda: f"c++ {isa()}",
+    layer_form=tree.separate,  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
+    # docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
+    # From JAX 0.11 on XLA refuses the option.
+    compiler_options={"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {},
+    memory_fraction=0.25,
+    uses_host_memory=True,
+    decode_steps=8,  # docs/log.md has what several decode steps in a call gain, by size of model and number of rows
+)

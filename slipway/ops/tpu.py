@@ -1,56 +1,107 @@
-"""The TPU bodies: decides the cache's layout there and what JAX's ragged paged attention kernel serves.
+"""TPU backend: cache in the layout of JAX's ragged paged attention kernel, and the call of that kernel.
 
-The cache is kv_LPSXH: per layer, page and slot the heads' keys and values by turns (X = 2 K), as that kernel reads it.
-It is given the stacked cache whole, with page numbers counted from the layer's first: a layer sliced off in a scan
-would be copied. The kernel: jax.experimental.pallas.ops.tpu.ragged_paged_attention; it compiles under ``jax.set_mesh``.
+The kernel is jax.experimental.pallas.ops.tpu.ragged_paged_attention; it compiles under ``jax.set_mesh``.
 """
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
+
+from slipway.errors import UnsupportedModel
+from slipway.ops import backend, kv_cache
+from slipway.ops.backend import Backend
+from slipway.ops.step_input import StepInput
+from slipway.tree import module, static
 
 LANES = 128
 QUERIES_PER_BLOCK, KEYS_PER_BLOCK = 32, 128
-NDIM = 5  # of such a cache; the portable one has 6
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+LABEL = "pallas (ops/tpu.py)"
 
 
-def refuses_heads(platform: str, head_dim: int) -> str:
-    """Why the kernel does not serve here; empty if it does."""
-    if platform != "tpu":
-        return f"for {platform}"
-    return f"head_dim {head_dim}, no multiple of {LANES}" if head_dim % LANES else ""
+@module
+class TpuCache:
+    """The cache kv_LPSXH: per layer, page and slot the keys and values of the heads in turn (X = 2 K).
+
+    The kernel gets the stacked cache whole, with page numbers counted from the layer's first: a layer sliced off in a
+    scan would be copied.
+    """
+
+    kv: Any
+    numbering: int = static(default=0)
+
+    @staticmethod
+    def allocate(
+        *, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, numbering: int, dtype: Any
+    ) -> "TpuCache":
+        """Return an empty cache."""
+        return TpuCache(jnp.zeros((num_layers, num_pages, page_size, 2 * num_kv_heads, head_dim), dtype), numbering)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """As KVCache.axes."""
+        return (None, "pages", None, "kv_heads", None)
+
+    def write(self, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput) -> "TpuCache":
+        """Return the cache with the keys and values of the step's tokens; a slot outside the cache is dropped."""
+        backend.record("write_kv", LABEL)
+        slots_T = step.pages[self.numbering].slots_T
+        (L, P, S, X, H), T = self.kv.shape, k_TKH.shape[0]
+        rows_TXH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, X, H).astype(self.kv.dtype)
+        at_T = jnp.where(slots_T < P * S, layer * P * S + slots_T, L * P * S)
+        kv = self.kv.reshape(L * P * S, X, H).at[at_T].set(rows_TXH, mode="drop").reshape(self.kv.shape)
+        return TpuCache(kv, self.numbering)
+
+    def read(
+        self, q_TNH: Any, *, layer: Any, step: StepInput, scale: float, window: int | None = None,
+        soft_cap: float | None = None, sinks_N: Any = None,
+    ) -> Any:  # fmt: skip
+        """Return the attention of every token to its sequence. Rows with tokens come first, one after the other.
+
+        Raises UnsupportedModel for attention sinks.
+        """
+        # Imported here: Pallas for TPUs takes half a second of every start, on any machine.
+        from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
+
+        if sinks_N is not None:
+            raise UnsupportedModel("attention sinks", "some", "none: the TPU kernel has no place for them")
+        backend.record("paged_attention", LABEL)
+        table_BM = step.pages[self.numbering].page_table_BM
+        (L, P, S, X, H), M = self.kv.shape, table_BM.shape[1]
+        ends_B = jnp.cumsum(step.counts_B)
+        rows = (
+            table_BM + layer * P,
+            jnp.concatenate([jnp.zeros(1, jnp.int32), ends_B.astype(jnp.int32)]),
+            jnp.sum(step.counts_B > 0, keepdims=True).astype(jnp.int32),
+        )
+        return kernels.ragged_paged_attention(
+            q_TNH,
+            self.kv.reshape(L * P, S, X, H),
+            step.lengths_B,
+            *rows,
+            sm_scale=scale,
+            sliding_window=window,
+            soft_cap=soft_cap,
+            mask_value=MASKED,
+            num_kv_pages_per_block=min(M, max(1, KEYS_PER_BLOCK // S)),
+            num_queries_per_block=min(q_TNH.shape[0], QUERIES_PER_BLOCK),
+        )
+
+    def attend(self, q_TNH: Any, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput, **options: Any) -> Any:
+        """As KVCache.attend."""
+        written = self.write(k_TKH, v_TKH, layer=layer, step=step)
+        return written.read(q_TNH, layer=layer, step=step, **options), written
 
 
-def allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
-    """An empty cache."""
-    return jnp.zeros((num_layers, num_pages, page_size, 2 * num_kv_heads, head_dim), dtype)
+def cache_class(head_dim: int) -> type:
+    """Return the class of a cache for heads of ``head_dim`` numbers: the kernel takes whole lanes only."""
+    return kv_cache.PagedCache if head_dim % LANES else TpuCache
 
 
-def write_kv(kv, layer, k_TKH, v_TKH, ragged):
-    """As ops.write_kv."""
-    (L, P, S, X, H), T = kv.shape, k_TKH.shape[0]
-    rows_TXH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, X, H).astype(kv.dtype)
-    at_T = jnp.where(ragged.slots_T < P * S, layer * P * S + ragged.slots_T, L * P * S)
-    return kv.reshape(L * P * S, X, H).at[at_T].set(rows_TXH, mode="drop").reshape(kv.shape)
-
-
-def paged_attention(q_TNH, kv, layer, ragged, *, scale, window, soft_cap):
-    """As ops.paged_attention, without sinks. Rows with tokens come first, one after the other."""
-    # Imported here: Pallas for TPUs is half a second of every start, on any machine.
-    from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
-
-    (L, P, S, X, H), M = kv.shape, ragged.page_table_BM.shape[1]
-    ends_B = jnp.cumsum(ragged.counts_B)
-    return kernels.ragged_paged_attention(
-        q_TNH, kv.reshape(L * P, S, X, H), ragged.lengths_B, ragged.page_table_BM + layer * P,
-        jnp.concatenate([jnp.zeros(1, jnp.int32), ends_B.astype(jnp.int32)]),
-        jnp.sum(ragged.counts_B > 0, keepdims=True).astype(jnp.int32),
-        sm_scale=scale, sliding_window=window, soft_cap=soft_cap, mask_value=MASKED,
-        num_kv_pages_per_block=min(M, max(1, KEYS_PER_BLOCK // S)),
-        num_queries_per_block=min(q_TNH.shape[0], QUERIES_PER_BLOCK),
-    )  # fmt: skip
-
-
-def is_mine(kv: jax.Array) -> bool:
-    """Whether a cache has this layout."""
-    return kv.ndim == NDIM
+BACKEND = Backend(
+    platform="tpu",
+    lowers_for=("tpu",),
+    cache_class=cache_class,
+    # Without it TPU7x copies every weight into other tiles at every step: 7.8 GB a device for 32 B parameters on 8.
+    compiler_options={"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},
+)

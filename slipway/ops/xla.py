@@ -1,15 +1,17 @@
-"""The portable bodies: what every op computes, on any backend that XLA knows; decides no dtype and no shape.
+"""Portable bodies of the ops, in plain JAX for every platform.
 
-Written around what XLA's CPU backend does badly (docs/performance.md): a dot with one row, or with a bf16 result, is a
+Not here: the signatures of the ops (__init__.py), the C++ bodies (cpu.py), the TPU kernel (tpu.py).
+
+They avoid what XLA's CPU compiler does badly (docs/performance.md): a dot with one row, or with a bf16 result, is a
 naive loop; a bf16 scatter or update widens the whole cache to f32, so 16-bit caches are stored as their bits.
-The second half of the file is the oracle: slow, obvious, and independent of the first.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from slipway import tree
@@ -84,60 +86,54 @@ def rotate(x_TNH, weight, angles, num_tokens, eps):
     return jnp.concatenate(turned, axis=-1).astype(x_TNH.dtype)
 
 
-def allocate_kv(num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
-    """An empty cache kv_LPK2SH: per layer, page and head the keys, then the values."""
-    return jnp.zeros((num_layers, num_pages, num_kv_heads, 2, page_size, head_dim), _storage(dtype))
-
-
-def write_kv(kv, layer, k_TKH, v_TKH, ragged):
-    """Put the step's keys and values into their slots; a slot outside the cache is dropped."""
+def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
+    """Write keys and values into their slots of PagedCache.kv; a slot outside the cache is dropped."""
+    del num_tokens  # the slots of padding lie outside
     page_size = kv.shape[4]
     rows_TK2H = _to_storage(jnp.stack([k_TKH, v_TKH], axis=2))
-    at = kv.at[layer, ragged.slots_T // page_size, :, :, ragged.slots_T % page_size]
+    at = kv.at[layer, slots_T // page_size, :, :, slots_T % page_size]
     return at.set(rows_TK2H, mode="drop")
 
 
-def paged_attention(q_TNH, kv, layer, ragged, sinks_N=None, *, scale, window=None, soft_cap=None):
-    """Causal attention of every token to its sequence's cache, this step's tokens included.
+def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, window, soft_cap):
+    """Compute causal attention of every token to its sequence, the step's own tokens included (PagedCache.read).
 
-    ``window``: how many positions a token sees, itself included; None: all. Query head n reads KV head n // (N / K).
-    ``soft_cap``: scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, 2024). ``sinks_N``: a score per head that
-    takes its share of the softmax and adds nothing (gpt-oss, 2025).
-    Rows with one token are taken together, in turns over their keys as long as the longest needs; longer rows tile by
-    tile, each over no more keys than it sees. So the cost follows the tokens that are there, not the shapes.
+    Query head n reads KV head n // (N / K). Rows with one token are taken together, in turns over blocks of keys until
+    the longest row has seen all of its own; longer rows are taken tile by tile, each over no more keys than it sees. So
+    the cost follows the number of tokens, not the shapes.
     """
     attend = partial(_attend, kv=kv, layer=layer, sinks_N=sinks_N, scale=scale, window=window, soft_cap=soft_cap)
-    alone_B = ragged.counts_B == 1
-    if ragged.counts_B.shape[0] <= FEW_ROWS:  # not worth a second attention to compile
-        return _tiles(attend, q_TNH, ragged, jnp.zeros_like(alone_B)).astype(q_TNH.dtype)
-    start_B = jnp.where(alone_B, ragged.starts_B, q_TNH.shape[0])
-    o_BNH = attend(
-        q_TNH.at[start_B].get(mode="clip")[:, None], ragged.positions_T.at[start_B].get(mode="clip")[:, None],
-        jnp.where(alone_B, ragged.lengths_B, 0), ragged.page_table_BM,
-    )[:, 0]  # fmt: skip
-    out_TNH = _tiles(attend, q_TNH, ragged, alone_B)
+    alone_B = step.counts_B == 1
+    if step.counts_B.shape[0] <= FEW_ROWS:  # not worth a second attention to compile
+        return _tiles(attend, q_TNH, step, page_table_BM, jnp.zeros_like(alone_B)).astype(q_TNH.dtype)
+    start_B = jnp.where(alone_B, step.starts_B, q_TNH.shape[0])
+    q_B1NH = q_TNH.at[start_B].get(mode="clip")[:, None]
+    positions_B1 = step.positions_T.at[start_B].get(mode="clip")[:, None]
+    o_BNH = attend(q_B1NH, positions_B1, jnp.where(alone_B, step.lengths_B, 0), page_table_RM=page_table_BM)[:, 0]
+    out_TNH = _tiles(attend, q_TNH, step, page_table_BM, alone_B)
     return out_TNH.at[start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
 
 
-def _tiles(attend, q_TNH, ragged, skip_B):
-    """Attention of the rows that are not skipped, tile by tile; f32."""
+def _tiles(attend, q_TNH, step, page_table_BM, skip_B):
+    """Compute attention of the rows that are not skipped, tile by tile; f32."""
     tokens, tile = q_TNH.shape[0], min(BLOCK_TOKENS, q_TNH.shape[0])
     padded_TNH = jnp.pad(q_TNH, ((0, tile), (0, 0), (0, 0)))
-    positions_T = jnp.pad(ragged.positions_T, (0, tile))
-    tiles_B = jnp.where(skip_B, 0, -(-ragged.counts_B // tile))
+    positions_T = jnp.pad(step.positions_T, (0, tile))
+    tiles_B = jnp.where(skip_B, 0, -(-step.counts_B // tile))
     ends_B = jnp.cumsum(tiles_B)
 
     def one_tile(i, out_TNH):
         row = jnp.sum(ends_B <= i)
         first = (i - ends_B[row] + tiles_B[row]) * tile
-        start = ragged.starts_B[row] + first
-        seen = jnp.minimum(first + tile, ragged.counts_B[row]) + ragged.lengths_B[row] - ragged.counts_B[row]
+        start = step.starts_B[row] + first
+        seen = jnp.minimum(first + tile, step.counts_B[row]) + step.lengths_B[row] - step.counts_B[row]
         o_QNH = attend(
             lax.dynamic_slice_in_dim(padded_TNH, start, tile)[None],
             lax.dynamic_slice_in_dim(positions_T, start, tile)[None],
-            seen[None], lax.dynamic_slice_in_dim(ragged.page_table_BM, row, 1),
-        )[0]  # fmt: skip
-        mine_Q = (jnp.arange(tile) + first < ragged.counts_B[row])[:, None, None]
+            seen[None],
+            page_table_RM=lax.dynamic_slice_in_dim(page_table_BM, row, 1),
+        )[0]
+        mine_Q = (jnp.arange(tile) + first < step.counts_B[row])[:, None, None]
         old_QNH = lax.dynamic_slice_in_dim(out_TNH, start, tile)
         return lax.dynamic_update_slice_in_dim(out_TNH, jnp.where(mine_Q, o_QNH, old_QNH), start, 0)
 
@@ -173,7 +169,10 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_
         s_RKXS = jnp.where(seen_RXS[:, None], s_RKXS, MASKED)
         new_RKX = jnp.maximum(peak_RKX, s_RKXS.max(-1))
         p_RKXS = jnp.where(seen_RXS[:, None], jnp.exp(s_RKXS - new_RKX[..., None]), 0.0)
-        written_RS = at_S[:, 0] < lengths_R[:, None]  # what lies past it may be NaN, and 0 * NaN counts
+        # Numbers outside, in slots not written or pages freed behind the window, may be NaN, and 0 * NaN is NaN.
+        written_RS = at_S[:, 0] < lengths_R[:, None]
+        if window is not None:
+            written_RS &= at_S[:, 0] > positions_RQ[:, :1] - window
         v_RKSH = jnp.where(written_RS[:, None, :, None], kv_2RKSH[1], 0.0)
         shrink_RKX = jnp.exp(peak_RKX - new_RKX)
         o_RKXH = o_RKXH * shrink_RKX[..., None] + jnp.einsum("rkxs,rksh->rkxh", p_RKXS, v_RKSH)
@@ -191,10 +190,6 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_
     _, sum_RKX, o_RKXH = lax.fori_loop(first, -(-jnp.max(lengths_R) // block), turn, empty)
     o_RKXH = o_RKXH / jnp.maximum(sum_RKX, 1e-30)[..., None]
     return o_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
-
-
-def _storage(dtype):
-    return jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
 
 def _to_storage(x):
@@ -294,38 +289,15 @@ def _largest(x_BV, weight_BV, wanted_B):
     return jnp.where(order_BV >= threshold_B[:, None], x_BV, DROPPED)
 
 
-def linear_oracle(x_TD, w_OD, num_tokens):
-    """What ``linear`` means, in f32 throughout; padding rows are zero."""
-    w_OD = dequantized(w_OD) if isinstance(w_OD, Quantized) else w_OD.astype(jnp.float32)
-    y_TO = x_TD.astype(jnp.float32) @ w_OD.T
-    return jnp.where((jnp.arange(x_TD.shape[0]) < num_tokens)[:, None], y_TO, 0.0)
-
-
-def write_kv_oracle(kv, layer, k_TKH, v_TKH, ragged):
-    """What ``write_kv`` means: one token after the other."""
-    page_size = kv.shape[4]
-    for t in range(int(ragged.num_tokens)):
-        page, offset = divmod(int(ragged.slots_T[t]), page_size)
-        kv = kv.at[layer, page, :, :, offset].set(_to_storage(jnp.stack([k_TKH[t], v_TKH[t]], axis=1)))
-    return kv
-
-
-def paged_attention_oracle(q_TNH, kv, layer, ragged, scale, window, soft_cap=None, sinks_N=None):
-    """What ``paged_attention`` means: for each token and head, a softmax over the keys it may see; NumPy, f32."""
-    kv = np.asarray(_from_storage(kv[layer], q_TNH.dtype).astype(jnp.float32))
-    q_TNH, ragged = np.asarray(q_TNH.astype(jnp.float32)), jax.tree.map(np.asarray, ragged)
-    out_TNH, group = np.zeros_like(q_TNH), q_TNH.shape[1] // kv.shape[1]
-    for row, (start, count) in enumerate(zip(ragged.starts_B, ragged.counts_B)):
-        pages_PKSH = (kv[ragged.page_table_BM[row], :, i] for i in (0, 1))
-        k_SKH, v_SKH = (x.transpose(0, 2, 1, 3).reshape(-1, kv.shape[1], kv.shape[4]) for x in pages_PKSH)
-        for t in range(start, start + count):
-            stop = ragged.positions_T[t] + 1
-            seen = slice(max(0, stop - window) if window else 0, stop)
-            for n in range(q_TNH.shape[1]):
-                scores_S = k_SKH[seen, n // group] @ q_TNH[t, n] * scale
-                scores_S = scores_S if soft_cap is None else soft_cap * np.tanh(scores_S / soft_cap)
-                sink = -np.inf if sinks_N is None else float(sinks_N[n])
-                weights_S = np.exp(scores_S - max(scores_S.max(), sink))
-                total = weights_S.sum() + np.exp(sink - max(scores_S.max(), sink))
-                out_TNH[t, n] = weights_S @ v_SKH[seen, n // group] / total
-    return out_TNH
+BODIES: dict[str, Callable[..., Any]] = {
+    "embed": embed,
+    "linear": linears,
+    "gated_linear": gated_linear,
+    "rms_norm": rms_norm,
+    "rotate": rotate,
+    "write_kv": write_kv,
+    "paged_attention": paged_attention,
+    "sample": sample,
+    "log_normalizer": log_normalizer,
+    "zeros": jnp.zeros,
+}

@@ -26,12 +26,11 @@ class RadixMachine(RuleBasedStateMachine):
         self.used = {}  # the same -> when a reader last left
         self.generation = self.clock = 0
 
-    def freed(self, pages):
-        self.pages.give_back(pages)
-        for page in pages:
-            (key,) = [key for key, held in self.held.items() if held == page]
-            assert not self.is_read(key), "a page freed under a reader"
-            del self.held[key]
+    def freed(self, node):
+        self.pages.give_back([node.page])
+        (key,) = [key for key, held in self.held.items() if held == node.page]
+        assert not self.is_read(key), "a page freed under a reader"
+        del self.held[key]
 
     def is_read(self, key):
         generation, salt, path = key

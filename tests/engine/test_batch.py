@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.engine.batch import Bucket, Builder, Sizes, buckets, choose, empty, join
+from slipway.engine.batch import Batch, Bucket, Builder, Sizes, buckets, choose, empty_sampling, empty_step, join
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, Sequence
 from slipway.engine.scheduler import Chunk
@@ -14,7 +14,11 @@ from slipway.engine.scheduler import Chunk
 pytestmark = pytest.mark.host
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, SLOTS, VOCAB = 4, 40, 6, 7, 70
 LONGEST = PAGE_SIZE * TABLE_WIDTH
-SIZES = Sizes(PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, VOCAB, LONGEST)
+SIZES = Sizes(PAGE_SIZE, (NUM_PAGES, NUM_PAGES), TABLE_WIDTH, VOCAB, LONGEST)
+
+
+def empty(bucket, sizes):
+    return Batch(empty_step(bucket, sizes), empty_sampling(bucket.num_rows))
 
 
 @st.composite
@@ -48,16 +52,21 @@ def steps(draw, max_rows=5):
 
 def reference(chunks, batch):
     """The same as ``Builder.build``, token by token and row by row, over an empty batch."""
-    tokens, sampling, t, row = batch.tokens, batch.sampling, 0, 0
+    tokens, sampling, t, row = batch.step, batch.sampling, 0, 0
     for index, (sequence, start, count, samples, scored) in enumerate(chunks):
         ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.prompt_token_ids
         tokens.starts_B[index], tokens.counts_B[index], tokens.lengths_B[index] = t, count, start + count
-        tokens.page_table_BM[index, : len(sequence.pages)] = sequence.pages
+        for numbering, pages in enumerate(tokens.pages):
+            padded = np.pad(sequence.pages, (0, TABLE_WIDTH - len(sequence.pages)))
+            pages.page_table_BM[index] = moved(padded, numbering)
         for position in range(start, start + count):
             known = position < len(ids)
             tokens.ids_T[t], tokens.positions_T[t] = ids[position] if known else -1 - sequence.last_row, position
             tokens.contexts_T[t] = max(len(prompt), position + 1)
-            tokens.slots_T[t] = sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+            tokens.row_T[t] = index
+            for numbering, pages in enumerate(tokens.pages):
+                page = moved(sequence.pages, numbering)[position // PAGE_SIZE]
+                pages.slots_T[t] = page * PAGE_SIZE + position % PAGE_SIZE
             for wanted in ([prompt[position + 1]] if position in scored else []) + (
                 [-1] if samples and position == start + count - 1 else []
             ):
@@ -69,6 +78,15 @@ def reference(chunks, batch):
             t += 1
     tokens.num_tokens_1[0], tokens.num_samples_1[0], sampling.num_rows_1[0] = t, row, row
     return batch
+
+
+def moved(pages, numbering):
+    """The same pages in another numbering."""
+    return (np.asarray(pages) + numbering) % NUM_PAGES
+
+
+def tables(page_table):
+    return [page_table, moved(page_table, 1)]
 
 
 def _fill(sampling, row, sequence):
@@ -97,7 +115,7 @@ def test_build_is_what_a_plain_loop_builds(step):
     bucket = Bucket(5 * LONGEST, 10)
     expected = reference(chunks, empty(bucket, SIZES))
     rows = np.cumsum([chunk.num_rows for chunk in chunks]).tolist()
-    same(Builder(SIZES, page_table).build(chunks, bucket), expected)
+    same(Builder(SIZES, tables(page_table)).build(chunks, bucket), expected)
     for chunk, end in zip(chunks, rows):
         assert not chunk.samples or chunk.sequence.last_row == end - 1, "who samples knows its row"
 
@@ -107,7 +125,7 @@ def test_a_builder_forgets_what_no_longer_runs():
         np.arange(SLOTS * TABLE_WIDTH, dtype=np.int32).reshape(SLOTS, TABLE_WIDTH) % NUM_PAGES,
         Bucket(8, 4),
     )
-    builder = Builder(SIZES, page_table)
+    builder = Builder(SIZES, tables(page_table))
 
     def running(number, slot):
         params = SamplingParams(temperature=number / 8)
@@ -122,9 +140,9 @@ def test_a_builder_forgets_what_no_longer_runs():
 
 def test_padding_points_past_the_last_page_and_asks_for_nothing():
     batch = empty(Bucket(8, 4), SIZES)
-    assert (batch.tokens.slots_T >= NUM_PAGES * PAGE_SIZE).all()
+    assert (batch.step.pages[0].slots_T >= NUM_PAGES * PAGE_SIZE).all()
     for name in (
-        ".tokens.num_tokens_1", ".tokens.num_samples_1", ".tokens.counts_B", ".sampling.wants_logprobs_B",
+        ".step.num_tokens_1", ".step.num_samples_1", ".step.counts_B", ".sampling.wants_logprobs_B",
         ".sampling.temperature_B",
     ):  # fmt: skip
         assert not arrays(batch)[name].any(), name
@@ -134,7 +152,7 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
 @given(steps(), steps())
 def test_join_puts_the_ranks_one_after_the_other(first, second):
     bucket = Bucket(5 * LONGEST, 10)
-    parts = [Builder(SIZES, page_table).build(chunks, bucket) for chunks, page_table in (first, second)]
+    parts = [Builder(SIZES, tables(page_table)).build(chunks, bucket) for chunks, page_table in (first, second)]
     joined = arrays(join(parts))
     for rank, part in enumerate(parts):
         for name, array in arrays(part).items():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from slipway.codec.grammar import StructuredOutputs
-from slipway.engine import engine as engine_module
-from slipway.engine import launch
+from slipway.engine import launch, pipeline
 from slipway.engine.batch import Bucket, Repeat
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
+from slipway.engine.programs import REPEAT
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
 from slipway.ops import cpu
@@ -44,7 +44,7 @@ def several(_engines):
     llm.engine.flush()
     yield llm
     assert not llm.engine.has_work()
-    for scheduler in llm.engine._schedulers:
+    for scheduler in llm.engine.schedulers:
         assert scheduler.load == 0 and not scheduler.running and not scheduler.waiting
         assert scheduler.pages.num_free + scheduler.tree.num_unlocked == scheduler.pages.num_pages
 
@@ -67,13 +67,15 @@ def same(got, expected):
 
 def calls(llm):
     """A list that fills with how many steps each call made that made several."""
-    found, repeat = [], type(llm.engine._step).repeat
+    found, runner = [], llm.engine.runner
+    call = type(runner).call
 
-    def counted(*arguments):
-        found.append(arguments[-1])
-        return repeat(llm.engine._step, *arguments)
+    def counted(name, *arguments):
+        if name == REPEAT:
+            found.append(int(arguments[-1][0]))
+        return call(runner, name, *arguments)
 
-    llm.engine._step.repeat = counted
+    runner.call = counted
     return found
 
 
@@ -152,7 +154,7 @@ def test_who_comes_waits_for_no_more_than_two_calls(several):
 
 def test_pages_that_run_out_change_no_output(single, several):
     asked, params = prompts(8, seed=3), [dataclasses.replace(SAMPLED, seed=i, max_tokens=36) for i in range(8)]
-    scheduler, made = several.engine._schedulers[0], calls(several)
+    scheduler, made = several.engine.schedulers[0], calls(several)
     spare = scheduler.pages.take(scheduler.pages.num_pages - 9)
     preempted = scheduler.counts.preemptions
     same(several.generate(asked, params, use_tqdm=False), single.generate(asked, params, use_tqdm=False))
@@ -162,7 +164,7 @@ def test_pages_that_run_out_change_no_output(single, several):
 
 def cached(llm):
     """Every path of the prefix tree."""
-    found, stack = set(), [(root, ()) for root in llm.engine._schedulers[0].tree._roots.values()]
+    found, stack = set(), [(root, ()) for root in llm.engine.schedulers[0].tree._roots.values()]
     while stack:
         node, path = stack.pop()
         found.add(path)
@@ -172,9 +174,7 @@ def cached(llm):
 
 def test_the_prefix_tree_holds_what_it_does_after_single_steps(single, several, monkeypatch):
     """Above all nothing of what was computed behind an end."""
-    monkeypatch.setattr(
-        engine_module, "LONG", 1e9
-    )  # a busy host plans none ahead, which leaves the last token uncomputed
+    monkeypatch.setattr(pipeline, "LONG", 1e9)  # a busy host plans none ahead, which leaves the last token uncomputed
     (prompt,), sizes = prompts(1), set()
     ids = single.generate(prompt, GREEDY)[0].outputs[0].token_ids
     for at in range(1, 20):
@@ -229,7 +229,7 @@ def test_parallel_engines_give_one_devices_tokens(tiny, single, sizes):
 
 def test_auto_is_for_small_models_on_one_cpu(tiny, uncompiled, monkeypatch):
     def repeats(**options):
-        return LLM(tiny, **SIZES | options).engine._step.repeats
+        return LLM(tiny, **SIZES | options).engine.repeats
 
     assert repeats() == Repeat(Bucket(4, 4), 8)
     assert repeats(max_num_seqs=64, max_num_batched_tokens=64) == Repeat(Bucket(32, 32), 8), "one shape for up to 32"

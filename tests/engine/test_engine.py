@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from slipway.engine import engine as engine_module
-from slipway.engine import memory
+from slipway.engine import memory, pipeline, programs
 from slipway.engine.params import SamplingParams
 from slipway.errors import OutOfMemory
 from slipway.llm import LLM
@@ -69,7 +68,7 @@ def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options, monke
     cached = llm.generate(prompts(), unscored, use_tqdm=False)
     assert cached[-1].num_cached_tokens >= 32
     llm.engine.flush()
-    monkeypatch.setattr(llm.engine._schedulers[0], "max_num_tokens", 7)
+    monkeypatch.setattr(llm.engine.schedulers[0], "max_num_tokens", 7)
     chunked = llm.generate(prompts(), asked, use_tqdm=False)
     for others in (together, cached, chunked):
         for one, other in zip(alone_, others, strict=True):
@@ -81,7 +80,7 @@ def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options, monke
 
 @pytest.mark.parametrize("budget", [4, 7, 32])
 def test_greedy_tokens_do_not_depend_on_the_chunks(llm, alone, budget, monkeypatch):
-    monkeypatch.setattr(llm.engine._schedulers[0], "max_num_tokens", budget)
+    monkeypatch.setattr(llm.engine.schedulers[0], "max_num_tokens", budget)
     assert run(llm, prompts()) == alone
 
 
@@ -136,7 +135,7 @@ def test_without_seeds_equal_requests_differ(llm):
 
 def test_abort_frees_pages_and_leaves_the_others_alone(llm, alone):
     engine, own = llm.engine, prompts()
-    scheduler = engine._schedulers[0]
+    scheduler = engine.schedulers[0]
     ids = [engine.add(prompt, GREEDY) for prompt in own[:6]]  # four run, two wait
     finished, free = {}, []
     for step in range(200):
@@ -159,8 +158,8 @@ def test_abort_frees_pages_and_leaves_the_others_alone(llm, alone):
 
 @pytest.mark.parametrize("long, at_an_end, waits", [(0, 0, "always"), (1e9, 0, "at an end"), (1e9, 1e9, "never")])
 def test_who_comes_upon_the_results_of_a_long_step_is_in_the_next(llm, monkeypatch, long, at_an_end, waits):
-    monkeypatch.setattr(engine_module, "LONG", long)
-    monkeypatch.setattr(engine_module, "LONG_AT_AN_END", at_an_end)
+    monkeypatch.setattr(pipeline, "LONG", long)
+    monkeypatch.setattr(pipeline, "LONG_AT_AN_END", at_an_end)
     engine, one_token = llm.engine, dataclasses.replace(GREEDY, max_tokens=1)
     engine.add([5] * 3, GREEDY)
     engine.step()
@@ -197,17 +196,20 @@ def weights_bytes(engine):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.weights.arrays))
 
 
+def cache_bytes(engine):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.runner.state[programs.CACHES]))
+
+
 def test_the_cache_follows_the_budget(tiny, monkeypatch, uncompiled):
     plenty = launched(tiny, monkeypatch, 2**33)
-    assert plenty.limits.num_pages == 4 * WIDTH, "no more than could be useful"
+    assert plenty.limits.num_pages == (4 * WIDTH,), "no more than could be useful"
     base = weights_bytes(plenty) + uncompiled
     for pages in (1, 10, 33):
         engine = launched(tiny, monkeypatch, base + pages * PAGE_BYTES + PAGE_BYTES // 2, memory_fraction=1.0)
-        assert engine.limits.num_pages == pages
-        assert engine._kv.nbytes == pages * PAGE_BYTES
-        assert (
-            launched(tiny, monkeypatch, 2 * (base + pages * PAGE_BYTES), memory_fraction=0.5).limits.num_pages == pages
-        )
+        assert engine.limits.num_pages == (pages,)
+        assert cache_bytes(engine) == pages * PAGE_BYTES
+        half = launched(tiny, monkeypatch, 2 * (base + pages * PAGE_BYTES), memory_fraction=0.5)
+        assert half.limits.num_pages == (pages,)
 
 
 @pytest.mark.parametrize("missing", [PAGE_BYTES, 50_000, 10**6])

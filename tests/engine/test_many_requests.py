@@ -28,7 +28,7 @@ def test_two_thousand_mixed_requests_end_as_each_would_alone(tiny):
     count, rng = 2000, np.random.default_rng(1)
     with LLM(tiny, max_num_seqs=16, max_num_batched_tokens=64, page_size=16, skip_tokenizer_init=True) as llm:
         engine, longest = llm.engine, llm.engine.limits.max_model_len
-        scheduler = engine._schedulers[0]
+        scheduler = engine.schedulers[0]
         spare = scheduler.pages.take(scheduler.pages.num_pages - 20)
         prefixes = [rng.integers(3, 1000, 20).tolist() for _ in range(5)]
         asked = []

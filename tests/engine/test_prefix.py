@@ -29,7 +29,7 @@ def prompts(count, shared=20, own=6, seed=0):
 
 
 def computed(llm):
-    return sum(scheduler.counts.computed_tokens for scheduler in llm.engine._schedulers)
+    return sum(scheduler.counts.computed_tokens for scheduler in llm.engine.schedulers)
 
 
 def same(got, expected):
@@ -83,7 +83,7 @@ def test_cached_equals_uncached(cached, uncached):
     assert [output.num_cached_tokens for output in again] == [32] * 6
     cached.engine.flush()
     same(cached.generate(asked, GREEDY, use_tqdm=False), expected)
-    assert all(scheduler.tree.num_pages == 0 for scheduler in uncached.engine._schedulers)
+    assert all(scheduler.tree.num_pages == 0 for scheduler in uncached.engine.schedulers)
 
 
 def test_a_prefix_is_computed_once(cached):
@@ -142,7 +142,7 @@ def test_preemption_changes_no_output(calm, uncached, temperature):
     ]
     expected = uncached.generate(asked, params, use_tqdm=False)
     llm = LLM(calm, page_size=16, **SIZES)
-    scheduler = llm.engine._schedulers[0]
+    scheduler = llm.engine.schedulers[0]
     spare = scheduler.pages.take(scheduler.pages.num_pages - 9)
     same(llm.generate(asked, params, use_tqdm=False), expected)
     assert scheduler.counts.preemptions > 0, "nothing was preempted"
@@ -150,7 +150,7 @@ def test_preemption_changes_no_output(calm, uncached, temperature):
 
 
 def test_what_can_never_fit_is_refused_with_the_figures(llm, monkeypatch):
-    limits = dataclasses.replace(llm.engine.limits, num_pages=4)
+    limits = dataclasses.replace(llm.engine.limits, num_pages=(4,))
     monkeypatch.setattr(llm.engine._admission, "_limits", limits)
     with pytest.raises(InvalidRequest, match=r"10 prompt tokens \+ 50 max_tokens.*16 tokens"):
         llm.generate(list(range(3, 13)), SamplingParams(max_tokens=50))

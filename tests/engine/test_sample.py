@@ -7,11 +7,11 @@ import pytest
 
 from slipway import ops
 from slipway.engine import sample
-from slipway.engine.step import COMPILER_OPTIONS
-from slipway.ops import xla
+from slipway.engine.batch import Sampling
+from slipway.ops import cpu, xla
 
 V = 37
-OPTIONS = COMPILER_OPTIONS["cpu"]
+OPTIONS = cpu.BACKEND.compiler_options
 keep, draw = jax.jit(xla.keep, compiler_options=OPTIONS), jax.jit(sample.sample, compiler_options=OPTIONS)
 
 
@@ -74,9 +74,17 @@ def tokens(logits, temperature, seeds, positions, top_k=0, top_p=1.0, min_p=0.0)
     rows = len(logits)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows,))
     seeds, positions = jnp.asarray(seeds, jnp.uint32), jnp.asarray(positions, jnp.int32)
-    return np.asarray(
-        draw(jnp.asarray(logits), jnp.int32(rows), temperature, *columns(rows, top_k, top_p, min_p), seeds, positions)
-    )
+    filters = columns(rows, top_k, top_p, min_p)
+    return np.asarray(draw(jnp.asarray(logits), sampling(temperature, *filters, seeds, positions)))
+
+
+def sampling(temperature_B, top_k_B, top_p_B, min_p_B, seed_B, position_B):
+    rows = len(temperature_B)
+    return Sampling(
+        num_rows_1=jnp.full(1, rows, jnp.int32), temperature_B=temperature_B, top_k_B=top_k_B, top_p_B=top_p_B,
+        min_p_B=min_p_B, seed_B=seed_B, position_B=position_B, given_B=jnp.full(rows, -1), last_B=jnp.full(rows, -1),
+        wants_logprobs_B=jnp.zeros(rows, bool),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("varied", ["seeds", "positions"])
@@ -106,10 +114,9 @@ def test_a_row_draws_the_same_in_any_company_and_bucket():
     np.testing.assert_array_equal(tokens(logits[order], 0.9, seeds[order], positions[order], top_p=0.9), whole[order])
     np.testing.assert_array_equal(tokens(logits[:2], 0.9, seeds[:2], positions[:2], top_p=0.9), whole[:2])
     # greedy and unfiltered neighbours choose other branches of the program
-    mixed = draw(
-        jnp.asarray(logits), jnp.int32(16), jnp.asarray(np.where(np.arange(16) % 2, 0.9, 0), jnp.float32),
-        *columns(16, top_p=0.9), jnp.asarray(seeds, jnp.uint32), jnp.asarray(positions, jnp.int32),
-    )  # fmt: skip
+    temperatures = jnp.asarray(np.where(np.arange(16) % 2, 0.9, 0), jnp.float32)
+    last = jnp.asarray(seeds, jnp.uint32), jnp.asarray(positions, jnp.int32)
+    mixed = draw(jnp.asarray(logits), sampling(temperatures, *columns(16, top_p=0.9), *last))
     np.testing.assert_array_equal(mixed[1::2], whole[1::2])
     np.testing.assert_array_equal(mixed[::2], logits[::2].argmax(-1))
 

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from slipway.cache.windows import FREED
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, Sequence
 from slipway.engine.scheduler import LOOKAHEAD, MAX_OVERTAKEN, Scheduler
@@ -32,28 +33,28 @@ def make_request(number, prompt, max_tokens, n=1, **options):
 
 
 class Device:
-    """What the cache holds, by page and offset: the text up to and including each token."""
+    """What the caches hold, by numbering, page and offset: the text up to and including each token."""
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, windows):
         self.scheduler, self.slots = scheduler, {}
+        self.windows = [LONGEST, *(window for window, _ in windows)]
 
     def run(self, chunks, texts):
-        """Write every row's tokens, then check that every row finds its whole text. ``texts``: of each sequence."""
-        for sequence, start, count, *_ in chunks:
-            for position in range(start, start + count):
-                self.slots[self.slot(sequence, position)] = (
-                    sequence.request.cache_salt,
-                    *texts[sequence][: position + 1],
-                )
-        for sequence, start, count, *_ in chunks:
-            for position in range(start + count):
-                expected = (sequence.request.cache_salt, *texts[sequence][: position + 1])
-                assert self.slots[self.slot(sequence, position)] == expected
+        """Write every row's tokens, then check that every token finds the text it sees. ``texts``: of each sequence."""
+        for numbering, window in enumerate(self.windows):
+            for sequence, start, count, *_ in chunks:
+                for position in range(start, start + count):
+                    text = (sequence.request.cache_salt, *texts[sequence][: position + 1])
+                    self.slots[self.slot(numbering, sequence, position)] = text
+            for sequence, start, count, *_ in chunks:
+                for position in range(max(0, start - window + 1), start + count):
+                    expected = (sequence.request.cache_salt, *texts[sequence][: position + 1])
+                    assert self.slots[self.slot(numbering, sequence, position)] == expected
 
-    def slot(self, sequence, position):
-        page = self.scheduler.page_table[sequence.slot, position // PAGE_SIZE]
-        assert page == sequence.pages[position // PAGE_SIZE]
-        return page, position % PAGE_SIZE
+    def slot(self, numbering, sequence, position):
+        page = self.scheduler.page_tables[numbering][sequence.slot, position // PAGE_SIZE]
+        assert page == [sequence.pages, *sequence.window_pages][numbering][position // PAGE_SIZE]
+        return numbering, page, position % PAGE_SIZE
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -66,9 +67,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         rows=st.integers(1, 5), spare=st.integers(0, 12), seed=st.integers(0, 2**16), caching=st.booleans(),
-        repeats=st.integers(0, 6),
+        repeats=st.integers(0, 6), windows=st.lists(st.sampled_from([1, 3, 6, 14]), unique=True, max_size=2),
+        tight=st.booleans(),
     )  # fmt: skip
-    def start(self, rows, spare, seed, caching, repeats):
+    def start(self, rows, spare, seed, caching, repeats, windows, tight):
         self.rows, self.budget, self.random, self.repeats = rows, rows + spare, random.Random(seed), repeats
         self.scheduler = Scheduler(
             num_pages=NUM_PAGES,
@@ -77,10 +79,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=rows,
             max_num_tokens=self.budget,
             prefix_caching=caching,
+            windows=[(window, self.num_window_pages(window, tight)) for window in windows],
         )
-        self.device, self.live, self.arrived, self.texts = Device(self.scheduler), [], [], {}
+        self.device = Device(self.scheduler, [(window, 0) for window in windows])
+        self.live, self.arrived, self.texts = [], [], {}
         self.pending = []  # (sequence, token) of the call on the device
         self.scored = {}
+
+    def num_window_pages(self, window, tight):
+        """As few pages as one sequence alone may need at once, or as many as of the other numbering."""
+        return min(NUM_PAGES, (window - 1 + self.budget + self.repeats) // PAGE_SIZE + 2) if tight else NUM_PAGES
 
     @rule(
         shared=st.integers(0, 3), own=st.integers(1, 20), output=st.integers(1, LONGEST), n=st.integers(1, 3),
@@ -196,6 +204,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(own) + scheduler.tree.num_pages == NUM_PAGES - scheduler.pages.num_free, "no page is lost"
         assert tree <= set(range(NUM_PAGES)) and len(tree) <= scheduler.tree.num_pages
         assert all(s in scheduler.running for s in self.arrived if s.pages)
+        for numbering, pool in enumerate(scheduler.windows):
+            used = {page for s in self.arrived if s.slot >= 0 for page in s.window_pages[numbering] if page != FREED}
+            assert len(used) == pool.num_pages - pool.num_available, "no page of a window is lost"
+            for sequence in self.arrived:
+                if sequence.slot >= 0:
+                    pages = sequence.window_pages[numbering]
+                    held = sum(page != FREED for page in pages)
+                    assert held <= pool.span(self.budget + self.repeats) + 1, "pages behind the window are freed"
         assert scheduler.load == sum(s.max_length for s in self.live)
         assert len(scheduler._slots) == self.rows - len(scheduler.running)
         assert scheduler.running == sorted(scheduler.running, key=lambda s: s.order)
@@ -211,7 +227,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take()
         assert self.scheduler.schedule() == []
         self.scheduler.tree.flush()
-        assert self.scheduler.pages.num_free == NUM_PAGES and self.scheduler.tree.num_pages == 0
+        assert self.scheduler.pages.num_free == NUM_PAGES
+        assert self.scheduler.tree.num_pages == 0
+        assert all(pool.num_available == pool.num_pages for pool in self.scheduler.windows)
         assert all(len(s.token_ids) <= s.request.max_tokens for s in self.arrived)
         for sequence, scored in self.scored.items():
             if sequence.scores and sequence.finish_reason != "abort":

@@ -82,7 +82,7 @@ def test_a_preempted_output_goes_on_where_it_stood(tiny):
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 16}
     expected = LLM(tiny, **sizes).generate(["def f("] * 6, params, use_tqdm=False)
     llm = LLM(tiny, **sizes)
-    scheduler = llm.engine._schedulers[0]
+    scheduler = llm.engine.schedulers[0]
     spare = scheduler.pages.take(scheduler.pages.num_pages - 8)
     got = llm.generate(["def f("] * 6, params, use_tqdm=False)
     assert scheduler.counts.preemptions > 0

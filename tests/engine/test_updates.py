@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from slipway.async_engine import AsyncEngine
 from slipway.checkpoint import files
+from slipway.engine import programs
 from slipway.engine.params import SamplingParams
 from slipway.errors import CheckpointError, EngineBusy, EngineDead, InvalidRequest, WeightsLost
 from slipway.llm import LLM
@@ -222,8 +223,9 @@ def test_who_gives_up_an_update_holds_nobody_back(engine, said, new):
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_frees_the_cache_and_what_ran_goes_on_after_waking(engine, said, old, level):
     request = begun(engine, PROMPT, 3)
+    (cache,) = engine.engine.runner.state[programs.CACHES]
     engine.sleep(level)
-    kv, held = engine.engine._kv, engine.engine.weights.arrays
+    kv, held = cache.kv, engine.engine.weights.arrays
     assert kv.is_deleted() and all(array.is_deleted() for array in held) == (level == 2)
     assert not engine.engine.has_work(), "nothing spins"
     with pytest.raises(EngineBusy, match="sleeps"):

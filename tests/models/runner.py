@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from slipway import LLM, SamplingParams, mesh, models, ops, tree
 from slipway.checkpoint import files, load, save
+from slipway.ops import kv_cache
 
 PROMPT_LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100)
 OUTPUT_TOKENS = 64
@@ -89,25 +90,31 @@ class Forward:
         declaration = models.declare(checkpoint.config)
         self.declaration = mesh.fit(tree.separate(declaration) if separate else declaration, self.mesh)
         self.params = load.load(self.declaration, checkpoint, self.mesh, dtype)
-        config = declaration.config
-        heads = max(config.num_key_value_heads, tensor)
-        self.empty_cache = ops.allocate_kv(
-            "cpu", config.num_hidden_layers, PAGES, PAGE_SIZE, heads, config.head_dim, jnp.dtype(dtype)
+        self.empty_caches = kv_cache.allocate(
+            declaration.cache_specs,
+            [PAGES] * len(kv_cache.page_windows(declaration.cache_specs)),
+            platform="cpu",
+            page_size=PAGE_SIZE,
+            dtype=jnp.dtype(dtype),
+            tensor=tensor,
         )
-        specs, cache = tree.map_params(mesh.partition, self.declaration), mesh.spec(ops.kv_axes(self.empty_cache))
+        specs = tree.map_params(mesh.partition, self.declaration)
+        caches = tuple(dataclasses.replace(cache, kv=mesh.spec(cache.axes)) for cache in self.empty_caches)
+        self._num_numberings = len(kv_cache.page_windows(declaration.cache_specs))
         self._run = jax.jit(
             jax.shard_map(
-                _logits, mesh=self.mesh, in_specs=(specs, cache, P(), P()), out_specs=(P(), cache), check_vma=False
+                _logits, mesh=self.mesh, in_specs=(specs, caches, P()), out_specs=(P(), caches), check_vma=False
             )
         )
 
     def __call__(self, prompt: list[int], chunks: list[int] | None = None) -> np.ndarray:
         """Logits [T, V] of the prompt, fed in chunks of the given sizes; None: at once."""
-        cache, parts, done = self.empty_cache, [], 0
+        caches, parts, done = self.empty_caches, [], 0
         for count in chunks or [len(prompt)]:
             ids = np.zeros(TOKENS, np.int32)
             ids[:count] = prompt[done : done + count]
-            logits, cache = self._run(self.params, cache, ids, _ragged(done, count, len(prompt)))
+            step = _step(ids, done, count, prompt_length=len(prompt), num_numberings=self._num_numberings)
+            logits, caches = self._run(self.params, caches, step)
             parts.append(np.asarray(logits)[:count])
             done += count
         return np.concatenate(parts)
@@ -117,22 +124,27 @@ class Forward:
         return dict(save.hf_tensors(self.declaration, self.params))
 
 
-def _logits(model: Any, cache: jax.Array, ids_T: jax.Array, ragged: ops.Ragged) -> tuple[jax.Array, jax.Array]:
-    x_TD, cache = model(ids_T, cache, ragged)
-    return model.logits(x_TD, jnp.int32(x_TD.shape[0])), cache
+def _logits(model: Any, caches: Any, step: ops.StepInput) -> tuple[jax.Array, Any]:
+    x_TD, caches = model(step, caches)
+    return model.logits(x_TD, jnp.int32(x_TD.shape[0])), caches
 
 
-def _ragged(done: int, count: int, prompt_length: int) -> ops.Ragged:
+def _step(ids_T: np.ndarray, done: int, count: int, *, prompt_length: int, num_numberings: int) -> ops.StepInput:
     positions = done + np.arange(TOKENS, dtype=np.int32)
     live = np.arange(TOKENS) < count
     row = np.array([0], np.int32)
-    return ops.Ragged(
-        num_tokens=np.int32(count),
+    slots_T = np.where(live, positions, TOKENS).astype(np.int32)
+    pages = ops.PageMap(slots_T, np.arange(PAGES, dtype=np.int32)[None])
+    return ops.StepInput(
+        num_tokens_1=row + np.int32(count),
+        ids_T=ids_T,
         positions_T=np.where(live, positions, 0).astype(np.int32),
         contexts_T=np.maximum(positions + 1, prompt_length).astype(np.int32),
-        slots_T=np.where(live, positions, TOKENS).astype(np.int32),
+        row_T=np.zeros(TOKENS, np.int32),
+        pages=(pages,) * num_numberings,
+        num_samples_1=row,
+        sample_at_B=row,
         starts_B=row,
         counts_B=row + np.int32(count),
         lengths_B=row + np.int32(done + count),
-        page_table_BM=np.arange(PAGES, dtype=np.int32)[None],
     )

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from slipway import ops, tree
-from slipway.engine.step import COMPILER_OPTIONS
-from slipway.ops import Ragged, cpu, xla
+from slipway.ops import PageMap, StepInput, cpu, kv_cache, xla
+from slipway.ops.kv_cache import CacheSpec, PagedCache
 from slipway.tree import Separate, module
+from tests.ops import oracles
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 # The sums are f32 in any case: f32 differs by their order, bf16 by one rounding of the result (half of 2^-8) besides.
@@ -86,8 +87,46 @@ def make_ragged(rng, shape, rows):
             )
             t += 1
     contexts = fields["positions_T"] + 1
-    arrays = [np.int32(t), fields["positions_T"], contexts, fields["slots_T"], starts, counts, lengths, table]
-    return Ragged(*map(jnp.asarray, arrays))
+    rows_T = np.repeat(np.arange(shape.rows, dtype=np.int32), counts)
+    step = StepInput(
+        num_tokens_1=np.array([t], np.int32),
+        ids_T=np.zeros(T, np.int32),
+        positions_T=fields["positions_T"],
+        contexts_T=contexts,
+        row_T=np.pad(rows_T, (0, T - t)),
+        starts_B=starts,
+        counts_B=counts,
+        lengths_B=lengths,
+        pages=(PageMap(fields["slots_T"], table),),
+        num_samples_1=np.zeros(1, np.int32),
+        sample_at_B=np.zeros(shape.rows, np.int32),
+    )
+    return jax.tree.map(jnp.asarray, step)
+
+
+def slots(step):
+    return step.pages[0].slots_T
+
+
+def write_kv(body, kv, layer, k_TKH, v_TKH, step):
+    """Write with the chosen body (ops) or the portable one (xla)."""
+    if body is ops:
+        return PagedCache(kv).write(k_TKH, v_TKH, layer=layer, step=step).kv
+    return body.write_kv(kv, layer, k_TKH, v_TKH, step.num_tokens, slots(step))
+
+
+def attention(body, q_TNH, kv, layer, step, *, scale, window, soft_cap=None, sinks_N=None):
+    """Attend with the chosen body (ops) or the portable one (xla)."""
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    if body is ops:
+        return PagedCache(kv).read(q_TNH, layer=layer, step=step, sinks_N=sinks_N, **options)
+    return body.paged_attention(q_TNH, kv, layer, step, step.pages[0].page_table_BM, sinks_N, **options)
+
+
+def empty_cache(*, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
+    spec = CacheSpec(num_layers, num_kv_heads, head_dim)
+    (cache,) = kv_cache.allocate([spec], [num_pages], platform="cpu", page_size=page_size, dtype=dtype)
+    return cache.kv
 
 
 def normal(rng, *size, dtype=F32):
@@ -96,19 +135,24 @@ def normal(rng, *size, dtype=F32):
 
 def everything(shape):
     """A ragged batch whose tokens are all the slots of the cache, to fill it."""
-    slots = jnp.arange(shape.num_pages * shape.page_size, dtype=jnp.int32)
-    return dataclasses.replace(
-        make_ragged(np.random.default_rng(0), shape, []), num_tokens=slots[-1] + 1, slots_T=slots
-    )
+    slots_T = jnp.arange(shape.num_pages * shape.page_size, dtype=jnp.int32)
+    step = make_ragged(np.random.default_rng(0), shape, [])
+    pages = (PageMap(slots_T, step.pages[0].page_table_BM),)
+    return dataclasses.replace(step, num_tokens_1=slots_T[-1:] + 1, pages=pages)
 
 
 def filled(body, shape, keys_and_values):
     """A cache written by ``body``."""
-    kv = ops.allocate_kv(
-        "cpu", NUM_LAYERS, shape.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim, shape.dtype
+    kv = empty_cache(
+        num_layers=NUM_LAYERS,
+        num_pages=shape.num_pages,
+        page_size=shape.page_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
     )
     for layer, (k_TKH, v_TKH) in enumerate(keys_and_values):
-        kv = body.write_kv(kv, layer, k_TKH, v_TKH, everything(shape))
+        kv = write_kv(body, kv, layer, k_TKH, v_TKH, everything(shape))
     return kv
 
 
@@ -131,7 +175,7 @@ def attention_bound(shape, expected, keys_and_values, q_TNH, ragged, scale):
     if shape.dtype == F32:
         return bound
     magnitudes = filled(xla, shape, [(k, jnp.abs(v)) for k, v in keys_and_values])
-    weighed = xla.paged_attention_oracle(q_TNH, magnitudes, 1, ragged, scale, shape.window)
+    weighed = oracles.paged_attention(q_TNH, magnitudes, 1, ragged, scale, shape.window)
     return bound + 2**-9 * weighed[: len(expected)]
 
 
@@ -139,16 +183,16 @@ def attention_bound(shape, expected, keys_and_values, q_TNH, ragged, scale):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_equals_its_oracle_and_compiles_once(shape, body):
     rng, scale = np.random.default_rng(0), shape.head_dim**-0.5
-    attend = functools.partial(body.paged_attention, scale=scale, window=shape.window)
+    attend = functools.partial(attention, body, scale=scale, window=shape.window)
     static = () if shape.traced else (2,)
-    attend = jax.jit(attend, static_argnums=static, compiler_options=COMPILER_OPTIONS["cpu"])
+    attend = jax.jit(attend, static_argnums=static, compiler_options=cpu.BACKEND.compiler_options)
     layer, held = jnp.int32(1) if shape.traced else 1, random_keys_and_values(rng, shape)
     kv, reference = filled(body, shape, held), filled(xla, shape, held)
     for name, rows in fitting(shape).items():
         ragged = make_ragged(rng, shape, rows)
         q_TNH = normal(rng, shape.tokens, shape.num_heads, shape.head_dim, dtype=shape.dtype)
         got, count = attend(q_TNH, kv, layer, ragged), int(ragged.num_tokens)
-        expected = xla.paged_attention_oracle(q_TNH, reference, 1, ragged, scale, shape.window)[:count]
+        expected = oracles.paged_attention(q_TNH, reference, 1, ragged, scale, shape.window)[:count]
         bound = attention_bound(shape, expected, held, q_TNH, ragged, scale)
         assert got.dtype == shape.dtype
         assert np.all(np.abs(np.asarray(got[:count].astype(F32)) - expected) <= bound), name
@@ -159,9 +203,9 @@ def test_attention_equals_its_oracle_and_compiles_once(shape, body):
 def test_attention_of_a_token_is_the_same_bits_alone_in_a_batch_and_in_a_chunk(shape):
     rng, attend = (
         np.random.default_rng(5),
-        jax.jit(functools.partial(ops.paged_attention, scale=0.1, window=shape.window)),
+        jax.jit(functools.partial(attention, ops, scale=0.1, window=shape.window)),
     )
-    if cpu.refuses_cache(filled(ops, shape, []), shape.dtype):
+    if cpu.BACKEND.bodies["write_kv"].unsupported(filled(ops, shape, []), 0, jnp.zeros(1, shape.dtype)):
         pytest.skip("the portable body promises equal numbers, not equal bits")
     kv = filled(ops, shape, random_keys_and_values(rng, shape))
     q_TNH = normal(rng, shape.tokens, shape.num_heads, shape.head_dim, dtype=shape.dtype)
@@ -169,9 +213,11 @@ def test_attention_of_a_token_is_the_same_bits_alone_in_a_batch_and_in_a_chunk(s
     chunk = attend(q_TNH, kv, 1, together)
     for t in (0, 1, 47, 89, 90, 91, 93):
         row = int(np.searchsorted(np.cumsum(together.counts_B), t, side="right"))
-        fields = {"num_tokens": 1, "positions_T": together.positions_T[t : t + 1], "starts_B": [0], "counts_B": [1]}
-        fields |= {"lengths_B": fields["positions_T"] + 1, "page_table_BM": together.page_table_BM[row : row + 1]}
+        fields = {"num_tokens_1": [1], "positions_T": together.positions_T[t : t + 1], "starts_B": [0], "counts_B": [1]}
+        fields |= {"lengths_B": fields["positions_T"] + 1}
         alone = dataclasses.replace(together, **{name: jnp.asarray(x, jnp.int32) for name, x in fields.items()})
+        table_BM = together.pages[0].page_table_BM[row : row + 1]
+        alone = dataclasses.replace(alone, pages=(PageMap(slots(together)[:1], table_BM),))
         np.testing.assert_array_equal(attend(q_TNH[t : t + 1], kv, 1, alone)[0], chunk[t], err_msg=str(t))
 
 
@@ -183,8 +229,8 @@ def test_attention_caps_scores_and_shares_with_sinks(body, soft_cap, sinks):
     ragged = make_ragged(rng, shape, STEPS["mixed, with empty rows"])
     q_TNH, count = normal(rng, shape.tokens, 4, 24), int(ragged.num_tokens)
     options = {"scale": 0.5, "window": shape.window, "soft_cap": soft_cap, "sinks_N": sinks_N}
-    got = body.paged_attention(q_TNH, filled(body, shape, held), 1, ragged, **options)
-    expected = xla.paged_attention_oracle(q_TNH, filled(xla, shape, held), 1, ragged, **options)
+    got = attention(body, q_TNH, filled(body, shape, held), 1, ragged, **options)
+    expected = oracles.paged_attention(q_TNH, filled(xla, shape, held), 1, ragged, **options)
     np.testing.assert_allclose(got[:count], expected[:count], **BOUNDS[F32])
 
 
@@ -195,20 +241,20 @@ def test_attention_never_looks_at_slots_that_were_not_written(body, dtype):
     poison = jnp.full((shape.num_pages * shape.page_size, 2, 24), jnp.nan, dtype)
     kv, ragged = filled(body, shape, [(poison, poison)] * NUM_LAYERS), make_ragged(rng, shape, [(0, 21), (0, 1)])
     q_TNH, k_TKH, v_TKH = (normal(rng, TOKENS, heads, 24, dtype=dtype) for heads in (4, 2, 2))
-    kv = body.write_kv(kv, 1, k_TKH, v_TKH, ragged)
-    out_TNH = body.paged_attention(q_TNH, kv, 1, ragged, scale=0.2, window=None)
+    kv = write_kv(body, kv, 1, k_TKH, v_TKH, ragged)
+    out_TNH = attention(body, q_TNH, kv, 1, ragged, scale=0.2, window=None)
     assert bool(jnp.isfinite(out_TNH[:22].astype(F32)).all())
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
 def test_write_kv_equals_its_oracle_and_padding_writes_nothing(shape):
     rng = np.random.default_rng(1)
-    write = jax.jit(xla.write_kv)
+    write = jax.jit(functools.partial(write_kv, xla))
     for name in ("mixed, with empty rows", "prefills", "nothing"):
         ragged, kv = make_ragged(rng, shape, STEPS[name]), filled(xla, shape, random_keys_and_values(rng, shape))
         k_TKH, v_TKH = (normal(rng, shape.tokens, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype) for _ in "kv")
         got = write(kv, jnp.int32(1), k_TKH, v_TKH, ragged)
-        np.testing.assert_array_equal(got, xla.write_kv_oracle(kv, 1, k_TKH, v_TKH, ragged), err_msg=name)
+        np.testing.assert_array_equal(got, oracles.write_kv(kv, 1, k_TKH, v_TKH, ragged), err_msg=name)
         changed = np.any(np.asarray(got != kv), axis=(2, 3, 5)).sum()
         assert changed == int(ragged.num_tokens), "one slot of one layer per token, none for padding"
 
@@ -219,10 +265,10 @@ def test_the_chosen_write_kv_touches_the_live_slots_of_one_layer_alone(shape):
     before, after = (random_keys_and_values(rng, shape) for _ in range(2))
     for name in ("mixed, with empty rows", "nothing"):
         ragged = make_ragged(rng, shape, STEPS[name])
-        count, slots = int(ragged.num_tokens), np.asarray(ragged.slots_T)
-        new = tuple(jnp.pad(x[slots[:count]], ((0, shape.tokens - count), (0, 0), (0, 0))) for x in after[1])
-        got = jax.jit(ops.write_kv)(filled(ops, shape, before), jnp.int32(1), *new, ragged)
-        mixed = tuple(x.at[slots[:count]].set(y[slots[:count]]) for x, y in zip(before[1], after[1]))
+        count, live = int(ragged.num_tokens), np.asarray(slots(ragged))
+        new = tuple(jnp.pad(x[live[:count]], ((0, shape.tokens - count), (0, 0), (0, 0))) for x in after[1])
+        got = jax.jit(functools.partial(write_kv, ops))(filled(ops, shape, before), jnp.int32(1), *new, ragged)
+        mixed = tuple(x.at[live[:count]].set(y[live[:count]]) for x, y in zip(before[1], after[1]))
         np.testing.assert_array_equal(got, filled(ops, shape, [before[0], mixed]), err_msg=name)
 
 
@@ -236,7 +282,7 @@ def test_linear_equals_its_oracle(body, rows, size, out, dtype):
     rng, count = np.random.default_rng(2), jnp.int32(max(1, rows - 2))
     x_TD, bias = normal(rng, rows, size, dtype=dtype), normal(rng, out, dtype=dtype)
     weight, up = (normal(rng, out, size, dtype=dtype) for _ in range(2))
-    got, expected = body.linear(x_TD, weight, count), xla.linear_oracle(x_TD, weight, count)
+    got, expected = body.linear(x_TD, weight, count), oracles.linear(x_TD, weight, count)
     assert got.dtype == F32 and got.shape == (rows, out)
     np.testing.assert_allclose(got[:count], expected[:count], rtol=1e-5, atol=1e-4)
     biased = body.linear(x_TD, weight, count, bias, dtype=dtype)
@@ -244,7 +290,7 @@ def test_linear_equals_its_oracle(body, rows, size, out, dtype):
     expected = expected + bias.astype(F32)[None]
     np.testing.assert_allclose(biased[:count].astype(F32), expected[:count], rtol=BOUNDS[dtype]["rtol"], atol=1e-4)
     gated = body.gated_linear(x_TD, weight, up, count, bias, bias)
-    expected = jax.nn.silu(expected) * (xla.linear_oracle(x_TD, up, count) + bias.astype(F32)[None])
+    expected = jax.nn.silu(expected) * (oracles.linear(x_TD, up, count) + bias.astype(F32)[None])
     np.testing.assert_allclose(gated[:count], expected[:count], rtol=1e-4, atol=1e-3)
 
 
@@ -295,7 +341,7 @@ def test_linear_takes_weights_of_another_dtype():
     rng = np.random.default_rng(12)
     x_TD, weight = normal(rng, 3, 32), normal(rng, 8, 32, dtype=BF16)
     with jax.numpy_dtype_promotion("standard"):
-        got, expected = (f(x_TD, weight, jnp.int32(3)) for f in (ops.linear, xla.linear_oracle))
+        got, expected = (f(x_TD, weight, jnp.int32(3)) for f in (ops.linear, oracles.linear))
     np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -363,14 +409,14 @@ class Layer:
         flat_TD = x_TNH.reshape(x_TNH.shape[0], -1)
         y_TD = ops.linear(flat_TD, self.weight, ragged.num_tokens)
         x_TNH = y_TD.astype(x_TNH.dtype).reshape(x_TNH.shape)
-        kv = ops.write_kv(kv, index, x_TNH, x_TNH, ragged)
-        return ops.paged_attention(x_TNH, kv, index, ragged, 0.25, None), kv
+        kv = write_kv(ops, kv, index, x_TNH, x_TNH, ragged)
+        return attention(ops, x_TNH, kv, index, ragged, scale=0.25, window=None), kv
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_donated_cache_is_updated_in_place_unrolled_and_folded(dtype):
     shape, rng = Shape(2, 2, 16, dtype, tokens=8), np.random.default_rng(4)
-    kv = ops.allocate_kv("cpu", 2, 600, 16, 2, 16, dtype)
+    kv = empty_cache(num_layers=2, num_pages=600, page_size=16, num_kv_heads=2, head_dim=16, dtype=dtype)
     bodies = tuple(Layer(normal(rng, 32, 32, dtype=dtype)) for _ in range(2))
     ragged = make_ragged(rng, shape, [(0, 3), (5, 1), (0, 2)])
     x_TNH = normal(rng, 8, 2, 16, dtype=dtype)
@@ -385,7 +431,7 @@ def test_a_donated_cache_is_updated_in_place_unrolled_and_folded(dtype):
 
     results = []
     for chain in (unrolled, folded):
-        program = jax.jit(chain, donate_argnums=2).lower(bodies, x_TNH, kv).compile(COMPILER_OPTIONS["cpu"])
+        program = jax.jit(chain, donate_argnums=2).lower(bodies, x_TNH, kv).compile(cpu.BACKEND.compiler_options)
         memory = program.memory_analysis()
         assert memory.temp_size_in_bytes < kv.nbytes / 2, "no copy of the cache, nor of a layer"
         assert memory.alias_size_in_bytes >= kv.nbytes

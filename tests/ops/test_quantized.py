@@ -8,6 +8,7 @@ import pytest
 from slipway import ops, tree
 from slipway.ops import cpu, xla
 from slipway.ops.quantized import Quantized, dequantized
+from tests.ops import oracles
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 KINDS = [(8, 0), (4, 32), (4, 64), (4, 128), (4, 0), (8, 32), (8, 16)]  # bits, group
@@ -45,7 +46,7 @@ def test_linear_with_packed_weights_equals_its_oracle(body, bits, group, dtype):
     for rows, out, size in ((1, 20, IN), (2, 33, 128), (5, 16, IN), (17, 40, IN), (40, 7, 1280)):
         count, x_TD, bias = jnp.int32(rows), normal(rng, rows, size, dtype=dtype), normal(rng, out, dtype=dtype)
         weight, up = (packed(rng, out, size, bits, group, dtype) for _ in range(2))
-        plain, second = (xla.linear_oracle(x_TD, w, count) for w in (weight, up))
+        plain, second = (oracles.linear(x_TD, w, count) for w in (weight, up))
         close = {"rtol": 1e-4, "atol": 1e-4}  # f32 sums of numbers near 1, each less an offset 36 times as large
         np.testing.assert_allclose(body.linear(x_TD, weight, count), plain, **close)
         np.testing.assert_allclose(body.linear(x_TD, weight, count, bias), plain + bias.astype(F32)[None], **close)

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
 from slipway import ops
 from slipway.bench.compile import WITHOUT_DEVICE
 from slipway.errors import UnsupportedModel
-from slipway.ops import tpu, xla
+from slipway.ops import kv_cache, tpu
 
 LAYERS, PAGES, PAGE, KV_HEADS, HEADS, HEAD_DIM, WIDTH = 3, 12, 4, 2, 6, 128, 5
 
@@ -39,10 +39,18 @@ def ragged(rng, counts, lengths):
             slots[t], positions[t] = table[row, position // PAGE] * PAGE + position % PAGE, position
             t += 1
     padded = [*counts, 0], [*lengths, 0]
-    return ops.Ragged(
-        jnp.int32(t), *map(jnp.asarray, (positions, positions + 1, slots, starts)),
-        *(jnp.asarray(np.array(each, np.int32)) for each in padded), jnp.asarray(table),
+    step = ops.StepInput(
+        num_tokens_1=np.array([t], np.int32), ids_T=np.zeros(T, np.int32), positions_T=positions,
+        contexts_T=positions + 1, row_T=np.append(np.repeat(np.arange(len(counts)), counts), 0).astype(np.int32),
+        starts_B=starts, counts_B=np.array(padded[0], np.int32), lengths_B=np.array(padded[1], np.int32),
+        pages=(ops.PageMap(slots, table),), num_samples_1=np.zeros(1, np.int32), sample_at_B=np.zeros(rows, np.int32),
     )  # fmt: skip
+    return jax.tree.map(jnp.asarray, step)
+
+
+def cache(platform, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
+    spec = ops.CacheSpec(num_layers, num_kv_heads, head_dim)
+    return kv_cache.allocate([spec], [num_pages], platform=platform, page_size=page_size, dtype=dtype)[0]
 
 
 def plain(q, kv, lengths, table, ends, num_seqs, *, num_kv_pages_per_block, num_queries_per_block, **options):
@@ -57,31 +65,31 @@ def plain(q, kv, lengths, table, ends, num_seqs, *, num_kv_pages_per_block, num_
 def test_cache_and_arguments_mean_what_the_portable_bodies_do(counts, lengths, static, monkeypatch):
     monkeypatch.setattr(kernels, "ragged_paged_attention", plain)
     rng, sizes = np.random.default_rng(0), (PAGES, PAGE, KV_HEADS, HEAD_DIM, jnp.float32)
-    caches = {"cpu": ops.allocate_kv("cpu", LAYERS, *sizes), "tpu": ops.allocate_kv("tpu", LAYERS, *sizes)}
-    assert tpu.is_mine(caches["tpu"]) and not tpu.is_mine(caches["cpu"])
+    # "gpu" has no bodies of its own: the portable cache, and on this CPU the C++ bodies or the portable ones.
+    caches = {platform: cache(platform, LAYERS, *sizes) for platform in ("gpu", "tpu")}
+    assert isinstance(caches["tpu"], tpu.TpuCache)
+    assert isinstance(caches["gpu"], kv_cache.PagedCache)
     whole = ragged(rng, lengths, lengths)  # everything, and then the step's own tokens once more
     step = ragged(np.random.default_rng(0), counts, lengths)
     options = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None} | static
     for layer in range(LAYERS):
-        k, v = (jnp.asarray(rng.normal(size=(len(whole.slots_T), KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2))
-        caches["cpu"] = xla.write_kv(caches["cpu"], layer, k, v, whole)
-        caches["tpu"] = ops.write_kv(caches["tpu"], jnp.int32(layer), k, v, whole)
+        k, v = (jnp.asarray(rng.normal(size=(len(whole.ids_T), KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2))
+        for platform in caches:
+            caches[platform] = caches[platform].write(k, v, layer=jnp.int32(layer), step=whole)
     q = jnp.asarray(rng.normal(size=(sum(counts) + 1, HEADS, HEAD_DIM)), jnp.float32)
     for layer in range(LAYERS):
-        expected = xla.paged_attention(q, caches["cpu"], layer, step, **options)
+        expected = caches["gpu"].read(q, layer=layer, step=step, **options)
         with jax.numpy_dtype_promotion("standard"):  # the reference mixes its dtypes
-            got = ops.paged_attention(q, caches["tpu"], layer, step, **options)
+            got = caches["tpu"].read(q, layer=layer, step=step, **options)
         np.testing.assert_allclose(got[: sum(counts)], expected[: sum(counts)], rtol=2e-5, atol=2e-5)
 
 
 def test_what_the_kernel_does_not_serve_is_portable_or_refused():
     sizes = 2, 4, 16, 2
-    assert not tpu.is_mine(ops.allocate_kv("tpu", *sizes, 64, jnp.bfloat16)), "heads of 64 numbers"
-    assert not tpu.is_mine(ops.allocate_kv("gpu", *sizes, 128, jnp.bfloat16))
-    kv = ops.allocate_kv("tpu", *sizes, 128, jnp.bfloat16)
-    assert ops.bodies("tpu", kv, jnp.bfloat16)["paged_attention"].startswith("pallas")
+    assert isinstance(cache("tpu", *sizes, 64, jnp.bfloat16), kv_cache.PagedCache), "heads of 64 numbers"
     with pytest.raises(UnsupportedModel, match="sinks"):
-        ops.paged_attention(jnp.zeros((2, 4, 128)), kv, 0, None, 1.0, None, sinks_N=jnp.zeros(4))
+        kv = cache("tpu", *sizes, 128, jnp.bfloat16)
+        kv.read(jnp.zeros((2, 4, 128)), layer=0, step=None, scale=1.0, sinks_N=jnp.zeros(4))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux")

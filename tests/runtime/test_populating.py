@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from slipway import ops
-from slipway.engine.memory import Populating
 from slipway.ops import cpu
+from slipway.runtime.populating import Populating
 
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the portable body fills memory")
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,22 +14,27 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.launch import follow
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
-from tests.engine.nodes import OPTIONS, found
+from tests.runtime.two_processes import OPTIONS, found
 
 pytestmark = pytest.mark.xdist_group("nodes")
 
 
 @pytest.fixture
-def start(tiny, tmp_path):
+def start(tiny, tmp_path, free_port):
     """A function that starts both processes; what is left of them is ended."""
     running = []
 
     def both(*arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         for rank in (0, 1):
-            command = [sys.executable, "-m", "tests.engine.nodes", str(rank), port, str(tiny), *arguments]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.runtime.two_processes",
+                str(rank),
+                str(free_port),
+                str(tiny),
+                *arguments,
+            ]
             with (tmp_path / f"{rank}.log").open("w") as log:
                 root = Path(__file__).parents[2]
                 running.append(subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=log, text=True))

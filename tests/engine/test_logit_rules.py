@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slipway.engine import edits, sample
+from slipway.engine import logit_rules, sample
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
 from slipway.engine.request import Request, Sequence
 from slipway.errors import InvalidRequest
@@ -23,13 +23,13 @@ def rows(*cases, stop_ids=frozenset()):
     found = []
     for number, (params, prompt, output) in enumerate(cases):
         request = Request(str(number), None, prompt, params, LONGEST - len(prompt))
-        request.rules = edits.Rules(params, stop_ids, None, V) if edits.needed(params) else None
+        request.rules = logit_rules.Rules(params, stop_ids, None, V) if logit_rules.needed(params) else None
         sequence = Sequence(request, 0, 0, frozenset(), None)
         for token in output:
             sequence.append(token, None)
         found.append(sequence)
     changed = [(row, s.num_tokens, s) for row, s in enumerate(found) if s.request.rules is not None]
-    return edits.build(edits.empty(len(cases), V, LONGEST), changed), found
+    return logit_rules.build(logit_rules.empty(len(cases), V, LONGEST), changed), found
 
 
 def apply(logits, changed, sequences, newest=None):
@@ -91,7 +91,7 @@ def test_min_tokens_bans_what_would_end():
 )  # fmt: skip
 def test_rules_that_leave_nothing_or_mean_nothing_are_refused(field, fields):
     with pytest.raises(InvalidRequest) as caught:
-        edits.Rules(SamplingParams(**fields), frozenset({7}), None, V)
+        logit_rules.Rules(SamplingParams(**fields), frozenset({7}), None, V)
     assert caught.value.field == field
 
 
@@ -157,7 +157,7 @@ def test_bad_words_are_never_completed(llm, theirs):
     words += [tokenizer.decode(plain.token_ids[:1])]
     output = complete(llm, bad_words=words)
     assert output.token_ids != plain.token_ids and not any(word in output.text for word in words)
-    banned = [ids for word in words for ids in edits._spellings(word, tokenizer)]
+    banned = [ids for word in words for ids in logit_rules._spellings(word, tokenizer)]
     assert {len(ids) for ids in banned} >= {1, 2}, "both kinds"
     assert output.token_ids == generate(theirs, PROMPT, bad_words_ids=banned)
 

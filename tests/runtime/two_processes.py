@@ -1,4 +1,4 @@
-"""One process of an engine over two, for test_nodes.py: python -m tests.engine.nodes RANK PORT MODEL [endless]."""
+"""One of two processes of an engine, for test_multihost.py: python -m tests.runtime.two_processes RANK PORT MODEL."""
 
 import json
 import os
