@@ -30,7 +30,8 @@ UNCLEAR = re.compile(
 # Functions that take a list of equal arguments: names would add nothing.
 LISTING = {
     "print", "max", "min", "zip", "chain", "product", "union", "gcd", "isinstance", "format", "join", "joinpath",
-    "Path", "reshape", "transpose", "call", "P", "PartitionSpec", "debug", "info", "warning", "error", "exception", "log",
+    "Path", "reshape", "transpose", "call", "P", "PartitionSpec", "debug", "info", "warning", "error", "exception",
+    "log",
 }  # fmt: skip
 
 
