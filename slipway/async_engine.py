@@ -18,7 +18,7 @@ from slipway.codec.prompt import Prompt, read
 from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.params import SamplingParams
-from slipway.engine.request import RequestOutput
+from slipway.engine.request import RequestOutput, RequestSpec
 from slipway.engine.stats import Snapshot
 from slipway.engine.updates import Policy
 from slipway.errors import EngineBusy, EngineDead, SlipwayError
@@ -67,15 +67,14 @@ class AsyncEngine:
         """
         params = params or SamplingParams(**self.defaults)
         text, ids, salt = read(prompt, self.tokenizer)
+        spec = RequestSpec(
+            ids, params, prompt=text, priority=priority, timeout_s=timeout_s, cache_salt=salt, pooling=pooling
+        )
         stream = _Stream(asyncio.get_running_loop(), params.num_samples * len(ids), asyncio.Queue())
         self._admit(stream)
         request_id, finished = None, False
         try:
-            add = self._call(
-                lambda: self._start(
-                    stream, ids, params, text, priority=priority, timeout_s=timeout_s, cache_salt=salt, pooling=pooling
-                )
-            )
+            add = self._call(lambda: self._start(stream, spec))
             request_id = await asyncio.wrap_future(add)
             while not finished:
                 item = await stream.items.get()
@@ -193,8 +192,8 @@ class AsyncEngine:
 
     # What follows runs in the engine's thread.
 
-    def _start(self, stream: _Stream, *args: Any, **options: Any) -> str:
-        request_id = self._engine.add(*args, **options)
+    def _start(self, stream: _Stream, spec: RequestSpec) -> str:
+        request_id = self._engine.add(spec)
         self._streams[request_id] = stream
         return request_id
 
@@ -245,7 +244,7 @@ class AsyncEngine:
             stream = self._streams.get(request.request_id)
             if stream is None:
                 continue
-            if request.params.num_samples == request.params.n:
+            if request.spec.params.num_samples == request.spec.params.n:
                 out[stream] = request.delta()
             elif request.finished:  # which samples are the best shows at the end
                 out[stream] = request.output()

@@ -17,7 +17,7 @@ from slipway.codec.chat import ChatTemplates
 from slipway.codec.prompt import Prompt, is_batch, read
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
-from slipway.engine.request import RequestOutput
+from slipway.engine.request import RequestOutput, RequestSpec
 from slipway.errors import InvalidBatch, InvalidConfig, InvalidRequest
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ class LLM:
     def _add(self, prompt: Prompt, params: SamplingParams, priority: int = 0, pooling: str = "") -> str:
         """Queue one prompt; its request id."""
         text, ids, salt = read(prompt, self.engine.tokenizer)
-        return self.engine.add(ids, params, text, priority=priority, cache_salt=salt, pooling=pooling)
+        spec = RequestSpec(ids, params, prompt=text, priority=priority, cache_salt=salt, pooling=pooling)
+        return self.engine.add(spec)
 
     def _run(self, adds: Sequence[Callable[[], str]], listed: bool, use_tqdm: bool) -> list[RequestOutput]:
         """Queue requests and run them to their end. Where only one was asked for, its error is raised itself."""

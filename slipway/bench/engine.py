@@ -22,6 +22,7 @@ from slipway.bench import rivals
 from slipway.bench.models import QWEN3_SHAPE, random_model
 from slipway.bench.throughput import quantiles
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.engine.stats import Snapshot
 from slipway.llm import LLM
 
@@ -100,7 +101,8 @@ def host_cost(rows: int) -> dict[str, Any]:
     llm = LLM(max_num_seqs=rows, max_num_batched_tokens=max(rows, 128))
     rng, steps = np.random.default_rng(0), 64
     for _ in range(rows):
-        llm.engine.add(rng.integers(3, 4000, 8).tolist(), SamplingParams(max_tokens=steps + 32, ignore_eos=True))
+        params = SamplingParams(max_tokens=steps + 32, ignore_eos=True)
+        llm.engine.add(RequestSpec(rng.integers(3, 4000, 8).tolist(), params))
     stats, costs = llm.engine.stats, []
     while llm.engine.has_work():
         before, generated = stats.host_s, stats.generated_tokens
@@ -143,14 +145,14 @@ def under_prefill(prompt_tokens: int) -> dict[str, Any]:
 
         full = [_seconds(llm, prompt(size)) for _ in range(FULL_STEPS)]
         asked = SamplingParams(max_tokens=STREAM_TOKENS, temperature=0, ignore_eos=True)
-        streams = [engine.request(engine.add(prompt(16), asked)) for _ in range(STREAMS)]
+        streams = [engine.request(engine.add(RequestSpec(prompt(16), asked))) for _ in range(STREAMS)]
         while not all(stream.num_generated for stream in streams):
             engine.step()
         gaps, last, prompts = [], dict.fromkeys(streams, time.perf_counter()), 0
         while not any(stream.finished for stream in streams):
             if not engine.snapshot().waiting:
                 prompts += 1
-                engine.add(prompt(prompt_tokens), SamplingParams(max_tokens=1))
+                engine.add(RequestSpec(prompt(prompt_tokens), SamplingParams(max_tokens=1)))
             counts = {stream: stream.num_generated for stream in streams}
             engine.step()
             now = time.perf_counter()

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
-from slipway.engine.stats import Histogram, Stats
+from slipway.engine.request import RequestSpec
+from slipway.engine.stats import Histogram
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
 
@@ -94,10 +95,10 @@ def measure(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> dict[str,
     """Run the prompts to their end; figures, counters of this run, and a series of gauges."""
     engine = llm.engine
     engine.flush()
-    engine.stats = Stats()
+    engine.reset_stats()
     before, started = engine.snapshot(), time.perf_counter()
     for prompt, length in zip(prompts, lengths):
-        engine.add(prompt, SamplingParams(max_tokens=length, temperature=0, ignore_eos=True))
+        engine.add(RequestSpec(prompt, SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)))
     series: list[dict[str, float]] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from slipway.bench.load import answer
+from slipway.engine.request import RequestSpec
 
 
 class Ours:
@@ -27,7 +28,9 @@ class Ours:
 
     def start(self, number: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request."""
-        request_id = self._engine.add(prompt, self._params(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+        request_id = self._engine.add(
+            RequestSpec(prompt, self._params(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+        )
         self._held[request_id] = number, 0
 
     def step(self) -> list[int]:

@@ -1,4 +1,7 @@
-"""Decides what a request must be, and makes its sequences; knows the engine's limits, not what runs."""
+"""Admission of requests: checks against the engine's limits, and their sequences.
+
+Not here: which sequences run (scheduler.py), the bounds of what is queued (async_engine.py, server/).
+"""
 
 import dataclasses
 import math
@@ -11,13 +14,13 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import logit_rules
 from slipway.engine.batch import Sizes
 from slipway.engine.params import SamplingParams, check_logprobs
-from slipway.engine.request import Request, Sequence
+from slipway.engine.request import Request, RequestSpec, Sequence
 from slipway.errors import ContextTooLong, InvalidRequest
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the running engine can hold; printed at start.
+    """Limits of a running engine; printed at start.
 
     ``windows`` and ``num_pages`` are of each numbering of pages (kv_cache.page_windows).
     """
@@ -45,50 +48,59 @@ class Limits:
         """Sizes of every batch."""
         width = -(-self.max_model_len // self.page_size)
         num_logprobs = self.vocab_size if self.max_logprobs < 0 else self.max_logprobs
-        return Sizes(self.page_size, self.num_pages, width, self.vocab_size, self.max_model_len, num_logprobs)
+        return Sizes(
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            table_width=width,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            num_logprobs=num_logprobs,
+        )
 
 
 class Admission:
-    """Makes requests of what callers bring."""
+    """Makes a request of each spec."""
 
     def __init__(self, limits: Limits, tokenizer: Tokenizer | None, eos_ids: frozenset[int], seed: int):
-        self._limits, self._tokenizer, self._eos_ids, self._seed = limits, tokenizer, eos_ids, seed
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._seed = seed
         self._grammars: Grammars | None = None  # made when the first request wants one
 
-    def request(
-        self, number: int, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None, priority: int,
-        timeout_s: float | None, cache_salt: str, pooling: str,
-    ) -> Request:  # fmt: skip
-        """The ``number``-th request, with its sequences, as ``Engine.add`` describes it.
-
-        Raises InvalidRequest.
-        """
-        if type(priority) is not int:
-            raise InvalidRequest("priority", priority, "an integer")
+    def request(self, number: int, spec: RequestSpec) -> Request:
+        """Return the ``number``-th request, with its sequences. Raises InvalidRequest."""
+        params, timeout_s = spec.params, spec.timeout_s
+        if type(spec.priority) is not int:
+            raise InvalidRequest("priority", spec.priority, "an integer")
         if timeout_s is not None and not (type(timeout_s) in (int, float) and timeout_s > 0):
             raise InvalidRequest("timeout_s", timeout_s, "seconds above 0, or None")
-        if not isinstance(cache_salt, str):
-            raise InvalidRequest("cache_salt", cache_salt, "a text")
-        max_tokens = self._check(prompt_token_ids, params)
+        if not isinstance(spec.cache_salt, str):
+            raise InvalidRequest("cache_salt", spec.cache_salt, "a text")
+        max_tokens = self._check(spec.token_ids, params)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        request = Request(
-            str(number), prompt, prompt_token_ids, params, max_tokens, arrival=number, priority=priority,
-            deadline=deadline, cache_salt=cache_salt, pooling=pooling,
-        )  # fmt: skip
+        request = Request(str(number), spec, max_tokens, arrival=number, deadline=deadline)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         if logit_rules.needed(params):
-            request.rules = logit_rules.Rules(params, stop_ids, self._tokenizer, self._limits.vocab_size)
+            vocab_size = self._limits.vocab_size
+            request.rules = logit_rules.Rules(params, stop_ids, self._tokenizer, vocab_size=vocab_size)
         matchers = self._matchers(params)
         for index in range(params.num_samples):
             # without a seed of its own a request gets one from the engine's seed and its number
             seed = params.seed if params.seed is not None else _mix(self._seed, number)
-            sequence = Sequence(request, index, (seed + index) % 2**32, stop_ids, self._detokenizer(request))
+            sequence = Sequence(
+                request,
+                index,
+                seed=(seed + index) % 2**32,
+                stop_ids=stop_ids,
+                detokenizer=self._detokenizer(spec),
+            )
             sequence.matcher = matchers[index] if matchers else None
             request.sequences.append(sequence)
         return request
 
     def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
-        """The longest output that the request may have."""
+        """Return the longest output that the request may have. Raises InvalidRequest."""
         limits, length = self._limits, len(prompt_token_ids)
         if not length:
             raise InvalidRequest("prompt_token_ids", prompt_token_ids, "at least one token")
@@ -110,7 +122,7 @@ class Admission:
         return max_tokens
 
     def _matchers(self, params: SamplingParams) -> list[Walk]:
-        """One for each sample, where it is said what may come."""
+        """Return a matcher for each sample, where a grammar or a budget of reasoning limits the output."""
         if not params.is_guided:
             return []
         if self._tokenizer is None:
@@ -119,8 +131,8 @@ class Admission:
             self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, sorted(self._eos_ids))
         return [self._grammars.matcher(params.structured_outputs, params.reasoning) for _ in range(params.num_samples)]
 
-    def _detokenizer(self, request: Request) -> Detokenizer | None:
-        params = request.params
+    def _detokenizer(self, spec: RequestSpec) -> Detokenizer | None:
+        params = spec.params
         if self._tokenizer is None:
             return None
         return Detokenizer(
@@ -129,10 +141,10 @@ class Admission:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
-            prompt=request.prompt_token_ids,
+            prompt=spec.token_ids,
         )
 
 
 def _mix(seed: int, number: int) -> int:
-    """A seed for the n-th request (the constant is 2**32 / golden ratio: Knuth, TAOCP 3, 6.4)."""
+    """Return a seed for the n-th request (the constant is 2**32 / golden ratio: Knuth, TAOCP 3, 6.4)."""
     return (seed ^ (number * 0x9E3779B1)) % 2**32

@@ -181,7 +181,7 @@ class Builder:
 
     def _enter(self, sequence: Any) -> None:
         """Keep what does not change while a sequence runs."""
-        slot, params, sampling = sequence.slot, sequence.request.params, self._sampling
+        slot, params, sampling = sequence.slot, sequence.request.spec.params, self._sampling
         self._owners[slot], self._prompts[slot] = sequence, sequence.num_prompt
         sampling.temperature_B[slot], sampling.top_k_B[slot] = params.temperature, max(0, params.top_k)
         sampling.top_p_B[slot], sampling.min_p_B[slot] = params.top_p, params.min_p

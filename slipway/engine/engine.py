@@ -19,10 +19,9 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import results
 from slipway.engine.admission import Admission, Limits
 from slipway.engine.batch import Bucket, Repeat
-from slipway.engine.params import SamplingParams
 from slipway.engine.pipeline import Pipeline
 from slipway.engine.programs import CACHES, NEWEST, WEIGHTS
-from slipway.engine.request import FinishReason, Request, RequestOutput, Sequence
+from slipway.engine.request import FinishReason, Request, RequestOutput, RequestSpec, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Scheduler
 from slipway.engine.stats import Snapshot, Stats
@@ -54,7 +53,6 @@ class Engine:
         self.limits = limits
         self.tokenizer = tokenizer
         self.weights = weights
-        self.stats = Stats()
         self.defaults = dict(defaults)
         self.repeats = repeats
         self.runner = runner
@@ -80,7 +78,6 @@ class Engine:
             shapes=shapes,
             repeats=repeats,
             sizes=limits.sizes,
-            stats=self.stats,
         )
         self._versions = itertools.count(1)
         self._requests: dict[str, Request] = {}
@@ -92,25 +89,25 @@ class Engine:
         """Programs that the engine runs; constant once it has started."""
         return self.runner.num_compiled
 
-    def add(
-        self, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None, *, priority: int = 0,
-        timeout_s: float | None = None, cache_salt: str = "", pooling: str = "",
-    ) -> str:  # fmt: skip
+    @property
+    def stats(self) -> Stats:
+        """What was counted and timed since the start, or since ``reset_stats``."""
+        return self._pipeline.stats
+
+    def reset_stats(self) -> None:
+        """Count and time from zero."""
+        self._pipeline.stats = Stats()
+
+    def add(self, spec: RequestSpec) -> str:
         """Queue a request and return its id.
 
-        ``priority``: the smaller runs first. ``timeout_s``: it ends after as many seconds, with what it has.
-        ``cache_salt``: only requests of the same salt share cached pages. ``pooling``: last or mean, to get the
-        prompt's hidden state instead of an output. Raises InvalidRequest if the request is empty, longer than the
-        context, holds an unknown id, or could never fit; EngineBusy while the engine sleeps; WeightsLost where there
-        are no whole weights.
+        Raises InvalidRequest if the prompt is empty, longer than the context, holds an unknown id, or could never fit;
+        EngineBusy while the engine sleeps; WeightsLost while the weights are incomplete.
         """
         self._updates.check()
-        number = next(self._count)
-        request = self._admission.request(
-            number, prompt_token_ids, params, prompt, priority, timeout_s, cache_salt, pooling
-        )  # fmt: skip
-        self._has_deadlines |= timeout_s is not None
-        self.stats.prompt_tokens += params.num_samples * len(prompt_token_ids)
+        request = self._admission.request(next(self._count), spec)
+        self._has_deadlines |= spec.timeout_s is not None
+        self.stats.prompt_tokens += spec.params.num_samples * len(spec.token_ids)
         # samples share their prompt's pages, so they run on one copy of the weights
         request.copy = self._place(request)
         for sequence in request.sequences:
@@ -261,8 +258,8 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, sampled: Sampled, row: int) -> None:
         """Give a sequence its token; if that was its last, its pages are free."""
         sequence.num_pending -= 1
-        params = sequence.request.params
-        if sequence.request.pooling:
+        params = sequence.request.spec.params
+        if sequence.request.spec.pooling:
             sequence.finish(FinishReason.STOP)
         else:
             if params.best_of is not None:
@@ -297,6 +294,6 @@ class Engine:
         """The copy of the weights with the least to do, once it has found what it holds of the prompt."""
         if len(self.schedulers) == 1:
             return 0
-        prompt = np.array(request.prompt_token_ids, np.int32)
-        left = [scheduler.load - scheduler.cached(request.cache_salt, prompt) for scheduler in self.schedulers]
+        prompt = np.array(request.spec.token_ids, np.int32)
+        left = [scheduler.load - scheduler.cached(request.spec.cache_salt, prompt) for scheduler in self.schedulers]
         return left.index(min(left))

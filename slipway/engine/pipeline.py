@@ -37,14 +37,14 @@ class Pipeline:
 
     def __init__(
         self, runner: Runner, schedulers: list[Scheduler], append: Append, *, shapes: list[Bucket],
-        repeats: Repeat | None, sizes: Sizes, stats: Stats,
+        repeats: Repeat | None, sizes: Sizes,
     ):  # fmt: skip
         self._runner = runner
         self._schedulers = schedulers
         self._append = append
         self._shapes = shapes
         self._repeats = repeats
-        self._stats = stats
+        self.stats = Stats()
         self._builders = [batch.Builder(sizes, scheduler.page_tables) for scheduler in schedulers]
         self._dispatched: Dispatched | None = None
         self._host_s = 0.0  # of a step, on average
@@ -67,7 +67,7 @@ class Pipeline:
         waited = self._dispatch(before, moved)
         host_s = time.perf_counter() - started - waited + self._early[0]
         self._host_s += (host_s - self._host_s) / 16
-        self._stats.step(host_s, waited + self._early[1])
+        self.stats.step(host_s, waited + self._early[1])
         self._early = (0.0, 0.0)
 
     def drain(self, moved: dict[str, Request]) -> None:
@@ -121,9 +121,9 @@ class Pipeline:
 
     def _count(self, chunks: list[list[Chunk]]) -> None:
         """Count a step that was dispatched, and how long its new sequences had waited."""
-        self._stats.steps += 1
+        self.stats.steps += 1
         for sequence in (chunk.sequence for rank in chunks for chunk in rank if chunk.sequence.first_run):
-            self._stats.queue.add(time.monotonic() - sequence.request.arrived_at)
+            self.stats.queue.add(time.monotonic() - sequence.request.arrived_at)
             sequence.first_run = False
 
     def _take(self, step: Dispatched, moved: dict[str, Request]) -> float:
@@ -134,7 +134,7 @@ class Pipeline:
         if any(sequence.wants_logprobs for sequence in asked):
             sampled = jax.tree.map(np.asarray, sampled)
         tokens = np.asarray(sampled.token_B).tolist()
-        x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.pooling for s in asked) else None
+        x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.spec.pooling for s in asked) else None
         ended = time.perf_counter()
         self._seconds[step.shape] = ended - max(step.at, self._taken_at)
         self._taken_at = ended
@@ -146,7 +146,7 @@ class Pipeline:
                 if sequence.finish_reason is None:
                     if chunk.scored:
                         results.score(sequence.request, sampled, row, chunk=chunk)
-                    if x_TD is not None and sequence.request.pooling:
+                    if x_TD is not None and sequence.request.spec.pooling:
                         results.pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
                     if chunk.samples:
                         moved[sequence.request.request_id] = sequence.request
@@ -160,7 +160,7 @@ class Pipeline:
                 row, first_token = row + chunk.num_rows, first_token + chunk.num_tokens
         for at, times in gaps.items():
             if at:
-                self._stats.inter_token.add(now - at, times)
+                self.stats.inter_token.add(now - at, times)
         return ended - started
 
     def _is_long(self, step: Dispatched) -> bool:

@@ -23,6 +23,7 @@ class Logprob:
 
 
 Logprobs = dict[int, Logprob]
+FROM_BODY = {"from_body": True}  # metadata of a field that HTTP clients set by the same name
 
 
 class FinishReason(enum.StrEnum):
@@ -70,6 +71,28 @@ class RequestOutput:
     hidden: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class RequestSpec:
+    """Everything that a caller states about a request: the one object that goes from the HTTP body to the batch.
+
+    ``prompt``: the text of ``token_ids``, to be shown in outputs. ``priority``: the smaller runs first. ``cache_salt``:
+    only requests of the same salt share cached pages. ``timeout_s``: seconds after which the request ends with what it
+    has. ``pooling``: "last" or "mean" for the prompt's hidden state instead of an output, else "".
+
+    A new fact is a field here, with ``metadata=FROM_BODY`` if clients set it, and its reader: the batch
+    (engine/batch.py) finds it at ``sequence.request.spec``.
+    """
+
+    token_ids: list[int]
+    params: SamplingParams
+    _: dataclasses.KW_ONLY
+    prompt: str | None = None
+    priority: int = dataclasses.field(default=0, metadata=FROM_BODY)
+    cache_salt: str = dataclasses.field(default="", metadata=FROM_BODY)
+    timeout_s: float | None = None
+    pooling: str = ""
+
+
 class Sequence:
     """One sample of one request while it runs: the scheduler moves it, the engine adds its tokens.
 
@@ -80,16 +103,21 @@ class Sequence:
     def __init__(
         self, request: "Request", index: int, seed: int, stop_ids: frozenset[int], detokenizer: Detokenizer | None
     ):
-        self.request, self.index, self.seed, self.stop_ids = request, index, seed, stop_ids
+        self.request = request
+        self.index = index
+        self.seed = seed
+        self.stop_ids = stop_ids
         self.detokenizer = detokenizer
-        self.num_prompt = self.num_tokens = len(request.prompt_token_ids)  # num_tokens: prompt and output together
+        self.num_prompt = self.num_tokens = len(request.spec.token_ids)  # num_tokens: prompt and output together
         self.max_length = self.num_prompt + request.max_tokens  # the most tokens that it may come to
-        params = request.params
+        params = request.spec.params
         self.scores = request.prompt_logprobs is not None and index == 0  # the first sample's prompt serves all
-        self.needs_every_token = self.scores or request.pooling == "mean"  # of the prompt, though the cache may hold it
+        self.needs_every_token = (
+            self.scores or request.spec.pooling == "mean"
+        )  # of the prompt, though the cache may hold it
         self.wants_logprobs = params.logprobs is not None or params.best_of is not None or self.scores
         self.tokens = np.empty(self.max_length, np.int32)
-        self.tokens[: self.num_tokens] = request.prompt_token_ids
+        self.tokens[: self.num_tokens] = request.spec.token_ids
         self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
         self.cumulative_logprob = 0.0  # summed where samples are ranked
         self._num_read, self._num_shown, self._flushed = 0, 0, False  # how far the text has come
@@ -119,7 +147,7 @@ class Sequence:
     @property
     def order(self) -> tuple[int, int, int]:
         """Who goes first: the smaller."""
-        return self.request.priority, self.request.arrival, self.index
+        return self.request.spec.priority, self.request.arrival, self.index
 
     @property
     def token_ids(self) -> list[int]:
@@ -128,7 +156,7 @@ class Sequence:
 
     def append(self, token_id: int, logprobs: Logprobs | None) -> None:
         """Take a sampled token, and end where it, the text or the length says so."""
-        params = self.request.params
+        params = self.request.spec.params
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
         if self.logprobs is not None:
@@ -192,27 +220,28 @@ class Sequence:
 
 
 class Request:
-    """A prompt with its parameters, and its samples. ``max_tokens`` is resolved against the context.
+    """A request while it runs, and its samples.
 
-    ``priority``: the smaller goes first, among equals the earlier ``arrival``. ``deadline``: when it must have ended,
-    in seconds of time.monotonic(). ``pooling``: "last" or "mean" where the prompt's hidden state is asked for.
+    ``max_tokens`` is resolved against the context. Of requests with equal priority the one with the smaller ``arrival``
+    goes first. ``deadline``: when it must have ended, in seconds of time.monotonic().
     """
 
     def __init__(
-        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, max_tokens: int,
-        *, arrival: int = 0, priority: int = 0, deadline: float = math.inf, cache_salt: str = "", pooling: str = "",
-    ):  # fmt: skip
-        self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, prompt_token_ids
-        self._shown = list(prompt_token_ids)  # to who asks; one for all deltas: a token's cost knows no prompt's length
-        self.params, self.max_tokens = params, max_tokens
-        self.arrival, self.priority, self.deadline, self.cache_salt = arrival, priority, deadline, cache_salt
-        self.pooling = pooling
+        self, request_id: str, spec: RequestSpec, max_tokens: int, *, arrival: int = 0, deadline: float = math.inf
+    ):
+        self.request_id = request_id
+        self.spec = spec
+        self.max_tokens = max_tokens
+        self.arrival = arrival
+        self.deadline = deadline
         self.copy = 0  # of the weights, where it runs
         self.hidden: np.ndarray | None = None
-        self.rules: Any = None  # edits.Rules, where its parameters change logits
+        self.rules: Any = None  # logit_rules.Rules, where its parameters change logits
         self.sequences: list[Sequence] = []
-        self.prompt_logprobs: list[Logprobs | None] | None = None if params.prompt_logprobs is None else [None]
-        self.arrived_at, self.first_token_at = time.monotonic(), math.nan
+        self.prompt_logprobs: list[Logprobs | None] | None = None if spec.params.prompt_logprobs is None else [None]
+        self.arrived_at = time.monotonic()
+        self.first_token_at = math.nan
+        self._shown = list(spec.token_ids)  # in outputs; one list for all of them, so that a token's cost is constant
 
     @property
     def finished(self) -> bool:
@@ -236,7 +265,7 @@ class Request:
 
     def output(self) -> RequestOutput:
         """What it has come to. Where more samples were drawn than asked for, the likeliest, once all have ended."""
-        sequences, n = self.sequences, self.params.n
+        sequences, n = self.sequences, self.spec.params.n
         if len(sequences) > n and self.finished:
             sequences = sorted(sequences, key=lambda sequence: -sequence.cumulative_logprob)
         outputs = [sequence.output() for sequence in sequences[:n]]
@@ -259,5 +288,5 @@ class Request:
     def _around(self, outputs: list[CompletionOutput]) -> RequestOutput:
         scored = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
         return RequestOutput(
-            self.request_id, self.prompt, self._shown, outputs, self.finished, scored, self.num_cached, self.hidden
+            self.request_id, self.spec.prompt, self._shown, outputs, self.finished, scored, self.num_cached, self.hidden
         )

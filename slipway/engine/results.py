@@ -45,15 +45,15 @@ def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
 
 def score(request: Request, sampled: Sampled, row: int, chunk: Chunk) -> None:
     """Log probabilities of the prompt's tokens that follow the scored ones."""
-    assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+    assert request.prompt_logprobs is not None and request.spec.params.prompt_logprobs is not None
     for index in range(len(chunk.scored)):
-        request.prompt_logprobs.append(logprobs(sampled, row + index, request.params.prompt_logprobs))
+        request.prompt_logprobs.append(logprobs(sampled, row + index, request.spec.params.prompt_logprobs))
 
 
 def pool(sequence: Sequence, x_CD: np.ndarray, chunk: Chunk) -> None:
     """Take in the hidden states of a chunk of the prompt: of its last token, or the mean of all."""
     request = sequence.request
-    if request.pooling == "mean":
+    if request.spec.pooling == "mean":
         before_1D = () if chunk.start == 0 or request.hidden is None else (request.hidden[None],)
         # one token after the other, so that the sum does not depend on where the prompt is cut into chunks
         request.hidden = np.concatenate([*before_1D, x_CD]).sum(axis=0, dtype=np.float32)

@@ -280,7 +280,7 @@ class Scheduler:
         sequence = self._next()
         if sequence.num_pending > 1:
             return None  # preempted just now, and what it has to compute anew is not all known here yet
-        node = self._match(sequence.request.cache_salt, self._matchable(sequence))
+        node = self._match(sequence.request.spec.cache_salt, self._matchable(sequence))
         self.tree.lock(node)
         pages = self._pages_of(node, 0)
         if self.running and not self._has_room(self._pages_for(sequence.num_tokens) - node.depth):
@@ -325,8 +325,8 @@ class Scheduler:
         first = self.waiting[0]
         if first.overtaken >= MAX_OVERTAKEN or not self.prefix_caching or len(self.waiting) == 1:
             return first
-        equals = [s for s in self.waiting[:LOOKAHEAD] if s.request.priority == first.request.priority]
-        return max(equals, key=lambda s: self._match(s.request.cache_salt, self._matchable(s)).depth)
+        equals = [s for s in self.waiting[:LOOKAHEAD] if s.request.spec.priority == first.request.spec.priority]
+        return max(equals, key=lambda s: self._match(s.request.spec.cache_salt, self._matchable(s)).depth)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -19,7 +19,7 @@ from slipway.checkpoint.swap import Mode, Values
 from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
-from slipway.engine.request import Logprobs, Request
+from slipway.engine.request import Logprobs, Request, RequestSpec
 from slipway.errors import InvalidRequest, SlipwayError
 from slipway.server import heap, logs, messages
 from slipway.server.messages import Abort, Add, Answer, Ask, Change, Delta, Failed, Ready, Refused, Sample, Start, Stop
@@ -108,9 +108,15 @@ class Worker:
     def _add(self, message: Add) -> None:
         try:
             request_id = self._engine.add(
-                message.token_ids, message.params, priority=message.priority, timeout_s=message.timeout_s,
-                cache_salt=message.cache_salt, pooling=message.pooling,
-            )  # fmt: skip
+                RequestSpec(
+                    message.token_ids,
+                    message.params,
+                    priority=message.priority,
+                    timeout_s=message.timeout_s,
+                    cache_salt=message.cache_salt,
+                    pooling=message.pooling,
+                )
+            )
         except InvalidRequest as error:
             self._out.append(Refused(message.number, error.field, repr(error.got)[:200], error.expected))
             return
@@ -143,7 +149,7 @@ class Worker:
 
     def _tell(self, request: Request) -> None:
         """What is new in a request; the whole of its best samples at the end, where only that shows which they are."""
-        chooses, scored = request.params.num_samples > request.params.n, request.prompt_logprobs
+        chooses, scored = request.spec.params.num_samples > request.spec.params.n, request.prompt_logprobs
         if (chooses or not _is_scored(request)) and not request.finished:
             return
         samples = [
@@ -171,7 +177,7 @@ class Worker:
 
 def _is_scored(request: Request) -> bool:
     """Whether its prompt is scored as far as asked: a stream that echoes begins with that, though a sample is ahead."""
-    return request.prompt_logprobs is None or len(request.prompt_logprobs) == len(request.prompt_token_ids)
+    return request.prompt_logprobs is None or len(request.prompt_logprobs) == len(request.spec.token_ids)
 
 
 def _plain(entry: Logprobs) -> dict[int, tuple[float, int]]:

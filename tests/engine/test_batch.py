@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from slipway.engine.batch import Batch, Bucket, Builder, Sizes, buckets, choose, empty_sampling, empty_step, join
 from slipway.engine.params import SamplingParams
-from slipway.engine.request import Request, Sequence
+from slipway.engine.request import Request, RequestSpec, Sequence
 from slipway.engine.scheduler import Chunk
 
 pytestmark = pytest.mark.host
@@ -35,7 +35,7 @@ def steps(draw, max_rows=5):
             temperature=draw(st.sampled_from([0, 0.5])), top_k=draw(st.integers(-1, 3)), top_p=0.75,
             min_p=0.25, logprobs=draw(st.sampled_from([None, 0, 3])), max_tokens=5,
         )  # fmt: skip
-        request = Request(str(number), None, [100 * number + i for i in range(prompt)], params, 5)
+        request = Request(str(number), RequestSpec([100 * number + i for i in range(prompt)], params), 5)
         sequence = Sequence(request, 0, draw(st.integers(0, 2**32 - 1)), frozenset(), None)
         for i in range(draw(st.integers(0, 3))):
             sequence.append(100 * number + 50 + i, None)
@@ -54,7 +54,7 @@ def reference(chunks, batch):
     """The same as ``Builder.build``, token by token and row by row, over an empty batch."""
     tokens, sampling, t, row = batch.step, batch.sampling, 0, 0
     for index, (sequence, start, count, samples, scored) in enumerate(chunks):
-        ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.prompt_token_ids
+        ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.spec.token_ids
         tokens.starts_B[index], tokens.counts_B[index], tokens.lengths_B[index] = t, count, start + count
         for numbering, pages in enumerate(tokens.pages):
             padded = np.pad(sequence.pages, (0, TABLE_WIDTH - len(sequence.pages)))
@@ -90,7 +90,7 @@ def tables(page_table):
 
 
 def _fill(sampling, row, sequence):
-    params = sequence.request.params
+    params = sequence.request.spec.params
     sampling.wants_logprobs_B[row] = params.logprobs is not None
     sampling.temperature_B[row], sampling.top_k_B[row] = params.temperature, max(params.top_k, 0)
     sampling.top_p_B[row], sampling.min_p_B[row] = params.top_p, params.min_p
@@ -129,7 +129,7 @@ def test_a_builder_forgets_what_no_longer_runs():
 
     def running(number, slot):
         params = SamplingParams(temperature=number / 8)
-        sequence = Sequence(Request(str(number), None, [1, 2, 3], params, 4), 0, number, frozenset(), None)
+        sequence = Sequence(Request(str(number), RequestSpec([1, 2, 3], params), 4), 0, number, frozenset(), None)
         sequence.pages, sequence.slot = page_table[slot].tolist(), slot
         return Chunk(sequence, 0, 3, True)
 

@@ -13,6 +13,7 @@ from slipway.engine.batch import Bucket, Repeat
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.programs import REPEAT
+from slipway.engine.request import RequestSpec
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
 from slipway.ops import cpu
@@ -122,7 +123,7 @@ def test_who_comes_and_who_is_aborted_meanwhile_changes_nothing_for_the_others(s
     while len(outputs) < 6:
         if len(numbers) < 6 and dice.random() < 0.3:
             number = len(numbers)
-            numbers[engine.add(asked[number], params[number])] = number
+            numbers[engine.add(RequestSpec(asked[number], params[number]))] = number
         for request in engine.step():
             if request.finished:
                 outputs[numbers[request.request_id]] = request.output()
@@ -139,11 +140,11 @@ def test_who_comes_and_who_is_aborted_meanwhile_changes_nothing_for_the_others(s
 
 def test_who_comes_waits_for_no_more_than_two_calls(several):
     engine, asked = several.engine, prompts(2)
-    first = engine.request(engine.add(asked[0], GREEDY))
+    first = engine.request(engine.add(RequestSpec(asked[0], GREEDY)))
     while first.num_generated < 8:
         engine.step()
     before = first.num_generated
-    second = engine.request(engine.add(asked[1], GREEDY))
+    second = engine.request(engine.add(RequestSpec(asked[1], GREEDY)))
     while not second.num_generated:
         engine.step()
     assert before + STEPS <= first.num_generated <= before + 2 * STEPS, "one call was on the device"
@@ -203,7 +204,7 @@ def test_nothing_compiles_while_serving(single, several):
 
 def test_time_between_tokens_is_that_between_their_arrivals(several):
     engine = several.engine
-    request, gaps = engine.request(engine.add(prompts(1)[0], GREEDY)), engine.stats.inter_token
+    request, gaps = engine.request(engine.add(RequestSpec(prompts(1)[0], GREEDY))), engine.stats.inter_token
     count, total = gaps.count, gaps.sum
     seen, last = [], 0
     while not request.finished:

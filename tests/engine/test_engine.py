@@ -8,6 +8,7 @@ import pytest
 
 from slipway.engine import memory, pipeline, programs
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import OutOfMemory
 from slipway.llm import LLM
 from slipway.ops import cpu
@@ -136,7 +137,7 @@ def test_without_seeds_equal_requests_differ(llm):
 def test_abort_frees_pages_and_leaves_the_others_alone(llm, alone):
     engine, own = llm.engine, prompts()
     scheduler = engine.schedulers[0]
-    ids = [engine.add(prompt, GREEDY) for prompt in own[:6]]  # four run, two wait
+    ids = [engine.add(RequestSpec(prompt, GREEDY)) for prompt in own[:6]]  # four run, two wait
     finished, free = {}, []
     for step in range(200):
         for request in engine.step():
@@ -161,9 +162,9 @@ def test_who_comes_upon_the_results_of_a_long_step_is_in_the_next(llm, monkeypat
     monkeypatch.setattr(pipeline, "LONG", long)
     monkeypatch.setattr(pipeline, "LONG_AT_AN_END", at_an_end)
     engine, one_token = llm.engine, dataclasses.replace(GREEDY, max_tokens=1)
-    engine.add([5] * 3, GREEDY)
+    engine.add(RequestSpec([5] * 3, GREEDY))
     engine.step()
-    ending = engine.add([5, 6, 7], one_token)
+    ending = engine.add(RequestSpec([5, 6, 7], one_token))
     steps, moved = engine.stats.steps, []
     while ending not in [request.request_id for request in moved]:
         steps, moved = engine.stats.steps, engine.step()

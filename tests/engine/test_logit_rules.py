@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from slipway.engine import logit_rules, sample
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
-from slipway.engine.request import Request, Sequence
+from slipway.engine.request import Request, RequestSpec, Sequence
 from slipway.errors import InvalidRequest
 from slipway.llm import LLM
 
@@ -22,7 +22,7 @@ def rows(*cases, stop_ids=frozenset()):
     """Rows of edits, and each row's sequence, for (params, prompt, output)."""
     found = []
     for number, (params, prompt, output) in enumerate(cases):
-        request = Request(str(number), None, prompt, params, LONGEST - len(prompt))
+        request = Request(str(number), RequestSpec(prompt, params), LONGEST - len(prompt))
         request.rules = logit_rules.Rules(params, stop_ids, None, V) if logit_rules.needed(params) else None
         sequence = Sequence(request, 0, 0, frozenset(), None)
         for token in output:

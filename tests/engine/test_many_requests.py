@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.llm import LLM
 
 pytestmark = pytest.mark.xdist_group("load")
@@ -73,7 +74,7 @@ def serve(engine, asked, aborted, rng):
     while arrived < len(asked) or engine.has_work():
         for _ in range(min(int(rng.poisson(0.7)), len(asked) - arrived)):
             prompt, params, priority = asked[arrived]
-            request_id = engine.add(prompt, params, priority=priority)
+            request_id = engine.add(RequestSpec(prompt, params, priority=priority))
             numbers[request_id] = arrived
             if arrived in aborted:
                 doomed[request_id] = int(rng.integers(0, 40))  # steps to live

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import InvalidRequest
 from slipway.llm import LLM
 from slipway.ops import cpu
@@ -97,7 +98,7 @@ def test_salts_keep_tenants_apart(cached):
     params = dataclasses.replace(GREEDY, max_tokens=2)
 
     def run(salt):
-        request_id = cached.engine.add(prompt, params, cache_salt=salt)
+        request_id = cached.engine.add(RequestSpec(prompt, params, cache_salt=salt))
         request = cached.engine.request(request_id)
         while cached.engine.has_work():
             cached.engine.step()
@@ -159,9 +160,9 @@ def test_what_can_never_fit_is_refused_with_the_figures(llm, monkeypatch):
 
 def test_priority_runs_first_and_a_deadline_ends(llm):
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    ids = [llm.engine.add([5, 6, number], params, priority=1) for number in range(7, 15)]
-    urgent = llm.engine.add([5, 6, 6], params, priority=0)
-    late = llm.engine.add([5, 6, 5], params, timeout_s=1e-9, priority=0)
+    ids = [llm.engine.add(RequestSpec([5, 6, number], params, priority=1)) for number in range(7, 15)]
+    urgent = llm.engine.add(RequestSpec([5, 6, 6], params, priority=0))
+    late = llm.engine.add(RequestSpec([5, 6, 5], params, timeout_s=1e-9, priority=0))
     ended = []
     while llm.engine.has_work():
         ended += [request for request in llm.engine.step() if request.finished]
@@ -170,5 +171,5 @@ def test_priority_runs_first_and_a_deadline_ends(llm):
     assert order.index(urgent) < min(order.index(number) for number in ids[4:])
     for bad in ({"priority": 1.5}, {"timeout_s": 0}, {"timeout_s": "soon"}, {"cache_salt": 5}):
         with pytest.raises(InvalidRequest) as caught:
-            llm.engine.add([5], params, **bad)
+            llm.engine.add(RequestSpec([5], params, **bad))
         assert caught.value.field == next(iter(bad))

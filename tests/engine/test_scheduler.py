@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from slipway.cache.windows import FREED
 from slipway.engine.params import SamplingParams
-from slipway.engine.request import Request, Sequence
+from slipway.engine.request import Request, RequestSpec, Sequence
 from slipway.engine.scheduler import LOOKAHEAD, MAX_OVERTAKEN, Scheduler
 
 pytestmark = pytest.mark.host
@@ -27,7 +27,7 @@ def make_request(number, prompt, max_tokens, n=1, **options):
         prompt = [100 * number + i for i in range(prompt)]
     scored = {"prompt_logprobs": 0} if options.pop("scored", False) else {}
     params = SamplingParams(n=n, max_tokens=max_tokens, **scored)
-    request = Request(str(number), None, prompt, params, max_tokens, arrival=number, **options)
+    request = Request(str(number), RequestSpec(prompt, params, **options), max_tokens, arrival=number)
     request.sequences = [Sequence(request, index, 0, frozenset({STOP}), None) for index in range(n)]
     return request
 
@@ -44,11 +44,11 @@ class Device:
         for numbering, window in enumerate(self.windows):
             for sequence, start, count, *_ in chunks:
                 for position in range(start, start + count):
-                    text = (sequence.request.cache_salt, *texts[sequence][: position + 1])
+                    text = (sequence.request.spec.cache_salt, *texts[sequence][: position + 1])
                     self.slots[self.slot(numbering, sequence, position)] = text
             for sequence, start, count, *_ in chunks:
                 for position in range(max(0, start - window + 1), start + count):
-                    expected = (sequence.request.cache_salt, *texts[sequence][: position + 1])
+                    expected = (sequence.request.spec.cache_salt, *texts[sequence][: position + 1])
                     assert self.slots[self.slot(numbering, sequence, position)] == expected
 
     def slot(self, numbering, sequence, position):

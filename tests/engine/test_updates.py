@@ -15,6 +15,7 @@ from slipway.async_engine import AsyncEngine
 from slipway.checkpoint import files
 from slipway.engine import programs
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import CheckpointError, EngineBusy, EngineDead, InvalidRequest, WeightsLost
 from slipway.llm import LLM
 
@@ -66,7 +67,7 @@ def said(engine, old, new):
 def begun(llm, prompt, count):
     """A request that has said so many tokens."""
     engine = llm.engine
-    request = engine.request(engine.add(prompt, GREEDY))
+    request = engine.request(engine.add(RequestSpec(prompt, GREEDY)))
     while request.num_generated < count:
         engine.step()
     return request
@@ -105,7 +106,7 @@ def test_other_forms_of_the_weights_are_exchanged_too(tiny, new, options):
 def test_finish_lets_who_runs_end_on_the_old_version_and_nobody_begin(engine, said, new):
     request = begun(engine, PROMPT, 3)
     change = engine.engine.update_weights(_values(engine, new), version="new", policy="finish")
-    later = engine.engine.request(engine.engine.add(OTHER, GREEDY))
+    later = engine.engine.request(engine.engine.add(RequestSpec(OTHER, GREEDY)))
     old_output, new_output = finish(engine, request, later)
     assert change.result() == "new" == engine.weights_version
     assert (old_output.token_ids, old_output.weights) == (said["old"]["PROMPT"], ((0, "old"),))
@@ -115,7 +116,7 @@ def test_finish_lets_who_runs_end_on_the_old_version_and_nobody_begin(engine, sa
 def test_recompute_goes_on_as_the_new_version_reads_what_was_said(engine, said, new):
     request = begun(engine, PROMPT, 5)
     change = engine.engine.update_weights(_values(engine, new), version="new", policy="recompute")
-    waiting = engine.engine.request(engine.engine.add(OTHER, GREEDY))
+    waiting = engine.engine.request(engine.engine.add(RequestSpec(OTHER, GREEDY)))
     output, other = finish(engine, request, waiting)
     assert change.done()
     kept = output.weights[1][0]
@@ -154,7 +155,7 @@ def test_a_prompt_that_is_scored_is_of_one_version_where_it_is_computed_anew(eng
     engine.update_weights(new, version="new")
     expected = engine.generate([long], asked, use_tqdm=False)[0].prompt_logprobs
     engine.update_weights(old, version="old")
-    request = engine.engine.request(engine.engine.add(long, asked))
+    request = engine.engine.request(engine.engine.add(RequestSpec(long, asked)))
     engine.engine.step()  # a part of the prompt, at most 32 tokens a step
     engine.engine.update_weights(_values(engine, new), version="new", policy=policy)
     finish(engine, request)
@@ -194,7 +195,7 @@ def test_a_failure_half_way_ends_requests_and_refuses_more_until_an_update_succe
 
     request = begun(engine, PROMPT, 3)
     change = engine.engine.update_weights(Fails(_values(engine, new)), policy=policy)
-    waiting = engine.engine.request(engine.engine.add(OTHER, GREEDY))
+    waiting = engine.engine.request(engine.engine.add(RequestSpec(OTHER, GREEDY)))
     outputs = finish(engine, request, waiting)
     with pytest.raises(WeightsLost, match="half-way"):
         change.result()
@@ -210,7 +211,7 @@ def test_who_gives_up_an_update_holds_nobody_back(engine, said, new):
     request = begun(engine, PROMPT, 3)
     change = engine.engine.update_weights(_values(engine, new), policy="finish")
     engine.engine.step()  # from here on nobody begins
-    later = engine.engine.request(engine.engine.add(OTHER, GREEDY))
+    later = engine.engine.request(engine.engine.add(RequestSpec(OTHER, GREEDY)))
     assert change.cancel()
     for _ in range(200):
         if not engine.engine.has_work():

@@ -7,6 +7,7 @@ import transformers
 from slipway import LLM, SamplingParams
 from slipway.cache.windows import FREED
 from slipway.engine import memory, programs
+from slipway.engine.request import RequestSpec
 
 WINDOW, PAGE_SIZE, LONGEST = 20, 4, 128
 OPTIONS = {
@@ -54,7 +55,7 @@ def test_pages_behind_the_window_are_freed_while_a_sequence_runs(sliding):
     directory, _ = sliding
     with LLM(directory, dtype="float32", **OPTIONS) as llm:
         engine = llm.engine
-        request = engine.request(engine.add(PROMPTS[0], GREEDY))
+        request = engine.request(engine.add(RequestSpec(PROMPTS[0], GREEDY)))
         (pool,), (sequence,) = engine.schedulers[0].windows, request.sequences
         most = (WINDOW - 1 + 8 + 8) // PAGE_SIZE + 2  # a chunk of eight tokens, or eight decode steps in a call
         held = []
