@@ -9,6 +9,7 @@ test brings none; the latter where it brings a reasoning parser), ``SLIPWAY_REPO
 each outcome), ``SLIPWAY_TEST_TIMEOUT_S`` (time limit of one test).
 """
 
+import importlib
 import json
 import os
 import signal
@@ -104,7 +105,7 @@ class SlipwayServer:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
     """Put the server and the files of local models in place before any module of the tests is imported."""
-    import huggingface_hub
+    huggingface_hub: Any = importlib.import_module("huggingface_hub")
     import tests.utils as utils
     import transformers
     import vllm.tokenizers as tokenizers
@@ -154,7 +155,13 @@ def note(test: str, outcome: str, report: pytest.TestReport | pytest.CollectRepo
     where = f"{Path(crash.path).name}:{crash.lineno}" if crash else ""
     with open(os.environ["SLIPWAY_REPORT"], "a") as file:
         path, _, name = test.partition("::")
-        line = {"file": path, "test": name or path, "outcome": outcome, "why": why[-1500:], "where": where}
+        line = {
+            "file": path,
+            "test": name or path,
+            "outcome": outcome,
+            "why": why[-1500:],
+            "where": where,
+        }
         file.write(json.dumps(line) + "\n")
 
 

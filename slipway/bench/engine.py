@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipway.bench import rivals
-from slipway.bench.models import QWEN3_SHAPE, random_model
+from slipway.bench.engine_process import EngineProcess
+from slipway.bench.random_model import QWEN3_SHAPE, write_random_model
 from slipway.bench.throughput import quantiles
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestSpec
@@ -54,7 +54,10 @@ class EngineBench:
 
     def run(self) -> None:
         """Measure and print."""
-        figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "jax": version("jax")}
+        figures: dict[str, Any] = {
+            "machine": platform.processor() or platform.machine(),
+            "jax": version("jax"),
+        }
         figures["host"] = host_cost(self.rows)
         figures["decode"] = decode_steps(self.rounds)
         figures["decode under prefill"] = [under_prefill(tokens) for tokens in (512, 960)]
@@ -67,10 +70,10 @@ class EngineBench:
     def _speed(self) -> dict[str, Any]:
         """Seconds per prefill and per decode step, ours and theirs, in alternating rounds."""
         with tempfile.TemporaryDirectory() as folder:
-            random_model(QWEN3_SHAPE, Path(folder))
+            write_random_model(QWEN3_SHAPE, Path(folder))
             sizes = self.prefill_tokens + self.decode_tokens + 1, max(BATCHES)
             ours, theirs = (
-                rivals.Worker(name, Path(folder), dtype, *sizes)
+                EngineProcess(name, Path(folder), dtype, *sizes)
                 for name, dtype in (("ours", self.dtype), (self.against, self.against_dtype))
             )
             prompt = [7] * self.prefill_tokens
@@ -124,12 +127,19 @@ def decode_steps(rounds: int) -> dict[str, Any]:
         def seconds(llm: LLM, rows: int, tokens: int = 256) -> float:
             prompts = [[7 + row] * 16 for row in range(rows)]
             started = time.perf_counter()
-            llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), use_tqdm=False)
+            llm.generate(
+                prompts,
+                SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True),
+                use_tqdm=False,
+            )
             return (time.perf_counter() - started) / tokens
 
         for rows in (1, 4, 16):
             pair = compare(partial(seconds, several, rows), partial(seconds, single, rows), rounds)
-            milliseconds = {"several_ms": round(pair["ours_s"] * 1e3, 3), "single_ms": round(pair["theirs_s"] * 1e3, 3)}
+            milliseconds = {
+                "several_ms": round(pair["ours_s"] * 1e3, 3),
+                "single_ms": round(pair["theirs_s"] * 1e3, 3),
+            }
             found[f"{rows} rows"] = milliseconds | {"times_as_fast": pair["times_as_fast"]}
     return found
 
@@ -180,6 +190,10 @@ def counters(snapshot: Snapshot) -> dict[str, Any]:
     stats, kept = snapshot.stats, {field.name for field in dataclasses.fields(snapshot)} - {"stats"}
     shown: dict[str, Any] = {name: getattr(snapshot, name) for name in sorted(kept)}
     shown |= {"pages_used": snapshot.pages_used, "hit_rate": round(snapshot.hit_rate, 3)}
-    shown |= {"steps": stats.steps, "prompt_tokens": stats.prompt_tokens, "generated_tokens": stats.generated_tokens}
+    shown |= {
+        "steps": stats.steps,
+        "prompt_tokens": stats.prompt_tokens,
+        "generated_tokens": stats.generated_tokens,
+    }
     histograms = ("step_host", "step_device", "queue", "first_token", "inter_token")
     return shown | {f"{name}_ms": quantiles(getattr(stats, name)) for name in histograms}

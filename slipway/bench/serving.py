@@ -117,11 +117,22 @@ class ServingBench:
         return [[turn() for _ in range(turns)] for _ in range(-(-self.num_prompts // turns))]
 
     async def _drive(
-        self, conversations: list[list[tuple[list[int], int]]], ask: Callable[[list[int], int], Awaitable[Timed]]
+        self,
+        conversations: list[list[tuple[list[int], int]]],
+        ask: Callable[[list[int], int], Awaitable[Timed]],
     ) -> tuple[list[Timed], float]:
         """Run the load; what came of every request, and the seconds it took."""
-        gate, found, rng = asyncio.Semaphore(self.concurrency), list[Timed](), np.random.default_rng(1)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        gate, found, rng = (
+            asyncio.Semaphore(self.concurrency),
+            list[Timed](),
+            np.random.default_rng(1),
+        )
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, transient=True) as progress:
             task = progress.add_task("requests", total=sum(map(len, conversations)))
 
@@ -152,7 +163,9 @@ class ServingBench:
         return ask
 
     async def _inside(self, llm: LLM, requests: list[list[tuple[list[int], int]]]) -> tuple[list[Timed], float]:
-        from slipway.async_engine import AsyncEngine  # with JAX, which a bench of another server does without
+        from slipway.async_engine import (
+            AsyncEngine,  # with JAX, which a bench of another server does without
+        )
         from slipway.engine.params import SamplingParams
 
         engine = AsyncEngine(llm.engine, max_requests=10**6, max_tokens=10**9)
@@ -198,7 +211,15 @@ class ServingBench:
         }  # fmt: skip
 
     def _described(self) -> dict[str, Any]:
-        shown = ("model", "load", "num_prompts", "prompt_tokens", "output_tokens", "concurrency", "rate")
+        shown = (
+            "model",
+            "load",
+            "num_prompts",
+            "prompt_tokens",
+            "output_tokens",
+            "concurrency",
+            "rate",
+        )
         return {name: getattr(self, name) for name in shown}
 
     def _figures(self, timed: list[Timed], seconds: float) -> dict[str, Any]:

@@ -87,7 +87,14 @@ class ThroughputBench:
         return prompts, rng.integers(self.output_tokens[0], self.output_tokens[1] + 1, self.num_prompts).tolist()
 
     def _described(self) -> dict[str, Any]:
-        fields = ("model", "num_prompts", "prompt_tokens", "output_tokens", "shared_prefix", "rounds")
+        fields = (
+            "model",
+            "num_prompts",
+            "prompt_tokens",
+            "output_tokens",
+            "shared_prefix",
+            "rounds",
+        )
         return {field: getattr(self, field) for field in fields}
 
 
@@ -100,7 +107,12 @@ def measure(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> dict[str,
     for prompt, length in zip(prompts, lengths):
         engine.add(RequestSpec(prompt, SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)))
     series: list[dict[str, float]] = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("prompts", total=len(prompts))
         while engine.has_work():

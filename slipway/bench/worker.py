@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from slipway.bench.load import answer
+from slipway.bench.driver import answer
 from slipway.engine.request import RequestSpec
 
 
@@ -15,7 +15,12 @@ class Ours:
     """Our engine, offline."""
 
     def __init__(
-        self, directory: str, dtype: str, max_model_len: int, max_num_seqs: int, quantization: str | None = None
+        self,
+        directory: str,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
+        quantization: str | None = None,
     ):
         from slipway import LLM, SamplingParams  # with JAX, which the other worker does without
 

@@ -1,6 +1,6 @@
 """Our classes for vLLM on TPU, called as it calls them, with stand-ins for its objects and its kernel.
 
-`slipway bench adapters` does the same with the real ones.
+`python -m benchmarks.adapters` does the same with the real ones.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """MaxText's models for vLLM on TPU, with stand-ins for MaxText.
 
-`slipway bench adapters --maxtext` does the same with the real one.
+`python -m benchmarks.adapters --maxtext` does the same with the real one.
 """
 
 import sys

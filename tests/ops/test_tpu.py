@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
 
+from benchmarks.compile import WITHOUT_DEVICE
 from slipway import ops
-from slipway.bench.compile import WITHOUT_DEVICE
 from slipway.errors import UnsupportedModel
 from slipway.ops import kv_cache, tpu
 
+ROOT = Path(__file__).parents[2]
 LAYERS, PAGES, PAGE, KV_HEADS, HEADS, HEAD_DIM, WIDTH = 3, 12, 4, 2, 6, 128, 5
 
 
@@ -97,8 +99,9 @@ def test_what_the_kernel_does_not_serve_is_portable_or_refused():
 def test_the_step_of_a_32b_model_compiles_for_eight_devices_that_are_not_there(topology, memory):
     """It fits, the cache is donated with no second copy, and no weight is copied either."""
     pytest.importorskip("libtpu")
-    command = [sys.executable, "-c", "from slipway.cli import main; main()", "bench", "compile", "--topology", topology]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | WITHOUT_DEVICE)
+    command = [sys.executable, "-m", "benchmarks.compile", "--topology", topology]
+    variables = os.environ | WITHOUT_DEVICE
+    run = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     print(run.stdout)  # compile times and collectives, for who asks with -s
     report = json.loads(run.stdout)

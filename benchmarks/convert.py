@@ -11,7 +11,6 @@ or 4.9).
 
 import dataclasses
 import json
-import mmap
 import os
 import random
 import shlex
@@ -28,20 +27,25 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from benchmarks import script
 from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
-from slipway.convert.conversion import ConvertConfig, convert
-from slipway.convert.formats import open_source
 from slipway.convert.mappings import BUILT_IN
 from slipway.convert.plan import Plan, resolve
 from slipway.convert.sink import Pieces
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 16, 8, 128, 65536
-DISK_BLOCK = 1 << 22
+CHILD = Path(__file__).with_name("worker_convert.py")
 LAYER_BYTES = 2 * (EMBED * MLP * 3 + EMBED * HEAD_DIM * (HEADS + KV_HEADS) * 2)
 Way = Literal["ours", "forty_lines", "cp", "cp_and_flush", "disk"]
-WAYS: tuple[Way, ...] = ("cp", "cp_and_flush", "ours", "forty_lines", "disk")  # ours flushes, forty lines and cp do not
+WAYS: tuple[Way, ...] = (
+    "cp",
+    "cp_and_flush",
+    "ours",
+    "forty_lines",
+    "disk",
+)  # ours flushes, forty lines and cp do not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,95 +130,24 @@ def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path
     return source, folder / "config.json", sum(spec.nbytes for spec in plan.targets.values())
 
 
-def main() -> None:
-    """One way, in a process of its own: its seconds on standard output."""
-    way, source, out, config = sys.argv[1], *map(Path, sys.argv[2:])
-    started = time.perf_counter()
-    if way == "ours":
-        convert(open_source(source), out, ConvertConfig(config=config))
-    elif way == "disk":
-        _disk_alone(source, out)
-    else:
-        _forty_lines(source, out)
-    print(time.perf_counter() - started, _peak_rss_mb())
-
-
-def _peak_rss_mb() -> float:
-    """Of this process: the kernel's figure for a child would include the parent that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
-
-
 def _timed(way: Way, source: Path, out: Path, config: Path) -> tuple[float, float, float]:
     """Seconds of the work, of the whole process, and its peak memory in MB (0 for cp)."""
     own = ["cp", "-r", str(source), str(out / "copy")]
-    command = [sys.executable, "-m", "slipway.bench.convert", way, str(source), str(out), str(config)]
+    command = [sys.executable, "-P", str(CHILD), way, str(source), str(out), str(config)]
     is_copy = way.startswith("cp")
     if is_copy:
         out.mkdir()
     if way == "cp_and_flush":
-        own = ["sh", "-c", f"{shlex.join(own)} && find {shlex.quote(str(out))} -type f -exec sync {{}} +"]
+        own = [
+            "sh",
+            "-c",
+            f"{shlex.join(own)} && find {shlex.quote(str(out))} -type f -exec sync {{}} +",
+        ]
     started = time.perf_counter()
     done = subprocess.run(own if is_copy else command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - started
     work, peak = map(float, done.stdout.split()) if not is_copy else (seconds, 0.0)
     return work, seconds, peak
-
-
-def _disk_alone(source: Path, out: Path) -> None:
-    """As many bytes as the source's, of one buffer, past the page cache and flushed: what is on the disk costs this."""
-    out.mkdir()
-    block = mmap.mmap(-1, DISK_BLOCK)  # begins on a page
-    block.write(random.Random(0).randbytes(DISK_BLOCK))
-    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-    flags = os.O_WRONLY | os.O_CREAT
-    try:
-        file = os.open(out / "bytes", flags | os.O_DIRECT)
-    except (OSError, AttributeError):  # not of this file system or system: then as everyone writes
-        file = os.open(out / "bytes", flags)
-    for _ in range(sum(path.stat().st_size for path in files) // DISK_BLOCK):
-        os.write(file, block)
-    os.fsync(file)
-    os.close(file)
-
-
-def _forty_lines(source: Path, out: Path) -> None:
-    """What guides show: every tensor as a JAX array, transposed, the dict written at once. It knows this tree only."""
-    import jax
-    from safetensors.flax import load_file, save_file
-
-    if source.is_file():
-        kernels = {}
-        for name, value in load_file(source).items():
-            module, leaf = name.rsplit(".", 1)
-            kernels[f"model.{module}.weight"] = value.T if leaf == "kernel" else value
-    else:
-        import orbax.checkpoint as ocp
-
-        restored = ocp.PyTreeCheckpointer().restore(source)
-        kernels = dict(_unstacked(jax.tree.map(jax.numpy.asarray, restored)["params"]["params"]))
-    out.mkdir()
-    save_file({name: jax.numpy.asarray(value) for name, value in kernels.items()}, out / "model.safetensors")
-
-
-def _unstacked(tree: Any) -> Iterator[tuple[str, Any]]:
-    """MaxText's scanned Qwen3 tree, taken apart by hand."""
-    layers = tree["decoder"]["layers"]
-    yield "model.embed_tokens.weight", tree["token_embedder"]["embedding"]
-    yield "model.norm.weight", tree["decoder"]["decoder_norm"]["scale"]
-    for i in range(layers["mlp"]["wo"]["kernel"].shape[1]):
-        key, attention = f"model.layers.{i}", layers["self_attention"]
-        yield f"{key}.input_layernorm.weight", layers["pre_self_attention_layer_norm"]["scale"][:, i]
-        yield f"{key}.post_attention_layernorm.weight", layers["post_self_attention_layer_norm"]["scale"][:, i]
-        for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
-            kernel = attention[ours]["kernel"][:, i]
-            yield f"{key}.self_attn.{theirs}_proj.weight", kernel.reshape(kernel.shape[0], -1).T
-        kernel = attention["out"]["kernel"][:, i]
-        yield f"{key}.self_attn.o_proj.weight", kernel.reshape(-1, kernel.shape[-1]).T
-        yield f"{key}.self_attn.q_norm.weight", attention["query_norm"]["scale"][:, i]
-        yield f"{key}.self_attn.k_norm.weight", attention["key_norm"]["scale"][:, i]
-        for ours, theirs in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-            yield f"{key}.mlp.{theirs}_proj.weight", layers["mlp"][ours]["kernel"][:, i].T
 
 
 def _hf_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -249,6 +182,11 @@ def _write(path: Path, plan: Plan, noise: np.ndarray) -> None:
             for first, piece in _pieces(plan.targets[name], noise):
                 file.seek(start + first * BF16.itemsize)
                 file.write(piece.view(np.uint8).data)
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("convert", ConvertBench)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`slipway bench compile`: the engine's step for TPUs that are not there; decides what is read off the programs.
+"""`python -m benchmarks.compile`: the engine's step for TPUs that are not there; decides what is read off the programs.
 
 libtpu compiles on any x86 Linux host, and refuses what does not fit a device's memory. Nothing runs, so nothing is said
 about numbers or speed.
@@ -12,8 +12,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from slipway.bench.models import QWEN3_32B_SHAPE, QWEN3_SHAPE
+from benchmarks import script
+from slipway.bench.random_model import QWEN3_SHAPE
 
+QWEN3_32B_SHAPE = QWEN3_SHAPE | {
+    "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 SHAPES = {"qwen3-32b": QWEN3_32B_SHAPE, "qwen3-0.6b": QWEN3_SHAPE}
 WITHOUT_DEVICE = {
     "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
@@ -91,3 +96,12 @@ def read(program: Any, kv: Any) -> dict[str, Any]:
         "aliased_bytes": memory.alias_size_in_bytes, "copies_of_the_cache": len(copies),
         "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES},
     }  # fmt: skip
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("compile", CompileBench)
+
+
+if __name__ == "__main__":
+    main()

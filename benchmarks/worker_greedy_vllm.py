@@ -23,7 +23,11 @@ if __name__ == "__main__":  # vLLM starts processes that import this file again
         enable_prefix_caching=False,
     )
     params = SamplingParams(
-        max_tokens=request["max_tokens"], temperature=0.0, logprobs=0, ignore_eos=True, detokenize=False
+        max_tokens=request["max_tokens"],
+        temperature=0.0,
+        logprobs=0,
+        ignore_eos=True,
+        detokenize=False,
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], params)
     samples = [output.outputs[0] for output in outputs]

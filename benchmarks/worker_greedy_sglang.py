@@ -14,7 +14,14 @@ from unittest.mock import MagicMock
 from transformers.utils import is_torchvision_available
 
 assert not is_torchvision_available()  # asked now, and remembered: transformers shall not use what follows
-for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional"):
+for name in (
+    "",
+    ".io",
+    ".transforms",
+    ".transforms.functional",
+    ".transforms.v2",
+    ".transforms.v2.functional",
+):
     sys.modules[f"torchvision{name}"] = MagicMock()
 sys.modules["vllm"] = types.ModuleType("vllm")
 sys.modules["vllm._custom_ops"] = types.ModuleType("vllm._custom_ops")

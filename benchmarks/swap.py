@@ -1,4 +1,4 @@
-"""`slipway bench swap`: how long new weights take beside a copy of their bytes, and what 100 exchanges cost under load.
+"""Time of new weights beside a copy of their bytes, and 100 exchanges under load.
 
 Decides the loads and what they are compared with: by turns in one run, medians, ratios. Knows no arrays of the engine.
 """
@@ -17,12 +17,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipway.bench.models import QWEN3_SHAPE, random_model
+from benchmarks import script
+from slipway.bench.random_model import QWEN3_SHAPE, write_random_model
 from slipway.engine.params import SamplingParams
 from slipway.llm import LLM, NANO
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 16
-POLICIES: tuple[Literal["continue", "recompute", "finish"], ...] = ("continue", "recompute", "finish")
+POLICIES: tuple[Literal["continue", "recompute", "finish"], ...] = (
+    "continue",
+    "recompute",
+    "finish",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class SwapBench:
             directory = Path(NANO if self.model == "nano" else self.model)
             if self.model == "qwen3-0.6b":
                 directory = Path(folder)
-                random_model(QWEN3_SHAPE, directory)
+                write_random_model(QWEN3_SHAPE, directory)
             print(json.dumps(self.measure(directory), indent=2))
 
     def measure(self, directory: Path) -> dict[str, Any]:
@@ -121,7 +126,11 @@ async def _under_load(llm: LLM, arrays: dict[str, np.ndarray], swaps: int, reque
         nonlocal begun
         while going:
             prompt = rng.integers(0, llm.engine.limits.vocab_size, PROMPT_TOKENS).tolist()
-            params, count, begun = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True), 0, begun + 1
+            params, count, begun = (
+                SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True),
+                0,
+                begun + 1,
+            )
             async for delta in engine.generate(prompt, params):
                 count += sum(len(sample.token_ids) for sample in delta.outputs)
             ended[count == OUTPUT_TOKENS] += 1
@@ -154,3 +163,12 @@ async def _under_load(llm: LLM, arrays: dict[str, np.ndarray], swaps: int, reque
 def _resident_mb() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("swap", SwapBench)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,8 +18,8 @@ import numpy as np
 import transformers
 from jax.sharding import Mesh
 
+from benchmarks import worker_tpu_inference as host
 from slipway.adapters import vllm as adapter
-from slipway.bench import worker_tpu_inference as host
 
 SIZES: dict[str, Any] = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""`slipway bench roofline`: how far each op is from what this host's memory and matrix units allow.
+"""`python -m benchmarks.roofline`: how far each op is from what this host's memory and matrix units allow.
 
 Decides the shapes, those of Qwen3-0.6B, and counts each op's bytes and products. An op runs once for each of 28 layers
 with weights or pages of its own, as in a step, so that no cache holds them. Knows no engine.
@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from slipway.bench import limits
-from slipway.bench.models import QWEN3_SHAPE
+from benchmarks import host_limits, script
+from slipway.bench.random_model import QWEN3_SHAPE
 
 SHAPE = QWEN3_SHAPE
 EMBED, MLP, LAYERS = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_hidden_layers"]
-HEADS, KV_HEADS, HEAD_DIM = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"], SHAPE["head_dim"]
+HEADS, KV_HEADS, HEAD_DIM = (
+    SHAPE["num_attention_heads"],
+    SHAPE["num_key_value_heads"],
+    SHAPE["head_dim"],
+)
 KINDS = {"bf16": (16, 0), "int8": (8, 0), "int4": (4, 32)}  # bits, group
 PAGE_SIZE = 16
 
@@ -47,13 +51,13 @@ class RooflineBench:
     def run(self) -> None:
         """Measure, and print JSON."""
         threads = len(os.sched_getaffinity(0))
-        read, rate = limits.read_bandwidth(threads), limits.matmul_rate()
+        read, rate = host_limits.read_bandwidth(threads), host_limits.matmul_rate()
         rows = [row for tokens in self.tokens for row in self._rows(tokens, read, rate)]
         print(json.dumps({"read GB/s": round(read, 1), "bf16 GFLOP/s": round(rate), "ops": rows}, indent=2))
 
     def _rows(self, tokens: int, read: float, rate: float) -> Iterator[dict[str, Any]]:
         for case in [*matrices(tokens), *others(tokens, self.context if tokens < 64 else tokens)]:
-            seconds = limits.median_s(_folded(case, tokens), self.rounds) / len(case.layers)
+            seconds = host_limits.median_s(_folded(case, tokens), self.rounds) / len(case.layers)
             least = max(case.bytes / read / 1e9, case.flops / rate / 1e9)
             yield {
                 "op": case.name, "tokens": tokens, "us": round(seconds * 1e6, 1),
@@ -104,13 +108,23 @@ def matrices(tokens: int) -> Iterator[Case]:
     for kind in KINDS:
         for name, (shapes, op) in parts.items():
             layers = [[_weight(kind, shape, i) for shape in shapes] for i in range(LAYERS)]
-            yield Case(f"{name} {kind}", op, layers, _size(layers[0]), 2 * tokens * sum(a * b for a, b in shapes))
+            yield Case(
+                f"{name} {kind}",
+                op,
+                layers,
+                _size(layers[0]),
+                2 * tokens * sum(a * b for a, b in shapes),
+            )
     rows = min(tokens, 16)  # only a sequence's last token meets the head
     for kind in ("bf16", "int8"):
         table = _weight(kind, (SHAPE["vocab_size"], EMBED), 0)
         flops = 2 * rows * SHAPE["vocab_size"] * EMBED
         yield Case(
-            f"head {kind}", lambda x, w, *_: ops.linear(x[:rows], w, jnp.int32(rows)), [table], _size(table), flops
+            f"head {kind}",
+            lambda x, w, *_: ops.linear(x[:rows], w, jnp.int32(rows)),
+            [table],
+            _size(table),
+            flops,
         )
 
 
@@ -155,7 +169,11 @@ def others(tokens: int, context: int) -> Iterator[Case]:
     yield Case(f"attention, context {context}", attend, layers, read, 4 * seen * HEADS * HEAD_DIM, cache)
     weights = [jnp.ones(EMBED, jnp.bfloat16) for _ in range(LAYERS)]
     norm = Case(
-        "norm", lambda x, w, *_: ops.rms_norm(x, w, jnp.int32(tokens), 1e-6), weights, 2 * tokens * EMBED * 2, 0
+        "norm",
+        lambda x, w, *_: ops.rms_norm(x, w, jnp.int32(tokens), 1e-6),
+        weights,
+        2 * tokens * EMBED * 2,
+        0,
     )
     yield norm
 
@@ -176,3 +194,12 @@ def _size(weights: Any) -> int:
     import jax
 
     return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("roofline", RooflineBench)
+
+
+if __name__ == "__main__":
+    main()

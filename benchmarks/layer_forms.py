@@ -3,18 +3,21 @@
 What follows from it stands in docs/adr/003.
 """
 
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks import script
 from slipway import mesh as meshes
 from slipway import models, tree
-from slipway.bench.models import QWEN3_SHAPE
+from slipway.bench.random_model import QWEN3_SHAPE
 from slipway.checkpoint import load
 from slipway.engine import batch, programs
 from slipway.engine.batch import Bucket, Sampling, Sizes
@@ -40,6 +43,33 @@ FORMS = {
     "loop over separate arrays": tree.separate,
     "unrolled": lambda declaration: _replace(tree.separate(declaration)),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersBench:
+    """One decode step of the Qwen3-0.6B shape with its layers scanned, looped over and unrolled."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    rows: int = 2
+    """Rows, each at a context of 128 tokens."""
+    rounds: int = 5
+    topology: str | None = None
+    """A TPU to compile for without having one, such as v6e:2x4; needs libtpu (jax[tpu]). Nothing runs then."""
+
+    def run(self) -> None:
+        """Measure each form in turn, and print."""
+        figures = {name: measure(name, self.dtype, self.rows, self.rounds, self.topology) for name in FORMS}
+        print(
+            json.dumps(
+                {
+                    "topology": self.topology,
+                    "rows": self.rows,
+                    "dtype": self.dtype,
+                    "forms": figures,
+                },
+                indent=2,
+            )
+        )
 
 
 def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | None) -> dict[str, float]:
@@ -93,4 +123,17 @@ def _replace(declaration: Any) -> Any:
     def one(node: Any) -> Any:
         return Unrolled(node.bodies, node.first) if isinstance(node, tree.Separate) else node
 
-    return jax.tree.map(one, declaration, is_leaf=lambda node: isinstance(node, tree.Separate) or tree.is_param(node))
+    return jax.tree.map(
+        one,
+        declaration,
+        is_leaf=lambda node: isinstance(node, tree.Separate) or tree.is_param(node),
+    )
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("layer_forms", LayersBench)
+
+
+if __name__ == "__main__":
+    main()

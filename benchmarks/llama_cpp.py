@@ -26,7 +26,10 @@ SOURCE = "llama-cpp-python==0.3.36"
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-server", "llama-quantize")
 OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
 NATIVE = ("-DGGML_NATIVE=ON",)
-AVX2 = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")))
+AVX2 = (
+    "-DGGML_NATIVE=OFF",
+    *(f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")),
+)
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -46,7 +49,17 @@ def environment(folder: Path) -> Path:
     if all((binaries / tool).exists() for tool in TOOLS):
         return binaries
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", SOURCE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        SOURCE,
+    ]
     subprocess.run([*command, "--dest", str(folder)], check=True, stdout=sys.stderr)
     with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(source, filter="data")
@@ -99,7 +112,10 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
 
 def gguf_name(key: str) -> str:
     """The name that llama.cpp gives an HF tensor."""
-    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
     if key in fixed or key == "lm_head.weight":
         return fixed.get(key, "output.weight")
     layer, name = key.removeprefix("model.layers.").split(".", 1)
@@ -108,7 +124,12 @@ def gguf_name(key: str) -> str:
 
 def quantize(binaries: Path, source: Path, out: Path, kind: str) -> None:
     """Write ``source`` as ``kind``, such as Q8_0."""
-    subprocess.run([binaries / "llama-quantize", source, out, kind], check=True, stdout=sys.stderr, stderr=sys.stderr)
+    subprocess.run(
+        [binaries / "llama-quantize", source, out, kind],
+        check=True,
+        stdout=sys.stderr,
+        stderr=sys.stderr,
+    )
 
 
 def prefill(binaries: Path, model: Path, tokens: int, threads: int) -> float:
@@ -119,14 +140,35 @@ def prefill(binaries: Path, model: Path, tokens: int, threads: int) -> float:
 def decode(binaries: Path, model: Path, batch: int, steps: int, threads: int) -> float:
     """Seconds of a step of ``batch`` sequences after prompts of 16, by llama-batched-bench."""
     size = str(batch * (16 + steps) + 64)
-    command = [binaries / "llama-batched-bench", "-m", model, "-c", size, "-b", "2048", "-t", str(threads)]
+    command = [
+        binaries / "llama-batched-bench",
+        "-m",
+        model,
+        "-c",
+        size,
+        "-b",
+        "2048",
+        "-t",
+        str(threads),
+    ]
     command += ["-npp", "16", "-ntg", str(steps), "-npl", str(batch), "--output-format", "jsonl"]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     return batch / json.loads(done.stdout.strip().splitlines()[-1])["speed_tg"]
 
 
 def _bench(binaries: Path, model: Path, what: list[str], threads: int) -> float:
-    command = [binaries / "llama-bench", "-m", model, *what, "-r", "1", "-t", str(threads), "-o", "json"]
+    command = [
+        binaries / "llama-bench",
+        "-m",
+        model,
+        *what,
+        "-r",
+        "1",
+        "-t",
+        str(threads),
+        "-o",
+        "json",
+    ]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     return json.loads(done.stdout)[0]["avg_ts"]
 
@@ -138,7 +180,17 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        command = [binaries / "llama-server", "-m", model, "--port", self._port, "-t", threads, "-np", slots]
+        command = [
+            binaries / "llama-server",
+            "-m",
+            model,
+            "--port",
+            self._port,
+            "-t",
+            threads,
+            "-np",
+            slots,
+        ]
         # its slots keep their prompts; copies of them in memory beside, 8 GB by default, gain nothing under these loads
         command += ["-c", slots * max_model_len, "--no-webui", "-b", 2048, "--cache-ram", 0]
         self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

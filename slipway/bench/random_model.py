@@ -11,14 +11,9 @@ QWEN3_SHAPE: dict[str, Any] = {
     "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
     "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
 }  # fmt: skip
-QWEN3_32B_SHAPE = QWEN3_SHAPE | {
-    "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-QWEN3_BYTES = 2 * 596_049_920  # its weights
 
 
-def random_model(config: Mapping[str, Any], directory: Path) -> None:
+def write_random_model(config: Mapping[str, Any], directory: Path) -> None:
     """Write an HF directory of random weights."""
     import jax.numpy as jnp  # a process that only times others needs no JAX
 

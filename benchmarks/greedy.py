@@ -66,7 +66,10 @@ class GreedyBench(abc.ABC):
         ours = self._ours(prompts) if self.twin is None else self._transformers(self.twin, prompts)
         equal, worst = 0, 0.0
         for (tokens, logprobs), other in zip(ours, theirs):
-            same = next((i for i, (a, b) in enumerate(zip(tokens, other["token_ids"])) if a != b), len(tokens))
+            same = next(
+                (i for i, (a, b) in enumerate(zip(tokens, other["token_ids"])) if a != b),
+                len(tokens),
+            )
             equal += same
             worst = max([worst, *(abs(a - b) for a, b in zip(logprobs[:same], other["logprobs"]))])
         return {
@@ -82,7 +85,10 @@ class GreedyBench(abc.ABC):
         params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, logprobs=0, ignore_eos=True)
         samples = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
         return [
-            (list(s.token_ids), [entry[token].logprob for token, entry in zip(s.token_ids, s.logprobs or [])])
+            (
+                list(s.token_ids),
+                [entry[token].logprob for token, entry in zip(s.token_ids, s.logprobs or [])],
+            )
             for s in samples
         ]
 

@@ -1,4 +1,4 @@
-"""`slipway bench peers`: every engine on the same random weights and loads, interleaved in one run.
+"""`python -m benchmarks.peers`: every engine on the same random weights and loads, interleaved in one run.
 
 Decides the loads, the rounds and the report: medians, ratios and spread. Knows engines only through bench/rivals.py.
 """
@@ -20,13 +20,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipway.bench import limits, llama_cpp, rivals, servers
-from slipway.bench.models import QWEN3_BYTES, QWEN3_SHAPE, random_model
+from benchmarks import host_limits, llama_cpp, script
+from benchmarks.engines import LlamaCpp, start_process
+from benchmarks.environments import CACHE
+from benchmarks.servers import HttpServer
+from slipway.bench.random_model import QWEN3_SHAPE, write_random_model
 from slipway.llm import NANO
 
 Engine = Literal[
-    "ours", "transformers", "vllm", "llama.cpp", "ours int8", "llama.cpp q8_0", "ours int4", "llama.cpp q4_0"
+    "ours",
+    "transformers",
+    "vllm",
+    "llama.cpp",
+    "ours int8",
+    "llama.cpp q8_0",
+    "ours int4",
+    "llama.cpp q4_0",
 ]
+QWEN3_BYTES = 2 * 596_049_920  # weights of the shape
 COUNTERPARTS = {"ours int8": "llama.cpp q8_0", "ours int4": "llama.cpp q4_0"}
 BATCHES, PREFILLS, CONTEXTS = (1, 8, 16), (512, 2048), (128, 512, 2048, 8192)
 SERVES = {"128/128": (128, 128, 0), "1024/128": (1024, 128, 0), "shared prefix": (512, 64, 448)}
@@ -68,7 +79,10 @@ class PeersBench:
         if self.server:
             kept = tuple(name for name in self.engines if name in SERVERS)
             self = dataclasses.replace(self, engines=kept, contexts=False)
-        with tempfile.TemporaryDirectory() as folder, self._started(Path(folder), threads) as engines:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._started(Path(folder), threads) as engines,
+        ):
             figures = self._rounds(engines, threads)
             figures["start s"] = {name: [engines[name].start_s] for name in engines if name in UNPACKED}
             figures["peak RSS MB"] = {name: [engines[name].peak_mb()] for name in engines if name in UNPACKED}
@@ -78,7 +92,7 @@ class PeersBench:
             figures["start again s"] = {name: [engine.start_s] for name, engine in again.items()}
             engines |= again
             if self.contexts and "ours" in engines and self.model != "nano":
-                engines["ours, long"] = rivals.Worker("ours", Path(folder) / "model", "bfloat16", CONTEXTS[-1] + 64, 1)
+                engines["ours, long"] = start_process("ours", Path(folder) / "model", CONTEXTS[-1] + 64, 1)
                 figures |= self._contexts(engines["ours, long"])
         report = summary(figures) | {"versions": {name: version(name) for name in ("jax", "torch", "transformers")}}
         print(table(report["medians"]))
@@ -112,16 +126,27 @@ class PeersBench:
         for turn in range(self.rounds + 1):
             if turn == 1:
                 figures.clear()  # the first round warms up
-            for key, rate in (("read GB/s", limits.read_bandwidth(threads)), ("bf16 GFLOP/s", limits.matmul_rate())):
+            for key, rate in (
+                ("read GB/s", host_limits.read_bandwidth(threads)),
+                ("bf16 GFLOP/s", host_limits.matmul_rate()),
+            ):
                 note(key, "host", rate)
             everyone = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
             names = [name for name in everyone if name in UNPACKED]
             whole = self.model != "nano" and not self.server  # nano's steps are too short for a rival's tools to time
             for batch in BATCHES if whole else ():
                 asked, steps = prompts(batch, 16), self.decode_tokens
-                take(f"decode b{batch} tok/s", partial(_decode_rate, prompts=asked, steps=steps), everyone)
+                take(
+                    f"decode b{batch} tok/s",
+                    partial(_decode_rate, prompts=asked, steps=steps),
+                    everyone,
+                )
             for length in PREFILLS if whole else ():
-                take(f"prefill {length} tok/s", partial(_prefill_rate, prompts=prompts, length=length), names)
+                take(
+                    f"prefill {length} tok/s",
+                    partial(_prefill_rate, prompts=prompts, length=length),
+                    names,
+                )
             for load in self.loads if turn else ():
                 length, out, shared = SERVES[load]
                 for name in names:
@@ -136,10 +161,10 @@ class PeersBench:
     def _started(self, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
         """The engines by name, one after the other started; those that are there at the end are ended."""
         if self.model != "nano":
-            random_model(QWEN3_SHAPE, folder / "model")
+            write_random_model(QWEN3_SHAPE, folder / "model")
         if any(name.startswith("llama.cpp") for name in self.engines):
-            binaries = llama_cpp.environment(rivals.CACHE / "llama.cpp")
-            llama_cpp.write_gguf(self._directory(folder), folder / "bf16.gguf", rivals.CACHE / "llama.cpp")
+            binaries = llama_cpp.environment(CACHE / "llama.cpp")
+            llama_cpp.write_gguf(self._directory(folder), folder / "bf16.gguf", CACHE / "llama.cpp")
             for name in self.engines:
                 kind = name.removeprefix("llama.cpp").strip()
                 if name.startswith("llama.cpp") and kind:
@@ -161,10 +186,10 @@ class PeersBench:
             length = json.loads((directory / "config.json").read_bytes())["max_position_embeddings"]
         if name.startswith("llama.cpp"):
             kind = name.removeprefix("llama.cpp").strip() or "bf16"
-            return rivals.LlamaCpp(folder / f"{kind}.gguf", length, SLOTS, threads, serves=kind == "bf16")
+            return LlamaCpp(folder / f"{kind}.gguf", length, SLOTS, threads=threads, serves=kind == "bf16")
         if self.server:
-            return servers.HttpServer(name, directory, length, SLOTS, tokenizer=self.model == "nano")
-        return rivals.Worker(name, directory, "bfloat16", length, SLOTS, folder / "cache")
+            return HttpServer(name, directory, length, SLOTS, tokenizer=self.model == "nano")
+        return start_process(name, directory, length, SLOTS, cache=folder / "cache")
 
     def _directory(self, folder: Path) -> Path:
         return Path(NANO) if self.model == "nano" else folder / "model"
@@ -254,3 +279,12 @@ def table(medians: dict[str, dict[str, float]]) -> str:
         cells = [f"{runs[name]:.1f}" if name in runs else "" for name in names]
         lines.append(f"| {figure} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("peers", PeersBench)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slipway.bench import client, vllm
+from benchmarks import environments
+from slipway.bench import client
 from slipway.server import loop
 
 READY_TIMEOUT_S = 600
@@ -34,16 +35,48 @@ class HttpServer:
         if name == "vllm":
             # its console script asks for a package named vllm, which the build for CPUs is not
             module = "vllm.entrypoints.openai.api_server"
-            command = [str(vllm.environment()), "-P", "-m", module, "--model", str(directory), *options]
-            command += ["--host", "127.0.0.1", "--load-format", "safetensors", "--served-model-name", "model"]
+            command = [
+                str(environments.vllm()),
+                "-P",
+                "-m",
+                module,
+                "--model",
+                str(directory),
+                *options,
+            ]
+            command += [
+                "--host",
+                "127.0.0.1",
+                "--load-format",
+                "safetensors",
+                "--served-model-name",
+                "model",
+            ]
         else:
             code = "from slipway.cli import main; main()"
-            command = [sys.executable, "-c", code, "serve", str(directory), *options, "--served-model-name", "model"]
-        variables = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+            command = [
+                sys.executable,
+                "-c",
+                code,
+                "serve",
+                str(directory),
+                *options,
+                "--served-model-name",
+                "model",
+            ]
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": "1",
+        }
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            command, stdout=self._errors, stderr=self._errors, env=os.environ | variables, start_new_session=True
+            command,
+            stdout=self._errors,
+            stderr=self._errors,
+            env=os.environ | variables,
+            start_new_session=True,
         )
         self._wait_ready()
         self.drive([[7, 8]], 1, 1)
@@ -85,7 +118,10 @@ class HttpServer:
                 timed = await client.complete(self._url, "/v1/completions", body, None)
                 if not timed.ok:
                     raise RuntimeError(f"a request failed: {timed.status} {timed.error}")
-                started[number], times[number] = timed.sent - begin, [at - begin for at in timed.events]
+                started[number], times[number] = (
+                    timed.sent - begin,
+                    [at - begin for at in timed.events],
+                )
 
         await asyncio.gather(*(one() for _ in range(concurrency)))
         return {"started": started, "times": times}
@@ -93,7 +129,10 @@ class HttpServer:
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._url}/health", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self._url}/health", timeout=5) as answer,
+            ):
                 if answer.status == 200:
                     return
             if self._process.poll() is not None:

@@ -1,0 +1,1 @@
+"""Benchmarks for Slipway's developers; users' benchmarks are in slipway/bench/."""
