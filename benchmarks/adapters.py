@@ -1,7 +1,9 @@
-"""`slipway bench adapters`: our model classes through tpu-inference's own loader and step, beside transformers.
+"""Slipway's and MaxText's model classes inside tpu-inference, compared with transformers.
 
-Decides where vLLM for TPUs and MaxText are installed (in the user's cache: Python 3.12, some 11 GB) and what is run
-there. On a host without a TPU the kernels are replaced by their own references.
+The classes run through tpu-inference's own loader and step, in an environment that has vLLM for
+TPUs (Python 3.12, some 11 GB). On a host without a TPU its kernels are replaced by their
+references. Not here: the environments (environments.py), the comparison (worker_tpu_inference.py
+and worker_maxtext.py).
 """
 
 import dataclasses
@@ -15,17 +17,20 @@ from typing import Any
 import slipway
 from benchmarks import environments, script
 
+WORKER = Path(__file__).with_name("worker_tpu_inference.py")
+WORKER_MAXTEXT = Path(__file__).with_name("worker_maxtext.py")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptersBench:
-    """Logits of random models inside tpu-inference and in transformers: prompts in chunks, then decoding."""
+    """Logits of random models in tpu-inference and in transformers: prompts, then decoding."""
 
     python: str = "python3.12"
-    """For the virtual environment."""
+    """Interpreter for the virtual environment."""
     tensor_parallel_size: int = 1
     """Virtual devices of the CPU."""
     maxtext: bool = False
-    """MaxText's models instead of ours: MaxText is installed beside."""
+    """Compare MaxText's models instead of Slipway's; MaxText is installed, too."""
 
     def run(self) -> None:
         """Compare and print."""
@@ -34,19 +39,30 @@ class AdaptersBench:
         print(json.dumps(found, indent=2))
 
     def measure(self, python: Path) -> dict[str, Any]:
-        """What the child found."""
-        child = Path(__file__).with_name("worker_maxtext.py" if self.maxtext else "worker_tpu_inference.py")
-        flags = f"--xla_force_host_platform_device_count={self.tensor_parallel_size}"
-        command = [str(python), "-P", str(child), str(self.tensor_parallel_size)]
+        """Run the comparison with the Python of another environment, and return its results."""
+        worker = WORKER_MAXTEXT if self.maxtext else WORKER
+        command = [str(python), "-P", str(worker), str(self.tensor_parallel_size)]
         with tempfile.TemporaryDirectory() as folder:
             # the two packages, and nothing else of this environment
             for package in (Path(__file__).parent, Path(slipway.__file__).parent):
                 (Path(folder) / package.name).symlink_to(package)
+            devices = f"--xla_force_host_platform_device_count={self.tensor_parallel_size}"
             variables = {
-                "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": devices,
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "HF_HUB_OFFLINE": "1",
                 "PYTHONPATH": folder,
-            } | ({"NEW_MODEL_DESIGN": "1"} if self.maxtext else {})  # fmt: skip
-            ran = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | variables, text=True, check=True)
+            }
+            if self.maxtext:
+                variables["NEW_MODEL_DESIGN"] = "1"
+            ran = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                env=os.environ | variables,
+                text=True,
+                check=True,
+            )
         return json.loads(ran.stdout.splitlines()[-1])
 
 

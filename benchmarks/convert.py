@@ -1,12 +1,10 @@
-"""`slipway bench convert`: a bf16 checkpoint converted by us, by the usual forty lines, copied by `cp`, and the disk
-alone, in one run.
+"""Conversion of a bf16 checkpoint by Slipway, beside the usual forty lines, `cp` and the disk.
 
-Decides the checkpoint and how each way is timed: a fresh process each, alternating, its own report of the time between
-its imports and its end, and the kernel's of its largest memory. Knows no rules.
-
-The order is drawn anew for each round: what ran before decides in which state a way finds the memory. A virtual machine
-gives its host what has been free for seconds, and the first touch of that costs ten times a copy (`cp` of 2 GB: 0.5 s
-or 4.9).
+Every conversion is a fresh process that reports the time from the end of its imports to its end,
+and its peak memory. The order of the ways is drawn anew for each round, because what ran before
+decides the state of free memory. A virtual machine returns memory to its host that has been free
+for seconds, and touching it again takes ten times as long as a copy (`cp` of 2 GB: 0.5 s or 4.9).
+Not here: the conversions (worker_convert.py).
 """
 
 import dataclasses
@@ -20,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,16 +34,20 @@ from slipway.convert.sink import Pieces
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 16, 8, 128, 65536
-CHILD = Path(__file__).with_name("worker_convert.py")
+WORKER = Path(__file__).with_name("worker_convert.py")
 LAYER_BYTES = 2 * (EMBED * MLP * 3 + EMBED * HEAD_DIM * (HEADS + KV_HEADS) * 2)
 Way = Literal["ours", "forty_lines", "cp", "cp_and_flush", "disk"]
-WAYS: tuple[Way, ...] = (
-    "cp",
-    "cp_and_flush",
-    "ours",
-    "forty_lines",
-    "disk",
-)  # ours flushes, forty lines and cp do not
+# "ours" and "disk" flush what they write, "forty_lines" and "cp" do not.
+WAYS: tuple[Way, ...] = ("cp", "cp_and_flush", "ours", "forty_lines", "disk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Seconds of the work and of the whole process, and peak memory in MB (0 for cp)."""
+
+    work_s: float
+    process_s: float
+    peak_mb: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,13 +55,13 @@ class ConvertBench:
     """Time and memory of a conversion beside the usual way and beside a copy."""
 
     size_gb: float = 2.0
-    """Of the checkpoint that is made for it."""
+    """Size of the checkpoint, which is written first."""
     tree: Literal["nnx", "maxtext"] = "nnx"
     """Kernels (in, out) in one .safetensors file, or MaxText's scanned tree in Orbax."""
     rounds: int = 9
-    """Alternating rounds."""
+    """Rounds, each with every way once."""
     folder: Path | None = None
-    """Where to make it; by default a temporary directory."""
+    """Folder for the files; by default a temporary directory."""
 
     def run(self) -> None:
         """Measure and print."""
@@ -67,60 +69,80 @@ class ConvertBench:
             print(json.dumps(self.measure(Path(folder)), indent=2))
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        """Medians over the rounds, and ratios."""
+        """Return medians over the rounds, and ratios."""
         source, config, size = make_checkpoint(folder, self.tree, self.size_gb)
-        taken: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+        runs: dict[str, list[Run]] = {way: [] for way in WAYS}
         order = random.Random(0)
-        for _ in range(self.rounds + 1):  # the first round fills the page cache
+        for _ in range(self.rounds + 1):
             for way in order.sample(WAYS, len(WAYS)):
                 os.sync()
                 out = folder / "out"
-                taken[way].append(_timed(way, source, out, config))
+                runs[way].append(timed(way, source, out, config=config))
                 shutil.rmtree(out)
-        seconds = {way: statistics.median(t[0] for t in runs[1:]) for way, runs in taken.items()}
-        return {
-            "tree": self.tree,
-            "size_gb": round(size / 1e9, 3),
-            "rounds": self.rounds,
-            "seconds": {way: round(value, 3) for way, value in seconds.items()},
-            "spread": {
-                way: [round(min(t[0] for t in r[1:]), 3), round(max(t[0] for t in r[1:]), 3)]
-                for way, r in taken.items()
-            },
-            "process_seconds": {
-                way: round(statistics.median(t[1] for t in runs[1:]), 3) for way, runs in taken.items()
-            },
-            "peak_rss_mb": {way: round(max(t[2] for t in runs)) for way, runs in taken.items()},
-            "ours_to_cp": round(seconds["ours"] / seconds["cp"], 2),
-            "fastest_ours_to_fastest_cp": round(min(taken["ours"][1:])[0] / min(taken["cp"][1:])[0], 2),
-            "ours_to_disk": round(seconds["ours"] / seconds["disk"], 2),
-            "disk_to_cp": round(seconds["disk"] / seconds["cp"], 2),
-            "ours_to_cp_and_flush": round(seconds["ours"] / seconds["cp_and_flush"], 2),
-            "forty_lines_to_ours": round(seconds["forty_lines"] / seconds["ours"], 2),
-        }
+        sizes = {"tree": self.tree, "size_gb": round(size / 1e9, 3), "rounds": self.rounds}
+        return sizes | figures(runs)
+
+
+def figures(runs: Mapping[str, list[Run]]) -> dict[str, Any]:
+    """Return medians, spread, memory and ratios.
+
+    The first run of each way, which fills the page cache, counts for the memory only.
+    """
+    times = {way: sorted(run.work_s for run in each[1:]) for way, each in runs.items()}
+    processes = {way: [run.process_s for run in each[1:]] for way, each in runs.items()}
+    seconds = {way: statistics.median(each) for way, each in times.items()}
+    process = {way: statistics.median(each) for way, each in processes.items()}
+    return {
+        "seconds": {way: round(value, 3) for way, value in seconds.items()},
+        "spread": {way: [round(each[0], 3), round(each[-1], 3)] for way, each in times.items()},
+        "process_seconds": {way: round(value, 3) for way, value in process.items()},
+        "peak_rss_mb": {way: round(max(run.peak_mb for run in runs[way])) for way in runs},
+        "ours_to_cp": round(seconds["ours"] / seconds["cp"], 2),
+        "fastest_ours_to_fastest_cp": round(times["ours"][0] / times["cp"][0], 2),
+        "ours_to_disk": round(seconds["ours"] / seconds["disk"], 2),
+        "disk_to_cp": round(seconds["disk"] / seconds["cp"], 2),
+        "ours_to_cp_and_flush": round(seconds["ours"] / seconds["cp_and_flush"], 2),
+        "forty_lines_to_ours": round(seconds["forty_lines"] / seconds["ours"], 2),
+    }
 
 
 def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path, int]:
-    """A checkpoint of random numbers, its config.json and its size."""
+    """Write a checkpoint of random numbers; return it, its config.json and its size in bytes."""
     layers = max(1, round((size_gb * 1e9 - 2 * VOCAB * EMBED) / LAYER_BYTES))
     config: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "vocab_size": VOCAB,
-        "hidden_size": EMBED, "intermediate_size": MLP, "num_hidden_layers": layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "max_position_embeddings": 40960, "tie_word_embeddings": True, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "vocab_size": VOCAB,
+        "hidden_size": EMBED,
+        "intermediate_size": MLP,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     name = "maxtext qwen3, scanned" if tree == "maxtext" else "qwen3 in Flax, layers one by one"
-    mapping = next(mapping for group in BUILT_IN.values() for mapping in group if mapping.name == name)
-    sizes = {axis: int(config[field]) for axis, field in mapping.fields.items()}
-    plan = resolve(mapping, "to_jax", {name: Spec(BF16, shape) for name, shape in _hf_shapes(layers)}, sizes)
+    mapping = next(each for group in BUILT_IN.values() for each in group if each.name == name)
+    plan = resolve(
+        mapping,
+        "to_jax",
+        {name: Spec(BF16, shape) for name, shape in hf_shapes(layers)},
+        known={axis: int(config[field]) for axis, field in mapping.fields.items()},
+    )
     assert plan.fits, (plan.unmatched, plan.problems)
     noise = (np.random.default_rng(0).standard_normal(1 << 23) * 0.02).astype(BF16)
     if tree == "maxtext":
-        from slipway.convert.orbax import OrbaxSink  # needs an extra, which only this tree wants
+        # needs an extra, which the other tree does not
+        from slipway.convert.orbax import OrbaxSink
 
         source = folder / "source"
-        sink = OrbaxSink(source, plan.targets, "bench", False)
+        sink = OrbaxSink(source, plan.targets, "bench", resume=False)
         for name, spec in plan.targets.items():
             sink.write(name, _pieces(spec, noise))
         sink.finish()
@@ -130,27 +152,25 @@ def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path
     return source, folder / "config.json", sum(spec.nbytes for spec in plan.targets.values())
 
 
-def _timed(way: Way, source: Path, out: Path, config: Path) -> tuple[float, float, float]:
-    """Seconds of the work, of the whole process, and its peak memory in MB (0 for cp)."""
-    own = ["cp", "-r", str(source), str(out / "copy")]
-    command = [sys.executable, "-P", str(CHILD), way, str(source), str(out), str(config)]
-    is_copy = way.startswith("cp")
-    if is_copy:
+def timed(way: Way, source: Path, out: Path, *, config: Path) -> Run:
+    """Convert or copy the source into a new folder."""
+    command = [sys.executable, "-P", str(WORKER), way, str(source), str(out), str(config)]
+    copies = way.startswith("cp")
+    if copies:
         out.mkdir()
+        command = ["cp", "-r", str(source), str(out / "copy")]
     if way == "cp_and_flush":
-        own = [
-            "sh",
-            "-c",
-            f"{shlex.join(own)} && find {shlex.quote(str(out))} -type f -exec sync {{}} +",
-        ]
+        flush = f"find {shlex.quote(str(out))} -type f -exec sync {{}} +"
+        command = ["sh", "-c", f"{shlex.join(command)} && {flush}"]
     started = time.perf_counter()
-    done = subprocess.run(own if is_copy else command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - started
-    work, peak = map(float, done.stdout.split()) if not is_copy else (seconds, 0.0)
-    return work, seconds, peak
+    work_s, peak_mb = (seconds, 0.0) if copies else map(float, done.stdout.split())
+    return Run(work_s, seconds, peak_mb)
 
 
-def _hf_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def hf_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of the model's tensors in Hugging Face's layout."""
     yield "model.embed_tokens.weight", (VOCAB, EMBED)
     yield "model.norm.weight", (EMBED,)
     for i in range(layers):
@@ -168,13 +188,14 @@ def _hf_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _pieces(spec: Spec, noise: np.ndarray) -> Pieces:
+    """Yield the numbers of a tensor: the index of each piece's first number, and the piece."""
     size = int(np.prod(spec.shape))
     for first in range(0, size, noise.size):
         yield first, noise[: min(noise.size, size - first)]
 
 
 def _write(path: Path, plan: Plan, noise: np.ndarray) -> None:
-    """One safetensors file of the plan's targets, a piece at a time."""
+    """Write one safetensors file of the plan's targets, a piece at a time."""
     header, places = shards.header(path, plan.targets)
     with path.open("wb") as file:
         file.write(header)

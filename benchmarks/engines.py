@@ -1,7 +1,7 @@
 """Engines that are timed offline, each in a process of its own: their start, loads and memory.
 
-Not here: engines timed over HTTP (servers.py), how llama.cpp is built and called (llama_cpp.py), what
-runs inside the child processes (slipway/bench/worker.py, worker_vllm.py).
+Not here: engines timed over HTTP (servers.py), how llama.cpp is built and called (llama_cpp.py),
+what runs inside the child processes (slipway/bench/worker.py, worker_vllm.py).
 """
 
 import time
@@ -44,7 +44,9 @@ class LlamaCpp:
     ``start_s``: seconds from the start of the server to the end of its first request.
     """
 
-    def __init__(self, model: Path, max_model_len: int, max_num_seqs: int, *, threads: int, serves: bool):
+    def __init__(
+        self, model: Path, max_model_len: int, max_num_seqs: int, *, threads: int, serves: bool
+    ):
         """``model``: a GGUF file. ``serves``: start a server, too."""
         self._binaries = llama_cpp.environment(environments.CACHE / "llama.cpp")
         self._model = model
@@ -63,18 +65,24 @@ class LlamaCpp:
         self._server.drive([[7, 8]], max_tokens=1, concurrency=1)
         self.start_s = time.perf_counter() - started
 
-    def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
+    def drive(
+        self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int
+    ) -> dict[str, Any]:
         """Run a load through the server, and return the times that driver.drive returns."""
         assert self._server is not None
         return self._server.drive(prompts, max_tokens, concurrency)
 
     def prefill(self, prompt: list[int]) -> float:
         """Return the seconds of a prompt, measured by llama-bench."""
-        return llama_cpp.prefill(self._binaries, self._model, tokens=len(prompt), threads=self._threads)
+        return llama_cpp.prefill(
+            self._binaries, self._model, tokens=len(prompt), threads=self._threads
+        )
 
     def decode(self, prompts: list[list[int]], steps: int) -> float:
         """Return the seconds of one decode step, measured by llama-batched-bench."""
-        return llama_cpp.decode(self._binaries, self._model, batch=len(prompts), steps=steps, threads=self._threads)
+        return llama_cpp.decode(
+            self._binaries, self._model, batch=len(prompts), steps=steps, threads=self._threads
+        )
 
     def peak_mb(self) -> float:
         """Return the peak resident memory of the server, in MB."""

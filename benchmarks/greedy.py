@@ -1,8 +1,8 @@
-"""What the comparisons with other engines share: the same greedy tokens from one directory, in float32?
+"""Comparison of greedy tokens with another engine, from one directory, in float32; no speed.
 
-Decides the prompts and what is compared; where the other engine lives and how it is asked, vllm.py and sglang.py say.
-An architecture that our engine lacks has a torch twin: transformers runs it on our side, and the other engine through
-the package that `slipway adapt` writes. It reads no figures of speed.
+An architecture that Slipway's engine lacks has a torch twin: then transformers runs the twin
+instead of our engine, and the other engine runs it through the package that `slipway adapt` writes.
+Not here: the other engines (greedy_vllm.py, greedy_sglang.py).
 """
 
 import abc
@@ -26,12 +26,15 @@ from slipway.checkpoint import files
 from slipway.engine.params import SamplingParams
 from slipway.llm import LLM, NANO
 
+# Of each prompt: its greedy tokens and their log-probabilities.
+Answers = list[tuple[list[int], list[float]]]
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What answers in the other engine's place: its Python, a script beside this file, the environment it needs."""
 
-    engine: Engine
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherEngine:
+    """The other engine: its Python, a script of this folder, and additions to the environment."""
+
+    name: Engine
     python: Path
     script: str
     variables: Mapping[str, str]
@@ -44,34 +47,39 @@ class GreedyBench(abc.ABC):
     model: Positional[Path] = Path(NANO)
     """An HF directory; by default nano."""
     prompts: int = 8
+    """Random prompts."""
     prompt_tokens: int = 24
     max_tokens: int = 32
+    """Tokens to generate after each prompt."""
     twin: str | None = None
-    """FILE.py[:CLASS], as `slipway adapt` takes it: the architecture is one that both engines lack."""
+    """FILE.py[:CLASS], as for `slipway adapt`: torch class of an architecture that both lack."""
 
     @abc.abstractmethod
-    def program(self) -> Program:
-        """The other engine, installed if need be."""
+    def other(self) -> OtherEngine:
+        """Describe the other engine, and install it if it is not installed."""
 
     def run(self) -> None:
         """Compare and print."""
-        print(json.dumps(self.measure(self.program()), indent=2))
+        print(json.dumps(self.measure(self.other()), indent=2))
 
-    def measure(self, program: Program) -> dict[str, Any]:
-        """How often both choose the same token, and how far their log-probabilities lie apart where they do."""
+    def measure(self, other: OtherEngine) -> dict[str, Any]:
+        """Count equal tokens before the first difference, and compare their log-probabilities."""
         config = json.loads((self.model / "config.json").read_bytes())
-        rng = np.random.default_rng(0)
-        prompts = [rng.integers(0, config["vocab_size"], self.prompt_tokens).tolist() for _ in range(self.prompts)]
-        theirs = self._theirs(program, prompts)
-        ours = self._ours(prompts) if self.twin is None else self._transformers(self.twin, prompts)
+        rng, vocab = np.random.default_rng(0), config["vocab_size"]
+        sizes = [self.prompt_tokens] * self.prompts
+        prompts = [rng.integers(0, vocab, size).tolist() for size in sizes]
+        theirs = self._of_other(other, prompts)
+        if self.twin is None:
+            ours = self._of_slipway(prompts)
+        else:
+            ours = self._of_transformers(self.twin, prompts)
         equal, worst = 0, 0.0
-        for (tokens, logprobs), other in zip(ours, theirs):
-            same = next(
-                (i for i, (a, b) in enumerate(zip(tokens, other["token_ids"])) if a != b),
-                len(tokens),
-            )
+        for (tokens, logprobs), (other_tokens, other_logprobs) in zip(ours, theirs):
+            differences = (i for i, (a, b) in enumerate(zip(tokens, other_tokens)) if a != b)
+            same = next(differences, len(tokens))
             equal += same
-            worst = max([worst, *(abs(a - b) for a, b in zip(logprobs[:same], other["logprobs"]))])
+            pairs = zip(logprobs[:same], other_logprobs)
+            worst = max([worst, *(abs(a - b) for a, b in pairs)])
         return {
             "model": self.model.name,
             "architecture": config["architectures"][0],
@@ -80,59 +88,71 @@ class GreedyBench(abc.ABC):
             "max_logprob_difference": worst,
         }
 
-    def _ours(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-        llm = LLM(self.model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, max_num_seqs=8)
-        params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, logprobs=0, ignore_eos=True)
-        samples = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
-        return [
-            (
-                list(s.token_ids),
-                [entry[token].logprob for token, entry in zip(s.token_ids, s.logprobs or [])],
-            )
-            for s in samples
-        ]
+    def _of_slipway(self, prompts: list[list[int]]) -> Answers:
+        llm = LLM(
+            self.model,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            max_num_seqs=8,
+        )
+        params = SamplingParams(
+            max_tokens=self.max_tokens, temperature=0.0, logprobs=0, ignore_eos=True
+        )
+        answers: Answers = []
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            sample = output.outputs[0]
+            entries = zip(sample.token_ids, sample.logprobs or [])
+            logprobs = [entry[token].logprob for token, entry in entries]
+            answers.append((list(sample.token_ids), logprobs))
+        return answers
 
-    def _transformers(self, file: str, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-        import torch  # optional, like transformers: neither is needed to serve
+    def _of_transformers(self, file: str, prompts: list[list[int]]) -> Answers:
+        import torch  # optional, as transformers is: serving needs neither
 
         checkpoint = files.open_checkpoint(self.model)
         found = twin.load(file, checkpoint.config)
-        model = found.model_class(found.config()).float().eval()  # from_pretrained would empty buffers that no file has
-        tensors = {name: torch.from_numpy(checkpoint.array(name).astype(np.float32)) for name in checkpoint.tensors}
-        model.load_state_dict(tensors, strict=False)  # `adapt` has checked the names; those of tied ones may be absent
+        # not from_pretrained, which fills buffers that are in no file with zeros
+        model = found.model_class(found.config()).float().eval()
+        tensors = {
+            name: torch.from_numpy(checkpoint.array(name).astype(np.float32))
+            for name in checkpoint.tensors
+        }
+        # `adapt` has checked the names; those of tied weights may be absent
+        model.load_state_dict(tensors, strict=False)
         ids = torch.tensor(prompts)
         logprobs: list[list[float]] = [[] for _ in prompts]
         with torch.inference_mode():
             for _ in range(self.max_tokens):
-                best = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, -1].float(), -1).max(-1)
+                logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+                best = torch.log_softmax(logits.float(), -1).max(-1)
                 for row, value in zip(logprobs, best.values.tolist()):
                     row.append(value)
                 ids = torch.cat([ids, best.indices[:, None]], 1)
         return list(zip(ids[:, self.prompt_tokens :].tolist(), logprobs))
 
-    def _theirs(self, program: Program, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    def _of_other(self, other: OtherEngine, prompts: list[list[int]]) -> Answers:
         with tempfile.TemporaryDirectory() as folder:
-            asked, out = Path(folder, "asked.json"), Path(folder, "answers.json")
-            asked.write_text(json.dumps({"prompts": prompts, "max_tokens": self.max_tokens}))
-            command = [
-                program.python,
-                "-P",
-                Path(__file__).with_name(program.script),
-                self.model.absolute(),
-                asked,
-                out,
-            ]
-            variables = os.environ | program.variables | {"HF_HUB_OFFLINE": "1"}
+            request, out = Path(folder, "request.json"), Path(folder, "answers.json")
+            request.write_text(json.dumps({"prompts": prompts, "max_tokens": self.max_tokens}))
+            worker = Path(__file__).with_name(other.script)
+            command = [other.python, "-P", worker, self.model.absolute(), request, out]
+            variables = os.environ | other.variables | {"HF_HUB_OFFLINE": "1"}
             if self.twin is not None:
-                package = adapt(str(self.model), self.twin, program.engine, Path(folder, "package"))
-                site = _installed(program.python, package.directory, Path(folder, "site"))
+                package = adapt(
+                    str(self.model), self.twin, other.name, out_dir=Path(folder, "package")
+                )
+                site = _installed(other.python, package.directory, Path(folder, "site"))
                 variables |= package.variables | {"PYTHONPATH": str(site)}
-            subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr, env=variables, cwd=folder)
-            return json.loads(out.read_text())
+            subprocess.run(
+                list(map(str, command)), check=True, stdout=sys.stderr, env=variables, cwd=folder
+            )
+            answers = json.loads(out.read_text())
+        return [(answer["token_ids"], answer["logprobs"]) for answer in answers]
 
 
 def _installed(python: Path, package: Path, site: Path) -> Path:
-    """``package`` in a folder for PYTHONPATH: the environment itself is shared, and stays as it is."""
+    """Install a package into a folder for PYTHONPATH; the shared environment does not change."""
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*command, str(site), str(package)], check=True, stdout=sys.stderr)
     return site

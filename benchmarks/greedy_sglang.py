@@ -1,22 +1,29 @@
-"""`slipway bench sglang`: whether SGLang and our engine choose the same tokens from one directory, greedy, in float32.
+"""Greedy tokens of SGLang's engine on a CPU beside Slipway's, from one directory, in float32.
 
-Decides how SGLang is installed for a CPU, in a virtual environment of its own in the user's cache: without what it
-requires for CUDA, beside the torch that PyPI builds for CPUs. sglang_greedy.py says what is missing then.
+Not here: the comparison (greedy.py), what runs in SGLang's environment (worker_greedy_sglang.py).
 """
 
 import dataclasses
 
 from benchmarks import environments, script
-from benchmarks.greedy import GreedyBench, Program
+from benchmarks.greedy import GreedyBench, OtherEngine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SglangBench(GreedyBench):
-    """Greedy tokens and log-probabilities of a directory, ours beside SGLang's; or transformers', of a torch twin."""
+    """Greedy tokens and log-probabilities of a directory, ours beside SGLang's.
 
-    def program(self) -> Program:
-        """SGLang's engine on torch's own operations."""
-        return Program("sglang", environments.sglang(), "worker_greedy_sglang.py", {})
+    With --twin: those of transformers beside SGLang's.
+    """
+
+    def other(self) -> OtherEngine:
+        """Describe SGLang's engine with torch's operations, installed on the first call."""
+        return OtherEngine(
+            name="sglang",
+            python=environments.sglang(),
+            script="worker_greedy_sglang.py",
+            variables={},
+        )
 
 
 def main() -> None:

@@ -1,22 +1,29 @@
-"""`slipway bench vllm`: whether vLLM and our engine choose the same tokens from one directory, greedy, in float32.
+"""Greedy tokens of vLLM's build for CPUs beside Slipway's, from one directory, in float32.
 
-Decides where vLLM is installed: in a virtual environment of its own in the user's cache, because it pins much.
+Not here: the comparison (greedy.py), what runs in vLLM's environment (worker_greedy_vllm.py).
 """
 
 import dataclasses
 
 from benchmarks import environments, script
-from benchmarks.greedy import GreedyBench, Program
+from benchmarks.greedy import GreedyBench, OtherEngine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VllmBench(GreedyBench):
-    """Greedy tokens and log-probabilities of a directory, ours beside vLLM's; or transformers', of a torch twin."""
+    """Greedy tokens and log-probabilities of a directory, ours beside vLLM's.
 
-    def program(self) -> Program:
-        """vLLM's build for CPUs."""
-        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        return Program("vllm", environments.vllm(), "worker_greedy_vllm.py", variables)
+    With --twin: those of transformers beside vLLM's.
+    """
+
+    def other(self) -> OtherEngine:
+        """Describe vLLM's build for CPUs, installed on the first call."""
+        return OtherEngine(
+            name="vllm",
+            python=environments.vllm(),
+            script="worker_greedy_vllm.py",
+            variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+        )
 
 
 def main() -> None:

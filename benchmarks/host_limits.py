@@ -1,4 +1,4 @@
-"""What this host could do at most: bytes read from memory and bf16 products a second; knows no engine."""
+"""Limits of this host: bytes a second from memory, and bf16 operations a second."""
 
 import statistics
 import threading
@@ -12,29 +12,22 @@ MATRIX = 2048
 
 
 def read_bandwidth(threads: int, rounds: int = 3) -> float:
-    """GB/s at which ``threads`` threads sum integers that no cache holds."""
+    """Return the GB/s at which threads sum integers that are too many for any cache."""
     parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), threads)
-    return READ_BYTES / 1e9 / median_s(lambda: _together([lambda part=part: part.sum() for part in parts]), rounds)
+    jobs: list[Callable] = [part.sum for part in parts]
+    return READ_BYTES / 1e9 / median_s(lambda: _run_together(jobs), rounds)
 
 
 def matmul_rate(rounds: int = 5) -> float:
-    """GFLOP/s of torch's bf16 product of two square matrices."""
-    import torch  # a test extra
+    """Return the GFLOP/s of torch's bf16 product of two square matrices."""
+    import torch  # part of the test extra
 
     a, b = (torch.randn(MATRIX, MATRIX).to(torch.bfloat16) for _ in range(2))
     return 2 * MATRIX**3 / 1e9 / median_s(lambda: a @ b, rounds)
 
 
-def _together(jobs: list[Callable]) -> None:
-    threads = [threading.Thread(target=job) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def median_s(job: Callable, rounds: int) -> float:
-    """Seconds of a job, run once before."""
+    """Return the median seconds of a job, after one run that is not counted."""
     job()
     times = []
     for _ in range(rounds):
@@ -42,3 +35,11 @@ def median_s(job: Callable, rounds: int) -> float:
         job()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def _run_together(jobs: list[Callable]) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

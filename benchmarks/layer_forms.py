@@ -1,6 +1,6 @@
-"""Scan, loop over separate arrays, or unroll: decides how one model's step is built and timed in each form.
+"""One decode step with its layers scanned, looped over as separate arrays, or unrolled.
 
-What follows from it stands in docs/adr/003.
+The decision that follows from the figures is in docs/adr/003-layers.md.
 """
 
 import dataclasses
@@ -25,14 +25,15 @@ from slipway.engine.caches import Caches
 from slipway.ops import StepInput
 
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
+CONTEXT = 128
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Unrolled(tree.Separate):
-    """Separate arrays, each layer compiled for itself: the form that lost."""
+    """Separate arrays, each layer compiled for itself: the form that was not chosen."""
 
     def fold(self, step: Callable, carry: Any) -> Any:
-        """``carry = step(layer, index, carry)`` in a Python loop."""
+        """Apply ``carry = step(layer, index, carry)`` to each layer in a Python loop."""
         for index, layer in enumerate(self.bodies, self.first):
             carry = step(layer, index, carry)
         return carry
@@ -41,98 +42,113 @@ class Unrolled(tree.Separate):
 FORMS = {
     "scan over stacked arrays": lambda declaration: declaration,
     "loop over separate arrays": tree.separate,
-    "unrolled": lambda declaration: _replace(tree.separate(declaration)),
+    "unrolled": lambda declaration: _unrolled(tree.separate(declaration)),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayersBench:
+class LayerFormsBench:
     """One decode step of the Qwen3-0.6B shape with its layers scanned, looped over and unrolled."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rows: int = 2
-    """Rows, each at a context of 128 tokens."""
+    """Sequences that decode together, each at a context of 128 tokens."""
     rounds: int = 5
     topology: str | None = None
-    """A TPU to compile for without having one, such as v6e:2x4; needs libtpu (jax[tpu]). Nothing runs then."""
+    """A TPU topology, such as v6e:2x4: compile for it without a TPU, and run nothing; needs libtpu
+    (jax[tpu])."""
 
     def run(self) -> None:
         """Measure each form in turn, and print."""
-        figures = {name: measure(name, self.dtype, self.rows, self.rounds, self.topology) for name in FORMS}
-        print(
-            json.dumps(
-                {
-                    "topology": self.topology,
-                    "rows": self.rows,
-                    "dtype": self.dtype,
-                    "forms": figures,
-                },
-                indent=2,
-            )
+        report = {"topology": self.topology, "rows": self.rows, "dtype": self.dtype}
+        figures = {name: self.measure(name) for name in FORMS}
+        print(json.dumps(report | {"forms": figures}, indent=2))
+
+    def measure(self, form: str) -> dict[str, float]:
+        """Return compile time and temporaries of one form, and its step time where it can run.
+
+        ``temp_mb`` counts one device.
+        """
+        dtype, devices = jnp.dtype(self.dtype), None
+        if self.topology is not None:
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=self.topology)
+            devices = topology.devices
+        mesh = meshes.make_mesh(tensor=1 if devices is None else len(devices), devices=devices)
+        declaration = FORMS[form](meshes.fit(models.declare(QWEN3_SHAPE), mesh))
+        caches = Caches(declaration, mesh, dtype, page_size=PAGE_SIZE).shapes((NUM_PAGES,), 1)
+        sizes, bucket = _sizes(declaration.config), Bucket(self.rows, self.rows)
+        runner = programs.runner(
+            declaration,
+            mesh,
+            caches,
+            dtype=dtype,
+            sizes=sizes,
+            max_rows=self.rows,
+            repeats=None,
         )
-
-
-def measure(name: str, dtype_name: str, rows: int, rounds: int, topology: str | None) -> dict[str, float]:
-    """Compile time, temporaries for each device and, where the devices are there, median step time of one form."""
-    dtype, devices = jnp.dtype(dtype_name), None
-    if topology is not None:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = meshes.make_mesh(tensor=1 if devices is None else len(devices), devices=devices)
-    declaration = FORMS[name](meshes.fit(models.declare(QWEN3_SHAPE), mesh))
-    config = declaration.config
-    caches = Caches(declaration, mesh, dtype, PAGE_SIZE).shapes((NUM_PAGES,), 1)
-    sizes, bucket = _sizes(config), Bucket(rows, rows)
-    runner = programs.runner(declaration, mesh, caches, dtype=dtype, sizes=sizes, max_rows=rows, repeats=None)
-    started = time.perf_counter()
-    runner.compile(programs.wanted([bucket], None))
-    figures = {
-        "compile_s": round(time.perf_counter() - started, 2),
-        "temp_mb": round(runner.temp_bytes() / 1e6, 1),
-    }
-    if topology is not None:
-        return figures
-    runner.state[programs.WEIGHTS] = jax.tree.leaves(load.dummy(declaration, mesh, dtype, seed=0))
-    runner.allocate(programs.CACHES)
-    runner.allocate(programs.NEWEST)
-    times: list[float] = []
-    step, sampling = _inputs(bucket, rows, sizes)
-    for _ in range(rounds + 1):
         started = time.perf_counter()
-        runner.call(programs.FORWARD, bucket, step)
-        jax.block_until_ready(runner.call(programs.SAMPLE, rows, sampling, None))
-        times.append(time.perf_counter() - started)
-    return figures | {"step_ms": round(statistics.median(times[1:]) * 1e3, 1)}
+        runner.compile(programs.wanted([bucket], None))
+        figures = {
+            "compile_s": round(time.perf_counter() - started, 2),
+            "temp_mb": round(runner.temp_bytes() / 1e6, 1),
+        }
+        if self.topology is not None:
+            return figures
+        weights = load.dummy(declaration, mesh, dtype, seed=0)
+        runner.state[programs.WEIGHTS] = jax.tree.leaves(weights)
+        runner.allocate(programs.CACHES)
+        runner.allocate(programs.NEWEST)
+        (step, sampling), times = _inputs(bucket, sizes), []
+        for _ in range(self.rounds + 1):
+            started = time.perf_counter()
+            runner.call(programs.FORWARD, bucket, step)
+            jax.block_until_ready(runner.call(programs.SAMPLE, self.rows, sampling, None))
+            times.append(time.perf_counter() - started)
+        return figures | {"step_ms": round(statistics.median(times[1:]) * 1e3, 1)}
 
 
 def _sizes(config: Any) -> Sizes:
-    return Sizes(PAGE_SIZE, (NUM_PAGES,), TABLE_WIDTH, config.vocab_size, TABLE_WIDTH * PAGE_SIZE)
+    return Sizes(
+        page_size=PAGE_SIZE,
+        num_pages=(NUM_PAGES,),
+        table_width=TABLE_WIDTH,
+        vocab_size=config.vocab_size,
+        max_model_len=TABLE_WIDTH * PAGE_SIZE,
+    )
 
 
-def _inputs(bucket: Bucket, rows: int, sizes: Sizes) -> tuple[StepInput, Sampling]:
+def _inputs(bucket: Bucket, sizes: Sizes) -> tuple[StepInput, Sampling]:
+    """Return a step that decodes the last token of CONTEXT tokens in every row."""
+    rows = bucket.num_rows
     step, sampling = batch.empty_step(bucket, sizes), batch.empty_sampling(rows)
-    step.num_tokens_1[0] = step.num_samples_1[0] = sampling.num_rows_1[0] = rows
-    step.counts_B[:], step.lengths_B[:] = 1, 128
-    step.positions_T[:], step.pages[0].slots_T[:] = 127, range(rows)
-    step.row_T[:] = step.starts_B[:] = step.sample_at_B[:] = range(rows)
+    step.num_tokens_1[0] = rows
+    step.num_samples_1[0] = rows
+    sampling.num_rows_1[0] = rows
+    step.counts_B[:] = 1
+    step.lengths_B[:] = CONTEXT
+    step.positions_T[:] = CONTEXT - 1
+    step.pages[0].slots_T[:] = range(rows)
+    step.row_T[:] = range(rows)
+    step.starts_B[:] = range(rows)
+    step.sample_at_B[:] = range(rows)
     return step, sampling
 
 
-def _replace(declaration: Any) -> Any:
-    """The declaration with every Separate an Unrolled."""
+def _unrolled(declaration: Any) -> Any:
+    """Return the declaration with every Separate replaced by an Unrolled."""
 
-    def one(node: Any) -> Any:
+    def replaced(node: Any) -> Any:
         return Unrolled(node.bodies, node.first) if isinstance(node, tree.Separate) else node
 
-    return jax.tree.map(
-        one,
-        declaration,
-        is_leaf=lambda node: isinstance(node, tree.Separate) or tree.is_param(node),
-    )
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, tree.Separate) or tree.is_param(node)
+
+    return jax.tree.map(replaced, declaration, is_leaf=is_leaf)
 
 
 def main() -> None:
     """Run the benchmark with the options of the command line."""
-    script.run("layer_forms", LayersBench)
+    script.run("layer_forms", LayerFormsBench)
 
 
 if __name__ == "__main__":

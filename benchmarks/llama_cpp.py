@@ -1,7 +1,8 @@
-"""llama.cpp as a rival: decides how it is built, how a model becomes a GGUF file, and which of its tools times what.
+"""llama.cpp as another engine: its build, the GGUF file of a model, and the tools that time it.
 
-Built natively from the source package that llama-cpp-python publishes, once, in the user's cache. Decode and prefill
-are timed by its own llama-bench and llama-batched-bench, requests by its own server.
+It is built natively, once, in the user's cache, from the source package that llama-cpp-python
+publishes. Its llama-bench and llama-batched-bench time prefill and decode, its server times
+requests. Not here: the interface that peers.py uses (engines.py).
 """
 
 import http.client
@@ -13,7 +14,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,31 @@ SOURCE = "llama-cpp-python==0.3.36"
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-server", "llama-quantize")
 OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
 NATIVE = ("-DGGML_NATIVE=ON",)
-AVX2 = (
-    "-DGGML_NATIVE=OFF",
-    *(f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")),
-)
+AVX2_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")
+AVX2 = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in AVX2_SETS))
+# HF's names of a layer's modules -> llama.cpp's
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def environment(folder: Path) -> Path:
-    """The folder of llama.cpp's tools; built, some ten minutes on two cores, on the first call.
+    """Return the folder of llama.cpp's tools.
 
-    With SLIPWAY_ISA=avx2, which holds our kernels to that instruction set, llama.cpp is built for it, too.
+    The first call builds them, which takes some ten minutes on two cores.
+
+    With SLIPWAY_ISA=avx2, which limits our kernels to that instruction set, llama.cpp is built for
+    it, too.
     """
     is_avx2 = os.environ.get("SLIPWAY_ISA") == "avx2"
     build, source = folder / ("build-avx2" if is_avx2 else "build"), folder / "source"
@@ -49,18 +59,9 @@ def environment(folder: Path) -> Path:
     if all((binaries / tool).exists() for tool in TOOLS):
         return binaries
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        SOURCE,
-    ]
-    subprocess.run([*command, "--dest", str(folder)], check=True, stdout=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", ":all:", SOURCE, "--dest", str(folder)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(source, filter="data")
     root = next(source.glob("*/vendor/llama.cpp"))
@@ -72,9 +73,13 @@ def environment(folder: Path) -> Path:
 
 
 def write_gguf(directory: Path, out: Path, folder: Path) -> None:
-    """A bf16 GGUF of a Qwen3 directory, its vocabulary of invented words: only token ids are ever sent."""
+    """Write a bf16 GGUF file of a Qwen3 directory; ``folder`` is where llama.cpp was built.
+
+    The words of its vocabulary are invented, because requests consist of token ids.
+    """
+    # llama.cpp's own writer, from the source that was built
     sys.path.insert(0, str(next((folder / "source").glob("*/vendor/llama.cpp/gguf-py"))))
-    import gguf  # llama.cpp's own writer, from the source that was built
+    import gguf
 
     checkpoint = files.open_checkpoint(directory)
     config = checkpoint.config
@@ -111,94 +116,76 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
 
 
 def gguf_name(key: str) -> str:
-    """The name that llama.cpp gives an HF tensor."""
+    """Return llama.cpp's name of an HF tensor."""
     fixed = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
     }
-    if key in fixed or key == "lm_head.weight":
-        return fixed.get(key, "output.weight")
+    if key in fixed:
+        return fixed[key]
     layer, name = key.removeprefix("model.layers.").split(".", 1)
     return f"blk.{layer}.{NAMES[name.removesuffix('.weight')]}.weight"
 
 
-def quantize(binaries: Path, source: Path, out: Path, kind: str) -> None:
-    """Write ``source`` as ``kind``, such as Q8_0."""
-    subprocess.run(
-        [binaries / "llama-quantize", source, out, kind],
-        check=True,
-        stdout=sys.stderr,
-        stderr=sys.stderr,
-    )
+def quantize(binaries: Path, source: Path, out: Path, *, kind: str) -> None:
+    """Write a GGUF file with weights of a kind such as Q8_0."""
+    command = [str(binaries / "llama-quantize"), str(source), str(out), kind]
+    subprocess.run(command, check=True, stdout=sys.stderr, stderr=sys.stderr)
 
 
-def prefill(binaries: Path, model: Path, tokens: int, threads: int) -> float:
-    """Seconds of a prompt of ``tokens``, by llama-bench."""
-    return tokens / _bench(binaries, model, ["-p", str(tokens), "-n", "0"], threads)
+def prefill(binaries: Path, model: Path, *, tokens: int, threads: int) -> float:
+    """Return the seconds of a prompt of ``tokens``, measured by llama-bench."""
+    words = ["llama-bench", "-m", model, "-p", tokens, "-n", 0, "-r", 1, "-t", threads]
+    output = _output(binaries, *words, "-o", "json")
+    return tokens / json.loads(output)[0]["avg_ts"]
 
 
-def decode(binaries: Path, model: Path, batch: int, steps: int, threads: int) -> float:
-    """Seconds of a step of ``batch`` sequences after prompts of 16, by llama-batched-bench."""
-    size = str(batch * (16 + steps) + 64)
-    command = [
-        binaries / "llama-batched-bench",
-        "-m",
-        model,
-        "-c",
-        size,
-        "-b",
-        "2048",
-        "-t",
-        str(threads),
-    ]
-    command += ["-npp", "16", "-ntg", str(steps), "-npl", str(batch), "--output-format", "jsonl"]
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-    return batch / json.loads(done.stdout.strip().splitlines()[-1])["speed_tg"]
+def decode(binaries: Path, model: Path, *, batch: int, steps: int, threads: int) -> float:
+    """Return the seconds of a step of ``batch`` sequences after prompts of 16 tokens.
+
+    llama-batched-bench measures it.
+    """
+    words = ["llama-batched-bench", "-m", model, "-c", batch * (16 + steps) + 64, "-b", 2048]
+    words += ["-t", threads, "-npp", 16, "-ntg", steps, "-npl", batch, "--output-format", "jsonl"]
+    output = _output(binaries, *words)
+    return batch / json.loads(output.strip().splitlines()[-1])["speed_tg"]
 
 
-def _bench(binaries: Path, model: Path, what: list[str], threads: int) -> float:
-    command = [
-        binaries / "llama-bench",
-        "-m",
-        model,
-        *what,
-        "-r",
-        "1",
-        "-t",
-        str(threads),
-        "-o",
-        "json",
-    ]
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)[0]["avg_ts"]
+def _output(binaries: Path, tool: Any, *words: Any) -> str:
+    """Run a tool and return its standard output. Raises CalledProcessError."""
+    command = [str(binaries / tool), *map(str, words)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 class Server:
-    """llama-server with ``slots`` sequences at once; its time to the first answer counts as its start."""
+    """A llama-server process with ``slots`` sequences at a time."""
 
-    def __init__(self, binaries: Path, model: Path, slots: int, max_model_len: int, threads: int):
+    def __init__(
+        self, binaries: Path, model: Path, *, slots: int, max_model_len: int, threads: int
+    ):
+        """Start the server and wait until it is ready. Raises RuntimeError if it exits."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        command = [
-            binaries / "llama-server",
-            "-m",
-            model,
-            "--port",
-            self._port,
-            "-t",
-            threads,
-            "-np",
-            slots,
-        ]
-        # its slots keep their prompts; copies of them in memory beside, 8 GB by default, gain nothing under these loads
-        command += ["-c", slots * max_model_len, "--no-webui", "-b", 2048, "--cache-ram", 0]
-        self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        words = [binaries / "llama-server", "-m", model, "--port", self._port, "-t", threads]
+        words += ["-np", slots, "-c", slots * max_model_len, "--no-webui", "-b", 2048]
+        # Slots keep their prompts. Copies of prompts outside them, 8 GB by default, gain nothing
+        # under these loads.
+        words += ["--cache-ram", 0]
+        self.process = subprocess.Popen(
+            list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not self._is_ready():
             time.sleep(0.02)
 
-    def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
-        """As bench/load.py's drive: each client sends its next prompt when its last has ended."""
+    def drive(
+        self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int
+    ) -> dict[str, Any]:
+        """Run a load with a thread for each client, and return the times that driver.drive returns.
+
+        Each client sends its next prompt when its last request has ended.
+        """
         started = [0.0] * len(prompts)
         times: list[list[float]] = [[] for _ in prompts]
         waiting, lock, begin = iter(range(len(prompts))), threading.Lock(), time.perf_counter()
@@ -223,13 +210,19 @@ class Server:
         self.process.terminate()
         self.process.wait()
 
-    def _tokens(self, prompt: list[int], max_tokens: int):
+    def _tokens(self, prompt: list[int], max_tokens: int) -> Iterator[bytes]:
+        """Yield the event of each token as it arrives. Raises RuntimeError for an error."""
         body = {
-            "prompt": prompt, "n_predict": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+            "prompt": prompt,
+            "n_predict": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
             "samplers": ["temperature"],
-        }  # fmt: skip
+        }
+        headers = {"Content-Type": "application/json"}
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
-        connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", "/completion", body=json.dumps(body), headers=headers)
         response = connection.getresponse()
         if response.status != http.client.OK:
             raise RuntimeError(f"llama-server: {response.status} {response.read()[:500]!r}")
@@ -242,7 +235,7 @@ class Server:
 
     def _is_ready(self) -> bool:
         if self.process.poll() is not None:
-            raise RuntimeError(f"llama-server ended with {self.process.returncode}")
+            raise RuntimeError(f"llama-server exited with {self.process.returncode}")
         try:
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
             connection.request("GET", "/health")

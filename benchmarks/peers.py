@@ -1,6 +1,8 @@
-"""`python -m benchmarks.peers`: every engine on the same random weights and loads, interleaved in one run.
+"""Slipway, transformers, vLLM and llama.cpp on the same random weights and loads, in one run.
 
-Decides the loads, the rounds and the report: medians, ratios and spread. Knows engines only through bench/rivals.py.
+The engines alternate in every round. The report holds medians, ratios and spread. Not here: how
+each engine starts and runs a load (engines.py, servers.py, llama_cpp.py), the limits of the host
+(host_limits.py).
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -37,64 +39,73 @@ Engine = Literal[
     "ours int4",
     "llama.cpp q4_0",
 ]
-QWEN3_BYTES = 2 * 596_049_920  # weights of the shape
+# Slipway's packed weights -> llama.cpp's weights of about the same size
 COUNTERPARTS = {"ours int8": "llama.cpp q8_0", "ours int4": "llama.cpp q4_0"}
-BATCHES, PREFILLS, CONTEXTS = (1, 8, 16), (512, 2048), (128, 512, 2048, 8192)
-SERVES = {"128/128": (128, 128, 0), "1024/128": (1024, 128, 0), "shared prefix": (512, 64, 448)}
-SLOTS, MAX_MODEL_LEN, PACKED_MODEL_LEN = 16, 2176, 256
 SERVERS = ("ours", "vllm", "llama.cpp")
 UNPACKED = ("ours", "transformers", "vllm", "llama.cpp")
+# Bytes of the weights of QWEN3_SHAPE in bf16.
+QWEN3_BYTES = 2 * 596_049_920
+BATCHES, PREFILLS, CONTEXTS = (1, 8, 16), (512, 2048), (128, 512, 2048, 8192)
+# load -> tokens of a prompt, tokens of an output, and tokens that all prompts begin with
+LOADS = {"128/128": (128, 128, 0), "1024/128": (1024, 128, 0), "shared prefix": (512, 64, 448)}
+# Requests at a time; longest contexts of engines with bf16 and with packed weights.
+SLOTS, MAX_MODEL_LEN, PACKED_MODEL_LEN = 16, 2176, 256
+# figure -> engine -> one value per round
+Figures = dict[str, dict[str, list[float]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeersBench:
-    """Ours, transformers, vLLM and llama.cpp: decode, prefill, requests at concurrency 16, cold start, memory.
+    """Slipway, transformers, vLLM and llama.cpp: decode, prefill, requests, cold start, memory.
 
-    Needs torch (the test extra), whose product is the host's limit.
+    16 requests run at a time. Needs torch (the test extra), which measures the host's limit.
     """
 
     engines: tuple[Engine, ...] = typing.get_args(Engine)
-    """Each rival is installed on first use, in the user's cache. Of packed weights the decode alone is timed."""
+    """Each other engine is installed on first use, in the user's cache. With packed weights only
+    decode is timed."""
     model: Literal["qwen3-0.6b", "nano"] = "qwen3-0.6b"
-    """Random bf16 weights of the published shape; or the shipped model, of which requests alone are timed."""
+    """Random bf16 weights of the published shape, or the shipped model, with requests only."""
     rounds: int = 3
-    """Alternating rounds: each engine once in each."""
+    """Rounds, with every engine once in each."""
     decode_tokens: int = 24
     """Steps of a decode measurement."""
     requests: int = 64
+    """Requests of a load."""
     loads: tuple[Literal["128/128", "1024/128", "shared prefix"], ...] = ("128/128",)
-    """Prompt and output tokens of the requests; shared prefix: 512 tokens, 448 of them common, and 64 out."""
+    """Prompt and output tokens of the requests; shared prefix: 512, with 448 common, and 64."""
     server: bool = False
-    """Requests alone, over HTTP: ours, vLLM's server and llama.cpp's."""
+    """Time requests only, over HTTP: Slipway's server, vLLM's and llama.cpp's."""
     contexts: bool = True
-    """Time a step of ours after prompts of 128 to 8,192 tokens, too."""
+    """Time a step of Slipway after prompts of 128 to 8,192 tokens, too."""
     out: Path | None = None
     """Write the figures here as JSON."""
     plot: Path | None = None
-    """Draw how many times as good ours is, here, as PNG; needs matplotlib."""
+    """Draw here, as PNG, how many times as good Slipway is; needs matplotlib."""
 
     def run(self) -> None:
         """Measure, and print a table."""
         threads = len(os.sched_getaffinity(0))
-        if self.server:
-            kept = tuple(name for name in self.engines if name in SERVERS)
-            self = dataclasses.replace(self, engines=kept, contexts=False)
         with (
             tempfile.TemporaryDirectory() as folder,
             self._started(Path(folder), threads) as engines,
         ):
-            figures = self._rounds(engines, threads)
-            figures["start s"] = {name: [engines[name].start_s] for name in engines if name in UNPACKED}
-            figures["peak RSS MB"] = {name: [engines[name].peak_mb()] for name in engines if name in UNPACKED}
+            figures = self.measure(engines, threads)
+            unpacked = [name for name in engines if name in UNPACKED]
+            figures["start s"] = {name: [engines[name].start_s] for name in unpacked}
+            figures["peak RSS MB"] = {name: [engines[name].peak_mb()] for name in unpacked}
             for engine in engines.values():
                 engine.stop()
-            again = {name: self._start(name, Path(folder), threads) for name in engines if name in UNPACKED}
-            figures["start again s"] = {name: [engine.start_s] for name, engine in again.items()}
-            engines |= again
-            if self.contexts and "ours" in engines and self.model != "nano":
-                engines["ours, long"] = start_process("ours", Path(folder) / "model", CONTEXTS[-1] + 64, 1)
+            for name in unpacked:
+                engines[name] = self._start(name, Path(folder), threads)
+            figures["start again s"] = {name: [engines[name].start_s] for name in unpacked}
+            if self.contexts and not self.server and "ours" in engines and self.model != "nano":
+                engines["ours, long"] = start_process(
+                    "ours", Path(folder) / "model", CONTEXTS[-1] + 64, max_num_seqs=1
+                )
                 figures |= self._contexts(engines["ours, long"])
-        report = summary(figures) | {"versions": {name: version(name) for name in ("jax", "torch", "transformers")}}
+        versions = {name: version(name) for name in ("jax", "torch", "transformers")}
+        report = summary(figures) | {"versions": versions}
         print(table(report["medians"]))
         print(json.dumps(report, indent=2))
         if self.out is not None:
@@ -102,76 +113,75 @@ class PeersBench:
         if self.plot is not None:
             draw(report["times_as_good"], self.plot)
 
-    def _rounds(self, engines: dict[str, Any], threads: int) -> dict[str, dict[str, list[float]]]:
-        """figure -> engine -> a value per round, said on stderr as they come. Rates are tokens a second."""
-        rng = np.random.default_rng(0)
-        vocab = json.loads((Path(NANO) / "config.json").read_bytes())["vocab_size"]  # the smaller of the two
-        figures: dict[str, dict[str, list[float]]] = {}
+    def measure(self, engines: Mapping[str, Any], threads: int) -> Figures:
+        """Return the figures of all rounds, and print each on stderr as it arrives.
 
-        def prompts(count: int, length: int, shared: int = 0) -> list[list[int]]:
-            common = rng.integers(0, vocab, shared).tolist()
-            return [common + rng.integers(0, vocab, length - shared).tolist() for _ in range(count)]
-
-        def note(figure: str, name: str, value: float) -> None:
-            figures.setdefault(figure, {}).setdefault(name, []).append(value)
-            print(f"round {turn}: {figure}, {name}: {value:.1f}", file=sys.stderr)
-
-        def take(figure: str, measure: Callable[[Any], float], names: list[str]) -> None:
-            for name in names:
-                try:
-                    note(figure, name, measure(engines[name]))
-                except subprocess.CalledProcessError as error:  # llama.cpp's packed weights crash on some processors
-                    print(f"round {turn}: {figure}, {name}: left out, {error}", file=sys.stderr)
-
+        The order of the engines rotates from round to round. Rates are tokens a second.
+        """
+        rng, record = np.random.default_rng(0), Record()
         for turn in range(self.rounds + 1):
+            # the first round warms up
             if turn == 1:
-                figures.clear()  # the first round warms up
-            for key, rate in (
-                ("read GB/s", host_limits.read_bandwidth(threads)),
-                ("bf16 GFLOP/s", host_limits.matmul_rate()),
-            ):
-                note(key, "host", rate)
-            everyone = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
-            names = [name for name in everyone if name in UNPACKED]
-            whole = self.model != "nano" and not self.server  # nano's steps are too short for a rival's tools to time
-            for batch in BATCHES if whole else ():
-                asked, steps = prompts(batch, 16), self.decode_tokens
-                take(
-                    f"decode b{batch} tok/s",
-                    partial(_decode_rate, prompts=asked, steps=steps),
-                    everyone,
-                )
-            for length in PREFILLS if whole else ():
-                take(
-                    f"prefill {length} tok/s",
-                    partial(_prefill_rate, prompts=prompts, length=length),
-                    names,
-                )
-            for load in self.loads if turn else ():
-                length, out, shared = SERVES[load]
-                for name in names:
-                    if name == "transformers":
-                        continue  # it has no queue
-                    run = engines[name].drive(prompts(self.requests, length, shared), out, SLOTS)
-                    for figure, value in served(run, out).items():
-                        note(f"{load} {figure}", name, value)
-        return figures
+                record.figures.clear()
+            record.turn = turn
+            record.note("read GB/s", "host", host_limits.read_bandwidth(threads))
+            record.note("bf16 GFLOP/s", "host", host_limits.matmul_rate())
+            first = turn % len(engines)
+            names = [*list(engines)[first:], *list(engines)[:first]]
+            ordered = {name: engines[name] for name in names}
+            # steps of nano are too short for the other engines' tools
+            if self.model != "nano" and not self.server:
+                self._measure_steps(ordered, record, rng)
+            if turn:
+                self._measure_loads(ordered, record, rng)
+        return record.figures
+
+    def _measure_steps(
+        self, engines: Mapping[str, Any], record: "Record", rng: np.random.Generator
+    ) -> None:
+        """Time decode of every engine, and prefill of those with bf16 weights."""
+        for batch in BATCHES:
+            decode = partial(
+                _decode_rate, prompts=random_prompts(rng, batch, 16), steps=self.decode_tokens
+            )
+            record.take(f"decode b{batch} tok/s", decode, engines)
+        unpacked = {name: engine for name, engine in engines.items() if name in UNPACKED}
+        for length in PREFILLS:
+            prefill = partial(_prefill_rate, rng=rng, length=length)
+            record.take(f"prefill {length} tok/s", prefill, unpacked)
+
+    def _measure_loads(
+        self, engines: Mapping[str, Any], record: "Record", rng: np.random.Generator
+    ) -> None:
+        """Time requests of engines with bf16 weights, except transformers, which has no queue."""
+        for load in self.loads:
+            length, max_tokens, shared = LOADS[load]
+            for name, engine in engines.items():
+                if name not in UNPACKED or name == "transformers":
+                    continue
+                prompts = random_prompts(rng, self.requests, length, shared=shared)
+                times = engine.drive(prompts, max_tokens, SLOTS)
+                for figure, value in served(times, max_tokens).items():
+                    record.note(f"{load} {figure}", name, value)
 
     @contextmanager
     def _started(self, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
-        """The engines by name, one after the other started; those that are there at the end are ended."""
+        """Start the engines in turn; at the end, stop all that are in the dictionary then."""
+        names = [name for name in self.engines if not self.server or name in SERVERS]
         if self.model != "nano":
             write_random_model(QWEN3_SHAPE, folder / "model")
-        if any(name.startswith("llama.cpp") for name in self.engines):
+        kinds = [_gguf_kind(name) for name in names if name.startswith("llama.cpp")]
+        if kinds:
             binaries = llama_cpp.environment(CACHE / "llama.cpp")
-            llama_cpp.write_gguf(self._directory(folder), folder / "bf16.gguf", CACHE / "llama.cpp")
-            for name in self.engines:
-                kind = name.removeprefix("llama.cpp").strip()
-                if name.startswith("llama.cpp") and kind:
-                    llama_cpp.quantize(binaries, folder / "bf16.gguf", folder / f"{kind}.gguf", kind.upper())
+            plain = folder / "bf16.gguf"
+            llama_cpp.write_gguf(self._directory(folder), plain, CACHE / "llama.cpp")
+            for kind in kinds:
+                if kind != "bf16":
+                    packed = folder / f"{kind}.gguf"
+                    llama_cpp.quantize(binaries, plain, packed, kind=kind.upper())
         engines: dict[str, Any] = {}
         try:
-            for name in self.engines:
+            for name in names:
                 engines[name] = self._start(name, folder, threads)
             yield engines
         finally:
@@ -179,49 +189,117 @@ class PeersBench:
                 engine.stop()
 
     def _start(self, name: str, folder: Path, threads: int) -> Any:
-        """One engine; ours starts with an empty cache of compiled programs, if it is the first time in this run."""
+        """Start an engine; Slipway's first start in a run finds no compiled programs."""
         directory = self._directory(folder)
-        length = MAX_MODEL_LEN if name in UNPACKED else PACKED_MODEL_LEN  # memory for all at once
+        # short for packed weights, so that the memory of all engines together suffices
+        length = MAX_MODEL_LEN if name in UNPACKED else PACKED_MODEL_LEN
         if self.model == "nano":
-            length = json.loads((directory / "config.json").read_bytes())["max_position_embeddings"]
+            length = _nano_config()["max_position_embeddings"]
         if name.startswith("llama.cpp"):
-            kind = name.removeprefix("llama.cpp").strip() or "bf16"
-            return LlamaCpp(folder / f"{kind}.gguf", length, SLOTS, threads=threads, serves=kind == "bf16")
+            kind = _gguf_kind(name)
+            return LlamaCpp(
+                folder / f"{kind}.gguf", length, SLOTS, threads=threads, serves=kind == "bf16"
+            )
         if self.server:
-            return HttpServer(name, directory, length, SLOTS, tokenizer=self.model == "nano")
-        return start_process(name, directory, length, SLOTS, cache=folder / "cache")
+            return HttpServer(
+                name,
+                directory,
+                max_model_len=length,
+                max_num_seqs=SLOTS,
+                tokenizer=self.model == "nano",
+            )
+        return start_process(name, directory, length, max_num_seqs=SLOTS, cache=folder / "cache")
 
     def _directory(self, folder: Path) -> Path:
         return Path(NANO) if self.model == "nano" else folder / "model"
 
-    def _contexts(self, engine: Any) -> dict[str, dict[str, list[float]]]:
-        """A step's time by context, and how it stands to what the bytes of weights and cache predict from the first."""
+    def _contexts(self, engine: Any) -> Figures:
+        """Return the time of a step by context, and its ratio to a prediction.
+
+        The prediction: the time at the first context grows as the bytes of weights and cache that a
+        step reads.
+        """
         rng, shape = np.random.default_rng(1), QWEN3_SHAPE
         step_ms: dict[int, list[float]] = {context: [] for context in CONTEXTS}
         for _ in range(self.rounds):
             for context in CONTEXTS:
-                prompt = rng.integers(0, shape["vocab_size"], context - self.decode_tokens // 2).tolist()
+                length = context - self.decode_tokens // 2
+                prompt = rng.integers(0, shape["vocab_size"], length).tolist()
                 step_ms[context].append(1e3 * engine.decode([prompt], self.decode_tokens))
-        token_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-        weights = (QWEN3_BYTES + context * token_bytes for context in CONTEXTS)
-        read = dict(zip(CONTEXTS, weights))
-        figures = {f"step ms at context {context}": {"ours": times} for context, times in step_ms.items()}
+        head_bytes = 2 * 2 * shape["num_key_value_heads"] * shape["head_dim"]
+        token_bytes = head_bytes * shape["num_hidden_layers"]
+        read_bytes = {context: QWEN3_BYTES + context * token_bytes for context in CONTEXTS}
+        figures = {f"step ms at context {context}": {"ours": ms} for context, ms in step_ms.items()}
+        first = CONTEXTS[0]
         for context in CONTEXTS[1:]:
-            ratios = [b / a * read[CONTEXTS[0]] / read[context] for a, b in zip(step_ms[CONTEXTS[0]], step_ms[context])]
+            predicted = read_bytes[context] / read_bytes[first]
+            ratios = [b / a / predicted for a, b in zip(step_ms[first], step_ms[context])]
             figures[f"the same, over the bytes' prediction, {context}"] = {"ours": ratios}
         return figures
+
+
+class Record:
+    """Figures of a run, printed on stderr as they arrive."""
+
+    def __init__(self) -> None:
+        self.figures: Figures = {}
+        self.turn = 0
+
+    def note(self, figure: str, name: str, value: float) -> None:
+        """Add the value of an engine."""
+        self.figures.setdefault(figure, {}).setdefault(name, []).append(value)
+        print(f"round {self.turn}: {figure}, {name}: {value:.1f}", file=sys.stderr)
+
+    def take(
+        self, figure: str, measure: Callable[[Any], float], engines: Mapping[str, Any]
+    ) -> None:
+        """Measure each engine in turn; leave out a value where the tool of an engine crashes.
+
+        llama.cpp's packed weights crash on some processors.
+        """
+        for name, engine in engines.items():
+            try:
+                self.note(figure, name, measure(engine))
+            except subprocess.CalledProcessError as error:
+                message = f"round {self.turn}: {figure}, {name}: left out, {error}"
+                print(message, file=sys.stderr)
+
+
+def random_prompts(
+    rng: np.random.Generator, count: int, length: int, *, shared: int = 0
+) -> list[list[int]]:
+    """Return prompts of random token ids, the first ``shared`` of which are common to all.
+
+    The ids are of nano's vocabulary, the smaller one of the two models.
+    """
+    vocab = _nano_config()["vocab_size"]
+    common = rng.integers(0, vocab, shared).tolist()
+    return [common + rng.integers(0, vocab, length - shared).tolist() for _ in range(count)]
+
+
+def _nano_config() -> dict[str, Any]:
+    return json.loads((Path(NANO) / "config.json").read_bytes())
+
+
+def _gguf_kind(name: str) -> str:
+    """Return the kind of weights of one of llama.cpp's entries, such as q8_0."""
+    return name.removeprefix("llama.cpp").strip() or "bf16"
 
 
 def _decode_rate(engine: Any, prompts: list[list[int]], steps: int) -> float:
     return len(prompts) / engine.decode(prompts, steps)
 
 
-def _prefill_rate(engine: Any, prompts: Callable, length: int) -> float:
-    return length / engine.prefill(prompts(1, length)[0])  # a new prompt each time: nobody's cache knows it
+def _prefill_rate(engine: Any, rng: np.random.Generator, length: int) -> float:
+    # a new prompt for each engine and round, which is in no prefix cache
+    return length / engine.prefill(random_prompts(rng, 1, length)[0])
 
 
 def served(run: dict[str, Any], max_tokens: int) -> dict[str, float]:
-    """Output tokens a second over the whole run, and the medians of first token and between tokens in ms."""
+    """Return output tokens a second of a load, and medians of its requests in milliseconds.
+
+    TTFT is the time to a request's first token, ITL its mean time between tokens.
+    """
     ends = [times[-1] for times in run["times"]]
     firsts = [times[0] - started for times, started in zip(run["times"], run["started"])]
     gaps = [(times[-1] - times[0]) / (len(times) - 1) for times in run["times"]]
@@ -232,36 +310,46 @@ def served(run: dict[str, Any], max_tokens: int) -> dict[str, float]:
     }
 
 
-def summary(figures: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Medians, lowest and highest, and how ours stands to each rival (above 1: better, also where less is better)."""
-    medians = {figure: {name: statistics.median(v) for name, v in runs.items()} for figure, runs in figures.items()}
+def summary(figures: Figures) -> dict[str, Any]:
+    """Return medians, the lowest and highest values, and Slipway's ratio to each other engine.
+
+    A ratio above 1 means that Slipway is better, also where less is better.
+    """
+    medians: dict[str, dict[str, float]] = {}
+    spread: dict[str, dict[str, list[float]]] = {}
     ratios: dict[str, dict[str, float]] = {}
     for figure, runs in figures.items():
+        medians[figure] = {name: round(statistics.median(each), 2) for name, each in runs.items()}
+        spread[figure] = {
+            name: [round(min(each), 2), round(max(each), 2)] for name, each in runs.items()
+        }
         for name, values in runs.items():
-            own = next((own for own, theirs in COUNTERPARTS.items() if theirs == name), "ours")
+            own = _counterpart(name)
             if not name.startswith("ours") and own in runs:
-                pairs = [a / b for a, b in zip(runs[own], values)]
-                ratio = statistics.median(pairs)
+                ratio = statistics.median(a / b for a, b in zip(runs[own], values))
                 less_is_better = "tok/s" not in figure
-                ratios.setdefault(figure, {})[name] = round(1 / ratio if less_is_better else ratio, 2)
-    return {
-        "medians": {f: {n: round(v, 2) for n, v in runs.items()} for f, runs in medians.items()},
-        "spread": {f: {n: [round(min(v), 2), round(max(v), 2)] for n, v in r.items()} for f, r in figures.items()},
-        "times_as_good": ratios,
-    }
+                ratio = 1 / ratio if less_is_better else ratio
+                ratios.setdefault(figure, {})[name] = round(ratio, 2)
+    return {"medians": medians, "spread": spread, "times_as_good": ratios}
+
+
+def _counterpart(name: str) -> str:
+    """Return Slipway's entry that another engine's entry is compared with."""
+    return next((own for own, other in COUNTERPARTS.items() if other == name), "ours")
 
 
 def draw(ratios: dict[str, dict[str, float]], out: Path) -> None:
-    """Bars by figure and rival; 1 is the rival's own."""
-    from matplotlib.figure import Figure  # an extra, for who asks for a plot
+    """Draw a bar for each figure and other engine; 1 is the other engine's own value."""
+    from matplotlib.figure import Figure  # an optional dependency, needed for plots only
 
-    rivals_ = list(dict.fromkeys(name for row in ratios.values() for name in row))
+    names = list(dict.fromkeys(name for row in ratios.values() for name in row))
     figure = Figure(figsize=(9, 0.45 * len(ratios) + 1.5), layout="constrained")
-    axes, height = figure.subplots(), 0.8 / len(rivals_)
-    for i, name in enumerate(rivals_):
-        at = [row + i * height for row, figure_ in enumerate(ratios) if name in ratios[figure_]]
+    axes, height = figure.subplots(), 0.8 / len(names)
+    for i, name in enumerate(names):
+        rows = [number for number, row in enumerate(ratios.values()) if name in row]
         widths = [row[name] - 1 for row in ratios.values() if name in row]
-        axes.barh(at, widths, height, left=1, label=name)
+        at = [row + i * height for row in rows]
+        axes.barh(at, widths, height=height, left=1, label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(ratios))], list(ratios))
     axes.invert_yaxis()
@@ -271,9 +359,9 @@ def draw(ratios: dict[str, dict[str, float]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def table(medians: dict[str, dict[str, float]]) -> str:
-    """The medians as Markdown."""
-    names = list(dict.fromkeys(name for runs in medians.values() for name in runs))
+def table(medians: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the medians as Markdown."""
+    names: Sequence[str] = list(dict.fromkeys(name for runs in medians.values() for name in runs))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for figure, runs in medians.items():
         cells = [f"{runs[name]:.1f}" if name in runs else "" for name in names]

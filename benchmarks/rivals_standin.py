@@ -1,12 +1,16 @@
 """Pytest plugin that gives vLLM's server tests a Slipway server in place of vLLM's.
 
-The plugin runs in the interpreter of the tests, where slipway is not installed, and needs vllm and transformers there.
-Not here: the choice of files, their time limits and the report (rivals_tests.py).
+The plugin runs in the environment of the tests, which needs vllm and transformers, and where
+slipway is not installed. Not here: the choice of files, their time limits and the report
+(rivals_tests.py).
 
-Environment: ``SLIPWAY_COMMAND`` (JSON: the words that start `slipway`), ``SLIPWAY_MODELS`` (JSON: hub id to directory,
-"" for every other one), ``SLIPWAY_TEMPLATE`` and ``SLIPWAY_THINKING_TEMPLATE`` (chat templates of servers whose
-test brings none; the latter where it brings a reasoning parser), ``SLIPWAY_REPORT`` (file that gets one JSON line for
-each outcome), ``SLIPWAY_TEST_TIMEOUT_S`` (time limit of one test).
+Environment:
+- ``SLIPWAY_COMMAND``: JSON list of the words that start `slipway serve`
+- ``SLIPWAY_MODELS``: JSON object from hub id to directory, with "" for all other hub ids
+- ``SLIPWAY_TEMPLATE``: chat template of servers for which the test gives none
+- ``SLIPWAY_THINKING_TEMPLATE``: the same where the test gives a reasoning parser
+- ``SLIPWAY_REPORT``: file to which each outcome is appended as a JSON line
+- ``SLIPWAY_TEST_TIMEOUT_S``: time limit of one test
 """
 
 import importlib
@@ -26,37 +30,61 @@ import pytest
 COMMAND: list[str] = json.loads(os.environ["SLIPWAY_COMMAND"])
 MODELS: dict[str, str] = json.loads(os.environ["SLIPWAY_MODELS"])
 READY_TIMEOUT_S = 120
-ANY = -1  # values up to the next flag
-# Flags of vLLM that change no answer of one model, with the number of their values: left out. Tests of adapters
-# therefore find none; their tests of the base model run.
+# Number of values of a flag: all up to the next flag.
+ANY = -1
+# Flags of vLLM without effect on a model's answers, with the number of their values. They are left
+# out. Tests of adapters therefore find no adapter; their tests of the base model run.
 INERT = {
-    "--attention-backend": 1, "--chat-template-content-format": 1, "--disable-log-stats": 0, "--dtype": 1,
-    "--enable-auto-tool-choice": 0, "--enable-chunked-prefill": 0, "--enable-lora": 0,
-    "--enable-prompt-tokens-details": 0, "--enable-server-load-tracking": 0, "--enforce-eager": 0,
-    "--gpu-memory-utilization": 1, "--limit-mm-per-prompt": 1, "--load-format": 1, "--lora-modules": ANY,
-    "--max-cpu-loras": 1, "--max-lora-rank": 1, "--max-num-batched-tokens": 1, "--max-num-seqs": 1,
-    "--no-async-scheduling": 0, "--reasoning-parser": 1, "--runner": 1, "--seed": 1,
-    "--structured-outputs-config.backend": 1, "--tokenizer": 1, "--tool-call-parser": 1, "--trust-remote-code": 0,
-}  # fmt: skip
+    "--attention-backend": 1,
+    "--chat-template-content-format": 1,
+    "--disable-log-stats": 0,
+    "--dtype": 1,
+    "--enable-auto-tool-choice": 0,
+    "--enable-chunked-prefill": 0,
+    "--enable-lora": 0,
+    "--enable-prompt-tokens-details": 0,
+    "--enable-server-load-tracking": 0,
+    "--enforce-eager": 0,
+    "--gpu-memory-utilization": 1,
+    "--limit-mm-per-prompt": 1,
+    "--load-format": 1,
+    "--lora-modules": ANY,
+    "--max-cpu-loras": 1,
+    "--max-lora-rank": 1,
+    "--max-num-batched-tokens": 1,
+    "--max-num-seqs": 1,
+    "--no-async-scheduling": 0,
+    "--reasoning-parser": 1,
+    "--runner": 1,
+    "--seed": 1,
+    "--structured-outputs-config.backend": 1,
+    "--tokenizer": 1,
+    "--tool-call-parser": 1,
+    "--trust-remote-code": 0,
+}
 
 
 class SlipwayServer:
     """A `slipway serve` process with the interface of vLLM's test class for servers."""
 
     DUMMY_API_KEY = "token-abc123"
-    upstream: type  # vLLM's class, whose clients are used
+    # vLLM's class, which makes the clients
+    upstream: type
 
     def __init__(self, model: str, vllm_serve_args: list[str], **options: Any):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.host, self.uds, self.show_hidden_metrics = "127.0.0.1", None, True
-        words = [*_translated(model, vllm_serve_args, options), "--port", str(self.port)]
+        self.host = "127.0.0.1"
+        self.uds = None
+        self.show_hidden_metrics = True
+        words = [*translated(model, vllm_serve_args, options), "--port", str(self.port)]
         print("slipway", *words)
         self.proc = subprocess.Popen([*COMMAND, *words], start_new_session=True)
         try:
             self._wait_ready(words)
-        except BaseException:  # an interruption, too, leaves no server running
+        except BaseException:
+            # also after an interruption, no server must be left running
             self.__exit__()
             raise
 
@@ -82,7 +110,8 @@ class SlipwayServer:
         return "/".join([self.url_root, *(part.strip("/") for part in parts if part)])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("get_"):  # clients of OpenAI's and Anthropic's SDKs: built by vLLM's own methods
+        # clients of OpenAI's and Anthropic's SDKs, made by vLLM's own methods
+        if name.startswith("get_"):
             return getattr(self.upstream, name).__get__(self)
         raise AttributeError(name)
 
@@ -104,7 +133,7 @@ class SlipwayServer:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
-    """Put the server and the files of local models in place before any module of the tests is imported."""
+    """Replace vLLM's server and all downloads before any module of the tests is imported."""
     huggingface_hub: Any = importlib.import_module("huggingface_hub")
     import tests.utils as utils
     import transformers
@@ -113,7 +142,7 @@ def pytest_load_initial_conftests() -> None:
     SlipwayServer.upstream = utils.RemoteOpenAIServer
     utils.RemoteOpenAIServer = SlipwayServer
     _redirect(tokenizers, "get_tokenizer")
-    # adapters, too, are a local directory then: their flags are left out
+    # this also replaces adapters by a local directory; their flags are left out
     huggingface_hub.snapshot_download = lambda repo_id, *_, **__: directory(repo_id)
     huggingface_hub.HfApi.snapshot_download = lambda _, repo_id, *__, **___: directory(repo_id)
     for name in ("AutoTokenizer", "AutoConfig"):
@@ -181,10 +210,15 @@ def _redirect(owner: ModuleType | type, name: str) -> None:
     setattr(owner, name, redirected)
 
 
-def _translated(model: str, given: list[str], options: dict[str, Any]) -> list[str]:
-    """Return the words of `slipway serve` for those of `vllm serve`; unknown flags stay and stop the start."""
+def translated(model: str, given: list[str], options: dict[str, Any]) -> list[str]:
+    """Return the words of `slipway serve` for those of `vllm serve`.
+
+    Flags that Slipway does not have are kept, and end its start with an error.
+    """
     words, overrides = [directory(model), "--max-num-seqs", "16", "--dtype", "float32"], {}
-    flags = [part for word in given for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    flags: list[str] = []
+    for word in given:
+        flags += word.split("=", 1) if word.startswith("--") else [word]
     while flags:
         flag = flags.pop(0)
         if flag == "--max-model-len":
@@ -213,7 +247,7 @@ def _translated(model: str, given: list[str], options: dict[str, Any]) -> list[s
 
 
 def _as_file(template: str) -> str:
-    """Return a file that holds a chat template, which vLLM takes as text, too."""
+    """Return a file that holds a chat template; vLLM accepts a file or the text itself."""
     if "\n" not in template and Path(template).is_file():
         return template
     path = Path(os.environ["SLIPWAY_TEMPLATE"]).with_suffix(f".{abs(hash(template))}")

@@ -15,11 +15,12 @@ from slipway.errors import SlipwayError
 def run(name: str, benchmark: type[Any]) -> None:
     """Read the options of `python -m benchmarks.NAME` and run the benchmark.
 
-    ``benchmark``: a dataclass with a method ``run``. An error of Slipway's is printed on stderr without
-    a traceback; the exit code is 2 then, and 130 after an interruption.
+    ``benchmark``: a dataclass with a method ``run``. An error of Slipway's is printed on stderr
+    without a traceback; the exit code is 2 then, and 130 after an interruption.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("slipway.engine").setLevel(logging.INFO)
+    for module in ("launch", "step"):
+        logging.getLogger(f"slipway.engine.{module}").setLevel(logging.INFO)
     try:
         tyro.cli(benchmark, prog=f"python -m benchmarks.{name}").run()
     except SlipwayError as error:

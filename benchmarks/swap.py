@@ -1,6 +1,7 @@
 """Time of new weights beside a copy of their bytes, and 100 exchanges under load.
 
-Decides the loads and what they are compared with: by turns in one run, medians, ratios. Knows no arrays of the engine.
+Comparisons alternate within one run: medians, and ratios of medians.
+Not here: the exchange itself (slipway/engine/updates.py).
 """
 
 import asyncio
@@ -24,10 +25,10 @@ from slipway.llm import LLM, NANO
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 16
 POLICIES: tuple[Literal["continue", "recompute", "finish"], ...] = (
-    "continue",
-    "recompute",
-    "finish",
-)
+    "continue", "recompute", "finish"
+)  # fmt: skip
+# Rounds that are not counted, because two sets of memory are touched for the first time in them.
+WARM_UP = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,13 @@ class SwapBench:
     """Time of an update from host arrays and from files, and updates under a load of requests."""
 
     model: str = "qwen3-0.6b"
-    """qwen3-0.6b: its shape with random bf16 weights, made for it; or a directory, or nano."""
+    """qwen3-0.6b: that shape with random bf16 weights; or a directory, or nano."""
     rounds: int = 9
     """Alternating rounds of each way."""
     swaps: int = 100
-    """Under load."""
+    """Updates under load."""
     requests: int = 32
-    """That run meanwhile."""
+    """Requests that always run during the updates."""
 
     def run(self) -> None:
         """Measure and print."""
@@ -53,20 +54,31 @@ class SwapBench:
             print(json.dumps(self.measure(directory), indent=2))
 
     def measure(self, directory: Path) -> dict[str, Any]:
-        """Seconds and ratios; what was lost and compiled under load, and memory."""
+        """Return seconds and ratios of updates; lost requests and memory under load."""
         from slipway.checkpoint import files
 
         checkpoint = files.open_checkpoint(directory)
         arrays = {name: np.array(checkpoint.array(name)) for name in checkpoint.tensors}
-        llm = LLM(directory, max_num_seqs=self.requests, max_model_len=256, skip_tokenizer_init=True)
-        figures: dict[str, Any] = {"weights_gb": sum(x.nbytes for x in arrays.values()) / 1e9}
-        figures |= _times(llm, directory, arrays, self.rounds)
-        figures["under_load"] = asyncio.run(_under_load(llm, arrays, self.swaps, self.requests))
-        return figures
+        llm = LLM(
+            directory, max_num_seqs=self.requests, max_model_len=256, skip_tokenizer_init=True
+        )
+        size_gb = sum(array.nbytes for array in arrays.values()) / 1e9
+        return {
+            "weights_gb": size_gb,
+            **_times(llm, directory, arrays, rounds=self.rounds),
+            "under_load": asyncio.run(
+                _under_load(llm, arrays, swaps=self.swaps, num_requests=self.requests)
+            ),
+        }
 
 
-def _times(llm: LLM, directory: Path, arrays: dict[str, np.ndarray], rounds: int) -> dict[str, Any]:
-    """Medians of each way, by turns. All memory that is written to has been touched before."""
+def _times(
+    llm: LLM, directory: Path, arrays: dict[str, np.ndarray], *, rounds: int
+) -> dict[str, Any]:
+    """Return figures of updates in place and of atomic updates, beside a copy and beside reading.
+
+    The buffers of the copy and of reading have been touched before.
+    """
     targets = [np.ones_like(array).reshape(-1).view(np.uint8) for array in arrays.values()]
     sources = [array.reshape(-1).view(np.uint8) for array in arrays.values()]
     shards = sorted(directory.glob("*.safetensors"))
@@ -79,85 +91,100 @@ def _times(llm: LLM, directory: Path, arrays: dict[str, np.ndarray], rounds: int
     def read() -> None:
         for shard, buffer in zip(shards, buffers):
             with shard.open("rb", buffering=0) as file:
-                view, held = memoryview(buffer.data), 0
-                while count := file.readinto(view[held:]):
-                    held += count
+                view, size = memoryview(buffer.data), 0
+                while count := file.readinto(view[size:]):
+                    size += count
 
-    ways: dict[str, Callable[[], Any]] = {
-        "memcpy": copy, "from_arrays": lambda: llm.update_weights(arrays),
-        "read_file": read, "from_files": lambda: llm.update_weights(directory),
-    }  # fmt: skip
-    beside: dict[str, Callable[[], Any]] = {
-        "memcpy": copy, "from_arrays_atomic": lambda: llm.update_weights(arrays, mode="atomic"),
-        "read_file": read, "from_files_atomic": lambda: llm.update_weights(directory, mode="atomic"),
-    }  # fmt: skip
-    return {
-        "inplace": _by_turns(ways, rounds),
-        "atomic": _by_turns(beside, rounds),
-    }  # an exchange in place frees memory
+    in_place: dict[str, Callable[[], Any]] = {
+        "memcpy": copy,
+        "from_arrays": lambda: llm.update_weights(arrays),
+        "read_file": read,
+        "from_files": lambda: llm.update_weights(directory),
+    }
+    atomic: dict[str, Callable[[], Any]] = {
+        "memcpy": copy,
+        "from_arrays_atomic": lambda: llm.update_weights(arrays, mode="atomic"),
+        "read_file": read,
+        "from_files_atomic": lambda: llm.update_weights(directory, mode="atomic"),
+    }
+    # the two kinds do not alternate with each other, because an update in place frees memory
+    return {"inplace": _alternate(in_place, rounds), "atomic": _alternate(atomic, rounds)}
 
 
-def _by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Medians, lowest and highest, and the two ratios."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 2):  # two sets of memory are touched for the first time
+def _alternate(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Time each way in turn; return medians, the lowest and highest, and the two ratios."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + WARM_UP):
         for name, way in ways.items():
             started = time.perf_counter()
             way()
-            taken[name].append(time.perf_counter() - started)
-    copied, from_arrays, read, from_files = (statistics.median(times[2:]) for times in taken.values())
+            times[name].append(time.perf_counter() - started)
+    warm = {name: each[WARM_UP:] for name, each in times.items()}
+    medians = {name: statistics.median(each) for name, each in warm.items()}
+    copied, from_arrays, read, from_files = medians.values()
     return {
-        "first_s": {name: round(times[0], 4) for name, times in taken.items()},
-        "median_s": {name: round(statistics.median(times[2:]), 4) for name, times in taken.items()},
-        "spread_s": {name: [round(min(times[2:]), 4), round(max(times[2:]), 4)] for name, times in taken.items()},
+        "first_s": {name: round(each[0], 4) for name, each in times.items()},
+        "median_s": {name: round(median, 4) for name, median in medians.items()},
+        "spread_s": {
+            name: [round(min(each), 4), round(max(each), 4)] for name, each in warm.items()
+        },
         "arrays_to_memcpy": round(from_arrays / copied, 2),
         "files_to_reading": round(from_files / read, 2),
     }
 
 
-async def _under_load(llm: LLM, arrays: dict[str, np.ndarray], swaps: int, requests: int) -> dict[str, Any]:
-    """Exchange weights while as many requests always run."""
+async def _under_load(
+    llm: LLM, arrays: dict[str, np.ndarray], *, swaps: int, num_requests: int
+) -> dict[str, Any]:
+    """Exchange weights while ``num_requests`` requests always run; return what became of them."""
     from slipway.async_engine import AsyncEngine
 
     engine, compiled = AsyncEngine(llm.engine), llm.engine.num_compiled
-    rng, ended, going, begun = np.random.default_rng(0), [0, 0], True, 0
+    rng, vocab = np.random.default_rng(0), llm.engine.limits.vocab_size
+    params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    going, begun, whole = True, 0, 0
 
     async def client() -> None:
-        nonlocal begun
+        nonlocal begun, whole
         while going:
-            prompt = rng.integers(0, llm.engine.limits.vocab_size, PROMPT_TOKENS).tolist()
-            params, count, begun = (
-                SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True),
-                0,
-                begun + 1,
-            )
+            begun += 1
+            prompt, count = rng.integers(0, vocab, PROMPT_TOKENS).tolist(), 0
             async for delta in engine.generate(prompt, params):
                 count += sum(len(sample.token_ids) for sample in delta.outputs)
-            ended[count == OUTPUT_TOKENS] += 1
+            whole += count == OUTPUT_TOKENS
 
-    clients = [asyncio.create_task(client()) for _ in range(requests)]
+    clients = [asyncio.create_task(client()) for _ in range(num_requests)]
     await asyncio.sleep(1)
-    memory, seconds = [], []
+    memory: list[int] = []
+    seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for number in range(swaps):
+        policy = POLICIES[number % len(POLICIES)]
         started = time.perf_counter()
-        await engine.update_weights(arrays, policy=POLICIES[number % len(POLICIES)])
-        seconds.append(time.perf_counter() - started)
+        await engine.update_weights(arrays, policy=policy)
+        seconds[policy].append(time.perf_counter() - started)
         memory.append(_resident_mb())
     going = False
     await asyncio.gather(*clients)
-    versions = engine.weights_version
-    new_programs = llm.engine.num_compiled - compiled
+    version, new_programs = engine.weights_version, llm.engine.num_compiled - compiled
     await asyncio.to_thread(engine.close)
+    medians = {
+        policy: round(statistics.median(each), 3) for policy, each in seconds.items() if each
+    }
     return {
-        "swaps": swaps, "version": versions, "requests_begun": begun, "requests_whole": ended[1],
-        "requests_lost": begun - ended[1], "compilations": new_programs,
-        "median_s": {
-            policy: round(statistics.median(seconds[number::3]), 3)
-            for number, policy in enumerate(POLICIES) if seconds[number::3]
+        "swaps": swaps,
+        "version": version,
+        "requests_begun": begun,
+        "requests_whole": whole,
+        "requests_lost": begun - whole,
+        "compilations": new_programs,
+        "median_s": medians,
+        "resident_mb": {
+            "after_10": memory[min(10, swaps) - 1],
+            "after_all": memory[-1],
+            "most": max(memory),
         },
-        "resident_mb": {"after_10": memory[min(10, swaps) - 1], "after_all": memory[-1], "most": max(memory)},
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }  # fmt: skip
+    }
 
 
 def _resident_mb() -> int:

@@ -1,8 +1,10 @@
-"""Run by SGLang's own Python, which has no Slipway: greedy tokens and their log-probabilities of token-id prompts.
+"""Greedy tokens of prompts and their log-probabilities, by SGLang in its own environment.
 
-Arguments as of vllm_greedy.py. SGLang's engine, scheduler, loader and model class run as they are, on a CPU, with
-torch's own operations. Two packages that they import have no build for this torch and are replaced here by names:
-torchvision, which serves pictures, and vLLM's kernel for rotary embeddings, for which ``forward_native`` is called.
+Arguments are those of worker_greedy_vllm.py. Slipway is not installed here. SGLang's engine,
+scheduler, loader and model class run as they are, on a CPU, with torch's own operations. Two
+packages that they import have no build for this torch, and are replaced here by names: torchvision,
+which serves pictures, and vLLM's kernel for rotary embeddings, instead of which ``forward_native``
+runs.
 """
 
 import importlib
@@ -13,27 +15,24 @@ from unittest.mock import MagicMock
 
 from transformers.utils import is_torchvision_available
 
-assert not is_torchvision_available()  # asked now, and remembered: transformers shall not use what follows
-for name in (
-    "",
-    ".io",
-    ".transforms",
-    ".transforms.functional",
-    ".transforms.v2",
-    ".transforms.v2.functional",
-):
+# transformers remembers the first answer, and does not use the replacements that follow
+assert not is_torchvision_available()
+FUNCTIONS = (".transforms.functional", ".transforms.v2.functional")
+for name in ("", ".io", ".transforms", ".transforms.v2", *FUNCTIONS):
     sys.modules[f"torchvision{name}"] = MagicMock()
 sys.modules["vllm"] = types.ModuleType("vllm")
 sys.modules["vllm._custom_ops"] = types.ModuleType("vllm._custom_ops")
-sys.modules["vllm._custom_ops"].__dict__["rotary_embedding"] = None  # whoever calls it fails
-# its Transformers backend asks which accelerator there is, and takes no CPU for an answer
+# a call of it fails
+sys.modules["vllm._custom_ops"].__dict__["rotary_embedding"] = None
+# SGLang's Transformers backend looks for an accelerator, and does not accept a CPU
 importlib.import_module("sglang.srt.utils").__dict__["get_device"] = lambda *_: "cpu"
 
-if __name__ == "__main__":  # SGLang starts processes that import this file again
-    from sglang import Engine  # finds what stands above
+# SGLang starts processes that import this file again
+if __name__ == "__main__":
+    from sglang import Engine  # after the replacements above
 
-    directory, asked, out = sys.argv[1:]
-    with open(asked) as file:
+    directory, request_file, out = sys.argv[1:]
+    with open(request_file) as file:
         request = json.load(file)
     engine = Engine(
         model_path=directory,
@@ -51,14 +50,13 @@ if __name__ == "__main__":  # SGLang starts processes that import this file agai
         log_level="warning",
     )
     params = {"temperature": 0.0, "max_new_tokens": request["max_tokens"], "ignore_eos": True}
-    outputs = engine.generate(input_ids=request["prompts"], sampling_params=params, return_logprob=True)
-    answers = [
-        {
-            "token_ids": output["output_ids"],
-            "logprobs": [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]],
-        }
-        for output in outputs
-    ]
+    outputs = engine.generate(
+        input_ids=request["prompts"], sampling_params=params, return_logprob=True
+    )
+    answers = []
+    for output in outputs:
+        logprobs = [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]]
+        answers.append({"token_ids": output["output_ids"], "logprobs": logprobs})
     with open(out, "w") as file:
         json.dump(answers, file)
     engine.shutdown()

@@ -1,6 +1,7 @@
-"""Run by vLLM's own Python, which has no Slipway: greedy tokens and their log-probabilities of token-id prompts.
+"""Greedy tokens of prompts and their log-probabilities, by vLLM in its own environment.
 
-Arguments: the model directory, a JSON file {"prompts": [[id]], "max_tokens": n}, and the JSON file to write.
+Arguments: the model directory, a JSON file {"prompts": [[id]], "max_tokens": n}, and the JSON file
+to write. Slipway is not installed here.
 """
 
 import json
@@ -8,9 +9,10 @@ import sys
 
 from vllm import LLM, SamplingParams
 
-if __name__ == "__main__":  # vLLM starts processes that import this file again
-    directory, asked, out = sys.argv[1:]
-    with open(asked) as file:
+# vLLM starts processes that import this file again
+if __name__ == "__main__":
+    directory, request_file, out = sys.argv[1:]
+    with open(request_file) as file:
         request = json.load(file)
     llm = LLM(
         model=directory,
@@ -30,13 +32,11 @@ if __name__ == "__main__":  # vLLM starts processes that import this file again
         detokenize=False,
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], params)
-    samples = [output.outputs[0] for output in outputs]
-    answers = [
-        {
-            "token_ids": list(sample.token_ids),
-            "logprobs": [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs)],
-        }
-        for sample in samples
-    ]
+    answers = []
+    for output in outputs:
+        sample = output.outputs[0]
+        entries = zip(sample.token_ids, sample.logprobs)
+        logprobs = [entry[token].logprob for token, entry in entries]
+        answers.append({"token_ids": list(sample.token_ids), "logprobs": logprobs})
     with open(out, "w") as file:
         json.dump(answers, file)

@@ -1,7 +1,8 @@
-"""Run by an environment that has vLLM for TPUs: our class behind tpu-inference's loader, beside transformers.
+"""Slipway's model class behind tpu-inference's loader, compared with transformers.
 
-Argument: devices that share each layer. Prints one JSON object. The steps: two prompts, one of them in two chunks, then
-a token for each; every position's logits are compared.
+It runs in an environment that has vLLM for TPUs. Argument: the number of devices that share each
+layer. Prints one JSON object. The steps: two prompts, one of them in two chunks, then one token for
+each; the logits of every position are compared.
 """
 
 import dataclasses
@@ -24,10 +25,21 @@ from slipway.adapters import standins
 from slipway.adapters import vllm as adapter
 
 PAGE_SIZE, NUM_PAGES, PAGES_PER_ROW, ROWS = 16, 64, 8, 4
+# Tokens of a step, with padding.
+STEP_TOKENS = 32
+KERNEL = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
+METADATA = "tpu_inference.layers.common.attention_metadata"
 CONFIG = transformers.Qwen3Config(
-    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=128, max_position_embeddings=256, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=128,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+)
 
 
 def main(devices: int) -> None:
@@ -37,27 +49,37 @@ def main(devices: int) -> None:
         model = random_model(CONFIG, folder)
         adapter.register()
         config = vllm_config(folder, adapter.PREFIX + "Qwen3ForCausalLM")
-        on_a_host_without_a_tpu(loader)
+        replace_tpu_parts(loader)
         mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "model"))
         with importlib.import_module("vllm.config").set_current_vllm_config(config):
             interface = loader.get_flax_model(config, jax.random.PRNGKey(0), mesh)
-    print(json.dumps({
-        "tpu_inference": importlib.import_module("importlib.metadata").version("tpu_inference"),
-        "jax": jax.__version__, "class": type(interface.model).__name__, "tensor_parallel_size": devices,
-        **compare(model, Runner(interface, mesh, CONFIG)), "fields_that_the_real_objects_lack": missing_fields(config),
-    }))  # fmt: skip
+    version = importlib.import_module("importlib.metadata").version
+    report = {
+        "tpu_inference": version("tpu_inference"),
+        "jax": jax.__version__,
+        "class": type(interface.model).__name__,
+        "tensor_parallel_size": devices,
+        **compare(model, Runner(interface, mesh, CONFIG)),
+        "fields_that_the_real_objects_lack": missing_fields(config),
+    }
+    print(json.dumps(report))
 
 
 def compare(model: torch.nn.Module, runner: "Runner") -> dict[str, float]:
-    """The steps, and how far their logits are from transformers'."""
+    """Run the steps, and return the differences of their logits from transformers'."""
     worst, equal, compared = 0.0, 0, 0
     prompts = [np.random.default_rng(0).integers(0, 512, n).tolist() for n in (37, 5)]
     expected = [logits(model, prompt) for prompt in prompts]
-    said = [[*prompt, int(found[-1].argmax())] for prompt, found in zip(prompts, expected)]
-    steps = [
+    continued = [[*ids, int(row[-1].argmax())] for ids, row in zip(prompts, expected)]
+    # of each step: first position and tokens of each row, expected logits, rows that decode
+    steps: list[tuple[list[tuple[int, list[int]]], list[np.ndarray], int]] = [
         ([(0, prompts[0][:20]), (0, prompts[1])], [expected[0][:20], expected[1]], 0),
         ([(20, prompts[0][20:])], [expected[0][20:]], 0),
-        ([(len(ids) - 1, ids[-1:]) for ids in said], [logits(model, ids)[-1:] for ids in said], 2),
+        (
+            [(len(ids) - 1, ids[-1:]) for ids in continued],
+            [logits(model, ids)[-1:] for ids in continued],
+            2,
+        ),
     ]
     for chunks, references, decoding in steps:
         found, reference = runner.step(chunks, decoding), np.concatenate(references)
@@ -68,7 +90,10 @@ def compare(model: torch.nn.Module, runner: "Runner") -> dict[str, float]:
 
 
 def random_model(config: Any, folder: str) -> torch.nn.Module:
-    """A model whose greedy choices have margins, saved; its weights are bfloat16's, as published ones are."""
+    """Save and return a model with random weights that are representable in bfloat16.
+
+    Their spread makes the margins of greedy choices larger than rounding errors.
+    """
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -80,86 +105,107 @@ def random_model(config: Any, folder: str) -> torch.nn.Module:
 
 
 def vllm_config(folder: str, architecture: str, **options: Any) -> Any:
-    """vLLM's own, for our class."""
+    """Return vLLM's configuration for a directory and one of our registered architectures."""
     arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(
-        model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=256, enforce_eager=True,
-        hf_overrides={"architectures": [architecture]}, **options,
-    )  # fmt: skip
+        model=folder,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        hf_overrides={"architectures": [architecture]},
+        **options,
+    )
     return arguments.create_engine_config()
 
 
-def on_a_host_without_a_tpu(loader: Any) -> None:
-    """No compiler options for TPUs, and the attention kernel's reference, which reads its arguments' values."""
+def replace_tpu_parts(loader: Any) -> None:
+    """Remove compiler options for TPUs, and replace the attention kernel by its reference.
+
+    The reference reads the values of its arguments, so it runs as a callback on the host.
+    """
     loader.get_step_fn_compiler_options = dict
-    kernels = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
+    kernels = importlib.import_module(KERNEL)
 
     def attend(q, k, v, cache, *where, update_kv_cache=True, **options):
         assert update_kv_cache, "the reference always writes its cache"
 
         def on_host(*args):
             out, new = kernels.ref_ragged_paged_attention(*map(jnp.asarray, args), **options)
+            # the reference returns no rows for padding
             whole = np.zeros(q.shape, q.dtype)
-            whole[: len(out)] = np.asarray(out)  # it gives the tokens that are there
+            whole[: len(out)] = np.asarray(out)
             return whole, np.asarray(new)
 
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache))
-        return jax.pure_callback(on_host, shapes, q, k, v, cache, *where)
+        arguments = (q, k, v, cache, *where)
+        return jax.pure_callback(on_host, shapes, *arguments)
 
     interface: Any = importlib.import_module("tpu_inference.layers.common.attention_interface")
     interface.ragged_paged_attention = attend
 
 
 class Runner:
-    """Calls the model as tpu-inference's runner does."""
+    """A caller of the model that does what tpu-inference's runner does."""
 
     def __init__(self, interface: Any, mesh: Mesh, config: Any):
-        kernels = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
-        self._metadata = importlib.import_module("tpu_inference.layers.common.attention_metadata").AttentionMetadata
-        heads = max(config.num_key_value_heads, mesh.shape["model"])  # one, at least, for every shard
-        shape = kernels.get_kv_cache_shape(NUM_PAGES, PAGE_SIZE, heads, config.head_dim, jnp.float32)
-        self._interface, self._rows = interface, NamedSharding(mesh, P("data"))
+        self._metadata = importlib.import_module(METADATA).AttentionMetadata
+        # every shard has a head at least
+        heads = max(config.num_key_value_heads, mesh.shape["model"])
+        shape = importlib.import_module(KERNEL).get_kv_cache_shape(
+            *(NUM_PAGES, PAGE_SIZE, heads, config.head_dim, jnp.float32)
+        )
+        self._interface = interface
+        self._rows = NamedSharding(mesh, P("data"))
         split = NamedSharding(mesh, P("data", None, "model", None, None))
-        self._caches = [jax.device_put(jnp.zeros(shape), split) for _ in range(config.num_hidden_layers)]
-        pages = 1 + np.arange(ROWS * PAGES_PER_ROW, dtype=np.int32)
-        self._tables = pages
+        layers = range(config.num_hidden_layers)
+        self._caches = [jax.device_put(jnp.zeros(shape), split) for _ in layers]
+        self._tables = 1 + np.arange(ROWS * PAGES_PER_ROW, dtype=np.int32)
 
     def step(self, chunks: list[tuple[int, list[int]]], decoding: int) -> np.ndarray:
-        """Logits of every token of ``chunks``: for each row the first position, and token ids."""
-        T, ids, positions = 32, list[int](), list[int]()
+        """Return the logits of all tokens of a step.
+
+        ``chunks``: of each row, the position of the first token, and token ids. ``decoding``:
+        number of rows that decode; they come first.
+        """
+        ids, positions = list[int](), list[int]()
         lengths, starts = np.zeros(ROWS, np.int32), np.ones(ROWS + 1, np.int32)
         starts[0] = 0
         for row, (first, tokens) in enumerate(chunks):
             ids += tokens
             positions += range(first, first + len(tokens))
-            lengths[row], starts[row + 1] = first + len(tokens), len(ids)
-        padding = [0] * (T - len(ids))
+            lengths[row] = first + len(tokens)
+            starts[row + 1] = len(ids)
+        padding = [0] * (STEP_TOKENS - len(ids))
         counts = np.array([decoding, decoding, len(chunks)], np.int32)
         where = [np.array(positions + padding, np.int32), self._tables, lengths, starts, counts]
         metadata = self._metadata(*(jax.device_put(x, self._rows) for x in where))
         tokens_T = jax.device_put(np.array(ids + padding, np.int32), self._rows)
         leaves, nothing = self._interface.state_leaves, (None,) * 5
-        self._caches, hidden, *_ = self._interface.model_fn(
-            leaves, self._caches, tokens_T, metadata, *nothing, True, True
-        )  # fmt: skip
-        return np.asarray(self._interface.compute_logits_fn(leaves, hidden, None))[: len(ids)]
+        arguments = (leaves, self._caches, tokens_T, metadata, *nothing, True, True)
+        self._caches, hidden, *_ = self._interface.model_fn(*arguments)
+        result = self._interface.compute_logits_fn(leaves, hidden, None)
+        return np.asarray(result)[: len(ids)]
 
 
 def logits(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
-    """transformers', of every position."""
+    """Return transformers' logits of every position."""
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
 def missing_fields(config: Any) -> list[str]:
-    """Fields of the stand-ins that the tests use and the real objects have not."""
-    metadata = importlib.import_module("tpu_inference.layers.common.attention_metadata").AttentionMetadata
+    """Return fields of the tests' stand-ins that vLLM's and tpu-inference's objects do not have."""
+    metadata = importlib.import_module(METADATA).AttentionMetadata
     names = SimpleNamespace(**{field.name: None for field in dataclasses.fields(metadata)})
-    pairs = [
-        (standins.VllmConfig, config), (standins.ModelConfig, config.model_config),
-        (standins.LoadConfig, config.load_config), (standins.ShardingConfig, config.sharding_config),
+    pairs = (
+        (standins.VllmConfig, config),
+        (standins.ModelConfig, config.model_config),
+        (standins.LoadConfig, config.load_config),
+        (standins.ShardingConfig, config.sharding_config),
         (standins.AttentionMetadata, names),
-    ]  # fmt: skip
-    return [  # hasattr: some of the real fields are properties
+    )
+    # hasattr, because some of the real fields are properties
+    return [
         f"{kind.__name__}.{field.name}"
         for kind, real in pairs
         for field in dataclasses.fields(kind)

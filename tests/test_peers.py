@@ -1,4 +1,7 @@
-"""Our engine under the load of `python -m benchmarks.peers`, and an engine that fails; no other engine is installed."""
+"""Our engine under the load of benchmarks/peers.py, and an engine that fails.
+
+No other engine is installed in tests.
+"""
 
 import subprocess
 
@@ -27,7 +30,7 @@ def test_what_a_rival_crashed_on_is_left_out_and_the_rest_is_measured(monkeypatc
     monkeypatch.setattr(host_limits, "read_bandwidth", lambda threads: 40.0)
     monkeypatch.setattr(host_limits, "matmul_rate", lambda: 700.0)
     engines = {"ours": Engine(False), "ours int4": Engine(False), "llama.cpp q4_0": Engine(True)}
-    figures = PeersBench(engines=tuple(engines), rounds=2, loads=())._rounds(engines, 2)
+    figures = PeersBench(engines=tuple(engines), rounds=2, loads=()).measure(engines, threads=2)
     assert figures["decode b8 tok/s"] == {"ours": [80.0, 80.0], "ours int4": [80.0, 80.0]}
     assert figures["prefill 512 tok/s"] == {"ours": [5120.0, 5120.0]}
     assert "decode b8 tok/s, llama.cpp q4_0: left out" in capsys.readouterr().err
@@ -46,4 +49,5 @@ def test_a_load_counts_every_token_of_a_call_that_brings_several(tiny):
     engine.step = counted
     result = drive(engine, [[5, 6, 7]] * 6, max_tokens=40, concurrency=4)
     assert [len(times) for times in result["times"]] == [40] * 6
-    assert max(call.count(0) for call in calls) > 1, "no call brought several tokens: the test shows nothing"
+    shown = "no call brought several tokens: the test shows nothing"
+    assert max(call.count(0) for call in calls) > 1, shown

@@ -24,26 +24,31 @@ def standin(tmp_path, monkeypatch):
 
 def test_flags_are_translated_and_unknown_ones_stay(standin, tmp_path):
     given = ["--dtype=bfloat16", "--enforce-eager", "--max-model-len", "2048", "--lora-modules", "x=y", "z=w"]
-    words = standin._translated("a/b", [*given, "--max-logprobs", "151936", "--root-path", "/llm"], {})
+    words = standin.translated("a/b", [*given, "--max-logprobs", "151936", "--root-path", "/llm"], {})
     assert words[0] == "/other" and words[words.index("--served-model-name") + 1] == "a/b"
     assert json.loads(words[words.index("--hf-overrides") + 1]) == {"max_position_embeddings": 2048}
     assert words[words.index("--max-logprobs") + 1] == "-1" and words[words.index("--root-path") + 1] == "/llm"
     assert not {"--enforce-eager", "--lora-modules", "x=y", "z=w", "bfloat16"} & set(words)
     assert words[words.index("--chat-template") + 1] == str(tmp_path / "template.jinja")
-    thinking = standin._translated("c", ["--reasoning-parser", "qwen3", "--served-model-name", "d"], {})
+    thinking = standin.translated("c", ["--reasoning-parser", "qwen3", "--served-model-name", "d"], {})
     assert thinking[0] == str(tmp_path / "model") and thinking.count("--served-model-name") == 1
     assert thinking[thinking.index("--chat-template") + 1] == str(tmp_path / "thinking.jinja")
-    as_text = standin._translated("c", ["--chat-template", "{{ a }}\n{{ b }}"], {})
+    as_text = standin.translated("c", ["--chat-template", "{{ a }}\n{{ b }}"], {})
     written = Path(as_text[as_text.index("--chat-template") + 1])
     assert written.read_text() == "{{ a }}\n{{ b }}"
 
 
 def test_files_that_start_a_server_are_taken(tmp_path):
     root = tmp_path / "entrypoints"
-    for name, text in {
-        "openai/test_a.py": "RemoteOpenAIServer", "openai/test_unit.py": "nothing", "openai/helper.py": "",
-        "multimodal/test_b.py": "RemoteOpenAIServer", "serve/conftest.py": "RemoteOpenAIServer", "serve/test_c.py": "",
-    }.items():  # fmt: skip
+    texts = {
+        "openai/test_a.py": "RemoteOpenAIServer",
+        "openai/test_unit.py": "nothing",
+        "openai/helper.py": "",
+        "multimodal/test_b.py": "RemoteOpenAIServer",
+        "serve/conftest.py": "RemoteOpenAIServer",
+        "serve/test_c.py": "",
+    }
+    for name, text in texts.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     chosen, left_out = rivals_tests.files(tmp_path, [])

@@ -1,6 +1,7 @@
-"""A client that costs little: one streamed completion over HTTP/1.1, timed event by event; knows no load.
+"""HTTP client of the benchmarks: one streamed completion, timed event by event.
 
-httptools and msgspec parse, so that the client does not take the cores that it measures.
+httptools and msgspec parse the stream, so that the client takes little time from the cores that it
+measures. Not here: the loads (serving.py).
 """
 
 import asyncio
@@ -15,10 +16,13 @@ import msgspec
 
 @dataclasses.dataclass
 class Timed:
-    """When a request was sent, when tokens came, and how it ended. Seconds of time.perf_counter()."""
+    """Times and result of one request, in seconds of time.perf_counter().
+
+    ``events``: arrival of each event with tokens; an event can hold several tokens.
+    """
 
     sent: float
-    events: list[float] = dataclasses.field(default_factory=list)  # of tokens, as far as events tell them apart
+    events: list[float] = dataclasses.field(default_factory=list)
     status: int = 0
     num_tokens: int = 0
     text: str = ""
@@ -26,37 +30,39 @@ class Timed:
 
     @property
     def ok(self) -> bool:
-        """Whether all of it came."""
+        """Whether the request succeeded and brought tokens."""
         return self.status == 200 and not self.error and bool(self.events)
 
 
 class Call(asyncio.Protocol):
-    """One connection for one request."""
+    """A connection that carries one request."""
 
     def __init__(self, request: bytes, timed: Timed, done: asyncio.Future[None]):
-        self._request, self.timed, self._done = request, timed, done
+        self._request = request
+        self.timed = timed
+        self._done = done
         self._parser = httptools.HttpResponseParser(self)
         self._buffer = b""
 
     def connection_made(self, transport: Any) -> None:
-        """Send."""
+        """Send the request."""
         self._transport = transport
         self.timed.sent = time.perf_counter()
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come."""
+        """Parse received bytes."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._end(f"no HTTP: {error}")
+            self._end(f"the response is not HTTP: {error}")
 
     def connection_lost(self, _: Exception | None) -> None:
-        """The other side has closed."""
+        """End the request with an error, unless its end has been read."""
         self._end("" if self._done.done() else "the connection was closed")
 
     def on_body(self, body: bytes) -> None:
-        """Count events; the last but one may hold the usage."""
+        """Record the events of a part of the body (httptools calls this)."""
         self.timed.status = self._parser.get_status_code()
         now = time.perf_counter()
         *lines, self._buffer = (self._buffer + body).split(b"\n\n")
@@ -67,6 +73,7 @@ class Call(asyncio.Protocol):
             if "error" in event:
                 self._end(str(event["error"])[:200])
                 return
+            # in the event before [DONE]
             if (usage := event.get("usage")) is not None:
                 self.timed.num_tokens = usage["completion_tokens"]
             for choice in event["choices"]:
@@ -76,9 +83,10 @@ class Call(asyncio.Protocol):
                     self.timed.events.append(now)
 
     def on_message_complete(self) -> None:
-        """All has come."""
+        """End the request at the end of the response (httptools calls this)."""
         self.timed.status = self._parser.get_status_code()
-        self._end("" if self.timed.status == 200 else self._buffer.decode(errors="replace")[:200])
+        failed = self.timed.status != 200
+        self._end(self._buffer.decode(errors="replace")[:200] if failed else "")
 
     def _end(self, error: str) -> None:
         if not self._done.done():
@@ -87,22 +95,26 @@ class Call(asyncio.Protocol):
         self._transport.close()
 
 
-async def complete(base_url: str, path: str, body: dict[str, Any], api_key: str | None) -> Timed:
-    """POST ``body`` and wait for the end of its stream."""
+async def complete(
+    base_url: str, path: str, body: dict[str, Any], api_key: str | None = None
+) -> Timed:
+    """POST a body and wait for the end of its stream; errors are in the result."""
     parts = urlsplit(base_url)
     content = msgspec.json.encode(body)
-    key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-    head = (
-        f"POST {parts.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-        f"{key}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
-    )
+    head = [
+        f"POST {parts.path.rstrip('/')}{path} HTTP/1.1",
+        f"Host: {parts.netloc}",
+        "Content-Type: application/json",
+        *([f"Authorization: Bearer {api_key}"] if api_key else []),
+        f"Content-Length: {len(content)}",
+        "Connection: close",
+    ]
+    request = "".join(f"{line}\r\n" for line in [*head, ""]).encode() + content
     loop = asyncio.get_running_loop()
     done, timed = loop.create_future(), Timed(time.perf_counter())
     try:
         await loop.create_connection(
-            lambda: Call(head.encode() + content, timed, done),
-            parts.hostname or "",
-            parts.port or 80,
+            lambda: Call(request, timed, done), parts.hostname or "", parts.port or 80
         )
     except OSError as error:
         timed.error = str(error)

@@ -1,8 +1,11 @@
-"""The loads that every engine is timed under; decides who waits for whom. Runs in any Python, without Slipway.
+"""Load loop for offline engines: a fixed number of requests run at a time.
 
-An engine has ``start(number, prompt, max_tokens)``, which queues a request, and ``step()``, which returns the number of
-a request once for each new token that it has. A worker process answers one JSON line per load: when each request
-started, and when each of its tokens came.
+This file needs only Python's standard library, because it also runs in the environments of other
+engines (benchmarks/worker_vllm.py).
+
+An engine has two methods: ``start(number, prompt, max_tokens)`` queues a request, and ``step()``
+returns the number of a request once for each new token of it. A worker process answers each load,
+a JSON line, with a JSON line: when each request started, and when each of its tokens arrived.
 """
 
 import json
@@ -11,7 +14,11 @@ import time
 
 
 def drive(engine, prompts, max_tokens, concurrency):
-    """Run the prompts, ``concurrency`` at a time; seconds at which each started, and at which each token came."""
+    """Run all prompts, ``concurrency`` at a time.
+
+    Returns ``started``, the second at which each request started, and ``times``, the seconds at
+    which its tokens arrived. Both count from the start of the load.
+    """
     waiting, running = list(range(len(prompts)))[::-1], set()
     started, times = [0.0] * len(prompts), [[] for _ in prompts]
     begin = time.perf_counter()
@@ -29,7 +36,7 @@ def drive(engine, prompts, max_tokens, concurrency):
 
 
 def answer(engine):
-    """Serve loads from standard input until it ends; the first line says that the engine is ready."""
+    """Report that the engine is ready, then run loads from standard input until its end."""
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps(drive(engine, **json.loads(line))), flush=True)

@@ -56,7 +56,9 @@ class EngineProcess:
         self.drive([[7, 8]], max_tokens=1, concurrency=1)
         self.start_s = time.perf_counter() - started
 
-    def drive(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
+    def drive(
+        self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int
+    ) -> dict[str, Any]:
         """Run a load in the child, and return the times that driver.drive returns."""
         load = {"prompts": list(prompts), "max_tokens": max_tokens, "concurrency": concurrency}
         assert self._process.stdin is not None

@@ -1,21 +1,33 @@
-"""The shapes that engines are timed on, with random weights; decides nothing else."""
+"""Model directory of the Qwen3-0.6B shape with random weights, for benchmarks."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# The published shape of Qwen3-0.6B.
+# The published config.json of Qwen3-0.6B.
 QWEN3_SHAPE: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
-    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-    "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
-    "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
 
 
 def write_random_model(config: Mapping[str, Any], directory: Path) -> None:
-    """Write an HF directory of random weights."""
-    import jax.numpy as jnp  # a process that only times others needs no JAX
+    """Write an HF directory with random weights for a config.json."""
+    # brings JAX, which a benchmark of another server does not need
+    import jax.numpy as jnp
 
     from slipway import mesh, models
     from slipway.checkpoint import load
@@ -23,4 +35,4 @@ def write_random_model(config: Mapping[str, Any], directory: Path) -> None:
 
     declaration = models.declare(config)
     arrays = load.dummy(declaration, mesh.make_mesh(), jnp.dtype(config["torch_dtype"]))
-    save(declaration, arrays, config, directory)
+    save(declaration, arrays, config, directory=directory)

@@ -1,7 +1,8 @@
-"""`slipway bench serving`: how an OpenAI-compatible server holds up under load; decides loads and what is reported.
+"""Benchmark of an OpenAI-compatible server under load: `slipway bench serving`.
 
-Without --base-url it starts `slipway serve` itself; with --against-engine the same load goes through AsyncEngine, too,
-in the same run, which shows what HTTP costs.
+Without --base-url it starts `slipway serve` itself. With --against-engine the same load also runs
+through AsyncEngine in this process, in the same run; the difference is the cost of HTTP.
+Not here: offline loads (throughput.py), the HTTP client (client.py).
 """
 
 import asyncio
@@ -28,6 +29,15 @@ from slipway.llm import LLM
 from slipway.server import heap, loop
 
 READY_S = 600.0
+# A conversation's turns: token ids that the turn adds to the prompt, and tokens to generate.
+Conversation = list[tuple[list[int], int]]
+Ask = Callable[[list[int], int], Awaitable[Timed]]
+COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+)  # fmt: skip
+DESCRIBED = (
+    "model", "load", "num_prompts", "prompt_tokens", "output_tokens", "concurrency", "rate"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,34 +45,38 @@ class ServingBench:
     """Stream completions from a server: at a fixed concurrency, or with Poisson arrivals."""
 
     base_url: str | None = None
-    """Of the server, as http://127.0.0.1:8000/v1; none: `slipway serve` is started for this run."""
+    """Address of the server, such as http://127.0.0.1:8000/v1; by default `slipway serve` is
+    started for this run."""
     model: str = "nano"
-    """What the server calls it; without --base-url, what is served."""
+    """The model's name in requests; without --base-url, the model to serve."""
     api_key: str | None = None
     load: Literal["random", "sharegpt", "shared-prefix", "multi-turn"] = "random"
-    """random: lengths uniform in the ranges; sharegpt: log-normal, shaped like that data set's; shared-prefix: a
-    quarter of --prompt-tokens is the same for all; multi-turn: conversations of four turns, each with all before."""
+    """random: lengths uniform in the ranges; sharegpt: log-normal lengths, shaped like that data
+    set's; shared-prefix: a quarter of the longest prompt is common to all; multi-turn:
+    conversations of four turns, whose prompts repeat the earlier turns."""
     num_prompts: int = 256
     prompt_tokens: tuple[int, int] = (16, 128)
+    """Shortest and longest prompt."""
     output_tokens: tuple[int, int] = (16, 128)
+    """Shortest and longest output; ends are ignored."""
     vocab: int = 4000
-    """Prompts are token ids below this."""
+    """Prompts consist of token ids below this."""
     concurrency: int = 16
-    """Requests at a time, where no rate is given."""
+    """Requests at a time; not with --rate."""
     rate: float | None = None
     """Requests a second, with Poisson arrivals."""
     slo_ttft_ms: float = 1000.0
-    """A request is good if its first token came by then,"""
+    """Longest time to the first token of a request that counts for goodput."""
     slo_itl_ms: float = 100.0
-    """and its tokens, on average, within this of each other: goodput counts those."""
+    """Longest mean time of a further token of a request that counts for goodput."""
     against_engine: bool = False
-    """Run the load through AsyncEngine in this process, too. Only without --base-url."""
+    """Run the load through AsyncEngine in this process, too; only without --base-url."""
     rounds: int = 1
-    """How often server and engine take turns."""
+    """Alternating rounds of server and engine."""
     max_num_seqs: int = 256
-    """Of a server that is started here, and of the engine."""
+    """Limit of running requests, of the engine and of a server that is started here."""
     stream_interval: int = 1
-    """Of both, too."""
+    """Tokens per streamed event, of the engine and of a server that is started here."""
     out: Path | None = None
     """Write the figures here as JSON."""
     plot: Path | None = None
@@ -71,25 +85,20 @@ class ServingBench:
     def run(self) -> None:
         """Measure, and print a table and the figures."""
         if self.against_engine and self.base_url is not None:
-            raise InvalidConfig("against_engine", True, "no base_url: the engine must be the server's")
+            raise InvalidConfig(
+                "against_engine", True, "no base_url: the engine must be the server's"
+            )
         if self.rounds < 1:
             raise InvalidConfig("rounds", self.rounds, "at least 1")
-        requests, rounds = self._requests(), list[dict[str, Any]]()
+        conversations, rounds = self.conversations(), list[dict[str, Any]]()
         for _ in range(self.rounds):
             with self._served() as (base_url, ready_s):
-                timed, seconds = loop.run(self._drive(requests, self._over_http(base_url)))
+                timed, seconds = loop.run(self._drive(conversations, self._over_http(base_url)))
             started = {} if ready_s is None else {"process start to ready_s": round(ready_s, 2)}
             rounds.append({"server": started | self._figures(timed, seconds)})
             if self.against_engine:
-                with LLM(self.model, **self._engine_options()) as llm:
-                    heap.settle()  # as in the server's processes
-                    inside, seconds = loop.run(self._inside(llm, requests))
-                rounds[-1]["engine"] = self._figures(inside, seconds)
-        report: dict[str, Any] = {"load": self._described(), **rounds[-1]}
-        if self.against_engine:
-            rates = [[each[side]["output_tokens_per_s"] for side in ("server", "engine")] for each in rounds]
-            report["output tokens/s of server, engine"] = rates
-            report["server over engine"] = round(statistics.median(over / alone for over, alone in rates), 3)
+                rounds[-1]["engine"] = self._engine_figures(conversations)
+        report = self._report(rounds)
         print(table(report))
         print(json.dumps(report, indent=2))
         if self.out is not None:
@@ -97,13 +106,14 @@ class ServingBench:
         if self.plot is not None:
             draw(timed, self.plot)
 
-    def _requests(self) -> list[list[tuple[list[int], int]]]:
-        """Conversations: turns of (token ids to say, tokens to answer)."""
+    def conversations(self) -> list[Conversation]:
+        """Return the load, the same in every call."""
         rng = np.random.default_rng(0)
         common = rng.integers(3, self.vocab, self.prompt_tokens[1] // 4).tolist()
 
         def size(low: int, high: int) -> int:
-            if self.load == "sharegpt":  # a median of a sixth of the range, and a long tail
+            if self.load == "sharegpt":
+                # median: a sixth of the range's end, with a long tail
                 return int(np.clip(rng.lognormal(np.log(max(low, high / 6)), 1.0), low, high))
             return int(rng.integers(low, high + 1))
 
@@ -117,31 +127,20 @@ class ServingBench:
         return [[turn() for _ in range(turns)] for _ in range(-(-self.num_prompts // turns))]
 
     async def _drive(
-        self,
-        conversations: list[list[tuple[list[int], int]]],
-        ask: Callable[[list[int], int], Awaitable[Timed]],
+        self, conversations: list[Conversation], ask: Ask
     ) -> tuple[list[Timed], float]:
-        """Run the load; what came of every request, and the seconds it took."""
-        gate, found, rng = (
-            asyncio.Semaphore(self.concurrency),
-            list[Timed](),
-            np.random.default_rng(1),
-        )
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, transient=True) as progress:
+        """Run the load; return the times of every request, and the seconds of the whole load."""
+        gate, rng = asyncio.Semaphore(self.concurrency), np.random.default_rng(1)
+        results = list[Timed]()
+        with Progress(*COLUMNS, transient=True) as progress:
             task = progress.add_task("requests", total=sum(map(len, conversations)))
 
-            async def converse(turns: list[tuple[list[int], int]]) -> None:
-                said: list[int] = []
+            async def converse(turns: Conversation) -> None:
+                prompt: list[int] = []
                 async with gate if self.rate is None else contextlib.nullcontext():
                     for ids, length in turns:
-                        said += ids
-                        found.append(await ask(said, length))
+                        prompt += ids
+                        results.append(await ask(prompt, length))
                         progress.advance(task)
 
             started, tasks = time.perf_counter(), []
@@ -150,22 +149,35 @@ class ServingBench:
                     await asyncio.sleep(rng.exponential(1 / self.rate))
                 tasks.append(asyncio.create_task(converse(turns)))
             await asyncio.gather(*tasks)
-        return found, time.perf_counter() - started
+        return results, time.perf_counter() - started
 
-    def _over_http(self, base_url: str) -> Callable[[list[int], int], Awaitable[Timed]]:
+    def _over_http(self, base_url: str) -> Ask:
         async def ask(ids: list[int], length: int) -> Timed:
             body = {
-                "model": self.model, "prompt": ids, "max_tokens": length, "temperature": 0, "ignore_eos": True,
-                "stream": True, "stream_options": {"include_usage": True},
-            }  # fmt: skip
-            return await complete(base_url, "/completions", body, self.api_key)
+                "model": self.model,
+                "prompt": ids,
+                "max_tokens": length,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            return await complete(base_url, "/completions", body, api_key=self.api_key)
 
         return ask
 
-    async def _inside(self, llm: LLM, requests: list[list[tuple[list[int], int]]]) -> tuple[list[Timed], float]:
-        from slipway.async_engine import (
-            AsyncEngine,  # with JAX, which a bench of another server does without
-        )
+    def _engine_figures(self, conversations: list[Conversation]) -> dict[str, Any]:
+        with LLM(self.model, **self._engine_options()) as llm:
+            heap.settle()  # as the server's processes do
+            timed, seconds = loop.run(self._inside(llm, conversations))
+        return self._figures(timed, seconds)
+
+    async def _inside(
+        self, llm: LLM, conversations: list[Conversation]
+    ) -> tuple[list[Timed], float]:
+        """Run the load through AsyncEngine in this process."""
+        # bring JAX, which a benchmark of another server does not need
+        from slipway.async_engine import AsyncEngine
         from slipway.engine.params import SamplingParams
 
         engine = AsyncEngine(llm.engine, max_requests=10**6, max_tokens=10**9)
@@ -179,24 +191,26 @@ class ServingBench:
             return timed
 
         try:
-            return await self._drive(requests, ask)
+            return await self._drive(conversations, ask)
         finally:
             engine.close()
 
     @contextlib.contextmanager
     def _served(self) -> Iterator[tuple[str, float | None]]:
-        """The server's address; one of our own is started and ended, and how many seconds it took to be ready."""
+        """Yield the server's address, and the seconds until it was ready if it is started here."""
         if self.base_url is not None:
             yield self.base_url, None
             return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in self._engine_options().items()]
+        options = self._engine_options()
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        words += ["--max-requests-per-client", "1000000", "--max-queued-requests", "1000000"]
         code = "from slipway.cli import main; main()"
-        command = [sys.executable, "-c", code, "serve", self.model, "--port", str(port), *words,
-                   "--max-requests-per-client", "1000000", "--max-queued-requests", "1000000"]  # fmt: skip
-        begun, process = time.perf_counter(), subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", code, "serve", self.model, "--port", str(port), *words]
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             _wait_ready(f"http://127.0.0.1:{port}/readyz", process)
             yield f"http://127.0.0.1:{port}/v1", time.perf_counter() - begun
@@ -205,74 +219,84 @@ class ServingBench:
             process.wait()
 
     def _engine_options(self) -> dict[str, Any]:
-        tokens = max(self.max_num_seqs, EngineConfig().max_num_batched_tokens)
         return {
-            "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": tokens, "stream_interval": self.stream_interval
-        }  # fmt: skip
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": max(self.max_num_seqs, EngineConfig().max_num_batched_tokens),
+            "stream_interval": self.stream_interval,
+        }
 
-    def _described(self) -> dict[str, Any]:
-        shown = (
-            "model",
-            "load",
-            "num_prompts",
-            "prompt_tokens",
-            "output_tokens",
-            "concurrency",
-            "rate",
-        )
-        return {name: getattr(self, name) for name in shown}
+    def _report(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the options, the figures of the last round, and the ratio over all rounds."""
+        load = {name: getattr(self, name) for name in DESCRIBED}
+        report: dict[str, Any] = {"load": load, **rounds[-1]}
+        if self.against_engine:
+            rates = [
+                [each[side]["output_tokens_per_s"] for side in ("server", "engine")]
+                for each in rounds
+            ]
+            report["output tokens/s of server, engine"] = rates
+            ratio = statistics.median(server / engine for server, engine in rates)
+            report["server over engine"] = round(ratio, 3)
+        return report
 
     def _figures(self, timed: list[Timed], seconds: float) -> dict[str, Any]:
-        """Rates, percentiles in milliseconds, and how many requests were good."""
+        """Return rates, percentiles in milliseconds, and the number of failed requests."""
         fine = [each for each in timed if each.ok]
         series: dict[str, Any] = {
             "ttft_ms": [1e3 * (each.events[0] - each.sent) for each in fine],
             "itl_ms": [1e3 * gap for each in fine for gap in np.diff(each.events)],
             "tpot_ms": [1e3 * _tpot(each) for each in fine if each.num_tokens > 1],
             "e2e_ms": [1e3 * (each.events[-1] - each.sent) for each in fine],
-        }  # fmt: skip
-        good = sum(self._is_good(each) for each in fine)
+        }
+        good, tokens = sum(map(self._is_good, fine)), sum(each.num_tokens for each in fine)
         return {
-            "requests": len(timed), "failed": len(timed) - len(fine),
-            "errors": sorted({each.error for each in timed if each.error})[:5], "seconds": round(seconds, 3),
-            "requests_per_s": round(len(fine) / seconds, 2), "goodput_per_s": round(good / seconds, 2),
-            "output_tokens_per_s": round(sum(each.num_tokens for each in fine) / seconds, 1),
+            "requests": len(timed),
+            "failed": len(timed) - len(fine),
+            "errors": sorted({each.error for each in timed if each.error})[:5],
+            "seconds": round(seconds, 3),
+            "requests_per_s": round(len(fine) / seconds, 2),
+            "goodput_per_s": round(good / seconds, 2),
+            "output_tokens_per_s": round(tokens / seconds, 1),
             **{name: percentiles(values) for name, values in series.items()},
-        }  # fmt: skip
+        }
 
     def _is_good(self, timed: Timed) -> bool:
-        return 1e3 * (timed.events[0] - timed.sent) <= self.slo_ttft_ms and 1e3 * _tpot(timed) <= self.slo_itl_ms
+        ttft_ms = 1e3 * (timed.events[0] - timed.sent)
+        return ttft_ms <= self.slo_ttft_ms and 1e3 * _tpot(timed) <= self.slo_itl_ms
 
 
 def _tpot(timed: Timed) -> float:
-    """Seconds a token after the first."""
+    """Return the mean seconds of a token after the first."""
     return (timed.events[-1] - timed.events[0]) / max(1, timed.num_tokens - 1)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """Mean, and what a half, nine tenths and 99 hundredths do not exceed."""
+    """Return the mean and the 50th, 90th and 99th percentile; nothing of an empty list."""
     if not values:
         return {}
-    found = {"mean": float(np.mean(values))} | {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
-    return {name: round(value, 2) for name, value in found.items()}
+    figures = {"mean": float(np.mean(values))}
+    figures |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
+    return {name: round(value, 2) for name, value in figures.items()}
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of each side, in Markdown."""
+    """Return the figures as Markdown, with a column for the server and one for the engine."""
     sides = [side for side in ("server", "engine") if side in report]
-    rows = [
-        (f"{name} {key}".strip(), [side_value[key] if key else side_value for side_value in values])
-        for name in report["server"] if name not in ("errors",)
-        for values in [[report[side].get(name, "") for side in sides]]
-        for key in (list(values[0]) if isinstance(values[0], dict) else [""])
-    ]  # fmt: skip
     lines = ["| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {name} | " + " | ".join(map(str, values)) + " |" for name, values in rows)])
+    for name in report["server"]:
+        if name == "errors":
+            continue
+        values = [report[side].get(name, "") for side in sides]
+        # a series has a row for each of its percentiles
+        for key in list(values[0]) if isinstance(values[0], dict) else [""]:
+            cells = [str(value[key] if key else value) for value in values]
+            lines.append(f"| {f'{name} {key}'.strip()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def draw(timed: list[Timed], out: Path) -> None:
-    """How many requests had their first token, and how many tokens came, within a time."""
-    from matplotlib.figure import Figure  # an extra, for who asks for a plot
+    """Draw the distributions of the time to the first token and of the time between tokens."""
+    from matplotlib.figure import Figure  # an optional dependency, needed for plots only
 
     fine = [each for each in timed if each.ok]
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -294,4 +318,4 @@ def _wait_ready(url: str, process: subprocess.Popen) -> None:
             if urllib.request.urlopen(url, timeout=1).status == 200:
                 return
         time.sleep(0.05)
-    raise InvalidConfig("model", url, "a server that gets ready")
+    raise InvalidConfig("model", url, "a server that becomes ready")

@@ -1,6 +1,7 @@
-"""`slipway bench throughput`: how much the engine gets through offline, and what its caches and queues did meanwhile.
+"""Benchmark of the engine's offline throughput, with its counters: `slipway bench throughput`.
 
-Decides the loads: random lengths, a prefix that all share, requests all at once; knows no rival (bench peers does).
+All requests are queued at once; they have random lengths and, with --shared-prefix, a common start.
+Not here: other engines under the same load (benchmarks/peers.py).
 """
 
 import contextlib
@@ -16,16 +17,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestSpec
-from slipway.engine.stats import Histogram
+from slipway.engine.stats import Histogram, Snapshot
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
 
-SERIES_S = 0.25  # how often gauges are read for the plot
+# Interval at which gauges are read for the plot.
+SERIES_S = 0.25
+COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+)  # fmt: skip
+DESCRIBED = (
+    "model", "num_prompts", "prompt_tokens", "output_tokens", "shared_prefix", "rounds"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThroughputBench:
-    """Complete random prompts offline, all queued at once; with --against-uncached, without the prefix cache too."""
+    """Complete random prompts offline, all queued at once."""
 
     model: str = "nano"
     """A directory or a hub id; nano is the shipped model."""
@@ -35,11 +43,11 @@ class ThroughputBench:
     output_tokens: tuple[int, int] = (16, 128)
     """Shortest and longest output; ends are ignored."""
     shared_prefix: int = 0
-    """Tokens that all prompts begin with."""
+    """Number of tokens with which every prompt begins."""
     against_uncached: bool = False
-    """Run the same load with the prefix cache off, in turns."""
+    """Run the same load without the prefix cache, too, in alternating rounds."""
     rounds: int = 1
-    """Of each; the cache is flushed between them."""
+    """Rounds of each; the cache is flushed between them."""
     engine: EngineConfig = EngineConfig()
     out: Path | None = None
     """Write the figures here as JSON."""
@@ -48,26 +56,31 @@ class ThroughputBench:
 
     def run(self) -> None:
         """Measure, and print the figures as JSON."""
-        options = {field.name: getattr(self.engine, field.name) for field in dataclasses.fields(self.engine)}
+        fields = dataclasses.fields(self.engine)
+        options = {field.name: getattr(self.engine, field.name) for field in fields}
         options["skip_tokenizer_init"] = True
         kinds = [True, False] if self.against_uncached else [self.engine.enable_prefix_caching]
         with contextlib.ExitStack() as stack:
             engines = {}
-            for on in kinds:
-                options["enable_prefix_caching"] = on
-                engines[on] = stack.enter_context(LLM(self.model, **options))
+            for cached in kinds:
+                options["enable_prefix_caching"] = cached
+                engines[cached] = stack.enter_context(LLM(self.model, **options))
             prompts, lengths = self._load(engines[kinds[0]])
-            runs: dict[bool, list[dict[str, Any]]] = {on: [] for on in kinds}
+            runs: dict[bool, list[dict[str, Any]]] = {cached: [] for cached in kinds}
             for _ in range(self.rounds):
-                for on, llm in engines.items():
-                    runs[on].append(measure(llm, prompts, lengths))
-        best = {on: min(each, key=lambda run: run["elapsed_s"]) for on, each in runs.items()}
+                for cached, llm in engines.items():
+                    runs[cached].append(measure(llm, prompts, lengths))
+        best = {
+            cached: min(each, key=lambda run: run["elapsed_s"]) for cached, each in runs.items()
+        }
         series = best[kinds[0]].pop("series")
-        report: dict[str, Any] = {"load": self._described(), **best[kinds[0]]}
+        load = {name: getattr(self, name) for name in DESCRIBED}
+        report: dict[str, Any] = {"load": load, **best[kinds[0]]}
         if self.against_uncached:
             best[False].pop("series")
             report["uncached"] = best[False]
-            report["times_as_fast_with_cache"] = round(best[False]["elapsed_s"] / best[True]["elapsed_s"], 2)
+            ratio = best[False]["elapsed_s"] / best[True]["elapsed_s"]
+            report["times_as_fast_with_cache"] = round(ratio, 2)
         print(json.dumps(report, indent=2))
         if self.out is not None:
             self.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -75,93 +88,94 @@ class ThroughputBench:
             draw(series, self.plot)
 
     def _load(self, llm: LLM) -> tuple[list[list[int]], list[int]]:
-        """Prompts, and how many tokens follow each."""
+        """Return the prompts, and the number of tokens to generate for each."""
         rng, limits = np.random.default_rng(self.engine.seed), llm.engine.limits
         longest = self.shared_prefix + self.prompt_tokens[1] + self.output_tokens[1]
         if longest > limits.max_model_len:
             got = f"{longest} with prefix and output"
-            raise InvalidConfig("prompt_tokens", got, f"at most {limits.max_model_len}, the context")
+            expected = f"at most {limits.max_model_len}, the context length"
+            raise InvalidConfig("prompt_tokens", got, expected)
         prefix = rng.integers(0, limits.vocab_size, self.shared_prefix).tolist()
-        sizes = rng.integers(self.prompt_tokens[0], self.prompt_tokens[1] + 1, self.num_prompts)
+        low, high = self.prompt_tokens
+        sizes = rng.integers(low, high + 1, self.num_prompts)
         prompts = [prefix + rng.integers(0, limits.vocab_size, size).tolist() for size in sizes]
-        return prompts, rng.integers(self.output_tokens[0], self.output_tokens[1] + 1, self.num_prompts).tolist()
-
-    def _described(self) -> dict[str, Any]:
-        fields = (
-            "model",
-            "num_prompts",
-            "prompt_tokens",
-            "output_tokens",
-            "shared_prefix",
-            "rounds",
-        )
-        return {field: getattr(self, field) for field in fields}
+        low, high = self.output_tokens
+        return prompts, rng.integers(low, high + 1, self.num_prompts).tolist()
 
 
 def measure(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> dict[str, Any]:
-    """Run the prompts to their end; figures, counters of this run, and a series of gauges."""
+    """Run all prompts to their end; return figures, counters and a series of gauges."""
     engine = llm.engine
     engine.flush()
     engine.reset_stats()
     before, started = engine.snapshot(), time.perf_counter()
     for prompt, length in zip(prompts, lengths):
-        engine.add(RequestSpec(prompt, SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)))
+        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+        engine.add(RequestSpec(prompt, params))
     series: list[dict[str, float]] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*COLUMNS, transient=True) as progress:
         task = progress.add_task("prompts", total=len(prompts))
         while engine.has_work():
             for request in engine.step():
                 progress.advance(task, request.finished)
             now = time.perf_counter() - started
             if not series or now > series[-1]["s"] + SERIES_S:
-                gauges = engine.snapshot()
-                series.append({"s": round(now, 2), "running": gauges.running, "waiting": gauges.waiting,
-                               "pages used": gauges.pages_used, "pages cached": gauges.pages_cached})  # fmt: skip
+                series.append({"s": round(now, 2)} | _gauges(engine.snapshot()))
     elapsed, after = time.perf_counter() - started, engine.snapshot()
     stats = after.stats
-    prompt_tokens = sum(map(len, prompts))
+    prompt_tokens, output_tokens = sum(map(len, prompts)), sum(lengths)
     return {
-        "elapsed_s": round(elapsed, 3), "requests_per_s": round(len(prompts) / elapsed, 2),
-        "output_tokens_per_s": round(sum(lengths) / elapsed, 1),
-        "total_tokens_per_s": round((sum(lengths) + prompt_tokens) / elapsed, 1),
-        "prompt_tokens": prompt_tokens, "output_tokens": stats.generated_tokens,
+        "elapsed_s": round(elapsed, 3),
+        "requests_per_s": round(len(prompts) / elapsed, 2),
+        "output_tokens_per_s": round(output_tokens / elapsed, 1),
+        "total_tokens_per_s": round((output_tokens + prompt_tokens) / elapsed, 1),
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": stats.generated_tokens,
         "computed_tokens": after.computed_tokens - before.computed_tokens,
         "cached_prompt_tokens": after.cached_tokens - before.cached_tokens,
-        "steps": stats.steps, "preemptions": after.preemptions - before.preemptions,
+        "steps": stats.steps,
+        "preemptions": after.preemptions - before.preemptions,
         "compilations_while_serving": after.compilations - before.compilations,
-        "host_ms_a_step": quantiles(stats.step_host), "waited_ms_a_step": quantiles(stats.step_device),
-        "first_token_ms": quantiles(stats.first_token), "inter_token_ms": quantiles(stats.inter_token),
+        "host_ms_a_step": quantiles(stats.step_host),
+        "waited_ms_a_step": quantiles(stats.step_device),
+        "first_token_ms": quantiles(stats.first_token),
+        "inter_token_ms": quantiles(stats.inter_token),
         "series": series,
-    }  # fmt: skip
+    }
+
+
+def _gauges(snapshot: Snapshot) -> dict[str, float]:
+    return {
+        "running": snapshot.running,
+        "waiting": snapshot.waiting,
+        "pages used": snapshot.pages_used,
+        "pages cached": snapshot.pages_cached,
+    }
 
 
 def quantiles(histogram: Histogram) -> dict[str, float]:
-    """Mean and bounds below which a half and 95% of the values lie, in milliseconds."""
-    found = {"mean": round(1e3 * histogram.sum / max(1, histogram.count), 3)}
+    """Return the mean, and bounds below which 50% and 95% of the values lie, in milliseconds."""
+    figures = {"mean": round(1e3 * histogram.sum / max(1, histogram.count), 3)}
     for name, share in (("p50 below", 0.5), ("p95 below", 0.95)):
         reached = 0
         for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts):
             reached += count
             if reached >= share * histogram.count:
-                found[name] = bound * 1e3
+                figures[name] = bound * 1e3
                 break
-    return found
+    return figures
 
 
 def draw(series: list[dict[str, float]], out: Path) -> None:
-    """Requests above, pages below, over time."""
-    from matplotlib.figure import Figure  # an extra, for who asks for a plot
+    """Draw requests and, below them, pages over time."""
+    from matplotlib.figure import Figure  # an optional dependency, needed for plots only
 
     figure = Figure(figsize=(9, 5), layout="constrained")
-    for axes, names in zip(figure.subplots(2, sharex=True), (("running", "waiting"), ("pages used", "pages cached"))):
+    groups = (("running", "waiting"), ("pages used", "pages cached"))
+    seconds = [point["s"] for point in series]
+    for axes, names in zip(figure.subplots(2, sharex=True), groups):
         for name in names:
-            axes.plot([point["s"] for point in series], [point[name] for point in series], label=name)
+            axes.plot(seconds, [point[name] for point in series], label=name)
         axes.set_ylim(bottom=0)
         axes.legend()
     axes.set_xlabel("seconds")

@@ -1,6 +1,6 @@
-"""A process that holds one engine under bench/load.py's loads: ours, or transformers.
+"""Child process that holds one engine, Slipway or transformers, and answers loads over a pipe.
 
-Decides how each is called at its best; measures nothing itself.
+Not here: the parent's side (engine_process.py), the loads and the measurement (driver.py).
 """
 
 import sys
@@ -12,7 +12,7 @@ from slipway.engine.request import RequestSpec
 
 
 class Ours:
-    """Our engine, offline."""
+    """Slipway's engine, called directly."""
 
     def __init__(
         self,
@@ -22,52 +22,59 @@ class Ours:
         max_num_seqs: int,
         quantization: str | None = None,
     ):
-        from slipway import LLM, SamplingParams  # with JAX, which the other worker does without
+        # brings JAX, which a process with transformers does not need
+        from slipway import LLM, SamplingParams
 
         self._params = SamplingParams
         self._engine = LLM(
-            directory, dtype=dtype, skip_tokenizer_init=True, max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max(512, max_num_seqs), quantization=quantization,
-        ).engine  # fmt: skip
-        self._held: dict[str, tuple[int, int]] = {}  # each request's number and how many tokens it had
+            directory,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(512, max_num_seqs),
+            quantization=quantization,
+        ).engine
+        # request id -> the request's number in the load, and its tokens so far
+        self._seen: dict[str, tuple[int, int]] = {}
 
     def start(self, number: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request."""
-        request_id = self._engine.add(
-            RequestSpec(prompt, self._params(temperature=0, max_tokens=max_tokens, ignore_eos=True))
-        )
-        self._held[request_id] = number, 0
+        params = self._params(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        self._seen[self._engine.add(RequestSpec(prompt, params))] = number, 0
 
     def step(self) -> list[int]:
-        """A request's number for each of its new tokens, of which a call may bring several."""
+        """Run a step; return a request's number once for each of its new tokens."""
         new: list[int] = []
         for request in self._engine.step():
-            number, held = self._held[request.request_id]
-            new += [number] * (request.num_generated - held)
-            self._held[request.request_id] = number, request.num_generated
+            number, seen = self._seen[request.request_id]
+            new += [number] * (request.num_generated - seen)
+            self._seen[request.request_id] = number, request.num_generated
         return new
 
 
 class Transformers:
-    """Hugging Face transformers on torch: one batch at a time, all of its prompts equally long."""
+    """Hugging Face transformers on torch: one batch at a time, with prompts of equal length."""
 
     def __init__(self, directory: str, dtype: str, *_: int):
         import torch
         import transformers
 
         self._torch = torch
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        kind = transformers.AutoModelForCausalLM
+        self._model = kind.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
         self._waiting: list[tuple[int, list[int]]] = []
         self._running: list[int] = []
+        # the newest tokens and the key-value cache
         self._state: Any = None
 
     def start(self, number: int, prompt: list[int], max_tokens: int) -> None:
         """Put a prompt into the next batch."""
-        del max_tokens  # who asks stops by himself
+        del max_tokens  # the driver counts the tokens, and starts the next batch after them
         self._waiting.append((number, prompt))
 
     def step(self) -> list[int]:
-        """Prefill of the batch, then a token for each of its rows."""
+        """Prefill a waiting batch, or decode one token for each row; return the rows' numbers."""
         torch = self._torch
         with torch.inference_mode():
             if self._waiting:

@@ -1,4 +1,4 @@
-"""`slipway bench serving` against a real server: every load runs, and what it reports is what was asked."""
+"""`slipway bench serving` against a real server: every load runs, and its report fits its requests."""
 
 import pytest
 
@@ -13,10 +13,10 @@ def test_every_load_runs_to_its_end(server, load, capsys, tmp_path):
     bench = ServingBench(
         base_url=f"{server.url}/v1", load=load, out=tmp_path / "out.json", plot=tmp_path / "plot.png", **sizes
     )
-    asked = bench._requests()
+    conversations = bench.conversations()
     before = server.metric("slipway_generated_tokens_total")
     bench.run()
-    expected = sum(length for turns in asked for _, length in turns)
+    expected = sum(length for turns in conversations for _, length in turns)
     assert server.metric("slipway_generated_tokens_total") - before == expected
     text = capsys.readouterr().out
     assert "| requests | 16 |" in text and "| failed | 0 |" in text
