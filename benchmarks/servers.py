@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import environments
 from slipway.bench import client
-from slipway.server import loop
+from slipway.server.process import run_event_loop
 
 READY_TIMEOUT_S = 600
 VLLM_MODULE = "vllm.entrypoints.openai.api_server"
@@ -80,7 +80,7 @@ class HttpServer:
         Each client sends its next prompt when its last request has ended. Raises RuntimeError for a
         request that fails.
         """
-        return loop.run(self._drive(prompts, max_tokens, concurrency))
+        return run_event_loop(self._drive(prompts, max_tokens, concurrency))
 
     def peak_mb(self) -> float:
         """Return the sum of the peak resident memory of all its processes, in MB."""

@@ -26,7 +26,7 @@ from slipway.bench.client import Timed, complete
 from slipway.engine.config import EngineConfig
 from slipway.errors import InvalidConfig
 from slipway.llm import LLM
-from slipway.server import heap, loop
+from slipway.server.process import run_event_loop, tune_garbage_collector
 
 READY_S = 600.0
 # A conversation's turns: token ids that the turn adds to the prompt, and tokens to generate.
@@ -93,7 +93,7 @@ class ServingBench:
         conversations, rounds = self.conversations(), list[dict[str, Any]]()
         for _ in range(self.rounds):
             with self._served() as (base_url, ready_s):
-                timed, seconds = loop.run(self._drive(conversations, self._over_http(base_url)))
+                timed, seconds = run_event_loop(self._drive(conversations, self._over_http(base_url)))
             started = {} if ready_s is None else {"process start to ready_s": round(ready_s, 2)}
             rounds.append({"server": started | self._figures(timed, seconds)})
             if self.against_engine:
@@ -168,8 +168,8 @@ class ServingBench:
 
     def _engine_figures(self, conversations: list[Conversation]) -> dict[str, Any]:
         with LLM(self.model, **self._engine_options()) as llm:
-            heap.settle()  # as the server's processes do
-            timed, seconds = loop.run(self._inside(llm, conversations))
+            tune_garbage_collector()  # as the server's processes do
+            timed, seconds = run_event_loop(self._inside(llm, conversations))
         return self._figures(timed, seconds)
 
     async def _inside(

@@ -13,13 +13,22 @@ import msgspec
 
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import members
-from slipway.server.schema import Chat, Completion, Embedding, Named, Rerank, Score
+from slipway.server.schema import Chat, Completion, Embedding, HasEngineNames, Rerank, Score
 
-RECOGNIZED: dict[type, list[tuple[str, ...]]] = {  # kind of body -> fields by which /invocations knows it
-    Chat: [("messages",)], Completion: [("prompt",), ("prompt_embeds",)], Rerank: [("query", "documents")],
-    Score: [("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2")],
+RECOGNIZED: dict[
+    type, list[tuple[str, ...]]
+] = {  # kind of body -> fields by which /invocations knows it
+    Chat: [("messages",)],
+    Completion: [("prompt",), ("prompt_embeds",)],
+    Rerank: [("query", "documents")],
+    Score: [
+        ("queries", "documents"),
+        ("queries", "items"),
+        ("data_1", "data_2"),
+        ("text_1", "text_2"),
+    ],
     Embedding: [("input",)],
-}  # fmt: skip
+}
 
 
 def read(body: bytes, kind: type[Any], strict: bool) -> tuple[Any, list[str]]:
@@ -49,7 +58,7 @@ def errors_as_sent(body: Any) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        names = body.names() if isinstance(body, Named) else {}
+        names = body.names() if isinstance(body, HasEngineNames) else {}
         if (name := names.get(error.field)) is None:
             raise
         raise InvalidRequest(name, error.got, error.expected) from error
@@ -60,9 +69,13 @@ def _wrong_type(problem: str) -> InvalidRequest:
     text, _, path = problem.partition(" - at `$")
     path = path.strip("`.")
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
-        return InvalidRequest(f"{path}.{missing[1]}".lstrip("."), Shown("nothing"), "a value: the field is required")
+        return InvalidRequest(
+            f"{path}.{missing[1]}".lstrip("."), Shown("nothing"), "a value: the field is required"
+        )
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
-        return InvalidRequest(f"{path}.{unknown[1]}".lstrip("."), Shown("an unknown field"), "no such field")
+        return InvalidRequest(
+            f"{path}.{unknown[1]}".lstrip("."), Shown("an unknown field"), "no such field"
+        )
     return InvalidRequest(path or "body", Shown(text), "what the type says")
 
 

@@ -25,7 +25,11 @@ class Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record, what was said beside it, and where it comes from."""
-        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "name": record.name}
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "name": record.name,
+        }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line | {"message": record.getMessage()} | _beside(record), default=str)

@@ -32,7 +32,10 @@ KNOWN: dict[str, set[str]] = {  # by path; [] stands for each item of a list
     "messages[].tool_calls[].function": CALL,
     "messages[].function_call": CALL,
 }  # fmt: skip
-NULLABLE = KNOWN.keys() | {"sampling_params", "sampling_params[]"}  # whose unknown members schema.py refuses
+NULLABLE = KNOWN.keys() | {
+    "sampling_params",
+    "sampling_params[]",
+}  # whose unknown members schema.py refuses
 
 
 def without_null(body: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +56,9 @@ def _tidied(value: Any, place: str) -> Any:
     if isinstance(value, list) and f"{place}[]" in NULLABLE:
         return [_tidied(each, f"{place}[]") for each in value]
     if isinstance(value, dict) and place in NULLABLE:
-        return {key: _tidied(each, f"{place}.{key}") for key, each in value.items() if each is not None}
+        return {
+            key: _tidied(each, f"{place}.{key}") for key, each in value.items() if each is not None
+        }
     return value
 
 

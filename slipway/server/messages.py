@@ -49,24 +49,24 @@ class Abort(msgspec.Struct, tag=True):
     number: int
 
 
-class Ask(msgspec.Struct, tag=True):
-    """One of ``stats``, ``flush``, ``pause``, ``resume``, ``start_profile``, ``stop_profile``; answered by an Answer.
+class Query(msgspec.Struct, tag=True):
+    """One of ``stats``, ``flush``, ``pause``, ``resume``, ``start_profile``, ``stop_profile``; answered by an Reply.
 
     ``folder``: where a trace is to be written.
     """
 
     number: int
-    what: str
+    action: str
     folder: str = ""
 
 
 class Change(msgspec.Struct, tag=True):
     """``update_weights`` with source, version, mode and policy, ``sleep`` with a level, or ``wake_up``; answered by an
-    Answer or a NotDone.
+    Reply or a OperationFailed.
     """
 
     number: int
-    what: str
+    action: str
     args: list[Any] = []
 
 
@@ -106,14 +106,14 @@ class Refused(msgspec.Struct, tag=True):
     expected: str
 
 
-class Answer(msgspec.Struct, tag=True):
-    """To Ask."""
+class Reply(msgspec.Struct, tag=True):
+    """To Query."""
 
     number: int
     value: Any
 
 
-class NotDone(msgspec.Struct, tag=True):
+class OperationFailed(msgspec.Struct, tag=True):
     """To Change, or to an Add that cannot be taken now: the exception's class and what it was made of."""
 
     number: int
@@ -128,36 +128,38 @@ class Ready(msgspec.Struct, tag=True):
     defaults: dict[str, Any]
 
 
-class Failed(msgspec.Struct, tag=True):
+class LoadFailed(msgspec.Struct, tag=True):
     """It could not be loaded; ``kind``: the exception's class, whose text says what to do."""
 
     kind: str
     text: str
 
 
-ToEngine = Start | Add | Abort | Ask | Change | Stop
-FromEngine = Delta | Refused | Answer | NotDone | Ready | Failed
+ToEngine = Start | Add | Abort | Query | Change | Stop
+FromEngine = Delta | Refused | Reply | OperationFailed | Ready | LoadFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
 decode_from_engine = msgspec.msgpack.Decoder(list[FromEngine]).decode
 
 
-def not_done(number: int, error: BaseException) -> NotDone:
+def operation_failed(number: int, error: BaseException) -> OperationFailed:
     """An error as a message."""
     if isinstance(error, CheckpointError):
-        return NotDone(number, "CheckpointError", [str(error.path), error.problems])
+        return OperationFailed(number, "CheckpointError", [str(error.path), error.problems])
     if isinstance(error, InvalidInput):  # UnsupportedModel, too: of another model's config.json
-        return NotDone(number, "InvalidRequest", [error.field, repr(error.got)[:200], error.expected])
+        return OperationFailed(
+            number, "InvalidRequest", [error.field, repr(error.got)[:200], error.expected]
+        )
     if isinstance(error, EngineBusy):
-        return NotDone(number, "EngineBusy", [error.what, error.retry_after_s])
+        return OperationFailed(number, "EngineBusy", [error.what, error.retry_after_s])
     if isinstance(error, WeightsLost):
-        return NotDone(number, "WeightsLost", [str(error)])
-    return NotDone(number, "EngineDead", [f"{type(error).__name__}: {error}"])
+        return OperationFailed(number, "WeightsLost", [str(error)])
+    return OperationFailed(number, "EngineDead", [f"{type(error).__name__}: {error}"])
 
 
-def error_of(message: NotDone) -> SlipwayError:
-    """The inverse of ``not_done``."""
+def error_of(message: OperationFailed) -> SlipwayError:
+    """The inverse of ``operation_failed``."""
     args = message.args
     match message.kind:
         case "CheckpointError":
@@ -172,5 +174,5 @@ def error_of(message: NotDone) -> SlipwayError:
 
 
 def snapshot(value: Any) -> Snapshot:
-    """An Answer's value as what the engine's ``snapshot`` was."""
+    """An Reply's value as what the engine's ``snapshot`` was."""
     return msgspec.convert(value, Snapshot)

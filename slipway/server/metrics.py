@@ -7,7 +7,12 @@ know are there a second time, under vLLM's names.
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from slipway.engine.stats import Histogram, Snapshot
@@ -30,10 +35,16 @@ class Metrics:
     """HTTP's counters, and the engines' on request."""
 
     def __init__(self, model_name: str, vllm_names: bool):
-        self._labels, self._prefixes = {"model_name": model_name}, ["slipway_", "vllm:"][: 1 + vllm_names]
+        self._labels, self._prefixes = (
+            {"model_name": model_name},
+            ["slipway_", "vllm:"][: 1 + vllm_names],
+        )
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "slipway_http_requests", "Requests, by route and status.", ["route", "status"], registry=self._registry
+            "slipway_http_requests",
+            "Requests, by route and status.",
+            ["route", "status"],
+            registry=self._registry,
         )
 
     def text(self, snapshots: list[Snapshot], starts: int) -> bytes:
@@ -44,8 +55,12 @@ class Metrics:
 
     def _families(self, snapshots: list[Snapshot], starts: int) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
-        yield GaugeMetricFamily("slipway_engines_running", "Engine processes that answer.", value=len(snapshots))
-        yield CounterMetricFamily("slipway_engine_starts", "Engine processes started.", value=starts)
+        yield GaugeMetricFamily(
+            "slipway_engines_running", "Engine processes that answer.", value=len(snapshots)
+        )
+        yield CounterMetricFamily(
+            "slipway_engine_starts", "Engine processes started.", value=starts
+        )
         sums = {name: sum(_sum(snapshot, name) for snapshot in snapshots) for name in COUNTERS}
         pages = sum(snapshot.pages for snapshot in snapshots)
         gauges = {
@@ -60,21 +75,27 @@ class Metrics:
                 yield gauge
             for name, known in COUNTERS.items():
                 if ours or known:
-                    counter = CounterMetricFamily(prefix + (name if ours else str(known)), name, labels=names)
+                    counter = CounterMetricFamily(
+                        prefix + (name if ours else str(known)), name, labels=names
+                    )
                     counter.add_metric(values, sums[name])
                     yield counter
             for name, known in HISTOGRAMS.items():
                 if ours or known:
                     title = f"{name}_seconds" if ours else str(known)
                     histogram = HistogramMetricFamily(prefix + title, name, labels=names)
-                    histogram.add_metric(values, *_joined([getattr(s.stats, name) for s in snapshots]))
+                    histogram.add_metric(
+                        values, *_joined([getattr(s.stats, name) for s in snapshots])
+                    )
                     yield histogram
             ended = CounterMetricFamily(
                 prefix + ("sequences" if ours else "request_success"), "Ended, by reason.",
                 labels=[*names, "finished_reason"],
             )  # fmt: skip
             for reason in sorted({reason for s in snapshots for reason in s.stats.finished}):
-                ended.add_metric([*values, reason], sum(s.stats.finished.get(reason, 0) for s in snapshots))
+                ended.add_metric(
+                    [*values, reason], sum(s.stats.finished.get(reason, 0) for s in snapshots)
+                )
             yield ended
 
 

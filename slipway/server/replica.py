@@ -26,21 +26,21 @@ from slipway.server.logs import Format
 from slipway.server.messages import (
     Abort,
     Add,
-    Answer,
-    Ask,
     Change,
     Delta,
-    Failed,
-    NotDone,
+    LoadFailed,
+    OperationFailed,
+    Query,
     Ready,
     Refused,
+    Reply,
     Start,
     Stop,
-)  # fmt: skip
+)
 
 logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S, STEADY_S = 0.5, 30.0, 60.0
-LOOK_S = 0.2  # how often the process is looked after
+POLL_S = 0.2  # how often the process is looked after
 
 
 class Stream:
@@ -90,15 +90,21 @@ class Stream:
 class Replica:
     """One engine process. All methods are called from one event loop."""
 
-    def __init__(self, model: str, config: EngineConfig, folder: Path, name: str, log_format: Format):
+    def __init__(
+        self, model: str, config: EngineConfig, folder: Path, name: str, log_format: Format
+    ):
         self._start, self._address = Start(model, config, log_format), f"ipc://{folder / name}"
         self.name, self.ready = name, asyncio.Event()
         self.info: Ready | None = None  # of the last start
-        self.failed: Failed | None = None  # why the first start failed: another would, too
+        self.load_failure: LoadFailed | None = (
+            None  # why the first start failed: another would, too
+        )
         self.num_starts = self.load = 0
         self.weights_version, self.refuses = "0", ""  # why it takes no request though it runs
         self._dropped = False
-        self._update: list[Any] = []  # the arguments of the last that succeeded: a new process needs it, too
+        self._update: list[
+            Any
+        ] = []  # the arguments of the last that succeeded: a new process needs it, too
         self._process: subprocess.Popen | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._numbers = itertools.count()
@@ -106,16 +112,22 @@ class Replica:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._out: list[messages.ToEngine] = []
         self._task: asyncio.Task | None = None
-        self._task_again: asyncio.Future | None = None
+        self._restore_task: asyncio.Future | None = None
 
     def start(self) -> None:
         """Begin, and from now on see to it that an engine runs."""
         self._task = asyncio.create_task(self._keep_running(), name=f"replica {self.name}")
 
     def open(
-        self, token_ids: list[int], params: SamplingParams, *, priority: int = 0, timeout_s: float | None = None,
-        cache_salt: str = "", pooling: str = "",
-    ) -> Stream:  # fmt: skip
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cache_salt: str = "",
+        pooling: str = "",
+    ) -> Stream:
         """Start a request. Raises EngineDead or EngineBusy; what is wrong with it comes through the stream."""
         if not self.ready.is_set():
             raise EngineDead("the engine is not ready")
@@ -137,22 +149,22 @@ class Replica:
         """Whether it takes requests."""
         return self.ready.is_set() and not self.refuses
 
-    async def ask(self, what: str, folder: str = "") -> Any:
-        """One of Ask's questions. Raises EngineDead."""
-        return await self._answered(lambda number: Ask(number, what, folder))
+    async def query(self, action: str, folder: str = "") -> Any:
+        """One of Query's questions. Raises EngineDead."""
+        return await self._replied(lambda number: Query(number, action, folder))
 
-    async def change(self, what: str, *args: Any) -> Any:
+    async def change(self, action: str, *args: Any) -> Any:
         """``update_weights``, ``sleep`` or ``wake_up``. Raises what the engine's do, or EngineDead."""
         try:
-            value = await self._answered(lambda number: Change(number, what, list(args)))
+            value = await self._replied(lambda number: Change(number, action, list(args)))
         except WeightsLost as error:
             self.refuses = str(error)
             raise
-        if what == "sleep":
+        if action == "sleep":
             self.refuses = "the engine sleeps"
             if args == (2,):
                 self._dropped = True
-        elif what == "wake_up":
+        elif action == "wake_up":
             self.refuses = "the engine has no weights: update them" if self._dropped else ""
         else:
             self.weights_version, self._update, self._dropped = value, list(args), False
@@ -160,7 +172,7 @@ class Replica:
                 self.refuses = ""
         return value
 
-    async def _answered(self, message: Callable[[int], messages.ToEngine]) -> Any:
+    async def _replied(self, message: Callable[[int], messages.ToEngine]) -> Any:
         if not self.ready.is_set():
             raise EngineDead("the engine is not ready")
         number = next(self._numbers)
@@ -170,7 +182,7 @@ class Replica:
 
     async def stats(self) -> Snapshot:
         """What runs, waits and is cached. Raises EngineDead."""
-        return messages.snapshot(await self.ask("stats"))
+        return messages.snapshot(await self.query("stats"))
 
     async def close(self) -> None:
         """End the process; what runs ends with EngineDead."""
@@ -179,14 +191,16 @@ class Replica:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None and self._process.poll() is None:
             if self._socket is not None and not self._socket.closed:
-                with contextlib.suppress(TimeoutError):  # it may be ending by itself, and read no more
+                with contextlib.suppress(
+                    TimeoutError
+                ):  # it may be ending by itself, and read no more
                     await asyncio.wait_for(self._socket.send(messages.encode([Stop()])), 1)
             try:
                 await asyncio.to_thread(self._process.wait, 10)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._let_go("the server is stopping")
+        self._fail_pending("the server is stopping")
         if self._socket is not None:
             self._socket.close(linger=0)
 
@@ -198,12 +212,14 @@ class Replica:
                 await self._run()
             finally:
                 self.ready.clear()
-            self._let_go("the engine process has died")
+            self._fail_pending("the engine process has died")
             if self.info is None:
                 return  # it never ran: the server says why and ends
             if time.monotonic() - started > STEADY_S:
                 backoff_s = FIRST_BACKOFF_S
-            logger.error("engine process %s has died; starting it again in %.1f s", self.name, backoff_s)
+            logger.error(
+                "engine process %s has died; starting it again in %.1f s", self.name, backoff_s
+            )
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
@@ -225,27 +241,31 @@ class Replica:
                 if not frame.done():
                     return
                 for message in messages.decode_from_engine(frame.result()):
-                    self._hand_out(message)
+                    self._dispatch(message)
                 frame = asyncio.ensure_future(self._socket.recv())
         finally:
             dead.cancel()
             frame.cancel()
 
-    def _hand_out(self, message: messages.FromEngine) -> None:
+    def _dispatch(self, message: messages.FromEngine) -> None:
         if isinstance(message, Delta):
             if (stream := self._streams.get(message.number)) is not None:
                 stream.put(message)
         elif isinstance(message, Refused):
             if (stream := self._streams.get(message.number)) is not None:
                 stream.put(InvalidRequest(message.field, Shown(message.got), message.expected))
-        elif isinstance(message, Answer):
-            if (future := self._answers.pop(message.number, None)) is not None and not future.done():
+        elif isinstance(message, Reply):
+            if (
+                future := self._answers.pop(message.number, None)
+            ) is not None and not future.done():
                 future.set_result(message.value)
-        elif isinstance(message, NotDone):
+        elif isinstance(message, OperationFailed):
             error = messages.error_of(message)
             if (stream := self._streams.get(message.number)) is not None:
                 stream.put(error)
-            elif (future := self._answers.pop(message.number, None)) is not None and not future.done():
+            elif (
+                future := self._answers.pop(message.number, None)
+            ) is not None and not future.done():
                 future.set_exception(error)
         elif isinstance(message, Ready):
             self.info = message
@@ -253,11 +273,11 @@ class Replica:
             self.ready.set()
             if self._update:  # it has loaded what the first process did
                 self.refuses = "the engine is given the weights that it had"
-                self._task_again = asyncio.ensure_future(self._update_again())
+                self._restore_task = asyncio.ensure_future(self._restore_weights())
         else:
-            self.failed = message
+            self.load_failure = message
 
-    async def _update_again(self) -> None:
+    async def _restore_weights(self) -> None:
         try:
             await self.change("update_weights", *self._update)
         except SlipwayError as error:
@@ -276,7 +296,7 @@ class Replica:
             task = asyncio.ensure_future(self._socket.send(messages.encode(out)))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def _let_go(self, why: str) -> None:
+    def _fail_pending(self, why: str) -> None:
         """End everything that waits for the engine."""
         for stream in self._streams.values():
             stream.put(EngineDead(why))
@@ -289,4 +309,4 @@ class Replica:
 
 async def _died(process: subprocess.Popen) -> None:
     while process.poll() is None:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(POLL_S)

@@ -16,32 +16,60 @@ from slipway.errors import InvalidRequest, Shown
 from slipway.server import members
 
 DIRECT = (  # fields that SamplingParams has under the same name
-    "n", "best_of", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
-    "presence_penalty", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "include_stop_str_in_output",
-    "ignore_eos", "skip_special_tokens", "prompt_logprobs",
-)  # fmt: skip
+    "n",
+    "best_of",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "allowed_token_ids",
+    "bad_words",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
 STRUCTURES = {  # vLLM's former fields and SGLang's
-    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
-    "json_schema": "json", "regex": "regex", "ebnf": "grammar",
-}  # fmt: skip
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
+}
 UNSUPPORTED = {  # fields of vLLM that would change an answer: the values that are taken, and why no others are
-    "use_beam_search": ((None, False), "false: tokens are drawn, or the likeliest is taken; there is no beam search"),
+    "use_beam_search": (
+        (None, False),
+        "false: tokens are drawn, or the likeliest is taken; there is no beam search",
+    ),
     "length_penalty": ((None, 1), "1: it ranks beams, and there is no beam search"),
     "prompt_embeds": ((None, []), "none: a prompt is a text or token ids"),
-    "logprob_token_ids": ((None, []), "none: logprobs are of the chosen and of the likeliest tokens"),
+    "logprob_token_ids": (
+        (None, []),
+        "none: logprobs are of the chosen and of the likeliest tokens",
+    ),
     "spaces_between_special_tokens": ((None, True), "true: the text is what the tokenizer decodes"),
     "repetition_detection": ((None, {}), "none: an output ends by its stops and its length"),
     "vllm_xargs": ((None, {}), "none: there are no extensions"),
     "kv_transfer_params": ((None, {}), "none: caches stay in their engine"),
     "mm_processor_kwargs": ((None, {}), "none: a prompt is a text or token ids"),
-}  # fmt: skip
+}
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Side = Literal["left", "right"]  # where a prompt that is too long is cut: "left" keeps its end
-Texts = str | list[str | Int | list[Int]]  # a text, token ids, or a list of one of these; service.py refuses mixtures
+Texts = (
+    str | list[str | Int | list[Int]]
+)  # a text, token ids, or a list of one of these; service.py refuses mixtures
 
 
 @runtime_checkable
-class Named(Protocol):
+class HasEngineNames(Protocol):
     """A body whose fields have other names in the engine."""
 
     def names(self) -> dict[str, str]:
@@ -115,10 +143,14 @@ class Sampling(msgspec.Struct, kw_only=True):
             if (value := getattr(self, field, None)) not in taken:
                 raise InvalidRequest(field, value, expected)
 
-    def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def params(
+        self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
         """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
         if self.stream and self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest("best_of", self.best_of, "n, in a stream: which samples are best shows at the end")
+            raise InvalidRequest(
+                "best_of", self.best_of, "n, in a stream: which samples are best shows at the end"
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options", "given", "none without stream")
         given = {name: value for name in DIRECT if (value := getattr(self, name)) is not None}
@@ -141,7 +173,9 @@ class Sampling(msgspec.Struct, kw_only=True):
         asked = self._structures()
         if len(asked) > 1:
             fields = " and ".join(field for field, _ in asked)
-            raise InvalidRequest("response_format", Shown(fields), "one field that states the output's structure")
+            raise InvalidRequest(
+                "response_format", Shown(fields), "one field that states the output's structure"
+            )
         return _structure(*asked[0]) if asked else None
 
     def _structures(self) -> list[tuple[str, dict[str, Any]]]:
@@ -151,7 +185,9 @@ class Sampling(msgspec.Struct, kw_only=True):
             asked += _response_format(self.response_format)
         if self.structured_outputs is not None:
             known = members.KNOWN["structured_outputs"]
-            given = {name: value for name, value in self.structured_outputs.items() if name in known}
+            given = {
+                name: value for name, value in self.structured_outputs.items() if name in known
+            }
             used = [name for name, value in given.items() if value not in (None, False)]
             field = f"structured_outputs.{used[0]}" if len(used) == 1 else "structured_outputs"
             asked.append((field, given))
@@ -201,20 +237,40 @@ class Chat(Sampling, kw_only=True):
     def names(self) -> dict[str, str]:
         """Return the body's names of fields by the engine's."""
         found = {"prompt_token_ids": "messages", "prompt": "messages", "logprobs": "top_logprobs"}
-        return found if self.max_completion_tokens is None else found | {"max_tokens": "max_completion_tokens"}
+        return (
+            found
+            if self.max_completion_tokens is None
+            else found | {"max_tokens": "max_completion_tokens"}
+        )
 
 
-NATIVE = {  # SGLang's names -> SamplingParams'
-    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed",
-    "no_stop_trim": "include_stop_str_in_output", "n": "n", "temperature": "temperature", "top_p": "top_p",
-    "top_k": "top_k", "min_p": "min_p", "frequency_penalty": "frequency_penalty",
-    "presence_penalty": "presence_penalty", "repetition_penalty": "repetition_penalty", "stop": "stop",
-    "stop_token_ids": "stop_token_ids", "ignore_eos": "ignore_eos", "skip_special_tokens": "skip_special_tokens",
-}  # fmt: skip
-NATIVE_STRUCTURES = {"json_schema": "json", "regex": "regex", "ebnf": "grammar", "structural_tag": "structural_tag"}
+SGLANG_FIELDS = {  # SGLang's names -> SamplingParams'
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+    "no_stop_trim": "include_stop_str_in_output",
+    "n": "n",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "stop": "stop",
+    "stop_token_ids": "stop_token_ids",
+    "ignore_eos": "ignore_eos",
+    "skip_special_tokens": "skip_special_tokens",
+}
+SGLANG_STRUCTURES = {
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
+    "structural_tag": "structural_tag",
+}
 
 
-class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class SGLangSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """SGLang's sampling_params; as there, one that nobody knows is refused. Its defaults, too: 128 new tokens."""
 
     max_new_tokens: Int | None = None
@@ -240,24 +296,37 @@ class NativeSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ebnf: str | None = None
     structural_tag: str | dict[str, Any] | None = None
 
-    def params(self, defaults: Mapping[str, Any], logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+    def params(
+        self, defaults: Mapping[str, Any], logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
-        given = {ours: value for name, ours in NATIVE.items() if (value := getattr(self, name)) is not None}
+        given = {
+            ours: value
+            for name, ours in SGLANG_FIELDS.items()
+            if (value := getattr(self, name)) is not None
+        }
         fields = {"max_tokens": 128} | dict(defaults) | given
         if self.logit_bias is not None:
             fields["logit_bias"] = _by_token(self.logit_bias)
-        asked = {ours: value for name, ours in NATIVE_STRUCTURES.items() if (value := getattr(self, name)) is not None}
+        asked = {
+            ours: value
+            for name, ours in SGLANG_STRUCTURES.items()
+            if (value := getattr(self, name)) is not None
+        }
         if asked.get("json") == "$$ANY$$":  # SGLang's way to say: any object
             asked = asked | {"json": None, "json_object": True}
         structure = _structure(self.structure_field, asked) if asked else None
         return SamplingParams(
-            **fields, logprobs=logprobs, prompt_logprobs=prompt_logprobs, structured_outputs=structure
+            **fields,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_outputs=structure,
         )
 
     @property
     def structure_field(self) -> str:
         """Where the body states the structure of the output, as errors name it."""
-        given = [name for name in NATIVE_STRUCTURES if getattr(self, name) is not None]
+        given = [name for name in SGLANG_STRUCTURES if getattr(self, name) is not None]
         return f"sampling_params.{given[0]}" if len(given) == 1 else "sampling_params"
 
 
@@ -266,7 +335,7 @@ class Generate(msgspec.Struct, kw_only=True):
 
     text: str | list[str] | None = None
     input_ids: list[Int | list[Int]] | None = None
-    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    sampling_params: SGLangSampling | list[SGLangSampling] | None = None
     return_logprob: bool = False
     logprob_start_len: Int = -1
     top_logprobs_num: Int = 0
@@ -281,8 +350,12 @@ class Generate(msgspec.Struct, kw_only=True):
         """Return the body's names of fields by the engine's."""
         prompt = "text" if self.input_ids is None else "input_ids"
         scores = {"logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
-        sampling = {ours: f"sampling_params.{name}" for name, ours in NATIVE.items()}
-        more = {"logit_bias": "sampling_params.logit_bias", "prompt_token_ids": prompt, "prompt": prompt}
+        sampling = {ours: f"sampling_params.{name}" for name, ours in SGLANG_FIELDS.items()}
+        more = {
+            "logit_bias": "sampling_params.logit_bias",
+            "prompt_token_ids": prompt,
+            "prompt": prompt,
+        }
         named = {} if self.request_id is None else {"request_id": "rid"}  # else a header has it
         return sampling | scores | more | named
 
@@ -427,8 +500,12 @@ def _structure(field: str, given: dict[str, Any]) -> StructuredOutputs:
     try:
         return StructuredOutputs(**given)
     except InvalidRequest as error:
-        name = next((name for name in sorted(given, key=len) if error.field.startswith(name)), error.field)
-        raise InvalidRequest(field + error.field.removeprefix(name), error.got, error.expected) from error
+        name = next(
+            (name for name in sorted(given, key=len) if error.field.startswith(name)), error.field
+        )
+        raise InvalidRequest(
+            field + error.field.removeprefix(name), error.got, error.expected
+        ) from error
 
 
 def _response_format(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -441,7 +518,11 @@ def _response_format(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if kind == "json_object":
         return [("response_format", {"json_object": True})]
     held = given.get("json_schema")
-    if kind != "json_schema" or not isinstance(held, dict) or not isinstance(held.get("schema"), dict):
+    if (
+        kind != "json_schema"
+        or not isinstance(held, dict)
+        or not isinstance(held.get("schema"), dict)
+    ):
         expected = (
             '{"type": "text" | "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}}, '
             'or {"type": "structural_tag"} with "format", or with "structures" and "triggers"'

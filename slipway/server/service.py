@@ -21,13 +21,23 @@ from slipway.engine.params import SamplingParams
 from slipway.errors import ClientBusy, ContextTooLong, EngineBusy, EngineDead, InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.config import ServerConfig
+from slipway.server.grammar_sandbox import GrammarSandbox
 from slipway.server.replica import Replica, Stream
-from slipway.server.trial import Trial
 
 logger = logging.getLogger(__name__)
 TEMPLATE_TIMEOUT_S = 10.0
-TEMPLATE_FIELDS = ("messages", "add_generation_prompt", "continue_final_message", "documents", "tools")
-PREFIX_TOKENS, PREFIX_DEPTH, PREFIXES = 64, 8, 4096  # by which a replica is found that has seen a prompt's beginning
+TEMPLATE_FIELDS = (
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+    "tools",
+)
+PREFIX_TOKENS, PREFIX_DEPTH, PREFIXES = (
+    64,
+    8,
+    4096,
+)  # by which a replica is found that has seen a prompt's beginning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Prompt:
 
 
 @dataclasses.dataclass(eq=False)
-class Place:
+class QueueSlot:
     """A request's place in the queue, and what runs for it."""
 
     streams: list[Stream] = dataclasses.field(default_factory=list)
@@ -54,23 +64,41 @@ class Service:
     """The model as its clients use it. All methods are called from one event loop."""
 
     def __init__(
-        self, config: ServerConfig, model_name: str, tokenizer: Tokenizer | None, templates: Mapping[str, str],
-        replicas: list[Replica], folder: Path, root: str = "", tokenizer_config: Mapping[str, Any] | None = None,
-    ):  # fmt: skip
+        self,
+        config: ServerConfig,
+        model_name: str,
+        tokenizer: Tokenizer | None,
+        templates: Mapping[str, str],
+        replicas: list[Replica],
+        folder: Path,
+        root: str = "",
+        tokenizer_config: Mapping[str, Any] | None = None,
+    ):
         self.root = root or model_name  # what the model was loaded by
         self._tokenizer_config = tokenizer_config
         self.folder = folder  # this user's alone
-        self.config, self.model_name, self.tokenizer, self.replicas = config, model_name, tokenizer, replicas
-        special = frozenset[int]() if tokenizer is None else tokenizer.special_ids  # the text leaves those out
+        self.config, self.model_name, self.tokenizer, self.replicas = (
+            config,
+            model_name,
+            tokenizer,
+            replicas,
+        )
+        special = (
+            frozenset[int]() if tokenizer is None else tokenizer.special_ids
+        )  # the text leaves those out
         marks = {} if tokenizer is None else tags.marks(tokenizer)
         self.marks = {mark: token for mark, token in marks.items() if token not in special}
-        self._trial = None if tokenizer is None else Trial(tokenizer)
-        self._templates = ChatTemplates(templates, {} if tokenizer is None else tokenizer.special_tokens)
+        self._sandbox = None if tokenizer is None else GrammarSandbox(tokenizer)
+        self._templates = ChatTemplates(
+            templates, {} if tokenizer is None else tokenizer.special_tokens
+        )
         parts.family(config.output_parser, None)  # an unknown name is refused before the start
         self._num_requests = self._num_tokens = 0
         self._by_client: Counter[str] = Counter()
-        self._prefixes: dict[Replica, OrderedDict[bytes, None]] = {each: OrderedDict() for each in replicas}
-        self._running: dict[str, Place] = {}  # by request id
+        self._prefixes: dict[Replica, OrderedDict[bytes, None]] = {
+            each: OrderedDict() for each in replicas
+        }
+        self._running: dict[str, QueueSlot] = {}  # by request id
         self.draining = False
 
     @property
@@ -89,7 +117,9 @@ class Service:
     @property
     def defaults(self) -> dict[str, Any]:
         """Of sampling, by the model's generation_config.json."""
-        return next((replica.info.defaults for replica in self.replicas if replica.info is not None), {})
+        return next(
+            (replica.info.defaults for replica in self.replicas if replica.info is not None), {}
+        )
 
     @property
     def features(self) -> dict[str, bool]:
@@ -97,16 +127,25 @@ class Service:
         found = [self._templates.find(tools) for tools in (False, True)]
         plain, with_tools = ("" if template is None else template.source for template in found)
         return {
-            "generation": True, "embeddings": True, "classification": False, "text": self.tokenizer is not None,
-            "chat": bool(plain or with_tools), "tools": "tools" in with_tools, "documents": "documents" in plain,
+            "generation": True,
+            "embeddings": True,
+            "classification": False,
+            "text": self.tokenizer is not None,
+            "chat": bool(plain or with_tools),
+            "tools": "tools" in with_tools,
+            "documents": "documents" in plain,
             "reasoning": self._family(plain or with_tools).thinking is not None,
-        }  # fmt: skip
+        }
 
     def tokenizer_info(self) -> dict[str, Any]:
         """Return tokenizer_config.json with the chat template in use. Raises InvalidRequest without a tokenizer."""
         if self._tokenizer_config is None:
             raise InvalidRequest("tokenizer", Shown("none"), "a server with a tokenizer")
-        shown = {name: value for name, value in self._tokenizer_config.items() if not name.endswith(("_file", "_path"))}
+        shown = {
+            name: value
+            for name, value in self._tokenizer_config.items()
+            if not name.endswith(("_file", "_path"))
+        }
         shown["tokenizer_class"] = shown.get("tokenizer_class") or "PreTrainedTokenizerFast"
         if sources := self._templates.sources:
             listed = [{"name": name, "template": source} for name, source in sources.items()]
@@ -135,7 +174,7 @@ class Service:
         return self._num_requests
 
     @contextlib.contextmanager
-    def place(self, client: str, request_id: str) -> Iterator[Place]:
+    def queue_slot(self, client: str, request_id: str) -> Iterator[QueueSlot]:
         """A place in the queue. Raises EngineBusy or ClientBusy."""
         config = self.config
         if self.draining:
@@ -146,11 +185,11 @@ class Service:
             raise ClientBusy(f"{self._by_client[client]} requests of this client run or wait")
         if request_id in self._running:
             raise InvalidRequest("request_id", request_id, "one that is not running")
-        place = self._running[request_id] = Place()
+        slot = self._running[request_id] = QueueSlot()
         self._num_requests += 1
         self._by_client[client] += 1
         try:
-            yield place
+            yield slot
         finally:
             self._num_requests -= 1
             self._by_client[client] -= 1
@@ -160,15 +199,15 @@ class Service:
 
     def abort(self, request_id: str) -> bool:
         """End a request; False if it is not running."""
-        if (place := self._running.get(request_id)) is None:
+        if (slot := self._running.get(request_id)) is None:
             return False
-        place.abort()
+        slot.abort()
         return True
 
     def abort_all(self) -> None:
         """End everything that runs."""
-        for place in self._running.values():
-            place.abort()
+        for slot in self._running.values():
+            slot.abort()
 
     async def prompts(
         self, given: Any, field: str, truncate: int | None, side: Literal["left", "right"] = "left"
@@ -179,21 +218,34 @@ class Service:
         """
         items = _items(given, field)
         if len(items) > self.config.max_prompts:
-            raise InvalidRequest(field, f"{len(items)} prompts", f"at most {self.config.max_prompts}")
-        longest = 16 * self.limits["max_model_len"]  # characters of any token: beyond, it cannot fit
+            raise InvalidRequest(
+                field, f"{len(items)} prompts", f"at most {self.config.max_prompts}"
+            )
+        longest = (
+            16 * self.limits["max_model_len"]
+        )  # characters of any token: beyond, it cannot fit
         if any(isinstance(item, str) and len(item) > longest * 8 for item in items):
             size = max(len(item) for item in items if isinstance(item, str))
-            raise ContextTooLong(field, f"a text of {size} characters", self.limits["max_model_len"])
+            raise ContextTooLong(
+                field, f"a text of {size} characters", self.limits["max_model_len"]
+            )
         texts = [item for item in items if isinstance(item, str)]
         encoded = iter(await self._encode(texts)) if texts else iter(())
-        found = [Prompt(next(encoded), item) if isinstance(item, str) else Prompt(item) for item in items]
+        found = [
+            Prompt(next(encoded), item) if isinstance(item, str) else Prompt(item) for item in items
+        ]
         if truncate is not None:
             if truncate != -1 and truncate < 1:
-                raise InvalidRequest("truncate_prompt_tokens", truncate, "at least 1, or -1 for what fits")
+                raise InvalidRequest(
+                    "truncate_prompt_tokens", truncate, "at least 1, or -1 for what fits"
+                )
             keep = self.limits["max_model_len"] - 1 if truncate == -1 else truncate
             kept = slice(keep) if side == "right" else slice(-keep, None)
             # what is left of a text that was cut is its tokens
-            found = [each if len(each.token_ids) <= keep else Prompt(each.token_ids[kept]) for each in found]
+            found = [
+                each if len(each.token_ids) <= keep else Prompt(each.token_ids[kept])
+                for each in found
+            ]
         self.check_lengths(found, field)
         return found
 
@@ -205,7 +257,10 @@ class Service:
                 raise ContextTooLong(field, f"{len(prompt.token_ids)} tokens", limit)
 
     async def conversation(
-        self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any] | None = None, **options: Any
+        self,
+        messages: list[dict[str, Any]],
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Prompt:
         """Render a conversation by its chat template, with ``chat_template_kwargs``.
 
@@ -213,7 +268,9 @@ class Service:
         """
         for name in TEMPLATE_FIELDS:
             if kwargs and name in kwargs:
-                raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead")
+                raise InvalidRequest(
+                    f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead"
+                )
         options = {**(kwargs or {}), **options}
         if (tokenizer := self.tokenizer) is None:
             raise InvalidRequest("messages", messages, "a model with a tokenizer")
@@ -226,24 +283,29 @@ class Service:
         try:
             return await asyncio.wait_for(asyncio.to_thread(render), TEMPLATE_TIMEOUT_S)
         except TimeoutError as error:
-            raise InvalidRequest("messages", messages, f"a template that ends within {TEMPLATE_TIMEOUT_S} s") from error
+            raise InvalidRequest(
+                "messages", messages, f"a template that ends within {TEMPLATE_TIMEOUT_S} s"
+            ) from error
 
-    async def try_out(
-        self, params: SamplingParams, field: str = "structured_outputs", schemas: Mapping[str, Any] | None = None
+    async def check_grammar(
+        self,
+        params: SamplingParams,
+        field: str = "structured_outputs",
+        schemas: Mapping[str, Any] | None = None,
     ) -> None:
         """Check that a client's grammar can be built.
 
         `field`: where the request states it. `schemas`: the JSON schemas in it, by their fields; by default those of
         the structure. Raises InvalidRequest, with the field and the location in it that cannot be built.
         """
-        structure, trial = params.structured_outputs, self._trial
-        if structure is None or trial is None:
+        structure, sandbox = params.structured_outputs, self._sandbox
+        if structure is None or sandbox is None:
             return
         vocab_size = self.limits["vocab_size"]
-        if not (problem := await trial.problem(structure.notation(), vocab_size)):
+        if not (problem := await sandbox.problem(structure.notation(), vocab_size)):
             return
         for each, held in (structure.schemas(field) if schemas is None else schemas).items():
-            if reason := await trial.problem(StructuredOutputs(json=held).notation(), vocab_size):
+            if reason := await sandbox.problem(StructuredOutputs(json=held).notation(), vocab_size):
                 field, problem = each, _without_grammar(reason)
                 if at := json_schema.location(held, problem):
                     problem += f", at {at}"
@@ -252,24 +314,34 @@ class Service:
 
     def close(self) -> None:
         """End what runs beside the engines."""
-        if self._trial is not None:
-            self._trial.close()
+        if self._sandbox is not None:
+            self._sandbox.close()
 
     @contextlib.contextmanager
     def open(
-        self, place: Place, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = "",
+        self,
+        slot: QueueSlot,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
         pooling: str = "",
-    ) -> Iterator[Stream]:  # fmt: skip
+    ) -> Iterator[Stream]:
         """What a prompt becomes, as it comes. Raises EngineBusy or EngineDead."""
         cost = params.num_samples * len(prompt.token_ids)
         if self._num_tokens and self._num_tokens + cost > self.config.max_queued_tokens:
             raise EngineBusy(f"{self._num_tokens} prompt tokens run or wait")
         stream = self._choose(prompt.token_ids, cache_salt).open(
-            prompt.token_ids, params, priority=priority, timeout_s=self.config.request_timeout_s,
-            cache_salt=cache_salt, pooling=pooling,
-        )  # fmt: skip
+            prompt.token_ids,
+            params,
+            priority=priority,
+            timeout_s=self.config.request_timeout_s,
+            cache_salt=cache_salt,
+            pooling=pooling,
+        )
         self._num_tokens += cost
-        place.streams.append(stream)
+        slot.streams.append(stream)
         try:
             yield stream
         finally:
@@ -286,10 +358,14 @@ class Service:
         if len(self.replicas) == 1:
             return ready[0]
         keys, digest = [], hashlib.blake2b(salt.encode(), digest_size=16)
-        for start in range(0, min(len(token_ids), PREFIX_TOKENS * PREFIX_DEPTH) - PREFIX_TOKENS + 1, PREFIX_TOKENS):
+        for start in range(
+            0, min(len(token_ids), PREFIX_TOKENS * PREFIX_DEPTH) - PREFIX_TOKENS + 1, PREFIX_TOKENS
+        ):
             digest.update(repr(token_ids[start : start + PREFIX_TOKENS]).encode())
             keys.append(digest.digest())
-        chosen = min(ready, key=lambda each: (-sum(key in self._prefixes[each] for key in keys), each.load))
+        chosen = min(
+            ready, key=lambda each: (-sum(key in self._prefixes[each] for key in keys), each.load)
+        )
         seen = self._prefixes[chosen]
         for key in keys:
             seen[key] = None
@@ -301,7 +377,9 @@ class Service:
     async def _encode(self, texts: list[str]) -> list[list[int]]:
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise InvalidRequest("prompt", texts[0], "token ids; the server runs with skip_tokenizer_init")
+            raise InvalidRequest(
+                "prompt", texts[0], "token ids; the server runs with skip_tokenizer_init"
+            )
         if sum(map(len, texts)) < 2000:
             return tokenizer.encode_batch(texts)
         return await asyncio.to_thread(tokenizer.encode_batch, texts)
@@ -310,7 +388,11 @@ class Service:
 def _without_grammar(problem: str) -> str:
     """Return llguidance's reason without the grammar, which the server wrote around the client's schema."""
     _, found, reason = problem.partition("failed to compile JSON schema: ")
-    return f"a JSON schema that llguidance compiles: {reason.partition(chr(10) * 2)[0]}" if found else problem
+    return (
+        f"a JSON schema that llguidance compiles: {reason.partition(chr(10) * 2)[0]}"
+        if found
+        else problem
+    )
 
 
 def _items(given: Any, field: str) -> list[Any]:

@@ -51,20 +51,26 @@ class Tools:
         if choice != "none" and not schemas:
             raise InvalidRequest(choice_field, choice, f"none, where there are no {field}")
         if schemas and "tools" not in (template or ""):
-            raise InvalidRequest(field, list(schemas), "none: this model's chat template knows no tools")
+            raise InvalidRequest(
+                field, list(schemas), "none: this model's chat template knows no tools"
+            )
         forced: tuple[str, ...] = ()
         if isinstance(choice, dict):
             function = choice.get("function")
             name = function.get("name") if isinstance(function, dict) else None
             if choice.get("type") != "function" or name not in schemas:
-                raise InvalidRequest(choice_field, choice, f"one of the {field}: {', '.join(schemas)}")
+                raise InvalidRequest(
+                    choice_field, choice, f"one of the {field}: {', '.join(schemas)}"
+                )
             forced = (str(name),)
         elif choice == "required":
             forced = tuple(schemas)
         if choice == "none":
             schemas = {}
         if schemas and not forced and family.calls is None:
-            raise InvalidRequest(choice_field, choice, "none, required or a function: no format of calls is known")
+            raise InvalidRequest(
+                choice_field, choice, "none, required or a function: no format of calls is known"
+            )
         if forced:  # its format is ours to choose: the one that every family can be made to write
             family = dataclasses.replace(FAMILIES["hermes"], thinking=family.thinking)
         parallel = body.parallel_tool_calls is not False and not legacy
@@ -101,7 +107,9 @@ class Tools:
         """What an answer to a prompt begins with, where the family reasons and the prompt has not ended that."""
         inside, thinking = self._begins_inside(prompt), self.family.thinking
         if thinking is None and budget is not None:
-            raise InvalidRequest("thinking_token_budget", budget, "none: this model's family marks no reasoning")
+            raise InvalidRequest(
+                "thinking_token_budget", budget, "none: this model's family marks no reasoning"
+            )
         if thinking is None or inside is None:
             return None
         return Reasoning(start=thinking[0], end=thinking[1], opened=inside, budget=budget)
@@ -160,7 +168,9 @@ def _from_functions(body: schema.Chat) -> tuple[list[dict[str, Any]], Any]:
     """Return OpenAI's older `functions` and `function_call` as `tools` and `tool_choice`. Raises InvalidRequest."""
     for name in ("tools", "tool_choice"):
         if (given := getattr(body, name)) is not None:
-            raise InvalidRequest(name, given, "nothing beside functions and function_call, which are its older form")
+            raise InvalidRequest(
+                name, given, "nothing beside functions and function_call, which are its older form"
+            )
     choice = body.function_call
     if isinstance(choice, dict):
         choice = {"type": "function", "function": choice}
@@ -174,14 +184,27 @@ def _schemas(tools: Sequence[Any], where: str) -> tuple[dict[str, dict[str, Any]
     schemas: dict[str, dict[str, Any]] = {}
     fields: dict[str, str] = {}
     for number, tool in enumerate(tools):
-        held = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        held = (
+            tool.get("function")
+            if isinstance(tool, dict) and tool.get("type") == "function"
+            else None
+        )
         function = held if isinstance(held, dict) else None
         name = None if function is None else function.get("name")
         field = f"{where}[{number}]"
-        if function is None or not isinstance(name, str) or not NAME.fullmatch(name) or name in schemas:
-            raise InvalidRequest(field, tool, '{"type": "function", "function": {"name": ...}}, its name its own')
+        if (
+            function is None
+            or not isinstance(name, str)
+            or not NAME.fullmatch(name)
+            or name in schemas
+        ):
+            raise InvalidRequest(
+                field, tool, '{"type": "function", "function": {"name": ...}}, its name its own'
+            )
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        fields[name] = f"{field}.parameters" if where == "functions" else f"{field}.function.parameters"
+        fields[name] = (
+            f"{field}.parameters" if where == "functions" else f"{field}.function.parameters"
+        )
         if not isinstance(parameters, dict):
             raise InvalidRequest(fields[name], parameters, "a JSON schema")
         json_schema.check(parameters, fields[name])

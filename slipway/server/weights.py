@@ -18,9 +18,9 @@ from starlette.responses import Response
 
 from slipway.checkpoint import files
 from slipway.errors import CheckpointError, EngineDead, InvalidRequest
-from slipway.server import pages, schema
-from slipway.server.answers import encode
-from slipway.server.gate import json_response
+from slipway.server import openapi, schema
+from slipway.server.middleware import json_response
+from slipway.server.responses import encode
 from slipway.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Staged:
     size: int = 0
 
 
-class Weights:
+class WeightsHandler:
     """The weights of all replicas of a service. One update at a time; a new one that begins discards one begun."""
 
     def __init__(self, service: Service, folder: Path):
@@ -47,14 +47,16 @@ class Weights:
         self._served: Path | None = None  # what an engine that has died is given again
         self._lock = asyncio.Lock()
 
-    def routes(self, read: Callable[[Request, type], Awaitable[tuple[Any, list[str]]]]) -> list[tuple[str, Any, Any]]:
+    def routes(
+        self, read: Callable[[Request, type], Awaitable[tuple[Any, list[str]]]]
+    ) -> list[tuple[str, Any, Any]]:
         """Path, handler and methods; ``read`` makes a checked body of a request. Without an admin nothing changes."""
 
         def handler(kind: type, act: Callable[[Any], Awaitable[dict[str, Any]]]) -> Any:
             async def handle(request: Request) -> Response:
                 return json_response(encode(await act((await read(request, kind))[0])))
 
-            return pages.taking([kind], handle, f"{kind.__doc__}")
+            return openapi.describe([kind], handle, f"{kind.__doc__}")
 
         post, shown = ["POST"], ("/weights_version", self.shown, ["GET"])
         if not self._service.config.admin_api_key:
@@ -75,7 +77,10 @@ class Weights:
 
     async def update(self, request: Request) -> Response:
         """A safetensors file of the update ``?update_id=``."""
-        update_id, limit = request.query_params.get("update_id", ""), self._service.config.max_weights_bytes
+        update_id, limit = (
+            request.query_params.get("update_id", ""),
+            self._service.config.max_weights_bytes,
+        )
         return json_response(encode(await self.add(update_id, request.stream(), limit)))
 
     def version(self) -> dict[str, Any]:
@@ -88,7 +93,9 @@ class Weights:
         if body.load_format not in (None, "auto"):
             raise InvalidRequest("load_format", body.load_format, "auto")
         if not body.flush_cache:
-            raise InvalidRequest("flush_cache", False, "true: what old weights computed is not the new ones'")
+            raise InvalidRequest(
+                "flush_cache", False, "true: what old weights computed is not the new ones'"
+            )
         return await self._apply(body.model_path, body.weight_version, body.mode, body.policy, None)
 
     async def begin(self, body: schema.BeginWeights) -> dict[str, Any]:
@@ -108,7 +115,11 @@ class Weights:
                 async for chunk in chunks:
                     size += len(chunk)
                     if staged.size + size > limit:
-                        raise InvalidRequest("body", f"more than {limit} bytes of weights", "max_weights_bytes at most")
+                        raise InvalidRequest(
+                            "body",
+                            f"more than {limit} bytes of weights",
+                            "max_weights_bytes at most",
+                        )
                     await asyncio.to_thread(file.write, chunk)
             held = await asyncio.to_thread(files.open_file, path)
             if twice := sorted(held.tensors.keys() & staged.names.keys()):
@@ -128,7 +139,9 @@ class Weights:
         (staged.folder / files.INDEX).write_text(json.dumps(index))
         begun = staged.begun
         try:
-            return await self._apply(str(staged.folder), begun.version, begun.mode, begun.policy, staged.folder)
+            return await self._apply(
+                str(staged.folder), begun.version, begun.mode, begun.policy, staged.folder
+            )
         finally:
             if self._served != staged.folder:
                 shutil.rmtree(staged.folder, ignore_errors=True)
@@ -145,14 +158,18 @@ class Weights:
 
     async def _apply(
         self, source: str, version: str | None, mode: str, policy: str, folder: Path | None
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         async with self._lock:
             version = version or str(next(self._versions))
             await self._every("update_weights", source, version, mode, policy)
             before, self._served = self._served, folder
             if before is not None:
                 shutil.rmtree(before, ignore_errors=True)
-        return {"success": True, "message": f"weights {version} are served", "weights_version": version}
+        return {
+            "success": True,
+            "message": f"weights {version} are served",
+            "weights_version": version,
+        }
 
     async def _every(self, what: str, *args: Any) -> None:
         """Ask every engine; the first failure is the answer. Engines that took an update and those that did not go on
@@ -161,7 +178,9 @@ class Weights:
         ready = [replica for replica in self._service.replicas if replica.ready.is_set()]
         if len(ready) < len(self._service.replicas):
             raise EngineDead("an engine is not ready: nothing was changed")
-        results = await asyncio.gather(*(replica.change(what, *args) for replica in ready), return_exceptions=True)
+        results = await asyncio.gather(
+            *(replica.change(what, *args) for replica in ready), return_exceptions=True
+        )
         for result in results:
             if isinstance(result, BaseException):
                 raise result

@@ -21,8 +21,22 @@ from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
 from slipway.engine.request import Logprobs, Request, RequestSpec
 from slipway.errors import InvalidRequest, SlipwayError
-from slipway.server import heap, logs, messages
-from slipway.server.messages import Abort, Add, Answer, Ask, Change, Delta, Failed, Ready, Refused, Sample, Start, Stop
+from slipway.server import logs, messages
+from slipway.server.messages import (
+    Abort,
+    Add,
+    Change,
+    Delta,
+    LoadFailed,
+    Query,
+    Ready,
+    Refused,
+    Reply,
+    Sample,
+    Start,
+    Stop,
+)
+from slipway.server.process import tune_garbage_collector
 
 logger = logging.getLogger(__name__)
 CHECKING_MS = 5  # how often an idle engine looks whether new weights are checked
@@ -70,12 +84,16 @@ class Worker:
                 request = self._engine.request(request_id)
                 self._engine.abort(request_id)
                 self._tell(request)
-        elif isinstance(message, Ask):
-            self._out.append(Answer(message.number, self._answer(message)))
-        elif isinstance(message, Change) and message.what == "update_weights":
-            self._checked.append((message, self._checker.submit(self._check, message.args[0], message.args[2])))
+        elif isinstance(message, Query):
+            self._out.append(Reply(message.number, self._answer(message)))
+        elif isinstance(message, Change) and message.action == "update_weights":
+            self._checked.append(
+                (message, self._checker.submit(self._check, message.args[0], message.args[2]))
+            )
         elif isinstance(message, Change):
-            self._change(message.number, lambda: getattr(self._engine, message.what)(*message.args))
+            self._change(
+                message.number, lambda: getattr(self._engine, message.action)(*message.args)
+            )
 
     def _check(self, source: str, mode: Mode) -> Values:
         values = live.values(source, self._engine.weights)
@@ -83,27 +101,33 @@ class Worker:
         return values
 
     def _change(self, number: int, ask: Callable[[], Future[Any]]) -> None:
-        """Ask the engine for a change."""
+        """Query the engine for a change."""
         try:
             self._changes.append((number, ask()))
         except Exception as error:  # of a source, which is a client's: the engine serves on
             logger.exception("a change is refused")
-            self._out.append(messages.not_done(number, error))
+            self._out.append(messages.operation_failed(number, error))
 
     def _follow_changes(self) -> None:
-        """Ask for what has been checked, and say what has been made."""
+        """Query for what has been checked, and say what has been made."""
         for message, checked in [each for each in self._checked if each[1].done()]:
             self._checked.remove((message, checked))
             self._change(message.number, partial(self._exchange, message, checked))
         for number, change in [each for each in self._changes if each[1].done()]:
             self._changes.remove((number, change))
             error = change.exception()
-            answer = Answer(number, change.result()) if error is None else messages.not_done(number, error)
+            answer = (
+                Reply(number, change.result())
+                if error is None
+                else messages.operation_failed(number, error)
+            )
             self._out.append(answer)
 
     def _exchange(self, message: Change, checked: Future[Values]) -> Future[Any]:
         _, version, mode, policy = message.args
-        return self._engine.update_weights(checked.result(), version=version, mode=mode, policy=policy)
+        return self._engine.update_weights(
+            checked.result(), version=version, mode=mode, policy=policy
+        )
 
     def _add(self, message: Add) -> None:
         try:
@@ -118,15 +142,17 @@ class Worker:
                 )
             )
         except InvalidRequest as error:
-            self._out.append(Refused(message.number, error.field, repr(error.got)[:200], error.expected))
+            self._out.append(
+                Refused(message.number, error.field, repr(error.got)[:200], error.expected)
+            )
             return
         except SlipwayError as error:  # it sleeps, or has lost its weights
-            self._out.append(messages.not_done(message.number, error))
+            self._out.append(messages.operation_failed(message.number, error))
             return
         self._numbers[request_id], self._ids[message.number] = message.number, request_id
 
-    def _answer(self, message: Ask) -> object:
-        what = message.what
+    def _answer(self, message: Query) -> object:
+        what = message.action
         if what in ("start_profile", "stop_profile"):
             return self._profile(what == "start_profile", message.folder)
         if what == "stats":
@@ -154,13 +180,17 @@ class Worker:
             return
         samples = [
             Sample(
-                each.index, each.text, each.token_ids, each.finish_reason, each.stop_reason,
+                each.index,
+                each.text,
+                each.token_ids,
+                each.finish_reason,
+                each.stop_reason,
                 None if each.logprobs is None else [_plain(entry) for entry in each.logprobs],
                 list(each.weights) if each.finish_reason is not None else None,
             )
             for each in (request.output().outputs if chooses else request.deltas())
             if each.token_ids or each.text or each.finish_reason
-        ]  # fmt: skip
+        ]
         number, finished = self._numbers[request.request_id], request.finished
         delta = Delta(number, samples, finished)
         if scored is not None and (finished or number not in self._scored):
@@ -177,7 +207,9 @@ class Worker:
 
 def _is_scored(request: Request) -> bool:
     """Whether its prompt is scored as far as asked: a stream that echoes begins with that, though a sample is ahead."""
-    return request.prompt_logprobs is None or len(request.prompt_logprobs) == len(request.spec.token_ids)
+    return request.prompt_logprobs is None or len(request.prompt_logprobs) == len(
+        request.prompt_token_ids
+    )
 
 
 def _plain(entry: Logprobs) -> dict[int, tuple[float, int]]:
@@ -194,11 +226,11 @@ def main(address: str) -> None:
     try:
         engine = launch(start.model, start.config)
     except SlipwayError as error:
-        socket.send(messages.encode([Failed(type(error).__name__, str(error))]))
+        socket.send(messages.encode([LoadFailed(type(error).__name__, str(error))]))
         socket.close(linger=5000)
         sys.exit(2)
     limits = dataclasses.asdict(engine.limits)
-    heap.settle()
+    tune_garbage_collector()
     socket.send(messages.encode([Ready(limits, engine.defaults)]))
     Worker(engine, socket).run()
     engine.close()

@@ -26,7 +26,17 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
         code = "from slipway.cli import main; main()"
-        command = [sys.executable, "-c", code, "serve", model, "--port", str(self.port), *SMALL, *words]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "serve",
+            model,
+            "--port",
+            str(self.port),
+            *SMALL,
+            *words,
+        ]
         environment = os.environ | {"XLA_FLAGS": ""}  # one device, as a user's
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -55,7 +65,9 @@ class Server:
 
     def engine_pids(self) -> list[int]:
         """Of its engine processes."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
         names = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
         return [pid for pid, name in names.items() if b"slipway.server.worker" in name]
 

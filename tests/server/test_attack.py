@@ -30,11 +30,15 @@ async def attack(port, rng, number):
     """One client that means no good."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        kind = rng.choice(["garbage", "half", "malformed", "malformed", "hang up", "hang up", "hang up", "abort"])
+        kind = rng.choice(
+            ["garbage", "half", "malformed", "malformed", "hang up", "hang up", "hang up", "abort"]
+        )
         if kind == "garbage":
             writer.write(rng.randbytes(rng.randrange(1, 400)) + b"\r\n\r\n")
         elif kind == "half":
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
+            )
         elif kind == "malformed":
             writer.write(post(rng.choice(BODIES)))
         else:
@@ -68,7 +72,11 @@ async def attack(port, rng, number):
 def chain(size):
     """A schema whose definitions each name the next."""
     links = {
-        f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}, "required": ["x"]}
+        f"a{i}": {
+            "type": "object",
+            "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}},
+            "required": ["x"],
+        }
         for i in range(size)
     }
     return {"$defs": links | {f"a{size}": {"type": "integer"}}, "$ref": "#/$defs/a0"}
@@ -88,9 +96,9 @@ def test_a_grammar_that_ends_who_builds_it_ends_no_engine(server, name):
     engines = server.engine_pids()
     for _ in range(2):
         answer = server.post("/v1/completions", prompt="def f(", max_tokens=2, **DEEP[name])
-        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(next(iter(DEEP[name]))), (
-            answer.text
-        )
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(
+            next(iter(DEEP[name]))
+        ), answer.text
         fine = server.complete(prompt="def f(", guided_json=chain(20), max_tokens=2)
         assert fine["choices"][0]["text"].lstrip().startswith("{")
     assert server.engine_pids() == engines
@@ -110,8 +118,25 @@ def test_nothing_is_fetched_for_a_client(server, trap):
     listening, url = trap
     chat, completion = "/v1/chat/completions", "/v1/completions"
     for path, body in (
-        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}),
-        (chat, {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": url}}]}]}),
+        (
+            chat,
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+                ]
+            },
+        ),
+        (
+            chat,
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "input_audio", "input_audio": {"data": url}}],
+                    }
+                ]
+            },
+        ),
         (completion, {"prompt": "a", "guided_json": {"$ref": url}}),
     ):
         answer = server.post(path, max_tokens=2, **body)
@@ -123,11 +148,20 @@ def test_nothing_is_fetched_for_a_client(server, trap):
 
 
 def test_names_lead_to_no_files(server):
-    for name in ("../../etc/passwd", "/etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "nano/../.."):
+    for name in (
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "nano/../..",
+    ):
         for path in (f"/v1/models/{name}", f"/{name}", f"/docs/{name}"):
             answer = server.http.get(path)
             assert answer.status_code == 404 and "root:" not in answer.text, path
-    for body in ({"model": "../../etc/passwd", "prompt": "a"}, {"model": "/etc/passwd", "prompt": "a"}):
+    for body in (
+        {"model": "../../etc/passwd", "prompt": "a"},
+        {"model": "/etc/passwd", "prompt": "a"},
+    ):
         assert server.post("/v1/completions", **body).status_code == 404
     for field in ("chat_template", "lora_path"):  # what others open
         answer = server.post("/v1/completions", prompt="a", max_tokens=1, **{field: "/etc/passwd"})
@@ -144,7 +178,10 @@ def test_engines_are_reached_by_their_owner_alone(server):
 
 
 def test_heads_that_never_end_are_refused(server):
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection, contextlib.suppress(ConnectionError):
+    with (
+        socket.create_connection(("127.0.0.1", server.port), 10) as connection,
+        contextlib.suppress(ConnectionError),
+    ):
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n")
         for _ in range(1000):
             connection.sendall(b"x-a: " + b"a" * 1000 + b"\r\n")
@@ -171,7 +208,9 @@ async def attacks(port, count, seed):
 def held(pid):
     """Open files and resident bytes of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
-    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    resident = next(
+        int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")
+    )
     return len(os.listdir(f"/proc/{pid}/fd")), resident * 1024
 
 
@@ -185,7 +224,10 @@ def test_everything_returns_to_where_it_was(launch):
     asyncio.run(attacks(server.port, COUNT, 0))
     server.wait_idle(30)
     deadline = time.monotonic() + 20
-    while held(server.process.pid)[0] > before[0][0] + 4 or server.http.get("/load").json()["server_load"]:
+    while (
+        held(server.process.pid)[0] > before[0][0] + 4
+        or server.http.get("/load").json()["server_load"]
+    ):
         assert time.monotonic() < deadline, server.http.get("/load").json()
         time.sleep(0.2)
     after = held(server.process.pid), held(engine)

@@ -41,7 +41,9 @@ def test_every_line_is_answered_in_its_place(server, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [each["custom_id"] for each in found] == [*(line["custom_id"] for line in lines), None]
     expected = server.complete(prompt="def f(", max_tokens=16)["choices"][0]["text"]
-    assert found[0]["response"]["body"]["choices"][0]["text"] == expected and found[0]["error"] is None
+    assert (
+        found[0]["response"]["body"]["choices"][0]["text"] == expected and found[0]["error"] is None
+    )
     chat = server.post("/v1/chat/completions", **CHAT).json()["choices"][0]["message"]["content"]
     assert found[1]["response"]["body"]["choices"][0]["message"]["content"] == chat
     assert [each["error"]["code"] for each in found if each["error"]] == ["400"] * 4
@@ -50,12 +52,16 @@ def test_every_line_is_answered_in_its_place(server, tmp_path):
 
 def test_the_environment_is_collected():
     code = "from slipway.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", code, "collect-env"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, "collect-env"], capture_output=True, text=True
+    )
     found = json.loads(run.stdout)
     assert found["versions"]["jax"] and found["devices"] and found["c++ kernels"]
 
 
 def test_names_that_users_bring_are_understood(launch):
-    server = launch("--max-running-requests", "4", "--served-model-name", "mine", "--trust-remote-code").wait_ready()
+    server = launch(
+        "--max-running-requests", "4", "--served-model-name", "mine", "--trust-remote-code"
+    ).wait_ready()
     info = server.http.get("/server_info").json()
     assert info["engine"]["max_num_seqs"] == 4 and info["model"] == "mine"

@@ -55,9 +55,13 @@ def offline():
 def test_langchain_invokes_and_streams(chat, offline):
     asked = [{"role": "user", "content": "def read(path):"}]
     params = SamplingParams(temperature=0, max_tokens=60)
-    expected = offline.generate("user: def read(path):\nassistant: ", params, use_tqdm=False)[0].outputs[0]
+    expected = offline.generate("user: def read(path):\nassistant: ", params, use_tqdm=False)[
+        0
+    ].outputs[0]
     answer = chat.invoke(asked)
-    assert answer.content == expected.text and answer.usage_metadata["output_tokens"] == len(expected.token_ids)
+    assert answer.content == expected.text and answer.usage_metadata["output_tokens"] == len(
+        expected.token_ids
+    )
     chunks = list(chat.stream(asked))
     assert "".join(chunk.content for chunk in chunks) == answer.content and len(chunks) > 2
     usages = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
@@ -103,7 +107,9 @@ def lm_eval(server, folder, kind):
     """The samples that lm-eval took, in the order of the documents."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
-    (folder / f"{kind}.yaml").write_text(TASK.format(name=kind, data=data, kind=kind, more=MORE[kind]))
+    (folder / f"{kind}.yaml").write_text(
+        TASK.format(name=kind, data=data, kind=kind, more=MORE[kind])
+    )
     arguments = f"model=nano,base_url={server.url}/v1/completions,tokenizer={NANO},num_concurrent=2,max_retries=1"
     command = [
         sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments, "--tasks", kind,
@@ -111,7 +117,12 @@ def lm_eval(server, folder, kind):
     ]  # fmt: skip
     offline = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     run = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | offline, timeout=300, cwd=folder
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=os.environ | offline,
+        timeout=300,
+        cwd=folder,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     (samples,) = (folder / "out").rglob("samples_*.jsonl")
@@ -122,17 +133,26 @@ def lm_eval(server, folder, kind):
 def test_lm_eval_reads_loglikelihoods(server, offline, tmp_path):
     tokenizer = offline.engine.tokenizer
     for doc, found in zip(DOCS, lm_eval(server, tmp_path, "loglikelihood")):
-        context, whole = (tokenizer.encode(text) for text in (doc["context"], doc["context"] + doc["continuation"]))
+        context, whole = (
+            tokenizer.encode(text)
+            for text in (doc["context"], doc["context"] + doc["continuation"])
+        )
         assert context == whole[: len(context)], "the texts meet between two tokens"
         params = SamplingParams(max_tokens=1, prompt_logprobs=1)
         (scored,) = offline.generate({"prompt_token_ids": whole}, params, use_tqdm=False)
-        entries = [entry[token] for token, entry in zip(whole, scored.prompt_logprobs) if entry is not None]
+        entries = [
+            entry[token] for token, entry in zip(whole, scored.prompt_logprobs) if entry is not None
+        ]
         expected = entries[len(context) - 1 :]
-        np.testing.assert_allclose(float(found[0]), sum(entry.logprob for entry in expected), atol=1e-3)
+        np.testing.assert_allclose(
+            float(found[0]), sum(entry.logprob for entry in expected), atol=1e-3
+        )
         assert str(found[1]) == str(all(entry.rank == 1 for entry in expected))
 
 
 def test_lm_eval_generates(server, offline, tmp_path):
     params = SamplingParams(temperature=0, max_tokens=16, stop=["return"])
     expected = offline.generate([doc["context"] for doc in DOCS], params, use_tqdm=False)
-    assert lm_eval(server, tmp_path, "generate_until") == [output.outputs[0].text for output in expected]
+    assert lm_eval(server, tmp_path, "generate_until") == [
+        output.outputs[0].text for output in expected
+    ]

@@ -15,7 +15,11 @@ from slipway.server.config import ServerConfig
 
 pytestmark = pytest.mark.host
 DOCS = Path(__file__).parents[2] / "docs"
-KINDS = [kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+KINDS = [
+    kind
+    for kind in vars(schema).values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+]
 
 
 def test_every_field_is_in_the_tables():
@@ -29,7 +33,9 @@ def test_every_field_is_in_the_tables():
 
 
 def test_every_test_that_security_names_exists():
-    rows = [line for line in (DOCS / "security.md").read_text().splitlines() if line.startswith("| ")][1:]
+    rows = [
+        line for line in (DOCS / "security.md").read_text().splitlines() if line.startswith("| ")
+    ][1:]
     there = {
         node.name for path in DOCS.parent.glob("tests/*/test_*.py") for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
@@ -46,9 +52,18 @@ def test_what_operations_shows_can_be_run(tmp_path):
     (tmp_path / "serve.yaml").write_text(blocks[0])
     words = expand(["serve", "--config", str(tmp_path / "serve.yaml")])
     known = {*ServerConfig.__dataclass_fields__, *EngineConfig.__dataclass_fields__}
-    used = {word for word in words if word.startswith("--")} | set(re.findall(r"`(--[a-z-]+)", text))
-    assert len(used) > 12 and not {word[2:].replace("-", "_") for word in used} - known - {"replicas"}
+    used = {word for word in words if word.startswith("--")} | set(
+        re.findall(r"`(--[a-z-]+)", text)
+    )
+    assert len(used) > 12 and not {word[2:].replace("-", "_") for word in used} - known - {
+        "replicas"
+    }
     manifests = list(yaml.safe_load_all(blocks[1]))
     assert [each["kind"] for each in manifests] == ["Deployment", "Service"]
-    names = {*metrics.GAUGES.values(), *metrics.COUNTERS.values(), *metrics.HISTOGRAMS.values(), "request_success"}
+    names = {
+        *metrics.GAUGES.values(),
+        *metrics.COUNTERS.values(),
+        *metrics.HISTOGRAMS.values(),
+        "request_success",
+    }
     assert all(name in text for name in names if name), "vLLM's metrics"

@@ -4,8 +4,8 @@ import openai
 import pytest
 
 from slipway.errors import ClientBusy, EngineBusy, EngineDead, InvalidRequest
-from slipway.server import gate
-from slipway.server.gate import NotFound
+from slipway.server import middleware
+from slipway.server.middleware import ModelNotFound
 from tests.server.conftest import events
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -32,14 +32,19 @@ def error_of(answer, status):
 
 
 TOO_LONG = {
-    "a text": ("/v1/completions", {"prompt": LONG}, "prompt"), "ids": ("/v1/completions", {"prompt": IDS}, "prompt"),
+    "a text": ("/v1/completions", {"prompt": LONG}, "prompt"),
+    "ids": ("/v1/completions", {"prompt": IDS}, "prompt"),
     "a huge text": ("/v1/completions", {"prompt": "a" * 3_000_000}, "prompt"),
     "the second of two": ("/v1/completions", {"prompt": ["a", LONG]}, "prompt"),
-    "a conversation": ("/v1/chat/completions", {"messages": [CHAT[0] | {"content": LONG}]}, "messages"),
+    "a conversation": (
+        "/v1/chat/completions",
+        {"messages": [CHAT[0] | {"content": LONG}]},
+        "messages",
+    ),
     "an embedding's": ("/v1/embeddings", {"input": LONG}, "input"),
     "SGLang's text": ("/generate", {"text": LONG}, "text"),
     "SGLang's ids": ("/generate", {"input_ids": IDS}, "input_ids"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
@@ -54,28 +59,52 @@ def test_a_prompt_beyond_the_context_is_told_from_other_errors(server, name):
 
 def test_a_prompt_that_leaves_room_for_one_token_is_taken(server):
     size = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
-    assert server.complete(prompt=[5] * (size - 1), max_tokens=1)["usage"]["prompt_tokens"] == size - 1
-    assert error_of(server.post("/v1/completions", prompt=[5] * size), 400)["code"] == "context_length_exceeded"
+    assert (
+        server.complete(prompt=[5] * (size - 1), max_tokens=1)["usage"]["prompt_tokens"] == size - 1
+    )
+    assert (
+        error_of(server.post("/v1/completions", prompt=[5] * size), 400)["code"]
+        == "context_length_exceeded"
+    )
 
 
 SENT = {  # what the engine refuses, by the client's names
-    "max_completion_tokens": ("/v1/chat/completions", {"messages": CHAT, "max_completion_tokens": -1}),
+    "max_completion_tokens": (
+        "/v1/chat/completions",
+        {"messages": CHAT, "max_completion_tokens": -1},
+    ),
     "max_tokens": ("/v1/chat/completions", {"messages": CHAT, "max_tokens": -1}),
-    "top_logprobs": ("/v1/chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 99}),
-    "messages[1].content": ("/v1/chat/completions", {"messages": [*CHAT, {"role": "user", "content": 5}]}),
+    "top_logprobs": (
+        "/v1/chat/completions",
+        {"messages": CHAT, "logprobs": True, "top_logprobs": 99},
+    ),
+    "messages[1].content": (
+        "/v1/chat/completions",
+        {"messages": [*CHAT, {"role": "user", "content": 5}]},
+    ),
     "messages[0].role": ("/v1/chat/completions", {"messages": [{"content": "a"}]}),
-    "messages": ("/v1/chat/completions", {"messages": []}), "logit_bias": (
-        "/v1/chat/completions", {"messages": CHAT, "logit_bias": {"99999999": 1}}),
-    "allowed_token_ids": ("/v1/chat/completions", {"messages": CHAT, "allowed_token_ids": [99999999]}),
+    "messages": ("/v1/chat/completions", {"messages": []}),
+    "logit_bias": ("/v1/chat/completions", {"messages": CHAT, "logit_bias": {"99999999": 1}}),
+    "allowed_token_ids": (
+        "/v1/chat/completions",
+        {"messages": CHAT, "allowed_token_ids": [99999999]},
+    ),
     "prompt": ("/v1/completions", {"prompt": [99999999]}),
     "logprobs": ("/v1/completions", {"prompt": "a", "logprobs": 99}),
-    "input": ("/v1/embeddings", {"input": [99999999]}), "input_ids": ("/generate", {"input_ids": [99999999]}),
-    "sampling_params.max_new_tokens": ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": -1}}),
+    "input": ("/v1/embeddings", {"input": [99999999]}),
+    "input_ids": ("/generate", {"input_ids": [99999999]}),
+    "sampling_params.max_new_tokens": (
+        "/generate",
+        {"text": "a", "sampling_params": {"max_new_tokens": -1}},
+    ),
     "sampling_params.top_p": ("/generate", {"text": "a", "sampling_params": {"top_p": 5}}),
-    "top_logprobs_num": ("/generate", {"text": "a", "return_logprob": True, "top_logprobs_num": 99}),
+    "top_logprobs_num": (
+        "/generate",
+        {"text": "a", "return_logprob": True, "top_logprobs_num": 99},
+    ),
     "rid": ("/generate", {"text": "a", "rid": "a b"}),
     "request_id": ("/v1/completions", {"prompt": "a", "request_id": " "}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", SENT)
@@ -88,22 +117,39 @@ def test_param_is_the_field_that_the_client_sent(server, field):
 
 def test_openais_sdk_raises_its_own_classes(client, server):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="nano", messages=[CHAT[0] | {"content": LONG}], stream=True)
+        client.chat.completions.create(
+            model="nano", messages=[CHAT[0] | {"content": LONG}], stream=True
+        )
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt", messages=CHAT)
     assert (caught.value.code, caught.value.param, caught.value.type) == (
-        "model_not_found", "model", "invalid_request_error")  # fmt: skip
+        "model_not_found",
+        "model",
+        "invalid_request_error",
+    )
     with pytest.raises(openai.NotFoundError) as caught:
         client.images.generate(prompt="a cat")
     assert caught.value.code == "unknown_url"
 
 
 def test_paths_and_methods_that_are_not_served(server):
-    for method, path in (("GET", "/v1/nothing"), ("POST", "/v1/images/generations"), ("GET", "/"), ("PUT", "/v1/a/b")):
+    for method, path in (
+        ("GET", "/v1/nothing"),
+        ("POST", "/v1/images/generations"),
+        ("GET", "/"),
+        ("PUT", "/v1/a/b"),
+    ):
         error = error_of(server.http.request(method, path), 404)
-        assert path in error["message"] and method in error["message"] and error["code"] == "unknown_url"
-    for method, path, allowed in (("GET", "/v1/completions", "POST"), ("DELETE", "/v1/models", "GET")):
+        assert (
+            path in error["message"]
+            and method in error["message"]
+            and error["code"] == "unknown_url"
+        )
+    for method, path, allowed in (
+        ("GET", "/v1/completions", "POST"),
+        ("DELETE", "/v1/models", "GET"),
+    ):
         answer = server.http.request(method, path)
         error = error_of(answer, 405)
         assert allowed in answer.headers["allow"] and allowed in error["message"]
@@ -115,15 +161,19 @@ def test_paths_and_methods_that_are_not_served(server):
     ("error", "kind", "code"),
     [
         (InvalidRequest("n", -1, "more"), "invalid_request_error", None),
-        (NotFound("model", "a", "nano"), "invalid_request_error", "model_not_found"),
+        (ModelNotFound("model", "a", "nano"), "invalid_request_error", "model_not_found"),
         (ClientBusy("full", 1.0), "rate_limit_error", "rate_limit_exceeded"),
-        (EngineBusy("full", 1.0), "server_error", None), (EngineDead("gone"), "server_error", None),
+        (EngineBusy("full", 1.0), "server_error", None),
+        (EngineDead("gone"), "server_error", None),
     ],
-)  # fmt: skip
+)
 def test_an_error_has_openais_type_in_a_stream_too(error, kind, code):
     class Stream:
-        status_code, text = 200, gate.failed_event(error).decode()
+        status_code, text = 200, middleware.failure_events(error).decode()
 
     (event,) = events(Stream)
-    assert event["error"].keys() == FIELDS and (event["error"]["type"], event["error"]["code"]) == (kind, code)
-    assert event == gate.error_object(error)
+    assert event["error"].keys() == FIELDS and (event["error"]["type"], event["error"]["code"]) == (
+        kind,
+        code,
+    )
+    assert event == middleware.error_object(error)

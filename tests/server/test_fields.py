@@ -41,10 +41,14 @@ def test_tokens_that_are_banned_biased_or_allowed(server, plain):
     first = plain["token_ids"][0]
     assert text(server, logit_bias={str(first): -100}) != plain["text"]
     assert (
-        server.complete(prompt=PROMPT, logit_bias={"300": 100}, return_token_ids=True)["choices"][0]["token_ids"]
+        server.complete(prompt=PROMPT, logit_bias={"300": 100}, return_token_ids=True)["choices"][
+            0
+        ]["token_ids"]
         == [300] * 12
     )
-    allowed = server.complete(prompt=PROMPT, allowed_token_ids=[300, 301], return_token_ids=True)["choices"][0]
+    allowed = server.complete(prompt=PROMPT, allowed_token_ids=[300, 301], return_token_ids=True)[
+        "choices"
+    ][0]
     assert {*allowed["token_ids"]} <= {300, 301}
     word = plain["text"].split()[0]
     assert word not in text(server, bad_words=[word])
@@ -57,21 +61,32 @@ def test_where_outputs_end(server, plain):
     assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
     assert text(server, stop=stop, include_stop_str_in_output=True).endswith(stop)
     third = plain["token_ids"][2]
-    ended = server.complete(prompt=PROMPT, stop_token_ids=[third], return_token_ids=True)["choices"][0]
+    ended = server.complete(prompt=PROMPT, stop_token_ids=[third], return_token_ids=True)[
+        "choices"
+    ][0]
     assert ended["stop_reason"] == third and ended["token_ids"][-1] == third
-    later = server.complete(prompt=PROMPT, stop_token_ids=[third], min_tokens=8, return_token_ids=True)["choices"][0]
+    later = server.complete(
+        prompt=PROMPT, stop_token_ids=[third], min_tokens=8, return_token_ids=True
+    )["choices"][0]
     assert len(later["token_ids"]) >= 8
     eos = 2
     forced = {"logit_bias": {str(eos): 100}, "return_token_ids": True}
     ids = server.complete(prompt=PROMPT, **forced)["choices"][0]["token_ids"]
     assert ids == [eos]
-    assert server.complete(prompt=PROMPT, ignore_eos=True, **forced)["choices"][0]["token_ids"] == [eos] * 12
+    assert (
+        server.complete(prompt=PROMPT, ignore_eos=True, **forced)["choices"][0]["token_ids"]
+        == [eos] * 12
+    )
 
 
 def test_samples_and_the_best_of_them(server):
     asked = {"n": 3, "seed": 1} | SAMPLED
     choices = server.complete(prompt=PROMPT, **asked)["choices"]
-    assert len({choice["text"] for choice in choices}) == 3 and [c["index"] for c in choices] == [0, 1, 2]
+    assert len({choice["text"] for choice in choices}) == 3 and [c["index"] for c in choices] == [
+        0,
+        1,
+        2,
+    ]
     best = server.complete(prompt=PROMPT, **asked | {"n": 1, "best_of": 3})["choices"]
     assert len(best) == 1 and best[0]["text"] in {choice["text"] for choice in choices}
 
@@ -79,9 +94,16 @@ def test_samples_and_the_best_of_them(server):
 def test_prompts_are_scored_cut_and_shown(server, plain):
     whole = server.complete(prompt=PROMPT, prompt_logprobs=2, return_token_ids=True)
     choice = whole["choices"][0]
-    assert len(choice["prompt_logprobs"]) == whole["usage"]["prompt_tokens"] and choice["prompt_logprobs"][0] is None
+    assert (
+        len(choice["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]
+        and choice["prompt_logprobs"][0] is None
+    )
     for token, entry in zip(choice["prompt_token_ids"][1:], choice["prompt_logprobs"][1:]):
-        assert len(entry) in (2, 3) and entry[str(token)]["logprob"] <= 0 and entry[str(token)]["rank"] >= 1
+        assert (
+            len(entry) in (2, 3)
+            and entry[str(token)]["logprob"] <= 0
+            and entry[str(token)]["rank"] >= 1
+        )
     cut = server.complete(prompt=PROMPT, truncate_prompt_tokens=2, return_token_ids=True)
     assert cut["choices"][0]["prompt_token_ids"] == choice["prompt_token_ids"][-2:]
     assert cut["usage"]["prompt_tokens"] == 2
@@ -96,36 +118,56 @@ def test_usage_in_streams(server):
     asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "stream": True}
     plain = events(server.post("/v1/completions", **asked))
     assert all("usage" not in event for event in plain)
-    last = events(server.post("/v1/completions", **asked, stream_options={"include_usage": True}))[-1]
+    last = events(server.post("/v1/completions", **asked, stream_options={"include_usage": True}))[
+        -1
+    ]
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 6
-    each = events(server.post("/v1/completions", **asked, stream_options={"continuous_usage_stats": True}))
+    each = events(
+        server.post("/v1/completions", **asked, stream_options={"continuous_usage_stats": True})
+    )
     counts = [event["usage"]["completion_tokens"] for event in each]
     assert counts == sorted(counts) and counts[-1] == 6
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_obfuscation_hides_the_sizes_of_events(server, path):
-    prompt = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    prompt = (
+        {"prompt": PROMPT}
+        if path == "/v1/completions"
+        else {"messages": [{"role": "user", "content": PROMPT}]}
+    )
     asked = prompt | {"temperature": 0, "max_tokens": 30, "stream": True}
     plain, padded = (
-        server.post(path, **asked, stream_options={"include_usage": True, "include_obfuscation": pads})
+        server.post(
+            path, **asked, stream_options={"include_usage": True, "include_obfuscation": pads}
+        )
         for pads in (None, True)
     )
     sizes = [{len(line) for line in answer.text.split("\n\n")[:-2]} for answer in (plain, padded)]
-    assert len(sizes[0]) > len(sizes[1]) and not any((size - len("data: ")) % 128 for size in sizes[1])
+    assert len(sizes[0]) > len(sizes[1]) and not any(
+        (size - len("data: ")) % 128 for size in sizes[1]
+    )
     seen = [event.pop("obfuscation") for event in events(padded)]
-    assert len({*seen}) == len(seen) and all(seen) and all("obfuscation" not in event for event in events(plain))
+    assert (
+        len({*seen}) == len(seen)
+        and all(seen)
+        and all("obfuscation" not in event for event in events(plain))
+    )
 
 
 def test_salts_keep_caches_apart(server):
     prompt = "import os\n" * 12
     for salt, cached in (("a", False), ("a", True), ("b", False)):
-        details = server.complete(prompt=prompt, max_tokens=1, cache_salt=salt)["usage"]["prompt_tokens_details"]
+        details = server.complete(prompt=prompt, max_tokens=1, cache_salt=salt)["usage"][
+            "prompt_tokens_details"
+        ]
         assert bool(details["cached_tokens"]) == cached
 
 
 def test_priority_and_ids(server):
-    answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=2, request_id="mine", priority=-5, user="me")
+    answer = server.post(
+        "/v1/completions", prompt=PROMPT, max_tokens=2, request_id="mine", priority=-5, user="me"
+    )
     assert answer.json()["id"] == "mine" and answer.headers["x-request-id"] == "mine"
     assert server.post("/v1/completions", prompt=PROMPT, priority=2**40).status_code == 400
     for bad in ("\u00e4", "a\nb: c", "x" * 129, " "):
@@ -134,7 +176,10 @@ def test_priority_and_ids(server):
 
 
 def test_chat_fields(server):
-    chat = [{"role": "user", "content": "Write a function."}, {"role": "assistant", "content": "def add("}]
+    chat = [
+        {"role": "user", "content": "Write a function."},
+        {"role": "assistant", "content": "def add("},
+    ]
 
     def answer(**fields):
         body = {"messages": chat, "temperature": 0, "max_tokens": 10} | fields
@@ -147,7 +192,10 @@ def test_chat_fields(server):
     bare = answer(add_generation_prompt=False)
     sizes = [each["usage"]["prompt_tokens"] for each in (opened, continued, bare)]
     assert len({*sizes}) == 3 and sizes[1] < sizes[2] < sizes[0]
-    assert answer(n=2)["choices"][1]["message"]["content"] == opened["choices"][0]["message"]["content"]
+    assert (
+        answer(n=2)["choices"][1]["message"]["content"]
+        == opened["choices"][0]["message"]["content"]
+    )
     assert answer(max_tokens=None, max_completion_tokens=4)["usage"]["completion_tokens"] == 4
     assert "token_ids" in answer(return_token_ids=True)["choices"][0]
     assert len(answer(prompt_logprobs=0)["prompt_logprobs"]) == sizes[0]
@@ -158,7 +206,10 @@ SCHEMA = {
     "properties": {"size": {"type": "integer", "minimum": 0, "maximum": 9}},
 }  # fmt: skip
 STRUCTURES = {
-    "OpenAI's schema": ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, SIZE),
+    "OpenAI's schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+        SIZE,
+    ),
     "vLLM's schema": ({"structured_outputs": {"json": SCHEMA}}, SIZE),
     "SGLang's schema": ({"json_schema": json.dumps(SCHEMA)}, SIZE),
     "vLLM's former schema": ({"guided_json": SCHEMA}, SIZE),
@@ -180,7 +231,9 @@ def test_structures_hold_on_both_routes(server, name, temperature):
     fields = {"temperature": temperature, "seed": 1, "max_tokens": 40} | fields
     found = server.complete(prompt=PROMPT, **fields)["choices"][0]["text"]
     assert re.fullmatch(pattern, found, re.DOTALL), found
-    chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], **fields).json()
+    chat = server.post(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], **fields
+    ).json()
     assert re.fullmatch(pattern, chat["choices"][0]["message"]["content"], re.DOTALL)
 
 
@@ -203,7 +256,10 @@ def test_structures_that_are_none_are_refused(server, fields):
     assert server.complete(prompt=PROMPT, response_format={"type": "text"})["choices"]
 
 
-TAGS = {"structures": [{"begin": "(x=", "schema": {"enum": [1, 2, 3]}, "end": ")"}], "triggers": ["("]}
+TAGS = {
+    "structures": [{"begin": "(x=", "schema": {"enum": [1, 2, 3]}, "end": ")"}],
+    "triggers": ["("],
+}
 FORMAT = {
     "type": "triggered_tags", "triggers": ["("],
     "tags": [{"type": "tag", "begin": "(x=", "end": ")",
@@ -227,7 +283,9 @@ def test_tags_hold_wherever_they_are_said(server):
         assert re.fullmatch(expected, chat["choices"][0]["message"]["content"])
     for given in (TAGS, json.dumps(TAGS)):
         sampling = asked | {"max_new_tokens": 30, "structural_tag": given}
-        assert re.fullmatch(expected, server.post("/generate", text=PROMPT, sampling_params=sampling).json()["text"])
+        assert re.fullmatch(
+            expected, server.post("/generate", text=PROMPT, sampling_params=sampling).json()["text"]
+        )
 
 
 def test_tokenize_and_back(server):
@@ -237,9 +295,15 @@ def test_tokenize_and_back(server):
     assert server.post("/detokenize", tokens=found["tokens"]).json()["prompt"] == PROMPT
     chat = [{"role": "user", "content": "hi"}]
     with_turn = server.post("/tokenize", messages=chat).json()["count"]
-    assert with_turn > server.post("/tokenize", messages=chat, add_generation_prompt=False).json()["count"]
     assert (
-        with_turn == server.post("/v1/chat/completions", messages=chat, max_tokens=1).json()["usage"]["prompt_tokens"]
+        with_turn
+        > server.post("/tokenize", messages=chat, add_generation_prompt=False).json()["count"]
+    )
+    assert (
+        with_turn
+        == server.post("/v1/chat/completions", messages=chat, max_tokens=1).json()["usage"][
+            "prompt_tokens"
+        ]
     )
 
 
@@ -252,7 +316,10 @@ def test_what_the_server_says_of_itself(server):
     assert server.http.get("/load").json() == {"server_load": 0}
     assert "slipway_generated_tokens_total" in server.http.get("/metrics").text
     document = server.http.get("/openapi.json").json()
-    assert "/v1/chat/completions" in document["paths"] and document["components"]["schemas"]["Chat"]["properties"]
+    assert (
+        "/v1/chat/completions" in document["paths"]
+        and document["components"]["schemas"]["Chat"]["properties"]
+    )
     page = server.http.get("/docs").text
     assert "/v1/embeddings" in page and "src=" not in page, "nothing is fetched from elsewhere"
 
@@ -300,7 +367,9 @@ def test_unknown_fields_are_named(server, launch):
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "promt"
     inner = {"stream": True, "stream_options": {"usage": True}, "max_tokens": 1}
     answer = server.post("/v1/completions", prompt=PROMPT, **inner)
-    assert answer.status_code == 200 and answer.headers["x-slipway-warning"].endswith(": stream_options.usage")
+    assert answer.status_code == 200 and answer.headers["x-slipway-warning"].endswith(
+        ": stream_options.usage"
+    )
     refused = strict.post("/v1/completions", prompt=PROMPT, **inner)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream_options.usage"
 
@@ -313,4 +382,9 @@ def test_tools_need_a_template_that_knows_them(server):
     ):  # fmt: skip
         answer = server.post("/v1/chat/completions", messages=chat, **fields)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
-    assert server.post("/v1/chat/completions", messages=chat, max_tokens=1, tool_choice="none").status_code == 200
+    assert (
+        server.post(
+            "/v1/chat/completions", messages=chat, max_tokens=1, tool_choice="none"
+        ).status_code
+        == 200
+    )

@@ -28,15 +28,22 @@ def test_a_client_that_goes_frees_its_pages(server):
 def test_a_request_is_aborted_by_its_id(server):
     found = {}
     thread = threading.Thread(
-        target=lambda: found.update(server.post("/v1/completions", **LONG, request_id="victim").json())
+        target=lambda: found.update(
+            server.post("/v1/completions", **LONG, request_id="victim").json()
+        )
     )
     thread.start()
     while server.http.get("/load").json()["server_load"] == 0:
         time.sleep(0.01)
-    assert server.post("/v1/completions", **LONG, request_id="victim").status_code == 400, "ids are unique"
+    assert server.post("/v1/completions", **LONG, request_id="victim").status_code == 400, (
+        "ids are unique"
+    )
     assert server.post("/abort_request", rid="victim").json() == {"aborted": True}
     thread.join(10)
-    assert found["choices"][0]["finish_reason"] == "abort" and found["usage"]["completion_tokens"] < 900
+    assert (
+        found["choices"][0]["finish_reason"] == "abort"
+        and found["usage"]["completion_tokens"] < 900
+    )
     assert server.post("/abort_request", rid="victim").json() == {"aborted": False}
 
 
@@ -54,14 +61,27 @@ def test_keys_guard_every_route_but_the_probes(launch):
     server = launch("--api-key", "first", "second").wait_ready()
     document = server.http.get("/openapi.json")
     assert document.status_code == 401
-    paths = server.http.get("/openapi.json", headers={"authorization": "Bearer second"}).json()["paths"]
+    paths = server.http.get("/openapi.json", headers={"authorization": "Bearer second"}).json()[
+        "paths"
+    ]
     for path, operations in paths.items():
         for method in operations:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"},
                             {"host": "127.0.0.1/readyz"}, {"authorization": "Bearer"}):  # fmt: skip
-                answer = server.http.request(method, path.replace("{model}", "nano"), headers=headers)
-                assert answer.status_code == (200 if path in ("/livez", "/readyz", "/health") else 401), path
-    for path in ("/readyz/../v1/models", "//v1/models", "/v1/models/", "/V1/models", "/nowhere", "/%72eadyz/x"):
+                answer = server.http.request(
+                    method, path.replace("{model}", "nano"), headers=headers
+                )
+                assert answer.status_code == (
+                    200 if path in ("/livez", "/readyz", "/health") else 401
+                ), path
+    for path in (
+        "/readyz/../v1/models",
+        "//v1/models",
+        "/v1/models/",
+        "/V1/models",
+        "/nowhere",
+        "/%72eadyz/x",
+    ):
         assert server.http.get(path).status_code in (401, 404), path
         assert server.http.get(path).status_code == 401
     answer = server.http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1},
@@ -78,7 +98,9 @@ def test_queues_and_bodies_are_bounded(launch):
     with contextlib.ExitStack() as stack:
         lines = []  # kept: a generator that is dropped closes its stream
         for _ in range(2):
-            stream = stack.enter_context(server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}))
+            stream = stack.enter_context(
+                server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True})
+            )
             lines.append(stream.iter_lines())
             next(lines[-1])
         refused = server.post("/v1/completions", prompt=PROMPT)
@@ -105,7 +127,9 @@ def test_a_killed_engine_ends_its_requests_and_comes_back(launch):
     threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(6)]
     for thread in threads:
         thread.start()
-    while server.http.get("/load").json()["server_load"] < 6 or server.metric("slipway_running") < 6:
+    while (
+        server.http.get("/load").json()["server_load"] < 6 or server.metric("slipway_running") < 6
+    ):
         time.sleep(0.01)
     os.kill(engine, signal.SIGKILL)
     killed = time.monotonic()
@@ -113,8 +137,13 @@ def test_a_killed_engine_ends_its_requests_and_comes_back(launch):
         thread.join(10)
     assert time.monotonic() - killed < 5 and len(answers) == 6, "no one hangs"
     for status, text in answers:
-        assert status == 503 or (status == 200 and '"error"' in text and text.endswith("data: [DONE]\n\n"))
-    assert server.http.get("/readyz").status_code == 503 and server.http.get("/livez").status_code == 200
+        assert status == 503 or (
+            status == 200 and '"error"' in text and text.endswith("data: [DONE]\n\n")
+        )
+    assert (
+        server.http.get("/readyz").status_code == 503
+        and server.http.get("/livez").status_code == 200
+    )
     assert server.post("/v1/completions", prompt=PROMPT).status_code == 503
     server.wait_ready()
     assert server.complete(prompt=PROMPT)["choices"] and server.engine_pids() != [engine]
@@ -124,7 +153,9 @@ def test_sigterm_lets_what_runs_end(launch):
     server = launch().wait_ready()
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(events(server.post("/v1/completions", **LONG | {"stream": True})))
+        target=lambda: found.append(
+            events(server.post("/v1/completions", **LONG | {"stream": True}))
+        )
     )
     thread.start()
     while server.http.get("/load").json()["server_load"] == 0:
@@ -139,13 +170,17 @@ def test_sigterm_ends_what_takes_too_long(launch):
     server = launch("--drain-timeout-s", "0.2", "--max-model-len", "1000").wait_ready()
     found = []
     many = LONG | {"stream": True, "n": 8}
-    thread = threading.Thread(target=lambda: found.append(events(server.post("/v1/completions", **many))))
+    thread = threading.Thread(
+        target=lambda: found.append(events(server.post("/v1/completions", **many)))
+    )
     thread.start()
     while server.http.get("/load").json()["server_load"] == 0:
         time.sleep(0.005)
     server.process.send_signal(signal.SIGTERM)
     thread.join(60)
-    reasons = {choice["finish_reason"] for event in found[0] for choice in event["choices"]} - {None}
+    reasons = {choice["finish_reason"] for event in found[0] for choice in event["choices"]} - {
+        None
+    }
     assert reasons == {"abort"} and server.process.wait(30) == 0
 
 

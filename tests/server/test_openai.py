@@ -33,15 +33,25 @@ def test_a_completion_is_what_generate_gives(client, offline, server):
     expected = offline.generate(PROMPT, params())[0]
     answer = client.completions.create(model="nano", prompt=PROMPT, temperature=0, max_tokens=12)
     (choice,) = answer.choices
-    assert (choice.text, choice.finish_reason, choice.index) == (expected.outputs[0].text, "length", 0)
-    assert answer.object == "text_completion" and answer.id.startswith("cmpl-") and answer.model == "nano"
+    assert (choice.text, choice.finish_reason, choice.index) == (
+        expected.outputs[0].text,
+        "length",
+        0,
+    )
+    assert (
+        answer.object == "text_completion"
+        and answer.id.startswith("cmpl-")
+        and answer.model == "nano"
+    )
     usage = answer.usage
     assert usage.prompt_tokens == len(expected.prompt_token_ids)
     assert (usage.completion_tokens, usage.total_tokens) == (12, usage.prompt_tokens + 12)
 
 
 def test_streams_add_up_to_the_whole(client, server):
-    whole = client.completions.create(model="nano", prompt=PROMPT, temperature=0, max_tokens=20, n=2, logprobs=1)
+    whole = client.completions.create(
+        model="nano", prompt=PROMPT, temperature=0, max_tokens=20, n=2, logprobs=1
+    )
     stream = client.completions.create(
         model="nano", prompt=PROMPT, temperature=0, max_tokens=20, n=2, logprobs=1, stream=True,
         stream_options={"include_usage": True},
@@ -55,16 +65,26 @@ def test_streams_add_up_to_the_whole(client, server):
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
     for choice in whole.choices:
-        assert texts[choice.index] == choice.text and reasons[choice.index] == choice.finish_reason == "length"
+        assert (
+            texts[choice.index] == choice.text
+            and reasons[choice.index] == choice.finish_reason == "length"
+        )
         assert tokens[choice.index] == choice.logprobs.tokens and len(choice.logprobs.tokens) == 20
     assert usage == whole.usage or (usage.completion_tokens == whole.usage.completion_tokens == 40)
 
 
 def test_a_chat_is_what_chat_gives(client, offline, server):
     expected = offline.chat(CHAT, params(max_tokens=24))[0].outputs[0].text
-    answer = client.chat.completions.create(model="nano", messages=CHAT, temperature=0, max_completion_tokens=24)
-    assert answer.choices[0].message.content == expected and answer.choices[0].message.role == "assistant"
-    stream = client.chat.completions.create(model="nano", messages=CHAT, temperature=0, max_tokens=24, stream=True)
+    answer = client.chat.completions.create(
+        model="nano", messages=CHAT, temperature=0, max_completion_tokens=24
+    )
+    assert (
+        answer.choices[0].message.content == expected
+        and answer.choices[0].message.role == "assistant"
+    )
+    stream = client.chat.completions.create(
+        model="nano", messages=CHAT, temperature=0, max_tokens=24, stream=True
+    )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
@@ -74,7 +94,9 @@ def test_a_chat_is_what_chat_gives(client, offline, server):
 def test_logprobs_are_the_engines(client, offline, server):
     expected = offline.generate(PROMPT, params(logprobs=3, max_tokens=5))[0].outputs[0]
     own = [entry[token].logprob for token, entry in zip(expected.token_ids, expected.logprobs)]
-    legacy = client.completions.create(model="nano", prompt=PROMPT, temperature=0, max_tokens=5, logprobs=3)
+    legacy = client.completions.create(
+        model="nano", prompt=PROMPT, temperature=0, max_tokens=5, logprobs=3
+    )
     np.testing.assert_allclose(legacy.choices[0].logprobs.token_logprobs, own, atol=1e-5)
     assert all(len(entry) in (3, 4) for entry in legacy.choices[0].logprobs.top_logprobs)
     expected = offline.chat(CHAT, params(logprobs=3, max_tokens=5))[0].outputs[0]
@@ -94,7 +116,9 @@ def test_logprobs_are_the_engines(client, offline, server):
 
 def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
     expected = offline.generate(PROMPT, params(prompt_logprobs=1, logprobs=1, max_tokens=1))[0]
-    answer = client.completions.create(model="nano", prompt=PROMPT, temperature=0, max_tokens=1, logprobs=1, echo=True)
+    answer = client.completions.create(
+        model="nano", prompt=PROMPT, temperature=0, max_tokens=1, logprobs=1, echo=True
+    )
     (choice,) = answer.choices
     ids = [*expected.prompt_token_ids, *expected.outputs[0].token_ids]
     entries = [*expected.prompt_logprobs, *expected.outputs[0].logprobs]
@@ -104,16 +128,29 @@ def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
     np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], wanted, atol=1e-5)
     assert "".join(choice.logprobs.tokens) == choice.text
     starts = choice.logprobs.text_offset
-    assert all(choice.text[start:].startswith(token) for start, token in zip(starts, choice.logprobs.tokens))
-    only = client.completions.create(model="nano", prompt=PROMPT, temperature=0, max_tokens=0, echo=True)
+    assert all(
+        choice.text[start:].startswith(token)
+        for start, token in zip(starts, choice.logprobs.tokens)
+    )
+    only = client.completions.create(
+        model="nano", prompt=PROMPT, temperature=0, max_tokens=0, echo=True
+    )
     assert only.choices[0].text == PROMPT
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_a_streamed_echo_adds_up_to_the_whole(client, server, logprobs):
-    long = "import os\n\n" + "x = read(path)\n" * 12 + PROMPT  # scored in several steps, while a sample is ahead
+    long = (
+        "import os\n\n" + "x = read(path)\n" * 12 + PROMPT
+    )  # scored in several steps, while a sample is ahead
     asked = dict(
-        model="nano", prompt=[long, "class A:"], temperature=0, max_tokens=6, n=2, logprobs=logprobs, echo=True
+        model="nano",
+        prompt=[long, "class A:"],
+        temperature=0,
+        max_tokens=6,
+        n=2,
+        logprobs=logprobs,
+        echo=True,
     )
     whole = client.completions.create(**asked).choices
     assert all(choice.text.startswith(asked["prompt"][choice.index // 2]) for choice in whole)
@@ -128,16 +165,23 @@ def test_a_streamed_echo_adds_up_to_the_whole(client, server, logprobs):
     assert ["".join(texts[choice.index]) for choice in whole] == [choice.text for choice in whole]
     assert all(len(pieces) > 1 for pieces in texts.values()), "streamed"
     for choice in whole if logprobs is not None else ():
-        assert tokens[choice.index] == choice.logprobs.tokens and "".join(tokens[choice.index]) == choice.text
+        assert (
+            tokens[choice.index] == choice.logprobs.tokens
+            and "".join(tokens[choice.index]) == choice.text
+        )
         assert scores[choice.index][0] is None
-        np.testing.assert_allclose(scores[choice.index][1:], choice.logprobs.token_logprobs[1:], atol=1e-5)
+        np.testing.assert_allclose(
+            scores[choice.index][1:], choice.logprobs.token_logprobs[1:], atol=1e-5
+        )
 
 
 def test_many_prompts_of_every_form(client, offline, server):
     ids = offline.tokenize(PROMPT)
     expected = offline.generate(PROMPT, params())[0].outputs[0].text
     for prompt in (PROMPT, ids, [PROMPT, "class A:"], [ids, offline.tokenize("class A:")]):
-        answer = client.completions.create(model="nano", prompt=prompt, temperature=0, max_tokens=12)
+        answer = client.completions.create(
+            model="nano", prompt=prompt, temperature=0, max_tokens=12
+        )
         assert answer.choices[0].text == expected
         assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
     streamed = client.completions.create(
@@ -146,7 +190,10 @@ def test_many_prompts_of_every_form(client, offline, server):
     texts = {0: "", 1: ""}
     for chunk in streamed:
         texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts[0] == expected and texts[1] == offline.generate("class A:", params())[0].outputs[0].text
+    assert (
+        texts[0] == expected
+        and texts[1] == offline.generate("class A:", params())[0].outputs[0].text
+    )
 
 
 def test_embeddings_scores_and_ranks(client, offline, server):
@@ -154,16 +201,22 @@ def test_embeddings_scores_and_ranks(client, offline, server):
     expected = np.array(offline.encode(texts, use_tqdm=False))
     answer = client.embeddings.create(model="nano", input=texts)  # base64, the SDK's default
     np.testing.assert_allclose([each.embedding for each in answer.data], expected, atol=1e-5)
-    plain = server.post("/v1/embeddings", input=texts[0], encoding_format="float", dimensions=7).json()
+    plain = server.post(
+        "/v1/embeddings", input=texts[0], encoding_format="float", dimensions=7
+    ).json()
     (vector,) = (each["embedding"] for each in plain["data"])
     np.testing.assert_allclose(vector, expected[0, :7] / np.linalg.norm(expected[0, :7]), atol=1e-5)
     raw = server.post(
         "/v1/embeddings", input=texts[0], encoding_format="base64", normalize=False, pooling="mean"
     ).json()
     mean = np.frombuffer(base64.b64decode(raw["data"][0]["embedding"]), np.float32)
-    np.testing.assert_allclose(mean, offline.encode(texts[0], "mean", normalize=False)[0], atol=1e-4)
+    np.testing.assert_allclose(
+        mean, offline.encode(texts[0], "mean", normalize=False)[0], atol=1e-4
+    )
     scores = server.post("/v1/score", text_1=texts[0], text_2=texts).json()
-    np.testing.assert_allclose([each["score"] for each in scores["data"]], expected @ expected[0], atol=1e-5)
+    np.testing.assert_allclose(
+        [each["score"] for each in scores["data"]], expected @ expected[0], atol=1e-5
+    )
     ranked = server.post("/v1/rerank", query=texts[0], documents=texts, top_n=2).json()["results"]
     assert [each["index"] for each in ranked] == np.argsort(-(expected @ expected[0]))[:2].tolist()
     assert ranked[0]["document"]["text"] == texts[0]
@@ -171,16 +224,25 @@ def test_embeddings_scores_and_ranks(client, offline, server):
 
 def test_asynchronous_clients_share_the_server(_server, offline, server):
     prompts = [f"def f{i}(" for i in range(20)]
-    expected = [output.outputs[0].text for output in offline.generate(prompts, params(), use_tqdm=False)]
+    expected = [
+        output.outputs[0].text for output in offline.generate(prompts, params(), use_tqdm=False)
+    ]
 
     async def run():
-        async with openai.AsyncOpenAI(base_url=f"{_server.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{_server.url}/v1", api_key="none", max_retries=0
+        ) as client:
 
             async def one(prompt, streams):
                 asked = {"model": "nano", "prompt": prompt, "temperature": 0, "max_tokens": 12}
                 if not streams:
                     return (await client.completions.create(**asked)).choices[0].text
-                return "".join([c.choices[0].text async for c in await client.completions.create(**asked, stream=True)])
+                return "".join(
+                    [
+                        c.choices[0].text
+                        async for c in await client.completions.create(**asked, stream=True)
+                    ]
+                )
 
             return await asyncio.gather(*(one(prompt, i % 2) for i, prompt in enumerate(prompts)))
 
@@ -196,4 +258,7 @@ def test_models_and_what_is_not_one(client, server):
         client.completions.create(model="gpt-4", prompt="x")
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="nano", prompt="x", temperature=-1)
-    assert caught.value.body["param"] == "temperature" and caught.value.body["type"] == "invalid_request_error"
+    assert (
+        caught.value.body["param"] == "temperature"
+        and caught.value.body["type"] == "invalid_request_error"
+    )

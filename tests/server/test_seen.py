@@ -50,19 +50,33 @@ def wait_for(condition):
 
 
 def test_a_named_origin_is_answered_and_no_other(open_server, server):
-    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    asked = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
     allowed = httpx.options(f"{open_server.url}/v1/completions", headers={"origin": GOOD} | asked)
     assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == GOOD
     assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
     refused = httpx.options(f"{open_server.url}/v1/completions", headers={"origin": BAD} | asked)
     assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
-    for origin, named in ((GOOD, True), (BAD, False), ("null", False), (f"{GOOD}.evil.example", False)):
+    for origin, named in (
+        (GOOD, True),
+        (BAD, False),
+        ("null", False),
+        (f"{GOOD}.evil.example", False),
+    ):
         answer = open_server.http.get("/v1/models", headers={"origin": origin})
-        assert answer.status_code == 200 and ("access-control-allow-origin" in answer.headers) == named
+        assert (
+            answer.status_code == 200 and ("access-control-allow-origin" in answer.headers) == named
+        )
     unknown = httpx.get(f"{open_server.url}/v1/models", headers={"origin": GOOD})
-    assert unknown.status_code == 401 and unknown.headers["access-control-allow-origin"] == GOOD, "a page may read why"
+    assert unknown.status_code == 401 and unknown.headers["access-control-allow-origin"] == GOOD, (
+        "a page may read why"
+    )
     plain = server.http.get("/v1/models", headers={"origin": GOOD})
-    assert not [name for name in plain.headers if name.startswith("access-control")], "off unless named"
+    assert not [name for name in plain.headers if name.startswith("access-control")], (
+        "off unless named"
+    )
 
 
 def raw(server, text):
@@ -79,7 +93,9 @@ def attempts(server):
     assert server.http.get(f"/v1/models%0a{FORGED}").status_code == 404
     assert server.http.get(f"/%0d%0a{FORGED}", params={"a\n": FORGED}).status_code == 404
     assert server.post("/v1/completions", **post, request_id=f"a\n{FORGED}").status_code == 400
-    answer = server.post("/v1/completions", **post, **{f"field\n{FORGED}\u2028": 1, f"\r\n{FORGED}": 2})
+    answer = server.post(
+        "/v1/completions", **post, **{f"field\n{FORGED}\u2028": 1, f"\r\n{FORGED}": 2}
+    )
     assert answer.status_code == 200
     assert server.post("/v1/completions", **post, model=f"\n{FORGED}").status_code == 404
     for text in (
@@ -95,13 +111,22 @@ def test_json_lines_parse_and_cannot_be_forged(open_server):
     open_server.complete(prompt="def f(", request_id="mine")
     wait_for(lambda: any(line.get("id") == "mine" for line in lines(open_server)))
     found = lines(open_server)
-    assert not [line for line in found if "forged" in line] and {"time", "level", "name", "message"} <= found[0].keys()
+    assert (
+        not [line for line in found if "forged" in line]
+        and {"time", "level", "name", "message"} <= found[0].keys()
+    )
     access = [line for line in found if line["message"] == "request"][before:]
     assert all(line.keys() >= {"method", "route", "status", "ms", "id"} for line in access)
     (mine,) = [line for line in access if line["id"] == "mine"]
-    assert (mine["method"], mine["route"], mine["status"]) == ("POST", "/v1/completions", 200) and mine["ms"] > 0
+    assert (mine["method"], mine["route"], mine["status"]) == (
+        "POST",
+        "/v1/completions",
+        200,
+    ) and mine["ms"] > 0
     assert [line["route"] for line in access if line["status"] == 404][:2] == ["unknown"] * 2
-    assert any("unknown fields ignored" in line["message"] for line in found), "the attempt did reach the log"
+    assert any("unknown fields ignored" in line["message"] for line in found), (
+        "the attempt did reach the log"
+    )
 
 
 def test_text_lines_cannot_be_forged(server):
@@ -109,7 +134,9 @@ def test_text_lines_cannot_be_forged(server):
     server.complete(prompt="def f(", request_id="the-last-one")
     wait_for(lambda: "the-last-one" in server.log.read_text())
     text = server.log.read_text()
-    assert "unknown fields ignored" in text and not [line for line in text.splitlines() if line.startswith("{")]
+    assert "unknown fields ignored" in text and not [
+        line for line in text.splitlines() if line.startswith("{")
+    ]
 
 
 KNOWN = {  # vllm:name -> what it must have grown by, after two requests of 12 tokens each (None: any)
@@ -124,7 +151,9 @@ KNOWN = {  # vllm:name -> what it must have grown by, after two requests of 12 t
 def samples(server, prefix):
     families = text_string_to_metric_families(server.http.get("/metrics").text)
     found = {}
-    for sample in (sample for family in families for sample in family.samples if sample.name.startswith(prefix)):
+    for sample in (
+        sample for family in families for sample in family.samples if sample.name.startswith(prefix)
+    ):
         assert sample.labels["model_name"] == "nano"
         name = sample.name.removeprefix(prefix)
         found[name] = found.get(name, 0) + sample.value
@@ -140,7 +169,12 @@ def test_vllms_metric_names_have_true_values(open_server, server):
     for name, expected in KNOWN.items():
         grown = after[name] - before.get(name, 0)
         assert expected is None or grown == (prompt if expected == "prompt" else expected), name
-    assert 0 < after["e2e_request_latency_seconds_sum"] - before.get("e2e_request_latency_seconds_sum", 0) < 60
+    assert (
+        0
+        < after["e2e_request_latency_seconds_sum"]
+        - before.get("e2e_request_latency_seconds_sum", 0)
+        < 60
+    )
     assert "vllm:" not in server.http.get("/metrics").text, "by flag"
 
 
@@ -151,14 +185,19 @@ def test_a_trace_is_taken_where_it_is_allowed(open_server, server, tmp_path):
         assert open_server.http.post(path).status_code == 401, "not for everyone's key"
     crown = {"authorization": "Bearer crown"}
     assert open_server.http.post("/stop_profile", headers=crown).status_code == 400, "none runs"
-    assert open_server.http.post("/start_profile", headers=crown).json() == {"success": True, "engines": 1}
+    assert open_server.http.post("/start_profile", headers=crown).json() == {
+        "success": True,
+        "engines": 1,
+    }
     assert open_server.http.post("/start_profile", headers=crown).status_code == 400, "one runs"
     assert open_server.complete(prompt="def f(")["choices"]
     assert open_server.http.post("/stop_profile", headers=crown).json()["success"]
     (trace,) = (open_server.log.parent / "traces" / "engine-0").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
     shown = open_server.http.get("/server_info").text
-    assert str(Path(trace).parents[4]) not in shown and "sesame" not in shown and "crown" not in shown
+    assert (
+        str(Path(trace).parents[4]) not in shown and "sesame" not in shown and "crown" not in shown
+    )
     with pytest.raises(InvalidConfig) as caught:
         ServerConfig(profile_dir=tmp_path, api_key=("sesame",))
     assert caught.value.field == "profile_dir"

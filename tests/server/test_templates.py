@@ -14,15 +14,22 @@ from slipway.errors import InvalidConfig, InvalidRequest
 from slipway.llm import LLM, NANO
 from slipway.server import schema
 from slipway.server.app import App
-from slipway.server.chats import Chats
+from slipway.server.chat import ChatHandler
 from slipway.server.config import ServerConfig
 from slipway.server.serve import _templates
 from slipway.server.service import Service
 
-PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}{{ enable_thinking }}{{ documents }}<think>"
+PLAIN = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{{ enable_thinking }}{{ documents }}<think>"
+)
 USE = "{{ tools | length }} <tool_call> {% for m in messages %}{{ m.content }}{% endfor %}"
 CHAT = [{"role": "user", "content": "hi"}]
-TOOLS = [{"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 LIMITS = {"max_model_len": 100, "max_logprobs": 5, "vocab_size": 1000}
 
 
@@ -35,11 +42,19 @@ class Engine:
 
 def service(templates):
     engine = Engine()
-    return Service(ServerConfig(), "nano", Tokenizer.load(Path(NANO)), templates, [engine], Path(), tokenizer_config={})
+    return Service(
+        ServerConfig(),
+        "nano",
+        Tokenizer.load(Path(NANO)),
+        templates,
+        [engine],
+        Path(),
+        tokenizer_config={},
+    )
 
 
 def prepared(service, **fields):
-    chats = Chats(service, schema.Chat(messages=CHAT, **fields), None)
+    chats = ChatHandler(service, schema.Chat(messages=CHAT, **fields), None)
     asyncio.run(chats.prepare())
     return chats
 
@@ -77,7 +92,11 @@ def test_without_a_default_chats_are_refused_with_the_choices():
     tools_only, other = service({"tool_use": USE, "rag": PLAIN}), service({"rag": PLAIN})
     assert prepared(tools_only, tools=TOOLS).prompt.text == "1 <tool_call> hi"
     for error in (refused(tools_only), refused(other), refused(other, tools=TOOLS)):
-        assert error.field == "messages" and "rag" in error.expected and "--chat-template" in error.expected
+        assert (
+            error.field == "messages"
+            and "rag" in error.expected
+            and "--chat-template" in error.expected
+        )
     assert "rag, tool_use" in refused(tools_only).expected
     assert tools_only.features["chat"] and not other.features["chat"]
 
@@ -116,11 +135,20 @@ def test_the_offline_interface_chooses_as_transformers_does(tmp_path):
     theirs = AutoTokenizer.from_pretrained(folder)
     with LLM(folder, max_num_seqs=1) as llm:
         for options in {}, {"tools": TOOLS}:
-            expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True, **options)
+            expected = theirs.apply_chat_template(
+                CHAT, tokenize=False, add_generation_prompt=True, **options
+            )
             assert llm.chat_prompt(CHAT, **options)["prompt"] == expected
-        expected = theirs.apply_chat_template(CHAT, tokenize=False, chat_template="tool_use", tools=[])
+        expected = theirs.apply_chat_template(
+            CHAT, tokenize=False, chat_template="tool_use", tools=[]
+        )
         assert llm.chat_prompt(CHAT, "tool_use", tools=[])["prompt"] == expected
-        assert llm.chat(CHAT, SamplingParams(max_tokens=1), chat_template="tool_use", tools=[])[0].prompt == expected
+        assert (
+            llm.chat(CHAT, SamplingParams(max_tokens=1), chat_template="tool_use", tools=[])[
+                0
+            ].prompt
+            == expected
+        )
         text = "{{ messages[0].role }}"
         assert llm.chat_prompt(CHAT, text)["prompt"] == "user"
         with pytest.raises(InvalidRequest, match="default, tool_use") as caught:

@@ -50,8 +50,12 @@ def test_structures_hold_after_the_reasoning(server, name):
     found = message(server, thinking_token_budget=10, **fields)
     assert re.fullmatch(pattern, found["content"]) and len(found["reasoning_content"]) > 5, found
     free = message(server, max_tokens=30, **fields)
-    assert free["content"] == "" and not re.match(pattern, free["reasoning_content"]), "nothing binds the reasoning"
-    assert free["reasoning_content"].startswith(found["reasoning_content"]), "it is what was said without a structure"
+    assert free["content"] == "" and not re.match(pattern, free["reasoning_content"]), (
+        "nothing binds the reasoning"
+    )
+    assert free["reasoning_content"].startswith(found["reasoning_content"]), (
+        "it is what was said without a structure"
+    )
 
 
 def test_an_answer_without_reasoning_fits_at_once(server):
@@ -60,7 +64,9 @@ def test_an_answer_without_reasoning_fits_at_once(server):
     assert re.fullmatch(pattern, found["content"]) and "reasoning_content" not in found
     for seed in range(4):  # begun or not, by the model's choice
         asked = {"temperature": 1.5, "seed": seed, "thinking_token_budget": 0}
-        assert re.fullmatch(pattern, message(server, chat_template_kwargs={}, **asked, **fields)["content"])
+        assert re.fullmatch(
+            pattern, message(server, chat_template_kwargs={}, **asked, **fields)["content"]
+        )
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 20])
@@ -68,10 +74,14 @@ def test_a_budget_ends_the_reasoning(server, budget):
     choice = ask(server, thinking_token_budget=budget, return_token_ids=True)["choices"][0]
     ids = choice["token_ids"]
     assert ids[budget : budget + len(END)] == END and len(ids) == 40
-    assert TOKENIZER.decode(ids[:budget]).lstrip("\n") == choice["message"].get("reasoning_content", "")
+    assert TOKENIZER.decode(ids[:budget]).lstrip("\n") == choice["message"].get(
+        "reasoning_content", ""
+    )
     free = ask(server, return_token_ids=True)["choices"][0]
     assert free["token_ids"][:budget] == ids[:budget] and free["message"]["content"] == ""
-    sampled = ask(server, thinking_token_budget=budget, temperature=1.0, seed=3, n=3, return_token_ids=True)
+    sampled = ask(
+        server, thinking_token_budget=budget, temperature=1.0, seed=3, n=3, return_token_ids=True
+    )
     assert all(each["token_ids"][budget : budget + len(END)] == END for each in sampled["choices"])
 
 
@@ -81,10 +91,16 @@ def test_usage_counts_the_tokens_of_reasoning(server, budget):
     whole = ask(server, **fields)["usage"]
     assert whole["completion_tokens_details"] == {"reasoning_tokens": 3 * budget}
     asked = OPENED | {"max_tokens": 40} | fields
-    streamed = events(server.post("/v1/chat/completions", **asked, stream=True, stream_options={"include_usage": True}))
+    streamed = events(
+        server.post(
+            "/v1/chat/completions", **asked, stream=True, stream_options={"include_usage": True}
+        )
+    )
     assert streamed[-1]["usage"] == whole
     cut = ask(server, max_tokens=12)["usage"]
-    assert cut["completion_tokens_details"]["reasoning_tokens"] == cut["completion_tokens"] == 12, "it never ended"
+    assert cut["completion_tokens_details"]["reasoning_tokens"] == cut["completion_tokens"] == 12, (
+        "it never ended"
+    )
     none = ask(server, chat_template_kwargs={"enable_thinking": False})["usage"]
     assert none["completion_tokens_details"] == {"reasoning_tokens": 0}
 
@@ -94,10 +110,17 @@ def test_reasoning_is_apart_or_stays_where_it_is(server):
     apart, together = message(server, **fields), message(server, separate_reasoning=False, **fields)
     assert apart["content"] == "yes" and "reasoning_content" not in together
     whole = together["content"]
-    assert whole.lstrip("\n").startswith(apart["reasoning_content"]) and whole.endswith("yes") and "</think>" in whole
+    assert (
+        whole.lstrip("\n").startswith(apart["reasoning_content"])
+        and whole.endswith("yes")
+        and "</think>" in whole
+    )
     found = events(server.post("/v1/chat/completions", **OPENED, **fields, stream=True))
     deltas = [event["choices"][0]["delta"] for event in found]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == apart["reasoning_content"]
+    assert (
+        "".join(delta.get("reasoning_content", "") for delta in deltas)
+        == apart["reasoning_content"]
+    )
     assert "".join(delta.get("content") or "" for delta in deltas) == "yes"
 
 
@@ -119,19 +142,33 @@ def test_effort_reaches_the_template(server):
     asked = {"messages": CHAT, "max_tokens": 1, "return_token_ids": True}
 
     def prompt(**fields):
-        return TOKENIZER.decode(server.post("/v1/chat/completions", **asked, **fields).json()["prompt_token_ids"])
+        return TOKENIZER.decode(
+            server.post("/v1/chat/completions", **asked, **fields).json()["prompt_token_ids"]
+        )
 
     assert "Effort: high" in prompt(reasoning_effort="high") and "Effort" not in prompt()
     assert prompt(reasoning_effort="none").endswith("<think>\n\n</think>\n\n")
     twice = server.post(
-        "/v1/chat/completions", **asked, reasoning_effort="none", chat_template_kwargs={"enable_thinking": True}
+        "/v1/chat/completions",
+        **asked,
+        reasoning_effort="none",
+        chat_template_kwargs={"enable_thinking": True},
     )
-    assert twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
-    assert server.post("/v1/chat/completions", **asked, reasoning_effort="extreme").status_code == 400
+    assert (
+        twice.status_code == 400
+        and twice.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
+    )
+    assert (
+        server.post("/v1/chat/completions", **asked, reasoning_effort="extreme").status_code == 400
+    )
 
 
 def test_what_the_model_does_not_know_is_refused(_server):
-    for field, value in (("reasoning_effort", "high"), ("reasoning_effort", "none"), ("thinking_token_budget", 5)):
+    for field, value in (
+        ("reasoning_effort", "high"),
+        ("reasoning_effort", "none"),
+        ("thinking_token_budget", 5),
+    ):
         answer = _server.post("/v1/chat/completions", messages=CHAT, max_tokens=1, **{field: value})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
 
@@ -139,22 +176,33 @@ def test_what_the_model_does_not_know_is_refused(_server):
 def test_a_budget_is_a_number(server):
     for bad in (-1, 2**40, "x"):
         answer = server.post("/v1/chat/completions", **OPENED, thinking_token_budget=bad)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking_token_budget", answer.text
+        assert (
+            answer.status_code == 400 and answer.json()["error"]["param"] == "thinking_token_budget"
+        ), answer.text
 
 
 def test_tokens_of_a_conversation_with_tools(server, _server):
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     asked = {"messages": CHAT, "tools": [tool]}
     refused = _server.post("/tokenize", **asked)
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools", "its template knows none"
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools", (
+        "its template knows none"
+    )
     ids = server.post("/tokenize", **asked).json()["tokens"]
-    prompt = server.post("/v1/chat/completions", **asked, max_tokens=1, return_token_ids=True).json()[
-        "prompt_token_ids"
-    ]
+    prompt = server.post(
+        "/v1/chat/completions", **asked, max_tokens=1, return_token_ids=True
+    ).json()["prompt_token_ids"]
     assert ids == prompt and ids != server.post("/tokenize", messages=CHAT).json()["tokens"]
     last = [*CHAT, {"role": "assistant", "content": "def"}]
     left_open = {"messages": last, "add_generation_prompt": False, "continue_final_message": True}
     assert TOKENIZER.decode(server.post("/tokenize", **left_open).json()["tokens"]).endswith("def")
-    assert server.post("/tokenize", messages=CHAT, chat_template_kwargs={"tools": [tool]}).json()["tokens"] == ids
+    assert (
+        server.post("/tokenize", messages=CHAT, chat_template_kwargs={"tools": [tool]}).json()[
+            "tokens"
+        ]
+        == ids
+    )
     twice = server.post("/tokenize", **asked, chat_template_kwargs={"tools": []})
-    assert twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.tools"
+    assert (
+        twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.tools"
+    )

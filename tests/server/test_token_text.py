@@ -20,11 +20,18 @@ PROMPT = "it now"
 def write_model(folder: Path) -> Path:
     """A tiny Llama of random weights, with a tokenizer as Llama 2 has it."""
     raw = tokenizers.Tokenizer(
-        models.BPE(VOCAB, [("▁", "i"), ("▁i", "t")], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+        models.BPE(
+            VOCAB, [("▁", "i"), ("▁i", "t")], byte_fallback=True, unk_token="<unk>", fuse_unk=True
+        )
     )
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     raw.add_special_tokens(["<unk>", "<s>", "</s>"])
     torch.manual_seed(0)
@@ -34,7 +41,12 @@ def write_model(folder: Path) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     raw.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    settings = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "legacy": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return folder
@@ -75,7 +87,10 @@ def test_a_completion_goes_on_with_its_prompt(pieces, model):
     for prompt in (PROMPT, ids):
         whole = pieces.complete(prompt=prompt, n=2, best_of=3, **asked)["choices"]
         assert [choice["text"] for choice in whole] == [wanted] * 2
-        assert pieces.complete(prompt=prompt, echo=True, **asked)["choices"][0]["text"] == PROMPT + wanted
+        assert (
+            pieces.complete(prompt=prompt, echo=True, **asked)["choices"][0]["text"]
+            == PROMPT + wanted
+        )
         streamed = events(pieces.post("/v1/completions", prompt=prompt, stream=True, **asked))
         assert "".join(event["choices"][0]["text"] for event in streamed) == wanted
         stopped = pieces.complete(prompt=prompt, stop=" now", **asked)["choices"][0]
@@ -100,16 +115,24 @@ def test_a_character_that_the_prompt_began_is_whole_in_the_completion(pieces, st
 
 @pytest.mark.parametrize("piece", ["<0xF0>", "▁now", "now", "▁", "▁日", "A", "<0x41>"])
 def test_bytes_and_text_of_a_token(pieces, piece):
-    wanted = bytes([int(piece[3:5], 16)]) if piece.startswith("<0x") else piece.replace("▁", " ").encode()
+    wanted = (
+        bytes([int(piece[3:5], 16)])
+        if piece.startswith("<0x")
+        else piece.replace("▁", " ").encode()
+    )
     text, asked = wanted.decode(errors="replace"), written([VOCAB[piece]])
     chat = {"messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 0}
-    (entry,) = pieces.post("/v1/chat/completions", **chat, **asked).json()["choices"][0]["logprobs"]["content"]
+    (entry,) = pieces.post("/v1/chat/completions", **chat, **asked).json()["choices"][0][
+        "logprobs"
+    ]["content"]
     assert (bytes(entry["bytes"]), entry["token"]) == (wanted, text)
     prompt = {"prompt": [VOCAB["▁it"], VOCAB[piece]], "prompt_logprobs": 0, "max_tokens": 1}
     entry = pieces.complete(**prompt)["choices"][0]["prompt_logprobs"][1][str(VOCAB[piece])]
     assert entry["decoded_token"] == text
     sampling = {"sampling_params": {"max_new_tokens": 1, "logit_bias": {str(VOCAB[piece]): 100}}}
-    found = pieces.post("/generate", text="it", return_logprob=True, return_text_in_logprobs=True, **sampling).json()
+    found = pieces.post(
+        "/generate", text="it", return_logprob=True, return_text_in_logprobs=True, **sampling
+    ).json()
     assert found["meta_info"]["output_token_logprobs"][0][2] == text
 
 
@@ -122,15 +145,29 @@ def test_entries_spelled_alike_are_all_told(pieces):
     """<0x41> and A have one text: the chosen one keeps it, the other is told by its id."""
     ids = sorted([VOCAB["A"], VOCAB["<0x41>"]])
     for chosen in ids:
-        asked = {"prompt": PROMPT, "logprobs": 20, "allowed_token_ids": ids, "logit_bias": {str(chosen): 100}}
+        asked = {
+            "prompt": PROMPT,
+            "logprobs": 20,
+            "allowed_token_ids": ids,
+            "logit_bias": {str(chosen): 100},
+        }
         logprobs = pieces.complete(**asked, max_tokens=1)["choices"][0]["logprobs"]
         (top,) = logprobs["top_logprobs"]
-        assert logprobs["tokens"] == ["A"] and top["A"] == logprobs["token_logprobs"][0] and len(top) in (20, 21)
+        assert (
+            logprobs["tokens"] == ["A"]
+            and top["A"] == logprobs["token_logprobs"][0]
+            and len(top) in (20, 21)
+        )
         (other,) = (token for token in ids if token != chosen)
         assert f"token_id:{chosen}" not in top and top.get(f"token_id:{other}") != top["A"]
 
 
-HALVES = {"prompt": "x", "structured_outputs": {"choice": ["🙂日🙂"]}, "max_tokens": 30, "temperature": 0}
+HALVES = {
+    "prompt": "x",
+    "structured_outputs": {"choice": ["🙂日🙂"]},
+    "max_tokens": 30,
+    "temperature": 0,
+}
 
 
 def test_half_characters_are_spelled_by_their_bytes(server):
@@ -143,11 +180,19 @@ def test_half_characters_are_spelled_by_their_bytes(server):
     assert bytes.fromhex(joined.replace("\\x", "")).decode() in "🙂日🙂"
 
 
-@pytest.mark.parametrize("more", [{}, {"echo": True}, {"n": 2}, {"echo": True, "n": 2, "prompt": ["x 日", "def f("]}])
+@pytest.mark.parametrize(
+    "more", [{}, {"echo": True}, {"n": 2}, {"echo": True, "n": 2, "prompt": ["x 日", "def f("]}]
+)
 @pytest.mark.parametrize("stop", [[], ["日"], [" is", "e"]])
 def test_offsets_of_a_stream_are_those_of_the_whole(server, more, stop):
-    structure = {} if "is" in "".join(stop) else {"structured_outputs": HALVES["structured_outputs"]}
-    asked = {"prompt": "import os", "max_tokens": 24, "temperature": 0, "logprobs": 1, "stop": stop} | structure | more
+    structure = (
+        {} if "is" in "".join(stop) else {"structured_outputs": HALVES["structured_outputs"]}
+    )
+    asked = (
+        {"prompt": "import os", "max_tokens": 24, "temperature": 0, "logprobs": 1, "stop": stop}
+        | structure
+        | more
+    )
     whole = sorted(server.complete(**asked)["choices"], key=lambda choice: choice["index"])
     streamed: dict[int, dict] = {}
     for event in events(server.post("/v1/completions", stream=True, **asked)):
@@ -159,9 +204,19 @@ def test_offsets_of_a_stream_are_those_of_the_whole(server, more, stop):
         assert not found["text_offset"] or found["text_offset"][-1] <= len(found["text"])
     for choice in whole:
         text, logprobs = choice["text"], choice["logprobs"]
-        expected = {"text": text, "tokens": logprobs["tokens"], "text_offset": logprobs["text_offset"]}
+        expected = {
+            "text": text,
+            "tokens": logprobs["tokens"],
+            "text_offset": logprobs["text_offset"],
+        }
         assert streamed[choice["index"]] == expected
         offsets = logprobs["text_offset"]
-        assert offsets == sorted(offsets) and offsets[-1] <= len(text) and len(offsets) == len(logprobs["tokens"])
+        assert (
+            offsets == sorted(offsets)
+            and offsets[-1] <= len(text)
+            and len(offsets) == len(logprobs["tokens"])
+        )
         for at, token in zip(offsets, logprobs["tokens"]):
-            assert at == len(text) or token.startswith("bytes:") or text.startswith(token, at) or stop
+            assert (
+                at == len(text) or token.startswith("bytes:") or text.startswith(token, at) or stop
+            )

@@ -49,7 +49,9 @@ def client(server):
 
 
 def ask(client, **fields):
-    return client.chat.completions.create(**({"model": "nano", "messages": CHAT, "max_tokens": 100} | fields))
+    return client.chat.completions.create(
+        **({"model": "nano", "messages": CHAT, "max_tokens": 100} | fields)
+    )
 
 
 def fits(call):
@@ -75,11 +77,18 @@ def test_a_named_function_is_called(client, temperature):
 
 def test_some_function_is_called_where_one_is_required(client):
     for seed in range(4):
-        answer = ask(client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed)
+        answer = ask(
+            client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed
+        )
         calls = answer.choices[0].message.tool_calls
         assert calls and all(fits(call) for call in calls)
         one = ask(
-            client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed, parallel_tool_calls=False
+            client,
+            tools=[WEATHER, STOP],
+            tool_choice="required",
+            temperature=1.5,
+            seed=seed,
+            parallel_tool_calls=False,
         )
         assert len(one.choices[0].message.tool_calls) == 1
 
@@ -94,17 +103,23 @@ def test_streams_carry_the_same_calls(client):
         for call in choice.delta.tool_calls or []:
             entry = found.setdefault(call.index, [call.function.name, ""])
             entry[1] += call.function.arguments
-    assert [tuple(entry) for entry in found.values()] == [(c.function.name, c.function.arguments) for c in whole]
+    assert [tuple(entry) for entry in found.values()] == [
+        (c.function.name, c.function.arguments) for c in whole
+    ]
     assert reasons[-1] == "tool_calls"
 
 
 def test_templates_see_tools_and_earlier_calls(server):
     def size(**fields):
-        answer = server.post("/v1/chat/completions", **({"messages": CHAT, "max_tokens": 1} | fields))
+        answer = server.post(
+            "/v1/chat/completions", **({"messages": CHAT, "max_tokens": 1} | fields)
+        )
         assert answer.status_code == 200, answer.text
         return answer.json()["usage"]["prompt_tokens"]
 
-    assert size(tools=[WEATHER]) > size() and size(tools=[WEATHER], tool_choice="none") == size(tools=[WEATHER])
+    assert size(tools=[WEATHER]) > size() and size(tools=[WEATHER], tool_choice="none") == size(
+        tools=[WEATHER]
+    )
     earlier = [{"role": "assistant", "content": None, "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]},
         {"role": "tool", "tool_call_id": "1", "content": "sunny"}]  # fmt: skip
@@ -168,7 +183,10 @@ class Measure(BaseModel):
 def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
     tools = [openai.pydantic_function_tool(each) for each in (Route, Measure)]
     assert all("$defs" in tool["function"]["parameters"] for tool in tools)
-    choices = ["required", *({"type": "function", "function": {"name": each}} for each in ("Route", "Measure"))]
+    choices = [
+        "required",
+        *({"type": "function", "function": {"name": each}} for each in ("Route", "Measure")),
+    ]
     for seed in range(3):
         for choice in choices:
             answer = client.chat.completions.parse(
@@ -176,7 +194,10 @@ def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
                 max_tokens=600, parallel_tool_calls=False,
             )  # fmt: skip
             (call,) = answer.choices[0].message.tool_calls
-            assert isinstance(call.function.parsed_arguments, {"Route": Route, "Measure": Measure}[call.function.name])
+            assert isinstance(
+                call.function.parsed_arguments,
+                {"Route": Route, "Measure": Measure}[call.function.name],
+            )
             assert choice == "required" or call.function.name == choice["function"]["name"]
     answer = client.chat.completions.parse(
         model="nano", messages=CHAT, response_format=Measure, max_tokens=100, temperature=0
@@ -186,14 +207,20 @@ def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
 
 @pytest.mark.parametrize("choice", [{"name": "get_weather"}, "auto"])
 def test_functions_are_called_in_openais_older_form(client, choice):
-    asked = {"functions": [WEATHER["function"], STOP["function"]], "function_call": choice, "temperature": 0}
+    asked = {
+        "functions": [WEATHER["function"], STOP["function"]],
+        "function_call": choice,
+        "temperature": 0,
+    }
     if choice == "auto":  # nano calls nothing by itself: what it says is forced to look like a call
         said = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
         asked["extra_body"] = {"structured_outputs": {"choice": [said]}}
     whole = ask(client, **asked).choices[0]
     called = whole.message.function_call
     assert whole.finish_reason == "function_call" and whole.message.tool_calls is None
-    assert whole.message.content is None and called.name == ("stop" if choice == "auto" else "get_weather")
+    assert whole.message.content is None and called.name == (
+        "stop" if choice == "auto" else "get_weather"
+    )
     assert choice == "auto" or fits(openai.types.chat.ChatCompletionMessageFunctionToolCall(
         id="c", type="function", function={"name": called.name, "arguments": called.arguments}))  # fmt: skip
     name = arguments = ""
@@ -204,7 +231,11 @@ def test_functions_are_called_in_openais_older_form(client, choice):
             name += delta.function_call.name or ""
             arguments += delta.function_call.arguments or ""
     assert (name, arguments, reason) == (called.name, called.arguments, "function_call")
-    again = [*CHAT, whole.message.model_dump(), {"role": "function", "name": called.name, "content": "sunny"}]
+    again = [
+        *CHAT,
+        whole.message.model_dump(),
+        {"role": "function", "name": called.name, "content": "sunny"},
+    ]
     assert ask(client, messages=again, functions=asked["functions"], max_tokens=1).choices
 
 
@@ -219,7 +250,10 @@ def test_functions_are_what_tools_are(server):
 
 
 def function(name, **parameters):
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"} | parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object"} | parameters},
+    }
 
 
 CANNOT = {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"not": {"type": "string"}}}}
@@ -228,7 +262,9 @@ CANNOT = {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"not": {"t
 def test_what_a_schema_cannot_say_is_refused_with_its_place(server):
     def refused(path="/v1/chat/completions", /, **fields):
         body = {"messages": CHAT} if path.endswith("chat/completions") else {"prompt": "def f("}
-        answer = server.post(path, **((body if path != "/generate" else {"text": "def f("}) | fields))
+        answer = server.post(
+            path, **((body if path != "/generate" else {"text": "def f("}) | fields)
+        )
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
         assert "#/$defs/A/not" in error["message"] and "not" in error["message"], error
@@ -240,10 +276,20 @@ def test_what_a_schema_cannot_say_is_refused_with_its_place(server):
     assert refused(tools=tools, tool_choice=named, stream=True) == "tools[1].function.parameters"
     given = {"type": "json_schema", "json_schema": {"name": "n", "schema": CANNOT}}
     assert refused(response_format=given) == "response_format.json_schema.schema"
-    assert refused("/v1/completions", structured_outputs={"json": CANNOT}) == "structured_outputs.json"
+    assert (
+        refused("/v1/completions", structured_outputs={"json": CANNOT}) == "structured_outputs.json"
+    )
     assert refused("/v1/completions", guided_json=json.dumps(CANNOT)) == "guided_json"
-    assert refused("/generate", sampling_params={"json_schema": json.dumps(CANNOT)}) == "sampling_params.json_schema"
-    tag = {"type": "tag", "begin": "(", "content": {"type": "json_schema", "json_schema": CANNOT}, "end": ")"}
+    assert (
+        refused("/generate", sampling_params={"json_schema": json.dumps(CANNOT)})
+        == "sampling_params.json_schema"
+    )
+    tag = {
+        "type": "tag",
+        "begin": "(",
+        "content": {"type": "json_schema", "json_schema": CANNOT},
+        "end": ")",
+    }
     place = refused(response_format={"type": "structural_tag", "format": tag})
     assert place == "response_format.format.content.json_schema"
     before = {"structures": [{"begin": "(", "schema": CANNOT, "end": ")"}], "triggers": ["("]}
@@ -268,14 +314,28 @@ BAD = {
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "a strange choice": ({"tool_choice": "any"}, "tool_choice"),
     "functions and tools": ({"functions": [STOP["function"]], "tools": [STOP]}, "tools"),
-    "functions and a choice of tools": ({"functions": [STOP["function"]], "tool_choice": "auto"}, "tool_choice"),
-    "an unknown function": ({"functions": [STOP["function"]], "function_call": {"name": "f"}}, "function_call"),
+    "functions and a choice of tools": (
+        {"functions": [STOP["function"]], "tool_choice": "auto"},
+        "tool_choice",
+    ),
+    "an unknown function": (
+        {"functions": [STOP["function"]], "function_call": {"name": "f"}},
+        "function_call",
+    ),
     "a call without functions": ({"function_call": "auto"}, "function_call"),
-    "a function of no schema": ({"functions": [{"name": "f", "parameters": 5}]}, "functions[0].parameters"),
-    "two structures": ({"tools": [STOP], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+    "a function of no schema": (
+        {"functions": [{"name": "f", "parameters": 5}]},
+        "functions[0].parameters",
+    ),
+    "two structures": (
+        {"tools": [STOP], "tool_choice": "required", "guided_regex": "a"},
+        "tool_choice",
+    ),
     "an evil schema": (
         {
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "unicorn"}}}],
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {"type": "unicorn"}}}
+            ],
             "tool_choice": "required",
         },
         "tools[0].function.parameters",

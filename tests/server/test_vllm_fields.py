@@ -25,24 +25,41 @@ def names(ids):
 
 
 def test_completions_name_tokens_by_their_ids(server):
-    asked = {"prompt": PROMPT, "logprobs": 2, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    asked = {
+        "prompt": PROMPT,
+        "logprobs": 2,
+        "return_tokens_as_token_ids": True,
+        "return_token_ids": True,
+    }
     choice = server.complete(**asked)["choices"][0]
     assert choice["logprobs"]["tokens"] == names(choice["token_ids"])
-    for token, own, top in zip(*(choice["logprobs"][name] for name in ("tokens", "token_logprobs", "top_logprobs"))):
+    for token, own, top in zip(
+        *(choice["logprobs"][name] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    ):
         assert top[token] == own and all(name.startswith("token_id:") for name in top)
-    streamed = events(server.post("/v1/completions", temperature=0, max_tokens=12, stream=True, **asked))
+    streamed = events(
+        server.post("/v1/completions", temperature=0, max_tokens=12, stream=True, **asked)
+    )
     told = [name for event in streamed for name in event["choices"][0]["logprobs"]["tokens"]]
     assert told == choice["logprobs"]["tokens"]
     echoed = server.complete(echo=True, **asked | {"max_tokens": 0})["choices"][0]
     assert echoed["logprobs"]["tokens"] == names(echoed["prompt_token_ids"])
-    plain = server.complete(**asked | {"return_tokens_as_token_ids": False, "prompt_logprobs": 0})["choices"][0]
+    plain = server.complete(**asked | {"return_tokens_as_token_ids": False, "prompt_logprobs": 0})[
+        "choices"
+    ][0]
     assert "".join(plain["logprobs"]["tokens"]) == plain["text"] == choice["text"]
     named = server.complete(prompt_logprobs=0, **asked)["choices"][0]["prompt_logprobs"]
     assert named == plain["prompt_logprobs"], "as in vLLM, decoded_token stays a text"
 
 
 def test_chats_name_tokens_by_their_ids(server):
-    asked = {"messages": CHAT, "temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    asked = {
+        "messages": CHAT,
+        "temperature": 0,
+        "max_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     asked |= {"return_tokens_as_token_ids": True, "return_token_ids": True}
     choice = server.post("/v1/chat/completions", **asked).json()["choices"][0]
     content = choice["logprobs"]["content"]
@@ -51,7 +68,11 @@ def test_chats_name_tokens_by_their_ids(server):
         assert bytes(entry["bytes"]) == TOKENIZER.token_bytes(token)
         assert entry["top_logprobs"][0]["token"] == entry["token"], "greedy"
     streamed = events(server.post("/v1/chat/completions", stream=True, **asked))
-    told = [entry for event in streamed for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
+    told = [
+        entry
+        for event in streamed
+        for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
     assert told == content
 
 
@@ -70,10 +91,16 @@ def test_a_prompt_is_cut_on_either_side(server):
         fields = {} if side is None else {"truncation_side": side}
         cut = server.complete(prompt=ids, truncate_prompt_tokens=4, return_token_ids=True, **fields)
         assert cut["choices"][0]["prompt_token_ids"] == kept and cut["usage"]["prompt_tokens"] == 4
-    whole = server.complete(prompt=ids, truncation_side="right", return_token_ids=True)["choices"][0]
+    whole = server.complete(prompt=ids, truncation_side="right", return_token_ids=True)["choices"][
+        0
+    ]
     assert whole["prompt_token_ids"] == ids
-    echoed = server.complete(prompt=PROMPT, truncate_prompt_tokens=2, truncation_side="right", echo=True, max_tokens=0)
-    assert echoed["choices"][0]["text"] == TOKENIZER.decode(TOKENIZER.encode(PROMPT)[:2]), "what is left of it"
+    echoed = server.complete(
+        prompt=PROMPT, truncate_prompt_tokens=2, truncation_side="right", echo=True, max_tokens=0
+    )
+    assert echoed["choices"][0]["text"] == TOKENIZER.decode(TOKENIZER.encode(PROMPT)[:2]), (
+        "what is left of it"
+    )
 
     def chat(**fields):
         body = {"messages": CHAT, "max_tokens": 1, "return_token_ids": True} | fields
@@ -88,17 +115,26 @@ def test_a_prompt_is_cut_on_either_side(server):
 
     cut = embedding(ids, truncate_prompt_tokens=4, truncation_side="right")
     assert cut == embedding(ids[:4]) != embedding(ids[-4:])
-    refused = server.post("/v1/completions", prompt=ids, truncate_prompt_tokens=4, truncation_side="middle")
+    refused = server.post(
+        "/v1/completions", prompt=ids, truncate_prompt_tokens=4, truncation_side="middle"
+    )
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "truncation_side"
 
 
 def test_a_chat_echoes_an_assistants_last_message(server):
     begun = [*CHAT, {"role": "assistant", "content": "It is"}]
-    asked = {"max_tokens": 3, "temperature": 0, "add_generation_prompt": False, "continue_final_message": True}
+    asked = {
+        "max_tokens": 3,
+        "temperature": 0,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
 
     def content(messages, **fields):
         body = {"messages": messages} | asked | fields
-        return server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+        return server.post("/v1/chat/completions", **body).json()["choices"][0]["message"][
+            "content"
+        ]
 
     plain = content(begun)
     assert content(begun, echo=True) == "It is" + plain
@@ -107,11 +143,18 @@ def test_a_chat_echoes_an_assistants_last_message(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     options = {name: asked[name] for name in ("add_generation_prompt", "continue_final_message")}
     stream = client.chat.completions.create(
-        model="nano", messages=begun, max_tokens=3, temperature=0, stream=True, extra_body={"echo": True} | options
+        model="nano",
+        messages=begun,
+        max_tokens=3,
+        temperature=0,
+        stream=True,
+        extra_body={"echo": True} | options,
     )
     assert "".join(piece.choices[0].delta.content or "" for piece in stream) == "It is" + plain
     of_user = {"add_generation_prompt": True, "continue_final_message": False}
-    assert content(CHAT, echo=True, **of_user) == content(CHAT, **of_user), "the user's message is not the answer's"
+    assert content(CHAT, echo=True, **of_user) == content(CHAT, **of_user), (
+        "the user's message is not the answer's"
+    )
 
 
 def test_answers_have_all_fields_of_vllms(server):
@@ -120,19 +163,40 @@ def test_answers_have_all_fields_of_vllms(server):
     assert (choice.prompt_logprobs, choice.prompt_token_ids, choice.token_ids) == (None, None, None)
     ids = TOKENIZER.encode(PROMPT)
     more = {"prompt_logprobs": 1, "return_token_ids": True}
-    choice = client.completions.create(model="nano", prompt=PROMPT, max_tokens=2, extra_body=more).choices[0]
-    assert choice.prompt_token_ids == ids and len(choice.prompt_logprobs) == len(ids) and len(choice.token_ids) == 2
+    choice = client.completions.create(
+        model="nano", prompt=PROMPT, max_tokens=2, extra_body=more
+    ).choices[0]
+    assert (
+        choice.prompt_token_ids == ids
+        and len(choice.prompt_logprobs) == len(ids)
+        and len(choice.token_ids) == 2
+    )
     chat = client.chat.completions.create(model="nano", messages=CHAT, max_tokens=2)
-    assert (chat.prompt_logprobs, chat.prompt_token_ids, chat.choices[0].token_ids) == (None, None, None)
+    assert (chat.prompt_logprobs, chat.prompt_token_ids, chat.choices[0].token_ids) == (
+        None,
+        None,
+        None,
+    )
     more |= {"temperature": 0}
-    chat = client.chat.completions.create(model="nano", messages=CHAT, max_tokens=2, extra_body=more)
+    chat = client.chat.completions.create(
+        model="nano", messages=CHAT, max_tokens=2, extra_body=more
+    )
     assert len(chat.prompt_logprobs) == len(chat.prompt_token_ids) == chat.usage.prompt_tokens
-    stream = client.chat.completions.create(model="nano", messages=CHAT, max_tokens=2, stream=True, extra_body=more)
+    stream = client.chat.completions.create(
+        model="nano", messages=CHAT, max_tokens=2, stream=True, extra_body=more
+    )
     pieces = list(stream)
     assert pieces[0].prompt_token_ids == chat.prompt_token_ids
-    assert [token for piece in pieces[1:] for token in piece.choices[0].token_ids] == chat.choices[0].token_ids
+    assert [token for piece in pieces[1:] for token in piece.choices[0].token_ids] == chat.choices[
+        0
+    ].token_ids
     stream = client.completions.create(
-        model="nano", prompt=[PROMPT, "a"], n=2, max_tokens=3, stream=True, extra_body={"return_token_ids": True}
+        model="nano",
+        prompt=[PROMPT, "a"],
+        n=2,
+        max_tokens=3,
+        stream=True,
+        extra_body={"return_token_ids": True},
     )
     told = {}
     for piece in stream:
@@ -140,7 +204,9 @@ def test_answers_have_all_fields_of_vllms(server):
             told.setdefault(choice.index, []).append(choice.prompt_token_ids)
     expected = [ids, ids, *[TOKENIZER.encode("a")] * 2]
     assert [told[index][0] for index in range(4)] == expected
-    assert all(later is None for each in told.values() for later in each[1:]), "with the first event only"
+    assert all(later is None for each in told.values() for later in each[1:]), (
+        "with the first event only"
+    )
     model = client.models.retrieve("nano")
     assert (model.root, model.parent, model.max_model_len) == ("nano", None, 1024)
     assert client.models.list().data == [model]
@@ -156,15 +222,25 @@ def test_reasoning_has_both_names(thinking):
     asked = {"messages": CHAT, "temperature": 0, "max_tokens": 40, "thinking_token_budget": 6}
     asked["structured_outputs"] = {"choice": ["yes"]}
     message = thinking.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]
-    assert message["reasoning"] == message["reasoning_content"] != "" and message["content"] == "yes"
+    assert (
+        message["reasoning"] == message["reasoning_content"] != "" and message["content"] == "yes"
+    )
     pieces = [
-        event["choices"][0]["delta"] for event in events(thinking.post("/v1/chat/completions", **asked, stream=True))
+        event["choices"][0]["delta"]
+        for event in events(thinking.post("/v1/chat/completions", **asked, stream=True))
     ]
     for name in ("reasoning", "reasoning_content"):
         assert "".join(piece.get(name, "") for piece in pieces) == message[name]
-    hidden = thinking.post("/v1/chat/completions", **asked, include_reasoning=False).json()["choices"][0]["message"]
-    assert not {"reasoning", "reasoning_content"} & hidden.keys() and hidden["content"] == message["content"]
-    silent = events(thinking.post("/v1/chat/completions", **asked, include_reasoning=False, stream=True))
+    hidden = thinking.post("/v1/chat/completions", **asked, include_reasoning=False).json()[
+        "choices"
+    ][0]["message"]
+    assert (
+        not {"reasoning", "reasoning_content"} & hidden.keys()
+        and hidden["content"] == message["content"]
+    )
+    silent = events(
+        thinking.post("/v1/chat/completions", **asked, include_reasoning=False, stream=True)
+    )
     deltas = [event["choices"][0]["delta"] for event in silent]
     assert not any({"reasoning", "reasoning_content"} & delta.keys() for delta in deltas)
     assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
@@ -198,9 +274,15 @@ def test_what_would_change_an_answer_is_refused_by_name(server, field):
     for path, body in bodies.items():
         for more in ({}, {"n": 2}):
             refused = server.post(path, **body, **more, **{field: UNSUPPORTED[field]})
-            assert refused.status_code == 400 and refused.json()["error"]["param"] == field, refused.text
-        taken = server.post(path, **{"prompt": PROMPT} | body | {"max_tokens": 1, field: NEUTRAL[field]})
-        assert taken.status_code == 200 and field not in taken.headers.get("x-slipway-warning", ""), taken.text
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == field, (
+                refused.text
+            )
+        taken = server.post(
+            path, **{"prompt": PROMPT} | body | {"max_tokens": 1, field: NEUTRAL[field]}
+        )
+        assert taken.status_code == 200 and field not in taken.headers.get(
+            "x-slipway-warning", ""
+        ), taken.text
 
 
 PAIRS = [("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2")]
@@ -210,13 +292,19 @@ TEXTS = ["import os", {"text": "a loop"}, {"content": [{"type": "text", "text": 
 @pytest.mark.parametrize("first, second", PAIRS)
 def test_scores_by_any_name_and_path_are_cosines(server, first, second):
     asked = {first: "a list", second: TEXTS}
-    answers = [server.post(path, **asked).json() for path in ("/v1/score", "/score", "/invocations")]
+    answers = [
+        server.post(path, **asked).json() for path in ("/v1/score", "/score", "/invocations")
+    ]
     plain = ["a list", "import os", "a loop", "class Stack:"]
-    given = [each["embedding"] for each in server.post("/v1/embeddings", input=plain).json()["data"]]
+    given = [
+        each["embedding"] for each in server.post("/v1/embeddings", input=plain).json()["data"]
+    ]
     expected = [sum(a * b for a, b in zip(given[0], other)) for other in given[1:]]
     for answer in answers:
         assert [each["score"] for each in answer["data"]] == pytest.approx(expected, abs=1e-5)
-    pairwise = server.post("/score", **{first: ["a list", "a loop"], second: ["a loop", "a loop"]}).json()["data"]
+    pairwise = server.post(
+        "/score", **{first: ["a list", "a loop"], second: ["a loop", "a loop"]}
+    ).json()["data"]
     assert pairwise[1]["score"] == pytest.approx(1, abs=1e-5) != pairwise[0]["score"]
 
 
@@ -242,11 +330,17 @@ def test_documents_are_ranked_on_every_path(server):
     documents = ["import os", "a list", {"text": "a loop"}]
     for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/invocations"):
         found = server.post(path, query="a list", documents=documents, model="nano").json()
-        assert [set(each) for each in found["results"]] == [{"index", "document", "relevance_score"}] * 3
-        assert found["results"][0]["index"] == 1 and found["results"][0]["document"] == {"text": "a list"}
+        assert [set(each) for each in found["results"]] == [
+            {"index", "document", "relevance_score"}
+        ] * 3
+        assert found["results"][0]["index"] == 1 and found["results"][0]["document"] == {
+            "text": "a list"
+        }
         scores = [each["relevance_score"] for each in found["results"]]
         assert scores == sorted(scores, reverse=True) and found["usage"]["total_tokens"] > 0
-        few = server.post(path, query="a list", documents=documents, top_n=1, return_documents=False).json()
+        few = server.post(
+            path, query="a list", documents=documents, top_n=1, return_documents=False
+        ).json()
         assert few["results"] == [{"index": 1, "relevance_score": pytest.approx(1, abs=1e-5)}]
     alone = server.post("/rerank", query="a list", documents="a loop", top_n=0).json()["results"]
     assert len(alone) == 1
@@ -276,7 +370,9 @@ def test_one_route_takes_every_request(server):
     assert len(events(invoke(prompt=PROMPT, max_tokens=3, stream=True))) >= 2
     for body in (b'{"nothing": 1}', b"{}", b"[]", b"[1", b'{"prompt": null}'):
         refused = server.http.post("/invocations", content=body)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == "body", refused.text
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "body", (
+            refused.text
+        )
     assert invoke(prompt=5).json()["error"]["param"] == "prompt"
     assert invoke(prompt="a", model="other").status_code == 404
     large = server.http.post("/invocations", content=b'{"prompt": "' + b"a" * (8 * 2**20) + b'"}')
@@ -286,7 +382,10 @@ def test_one_route_takes_every_request(server):
 
 
 def test_health_checks_of_others(server):
-    assert [server.http.get(path).status_code for path in ("/ping", "/health_generate")] == [200, 200]
+    assert [server.http.get(path).status_code for path in ("/ping", "/health_generate")] == [
+        200,
+        200,
+    ]
     assert server.http.post("/ping").status_code == 200
 
 
@@ -294,9 +393,13 @@ def test_the_tokenizer_is_described_where_that_is_allowed(server, launch):
     assert server.http.get("/tokenizer_info").status_code == 404
     open_one = launch("--enable-tokenizer-info-endpoint", "--api-key", "key").wait_ready()
     assert httpx.get(f"{open_one.url}/tokenizer_info").status_code == 401
-    found = httpx.get(f"{open_one.url}/tokenizer_info", headers={"authorization": "Bearer key"}).json()
+    found = httpx.get(
+        f"{open_one.url}/tokenizer_info", headers={"authorization": "Bearer key"}
+    ).json()
     described = json.loads((Path(NANO) / "tokenizer_config.json").read_text())
-    assert found["eos_token"] == described["eos_token"] and isinstance(found["tokenizer_class"], str)
+    assert found["eos_token"] == described["eos_token"] and isinstance(
+        found["tokenizer_class"], str
+    )
     assert found["chat_template"] == TOKENIZER.chat_template
 
 
@@ -311,12 +414,21 @@ def test_all_log_probabilities_are_given_where_that_is_allowed(server, launch):
     refused = server.post("/generate", text=PROMPT, return_logprob=True, top_logprobs_num=-1)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs_num"
     able = launch("--max-logprobs", "-1").wait_ready()
-    asked = {"prompt": PROMPT, "logprobs": -1, "prompt_logprobs": -1, "return_tokens_as_token_ids": True}
+    asked = {
+        "prompt": PROMPT,
+        "logprobs": -1,
+        "prompt_logprobs": -1,
+        "return_tokens_as_token_ids": True,
+    }
     choice = able.complete(**asked, max_tokens=2)["choices"][0]
     size = able.http.get("/capabilities").json()["limits"]["vocab_size"]
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [size, size]
-    assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [size] * (len(choice["prompt_logprobs"]) - 1)
-    content = able.post("/v1/chat/completions", **chat, top_logprobs=-1).json()["choices"][0]["logprobs"]["content"]
+    assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [size] * (
+        len(choice["prompt_logprobs"]) - 1
+    )
+    content = able.post("/v1/chat/completions", **chat, top_logprobs=-1).json()["choices"][0][
+        "logprobs"
+    ]["content"]
     assert [len(entry["top_logprobs"]) for entry in content] == [size, size]
 
 
@@ -328,8 +440,12 @@ def test_embeddings_are_what_was_asked_for(server):
     assert length() == length(use_activation=True) == pytest.approx(1, abs=1e-5)
     assert length(use_activation=False) == length(normalize=False) > 2
     for field, value in (("embed_dtype", "float16"), ("endianness", "big")):
-        refused = server.post("/v1/embeddings", input="a list", encoding_format="base64", **{field: value})
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == field, "never other bytes, silently"
+        refused = server.post(
+            "/v1/embeddings", input="a list", encoding_format="base64", **{field: value}
+        )
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == field, (
+            "never other bytes, silently"
+        )
 
 
 def test_every_bad_key_of_logit_bias_is_named(server):
@@ -349,7 +465,10 @@ def test_a_conversation_is_embedded_as_its_prompt(server):
     assert embedded(messages=CHAT).json()["data"] == embedded(input=ids).json()["data"]
     opened = server.post("/tokenize", messages=CHAT).json()["tokens"]
     assert opened != ids
-    assert embedded(messages=CHAT, add_generation_prompt=True).json()["data"] == embedded(input=opened).json()["data"]
+    assert (
+        embedded(messages=CHAT, add_generation_prompt=True).json()["data"]
+        == embedded(input=opened).json()["data"]
+    )
     for fields in ({}, {"input": None}, {"input": "a", "messages": CHAT}):
         refused = embedded(**fields)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "input"
@@ -357,10 +476,20 @@ def test_a_conversation_is_embedded_as_its_prompt(server):
     tool = {"type": "function", "function": {"name": "look"}}
     for path, field, fields in (
         ("/v1/embeddings", "add_generation_prompt", {"input": "a", "add_generation_prompt": True}),
-        ("/v1/embeddings", "continue_final_message", {"input": "a", "continue_final_message": True}),
-        ("/v1/embeddings", "chat_template_kwargs", {"input": "a", "chat_template_kwargs": {"x": 1}}),
+        (
+            "/v1/embeddings",
+            "continue_final_message",
+            {"input": "a", "continue_final_message": True},
+        ),
+        (
+            "/v1/embeddings",
+            "chat_template_kwargs",
+            {"input": "a", "chat_template_kwargs": {"x": 1}},
+        ),
         ("/tokenize", "continue_final_message", {"prompt": "a", "continue_final_message": True}),
         ("/tokenize", "tools", {"prompt": "a", "tools": [tool]}),
     ):
         refused = server.post(path, **fields)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == field, "it would change nothing"
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == field, (
+            "it would change nothing"
+        )

@@ -48,7 +48,9 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def admin(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("admin"), "--admin-api-key", "boss", "--api-key", "user")
+    server = Server(
+        tmp_path_factory.mktemp("admin"), "--admin-api-key", "boss", "--api-key", "user"
+    )
     server.http.headers.update(ADMIN)
     try:
         yield server.wait_ready()
@@ -76,7 +78,13 @@ def text(server):
 
 
 def test_without_an_admins_key_there_are_no_such_routes(server):
-    for path in ("/update_weights_from_disk", "/weights/begin", "/weights/update", "/weights/finish", "/sleep"):
+    for path in (
+        "/update_weights_from_disk",
+        "/weights/begin",
+        "/weights/update",
+        "/weights/finish",
+        "/sleep",
+    ):
         assert server.post(path, model_path=str(NANO)).status_code == 404
     assert server.http.get("/weights_version").json()["weights_version"] == "0"
 
@@ -93,22 +101,36 @@ def test_only_an_admin_changes_weights(fresh, other):
             answer = fresh.http.post(path, json={"model_path": str(other[0])}, headers=headers)
             assert answer.status_code == 401, (path, answer.text)
     assert fresh.http.get("/weights_version", headers=USER).json()["weights_version"] == "nano"
-    assert fresh.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=USER).status_code == 200
+    assert (
+        fresh.http.post(
+            "/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=USER
+        ).status_code
+        == 200
+    )
 
 
 def test_from_disk(fresh, other):
     directory, before, after = other
     assert text(fresh) | {"text": before, "weights_version": "nano"} == text(fresh)
-    answer = fresh.post("/update_weights_from_disk", model_path=str(directory), weight_version="v7").json()
+    answer = fresh.post(
+        "/update_weights_from_disk", model_path=str(directory), weight_version="v7"
+    ).json()
     assert answer["success"] is True and answer["weights_version"] == "v7"
     assert text(fresh) | {"text": after, "weights_version": "v7"} == text(fresh)
-    assert fresh.http.get("/weights_version").json() == {"weights_version": "v7", "engines": {"engine-0": "v7"}}
+    assert fresh.http.get("/weights_version").json() == {
+        "weights_version": "v7",
+        "engines": {"engine-0": "v7"},
+    }
     stream = fresh.post("/v1/completions", prompt=PROMPT, max_tokens=3, stream=True)
     last = [event for event in events(stream) if event.get("choices")][-1]["choices"][0]
     assert last["weights_version"] == "v7"
-    chat = fresh.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=2).json()
+    chat = fresh.post(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=2
+    ).json()
     assert chat["choices"][0]["weights_version"] == "v7"
-    unnamed = fresh.post("/update_weights_from_disk", model_path=str(directory)).json()["weights_version"]
+    unnamed = fresh.post("/update_weights_from_disk", model_path=str(directory)).json()[
+        "weights_version"
+    ]
     assert unnamed.isdigit()
 
 
@@ -140,12 +162,21 @@ def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other, tmp_pa
     tensors = load_file(directory / "model.safetensors")
     answer = fresh.post("/update_weights_from_disk", model_path="/no/such/place")
     assert answer.status_code == 400 and "no such directory" in answer.json()["error"]["message"]
-    for field, value in (("policy", "soon"), ("mode", "x"), ("load_format", "dummy"), ("flush_cache", False)):
-        answer = fresh.post("/update_weights_from_disk", model_path=str(directory), **{field: value})
+    for field, value in (
+        ("policy", "soon"),
+        ("mode", "x"),
+        ("load_format", "dummy"),
+        ("flush_cache", False),
+    ):
+        answer = fresh.post(
+            "/update_weights_from_disk", model_path=str(directory), **{field: value}
+        )
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
     shutil.copytree(directory, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"architectures": ["SomethingElse"]}))
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["SomethingElse"]})
+    )
     answer = fresh.post("/update_weights_from_disk", model_path=str(tmp_path / "other"))
     assert answer.status_code == 400 and "SomethingElse" in answer.json()["error"]["message"]
     first = fresh.post("/weights/begin").json()["update_id"]
@@ -164,7 +195,11 @@ def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other, tmp_pa
     answer = fresh.post("/weights/finish", update_id=second)
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
-    assert "extra: unexpected" in message and "not finite" in message and "q_proj.weight: missing" in message
+    assert (
+        "extra: unexpected" in message
+        and "not finite" in message
+        and "q_proj.weight: missing" in message
+    )
     assert text(fresh) | {"text": before, "weights_version": "nano"} == text(fresh)
 
 
@@ -172,19 +207,33 @@ def test_an_update_waits_for_who_runs_and_is_paused_with_everyone(fresh, other):
     directory, before, after = other
     found = {}
     long = {"prompt": PROMPT, "max_tokens": 300, "ignore_eos": True, "temperature": 0}
-    runs = threading.Thread(target=lambda: found.update(fresh.post("/v1/completions", **long).json()))
+    runs = threading.Thread(
+        target=lambda: found.update(fresh.post("/v1/completions", **long).json())
+    )
     runs.start()
     while not fresh.metric("slipway_running"):
         time.sleep(0.005)
-    answer = fresh.post("/update_weights_from_disk", model_path=str(directory), weight_version="new", policy="continue")
+    answer = fresh.post(
+        "/update_weights_from_disk",
+        model_path=str(directory),
+        weight_version="new",
+        policy="continue",
+    )
     assert answer.status_code == 200
     runs.join()
     choice = found["choices"][0]
     assert choice["weights_version"] == "new"
-    assert choice["weights_versions"][0] == [0, "nano"] and choice["weights_versions"][1][1] == "new"
+    assert (
+        choice["weights_versions"][0] == [0, "nano"] and choice["weights_versions"][1][1] == "new"
+    )
     assert text(fresh)["text"] == after
     fresh.post("/pause")
-    assert fresh.post("/update_weights_from_disk", model_path=str(NANO), weight_version="nano").status_code == 200
+    assert (
+        fresh.post(
+            "/update_weights_from_disk", model_path=str(NANO), weight_version="nano"
+        ).status_code
+        == 200
+    )
     fresh.post("/resume")
     assert text(fresh)["text"] == before
 
@@ -194,7 +243,9 @@ def test_sleep(fresh, other, level):
     directory, before, after = other
     assert text(fresh)["text"] == before
     assert fresh.post("/sleep", level=level).status_code == 200
-    assert fresh.http.get("/readyz").status_code == 503 and fresh.http.get("/livez").status_code == 200
+    assert (
+        fresh.http.get("/readyz").status_code == 503 and fresh.http.get("/livez").status_code == 200
+    )
     answer = fresh.post("/v1/completions", prompt=PROMPT)
     assert answer.status_code == 503 and "sleeps" in answer.json()["error"]["message"]
     assert "retry-after" in answer.headers
@@ -202,7 +253,9 @@ def test_sleep(fresh, other, level):
     assert fresh.post("/wake_up").status_code == 200
     if level == 2:
         assert fresh.http.get("/readyz").status_code == 503
-        assert "no weights" in fresh.post("/v1/completions", prompt=PROMPT).json()["error"]["message"]
+        assert (
+            "no weights" in fresh.post("/v1/completions", prompt=PROMPT).json()["error"]["message"]
+        )
         fresh.post("/update_weights_from_disk", model_path=str(directory))
     assert fresh.http.get("/readyz").status_code == 200
     assert text(fresh)["text"] == (after if level == 2 else before)

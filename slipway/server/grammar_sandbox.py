@@ -16,13 +16,15 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import EngineDead
 
 TIMEOUT_S = 5.0
-STACK_BYTES = 2 * 2**20  # a quarter of what an engine's main thread has: what passes here has room there
+STACK_BYTES = (
+    2 * 2**20
+)  # a quarter of what an engine's main thread has: what passes here has room there
 MEMORY_BYTES = 4 * 2**30  # of addresses
 LINE_BYTES = 2**22
 KEPT = 1024  # grammars that are known to be fine
 
 
-class Trial:
+class GrammarSandbox:
     """Grammars are tried one after another, with the model's vocabulary. All methods are called from one event loop."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -37,7 +39,7 @@ class Trial:
             self._fine.move_to_end(grammar)
             return ""
         async with self._lock:
-            problem = await self._ask(grammar, vocab_size)
+            problem = await self._check(grammar, vocab_size)
         if not problem:
             self._fine[grammar] = None
         while len(self._fine) > KEPT:
@@ -50,7 +52,7 @@ class Trial:
             self._process.kill()
         self._process = None
 
-    async def _ask(self, grammar: str, vocab_size: int) -> str:
+    async def _check(self, grammar: str, vocab_size: int) -> str:
         """What is wrong with a grammar; empty if nothing is."""
         if self._process is None:
             self._process = await self._started(vocab_size)
@@ -60,7 +62,11 @@ class Trial:
             process.stdin.write(json.dumps(grammar).encode() + b"\n")
             line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
             done = bool(line)
-            return json.loads(line) if done else "a grammar that is nested less deeply: compiling this one crashed"
+            return (
+                json.loads(line)
+                if done
+                else "a grammar that is nested less deeply: compiling this one crashed"
+            )
         except TimeoutError:
             return f"a grammar that is built within {TIMEOUT_S:.0f} s"
         finally:
@@ -69,8 +75,13 @@ class Trial:
 
     async def _started(self, vocab_size: int) -> asyncio.subprocess.Process:
         """A process that has read the vocabulary: that is not the first grammar's time."""
-        command, pipe = [sys.executable, "-m", "slipway.server.trial"], asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE_BYTES)
+        command, pipe = (
+            [sys.executable, "-m", "slipway.server.grammar_sandbox"],
+            asyncio.subprocess.PIPE,
+        )
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, limit=LINE_BYTES
+        )
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps([self._tokenizer.raw.to_str(), vocab_size]).encode() + b"\n")
         started = False

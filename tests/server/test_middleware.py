@@ -17,11 +17,11 @@ import slipway
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import EngineBusy, InvalidRequest, SlipwayError
 from slipway.llm import NANO
-from slipway.server import app, gate, protocol, schema
+from slipway.server import app, http_limits, middleware, schema
 from slipway.server import service as services
 from slipway.server.config import ServerConfig
-from slipway.server.gate import Gate
 from slipway.server.metrics import Metrics
+from slipway.server.middleware import RequestMiddleware
 from slipway.server.service import Service
 
 pytestmark = pytest.mark.host
@@ -35,7 +35,11 @@ def ask(keys, headers, path="/v1/models", admins=()):
         found.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
-    asyncio.run(Gate(Response(b"ok"), keys, admins, Metrics("nano", vllm_names=False))(scope, None, send))
+    asyncio.run(
+        RequestMiddleware(Response(b"ok"), keys, admins, Metrics("nano", vllm_names=False))(
+            scope, None, send
+        )
+    )
     return found[0]["status"]
 
 
@@ -47,9 +51,15 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
         return real(given, known)
 
     real = hmac.compare_digest
-    monkeypatch.setattr(gate.hmac, "compare_digest", compare)
+    monkeypatch.setattr(middleware.hmac, "compare_digest", compare)
     keys = ["first", "second", "third"]
-    for given, status in ((b"first", 200), (b"third", 200), (b"firs", 401), (b"", 401), (b"\xff", 401)):
+    for given, status in (
+        (b"first", 200),
+        (b"third", 200),
+        (b"firs", 401),
+        (b"", 401),
+        (b"\xff", 401),
+    ):
         compared.clear()
         assert ask(keys, [(b"authorization", b"Bearer " + given)]) == status
         assert compared == [key.encode() for key in keys], "the right one ends nothing early"
@@ -59,8 +69,10 @@ def test_an_admins_key_opens_both_doors_and_a_clients_one():
     def status(key, path):
         return ask(["client"], [(b"authorization", b"Bearer " + key)], path, ["admin"])
 
-    for path in gate.ADMIN:
-        assert status(b"admin", path) == 200 and status(b"client", path) == status(b"", path) == 401, path
+    for path in middleware.ADMIN:
+        assert (
+            status(b"admin", path) == 200 and status(b"client", path) == status(b"", path) == 401
+        ), path
     assert status(b"admin", "/v1/models") == status(b"client", "/v1/models") == 200
     assert ask([], [], "/v1/models", ["admin"]) == 200 and ask([], [], "/sleep", ["admin"]) == 401
 
@@ -75,11 +87,14 @@ class Unknown(SlipwayError):
 
 
 def test_failures_say_no_more_than_they_should():
-    hidden = gate.refusal(Unknown("/home/me/secret.txt"))
-    assert hidden.status_code == 500 and json.loads(hidden.body)["error"]["message"] == "internal error"
-    busy = gate.refusal(EngineBusy("full", 1.0))
+    hidden = middleware.error_response(Unknown("/home/me/secret.txt"))
+    assert (
+        hidden.status_code == 500
+        and json.loads(hidden.body)["error"]["message"] == "internal error"
+    )
+    busy = middleware.error_response(EngineBusy("full", 1.0))
     assert busy.status_code == 503 and busy.headers["retry-after"] == "1"
-    named = json.loads(gate.refusal(InvalidRequest("n", -1, "more")).body)["error"]
+    named = json.loads(middleware.error_response(InvalidRequest("n", -1, "more")).body)["error"]
     assert (named["param"], named["type"], named["code"]) == ("n", "invalid_request_error", None)
 
 
@@ -114,9 +129,9 @@ async def answered(scope, receive, send):
 
 
 async def connected():
-    config = uvicorn.Config(answered, http=protocol.Protocol, log_config=None)
+    config = uvicorn.Config(answered, http=http_limits.HttpProtocol, log_config=None)
     config.load()
-    found, wire = protocol.Protocol(config, ServerState(), {}), Wire()
+    found, wire = http_limits.HttpProtocol(config, ServerState(), {}), Wire()
     found.connection_made(wire)
     return found, wire
 
@@ -129,10 +144,15 @@ def test_a_head_has_a_size():
             found.data_received(b"x: " + b"a" * 1000 + b"\r\n")
             if wire.closed:
                 break
-        assert wire.sent.startswith(b"HTTP/1.1 431 ") and found._size_bytes < protocol.MAX_HEAD_BYTES + 2000
+        assert (
+            wire.sent.startswith(b"HTTP/1.1 431 ")
+            and found._size_bytes < http_limits.MAX_HEAD_BYTES + 2000
+        )
         other, wire = await connected()
         for _ in range(3):  # heads are counted one by one, and bodies not at all
-            other.data_received(b"POST / HTTP/1.1\r\ncontent-length: 200000\r\nx: " + b"a" * 30000 + b"\r\n\r\n")
+            other.data_received(
+                b"POST / HTTP/1.1\r\ncontent-length: 200000\r\nx: " + b"a" * 30000 + b"\r\n\r\n"
+            )
             other.data_received(b"b" * 200_000)
             await asyncio.sleep(0.01)
         assert not wire.closed and wire.sent.count(b"200 OK") == 3
@@ -141,7 +161,7 @@ def test_a_head_has_a_size():
 
 
 def test_a_head_has_a_time(monkeypatch):
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.05)
 
     async def run():
         silent, half = await connected(), await connected()
@@ -162,13 +182,17 @@ def test_a_head_has_a_time(monkeypatch):
 def test_nothing_unpickles():
     """Nor runs what is read in any other way."""
     forbidden = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "torch"}
-    for path in (Path(slipway.__file__).parent / name for name in ("server", "engine", "codec", "checkpoint")):
+    for path in (
+        Path(slipway.__file__).parent / name for name in ("server", "engine", "codec", "checkpoint")
+    ):
         files = list(path.rglob("*.py"))
         assert files
         for file in files:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Import):
-                    assert not forbidden & {alias.name.partition(".")[0] for alias in node.names}, file
+                    assert not forbidden & {alias.name.partition(".")[0] for alias in node.names}, (
+                        file
+                    )
                 elif isinstance(node, ast.ImportFrom):
                     assert (node.module or "").partition(".")[0] not in forbidden, file
                 elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -178,7 +202,14 @@ def test_nothing_unpickles():
 def service(**options):
     """A Service of a template that takes its time, without engines."""
     template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}x"
-    return Service(ServerConfig(**options), "nano", Tokenizer.load(Path(NANO)), {"default": template}, [], Path())
+    return Service(
+        ServerConfig(**options),
+        "nano",
+        Tokenizer.load(Path(NANO)),
+        {"default": template},
+        [],
+        Path(),
+    )
 
 
 def test_a_template_that_takes_too_long_is_given_up(monkeypatch):
@@ -198,7 +229,11 @@ def test_a_template_that_takes_too_long_is_given_up(monkeypatch):
         with pytest.raises(InvalidRequest) as caught:
             await service().conversation([{"role": "user", "content": "hi"}])
         task.cancel()
-        assert caught.value.field == "messages" and "ends within" in caught.value.expected and turns > 1
+        assert (
+            caught.value.field == "messages"
+            and "ends within" in caught.value.expected
+            and turns > 1
+        )
 
     asyncio.run(run())
 
@@ -211,10 +246,17 @@ def test_a_fault_of_the_servers_own_is_an_error_object(monkeypatch):
         pass
 
     monkeypatch.setattr(app.App, "version", broken)
-    with TestClient(app.App(service()).asgi(nothing, nothing), raise_server_exceptions=False) as client:
+    with TestClient(
+        app.App(service()).asgi(nothing, nothing), raise_server_exceptions=False
+    ) as client:
         answer = client.get("/version")
     assert answer.status_code == 500 and "secret" not in answer.text
-    assert answer.json()["error"] == {"message": "internal error", "type": "server_error", "param": None, "code": None}
+    assert answer.json()["error"] == {
+        "message": "internal error",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
 
 
 def test_a_body_has_a_time(monkeypatch):
@@ -227,6 +269,6 @@ def test_a_body_has_a_time(monkeypatch):
 
     sent = []
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
-    with pytest.raises(gate.TooSlow) as caught:
+    with pytest.raises(middleware.BodyTimeout) as caught:
         asyncio.run(app.App(service())._body(request, schema.Completion))
-    assert gate.status_of(caught.value) == 408
+    assert middleware.status_of(caught.value) == 408

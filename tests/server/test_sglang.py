@@ -21,7 +21,9 @@ def ask(server, sampling=GREEDY, **fields):
 
 @pytest.fixture(scope="module")
 def plain(_server):
-    return _server.complete(prompt=PROMPT, return_token_ids=True, logprobs=3, echo=True)["choices"][0]
+    return _server.complete(prompt=PROMPT, return_token_ids=True, logprobs=3, echo=True)["choices"][
+        0
+    ]
 
 
 def test_an_answer_is_what_a_completion_is(server, plain):
@@ -29,7 +31,10 @@ def test_an_answer_is_what_a_completion_is(server, plain):
     assert PROMPT + found["text"] == plain["text"] and found["output_ids"] == plain["token_ids"]
     meta = found["meta_info"]
     assert meta["id"] == "mine" and meta["finish_reason"] == {"type": "length", "length": 12}
-    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(plain["prompt_token_ids"]), 12)
+    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (
+        len(plain["prompt_token_ids"]),
+        12,
+    )
     assert meta["weight_version"] == server.http.get("/weights_version").json()["weights_version"]
     again = ask(server, text=None, input_ids=plain["prompt_token_ids"])
     assert again["text"] == found["text"] and "output_token_logprobs" not in meta
@@ -38,7 +43,8 @@ def test_an_answer_is_what_a_completion_is(server, plain):
 def test_the_cache_is_told(server):
     prompt = "import sys\n" * 12
     counts = [
-        ask(server, text=prompt, extra_key=key)["meta_info"]["cached_tokens"] for key in ("native a", "native a", "b")
+        ask(server, text=prompt, extra_key=key)["meta_info"]["cached_tokens"]
+        for key in ("native a", "native a", "b")
     ]
     assert counts[0] == counts[2] == 0 < counts[1]
 
@@ -52,11 +58,16 @@ def test_defaults_are_sglangs(server):
 def test_lists_and_samples_have_their_order(server, plain):
     many = ask(server, text=[PROMPT, "class Stack:"], rid="both")
     assert [each["meta_info"]["id"] for each in many] == ["both_0", "both_1"]
-    assert PROMPT + many[0]["text"] == plain["text"] and many[1]["text"] == ask(server, text="class Stack:")["text"]
+    assert (
+        PROMPT + many[0]["text"] == plain["text"]
+        and many[1]["text"] == ask(server, text="class Stack:")["text"]
+    )
     sampled = {"n": 3, "temperature": 1.0, "max_new_tokens": 8, "sampling_seed": 4}
     found = ask(server, sampling=sampled, text=[PROMPT, PROMPT])
     assert len(found) == 6 and len({each["text"] for each in found[:3]}) == 3
-    assert [each["text"] for each in found[:3]] == [each["text"] for each in found[3:]], "a seed gives the same"
+    assert [each["text"] for each in found[:3]] == [each["text"] for each in found[3:]], (
+        "a seed gives the same"
+    )
     own = ask(server, text=[PROMPT] * 2, sampling=[GREEDY, GREEDY | {"max_new_tokens": 3}])
     assert [each["meta_info"]["completion_tokens"] for each in own] == [12, 3]
     ids = ask(server, text=None, input_ids=[plain["prompt_token_ids"]])
@@ -68,15 +79,24 @@ def test_logprobs_of_both_sides(server, plain):
     meta = ask(server, return_logprob=True, logprob_start_len=0, top_logprobs_num=2)["meta_info"]
     expected = plain["logprobs"]["token_logprobs"]
     output, given = meta["output_token_logprobs"], meta["input_token_logprobs"]
-    assert [token for _, token, _ in given + output] == plain["prompt_token_ids"] + plain["token_ids"]
+    assert [token for _, token, _ in given + output] == plain["prompt_token_ids"] + plain[
+        "token_ids"
+    ]
     np.testing.assert_allclose([each[0] for each in given[1:] + output], expected[1:], atol=1e-5)
     assert given[0][0] is None and all(text is None for _, _, text in given + output)
-    assert len(meta["output_top_logprobs"]) == 12 and all(len(tops) == 2 for tops in meta["output_top_logprobs"])
+    assert len(meta["output_top_logprobs"]) == 12 and all(
+        len(tops) == 2 for tops in meta["output_top_logprobs"]
+    )
     assert meta["output_top_logprobs"][0][0][:2] == output[0][:2], "greedy takes the likeliest"
     assert meta["input_top_logprobs"][0] is None and len(meta["input_top_logprobs"]) == size
-    late = ask(server, return_logprob=True, logprob_start_len=2, return_text_in_logprobs=True)["meta_info"]
+    late = ask(server, return_logprob=True, logprob_start_len=2, return_text_in_logprobs=True)[
+        "meta_info"
+    ]
     assert len(late["input_token_logprobs"]) == size - 2 and "output_top_logprobs" not in late
-    assert late["input_token_logprobs"][0][0] is None and late["input_token_logprobs"][1][:2] == given[3][:2]
+    assert (
+        late["input_token_logprobs"][0][0] is None
+        and late["input_token_logprobs"][1][:2] == given[3][:2]
+    )
     text = "".join(text for _, _, text in late["output_token_logprobs"])
     assert text == plain["text"][len(PROMPT) :]
     assert ask(server, return_logprob=True)["meta_info"]["input_token_logprobs"] == []
@@ -84,24 +104,49 @@ def test_logprobs_of_both_sides(server, plain):
 
 def test_streams_are_cumulative(server):
     whole = ask(server, return_logprob=True)
-    found = events(server.post("/generate", text=PROMPT, sampling_params=GREEDY, stream=True, return_logprob=True))
-    assert all(after["text"].startswith(before["text"]) for before, after in itertools.pairwise(found))
-    assert all(event["meta_info"]["finish_reason"] is None for event in found[:-1]) and len(found) > 1
+    found = events(
+        server.post(
+            "/generate", text=PROMPT, sampling_params=GREEDY, stream=True, return_logprob=True
+        )
+    )
+    assert all(
+        after["text"].startswith(before["text"]) for before, after in itertools.pairwise(found)
+    )
+    assert (
+        all(event["meta_info"]["finish_reason"] is None for event in found[:-1]) and len(found) > 1
+    )
     for event in (whole, found[-1]):
         del event["meta_info"]["id"], event["meta_info"]["cached_tokens"]
     assert found[-1] == whole
     many = events(
-        server.post("/generate", text=[PROMPT, "class Stack:"], sampling_params=GREEDY | {"n": 2}, stream=True)
+        server.post(
+            "/generate",
+            text=[PROMPT, "class Stack:"],
+            sampling_params=GREEDY | {"n": 2},
+            stream=True,
+        )
     )
     last = {event["index"]: event["text"] for event in many}
-    assert last[0] == last[1] == whole["text"] and last[2] == last[3] != whole["text"] and len(last) == 4
+    assert (
+        last[0] == last[1] == whole["text"]
+        and last[2] == last[3] != whole["text"]
+        and len(last) == 4
+    )
 
 
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 16, "sampling_seed": 5}
 CHANGES = {
-    "temperature": 0, "top_p": 0.05, "top_k": 1, "min_p": 1.0, "sampling_seed": 6, "repetition_penalty": 5.0,
-    "frequency_penalty": 2.0, "presence_penalty": 2.0, "max_new_tokens": 3, "logit_bias": {"300": 100},
-}  # fmt: skip
+    "temperature": 0,
+    "top_p": 0.05,
+    "top_k": 1,
+    "min_p": 1.0,
+    "sampling_seed": 6,
+    "repetition_penalty": 5.0,
+    "frequency_penalty": 2.0,
+    "presence_penalty": 2.0,
+    "max_new_tokens": 3,
+    "logit_bias": {"300": 100},
+}
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -116,23 +161,34 @@ def test_where_outputs_end(server, plain):
     cut = ask(server, GREEDY | {"stop": [text[3:6]]})
     assert cut["text"] == text[: text.index(text[3:6])]
     assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": text[3:6]}
-    assert ask(server, GREEDY | {"stop": text[3:6], "no_stop_trim": True})["text"].endswith(text[3:6])
+    assert ask(server, GREEDY | {"stop": text[3:6], "no_stop_trim": True})["text"].endswith(
+        text[3:6]
+    )
     ended = ask(server, GREEDY | {"stop_token_ids": [third]})
     assert (
-        ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": third} and ended["output_ids"][-1] == third
+        ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": third}
+        and ended["output_ids"][-1] == third
     )
-    assert len(ask(server, GREEDY | {"stop_token_ids": [third], "min_new_tokens": 8})["output_ids"]) >= 8
+    assert (
+        len(ask(server, GREEDY | {"stop_token_ids": [third], "min_new_tokens": 8})["output_ids"])
+        >= 8
+    )
     forced = GREEDY | {"logit_bias": {"2": 100}}
     assert ask(server, forced)["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
     shown = forced | {"ignore_eos": True, "max_new_tokens": 2}
-    assert ask(server, shown)["text"] == "" != ask(server, shown | {"skip_special_tokens": False})["text"]
+    assert (
+        ask(server, shown)["text"]
+        == ""
+        != ask(server, shown | {"skip_special_tokens": False})["text"]
+    )
 
 
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}'
 STRUCTURES = {
-    "regex": ("[ab]{4}", "[ab]{4}"), "ebnf": ('root ::= "x" [0-9] "y"', "x[0-9]y"),
+    "regex": ("[ab]{4}", "[ab]{4}"),
+    "ebnf": ('root ::= "x" [0-9] "y"', "x[0-9]y"),
     "json_schema": (SCHEMA, r'\s*\{\s*"a"\s*:\s*[12]\s*(\}\s*)?'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", STRUCTURES)
@@ -145,7 +201,8 @@ def test_structures_hold(server, field):
 
 
 REFUSED = {
-    "nothing": ({"text": None}, "text"), "both": ({"input_ids": [5]}, "text"),
+    "nothing": ({"text": None}, "text"),
+    "both": ({"input_ids": [5]}, "text"),
     "mixed": ({"text": None, "input_ids": [5, [5]]}, "input_ids"),
     "no parameter": ({"sampling_params": {"max_tokens": 5}}, "sampling_params"),
     "out of range": ({"sampling_params": {"top_p": 2}}, "sampling_params.top_p"),
@@ -158,9 +215,10 @@ REFUSED = {
     "a start beyond": ({"return_logprob": True, "logprob_start_len": 500}, "logprob_start_len"),
     "a negative start": ({"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
     "too many logprobs": ({"return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
-    "a bad id": ({"rid": "a b"}, "rid"), "many ids": ({"rid": ["a"]}, "rid"),
+    "a bad id": ({"rid": "a b"}, "rid"),
+    "many ids": ({"rid": ["a"]}, "rid"),
     "too many samples": ({"text": ["a", "b"], "sampling_params": {"n": 1000}}, "sampling_params.n"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -179,6 +237,8 @@ def test_classes_need_a_head_that_no_model_has(server):
         assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
         assert error["param"] == "model" and "classification head" in error["message"]
     assert server.post("/classify", model="other", input="x").status_code == 404
-    assert server.post("/classify", model="nano").json()["error"]["param"] != "model", "input is asked for first"
+    assert server.post("/classify", model="nano").json()["error"]["param"] != "model", (
+        "input is asked for first"
+    )
     features = server.http.get("/capabilities").json()["features"]
     assert features["classification"] is False and features["generation"] and features["chat"]

@@ -9,15 +9,15 @@ from slipway.codec.reasoning import ReasoningTokens
 from slipway.engine.params import check_logprobs
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
-from slipway.server.answers import DONE, Shape, Usage, encode, merged, weights
-from slipway.server.generation import bounded, drained, opened
+from slipway.server.completions import check_num_samples, open_streams, read_all
 from slipway.server.messages import Sample
 from slipway.server.replica import Stream
-from slipway.server.service import Place, Prompt, Service
+from slipway.server.responses import DONE, Envelope, Usage, encode, merge_samples, weights_fields
+from slipway.server.service import Prompt, QueueSlot, Service
 from slipway.server.tools import Message, Tools
 
 
-class Chats:
+class ChatHandler:
     """The answer to a Chat."""
 
     def __init__(self, service: Service, body: schema.Chat, request_id: str | None):
@@ -25,8 +25,10 @@ class Chats:
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("top_logprobs", body.top_logprobs, "none without logprobs")
         self._service, self._body = service, body
-        self.shape = Shape("chat.completion", "chatcmpl", service.model_name, request_id, service.tokenizer)
-        self.shape.names_token_ids = service.names_token_ids(body)
+        self.envelope = Envelope(
+            "chat.completion", "chatcmpl", service.model_name, request_id, service.tokenizer
+        )
+        self.envelope.names_token_ids = service.names_token_ids(body)
         self.usage = Usage()
 
     async def prepare(self) -> None:
@@ -37,16 +39,27 @@ class Chats:
         given: dict[str, Any] = {}
         if body.documents is not None:
             if "documents" not in template:
-                raise InvalidRequest("documents", body.documents, "none: this model's chat template knows no documents")
+                raise InvalidRequest(
+                    "documents",
+                    body.documents,
+                    "none: this model's chat template knows no documents",
+                )
             given["documents"] = body.documents
         self.tools = Tools.read(body, family, template)
         if self.tools.listed:
             given["tools"] = self.tools.listed
         self.prompt = await service.conversation(
-            body.messages, kwargs, add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message, **given,
-        )  # fmt: skip
-        if body.add_special_tokens and service.tokenizer is not None and self.prompt.text is not None:
+            body.messages,
+            kwargs,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            **given,
+        )
+        if (
+            body.add_special_tokens
+            and service.tokenizer is not None
+            and self.prompt.text is not None
+        ):
             self.prompt = Prompt(service.tokenizer.encode(self.prompt.text), self.prompt.text)
         if body.truncate_prompt_tokens is not None:
             cut = body.truncate_prompt_tokens, body.truncation_side
@@ -57,44 +70,56 @@ class Chats:
         service.check_lengths([self.prompt], "messages")
         both = body.max_tokens, body.max_completion_tokens
         if None not in both and both[0] != both[1]:
-            raise InvalidRequest("max_tokens", body.max_tokens, f"max_completion_tokens ({body.max_completion_tokens})")
+            raise InvalidRequest(
+                "max_tokens",
+                body.max_tokens,
+                f"max_completion_tokens ({body.max_completion_tokens})",
+            )
         asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         for field in ("top_logprobs", "prompt_logprobs"):
             check_logprobs(field, getattr(body, field), service.limits["max_logprobs"])
-        params = body.params(service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None)
+        params = body.params(
+            service.defaults, asked, (body.top_logprobs or 0) if body.logprobs else None
+        )
         if (structure := self.tools.structure(service.marks)) is not None:
             if params.structured_outputs is not None:
                 field = "function_call" if self.tools.legacy else "tool_choice"
-                raise InvalidRequest(field, Shown("a forced call"), "none, where the output's structure is stated")
+                raise InvalidRequest(
+                    field, Shown("a forced call"), "none, where the output's structure is stated"
+                )
             params = dataclasses.replace(params, structured_outputs=structure)
         reasoning = self.tools.reasoning(self.prompt.text or "", body.thinking_token_budget)
         params = dataclasses.replace(params, reasoning=reasoning)
         tokenizer = service.tokenizer
         self.usage.thinking = {
-            i: ReasoningTokens(reasoning, tokenizer) for i in range(params.n) if reasoning and tokenizer is not None
+            i: ReasoningTokens(reasoning, tokenizer)
+            for i in range(params.n)
+            if reasoning and tokenizer is not None
         }
         if self.tools.family.keeps_special and self.tools.schemas:
             params = dataclasses.replace(params, skip_special_tokens=False)
-        self.params = bounded(params, [self.prompt], service)
+        self.params = check_num_samples(params, [self.prompt], service)
         if structure is None:
-            await service.try_out(self.params, body.structure_field)
+            await service.check_grammar(self.params, body.structure_field)
         else:
-            await service.try_out(self.params, "tools", self.tools.forced_schemas())
+            await service.check_grammar(self.params, "tools", self.tools.forced_schemas())
 
     def _message(self) -> Message:
         """A reader for one sample."""
         parser = self.tools.parser(self._body.separate_reasoning, self.prompt.text or "")
         return Message(parser, self.tools)
 
-    async def whole(self, place: Place) -> bytes:
+    async def full_response(self, slot: QueueSlot) -> bytes:
         """The answer at once."""
-        with self._opened(place) as (stream,):
-            deltas = await drained(stream)
+        with self._open_streams(slot) as (stream,):
+            deltas = await read_all(stream)
         self.usage.prompt = len(self.prompt.token_ids)
         for delta in deltas:
             self.usage.add(delta)
         choices = []
-        for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
+        for sample in merge_samples(
+            [sample for delta in deltas for sample in delta.samples]
+        ).values():
             read = self._message()
             added = self._shown(read.push(sample.text, ended=True))
             message: dict[str, Any] = {"role": "assistant", "content": None} | added
@@ -108,38 +133,51 @@ class Chats:
         choices.sort(key=lambda choice: choice["index"])
         scored = None if self._body.prompt_logprobs is None else deltas[-1].prompt_logprobs
         return encode(
-            self.shape.whole(
-                choices, self.usage, prompt_logprobs=self.shape.prompt_logprobs(scored),
+            self.envelope.response(
+                choices,
+                self.usage,
+                prompt_logprobs=self.envelope.prompt_logprobs(scored),
                 prompt_token_ids=self.prompt.token_ids if self._body.return_token_ids else None,
             )
-        )  # fmt: skip
+        )
 
-    async def events(self, place: Place) -> AsyncIterator[bytes]:
+    async def events(self, slot: QueueSlot) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         options = self._body.stream_options or schema.StreamOptions()
-        self.shape.obfuscates = options.include_obfuscation
+        self.envelope.obfuscates = options.include_obfuscation
         usage = self.usage if options.continuous_usage_stats else None
-        with self._opened(place) as (stream,):
+        with self._open_streams(slot) as (stream,):
             self.usage.prompt = len(self.prompt.token_ids)
             first = {"role": "assistant", "content": self._echoed()}
             opening = [
-                {"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in range(self.params.n)
+                {"index": i, "delta": first, "logprobs": None, "finish_reason": None}
+                for i in range(self.params.n)
             ]
-            about = {"prompt_token_ids": self.prompt.token_ids} if self._body.return_token_ids else {}
-            out = [self.shape.event([choice], usage, **about) for choice in opening]
+            about = (
+                {"prompt_token_ids": self.prompt.token_ids} if self._body.return_token_ids else {}
+            )
+            out = [self.envelope.event([choice], usage, **about) for choice in opening]
             reading = [self._message() for _ in range(self.params.n)]
             while not stream.finished:
-                deltas = await stream.next()  # before anything is yielded: a refusal is not an event
+                deltas = (
+                    await stream.next()
+                )  # before anything is yielded: a refusal is not an event
                 for delta in deltas:
                     self.usage.add(delta)
-                for sample in merged([sample for delta in deltas for sample in delta.samples]).values():
+                for sample in merge_samples(
+                    [sample for delta in deltas for sample in delta.samples]
+                ).values():
                     read = reading[sample.index]
-                    added = self._shown(read.push(sample.text, ended=sample.finish_reason is not None))
-                    out.append(self.shape.event([self._choice(sample, read) | {"delta": added}], usage))
+                    added = self._shown(
+                        read.push(sample.text, ended=sample.finish_reason is not None)
+                    )
+                    out.append(
+                        self.envelope.event([self._choice(sample, read) | {"delta": added}], usage)
+                    )
                 yield b"".join(out)
                 out = []
         if options.include_usage:
-            yield self.shape.event([], self.usage)
+            yield self.envelope.event([], self.usage)
         yield DONE
 
     def _shown(self, added: dict[str, Any]) -> dict[str, Any]:
@@ -157,25 +195,35 @@ class Chats:
         if not self._body.echo or last["role"] != "assistant":
             return ""
         content = last.get("content") or ""
-        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        return (
+            content
+            if isinstance(content, str)
+            else "".join(part.get("text", "") for part in content)
+        )
 
-    def _opened(self, place: Place) -> contextlib.AbstractContextManager[list[Stream]]:
+    def _open_streams(self, slot: QueueSlot) -> contextlib.AbstractContextManager[list[Stream]]:
         body = self._body
-        return opened(self._service, place, [self.prompt], [self.params], body.priority, body.cache_salt)
+        return open_streams(
+            self._service, slot, [self.prompt], [self.params], body.priority, body.cache_salt
+        )
 
     def _choice(self, sample: Sample, read: Message) -> dict[str, Any]:
         body, logprobs, reason = self._body, None, sample.finish_reason
         if reason == "stop":
             reason = read.finish_reason or reason
         if body.logprobs:
-            logprobs = self.shape.chat_logprobs(sample.token_ids, sample.logprobs or [], body.top_logprobs or 0)
+            logprobs = self.envelope.chat_logprobs(
+                sample.token_ids, sample.logprobs or [], body.top_logprobs or 0
+            )
         choice: dict[str, Any] = {
-            "index": sample.index, "logprobs": logprobs, "finish_reason": reason,
+            "index": sample.index,
+            "logprobs": logprobs,
+            "finish_reason": reason,
             "stop_reason": sample.stop_reason,
-        }  # fmt: skip
+        }
         if body.return_token_ids or not body.stream:  # as in vLLM: a whole answer has every field
             choice["token_ids"] = sample.token_ids if body.return_token_ids else None
-        return choice | weights(sample)
+        return choice | weights_fields(sample)
 
 
 def _effort(body: schema.Chat, template: str) -> dict[str, Any]:
@@ -189,7 +237,11 @@ def _effort(body: schema.Chat, template: str) -> dict[str, Any]:
         found = {"reasoning_effort": effort}
     else:
         able = "none, or no effort" if "enable_thinking" in template else "no effort"
-        raise InvalidRequest("reasoning_effort", effort, f"{able}: this model's chat template knows no other")
+        raise InvalidRequest(
+            "reasoning_effort", effort, f"{able}: this model's chat template knows no other"
+        )
     for name in found.keys() & given.keys():
-        raise InvalidRequest(f"chat_template_kwargs.{name}", given[name], "nothing beside reasoning_effort")
+        raise InvalidRequest(
+            f"chat_template_kwargs.{name}", given[name], "nothing beside reasoning_effort"
+        )
     return found
