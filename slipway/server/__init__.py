@@ -1,1 +1,4 @@
-"""An OpenAI-compatible server: HTTP in one process, an engine in another; decides nothing that the engine decides."""
+"""OpenAI-compatible server: one HTTP process, and one process for each engine.
+
+Not here: scheduling and computation of requests (engine/).
+"""

@@ -1,7 +1,9 @@
-"""Completions: from a checked body to the objects, or the events, of its answer; and what chats need, too.
+"""Completions, from a checked body to the response or its events, and reading of streams.
 
-Each handler opens one stream per prompt. What came in one step is put together, so that a slow reader gets fewer and
-larger events.
+The functions at the end serve chats, too. A handler opens one stream per prompt. All messages that
+have arrived for a stream become one event, so a slow reader gets fewer and larger events.
+
+Not here: JSON objects of responses (responses.py), HTTP (app.py).
 """
 
 import asyncio
@@ -12,54 +14,61 @@ from typing import Any
 
 from slipway.codec.offsets import Offsets
 from slipway.engine.params import SamplingParams
-from slipway.errors import InvalidRequest
+from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.messages import Delta, Sample
 from slipway.server.replica import Stream
 from slipway.server.responses import (
     DONE,
     CompletionLogprobs,
+    Entry,
     Envelope,
     Usage,
     encode,
-    merge_samples,
+    merge_deltas,
     weights_fields,
 )
-from slipway.server.service import Prompt, QueueSlot, Service
+from slipway.server.service import PROMPT_FORMS, Prompt, QueueSlot, Service
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default
 
 
 class CompletionHandler:
-    """The answer to a Completion."""
+    """Handler of one completion request: from its body to its response, or its events."""
 
     def __init__(self, service: Service, body: schema.Completion, request_id: str | None):
         body.check_supported()
         if body.suffix is not None:
-            raise InvalidRequest("suffix", body.suffix, "none: this model does not fill in")
-        self._service, self._body = service, body
+            expected = "no value: infilling is not supported"
+            raise InvalidRequest("suffix", body.suffix, expected)
+        self._service = service
+        self._body = body
         self.envelope = Envelope(
-            "text_completion", "cmpl", service.model_name, request_id, service.tokenizer
+            "text_completion",
+            "cmpl",
+            service.model_name,
+            request_id=request_id,
+            tokenizer=service.tokenizer,
+            names_token_ids=service.names_token_ids(body),
         )
-        self.envelope.names_token_ids = service.names_token_ids(body)
         self.usage = Usage()
-        self._begun: set[int] = set()  # choices of which something was told
-        self._readers: dict[int, CompletionLogprobs] = {}  # by choice
+        self._begun: set[int] = set()  # choices of which a part was returned
+        self._logprobs_by_choice: dict[int, CompletionLogprobs] = {}
 
     async def prepare(self) -> None:
-        """Make prompts and parameters of the body. Raises InvalidRequest."""
+        """Make the prompts and sampling parameters. Raises InvalidRequest."""
         body, service = self._body, self._service
         if body.prompt is None:
-            raise InvalidRequest(
-                "prompt", None, "a text, token ids, or a list of one kind of these"
-            )
-        cut = body.truncate_prompt_tokens, body.truncation_side
-        self.prompts = await service.prompts(body.prompt, "prompt", *cut)
-        max_tokens = (
-            body.max_tokens if body.max_tokens != 0 else 1
-        )  # 0 with echo: only the prompt's are wanted
+            raise InvalidRequest("prompt", None, PROMPT_FORMS)
+        self.prompts = await service.prompts(
+            body.prompt, "prompt", body.truncate_prompt_tokens, side=body.truncation_side
+        )
         if body.max_tokens == 0 and not body.echo:
-            raise InvalidRequest("max_tokens", 0, "at least 1, or echo")
+            raise InvalidRequest("max_tokens", 0, "at least 1, or echo: true")
+        # 0 with echo asks for the prompt only: one token is generated and dropped.
+        max_tokens = body.max_tokens if body.max_tokens != 0 else 1
         if "max_tokens" not in service.defaults and max_tokens is None:
-            max_tokens = 16  # OpenAI's default
+            max_tokens = DEFAULT_MAX_TOKENS
         params = body.params(service.defaults, max_tokens, body.logprobs)
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
@@ -67,7 +76,7 @@ class CompletionHandler:
         await service.check_grammar(self.params, body.structure_field)
 
     async def full_response(self, slot: QueueSlot) -> bytes:
-        """The answer at once."""
+        """Return the whole response as JSON."""
         choices = []
         with self._open_streams(slot) as streams:
             deltas = await asyncio.gather(*map(read_all, streams))
@@ -75,117 +84,124 @@ class CompletionHandler:
             self.usage.prompt += len(prompt.token_ids)
             for delta in of_prompt:
                 self.usage.add(delta)
-            last = of_prompt[-1]
-            for sample in merge_samples(
-                [sample for delta in of_prompt for sample in delta.samples]
-            ).values():
-                choices.append(
-                    self._choice(number, prompt, sample, last, last.prompt_logprobs or [])
-                )
-        return encode(
-            self.envelope.response(sorted(choices, key=lambda choice: choice["index"]), self.usage)
-        )
+            scored = of_prompt[-1].prompt_logprobs or []
+            for sample in merge_deltas(of_prompt).values():
+                choices.append(self._choice(number, sample, of_prompt[-1], scored=scored))
+        choices.sort(key=lambda choice: choice["index"])
+        return encode(self.envelope.response(choices, self.usage))
 
     async def events(self, slot: QueueSlot) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
+        """Yield the response as server-sent events."""
         options = self._body.stream_options or schema.StreamOptions()
         self.envelope.obfuscates = options.include_obfuscation
-        scored: dict[int, list[Any]] = {}  # by prompt; they come with its first delta
+        usage = self.usage if options.continuous_usage_stats else None
+        # Log probabilities by prompt; the engine sends them with the first message about a prompt.
+        scored: dict[int, list[Entry | None]] = {}
         with self._open_streams(slot) as streams:
             self.usage.prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
             async for number, deltas in read_interleaved(streams):
                 for delta in deltas:
                     self.usage.add(delta)
                     scored.setdefault(number, delta.prompt_logprobs or [])
-                out, prompt = [], self.prompts[number]
-                for sample in merge_samples(
-                    [sample for delta in deltas for sample in delta.samples]
-                ).values():
-                    choice = self._choice(number, prompt, sample, deltas[-1], scored[number])
-                    out.append(
-                        self.envelope.event(
-                            [choice], self.usage if options.continuous_usage_stats else None
-                        )
-                    )
+                out = []
+                for sample in merge_deltas(deltas).values():
+                    choice = self._choice(number, sample, deltas[-1], scored=scored[number])
+                    out.append(self.envelope.event([choice], usage))
                 yield b"".join(out)
         if options.include_usage:
             yield self.envelope.event([], self.usage)
         yield DONE
 
     def _open_streams(self, slot: QueueSlot) -> contextlib.AbstractContextManager[list[Stream]]:
-        params = [self.params] * len(self.prompts)
         return open_streams(
-            self._service, slot, self.prompts, params, self._body.priority, self._body.cache_salt
+            self._service,
+            slot,
+            self.prompts,
+            params=[self.params] * len(self.prompts),
+            priority=self._body.priority,
+            cache_salt=self._body.cache_salt,
         )
 
     def _choice(
-        self, number: int, prompt: Prompt, sample: Sample, last: Delta, of_prompt: list[Any]
+        self, number: int, sample: Sample, last: Delta, *, scored: Sequence[Entry | None]
     ) -> dict[str, Any]:
-        """Return a choice, or what is new in it: first what is echoed of the prompt, then the sample."""
-        body, ids, text = self._body, sample.token_ids, sample.text
+        """Return a choice, or its new part: first the prompt if it is echoed, then the sample.
+
+        ``number``: of the prompt. ``last``: the newest message about it. ``scored``: log
+        probabilities of the prompt's tokens.
+        """
+        body, ids, text, prompt = self._body, sample.token_ids, sample.text, self.prompts[number]
         index = number * self.params.n + sample.index
         is_first = index not in self._begun
         self._begun.add(index)
-        echo = self._echoed(prompt) if body.echo and is_first else ""
+        echo = self._prompt_text(prompt) if body.echo and is_first else ""
         if body.max_tokens == 0:
             ids, text = [], ""
-        shown = None
+        logprobs = None
         if body.logprobs is not None:
-            shown = self._logprobs(index, prompt, sample, echo, of_prompt)
+            logprobs = self._logprobs(index, prompt, sample, echo=echo, scored=scored)
         choice = {
             "index": index,
             "text": echo + text,
-            "logprobs": shown,
+            "logprobs": logprobs,
             "finish_reason": sample.finish_reason,
             "stop_reason": sample.stop_reason,
         }
         if not body.stream or (body.prompt_logprobs is not None and last.finished):
-            wanted = body.prompt_logprobs is not None
-            choice["prompt_logprobs"] = self.envelope.prompt_logprobs(
-                last.prompt_logprobs if wanted else None
-            )
+            wanted = None if body.prompt_logprobs is None else last.prompt_logprobs
+            choice["prompt_logprobs"] = self.envelope.prompt_logprobs(wanted)
         if body.return_token_ids:
-            choice |= {"token_ids": ids, "prompt_token_ids": prompt.token_ids if is_first else None}
-        elif not body.stream:  # as in vLLM: a whole answer has every field
-            choice |= {"token_ids": None, "prompt_token_ids": None}
+            choice["token_ids"] = ids
+            choice["prompt_token_ids"] = prompt.token_ids if is_first else None
+        elif not body.stream:  # as in vLLM: a whole response has every field
+            choice["token_ids"] = choice["prompt_token_ids"] = None
         return choice | weights_fields(sample)
 
     def _logprobs(
-        self, index: int, prompt: Prompt, sample: Sample, echo: str, of_prompt: list[Any]
+        self,
+        index: int,
+        prompt: Prompt,
+        sample: Sample,
+        *,
+        echo: str,
+        scored: Sequence[Entry | None],
     ) -> dict[str, Any]:
-        """Return the logprobs of what is new in a choice; with the prompt's own where that is echoed."""
-        tokenizer, shown = self._service.tokenizer, None
-        if (reader := self._readers.get(index)) is None:
+        """Return the logprobs of the new part of a choice, after those of an echoed prompt."""
+        tokenizer, of_prompt = self._service.tokenizer, None
+        if (logprobs := self._logprobs_by_choice.get(index)) is None:
             offsets = None
             if tokenizer is not None:
                 pieces = tokenizer.pieces(self.params.skip_special_tokens)
                 offsets = Offsets(pieces, prompt.token_ids, start=len(echo))
-            reader = self._readers[index] = CompletionLogprobs(self.envelope, offsets, len(echo))
+            logprobs = CompletionLogprobs(self.envelope, offsets, len(echo))
+            self._logprobs_by_choice[index] = logprobs
             if self._body.echo:
-                ids = prompt.token_ids[: len(of_prompt)]
-                shown = self.envelope.completion_logprobs(
-                    ids, of_prompt, self._offsets(prompt)[: len(ids)]
-                )
+                ids = prompt.token_ids[: len(scored)]
+                prompt_offsets = self._prompt_offsets(prompt)[: len(ids)]
+                of_prompt = self.envelope.completion_logprobs(ids, scored, prompt_offsets)
         if self._body.max_tokens == 0:
-            new = reader.add([], [], "", ended=True)
+            new = logprobs.add([], [], "", ended=True)
         else:
             ended = sample.finish_reason is not None
-            new = reader.add(sample.token_ids, sample.logprobs or [], sample.text, ended)
-        return new if shown is None else {name: [*shown[name], *new[name]] for name in new}
+            entries = sample.logprobs or []
+            new = logprobs.add(sample.token_ids, entries, sample.text, ended=ended)
+        if of_prompt is None:
+            return new
+        return {name: [*of_prompt[name], *new[name]] for name in new}
 
-    def _offsets(self, prompt: Prompt) -> list[int]:
-        """Return where the tokens of a prompt begin in what is echoed of it."""
+    def _prompt_offsets(self, prompt: Prompt) -> list[int]:
+        """Return the character offsets of a prompt's tokens in its echoed text."""
         tokenizer = self._service.tokenizer
         if tokenizer is None:
             return [0] * len(prompt.token_ids)
         if prompt.text is not None:
             return tokenizer.offsets(prompt.text)
         offsets = Offsets(tokenizer.pieces(skip_special_tokens=False))
-        return [
-            at for found in [*map(offsets.push, prompt.token_ids), offsets.finish()] for at in found
-        ]
+        found = [*map(offsets.push, prompt.token_ids), offsets.finish()]
+        return [offset for part in found for offset in part]
 
-    def _echoed(self, prompt: Prompt) -> str:
+    def _prompt_text(self, prompt: Prompt) -> str:
+        """Return the text of a prompt for echo; empty without a tokenizer."""
         if prompt.text is not None:
             return prompt.text
         tokenizer = self._service.tokenizer
@@ -198,22 +214,23 @@ def open_streams(
     service: Service,
     slot: QueueSlot,
     prompts: Sequence[Prompt],
+    *,
     params: Sequence[SamplingParams],
     priority: int,
-    salt: str | None,
+    cache_salt: str | None,
 ) -> Iterator[list[Stream]]:
-    """A stream for every prompt, by parameters of its own; none is left running."""
+    """Start one stream for each prompt and its parameters; close all of them at the end."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
-                service.open(slot, prompt, each, priority=priority, cache_salt=salt or "")
+                service.open(slot, prompt, each, priority=priority, cache_salt=cache_salt or "")
             )
             for prompt, each in zip(prompts, params)
         ]
 
 
 async def read_all(stream: Stream) -> list[Delta]:
-    """All of a stream."""
+    """Return all messages of a stream."""
     deltas: list[Delta] = []
     while not stream.finished:
         deltas += await stream.next()
@@ -221,7 +238,7 @@ async def read_all(stream: Stream) -> list[Delta]:
 
 
 async def read_interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Delta]]]:
-    """What comes from any stream, with its number."""
+    """Yield messages from all streams as they arrive, each time with the stream's number."""
     if len(streams) == 1:
         while not streams[0].finished:
             yield 0, await streams[0].next()
@@ -246,9 +263,8 @@ async def read_interleaved(streams: Sequence[Stream]) -> AsyncIterator[tuple[int
 def check_num_samples(
     params: SamplingParams, prompts: Sequence[Prompt], service: Service
 ) -> SamplingParams:
-    """The parameters, if their samples are not too many. Raises InvalidRequest."""
-    if (asked := len(prompts) * params.num_samples) > service.config.max_prompts:
-        raise InvalidRequest(
-            "n", f"{asked} samples in all", f"at most {service.config.max_prompts}"
-        )
+    """Return the parameters if prompts times samples is within the limit. Raises InvalidRequest."""
+    limit = service.config.max_prompts
+    if (count := len(prompts) * params.num_samples) > limit:
+        raise InvalidRequest("n", Shown(f"{count} samples in total"), f"at most {limit}")
     return params

@@ -1,7 +1,10 @@
-"""A process of its own in which a client's grammar is built before an engine is given it: its end harms nobody.
+"""Child process that compiles a client's grammar first, so that a crash does not harm an engine.
 
-llguidance bounds the time that it takes by its fuel, but recurses on the C stack: a thousand rules, or references in a
-schema, each in the one before, end the process that builds them.
+llguidance bounds the time of compilation by its fuel, but recurses on the C stack. A thousand
+rules, or references in a schema, each nested in the one before, crash the process that compiles
+them.
+
+Not here: grammars and their notation (codec/grammar.py), their use in an engine (engine/).
 """
 
 import asyncio
@@ -16,74 +19,79 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import EngineDead
 
 TIMEOUT_S = 5.0
-STACK_BYTES = (
-    2 * 2**20
-)  # a quarter of what an engine's main thread has: what passes here has room there
-MEMORY_BYTES = 4 * 2**30  # of addresses
+# A quarter of the stack of an engine's main thread: grammars that pass here fit there.
+STACK_BYTES = 2 * 2**20
+ADDRESS_SPACE_BYTES = 4 * 2**30
 LINE_BYTES = 2**22
-KEPT = 1024  # grammars that are known to be fine
+MAX_KNOWN_GRAMMARS = 1024
 
 
 class GrammarSandbox:
-    """Grammars are tried one after another, with the model's vocabulary. All methods are called from one event loop."""
+    """Child process that compiles grammars one after another, with the model's vocabulary.
+
+    All methods are called from one event loop.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
-        self._fine: OrderedDict[str, None] = OrderedDict()
+        self._compiled: OrderedDict[str, None] = OrderedDict()  # grammars without a problem
 
     async def problem(self, grammar: str, vocab_size: int) -> str:
-        """Return why a grammar cannot be built within bounds, as what is expected instead; empty if it can."""
-        if grammar in self._fine:
-            self._fine.move_to_end(grammar)
+        """Return the problem of a grammar, worded as the expected value; empty if it compiles.
+
+        Raises EngineDead if the child process cannot be started.
+        """
+        if grammar in self._compiled:
+            self._compiled.move_to_end(grammar)
             return ""
         async with self._lock:
             problem = await self._check(grammar, vocab_size)
         if not problem:
-            self._fine[grammar] = None
-        while len(self._fine) > KEPT:
-            self._fine.popitem(last=False)
+            self._compiled[grammar] = None
+        while len(self._compiled) > MAX_KNOWN_GRAMMARS:
+            self._compiled.popitem(last=False)
         return problem
 
     def close(self) -> None:
-        """End the process."""
+        """End the child process."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
         self._process = None
 
     async def _check(self, grammar: str, vocab_size: int) -> str:
-        """What is wrong with a grammar; empty if nothing is."""
+        """Compile a grammar in the child process; return its problem, or an empty text."""
         if self._process is None:
-            self._process = await self._started(vocab_size)
-        process, done = self._process, False
+            self._process = await self._start(vocab_size)
+        process, answered = self._process, False
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(grammar).encode() + b"\n")
             line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
-            done = bool(line)
-            return (
-                json.loads(line)
-                if done
-                else "a grammar that is nested less deeply: compiling this one crashed"
-            )
+            answered = bool(line)
+            if not answered:
+                return "a grammar that is nested less deeply: compiling this one crashed"
+            return json.loads(line)
         except TimeoutError:
-            return f"a grammar that is built within {TIMEOUT_S:.0f} s"
+            return f"a grammar that compiles within {TIMEOUT_S:.0f} s"
         finally:
-            if not done:  # ended, too slow, or nobody waits for its answer any more
+            if not answered:  # crashed, too slow, or this task was cancelled
                 self.close()
 
-    async def _started(self, vocab_size: int) -> asyncio.subprocess.Process:
-        """A process that has read the vocabulary: that is not the first grammar's time."""
-        command, pipe = (
-            [sys.executable, "-m", "slipway.server.grammar_sandbox"],
-            asyncio.subprocess.PIPE,
-        )
+    async def _start(self, vocab_size: int) -> asyncio.subprocess.Process:
+        """Return a child process that has read the vocabulary.
+
+        Reading it does not count towards the time limit of the first grammar.
+        """
+        command = [sys.executable, "-m", "slipway.server.grammar_sandbox"]
+        pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, limit=LINE_BYTES
         )
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps([self._tokenizer.raw.to_str(), vocab_size]).encode() + b"\n")
+        vocabulary = [self._tokenizer.raw.to_str(), vocab_size]
+        process.stdin.write(json.dumps(vocabulary).encode() + b"\n")
         started = False
         try:
             started = bool(await process.stdout.readline())
@@ -91,14 +99,17 @@ class GrammarSandbox:
             if not started and process.returncode is None:
                 process.kill()
         if not started:
-            raise EngineDead("the process that tries grammars does not start")
+            raise EngineDead("the process that compiles grammars does not start")
         return process
 
 
 def main() -> None:
-    """A vocabulary in the first line, then a grammar a line, as JSON; for each what is wrong with it."""
+    """Compile grammars from stdin in the child process, and print the problem of each.
+
+    The first line is the vocabulary, each further one a grammar, all as JSON.
+    """
     resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer, vocab_size = json.loads(sys.stdin.readline())
     vocabulary = LLTokenizer(tokenizer, n_vocab=vocab_size)

@@ -1,6 +1,6 @@
-"""What a line of the log looks like, as text or as JSON, in the HTTP process and in an engine's; decides nothing else.
+"""Format of log lines, as text or as JSON, in the HTTP process and in the engine processes.
 
-Whatever comes from clients can end no line and begin none.
+Text from clients is escaped: it can neither end a log line nor begin one.
 """
 
 import json
@@ -9,22 +9,22 @@ import sys
 from typing import Any, Literal
 
 Format = Literal["text", "json"]
-KNOWN = frozenset([*vars(logging.makeLogRecord({})), "message"])
+STANDARD_FIELDS = frozenset([*vars(logging.makeLogRecord({})), "message"])
 
 
 def start(format: Format) -> None:
-    """From now on, one line to stderr for each thing that happens."""
+    """Send all log records to stderr, one line each, in the given format."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json() if format == "json" else Text())
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-class Json(logging.Formatter):
-    """One JSON object a line."""
+class JsonFormatter(logging.Formatter):
+    """Formatter that writes one JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, what was said beside it, and where it comes from."""
+        """Return time, level, logger, message, extra fields and traceback of a record as JSON."""
         line = {
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
@@ -32,19 +32,21 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line | {"message": record.getMessage()} | _beside(record), default=str)
+        line["message"] = record.getMessage()
+        return json.dumps(line | _extra_fields(record), default=str)
 
 
-class Text(logging.Formatter):
-    """One line; a traceback follows on lines of its own."""
+class TextFormatter(logging.Formatter):
+    """Formatter that writes one line of text; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The same for people."""
-        beside = [f"{key}={value}" for key, value in _beside(record).items()]
-        text = " ".join([self.formatTime(record, "%H:%M:%S"), record.getMessage(), *beside])
+        """Return time, message and extra fields of a record as text."""
+        extra = [f"{key}={value}" for key, value in _extra_fields(record).items()]
+        text = " ".join([self.formatTime(record, "%H:%M:%S"), record.getMessage(), *extra])
         line = text.encode("unicode_escape").decode()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def _beside(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in KNOWN}
+def _extra_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the fields that the caller passed to the logger as ``extra``."""
+    return {key: value for key, value in vars(record).items() if key not in STANDARD_FIELDS}

@@ -1,6 +1,9 @@
-"""What goes between the HTTP process and an engine process: msgspec frames, never pickle; decides their fields alone.
+"""Messages between the HTTP process and an engine process, as msgspec frames (never pickle).
 
-Each side sends lists of messages, all of a step in one frame. Numbers of requests are the HTTP process's.
+Each side sends lists of messages. One frame holds all messages of an engine's step, or of a turn of
+the HTTP process's event loop. The HTTP process numbers the requests.
+
+Not here: sending them (replica.py, worker.py).
 """
 
 from typing import Any
@@ -22,9 +25,11 @@ from slipway.errors import (
 )
 from slipway.server.logs import Format
 
+MAX_GOT_CHARACTERS = 200  # of a wrong value in an error
+
 
 class Start(msgspec.Struct, tag=True):
-    """Load a model; the first message."""
+    """Order to load a model; the first message."""
 
     model: str
     config: EngineConfig
@@ -32,7 +37,7 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Add(msgspec.Struct, tag=True):
-    """Run a prompt."""
+    """Order to run a prompt."""
 
     number: int
     token_ids: list[int]
@@ -44,15 +49,16 @@ class Add(msgspec.Struct, tag=True):
 
 
 class Abort(msgspec.Struct, tag=True):
-    """End a request, if it runs."""
+    """Order to end a request if it is running."""
 
     number: int
 
 
 class Query(msgspec.Struct, tag=True):
-    """One of ``stats``, ``flush``, ``pause``, ``resume``, ``start_profile``, ``stop_profile``; answered by an Reply.
+    """Order that the engine answers at once with a Reply.
 
-    ``folder``: where a trace is to be written.
+    ``action`` is one of ``stats``, ``flush``, ``pause``, ``resume``, ``start_profile``,
+    ``stop_profile``. ``folder``: directory for a trace.
     """
 
     number: int
@@ -61,8 +67,10 @@ class Query(msgspec.Struct, tag=True):
 
 
 class Change(msgspec.Struct, tag=True):
-    """``update_weights`` with source, version, mode and policy, ``sleep`` with a level, or ``wake_up``; answered by an
-    Reply or a OperationFailed.
+    """Order to change the engine's weights, answered later with a Reply or OperationFailed.
+
+    ``action`` and ``args``: ``update_weights`` with source, version, mode and policy; ``sleep``
+    with a level; or ``wake_up``.
     """
 
     number: int
@@ -71,11 +79,15 @@ class Change(msgspec.Struct, tag=True):
 
 
 class Stop(msgspec.Struct, tag=True):
-    """End the process."""
+    """Order to end the process."""
 
 
 class Sample(msgspec.Struct, array_like=True):
-    """What is new in one sample. ``logprobs``: for each new token {id: (log probability, rank)}, its own first."""
+    """New part of one sample.
+
+    ``logprobs``: for each new token {id: (log probability, rank)}, its own first. ``weights``: in
+    the last part, each version of the weights with the first token it generated.
+    """
 
     index: int
     text: str
@@ -83,11 +95,11 @@ class Sample(msgspec.Struct, array_like=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, tuple[float, int]]] | None = None
-    weights: list[tuple[int, str]] | None = None  # with its end: which version, from which token on
+    weights: list[tuple[int, str]] | None = None
 
 
 class Delta(msgspec.Struct, tag=True):
-    """What is new in a request. What belongs to the prompt comes with the last one."""
+    """New output of a request. The last Delta also has the fields about the prompt."""
 
     number: int
     samples: list[Sample]
@@ -97,24 +109,15 @@ class Delta(msgspec.Struct, tag=True):
     hidden: list[float] | None = None
 
 
-class Refused(msgspec.Struct, tag=True):
-    """The engine does not take a request: InvalidRequest's field, got and expected."""
-
-    number: int
-    field: str
-    got: str
-    expected: str
-
-
 class Reply(msgspec.Struct, tag=True):
-    """To Query."""
+    """Result of a Query or a Change."""
 
     number: int
     value: Any
 
 
 class OperationFailed(msgspec.Struct, tag=True):
-    """To Change, or to an Add that cannot be taken now: the exception's class and what it was made of."""
+    """Failure of an Add or a Change: the exception's class and the arguments to make it again."""
 
     number: int
     kind: str
@@ -122,21 +125,21 @@ class OperationFailed(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine is loaded and compiled."""
+    """Notice that the engine is loaded and compiled."""
 
     limits: dict[str, Any]
     defaults: dict[str, Any]
 
 
 class LoadFailed(msgspec.Struct, tag=True):
-    """It could not be loaded; ``kind``: the exception's class, whose text says what to do."""
+    """Notice that the model cannot be loaded: the exception's class and text."""
 
     kind: str
     text: str
 
 
 ToEngine = Start | Add | Abort | Query | Change | Stop
-FromEngine = Delta | Refused | Reply | OperationFailed | Ready | LoadFailed
+FromEngine = Delta | Reply | OperationFailed | Ready | LoadFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
@@ -144,13 +147,13 @@ decode_from_engine = msgspec.msgpack.Decoder(list[FromEngine]).decode
 
 
 def operation_failed(number: int, error: BaseException) -> OperationFailed:
-    """An error as a message."""
+    """Return an error as a message."""
     if isinstance(error, CheckpointError):
         return OperationFailed(number, "CheckpointError", [str(error.path), error.problems])
-    if isinstance(error, InvalidInput):  # UnsupportedModel, too: of another model's config.json
-        return OperationFailed(
-            number, "InvalidRequest", [error.field, repr(error.got)[:200], error.expected]
-        )
+    # Also UnsupportedModel, for the config.json of new weights.
+    if isinstance(error, InvalidInput):
+        got = repr(error.got)[:MAX_GOT_CHARACTERS]
+        return OperationFailed(number, "InvalidRequest", [error.field, got, error.expected])
     if isinstance(error, EngineBusy):
         return OperationFailed(number, "EngineBusy", [error.what, error.retry_after_s])
     if isinstance(error, WeightsLost):
@@ -159,7 +162,7 @@ def operation_failed(number: int, error: BaseException) -> OperationFailed:
 
 
 def error_of(message: OperationFailed) -> SlipwayError:
-    """The inverse of ``operation_failed``."""
+    """Return the error in a message of ``operation_failed``."""
     args = message.args
     match message.kind:
         case "CheckpointError":
@@ -174,5 +177,5 @@ def error_of(message: OperationFailed) -> SlipwayError:
 
 
 def snapshot(value: Any) -> Snapshot:
-    """An Reply's value as what the engine's ``snapshot`` was."""
+    """Return the value of a Reply to ``stats`` as a Snapshot."""
     return msgspec.convert(value, Snapshot)

@@ -1,10 +1,12 @@
-"""What /metrics publishes, for Prometheus; decides names, counts nothing but HTTP itself.
+"""Metrics of /metrics in Prometheus' format.
 
-The engine's figures are read off its snapshot when somebody asks. With ``vllm_metric_names`` the ones that dashboards
-know are there a second time, under vLLM's names.
+The engines' figures are taken from their snapshots at each call of /metrics. ``vllm_metric_names``
+adds the metrics that dashboards for vLLM use, under vLLM's names.
+
+Not here: counting inside the engine (engine/stats.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import (
@@ -17,28 +19,38 @@ from prometheus_client.registry import Collector
 
 from slipway.engine.stats import Histogram, Snapshot
 
+# Slipway's names -> vLLM's; None where vLLM has no such metric.
 GAUGES = {
-    "running": "num_requests_running", "waiting": "num_requests_waiting", "kv_cache_usage": "kv_cache_usage_perc",
-}  # fmt: skip
+    "running": "num_requests_running",
+    "waiting": "num_requests_waiting",
+    "kv_cache_usage": "kv_cache_usage_perc",
+}
 COUNTERS = {
-    "queried_tokens": "prefix_cache_queries", "cached_tokens": "prefix_cache_hits", "preemptions": "num_preemptions",
-    "prompt_tokens": "prompt_tokens", "generated_tokens": "generation_tokens", "compilations": None,
-    "computed_tokens": None, "steps": None,
-}  # fmt: skip
+    "queried_tokens": "prefix_cache_queries",
+    "cached_tokens": "prefix_cache_hits",
+    "preemptions": "num_preemptions",
+    "prompt_tokens": "prompt_tokens",
+    "generated_tokens": "generation_tokens",
+    "compilations": None,
+    "computed_tokens": None,
+    "steps": None,
+}
 HISTOGRAMS = {
-    "first_token": "time_to_first_token_seconds", "inter_token": "inter_token_latency_seconds",
-    "e2e": "e2e_request_latency_seconds", "queue": "request_queue_time_seconds", "step_host": None, "step_device": None,
-}  # fmt: skip
+    "first_token": "time_to_first_token_seconds",
+    "inter_token": "inter_token_latency_seconds",
+    "e2e": "e2e_request_latency_seconds",
+    "queue": "request_queue_time_seconds",
+    "step_host": None,
+    "step_device": None,
+}
 
 
 class Metrics:
-    """HTTP's counters, and the engines' on request."""
+    """Counters of HTTP requests, and text of all metrics."""
 
     def __init__(self, model_name: str, vllm_names: bool):
-        self._labels, self._prefixes = (
-            {"model_name": model_name},
-            ["slipway_", "vllm:"][: 1 + vllm_names],
-        )
+        self._labels = {"model_name": model_name}
+        self._vllm_names = vllm_names
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "slipway_http_requests",
@@ -48,80 +60,94 @@ class Metrics:
         )
 
     def text(self, snapshots: list[Snapshot], starts: int) -> bytes:
-        """Everything in Prometheus' text format. ``snapshots``: of the engines that run; ``starts``: of all ever."""
+        """Return all metrics in Prometheus' text format.
+
+        ``snapshots``: of the engines that are ready. ``starts``: number of engine processes
+        started.
+        """
         registry = CollectorRegistry()
         registry.register(_Fixed(list(self._families(snapshots, starts))))
         return generate_latest(self._registry) + generate_latest(registry)
 
     def _families(self, snapshots: list[Snapshot], starts: int) -> Iterator[Metric]:
-        names, values = list(self._labels), list(self._labels.values())
+        running = len(snapshots)
         yield GaugeMetricFamily(
-            "slipway_engines_running", "Engine processes that answer.", value=len(snapshots)
+            "slipway_engines_running", "Engine processes that answer.", value=running
         )
         yield CounterMetricFamily(
             "slipway_engine_starts", "Engine processes started.", value=starts
         )
-        sums = {name: sum(_sum(snapshot, name) for snapshot in snapshots) for name in COUNTERS}
-        pages = sum(snapshot.pages for snapshot in snapshots)
-        gauges = {
-            "running": sum(s.running for s in snapshots), "waiting": sum(s.waiting for s in snapshots),
-            "kv_cache_usage": sum(s.pages_used for s in snapshots) / pages if pages else 0.0,
-        }  # fmt: skip
-        for prefix in self._prefixes:
-            ours = prefix == "slipway_"
-            for name, theirs in GAUGES.items():
-                gauge = GaugeMetricFamily(prefix + (name if ours else theirs), name, labels=names)
-                gauge.add_metric(values, gauges[name])
-                yield gauge
-            for name, known in COUNTERS.items():
-                if ours or known:
-                    counter = CounterMetricFamily(
-                        prefix + (name if ours else str(known)), name, labels=names
-                    )
-                    counter.add_metric(values, sums[name])
-                    yield counter
-            for name, known in HISTOGRAMS.items():
-                if ours or known:
-                    title = f"{name}_seconds" if ours else str(known)
-                    histogram = HistogramMetricFamily(prefix + title, name, labels=names)
-                    histogram.add_metric(
-                        values, *_joined([getattr(s.stats, name) for s in snapshots])
-                    )
-                    yield histogram
-            ended = CounterMetricFamily(
-                prefix + ("sequences" if ours else "request_success"), "Ended, by reason.",
-                labels=[*names, "finished_reason"],
-            )  # fmt: skip
-            for reason in sorted({reason for s in snapshots for reason in s.stats.finished}):
-                ended.add_metric(
-                    [*values, reason], sum(s.stats.finished.get(reason, 0) for s in snapshots)
-                )
-            yield ended
+        yield from self._engine_families(snapshots, vllm=False)
+        if self._vllm_names:
+            yield from self._engine_families(snapshots, vllm=True)
+
+    def _engine_families(self, snapshots: list[Snapshot], *, vllm: bool) -> Iterator[Metric]:
+        """Yield the metrics of all engines together, under Slipway's or vLLM's names."""
+        prefix = "vllm:" if vllm else "slipway_"
+        labels, values = list(self._labels), list(self._labels.values())
+        gauges = _gauges(snapshots)
+        for name, vllm_gauge in GAUGES.items():
+            title = prefix + (vllm_gauge if vllm else name)
+            gauge = GaugeMetricFamily(title, name, labels=labels)
+            gauge.add_metric(values, gauges[name])
+            yield gauge
+        for name, vllm_name in COUNTERS.items():
+            if not vllm or vllm_name:
+                title = prefix + (str(vllm_name) if vllm else name)
+                counter = CounterMetricFamily(title, name, labels=labels)
+                counter.add_metric(values, sum(_value(each, name) for each in snapshots))
+                yield counter
+        for name, vllm_name in HISTOGRAMS.items():
+            if not vllm or vllm_name:
+                title = prefix + (str(vllm_name) if vllm else f"{name}_seconds")
+                histogram = HistogramMetricFamily(title, name, labels=labels)
+                merged = _merged([getattr(each.stats, name) for each in snapshots])
+                histogram.add_metric(values, *merged)
+                yield histogram
+        ended = CounterMetricFamily(
+            prefix + ("request_success" if vllm else "sequences"),
+            "Ended sequences, by reason.",
+            labels=[*labels, "finished_reason"],
+        )
+        for reason in sorted({reason for each in snapshots for reason in each.stats.finished}):
+            count = sum(each.stats.finished.get(reason, 0) for each in snapshots)
+            ended.add_metric([*values, reason], count)
+        yield ended
 
 
 class _Fixed(Collector):
-    """A collector of what was computed already."""
+    """Collector of metrics that are computed already."""
 
     def __init__(self, families: list[Metric]):
         self._families = families
 
     def collect(self) -> list[Metric]:
-        """All of it."""
+        """Return all metrics."""
         return self._families
 
 
-def _sum(snapshot: Snapshot, name: str) -> int:
+def _gauges(snapshots: Sequence[Snapshot]) -> dict[str, float]:
+    pages = sum(each.pages for each in snapshots)
+    used = sum(each.pages_used for each in snapshots)
+    return {
+        "running": sum(each.running for each in snapshots),
+        "waiting": sum(each.waiting for each in snapshots),
+        "kv_cache_usage": used / pages if pages else 0.0,
+    }
+
+
+def _value(snapshot: Snapshot, name: str) -> int:
     return (vars(snapshot.stats) | vars(snapshot))[name]
 
 
-def _joined(histograms: list[Histogram]) -> tuple[list[tuple[str, float]], float]:
-    """Cumulative buckets as Prometheus has them, and the sum."""
+def _merged(histograms: Sequence[Histogram]) -> tuple[list[tuple[str, float]], float]:
+    """Return the cumulative buckets of all histograms, in Prometheus' form, and the sum."""
     if not histograms:
         return [("+Inf", 0.0)], 0.0
     bounds = [*(str(bound) for bound in histograms[0].bounds), "+Inf"]
     counts = [sum(column) for column in zip(*(histogram.counts for histogram in histograms))]
-    reached, buckets = 0, []
+    total, buckets = 0, []
     for bound, count in zip(bounds, counts):
-        reached += count
-        buckets.append((bound, float(reached)))
+        total += count
+        buckets.append((bound, float(total)))
     return buckets, sum(histogram.sum for histogram in histograms)

@@ -1,6 +1,8 @@
-"""An engine process as the HTTP process sees it: started, talked to, found dead, started again; knows no HTTP.
+"""An engine process as the HTTP process uses it: start, requests, failure, restart.
 
-Sockets lie in a directory that only this user can enter.
+The sockets are in a directory that only the server's user can enter.
+
+Not here: the engine process itself (worker.py), the messages (messages.py).
 """
 
 import asyncio
@@ -20,7 +22,7 @@ import zmq.asyncio
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.stats import Snapshot
-from slipway.errors import EngineBusy, EngineDead, InvalidRequest, Shown, SlipwayError, WeightsLost
+from slipway.errors import EngineBusy, EngineDead, SlipwayError, WeightsLost
 from slipway.server import messages
 from slipway.server.logs import Format
 from slipway.server.messages import (
@@ -32,35 +34,46 @@ from slipway.server.messages import (
     OperationFailed,
     Query,
     Ready,
-    Refused,
     Reply,
     Start,
     Stop,
 )
 
 logger = logging.getLogger(__name__)
-FIRST_BACKOFF_S, LONGEST_BACKOFF_S, STEADY_S = 0.5, 30.0, 60.0
-POLL_S = 0.2  # how often the process is looked after
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+STEADY_S = 60.0  # an engine that ran longer is restarted with the first backoff
+POLL_S = 0.2  # interval of checks whether the process is alive
+STOP_SEND_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 10.0
+NOT_READY = "the engine is not ready"
+ASLEEP = "the engine sleeps"
 
 
 class Stream:
-    """A request's answers as they come. Whoever opened it closes it; what has not ended then is aborted."""
+    """Messages about one request. Closing it aborts the request if it is still running.
+
+    The code that opened a stream must close it.
+    """
 
     def __init__(self, replica: "Replica", number: int, num_tokens: int):
-        self._replica, self._number, self.num_tokens = replica, number, num_tokens
+        self.num_tokens = num_tokens
+        self.finished = False
+        self._replica = replica
+        self._number = number
         self._items: list[Delta | SlipwayError] = []
         self._waiter: asyncio.Future[None] | None = None
-        self.finished = False
 
     async def next(self) -> list[Delta]:
-        """What has come since the last call, at least one; the last of all is finished. One task asks at a time.
+        """Wait for messages; return all since the last call, at least one.
 
-        Raises InvalidRequest or EngineDead.
+        The last message of all is finished. Only one task may wait at a time. Raises
+        InvalidRequest, EngineBusy, WeightsLost or EngineDead.
         """
         if not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        items, self._items = self._items, []
+        items = self._items
+        self._items = []
         deltas = []
         for item in items:
             if isinstance(item, SlipwayError):
@@ -71,18 +84,18 @@ class Stream:
         return deltas
 
     def put(self, item: Delta | SlipwayError) -> None:
-        """Something has come."""
+        """Add a message or an error from the engine."""
         self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def abort(self) -> None:
-        """End the request where it stands; the stream ends as it does by itself."""
+        """End the request; the stream then finishes as usual."""
         if not self.finished:
             self._replica.send(Abort(self._number))
 
     def close(self) -> None:
-        """Nobody reads any more."""
+        """Abort the request if it is running, and drop its further messages."""
         self.abort()
         self._replica.forget(self._number, self)
 
@@ -91,31 +104,36 @@ class Replica:
     """One engine process. All methods are called from one event loop."""
 
     def __init__(
-        self, model: str, config: EngineConfig, folder: Path, name: str, log_format: Format
+        self, model: str, config: EngineConfig, folder: Path, *, name: str, log_format: Format
     ):
-        self._start, self._address = Start(model, config, log_format), f"ipc://{folder / name}"
-        self.name, self.ready = name, asyncio.Event()
-        self.info: Ready | None = None  # of the last start
-        self.load_failure: LoadFailed | None = (
-            None  # why the first start failed: another would, too
-        )
-        self.num_starts = self.load = 0
-        self.weights_version, self.refuses = "0", ""  # why it takes no request though it runs
-        self._dropped = False
-        self._update: list[
-            Any
-        ] = []  # the arguments of the last that succeeded: a new process needs it, too
+        self.name = name
+        self.ready = asyncio.Event()
+        self.info: Ready | None = None
+        """Limits and defaults that the last started engine reported."""
+        self.load_failure: LoadFailed | None = None
+        """Reason why the first start failed; another start would fail, too."""
+        self.num_starts = 0
+        self.load = 0
+        """Tokens of the prompts that run or wait, times their samples."""
+        self.weights_version = "0"
+        self.refuses = ""
+        """Reason why a running engine takes no requests; empty if it does."""
+        self._start = Start(model, config, log_format)
+        self._address = f"ipc://{folder / name}"
+        self._has_dropped_weights = False
+        # Arguments of the last successful update, which a restarted process needs again.
+        self._update: list[Any] = []
         self._process: subprocess.Popen | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._numbers = itertools.count()
         self._streams: dict[int, Stream] = {}
-        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
         self._out: list[messages.ToEngine] = []
         self._task: asyncio.Task | None = None
         self._restore_task: asyncio.Future | None = None
 
     def start(self) -> None:
-        """Begin, and from now on see to it that an engine runs."""
+        """Start an engine process, and restart it whenever it dies."""
         self._task = asyncio.create_task(self._keep_running(), name=f"replica {self.name}")
 
     def open(
@@ -128,75 +146,96 @@ class Replica:
         cache_salt: str = "",
         pooling: str = "",
     ) -> Stream:
-        """Start a request. Raises EngineDead or EngineBusy; what is wrong with it comes through the stream."""
+        """Start a request. Raises EngineDead or EngineBusy.
+
+        The stream raises the errors that the engine finds in the request.
+        """
         if not self.ready.is_set():
-            raise EngineDead("the engine is not ready")
+            raise EngineDead(NOT_READY)
         if self.refuses:
             raise EngineBusy(self.refuses)
         number = next(self._numbers)
-        stream = self._streams[number] = Stream(self, number, params.num_samples * len(token_ids))
+        stream = Stream(self, number, params.num_samples * len(token_ids))
+        self._streams[number] = stream
         self.load += stream.num_tokens
-        self.send(Add(number, token_ids, params, priority, timeout_s, cache_salt, pooling))
+        self.send(
+            Add(
+                number,
+                token_ids,
+                params,
+                priority=priority,
+                timeout_s=timeout_s,
+                cache_salt=cache_salt,
+                pooling=pooling,
+            )
+        )
         return stream
 
     def forget(self, number: int, stream: Stream) -> None:
-        """A stream is closed."""
+        """Remove a closed stream."""
         self.load -= stream.num_tokens
         self._streams.pop(number, None)
 
     @property
     def serves(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the engine takes requests."""
         return self.ready.is_set() and not self.refuses
 
     async def query(self, action: str, folder: str = "") -> Any:
-        """One of Query's questions. Raises EngineDead."""
-        return await self._replied(lambda number: Query(number, action, folder))
+        """Run one of Query's actions; return its result. Raises EngineDead."""
+        return await self._reply(lambda number: Query(number, action, folder))
 
     async def change(self, action: str, *args: Any) -> Any:
-        """``update_weights``, ``sleep`` or ``wake_up``. Raises what the engine's do, or EngineDead."""
+        """Run ``update_weights``, ``sleep`` or ``wake_up``; return its result.
+
+        Raises the engine's errors, or EngineDead.
+        """
         try:
-            value = await self._replied(lambda number: Change(number, action, list(args)))
+            value = await self._reply(lambda number: Change(number, action, list(args)))
         except WeightsLost as error:
             self.refuses = str(error)
             raise
         if action == "sleep":
-            self.refuses = "the engine sleeps"
+            self.refuses = ASLEEP
             if args == (2,):
-                self._dropped = True
+                self._has_dropped_weights = True
         elif action == "wake_up":
-            self.refuses = "the engine has no weights: update them" if self._dropped else ""
+            self.refuses = ""
+            if self._has_dropped_weights:
+                self.refuses = "the engine has no weights: update them"
         else:
-            self.weights_version, self._update, self._dropped = value, list(args), False
-            if not self.refuses.startswith("the engine sleeps"):
+            self.weights_version = value
+            self._update = list(args)
+            self._has_dropped_weights = False
+            if self.refuses != ASLEEP:
                 self.refuses = ""
         return value
 
-    async def _replied(self, message: Callable[[int], messages.ToEngine]) -> Any:
+    async def _reply(self, message: Callable[[int], messages.ToEngine]) -> Any:
         if not self.ready.is_set():
-            raise EngineDead("the engine is not ready")
+            raise EngineDead(NOT_READY)
         number = next(self._numbers)
-        future = self._answers[number] = asyncio.get_running_loop().create_future()
+        future = self._replies[number] = asyncio.get_running_loop().create_future()
         self.send(message(number))
         return await future
 
     async def stats(self) -> Snapshot:
-        """What runs, waits and is cached. Raises EngineDead."""
+        """Return a snapshot of the engine's figures. Raises EngineDead."""
         return messages.snapshot(await self.query("stats"))
 
     async def close(self) -> None:
-        """End the process; what runs ends with EngineDead."""
+        """End the process; running requests end with EngineDead."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None and self._process.poll() is None:
             if self._socket is not None and not self._socket.closed:
-                with contextlib.suppress(
-                    TimeoutError
-                ):  # it may be ending by itself, and read no more
-                    await asyncio.wait_for(self._socket.send(messages.encode([Stop()])), 1)
+                # The process may be ending by itself, and no longer read.
+                with contextlib.suppress(TimeoutError):
+                    sending = self._socket.send(messages.encode([Stop()]))
+                    await asyncio.wait_for(sending, STOP_SEND_TIMEOUT_S)
             try:
-                await asyncio.to_thread(self._process.wait, 10)
+                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -214,17 +253,16 @@ class Replica:
                 self.ready.clear()
             self._fail_pending("the engine process has died")
             if self.info is None:
-                return  # it never ran: the server says why and ends
+                return  # the model cannot be loaded: the server reports the reason and ends
             if time.monotonic() - started > STEADY_S:
                 backoff_s = FIRST_BACKOFF_S
-            logger.error(
-                "engine process %s has died; starting it again in %.1f s", self.name, backoff_s
-            )
+            text = "engine process %s has died; it is restarted in %.1f s"
+            logger.error(text, self.name, backoff_s)
             await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     async def _run(self) -> None:
-        """Start a process and hand out what it says, until it ends."""
+        """Start a process and dispatch its messages until it ends."""
         if self._socket is not None:
             self._socket.close(linger=0)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
@@ -233,7 +271,7 @@ class Replica:
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.num_starts += 1
         await self._socket.send(messages.encode([self._start]))
-        dead = asyncio.create_task(_died(self._process))
+        dead = asyncio.create_task(_wait_until_dead(self._process))
         frame = asyncio.ensure_future(self._socket.recv())
         try:
             while True:
@@ -248,65 +286,72 @@ class Replica:
             frame.cancel()
 
     def _dispatch(self, message: messages.FromEngine) -> None:
+        """Pass a message to the stream or the task that waits for it."""
         if isinstance(message, Delta):
             if (stream := self._streams.get(message.number)) is not None:
                 stream.put(message)
-        elif isinstance(message, Refused):
-            if (stream := self._streams.get(message.number)) is not None:
-                stream.put(InvalidRequest(message.field, Shown(message.got), message.expected))
         elif isinstance(message, Reply):
-            if (
-                future := self._answers.pop(message.number, None)
-            ) is not None and not future.done():
+            if (future := self._waiting(message.number)) is not None:
                 future.set_result(message.value)
         elif isinstance(message, OperationFailed):
             error = messages.error_of(message)
             if (stream := self._streams.get(message.number)) is not None:
                 stream.put(error)
-            elif (
-                future := self._answers.pop(message.number, None)
-            ) is not None and not future.done():
+            elif (future := self._waiting(message.number)) is not None:
                 future.set_exception(error)
         elif isinstance(message, Ready):
-            self.info = message
-            self.refuses, self._dropped = "", False
-            self.ready.set()
-            if self._update:  # it has loaded what the first process did
-                self.refuses = "the engine is given the weights that it had"
-                self._restore_task = asyncio.ensure_future(self._restore_weights())
+            self._engine_ready(message)
         else:
             self.load_failure = message
+
+    def _waiting(self, number: int) -> asyncio.Future[Any] | None:
+        """Remove and return the future of a Query or Change; None if nothing waits for it."""
+        future = self._replies.pop(number, None)
+        return None if future is None or future.done() else future
+
+    def _engine_ready(self, message: Ready) -> None:
+        self.info = message
+        self.refuses = ""
+        self._has_dropped_weights = False
+        self.ready.set()
+        if self._update:  # the restarted process has loaded the weights from before the update
+            self.refuses = "the engine was restarted and is loading the updated weights again"
+            self._restore_task = asyncio.ensure_future(self._restore_weights())
 
     async def _restore_weights(self) -> None:
         try:
             await self.change("update_weights", *self._update)
         except SlipwayError as error:
-            self.refuses = f"the engine has died, and its weights {self.weights_version} cannot be had again: {error}"
+            self.refuses = (
+                f"the engine was restarted, but its weights {self.weights_version} "
+                f"could not be loaded again: {error}"
+            )
             logger.error("%s", self.refuses)
 
     def send(self, message: messages.ToEngine) -> None:
-        """Send what was said in this turn of the loop in one frame."""
+        """Queue a message; all messages of one turn of the event loop are sent in one frame."""
         if not self._out:
             asyncio.get_running_loop().call_soon(self._flush)
         self._out.append(message)
 
     def _flush(self) -> None:
-        out, self._out = self._out, []
+        out = self._out
+        self._out = []
         if self._socket is not None and not self._socket.closed and self.ready.is_set():
             task = asyncio.ensure_future(self._socket.send(messages.encode(out)))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def _fail_pending(self, why: str) -> None:
-        """End everything that waits for the engine."""
+    def _fail_pending(self, reason: str) -> None:
+        """End everything that waits for the engine with EngineDead."""
         for stream in self._streams.values():
-            stream.put(EngineDead(why))
-        for future in self._answers.values():
+            stream.put(EngineDead(reason))
+        for future in self._replies.values():
             if not future.done():
-                future.set_exception(EngineDead(why))
-        self._answers.clear()
+                future.set_exception(EngineDead(reason))
+        self._replies.clear()
         self._out.clear()
 
 
-async def _died(process: subprocess.Popen) -> None:
+async def _wait_until_dead(process: subprocess.Popen) -> None:
     while process.poll() is None:
         await asyncio.sleep(POLL_S)

@@ -1,8 +1,11 @@
-"""The bodies that clients send: fields, types, and how they become SamplingParams; knows no engine and no HTTP.
+"""Request bodies: their fields and types, and their conversion to SamplingParams.
 
-OpenAI's fields, and those that vLLM and SGLang add. A field that is not listed is unknown: named in a warning, or
-refused under ``strict``. A field that is listed works, or is refused with a reason; none is ignored but ``user``, which
-says who asks and changes nothing.
+The fields are OpenAI's, and those that vLLM and SGLang add. A field that is not listed is unknown:
+a warning names it, or ``strict`` refuses it. Every listed field works or is refused with a reason.
+The only exception is ``user``, which is accepted and changes nothing.
+
+Not here: the body of SGLang's /generate (sglang.py), reading bodies from JSON (bodies.py), members
+of nested objects (members.py).
 """
 
 from collections.abc import Mapping
@@ -15,69 +18,58 @@ from slipway.engine.params import SamplingParams
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import members
 
-DIRECT = (  # fields that SamplingParams has under the same name
-    "n",
-    "best_of",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "allowed_token_ids",
-    "bad_words",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
+DIRECT = (  # fields with the same name in SamplingParams
+    "n", "best_of", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "frequency_penalty", "presence_penalty", "allowed_token_ids", "bad_words", "stop",
+    "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
     "prompt_logprobs",
-)
-STRUCTURES = {  # vLLM's former fields and SGLang's
-    "guided_json": "json",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-    "json_schema": "json",
-    "regex": "regex",
-    "ebnf": "grammar",
-}
-UNSUPPORTED = {  # fields of vLLM that would change an answer: the values that are taken, and why no others are
-    "use_beam_search": (
-        (None, False),
-        "false: tokens are drawn, or the likeliest is taken; there is no beam search",
-    ),
-    "length_penalty": ((None, 1), "1: it ranks beams, and there is no beam search"),
-    "prompt_embeds": ((None, []), "none: a prompt is a text or token ids"),
+)  # fmt: skip
+STRUCTURES = {  # former fields of vLLM, and fields of SGLang -> StructuredOutputs' names
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice",
+    "guided_grammar": "grammar", "json_schema": "json", "regex": "regex", "ebnf": "grammar",
+}  # fmt: skip
+# Fields of vLLM that would change a response: accepted values, and the reason against others.
+UNSUPPORTED = {
+    "use_beam_search": ((None, False), "false: beam search is not supported"),
+    "length_penalty": ((None, 1), "1: it ranks beams, and beam search is not supported"),
+    "prompt_embeds": ((None, []), "no value: a prompt must be a text or token ids"),
     "logprob_token_ids": (
-        (None, []),
-        "none: logprobs are of the chosen and of the likeliest tokens",
+        (None, []), "no value: logprobs are available of chosen and of likeliest tokens only",
     ),
-    "spaces_between_special_tokens": ((None, True), "true: the text is what the tokenizer decodes"),
-    "repetition_detection": ((None, {}), "none: an output ends by its stops and its length"),
-    "vllm_xargs": ((None, {}), "none: there are no extensions"),
-    "kv_transfer_params": ((None, {}), "none: caches stay in their engine"),
-    "mm_processor_kwargs": ((None, {}), "none: a prompt is a text or token ids"),
-}
-Int = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
-Side = Literal["left", "right"]  # where a prompt that is too long is cut: "left" keeps its end
-Texts = (
-    str | list[str | Int | list[Int]]
-)  # a text, token ids, or a list of one of these; service.py refuses mixtures
+    "spaces_between_special_tokens": (
+        (None, True), "true: the text is always what the tokenizer decodes",
+    ),
+    "repetition_detection": (
+        (None, {}), "no value: only stop conditions and max_tokens end an output",
+    ),
+    "vllm_xargs": ((None, {}), "no value: extensions are not supported"),
+    "kv_transfer_params": ((None, {}), "no value: caches cannot leave their engine"),
+    "mm_processor_kwargs": ((None, {}), "no value: a prompt must be a text or token ids"),
+}  # fmt: skip
+SCORE_PAIRS = (  # vLLM's names of the two sides of a score
+    ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"),
+)  # fmt: skip
+INT_LIMIT = 2**31  # the engine holds such numbers as int32
+Int = Annotated[int, msgspec.Meta(ge=-INT_LIMIT, lt=INT_LIMIT)]
+# End at which a prompt that is too long is cut: "left" keeps its last tokens.
+Side = Literal["left", "right"]
+# A text, token ids, or a list of one of these; service.py refuses lists that mix them.
+Texts = str | list[str | Int | list[Int]]
+UpdateMode = Literal["inplace", "atomic"]
+# Fate of running requests when the weights change.
+UpdatePolicy = Literal["finish", "recompute", "continue"]
 
 
 @runtime_checkable
 class HasEngineNames(Protocol):
-    """A body whose fields have other names in the engine."""
+    """A body with fields that have other names in the engine."""
 
-    def names(self) -> dict[str, str]:
-        """Return the body's names of fields by the engine's."""
+    def client_names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's names."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
-    """What a stream holds beside the text."""
+    """Additions to the events of a stream."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -85,7 +77,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """What completions and chats have in common."""
+    """Fields that completions and chats have in common."""
 
     model: str | None = None
     n: Int | None = None
@@ -138,7 +130,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     mm_processor_kwargs: dict[str, Any] | None = None
 
     def check_supported(self) -> None:
-        """Raise InvalidRequest, naming the field, for one that is known from vLLM and cannot be honoured."""
+        """Raise InvalidRequest for a value of one of vLLM's fields that is not supported."""
         for field, (taken, expected) in UNSUPPORTED.items():
             if (value := getattr(self, field, None)) not in taken:
                 raise InvalidRequest(field, value, expected)
@@ -146,59 +138,63 @@ class Sampling(msgspec.Struct, kw_only=True):
     def params(
         self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
-        """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
+        """Return the engine's sampling parameters. Raises InvalidRequest.
+
+        ``defaults``: the model's values of fields that the body leaves out.
+        """
         if self.stream and self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest(
-                "best_of", self.best_of, "n, in a stream: which samples are best shows at the end"
-            )
+            expected = "the value of n in a stream: the best samples are known only at the end"
+            raise InvalidRequest("best_of", self.best_of, expected)
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options", "given", "none without stream")
+            raise InvalidRequest(
+                "stream_options", Shown("a value"), "no value unless stream is true"
+            )
         given = {name: value for name in DIRECT if (value := getattr(self, name)) is not None}
         fields = {"max_tokens": max_tokens} | dict(defaults) | given
         if max_tokens is not None:
             fields["max_tokens"] = max_tokens
         if self.seed is not None:
-            fields["seed"] = self.seed % 2**32  # OpenAI's are 64 bits wide, and may be negative
+            fields["seed"] = self.seed % 2**32  # OpenAI's seeds have 64 bits and may be negative
         if self.logit_bias is not None:
-            fields["logit_bias"] = _by_token(self.logit_bias)
+            fields["logit_bias"] = bias_by_token(self.logit_bias)
         return SamplingParams(**fields, logprobs=logprobs, structured_outputs=self.structure())
 
     @property
     def structure_field(self) -> str:
-        """Where the body states the structure of the output, as errors name it."""
+        """Path of the field that sets the structure of the output, for errors."""
         return next(iter(self._structures()), ("structured_outputs", {}))[0]
 
     def structure(self) -> StructuredOutputs | None:
-        """Return the structure of the output, by OpenAI's, vLLM's or SGLang's field for it. Raises InvalidRequest."""
-        asked = self._structures()
-        if len(asked) > 1:
-            fields = " and ".join(field for field, _ in asked)
-            raise InvalidRequest(
-                "response_format", Shown(fields), "one field that states the output's structure"
-            )
-        return _structure(*asked[0]) if asked else None
+        """Return the structure of the output, from OpenAI's, vLLM's or SGLang's field for it.
+
+        Raises InvalidRequest.
+        """
+        structures = self._structures()
+        if len(structures) > 1:
+            fields = " and ".join(field for field, _ in structures)
+            expected = "only one field that sets the structure of the output"
+            raise InvalidRequest("response_format", Shown(fields), expected)
+        return structured_outputs(*structures[0]) if structures else None
 
     def _structures(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return each field that states a structure, with the arguments of StructuredOutputs."""
-        asked: list[tuple[str, dict[str, Any]]] = []
+        """Return each field that sets a structure, with its arguments of StructuredOutputs."""
+        found: list[tuple[str, dict[str, Any]]] = []
         if self.response_format is not None:
-            asked += _response_format(self.response_format)
+            found += _response_format(self.response_format)
         if self.structured_outputs is not None:
             known = members.KNOWN["structured_outputs"]
-            given = {
-                name: value for name, value in self.structured_outputs.items() if name in known
-            }
+            given = {key: value for key, value in self.structured_outputs.items() if key in known}
             used = [name for name, value in given.items() if value not in (None, False)]
-            field = f"structured_outputs.{used[0]}" if len(used) == 1 else "structured_outputs"
-            asked.append((field, given))
+            path = f"structured_outputs.{used[0]}" if len(used) == 1 else "structured_outputs"
+            found.append((path, given))
         for field, name in STRUCTURES.items():
             if (value := getattr(self, field)) is not None:
-                asked.append((field, {name: value}))
-        return asked
+                found.append((field, {name: value}))
+        return found
 
 
 class Completion(Sampling, kw_only=True):
-    """POST /v1/completions."""
+    """Generate completions of prompts: texts or token ids."""
 
     prompt: Texts | None = None
     prompt_embeds: str | list[str] | None = None
@@ -206,13 +202,13 @@ class Completion(Sampling, kw_only=True):
     logprobs: Int | None = None
     suffix: str | None = None
 
-    def names(self) -> dict[str, str]:
-        """Return the body's names of fields by the engine's."""
+    def client_names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's names."""
         return {"prompt_token_ids": "prompt"}
 
 
 class Chat(Sampling, kw_only=True):
-    """POST /v1/chat/completions."""
+    """Generate the next message of a conversation."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Int | None = None
@@ -234,137 +230,19 @@ class Chat(Sampling, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
 
-    def names(self) -> dict[str, str]:
-        """Return the body's names of fields by the engine's."""
+    def client_names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's names."""
         found = {"prompt_token_ids": "messages", "prompt": "messages", "logprobs": "top_logprobs"}
-        return (
-            found
-            if self.max_completion_tokens is None
-            else found | {"max_tokens": "max_completion_tokens"}
-        )
-
-
-SGLANG_FIELDS = {  # SGLang's names -> SamplingParams'
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "sampling_seed": "seed",
-    "no_stop_trim": "include_stop_str_in_output",
-    "n": "n",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "frequency_penalty": "frequency_penalty",
-    "presence_penalty": "presence_penalty",
-    "repetition_penalty": "repetition_penalty",
-    "stop": "stop",
-    "stop_token_ids": "stop_token_ids",
-    "ignore_eos": "ignore_eos",
-    "skip_special_tokens": "skip_special_tokens",
-}
-SGLANG_STRUCTURES = {
-    "json_schema": "json",
-    "regex": "regex",
-    "ebnf": "grammar",
-    "structural_tag": "structural_tag",
-}
-
-
-class SGLangSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """SGLang's sampling_params; as there, one that nobody knows is refused. Its defaults, too: 128 new tokens."""
-
-    max_new_tokens: Int | None = None
-    min_new_tokens: Int | None = None
-    n: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    sampling_seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Int] | None = None
-    no_stop_trim: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: Literal[True] = True  # msgspec refuses what we cannot do
-    json_schema: str | dict[str, Any] | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    structural_tag: str | dict[str, Any] | None = None
-
-    def params(
-        self, defaults: Mapping[str, Any], logprobs: int | None, prompt_logprobs: int | None
-    ) -> SamplingParams:
-        """Of the engine. ``defaults``: the model's, where the body says nothing. Raises InvalidRequest."""
-        given = {
-            ours: value
-            for name, ours in SGLANG_FIELDS.items()
-            if (value := getattr(self, name)) is not None
-        }
-        fields = {"max_tokens": 128} | dict(defaults) | given
-        if self.logit_bias is not None:
-            fields["logit_bias"] = _by_token(self.logit_bias)
-        asked = {
-            ours: value
-            for name, ours in SGLANG_STRUCTURES.items()
-            if (value := getattr(self, name)) is not None
-        }
-        if asked.get("json") == "$$ANY$$":  # SGLang's way to say: any object
-            asked = asked | {"json": None, "json_object": True}
-        structure = _structure(self.structure_field, asked) if asked else None
-        return SamplingParams(
-            **fields,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            structured_outputs=structure,
-        )
-
-    @property
-    def structure_field(self) -> str:
-        """Where the body states the structure of the output, as errors name it."""
-        given = [name for name in SGLANG_STRUCTURES if getattr(self, name) is not None]
-        return f"sampling_params.{given[0]}" if len(given) == 1 else "sampling_params"
-
-
-class Generate(msgspec.Struct, kw_only=True):
-    """POST /generate: SGLang's own shape; what is said for one prompt, or for each of several."""
-
-    text: str | list[str] | None = None
-    input_ids: list[Int | list[Int]] | None = None
-    sampling_params: SGLangSampling | list[SGLangSampling] | None = None
-    return_logprob: bool = False
-    logprob_start_len: Int = -1
-    top_logprobs_num: Int = 0
-    return_text_in_logprobs: bool = False
-    stream: bool = False
-    priority: Int = 0
-    extra_key: str | None = None
-    model: str | None = None
-    request_id: str | None = msgspec.field(name="rid", default=None)
-
-    def names(self) -> dict[str, str]:
-        """Return the body's names of fields by the engine's."""
-        prompt = "text" if self.input_ids is None else "input_ids"
-        scores = {"logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
-        sampling = {ours: f"sampling_params.{name}" for name, ours in SGLANG_FIELDS.items()}
-        more = {
-            "logit_bias": "sampling_params.logit_bias",
-            "prompt_token_ids": prompt,
-            "prompt": prompt,
-        }
-        named = {} if self.request_id is None else {"request_id": "rid"}  # else a header has it
-        return sampling | scores | more | named
+        if self.max_completion_tokens is not None:
+            found["max_tokens"] = "max_completion_tokens"
+        return found
 
 
 class Embedding(msgspec.Struct, kw_only=True):
-    """POST /v1/embeddings."""
+    """Compute embeddings of texts, token ids or a conversation."""
 
     input: Texts | None = None
-    messages: list[dict[str, Any]] | None = None  # a conversation, in place of input
+    messages: list[dict[str, Any]] | None = None  # a conversation, instead of input
     add_generation_prompt: bool = False
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -373,7 +251,7 @@ class Embedding(msgspec.Struct, kw_only=True):
     dimensions: Int | None = None
     pooling: Literal["last", "mean"] = "last"
     normalize: bool = True
-    use_activation: bool | None = None  # vLLM's name of normalize
+    use_activation: bool | None = None  # vLLM's name for normalize
     embed_dtype: Literal["float32"] = "float32"
     endianness: Literal["native", "little"] = "native"
     truncate_prompt_tokens: Int | None = None
@@ -381,8 +259,8 @@ class Embedding(msgspec.Struct, kw_only=True):
     priority: Int = 0
     user: str | None = None
 
-    def names(self) -> dict[str, str]:
-        """Return the body's names of fields by the engine's."""
+    def client_names(self) -> dict[str, str]:
+        """Return the body's names of fields by the engine's names."""
         field = "input" if self.messages is None else "messages"
         return {"prompt_token_ids": field, "prompt": field}
 
@@ -391,7 +269,7 @@ Document = str | dict[str, Any]  # a text, {"text": ...}, or {"content": [text p
 
 
 class Scoring(msgspec.Struct, kw_only=True):
-    """What scores and ranks have in common."""
+    """Fields that scores and ranks have in common."""
 
     model: str | None = None
     pooling: Literal["last", "mean"] = "last"
@@ -405,7 +283,7 @@ class Scoring(msgspec.Struct, kw_only=True):
 
 
 class Score(Scoring, kw_only=True):
-    """POST /v1/score: the cosine of two texts' embeddings, pair by pair or one with many."""
+    """Compute the cosine similarity of text pairs, or of one text with many."""
 
     queries: Document | list[Document] | None = None
     documents: Document | list[Document] | None = None
@@ -417,7 +295,7 @@ class Score(Scoring, kw_only=True):
 
 
 class Rerank(Scoring, kw_only=True):
-    """POST /v1/rerank: documents by their score with a query."""
+    """Rank documents by their similarity to a query."""
 
     query: Document
     documents: Document | list[Document]
@@ -426,14 +304,14 @@ class Rerank(Scoring, kw_only=True):
 
 
 class Classify(msgspec.Struct, kw_only=True):
-    """POST /classify: refused, for no model here has a classification head."""
+    """Refuse classification: no supported model has a classification head."""
 
     input: Texts
     model: str | None = None
 
 
 class Tokenize(msgspec.Struct, kw_only=True):
-    """POST /tokenize: of a text, or of a conversation through the chat template."""
+    """Tokenize a text, or a conversation with the chat template."""
 
     model: str | None = None
     prompt: str | None = None
@@ -447,7 +325,7 @@ class Tokenize(msgspec.Struct, kw_only=True):
 
 
 class Detokenize(msgspec.Struct, kw_only=True):
-    """POST /detokenize."""
+    """Convert token ids to text."""
 
     tokens: list[Int]
     model: str | None = None
@@ -455,61 +333,62 @@ class Detokenize(msgspec.Struct, kw_only=True):
 
 
 class AbortRequest(msgspec.Struct, kw_only=True):
-    """POST /abort_request: by the id that a client chose or was given."""
+    """Abort a running request, by the id that the client chose or was given."""
 
     rid: str
 
 
 class UpdateFromDisk(msgspec.Struct, kw_only=True):
-    """POST /update_weights_from_disk: SGLang's, with how the engine goes about it."""
+    """Update the weights from a directory or a hub model (SGLang's route)."""
 
     model_path: str
     weight_version: str | None = None
-    mode: Literal["inplace", "atomic"] = "inplace"
-    policy: Literal["finish", "recompute", "continue"] = "finish"
+    mode: UpdateMode = "inplace"
+    policy: UpdatePolicy = "finish"
     load_format: str | None = None
     flush_cache: bool = True
 
 
 class BeginWeights(msgspec.Struct, kw_only=True):
-    """POST /weights/begin: an update that follows in pieces."""
+    """Begin an update of the weights that is sent in pieces."""
 
     version: str | None = None
-    mode: Literal["inplace", "atomic"] = "inplace"
-    policy: Literal["finish", "recompute", "continue"] = "finish"
+    mode: UpdateMode = "inplace"
+    policy: UpdatePolicy = "finish"
 
 
 class FinishWeights(msgspec.Struct, kw_only=True):
-    """POST /weights/finish: all pieces are there."""
+    """Apply an update of the weights after its last piece."""
 
     update_id: str
 
 
 class Sleep(msgspec.Struct, kw_only=True):
-    """POST /sleep: 1 keeps the weights on the host, 2 drops them."""
+    """Free device memory: level 1 keeps the weights in host memory, level 2 drops them."""
 
     level: Literal[1, 2] = 1
 
 
 class WakeUp(msgspec.Struct, kw_only=True):
-    """POST /wake_up: undo /sleep."""
+    """Bring the engines back from sleep."""
 
 
-def _structure(field: str, given: dict[str, Any]) -> StructuredOutputs:
-    """Return the structure that a field states. Raises InvalidRequest, naming the field as the client sent it."""
+def structured_outputs(field: str, given: dict[str, Any]) -> StructuredOutputs:
+    """Return the structure that a field sets.
+
+    Raises InvalidRequest, naming the field as the client sent it.
+    """
     try:
         return StructuredOutputs(**given)
     except InvalidRequest as error:
-        name = next(
-            (name for name in sorted(given, key=len) if error.field.startswith(name)), error.field
-        )
-        raise InvalidRequest(
-            field + error.field.removeprefix(name), error.got, error.expected
-        ) from error
+        names = sorted(given, key=len)
+        name = next((name for name in names if error.field.startswith(name)), error.field)
+        path = field + error.field.removeprefix(name)
+        raise InvalidRequest(path, error.got, error.expected) from error
 
 
 def _response_format(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return OpenAI's field as arguments of StructuredOutputs, with the part of it that errors name."""
+    """Return a response_format as arguments of StructuredOutputs, with its path for errors."""
     kind = given.get("type")
     if kind == "structural_tag":
         return [("response_format", {"structural_tag": given})]
@@ -518,22 +397,21 @@ def _response_format(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if kind == "json_object":
         return [("response_format", {"json_object": True})]
     held = given.get("json_schema")
-    if (
-        kind != "json_schema"
-        or not isinstance(held, dict)
-        or not isinstance(held.get("schema"), dict)
-    ):
+    schema = held.get("schema") if isinstance(held, dict) else None
+    if kind != "json_schema" or not isinstance(schema, dict):
         expected = (
-            '{"type": "text" | "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}}, '
+            '{"type": "text" | "json_object"}, '
+            '{"type": "json_schema", "json_schema": {"schema": {...}}}, '
             'or {"type": "structural_tag"} with "format", or with "structures" and "triggers"'
         )
         raise InvalidRequest("response_format", given, expected)
-    return [("response_format.json_schema.schema", {"json": held["schema"]})]
+    return [("response_format.json_schema.schema", {"json": schema})]
 
 
-def _by_token(bias: dict[str, float]) -> dict[int, float]:
-    """Return ``logit_bias`` by token. Raises InvalidRequest with every key that is no token id."""
+def bias_by_token(bias: dict[str, float]) -> dict[int, float]:
+    """Return ``logit_bias`` by token id. Raises InvalidRequest with every key that is no id."""
     wrong = [key for key in bias if not key.isascii() or not key.isdigit() or len(key) > 10]
     if wrong:
-        raise InvalidRequest("logit_bias", Shown(", ".join(map(repr, wrong))), "token ids as text")
+        keys = Shown(", ".join(map(repr, wrong)))
+        raise InvalidRequest("logit_bias", keys, "token ids, written as text")
     return {int(key): value for key, value in bias.items()}

@@ -1,48 +1,55 @@
-"""From a body to the engine and back: prompts, templates, queue bounds, which replica; knows no HTTP and no JSON shape.
+"""Service of one model: prompts, chat templates, bounds of the queue, choice of the replica.
 
-Tokenizing and templates run off the event loop. A request takes its place in the queue before anything is copied.
+Tokenization and templates run in threads beside the event loop. A request takes its slot in the
+queue before any of its data is copied.
+
+Not here: HTTP (app.py), JSON objects of responses (responses.py), engine processes (replica.py).
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slipway.codec import json_schema, parts, tags
 from slipway.codec.chat import ChatTemplates
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
-from slipway.errors import ClientBusy, ContextTooLong, EngineBusy, EngineDead, InvalidRequest, Shown
+from slipway.errors import (
+    ClientBusy,
+    ContextTooLong,
+    EngineBusy,
+    EngineDead,
+    InvalidRequest,
+    Shown,
+)
 from slipway.server import schema
 from slipway.server.config import ServerConfig
 from slipway.server.grammar_sandbox import GrammarSandbox
-from slipway.server.replica import Replica, Stream
+from slipway.server.replica import NOT_READY, Replica, Stream
 
-logger = logging.getLogger(__name__)
 TEMPLATE_TIMEOUT_S = 10.0
+# Template variables that the body's own fields set.
 TEMPLATE_FIELDS = (
-    "messages",
-    "add_generation_prompt",
-    "continue_final_message",
-    "documents",
-    "tools",
-)
-PREFIX_TOKENS, PREFIX_DEPTH, PREFIXES = (
-    64,
-    8,
-    4096,
-)  # by which a replica is found that has seen a prompt's beginning
+    "messages", "add_generation_prompt", "continue_final_message", "documents", "tools",
+)  # fmt: skip
+PROMPT_FORMS = "a text, token ids, or a list of one kind of these"
+MAX_TOKEN_CHARACTERS = 128  # longer texts than this per token of the context cannot fit
+THREAD_CHARACTERS = 2000  # from here on, texts are tokenized in a thread
+# Prefixes by which the replica is found that has cached the beginning of a prompt.
+PREFIX_TOKENS = 64
+MAX_PREFIXES_PER_PROMPT = 8
+MAX_PREFIXES_PER_REPLICA = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the text that they came from, if it was a text."""
+    """Token ids of a prompt, and its text if the client sent one."""
 
     token_ids: list[int]
     text: str | None = None
@@ -50,18 +57,18 @@ class Prompt:
 
 @dataclasses.dataclass(eq=False)
 class QueueSlot:
-    """A request's place in the queue, and what runs for it."""
+    """One request's slot in the queue, with the streams that run for it."""
 
     streams: list[Stream] = dataclasses.field(default_factory=list)
 
     def abort(self) -> None:
-        """End it where it stands."""
+        """End all streams of the request."""
         for stream in self.streams:
             stream.abort()
 
 
 class Service:
-    """The model as its clients use it. All methods are called from one event loop."""
+    """A model as clients use it. All methods are called from one event loop."""
 
     def __init__(
         self,
@@ -74,56 +81,62 @@ class Service:
         root: str = "",
         tokenizer_config: Mapping[str, Any] | None = None,
     ):
-        self.root = root or model_name  # what the model was loaded by
-        self._tokenizer_config = tokenizer_config
-        self.folder = folder  # this user's alone
-        self.config, self.model_name, self.tokenizer, self.replicas = (
-            config,
-            model_name,
-            tokenizer,
-            replicas,
-        )
-        special = (
-            frozenset[int]() if tokenizer is None else tokenizer.special_ids
-        )  # the text leaves those out
+        """Make a service that is ready once one of its replicas is.
+
+        ``templates``: chat templates by name. ``folder``: private directory for files. ``root``:
+        the name the model was loaded by. ``tokenizer_config``: content of tokenizer_config.json.
+        """
+        self.config = config
+        self.model_name = model_name
+        self.tokenizer = tokenizer
+        self.replicas = replicas
+        self.folder = folder
+        self.root = root or model_name
+        self.draining = False
+        # Marks that models write as single tokens; the text has no special tokens.
         marks = {} if tokenizer is None else tags.marks(tokenizer)
+        special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
         self.marks = {mark: token for mark, token in marks.items() if token not in special}
+        self._tokenizer_config = tokenizer_config
         self._sandbox = None if tokenizer is None else GrammarSandbox(tokenizer)
-        self._templates = ChatTemplates(
-            templates, {} if tokenizer is None else tokenizer.special_tokens
-        )
-        parts.family(config.output_parser, None)  # an unknown name is refused before the start
-        self._num_requests = self._num_tokens = 0
+        special_tokens = {} if tokenizer is None else tokenizer.special_tokens
+        self._templates = ChatTemplates(templates, special_tokens)
+        parts.family(config.output_parser, None)  # raises for an unknown name
+        self._num_requests = 0
+        self._num_tokens = 0
         self._by_client: Counter[str] = Counter()
         self._prefixes: dict[Replica, OrderedDict[bytes, None]] = {
-            each: OrderedDict() for each in replicas
+            replica: OrderedDict() for replica in replicas
         }
         self._running: dict[str, QueueSlot] = {}  # by request id
-        self.draining = False
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken now."""
+        """Whether the service would accept a request now."""
         return not self.draining and any(replica.serves for replica in self.replicas)
 
     @property
+    def ready_replicas(self) -> list[Replica]:
+        """Replicas with a running engine, including those that refuse requests for a while."""
+        return [replica for replica in self.replicas if replica.ready.is_set()]
+
+    @property
     def limits(self) -> dict[str, Any]:
-        """The engine's; raises EngineDead before one has started."""
+        """The engine's limits. Raises EngineDead before an engine has started."""
         for replica in self.replicas:
             if replica.info is not None:
                 return replica.info.limits
-        raise EngineDead("the engine is not ready")
+        raise EngineDead(NOT_READY)
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Of sampling, by the model's generation_config.json."""
-        return next(
-            (replica.info.defaults for replica in self.replicas if replica.info is not None), {}
-        )
+        """The model's default sampling parameters, from its generation_config.json."""
+        infos = [replica.info for replica in self.replicas if replica.info is not None]
+        return infos[0].defaults if infos else {}
 
     @property
     def features(self) -> dict[str, bool]:
-        """Return what can be asked of this model, by its tokenizer and its chat templates."""
+        """Features that the model's tokenizer and chat templates support."""
         found = [self._templates.find(tools) for tools in (False, True)]
         plain, with_tools = ("" if template is None else template.source for template in found)
         return {
@@ -138,24 +151,29 @@ class Service:
         }
 
     def tokenizer_info(self) -> dict[str, Any]:
-        """Return tokenizer_config.json with the chat template in use. Raises InvalidRequest without a tokenizer."""
+        """Return tokenizer_config.json with the chat template in use.
+
+        Raises InvalidRequest without a tokenizer.
+        """
         if self._tokenizer_config is None:
             raise InvalidRequest("tokenizer", Shown("none"), "a server with a tokenizer")
-        shown = {
+        found = {
             name: value
             for name, value in self._tokenizer_config.items()
             if not name.endswith(("_file", "_path"))
         }
-        shown["tokenizer_class"] = shown.get("tokenizer_class") or "PreTrainedTokenizerFast"
+        found["tokenizer_class"] = found.get("tokenizer_class") or "PreTrainedTokenizerFast"
         if sources := self._templates.sources:
             listed = [{"name": name, "template": source} for name, source in sources.items()]
-            shown["chat_template"] = sources["default"] if [*sources] == ["default"] else listed
-        return shown
+            only_default = [*sources] == ["default"]
+            found["chat_template"] = sources["default"] if only_default else listed
+        return found
 
     def chat_format(self, tools: bool) -> tuple[str, parts.Family]:
-        """Return the template's text of a chat, with tools or without, and the format of the answers to it.
+        """Return the text of the template for chats, and the format of the output.
 
-        Raises InvalidRequest where the model has several templates but none for the chat.
+        ``tools``: whether the chat has tools. Raises InvalidRequest if the model has several
+        templates, but none for the chat.
         """
         source = self._templates.choose(tools).source
         return source, self._family(source)
@@ -164,27 +182,22 @@ class Service:
         return parts.family(self.config.output_parser, source)
 
     def names_token_ids(self, body: schema.Sampling) -> bool:
-        """Return whether logprobs write tokens as "token_id:17": by the request, else by the server's option."""
-        asked = body.return_tokens_as_token_ids
-        return self.config.return_tokens_as_token_ids if asked is None else asked
+        """Return whether logprobs write tokens as "token_id:17".
+
+        The request decides, or else the server's option.
+        """
+        wanted = body.return_tokens_as_token_ids
+        return self.config.return_tokens_as_token_ids if wanted is None else wanted
 
     @property
     def num_requests(self) -> int:
-        """Requests that run or wait."""
+        """Number of requests that run or wait."""
         return self._num_requests
 
     @contextlib.contextmanager
     def queue_slot(self, client: str, request_id: str) -> Iterator[QueueSlot]:
-        """A place in the queue. Raises EngineBusy or ClientBusy."""
-        config = self.config
-        if self.draining:
-            raise EngineBusy("the server is draining")
-        if self._num_requests >= config.max_queued_requests:
-            raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may")
-        if self._by_client[client] >= config.max_requests_per_client:
-            raise ClientBusy(f"{self._by_client[client]} requests of this client run or wait")
-        if request_id in self._running:
-            raise InvalidRequest("request_id", request_id, "one that is not running")
+        """Hold a slot in the queue. Raises EngineBusy, ClientBusy or InvalidRequest."""
+        self._check_queue(client, request_id)
         slot = self._running[request_id] = QueueSlot()
         self._num_requests += 1
         self._by_client[client] += 1
@@ -197,51 +210,60 @@ class Service:
                 del self._by_client[client]
             del self._running[request_id]
 
+    def _check_queue(self, client: str, request_id: str) -> None:
+        """Raise EngineBusy, ClientBusy or InvalidRequest if a request gets no slot."""
+        limit, client_limit = self.config.max_queued_requests, self.config.max_requests_per_client
+        if self.draining:
+            raise EngineBusy("the server is shutting down")
+        if self._num_requests >= limit:
+            count = f"{self._num_requests} of {limit} requests"
+            raise EngineBusy(f"queue full: {count} running or waiting")
+        if self._by_client[client] >= client_limit:
+            count = f"{self._by_client[client]} of {client_limit} requests"
+            raise ClientBusy(f"client limit reached: {count} running or waiting")
+        if request_id in self._running:
+            raise InvalidRequest("request_id", request_id, "an id that no running request has")
+
     def abort(self, request_id: str) -> bool:
-        """End a request; False if it is not running."""
+        """End a request; return False if it is not running."""
         if (slot := self._running.get(request_id)) is None:
             return False
         slot.abort()
         return True
 
     def abort_all(self) -> None:
-        """End everything that runs."""
+        """End all running requests."""
         for slot in self._running.values():
             slot.abort()
 
     async def prompts(
-        self, given: Any, field: str, truncate: int | None, side: Literal["left", "right"] = "left"
+        self, given: Any, field: str, truncate: int | None, *, side: schema.Side = "left"
     ) -> list[Prompt]:
-        """Read the prompts of a body: texts or token ids, one or many.
+        """Return the prompts of a body: texts or token ids, one or many. Raises InvalidRequest.
 
-        ``truncate``: tokens to keep of each, at most; ``side``: where the others are cut off. Raises InvalidRequest.
+        ``truncate``: most tokens to keep of each; -1: as many as fit. ``side``: where the others
+        are cut off.
         """
         items = _items(given, field)
         if len(items) > self.config.max_prompts:
-            raise InvalidRequest(
-                field, f"{len(items)} prompts", f"at most {self.config.max_prompts}"
-            )
-        longest = (
-            16 * self.limits["max_model_len"]
-        )  # characters of any token: beyond, it cannot fit
-        if any(isinstance(item, str) and len(item) > longest * 8 for item in items):
-            size = max(len(item) for item in items if isinstance(item, str))
-            raise ContextTooLong(
-                field, f"a text of {size} characters", self.limits["max_model_len"]
-            )
+            got = Shown(f"{len(items)} prompts")
+            raise InvalidRequest(field, got, f"at most {self.config.max_prompts}")
         texts = [item for item in items if isinstance(item, str)]
+        max_model_len = self.limits["max_model_len"]
+        longest = max(map(len, texts), default=0)
+        if longest > MAX_TOKEN_CHARACTERS * max_model_len:
+            raise ContextTooLong(field, f"a text of {longest} characters", max_model_len)
         encoded = iter(await self._encode(texts)) if texts else iter(())
         found = [
             Prompt(next(encoded), item) if isinstance(item, str) else Prompt(item) for item in items
         ]
         if truncate is not None:
             if truncate != -1 and truncate < 1:
-                raise InvalidRequest(
-                    "truncate_prompt_tokens", truncate, "at least 1, or -1 for what fits"
-                )
-            keep = self.limits["max_model_len"] - 1 if truncate == -1 else truncate
+                expected = "at least 1, or -1 for as many as fit"
+                raise InvalidRequest("truncate_prompt_tokens", truncate, expected)
+            keep = max_model_len - 1 if truncate == -1 else truncate
             kept = slice(keep) if side == "right" else slice(-keep, None)
-            # what is left of a text that was cut is its tokens
+            # A prompt that was cut has no text, only its remaining tokens.
             found = [
                 each if len(each.token_ids) <= keep else Prompt(each.token_ids[kept])
                 for each in found
@@ -250,7 +272,10 @@ class Service:
         return found
 
     def check_lengths(self, prompts: Sequence[Prompt], field: str) -> None:
-        """Raise ContextTooLong for a prompt that leaves no room for an answer; `field`: where the client sent it."""
+        """Raise ContextTooLong for a prompt that leaves no room for output.
+
+        ``field``: the body's field with the prompts.
+        """
         limit = self.limits["max_model_len"]
         for prompt in prompts:
             if len(prompt.token_ids) >= limit:
@@ -262,30 +287,30 @@ class Service:
         kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Prompt:
-        """Render a conversation by its chat template, with ``chat_template_kwargs``.
+        """Return a conversation as a prompt, rendered by its chat template.
 
-        Raises InvalidRequest, too, if that takes too long, and for ``kwargs`` that are fields of the body.
+        ``kwargs``: the client's chat_template_kwargs. ``options``: variables from fields of the
+        body. Raises InvalidRequest, also if rendering takes too long, or ``kwargs`` has a field of
+        the body.
         """
         for name in TEMPLATE_FIELDS:
             if kwargs and name in kwargs:
-                raise InvalidRequest(
-                    f"chat_template_kwargs.{name}", kwargs[name], "a field of the body instead"
-                )
-        options = {**(kwargs or {}), **options}
+                expected = f"no value here: {name} is a field of the body"
+                raise InvalidRequest(f"chat_template_kwargs.{name}", kwargs[name], expected)
+        variables = {**(kwargs or {}), **options}
         if (tokenizer := self.tokenizer) is None:
             raise InvalidRequest("messages", messages, "a model with a tokenizer")
-        chat = self._templates.choose(bool(options.get("tools")))
+        template = self._templates.choose(bool(variables.get("tools")))
 
         def render() -> Prompt:
-            text = chat.render(messages, **options)
+            text = template.render(messages, **variables)
             return Prompt(tokenizer.encode(text, add_special_tokens=False), text)
 
         try:
             return await asyncio.wait_for(asyncio.to_thread(render), TEMPLATE_TIMEOUT_S)
         except TimeoutError as error:
-            raise InvalidRequest(
-                "messages", messages, f"a template that ends within {TEMPLATE_TIMEOUT_S} s"
-            ) from error
+            expected = f"a chat template that ends within {TEMPLATE_TIMEOUT_S} s"
+            raise InvalidRequest("messages", messages, expected) from error
 
     async def check_grammar(
         self,
@@ -293,10 +318,10 @@ class Service:
         field: str = "structured_outputs",
         schemas: Mapping[str, Any] | None = None,
     ) -> None:
-        """Check that a client's grammar can be built.
+        """Raise InvalidRequest if a client's grammar cannot be compiled.
 
-        `field`: where the request states it. `schemas`: the JSON schemas in it, by their fields; by default those of
-        the structure. Raises InvalidRequest, with the field and the location in it that cannot be built.
+        ``field``: the body's field with the structure. ``schemas``: JSON schemas in it, by their
+        paths; by default those of the structure. The error names the schema and the location in it.
         """
         structure, sandbox = params.structured_outputs, self._sandbox
         if structure is None or sandbox is None:
@@ -304,16 +329,18 @@ class Service:
         vocab_size = self.limits["vocab_size"]
         if not (problem := await sandbox.problem(structure.notation(), vocab_size)):
             return
-        for each, held in (structure.schemas(field) if schemas is None else schemas).items():
-            if reason := await sandbox.problem(StructuredOutputs(json=held).notation(), vocab_size):
-                field, problem = each, _without_grammar(reason)
-                if at := json_schema.location(held, problem):
-                    problem += f", at {at}"
+        parts_of_it = structure.schemas(field) if schemas is None else schemas
+        for path, part in parts_of_it.items():
+            notation = StructuredOutputs(json=part).notation()
+            if reason := await sandbox.problem(notation, vocab_size):
+                field, problem = path, _without_grammar(reason)
+                if location := json_schema.location(part, problem):
+                    problem += f", at {location}"
                 break
         raise InvalidRequest(field, Shown("a structure that cannot be compiled"), problem)
 
     def close(self) -> None:
-        """End what runs beside the engines."""
+        """End the process that compiles grammars."""
         if self._sandbox is not None:
             self._sandbox.close()
 
@@ -328,11 +355,13 @@ class Service:
         cache_salt: str = "",
         pooling: str = "",
     ) -> Iterator[Stream]:
-        """What a prompt becomes, as it comes. Raises EngineBusy or EngineDead."""
+        """Run a prompt in a replica; yield its stream. Raises EngineBusy or EngineDead."""
         cost = params.num_samples * len(prompt.token_ids)
-        if self._num_tokens and self._num_tokens + cost > self.config.max_queued_tokens:
-            raise EngineBusy(f"{self._num_tokens} prompt tokens run or wait")
-        stream = self._choose(prompt.token_ids, cache_salt).open(
+        limit = self.config.max_queued_tokens
+        if self._num_tokens and self._num_tokens + cost > limit:
+            count = f"{self._num_tokens} of {limit} prompt tokens"
+            raise EngineBusy(f"queue full: {count} running or waiting, {cost} more requested")
+        stream = self._choose_replica(prompt.token_ids, cache_salt).open(
             prompt.token_ids,
             params,
             priority=priority,
@@ -348,60 +377,69 @@ class Service:
             self._num_tokens -= cost
             stream.close()
 
-    def _choose(self, token_ids: list[int], salt: str) -> Replica:
-        """The ready replica that has seen most of a prompt's beginning, then the one with the least to do."""
-        ready = [replica for replica in self.replicas if replica.serves]
-        if not ready:
-            if refusing := [replica.refuses for replica in self.replicas if replica.ready.is_set()]:
-                raise EngineBusy(refusing[0])
+    def _choose_replica(self, token_ids: list[int], salt: str) -> Replica:
+        """Return the replica that has seen most prefixes of a prompt, then the least loaded.
+
+        Raises EngineBusy or EngineDead if no replica takes requests.
+        """
+        serving = [replica for replica in self.replicas if replica.serves]
+        if not serving:
+            if refusing := self.ready_replicas:
+                raise EngineBusy(refusing[0].refuses)
             raise EngineDead("no engine is ready")
         if len(self.replicas) == 1:
-            return ready[0]
-        keys, digest = [], hashlib.blake2b(salt.encode(), digest_size=16)
-        for start in range(
-            0, min(len(token_ids), PREFIX_TOKENS * PREFIX_DEPTH) - PREFIX_TOKENS + 1, PREFIX_TOKENS
-        ):
-            digest.update(repr(token_ids[start : start + PREFIX_TOKENS]).encode())
-            keys.append(digest.digest())
-        chosen = min(
-            ready, key=lambda each: (-sum(key in self._prefixes[each] for key in keys), each.load)
-        )
+            return serving[0]
+        prefixes = _prefixes(token_ids, salt)
+
+        def preference(replica: Replica) -> tuple[int, int]:
+            num_seen = sum(prefix in self._prefixes[replica] for prefix in prefixes)
+            return -num_seen, replica.load
+
+        chosen = min(serving, key=preference)
         seen = self._prefixes[chosen]
-        for key in keys:
-            seen[key] = None
-            seen.move_to_end(key)
-        while len(seen) > PREFIXES:
+        for prefix in prefixes:
+            seen[prefix] = None
+            seen.move_to_end(prefix)
+        while len(seen) > MAX_PREFIXES_PER_REPLICA:
             seen.popitem(last=False)
         return chosen
 
     async def _encode(self, texts: list[str]) -> list[list[int]]:
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise InvalidRequest(
-                "prompt", texts[0], "token ids; the server runs with skip_tokenizer_init"
-            )
-        if sum(map(len, texts)) < 2000:
+            expected = "token ids; the server runs with skip_tokenizer_init"
+            raise InvalidRequest("prompt", texts[0], expected)
+        if sum(map(len, texts)) < THREAD_CHARACTERS:
             return tokenizer.encode_batch(texts)
         return await asyncio.to_thread(tokenizer.encode_batch, texts)
 
 
+def _prefixes(token_ids: list[int], salt: str) -> list[bytes]:
+    """Return digests of the first whole prefixes of a prompt, the shortest first."""
+    prefixes, digest = [], hashlib.blake2b(salt.encode(), digest_size=16)
+    length = min(len(token_ids), PREFIX_TOKENS * MAX_PREFIXES_PER_PROMPT)
+    for start in range(0, length - PREFIX_TOKENS + 1, PREFIX_TOKENS):
+        digest.update(repr(token_ids[start : start + PREFIX_TOKENS]).encode())
+        prefixes.append(digest.digest())
+    return prefixes
+
+
 def _without_grammar(problem: str) -> str:
-    """Return llguidance's reason without the grammar, which the server wrote around the client's schema."""
+    """Return llguidance's reason without the grammar that the server wrote around a schema."""
     _, found, reason = problem.partition("failed to compile JSON schema: ")
-    return (
-        f"a JSON schema that llguidance compiles: {reason.partition(chr(10) * 2)[0]}"
-        if found
-        else problem
-    )
+    if not found:
+        return problem
+    reason, _, _ = reason.partition("\n\n")
+    return f"a JSON schema that llguidance compiles: {reason}"
 
 
 def _items(given: Any, field: str) -> list[Any]:
-    """One or many prompts as a list of them."""
+    """Return one or many prompts as a list of prompts. Raises InvalidRequest."""
     if isinstance(given, str):
         return [given]
     kinds = {type(item) for item in given}
     if kinds == {int}:
         return [given]
     if kinds not in ({str}, {list}):
-        raise InvalidRequest(field, given, "a text, token ids, or a list of one kind of these")
+        raise InvalidRequest(field, given, PROMPT_FORMS)
     return given

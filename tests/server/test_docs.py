@@ -10,15 +10,18 @@ import yaml
 
 from slipway.engine.config import EngineConfig
 from slipway.flags import expand
-from slipway.server import metrics, schema
+from slipway.server import metrics, schema, sglang
 from slipway.server.config import ServerConfig
 
 pytestmark = pytest.mark.host
 DOCS = Path(__file__).parents[2] / "docs"
 KINDS = [
     kind
-    for kind in vars(schema).values()
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    for module in (schema, sglang)
+    for kind in vars(module).values()
+    if isinstance(kind, type)
+    and issubclass(kind, msgspec.Struct)
+    and kind.__module__ == module.__name__
 ]
 
 

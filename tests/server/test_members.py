@@ -1,4 +1,4 @@
-"""Null members of bodies, and members that nothing knows: read without a server."""
+"""Reading of null members and of unknown members in request bodies, without a server."""
 
 import json
 
@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from slipway.errors import InvalidRequest
-from slipway.server import bodies, members, schema
+from slipway.server import bodies, members, schema, sglang
 
 pytestmark = pytest.mark.host
 REQUIRED = {
@@ -26,13 +26,14 @@ REQUIRED = {
     "Sleep": {},
     "WakeUp": {},
 }
+TYPES = {name: getattr(sglang if name == "Generate" else schema, name) for name in REQUIRED}
 OPTIONAL = [
     (name, field.encode_name)
     for name in REQUIRED
-    for field in msgspec.structs.fields(getattr(schema, name))
+    for field in msgspec.structs.fields(TYPES[name])
     if not field.required and field.encode_name not in REQUIRED[name]
 ]
-SAMPLING = [field.encode_name for field in msgspec.structs.fields(schema.SGLangSampling)]
+SAMPLING = [field.encode_name for field in msgspec.structs.fields(sglang.SGLangSampling)]
 TOOL = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
@@ -40,7 +41,7 @@ TOOL = {
 
 
 def read(name, strict=False, **fields):
-    return bodies.read(json.dumps(REQUIRED[name] | fields).encode(), getattr(schema, name), strict)
+    return bodies.read(json.dumps(REQUIRED[name] | fields).encode(), TYPES[name], strict)
 
 
 @pytest.mark.parametrize(("name", "field"), OPTIONAL)
@@ -205,7 +206,7 @@ def test_known_members_are_those_that_are_read():
     tops = {path.partition(".")[0].removesuffix("[]") for path in members.NULLABLE}
     fields = {
         f.encode_name
-        for kind in (schema.Chat, schema.Generate)
+        for kind in (schema.Chat, sglang.Generate)
         for f in msgspec.structs.fields(kind)
     }
     assert tops <= fields

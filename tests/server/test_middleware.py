@@ -146,7 +146,7 @@ def test_a_head_has_a_size():
                 break
         assert (
             wire.sent.startswith(b"HTTP/1.1 431 ")
-            and found._size_bytes < http_limits.MAX_HEAD_BYTES + 2000
+            and found.head_size_bytes < http_limits.MAX_HEAD_BYTES + 2000
         )
         other, wire = await connected()
         for _ in range(3):  # heads are counted one by one, and bodies not at all
@@ -270,5 +270,5 @@ def test_a_body_has_a_time(monkeypatch):
     sent = []
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
     with pytest.raises(middleware.BodyTimeout) as caught:
-        asyncio.run(app.App(service())._body(request, schema.Completion))
+        asyncio.run(app.App(service()).read_body(request, schema.Completion))
     assert middleware.status_of(caught.value) == 408

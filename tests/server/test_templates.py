@@ -16,7 +16,7 @@ from slipway.server import schema
 from slipway.server.app import App
 from slipway.server.chat import ChatHandler
 from slipway.server.config import ServerConfig
-from slipway.server.serve import _templates
+from slipway.server.serve import chat_templates
 from slipway.server.service import Service
 
 PLAIN = (
@@ -119,12 +119,12 @@ def test_templates_are_described_in_the_form_of_tokenizer_config():
 def test_the_option_takes_a_file_or_a_name_for_all_chats(tmp_path):
     own = {"default": PLAIN, "tool_use": USE, "rag": "documents"}
     (tmp_path / "mine.jinja").write_text("mine")
-    assert _templates(own, None) == own
-    assert _templates(own, str(tmp_path / "mine.jinja")) == {"default": "mine"}
-    assert _templates(own, "rag") == {"default": "documents"}
+    assert chat_templates(own, None) == own
+    assert chat_templates(own, str(tmp_path / "mine.jinja")) == {"default": "mine"}
+    assert chat_templates(own, "rag") == {"default": "documents"}
     for given, expected in (own, "default, tool_use, rag"), ({}, "a file"):
         with pytest.raises(InvalidConfig, match=expected) as caught:
-            _templates(given, "search")
+            chat_templates(given, "search")
         assert caught.value.field == "chat_template"
 
 
