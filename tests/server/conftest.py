@@ -1,4 +1,4 @@
-"""Servers on nano, as processes: the tests talk to them as clients do."""
+"""Fixtures that start servers of the model nano as processes, and helpers for their clients."""
 
 import contextlib
 import json
@@ -13,11 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+COMMAND = (sys.executable, "-c", "from slipway.cli import main; main()")
 SMALL = ("--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--dtype", "float32")
 
 
 class Server:
-    """A running `slipway serve`."""
+    """One process of `slipway serve`, with an HTTP client."""
 
     def __init__(self, folder: Path, *words: str, model: str = "nano"):
         with socket.socket() as free:
@@ -25,25 +26,14 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
-        code = "from slipway.cli import main; main()"
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "serve",
-            model,
-            "--port",
-            str(self.port),
-            *SMALL,
-            *words,
-        ]
-        environment = os.environ | {"XLA_FLAGS": ""}  # one device, as a user's
+        command = [*COMMAND, "serve", model, "--port", str(self.port), *SMALL, *words]
+        environment = os.environ | {"XLA_FLAGS": ""}  # one device, as users have
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def wait_ready(self, timeout_s: float = 120) -> "Server":
-        """Until it answers."""
+        """Wait until the server accepts requests."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -54,17 +44,21 @@ class Server:
         raise AssertionError(self.log.read_text()[-3000:])
 
     def post(self, path: str, /, **body):
-        """A POST whose answer is JSON."""
+        """Send a POST request with a JSON body."""
         return self.http.post(path, json=body)
 
     def complete(self, **body) -> dict:
-        """/v1/completions, greedy unless told otherwise; it must succeed."""
+        """Return a response of /v1/completions, by default greedy; it must succeed."""
         answer = self.post("/v1/completions", **({"temperature": 0, "max_tokens": 12} | body))
         assert answer.status_code == 200, answer.text
         return answer.json()
 
+    def choice(self, **body) -> dict:
+        """Return the first choice of a response of /v1/completions."""
+        return self.complete(**body)["choices"][0]
+
     def engine_pids(self) -> list[int]:
-        """Of its engine processes."""
+        """Return the process ids of the engines."""
         children = (
             Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         )
@@ -72,25 +66,25 @@ class Server:
         return [pid for pid, name in names.items() if b"slipway.server.worker" in name]
 
     def metric(self, name: str) -> float:
-        """One figure of /metrics."""
+        """Return the value of one metric."""
         for line in self.http.get("/metrics").text.splitlines():
             if line.startswith(name) and line[len(name)] in " {":
                 return float(line.rpartition(" ")[2])
         raise AssertionError(f"no {name}")
 
     def idle(self) -> bool:
-        """Whether nothing runs and no page is held."""
+        """Return whether no request runs and no page is in use."""
         return self.metric("slipway_running") == self.metric("slipway_kv_cache_usage") == 0
 
     def wait_idle(self, timeout_s: float = 10) -> None:
-        """Until nothing runs."""
+        """Wait until no request runs."""
         deadline = time.monotonic() + timeout_s
         while not self.idle():
-            assert time.monotonic() < deadline, "something still runs"
+            assert time.monotonic() < deadline, "a request is still running"
             time.sleep(0.02)
 
     def stop(self) -> int:
-        """SIGTERM; its exit code."""
+        """Send SIGTERM; return the exit code."""
         self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -99,7 +93,7 @@ class Server:
 
 @contextlib.contextmanager
 def templated(template, tmp_path_factory):
-    """A server with this chat template, which must be left idle."""
+    """Run a server with a chat template; tests must leave it idle."""
     folder = tmp_path_factory.mktemp("templated")
     (folder / "template.jinja").write_text(template)
     server = Server(folder, "--chat-template", str(folder / "template.jinja"))
@@ -124,14 +118,14 @@ def _server(tmp_path_factory):
 
 @pytest.fixture
 def server(_server):
-    """The shared server: 8 rows of nano in float32; each test must leave it idle."""
+    """Shared server: 8 rows of nano in float32; each test must leave it idle."""
     yield _server
     _server.wait_idle()
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """A function that starts a server with further options; all are ended."""
+    """Function that starts a server with further options; all servers end with the test."""
     started = []
 
     def start(*words: str, **options) -> Server:
@@ -146,7 +140,7 @@ def launch(tmp_path):
 
 
 def events(answer) -> list:
-    """The JSON of a stream's events; the last must be [DONE]."""
+    """Return the JSON of a stream's events, without the last, which must be [DONE]."""
     lines = [line[6:] for line in answer.text.split("\n\n") if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]

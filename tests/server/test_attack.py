@@ -1,4 +1,4 @@
-"""Clients that hang up, abort and send nonsense by the hundred, under load: afterwards all is as it was."""
+"""Hundreds of hostile clients at once: disconnects, aborts, malformed requests, deep grammars."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ BODIES = [
 
 
 async def attack(port, rng, number):
-    """One client that means no good."""
+    """Run one hostile client."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         kind = rng.choice(
@@ -61,7 +61,7 @@ async def attack(port, rng, number):
             await asyncio.sleep(0.01)
             other.close()
     except ConnectionError:
-        pass  # the server may hang up, too
+        pass  # the server may close the connection, too
     finally:
         if rng.random() < 0.5:
             writer.transport.abort()
@@ -70,7 +70,7 @@ async def attack(port, rng, number):
 
 
 def chain(size):
-    """A schema whose definitions each name the next."""
+    """Return a JSON schema with a chain of references of the given length."""
     links = {
         f"a{i}": {
             "type": "object",
@@ -83,22 +83,25 @@ def chain(size):
 
 
 RULES = "\n".join(f'r{i} ::= r{i + 1} "a"' for i in range(9000))
+DEEP_TAG = {
+    "structures": [{"begin": "x", "schema": chain(2500), "end": ""}],
+    "triggers": ["x"],
+}
 DEEP = {
-    "a schema": {"guided_json": chain(2500)}, "EBNF": {"ebnf": f'root ::= r0\n{RULES}\nr9000 ::= "a"'},
+    "a schema": {"guided_json": chain(2500)},
+    "EBNF": {"ebnf": f'root ::= r0\n{RULES}\nr9000 ::= "a"'},
     "Lark": {"guided_grammar": f'start: r0\n{RULES.replace("::=", ":")}\nr9000: "a"'},
-    "tags": {"structured_outputs": {"structural_tag": {
-        "structures": [{"begin": "x", "schema": chain(2500), "end": ""}], "triggers": ["x"]}}},
-}  # fmt: skip
+    "tags": {"structured_outputs": {"structural_tag": DEEP_TAG}},
+}
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_a_grammar_that_ends_who_builds_it_ends_no_engine(server, name):
+def test_a_grammar_that_crashes_its_compilation_leaves_the_engine_alive(server, name):
     engines = server.engine_pids()
     for _ in range(2):
         answer = server.post("/v1/completions", prompt="def f(", max_tokens=2, **DEEP[name])
-        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(
-            next(iter(DEEP[name]))
-        ), answer.text
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"].startswith(next(iter(DEEP[name]))), answer.text
         fine = server.complete(prompt="def f(", guided_json=chain(20), max_tokens=2)
         assert fine["choices"][0]["text"].lstrip().startswith("{")
     assert server.engine_pids() == engines
@@ -106,7 +109,7 @@ def test_a_grammar_that_ends_who_builds_it_ends_no_engine(server, name):
 
 @pytest.fixture
 def trap():
-    """A socket that somebody might be made to connect to, and its address."""
+    """Listening socket that the server must not connect to, and its URL."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -117,26 +120,11 @@ def trap():
 def test_nothing_is_fetched_for_a_client(server, trap):
     listening, url = trap
     chat, completion = "/v1/chat/completions", "/v1/completions"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    audio = {"type": "input_audio", "input_audio": {"data": url}}
     for path, body in (
-        (
-            chat,
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-                ]
-            },
-        ),
-        (
-            chat,
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "input_audio", "input_audio": {"data": url}}],
-                    }
-                ]
-            },
-        ),
+        (chat, {"messages": [{"role": "user", "content": [image]}]}),
+        (chat, {"messages": [{"role": "user", "content": [audio]}]}),
         (completion, {"prompt": "a", "guided_json": {"$ref": url}}),
     ):
         answer = server.post(path, max_tokens=2, **body)
@@ -147,7 +135,7 @@ def test_nothing_is_fetched_for_a_client(server, trap):
         listening.accept()
 
 
-def test_names_lead_to_no_files(server):
+def test_names_in_requests_open_no_files(server):
     for name in (
         "../../etc/passwd",
         "/etc/passwd",
@@ -157,27 +145,30 @@ def test_names_lead_to_no_files(server):
     ):
         for path in (f"/v1/models/{name}", f"/{name}", f"/docs/{name}"):
             answer = server.http.get(path)
-            assert answer.status_code == 404 and "root:" not in answer.text, path
+            assert answer.status_code == 404, path
+            assert "root:" not in answer.text, path
     for body in (
         {"model": "../../etc/passwd", "prompt": "a"},
         {"model": "/etc/passwd", "prompt": "a"},
     ):
         assert server.post("/v1/completions", **body).status_code == 404
-    for field in ("chat_template", "lora_path"):  # what others open
+    for field in ("chat_template", "lora_path"):  # fields that open files in other servers
         answer = server.post("/v1/completions", prompt="a", max_tokens=1, **{field: "/etc/passwd"})
-        assert field in answer.headers["x-slipway-warning"] and "root:" not in answer.text
+        assert field in answer.headers["x-slipway-warning"]
+        assert "root:" not in answer.text
     answer = server.post("/v1/completions", prompt_embeds="/etc/passwd", max_tokens=1)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt_embeds"
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt_embeds"
 
 
-def test_engines_are_reached_by_their_owner_alone(server):
+def test_engine_sockets_are_private_to_their_user(server):
     (engine,) = server.engine_pids()
     address = Path(f"/proc/{engine}/cmdline").read_bytes().split(b"\0")[-2].decode()
-    assert address.startswith("ipc://"), "no port"
+    assert address.startswith("ipc://"), "engines must not listen on a port"
     assert Path(address.removeprefix("ipc://")).parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_heads_that_never_end_are_refused(server):
+def test_endless_request_heads_are_refused(server):
     with (
         socket.create_connection(("127.0.0.1", server.port), 10) as connection,
         contextlib.suppress(ConnectionError),
@@ -186,27 +177,29 @@ def test_heads_that_never_end_are_refused(server):
         for _ in range(1000):
             connection.sendall(b"x-a: " + b"a" * 1000 + b"\r\n")
             time.sleep(0.0002)
-        raise AssertionError("a megabyte was taken")
+        raise AssertionError("the server accepted a megabyte")
     assert server.http.get("/livez").status_code == 200
 
 
 def post(body, path="/v1/completions"):
-    return (f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            ).encode() + body  # fmt: skip
+    """Return the bytes of a POST request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def attacks(port, count, seed):
-    gate = asyncio.Semaphore(32)
+    """Run many hostile clients, 32 at a time."""
+    semaphore = asyncio.Semaphore(32)
 
     async def one(number):
-        async with gate:
+        async with semaphore:
             await attack(port, random.Random(seed + number), number + seed)
 
     await asyncio.gather(*(one(number) for number in range(count)))
 
 
-def held(pid):
-    """Open files and resident bytes of a process."""
+def usage(pid):
+    """Return the number of open files and the resident bytes of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     resident = next(
         int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")
@@ -214,26 +207,27 @@ def held(pid):
     return len(os.listdir(f"/proc/{pid}/fd")), resident * 1024
 
 
-def test_everything_returns_to_where_it_was(launch):
+def test_resources_return_to_their_level_after_attacks(launch):
     server = launch().wait_ready()
     (engine,) = server.engine_pids()
-    expected = server.complete(prompt="def read(path):")["choices"][0]["text"]
-    asyncio.run(attacks(server.port, COUNT // 3, 10**6))  # what is allocated once is allocated now
+    expected = server.choice(prompt="def read(path):")["text"]
+    # First attacks, so that everything that is allocated only once is allocated.
+    asyncio.run(attacks(server.port, COUNT // 3, 10**6))
     server.wait_idle(30)
-    before = held(server.process.pid), held(engine)
+    before = usage(server.process.pid), usage(engine)
     asyncio.run(attacks(server.port, COUNT, 0))
     server.wait_idle(30)
     deadline = time.monotonic() + 20
     while (
-        held(server.process.pid)[0] > before[0][0] + 4
+        usage(server.process.pid)[0] > before[0][0] + 4
         or server.http.get("/load").json()["server_load"]
     ):
         assert time.monotonic() < deadline, server.http.get("/load").json()
         time.sleep(0.2)
-    after = held(server.process.pid), held(engine)
+    after = usage(server.process.pid), usage(engine)
     for name, (files, size), (files_then, size_then) in zip(("server", "engine"), after, before):
         assert files <= files_then + 4, f"{name}: {files} files open, {files_then} before"
         assert size - size_then < 40 * 2**20, f"{name} grew by {(size - size_then) >> 20} MiB"
     assert server.engine_pids() == [engine]
-    assert server.complete(prompt="def read(path):")["choices"][0]["text"] == expected
+    assert server.choice(prompt="def read(path):")["text"] == expected
     assert "Traceback" not in server.log.read_text()

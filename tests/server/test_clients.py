@@ -1,4 +1,4 @@
-"""Other people's clients against the server: LangChain's ChatOpenAI, lm-eval's local-completions on tasks of ours."""
+"""Clients of other projects: LangChain's ChatOpenAI, and lm-eval's local-completions."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TEMPLATE = """{#- <tool_call> -#}
 
 
 class Answer(BaseModel):
-    """A number between bounds."""
+    """Structured output with a bounded number."""
 
     number: int = Field(ge=0, le=9)
 
@@ -55,15 +55,14 @@ def offline():
 def test_langchain_invokes_and_streams(chat, offline):
     asked = [{"role": "user", "content": "def read(path):"}]
     params = SamplingParams(temperature=0, max_tokens=60)
-    expected = offline.generate("user: def read(path):\nassistant: ", params, use_tqdm=False)[
-        0
-    ].outputs[0]
+    prompt = "user: def read(path):\nassistant: "
+    expected = offline.generate(prompt, params, use_tqdm=False)[0].outputs[0]
     answer = chat.invoke(asked)
-    assert answer.content == expected.text and answer.usage_metadata["output_tokens"] == len(
-        expected.token_ids
-    )
+    assert answer.content == expected.text
+    assert answer.usage_metadata["output_tokens"] == len(expected.token_ids)
     chunks = list(chat.stream(asked))
-    assert "".join(chunk.content for chunk in chunks) == answer.content and len(chunks) > 2
+    assert "".join(chunk.content for chunk in chunks) == answer.content
+    assert len(chunks) > 2
     usages = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
     assert [usage["output_tokens"] for usage in usages] == [len(expected.token_ids)]
     stop = answer.content[3:]
@@ -71,21 +70,25 @@ def test_langchain_invokes_and_streams(chat, offline):
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_langchain_gets_what_it_asks_for(chat, method):
+def test_langchain_gets_structured_output(chat, method):
     found = chat.with_structured_output(Answer, method=method).invoke("Give me a number.")
-    assert isinstance(found, Answer) and 0 <= found.number <= 9
+    assert isinstance(found, Answer)
+    assert 0 <= found.number <= 9
 
 
 def test_langchain_binds_tools(chat):
     answer = chat.bind_tools([Answer], tool_choice="required").invoke("Give me a number.")
     (call,) = answer.tool_calls
-    assert call["name"] == "Answer" and 0 <= Answer(**call["args"]).number <= 9 and call["id"]
+    assert call["name"] == "Answer"
+    assert 0 <= Answer(**call["args"]).number <= 9
+    assert call["id"]
 
 
 DOCS = [
-    {"context": "import", "continuation": " os"}, {"context": "def f(self", "continuation": "):\n    return"},
+    {"context": "import", "continuation": " os"},
+    {"context": "def f(self", "continuation": "):\n    return"},
     {"context": "class A", "continuation": ":\n    pass"},
-]  # fmt: skip
+]
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
@@ -104,17 +107,20 @@ MORE = {
 
 
 def lm_eval(server, folder, kind):
-    """The samples that lm-eval took, in the order of the documents."""
+    """Run lm-eval; return the responses it logged, in the order of the documents."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     (folder / f"{kind}.yaml").write_text(
         TASK.format(name=kind, data=data, kind=kind, more=MORE[kind])
     )
-    arguments = f"model=nano,base_url={server.url}/v1/completions,tokenizer={NANO},num_concurrent=2,max_retries=1"
+    url = f"{server.url}/v1/completions"
+    arguments = f"model=nano,base_url={url},tokenizer={NANO},num_concurrent=2,max_retries=1"
     command = [
-        sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments, "--tasks", kind,
-        "--include_path", folder, "--output_path", folder / "out", "--log_samples", "--batch_size", "1",
-    ]  # fmt: skip
+        *(sys.executable, "-m", "lm_eval"),
+        *("--model", "local-completions", "--model_args", arguments, "--tasks", kind),
+        *("--include_path", folder, "--output_path", folder / "out"),
+        *("--log_samples", "--batch_size", "1"),
+    ]
     offline = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     run = subprocess.run(
         list(map(str, command)),
@@ -137,7 +143,7 @@ def test_lm_eval_reads_loglikelihoods(server, offline, tmp_path):
             tokenizer.encode(text)
             for text in (doc["context"], doc["context"] + doc["continuation"])
         )
-        assert context == whole[: len(context)], "the texts meet between two tokens"
+        assert context == whole[: len(context)], "the continuation begins with a new token"
         params = SamplingParams(max_tokens=1, prompt_logprobs=1)
         (scored,) = offline.generate({"prompt_token_ids": whole}, params, use_tqdm=False)
         entries = [

@@ -1,4 +1,4 @@
-"""Errors as clients act on them: OpenAI's SDK, and programs that match the text or the code."""
+"""Error responses as clients use them: classes of OpenAI's SDK, texts and codes."""
 
 import openai
 import pytest
@@ -22,11 +22,14 @@ def client(_server):
 
 
 def error_of(answer, status):
-    """The error object of an answer, which must be one as a whole."""
+    """Return the error object of a response, after checking its status and fields."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert error.keys() == FIELDS and isinstance(error["message"], str) and error["message"], error
-    assert isinstance(error["code"], str | None) and isinstance(error["param"], str | None)
+    assert error.keys() == FIELDS, error
+    assert isinstance(error["message"], str), error
+    assert error["message"], error
+    assert isinstance(error["code"], str | None)
+    assert isinstance(error["param"], str | None)
     assert error["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
     return error
 
@@ -48,62 +51,49 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
-def test_a_prompt_beyond_the_context_is_told_from_other_errors(server, name):
+def test_a_prompt_beyond_the_context_has_its_own_error_code(server, name):
     path, body, field = TOO_LONG[name]
     size = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
     for more in ({}, {"stream": True}) if path != "/v1/embeddings" else ({},):
         error = error_of(server.post(path, **body, **more), 400)
-        assert error["code"] == "context_length_exceeded" and error["param"] == field
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == field
         assert f"maximum context length is {size} tokens" in error["message"]
 
 
-def test_a_prompt_that_leaves_room_for_one_token_is_taken(server):
+def test_a_prompt_that_leaves_room_for_one_token_is_accepted(server):
     size = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
-    assert (
-        server.complete(prompt=[5] * (size - 1), max_tokens=1)["usage"]["prompt_tokens"] == size - 1
-    )
-    assert (
-        error_of(server.post("/v1/completions", prompt=[5] * size), 400)["code"]
-        == "context_length_exceeded"
-    )
+    fitting = server.complete(prompt=[5] * (size - 1), max_tokens=1)
+    assert fitting["usage"]["prompt_tokens"] == size - 1
+    error = error_of(server.post("/v1/completions", prompt=[5] * size), 400)
+    assert error["code"] == "context_length_exceeded"
 
 
-SENT = {  # what the engine refuses, by the client's names
-    "max_completion_tokens": (
-        "/v1/chat/completions",
-        {"messages": CHAT, "max_completion_tokens": -1},
-    ),
-    "max_tokens": ("/v1/chat/completions", {"messages": CHAT, "max_tokens": -1}),
-    "top_logprobs": (
-        "/v1/chat/completions",
-        {"messages": CHAT, "logprobs": True, "top_logprobs": 99},
-    ),
-    "messages[1].content": (
-        "/v1/chat/completions",
-        {"messages": [*CHAT, {"role": "user", "content": 5}]},
-    ),
-    "messages[0].role": ("/v1/chat/completions", {"messages": [{"content": "a"}]}),
-    "messages": ("/v1/chat/completions", {"messages": []}),
-    "logit_bias": ("/v1/chat/completions", {"messages": CHAT, "logit_bias": {"99999999": 1}}),
-    "allowed_token_ids": (
-        "/v1/chat/completions",
-        {"messages": CHAT, "allowed_token_ids": [99999999]},
-    ),
-    "prompt": ("/v1/completions", {"prompt": [99999999]}),
-    "logprobs": ("/v1/completions", {"prompt": "a", "logprobs": 99}),
-    "input": ("/v1/embeddings", {"input": [99999999]}),
-    "input_ids": ("/generate", {"input_ids": [99999999]}),
+COMPLETIONS, CHATS, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
+UNKNOWN_ID = 99999999
+BAD_MESSAGE = {"role": "user", "content": 5}
+# Requests that the engine refuses, by the client's name of the wrong field.
+SENT = {
+    "max_completion_tokens": (CHATS, {"messages": CHAT, "max_completion_tokens": -1}),
+    "max_tokens": (CHATS, {"messages": CHAT, "max_tokens": -1}),
+    "top_logprobs": (CHATS, {"messages": CHAT, "logprobs": True, "top_logprobs": 99}),
+    "messages[1].content": (CHATS, {"messages": [*CHAT, BAD_MESSAGE]}),
+    "messages[0].role": (CHATS, {"messages": [{"content": "a"}]}),
+    "messages": (CHATS, {"messages": []}),
+    "logit_bias": (CHATS, {"messages": CHAT, "logit_bias": {str(UNKNOWN_ID): 1}}),
+    "allowed_token_ids": (CHATS, {"messages": CHAT, "allowed_token_ids": [UNKNOWN_ID]}),
+    "prompt": (COMPLETIONS, {"prompt": [UNKNOWN_ID]}),
+    "logprobs": (COMPLETIONS, {"prompt": "a", "logprobs": 99}),
+    "input": ("/v1/embeddings", {"input": [UNKNOWN_ID]}),
+    "input_ids": (GENERATE, {"input_ids": [UNKNOWN_ID]}),
     "sampling_params.max_new_tokens": (
-        "/generate",
+        GENERATE,
         {"text": "a", "sampling_params": {"max_new_tokens": -1}},
     ),
-    "sampling_params.top_p": ("/generate", {"text": "a", "sampling_params": {"top_p": 5}}),
-    "top_logprobs_num": (
-        "/generate",
-        {"text": "a", "return_logprob": True, "top_logprobs_num": 99},
-    ),
-    "rid": ("/generate", {"text": "a", "rid": "a b"}),
-    "request_id": ("/v1/completions", {"prompt": "a", "request_id": " "}),
+    "sampling_params.top_p": (GENERATE, {"text": "a", "sampling_params": {"top_p": 5}}),
+    "top_logprobs_num": (GENERATE, {"text": "a", "return_logprob": True, "top_logprobs_num": 99}),
+    "rid": (GENERATE, {"text": "a", "rid": "a b"}),
+    "request_id": (COMPLETIONS, {"prompt": "a", "request_id": " "}),
 }
 
 
@@ -112,15 +102,17 @@ def test_param_is_the_field_that_the_client_sent(server, field):
     path, body = SENT[field]
     for more in ({}, {"stream": True}) if path != "/v1/embeddings" else ({},):
         error = error_of(server.post(path, **body, **more), 400)
-        assert error["param"] == field and error["message"].startswith(field), error
+        assert error["param"] == field, error
+        assert error["message"].startswith(field), error
 
 
-def test_openais_sdk_raises_its_own_classes(client, server):
+def test_openai_sdk_raises_its_error_classes(client, server):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
             model="nano", messages=[CHAT[0] | {"content": LONG}], stream=True
         )
-    assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "messages"
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt", messages=CHAT)
     assert (caught.value.code, caught.value.param, caught.value.type) == (
@@ -133,7 +125,7 @@ def test_openais_sdk_raises_its_own_classes(client, server):
     assert caught.value.code == "unknown_url"
 
 
-def test_paths_and_methods_that_are_not_served(server):
+def test_unknown_paths_and_methods_are_errors(server):
     for method, path in (
         ("GET", "/v1/nothing"),
         ("POST", "/v1/images/generations"),
@@ -141,18 +133,17 @@ def test_paths_and_methods_that_are_not_served(server):
         ("PUT", "/v1/a/b"),
     ):
         error = error_of(server.http.request(method, path), 404)
-        assert (
-            path in error["message"]
-            and method in error["message"]
-            and error["code"] == "unknown_url"
-        )
+        assert path in error["message"]
+        assert method in error["message"]
+        assert error["code"] == "unknown_url"
     for method, path, allowed in (
         ("GET", "/v1/completions", "POST"),
         ("DELETE", "/v1/models", "GET"),
     ):
         answer = server.http.request(method, path)
         error = error_of(answer, 405)
-        assert allowed in answer.headers["allow"] and allowed in error["message"]
+        assert allowed in answer.headers["allow"]
+        assert allowed in error["message"]
         assert error["code"] == "method_not_supported"
 
 
@@ -167,13 +158,12 @@ def test_paths_and_methods_that_are_not_served(server):
         (EngineDead("gone"), "server_error", None),
     ],
 )
-def test_an_error_has_openais_type_in_a_stream_too(error, kind, code):
+def test_errors_have_openai_types_in_streams_too(error, kind, code):
     class Stream:
         status_code, text = 200, middleware.failure_events(error).decode()
 
     (event,) = events(Stream)
-    assert event["error"].keys() == FIELDS and (event["error"]["type"], event["error"]["code"]) == (
-        kind,
-        code,
-    )
+    assert event["error"].keys() == FIELDS
+    assert event["error"]["type"] == kind
+    assert event["error"]["code"] == code
     assert event == middleware.error_object(error)

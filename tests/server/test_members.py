@@ -45,12 +45,12 @@ def read(name, strict=False, **fields):
 
 
 @pytest.mark.parametrize(("name", "field"), OPTIONAL)
-def test_null_is_as_if_a_field_were_absent(name, field):
+def test_a_null_field_counts_as_absent(name, field):
     assert read(name, strict=True, **{field: None}) == read(name)
 
 
 @pytest.mark.parametrize("field", SAMPLING)
-def test_null_is_as_if_a_sampling_parameter_were_absent(field):
+def test_a_null_sampling_parameter_counts_as_absent(field):
     absent = read("Generate", sampling_params={})
     assert read("Generate", sampling_params={field: None}) == absent
     assert read("Generate", sampling_params=[{field: None}]) == read(
@@ -110,11 +110,11 @@ def test_null_is_as_if_a_sampling_parameter_were_absent(field):
         ),
     ],
 )
-def test_null_is_as_if_a_member_were_absent(field, given, same):
+def test_a_null_member_counts_as_absent(field, given, same):
     assert read("Chat", strict=True, **{field: given}) == read("Chat", **{field: same})
 
 
-def test_values_of_clients_keep_their_nulls():
+def test_free_form_values_keep_their_nulls():
     body, unknown = read(
         "Chat",
         chat_template_kwargs={"a": None},
@@ -127,11 +127,9 @@ def test_values_of_clients_keep_their_nulls():
         ],
         structured_outputs={"json": {"const": None}},
     )
-    assert (
-        body.chat_template_kwargs == {"a": None}
-        and body.documents == [{"text": None}]
-        and not unknown
-    )
+    assert body.chat_template_kwargs == {"a": None}
+    assert body.documents == [{"text": None}]
+    assert not unknown
     assert body.tools[0]["function"]["parameters"] == {"default": None, "x": {"y": None}}
     assert body.structured_outputs == {"json": {"const": None}}
 
@@ -184,7 +182,8 @@ UNKNOWN = {
 @pytest.mark.parametrize("path", UNKNOWN)
 def test_an_unknown_member_is_named_by_its_path(path):
     body, unknown = read("Chat", **UNKNOWN[path])
-    assert unknown == [path] and isinstance(body, schema.Chat)
+    assert unknown == [path]
+    assert isinstance(body, schema.Chat)
     with pytest.raises(InvalidRequest) as caught:
         read("Chat", strict=True, **UNKNOWN[path])
     assert caught.value.field == path
@@ -198,7 +197,7 @@ def test_an_unknown_member_of_many_items_is_named_once():
     assert unknown == ["baz", "messages[1].foo", "messages[1].bar"]
 
 
-def test_known_members_are_those_that_are_read():
+def test_known_members_match_the_types_of_bodies():
     """The table of members and the types of bodies state the same names."""
     assert members.KNOWN["stream_options"] == {
         f.encode_name for f in msgspec.structs.fields(schema.StreamOptions)

@@ -1,4 +1,4 @@
-"""Who gets past the door, and how much may stand before it: keys, heads, failures; without a server."""
+"""API keys, error responses and limits of heads, bodies and templates, without a server process."""
 
 import ast
 import asyncio
@@ -28,18 +28,16 @@ pytestmark = pytest.mark.host
 
 
 def ask(keys, headers, path="/v1/models", admins=()):
-    """The status code that a request gets."""
+    """Return the status code of a GET request that passes through the middleware."""
     found = []
 
     async def send(message):
         found.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
-    asyncio.run(
-        RequestMiddleware(Response(b"ok"), keys, admins, Metrics("nano", vllm_names=False))(
-            scope, None, send
-        )
-    )
+    metrics = Metrics("nano", vllm_names=False)
+    handler = RequestMiddleware(Response(b"ok"), keys, admins, metrics)
+    asyncio.run(handler(scope, None, send))
     return found[0]["status"]
 
 
@@ -62,47 +60,48 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
     ):
         compared.clear()
         assert ask(keys, [(b"authorization", b"Bearer " + given)]) == status
-        assert compared == [key.encode() for key in keys], "the right one ends nothing early"
+        assert compared == [key.encode() for key in keys], "a match must not end the comparison"
 
 
-def test_an_admins_key_opens_both_doors_and_a_clients_one():
+def test_admin_keys_open_all_routes_and_client_keys_no_admin_route():
     def status(key, path):
         return ask(["client"], [(b"authorization", b"Bearer " + key)], path, ["admin"])
 
     for path in middleware.ADMIN:
-        assert (
-            status(b"admin", path) == 200 and status(b"client", path) == status(b"", path) == 401
-        ), path
+        assert status(b"admin", path) == 200, path
+        assert status(b"client", path) == status(b"", path) == 401, path
     assert status(b"admin", "/v1/models") == status(b"client", "/v1/models") == 200
-    assert ask([], [], "/v1/models", ["admin"]) == 200 and ask([], [], "/sleep", ["admin"]) == 401
+    assert ask([], [], "/v1/models", ["admin"]) == 200
+    assert ask([], [], "/sleep", ["admin"]) == 401
 
 
 def test_the_first_authorization_header_decides():
     both = [(b"authorization", b"Bearer wrong"), (b"authorization", b"Bearer right")]
-    assert ask(["right"], both) == 401 and ask(["right"], both[::-1]) == 200
+    assert ask(["right"], both) == 401
+    assert ask(["right"], both[::-1]) == 200
 
 
 class Unknown(SlipwayError):
-    """Nothing that clients should read."""
+    """Error with a text that clients must not see."""
 
 
-def test_failures_say_no_more_than_they_should():
+def test_error_responses_hide_internal_details():
     hidden = middleware.error_response(Unknown("/home/me/secret.txt"))
-    assert (
-        hidden.status_code == 500
-        and json.loads(hidden.body)["error"]["message"] == "internal error"
-    )
+    assert hidden.status_code == 500
+    assert json.loads(hidden.body)["error"]["message"] == "internal error"
     busy = middleware.error_response(EngineBusy("full", 1.0))
-    assert busy.status_code == 503 and busy.headers["retry-after"] == "1"
+    assert busy.status_code == 503
+    assert busy.headers["retry-after"] == "1"
     named = json.loads(middleware.error_response(InvalidRequest("n", -1, "more")).body)["error"]
     assert (named["param"], named["type"], named["code"]) == ("n", "invalid_request_error", None)
 
 
 class Wire:
-    """A transport that remembers."""
+    """Transport that records what is written."""
 
     def __init__(self):
-        self.sent, self.closed = b"", False
+        self.sent = b""
+        self.closed = False
 
     def write(self, data):
         self.sent += data
@@ -136,7 +135,7 @@ async def connected():
     return found, wire
 
 
-def test_a_head_has_a_size():
+def test_request_heads_have_a_size_limit():
     async def run():
         found, wire = await connected()
         found.data_received(b"GET / HTTP/1.1\r\n")
@@ -144,23 +143,23 @@ def test_a_head_has_a_size():
             found.data_received(b"x: " + b"a" * 1000 + b"\r\n")
             if wire.closed:
                 break
-        assert (
-            wire.sent.startswith(b"HTTP/1.1 431 ")
-            and found.head_size_bytes < http_limits.MAX_HEAD_BYTES + 2000
-        )
+        assert wire.sent.startswith(b"HTTP/1.1 431 ")
+        assert found.head_size_bytes < http_limits.MAX_HEAD_BYTES + 2000
         other, wire = await connected()
-        for _ in range(3):  # heads are counted one by one, and bodies not at all
+        # The limit is for each head; bodies do not count.
+        for _ in range(3):
             other.data_received(
                 b"POST / HTTP/1.1\r\ncontent-length: 200000\r\nx: " + b"a" * 30000 + b"\r\n\r\n"
             )
             other.data_received(b"b" * 200_000)
             await asyncio.sleep(0.01)
-        assert not wire.closed and wire.sent.count(b"200 OK") == 3
+        assert not wire.closed
+        assert wire.sent.count(b"200 OK") == 3
 
     asyncio.run(run())
 
 
-def test_a_head_has_a_time(monkeypatch):
+def test_request_heads_have_a_time_limit(monkeypatch):
     monkeypatch.setattr(http_limits, "HEAD_TIMEOUT_S", 0.05)
 
     async def run():
@@ -170,17 +169,20 @@ def test_a_head_has_a_time(monkeypatch):
         done[0].data_received(b"GET / HTTP/1.1\r\n\r\n")
         await asyncio.sleep(0.2)
         for _, wire in (silent, half):
-            assert wire.closed and wire.sent.startswith(b"HTTP/1.1 408 ")
-        assert not done[1].closed and b"200 OK" in done[1].sent
+            assert wire.closed
+            assert wire.sent.startswith(b"HTTP/1.1 408 ")
+        assert not done[1].closed
+        assert b"200 OK" in done[1].sent
         done[0].data_received(b"GET / HT")
         await asyncio.sleep(0.2)
-        assert done[1].closed and done[1].sent.count(b"408") == 1, "the second one, too"
+        assert done[1].closed
+        assert done[1].sent.count(b"408") == 1, "the limit holds for later requests, too"
 
     asyncio.run(run())
 
 
-def test_nothing_unpickles():
-    """Nor runs what is read in any other way."""
+def test_no_module_unpickles_or_evaluates_data():
+    """Read the source of all modules that handle data of clients."""
     forbidden = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "torch"}
     for path in (
         Path(slipway.__file__).parent / name for name in ("server", "engine", "codec", "checkpoint")
@@ -190,9 +192,8 @@ def test_nothing_unpickles():
         for file in files:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Import):
-                    assert not forbidden & {alias.name.partition(".")[0] for alias in node.names}, (
-                        file
-                    )
+                    names = {alias.name.partition(".")[0] for alias in node.names}
+                    assert not forbidden & names, file
                 elif isinstance(node, ast.ImportFrom):
                     assert (node.module or "").partition(".")[0] not in forbidden, file
                 elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -200,7 +201,7 @@ def test_nothing_unpickles():
 
 
 def service(**options):
-    """A Service of a template that takes its time, without engines."""
+    """Return a service without engines, with a chat template that takes long."""
     template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}x"
     return Service(
         ServerConfig(**options),
@@ -212,8 +213,8 @@ def service(**options):
     )
 
 
-def test_a_template_that_takes_too_long_is_given_up(monkeypatch):
-    """Meanwhile others are answered: templates run beside the event loop."""
+def test_a_slow_template_is_abandoned_without_blocking_others(monkeypatch):
+    """Templates run beside the event loop, which goes on meanwhile."""
     monkeypatch.setattr(services, "TEMPLATE_TIMEOUT_S", 0.05)
 
     async def run():
@@ -229,16 +230,14 @@ def test_a_template_that_takes_too_long_is_given_up(monkeypatch):
         with pytest.raises(InvalidRequest) as caught:
             await service().conversation([{"role": "user", "content": "hi"}])
         task.cancel()
-        assert (
-            caught.value.field == "messages"
-            and "ends within" in caught.value.expected
-            and turns > 1
-        )
+        assert caught.value.field == "messages"
+        assert "ends within" in caught.value.expected
+        assert turns > 1
 
     asyncio.run(run())
 
 
-def test_a_fault_of_the_servers_own_is_an_error_object(monkeypatch):
+def test_an_unexpected_exception_becomes_an_error_object(monkeypatch):
     async def broken(*_):
         raise RuntimeError("/home/me/secret.txt")
 
@@ -246,11 +245,11 @@ def test_a_fault_of_the_servers_own_is_an_error_object(monkeypatch):
         pass
 
     monkeypatch.setattr(app.App, "version", broken)
-    with TestClient(
-        app.App(service()).asgi(nothing, nothing), raise_server_exceptions=False
-    ) as client:
+    application = app.App(service()).asgi(nothing, nothing)
+    with TestClient(application, raise_server_exceptions=False) as client:
         answer = client.get("/version")
-    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
     assert answer.json()["error"] == {
         "message": "internal error",
         "type": "server_error",
@@ -259,7 +258,7 @@ def test_a_fault_of_the_servers_own_is_an_error_object(monkeypatch):
     }
 
 
-def test_a_body_has_a_time(monkeypatch):
+def test_request_bodies_have_a_time_limit(monkeypatch):
     monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.05)
 
     async def receive():

@@ -1,4 +1,4 @@
-"""OpenAI's own SDK against the server, and the answers against the same engine offline."""
+"""OpenAI's SDK against the server, with the same engine offline as the reference."""
 
 import asyncio
 import base64
@@ -29,33 +29,34 @@ def params(**fields):
     return SamplingParams(**({"temperature": 0, "max_tokens": 12} | fields))
 
 
-def test_a_completion_is_what_generate_gives(client, offline, server):
+def test_a_completion_equals_offline_generate(client, offline, server):
     expected = offline.generate(PROMPT, params())[0]
     answer = client.completions.create(model="nano", prompt=PROMPT, temperature=0, max_tokens=12)
     (choice,) = answer.choices
-    assert (choice.text, choice.finish_reason, choice.index) == (
-        expected.outputs[0].text,
-        "length",
-        0,
-    )
-    assert (
-        answer.object == "text_completion"
-        and answer.id.startswith("cmpl-")
-        and answer.model == "nano"
-    )
+    assert choice.text == expected.outputs[0].text
+    assert (choice.finish_reason, choice.index) == ("length", 0)
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
+    assert answer.model == "nano"
     usage = answer.usage
     assert usage.prompt_tokens == len(expected.prompt_token_ids)
     assert (usage.completion_tokens, usage.total_tokens) == (12, usage.prompt_tokens + 12)
 
 
-def test_streams_add_up_to_the_whole(client, server):
+def test_streams_add_up_to_the_whole_response(client, server):
     whole = client.completions.create(
         model="nano", prompt=PROMPT, temperature=0, max_tokens=20, n=2, logprobs=1
     )
     stream = client.completions.create(
-        model="nano", prompt=PROMPT, temperature=0, max_tokens=20, n=2, logprobs=1, stream=True,
+        model="nano",
+        prompt=PROMPT,
+        temperature=0,
+        max_tokens=20,
+        n=2,
+        logprobs=1,
+        stream=True,
         stream_options={"include_usage": True},
-    )  # fmt: skip
+    )
     texts, tokens, reasons, usage = {0: "", 1: ""}, {0: [], 1: []}, {}, None
     for chunk in stream:
         usage = chunk.usage or usage
@@ -65,23 +66,20 @@ def test_streams_add_up_to_the_whole(client, server):
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
     for choice in whole.choices:
-        assert (
-            texts[choice.index] == choice.text
-            and reasons[choice.index] == choice.finish_reason == "length"
-        )
-        assert tokens[choice.index] == choice.logprobs.tokens and len(choice.logprobs.tokens) == 20
+        assert texts[choice.index] == choice.text
+        assert reasons[choice.index] == choice.finish_reason == "length"
+        assert tokens[choice.index] == choice.logprobs.tokens
+        assert len(choice.logprobs.tokens) == 20
     assert usage == whole.usage or (usage.completion_tokens == whole.usage.completion_tokens == 40)
 
 
-def test_a_chat_is_what_chat_gives(client, offline, server):
+def test_a_chat_equals_offline_chat(client, offline, server):
     expected = offline.chat(CHAT, params(max_tokens=24))[0].outputs[0].text
     answer = client.chat.completions.create(
         model="nano", messages=CHAT, temperature=0, max_completion_tokens=24
     )
-    assert (
-        answer.choices[0].message.content == expected
-        and answer.choices[0].message.role == "assistant"
-    )
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].message.role == "assistant"
     stream = client.chat.completions.create(
         model="nano", messages=CHAT, temperature=0, max_tokens=24, stream=True
     )
@@ -91,7 +89,7 @@ def test_a_chat_is_what_chat_gives(client, offline, server):
     assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason
 
 
-def test_logprobs_are_the_engines(client, offline, server):
+def test_logprobs_equal_those_of_the_engine(client, offline, server):
     expected = offline.generate(PROMPT, params(logprobs=3, max_tokens=5))[0].outputs[0]
     own = [entry[token].logprob for token, entry in zip(expected.token_ids, expected.logprobs)]
     legacy = client.completions.create(
@@ -108,13 +106,13 @@ def test_logprobs_are_the_engines(client, offline, server):
     np.testing.assert_allclose([entry.logprob for entry in content], own, atol=1e-5)
     for entry, token in zip(content, expected.token_ids):
         assert bytes(entry.bytes) == offline.engine.tokenizer.token_bytes(token)
-        assert [top.logprob for top in entry.top_logprobs] == sorted(
-            (t.logprob for t in entry.top_logprobs), reverse=True
-        )
-        assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].token == entry.token
+        tops = [top.logprob for top in entry.top_logprobs]
+        assert tops == sorted(tops, reverse=True)
+        assert len(tops) == 3
+        assert entry.top_logprobs[0].token == entry.token
 
 
-def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
+def test_echo_scores_the_prompt_as_lm_eval_needs(client, offline, server):
     expected = offline.generate(PROMPT, params(prompt_logprobs=1, logprobs=1, max_tokens=1))[0]
     answer = client.completions.create(
         model="nano", prompt=PROMPT, temperature=0, max_tokens=1, logprobs=1, echo=True
@@ -123,7 +121,8 @@ def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
     ids = [*expected.prompt_token_ids, *expected.outputs[0].token_ids]
     entries = [*expected.prompt_logprobs, *expected.outputs[0].logprobs]
     assert choice.text == PROMPT + expected.outputs[0].text
-    assert choice.logprobs.token_logprobs[0] is None and len(choice.logprobs.tokens) == len(ids)
+    assert choice.logprobs.token_logprobs[0] is None
+    assert len(choice.logprobs.tokens) == len(ids)
     wanted = [entry[token].logprob for token, entry in zip(ids[1:], entries[1:])]
     np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], wanted, atol=1e-5)
     assert "".join(choice.logprobs.tokens) == choice.text
@@ -139,10 +138,9 @@ def test_echo_scores_the_prompt_as_lm_eval_asks(client, offline, server):
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_a_streamed_echo_adds_up_to_the_whole(client, server, logprobs):
-    long = (
-        "import os\n\n" + "x = read(path)\n" * 12 + PROMPT
-    )  # scored in several steps, while a sample is ahead
+def test_a_streamed_echo_adds_up_to_the_whole_response(client, server, logprobs):
+    # A prompt that is scored in several steps, while a sample of it is generated already.
+    long = "import os\n\n" + "x = read(path)\n" * 12 + PROMPT
     asked = dict(
         model="nano",
         prompt=[long, "class A:"],
@@ -163,12 +161,12 @@ def test_a_streamed_echo_adds_up_to_the_whole(client, server, logprobs):
                 tokens[choice.index] += choice.logprobs.tokens
                 scores[choice.index] += choice.logprobs.token_logprobs
     assert ["".join(texts[choice.index]) for choice in whole] == [choice.text for choice in whole]
-    assert all(len(pieces) > 1 for pieces in texts.values()), "streamed"
+    assert all(len(pieces) > 1 for pieces in texts.values()), (
+        "each text must arrive in several events"
+    )
     for choice in whole if logprobs is not None else ():
-        assert (
-            tokens[choice.index] == choice.logprobs.tokens
-            and "".join(tokens[choice.index]) == choice.text
-        )
+        assert tokens[choice.index] == choice.logprobs.tokens
+        assert "".join(tokens[choice.index]) == choice.text
         assert scores[choice.index][0] is None
         np.testing.assert_allclose(
             scores[choice.index][1:], choice.logprobs.token_logprobs[1:], atol=1e-5
@@ -190,10 +188,8 @@ def test_many_prompts_of_every_form(client, offline, server):
     texts = {0: "", 1: ""}
     for chunk in streamed:
         texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert (
-        texts[0] == expected
-        and texts[1] == offline.generate("class A:", params())[0].outputs[0].text
-    )
+    assert texts[0] == expected
+    assert texts[1] == offline.generate("class A:", params())[0].outputs[0].text
 
 
 def test_embeddings_scores_and_ranks(client, offline, server):
@@ -237,19 +233,15 @@ def test_asynchronous_clients_share_the_server(_server, offline, server):
                 asked = {"model": "nano", "prompt": prompt, "temperature": 0, "max_tokens": 12}
                 if not streams:
                     return (await client.completions.create(**asked)).choices[0].text
-                return "".join(
-                    [
-                        c.choices[0].text
-                        async for c in await client.completions.create(**asked, stream=True)
-                    ]
-                )
+                stream = await client.completions.create(**asked, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
 
             return await asyncio.gather(*(one(prompt, i % 2) for i, prompt in enumerate(prompts)))
 
     assert asyncio.run(run()) == expected
 
 
-def test_models_and_what_is_not_one(client, server):
+def test_models_and_unknown_models(client, server):
     assert [model.id for model in client.models.list()] == ["nano"]
     assert client.models.retrieve("nano").id == "nano"
     with pytest.raises(openai.NotFoundError):
@@ -258,7 +250,5 @@ def test_models_and_what_is_not_one(client, server):
         client.completions.create(model="gpt-4", prompt="x")
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="nano", prompt="x", temperature=-1)
-    assert (
-        caught.value.body["param"] == "temperature"
-        and caught.value.body["type"] == "invalid_request_error"
-    )
+    assert caught.value.body["param"] == "temperature"
+    assert caught.value.body["type"] == "invalid_request_error"

@@ -1,6 +1,7 @@
-"""SGLang's /generate: its shape, its names, its streams; and what is refused there."""
+"""SGLang's route /generate: format, names of fields, streams, refused requests."""
 
 import itertools
+import json
 import re
 
 import numpy as np
@@ -21,26 +22,25 @@ def ask(server, sampling=GREEDY, **fields):
 
 @pytest.fixture(scope="module")
 def plain(_server):
-    return _server.complete(prompt=PROMPT, return_token_ids=True, logprobs=3, echo=True)["choices"][
-        0
-    ]
+    return _server.choice(prompt=PROMPT, return_token_ids=True, logprobs=3, echo=True)
 
 
-def test_an_answer_is_what_a_completion_is(server, plain):
+def test_a_response_has_the_text_of_a_completion(server, plain):
     found = ask(server, rid="mine")
-    assert PROMPT + found["text"] == plain["text"] and found["output_ids"] == plain["token_ids"]
+    assert PROMPT + found["text"] == plain["text"]
+    assert found["output_ids"] == plain["token_ids"]
     meta = found["meta_info"]
-    assert meta["id"] == "mine" and meta["finish_reason"] == {"type": "length", "length": 12}
-    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (
-        len(plain["prompt_token_ids"]),
-        12,
-    )
+    assert meta["id"] == "mine"
+    assert meta["finish_reason"] == {"type": "length", "length": 12}
+    assert meta["prompt_tokens"] == len(plain["prompt_token_ids"])
+    assert meta["completion_tokens"] == 12
     assert meta["weight_version"] == server.http.get("/weights_version").json()["weights_version"]
     again = ask(server, text=None, input_ids=plain["prompt_token_ids"])
-    assert again["text"] == found["text"] and "output_token_logprobs" not in meta
+    assert again["text"] == found["text"]
+    assert "output_token_logprobs" not in meta
 
 
-def test_the_cache_is_told(server):
+def test_cached_tokens_are_reported(server):
     prompt = "import sys\n" * 12
     counts = [
         ask(server, text=prompt, extra_key=key)["meta_info"]["cached_tokens"]
@@ -49,25 +49,23 @@ def test_the_cache_is_told(server):
     assert counts[0] == counts[2] == 0 < counts[1]
 
 
-def test_defaults_are_sglangs(server):
+def test_defaults_are_those_of_sglang(server):
     found = ask(server, sampling={"temperature": 0, "ignore_eos": True})
     assert found["meta_info"]["completion_tokens"] == 128
     assert len(ask(server, sampling=None)["output_ids"]) <= 128
 
 
-def test_lists_and_samples_have_their_order(server, plain):
+def test_lists_and_samples_keep_their_order(server, plain):
     many = ask(server, text=[PROMPT, "class Stack:"], rid="both")
     assert [each["meta_info"]["id"] for each in many] == ["both_0", "both_1"]
-    assert (
-        PROMPT + many[0]["text"] == plain["text"]
-        and many[1]["text"] == ask(server, text="class Stack:")["text"]
-    )
+    assert PROMPT + many[0]["text"] == plain["text"]
+    assert many[1]["text"] == ask(server, text="class Stack:")["text"]
     sampled = {"n": 3, "temperature": 1.0, "max_new_tokens": 8, "sampling_seed": 4}
     found = ask(server, sampling=sampled, text=[PROMPT, PROMPT])
-    assert len(found) == 6 and len({each["text"] for each in found[:3]}) == 3
-    assert [each["text"] for each in found[:3]] == [each["text"] for each in found[3:]], (
-        "a seed gives the same"
-    )
+    assert len(found) == 6
+    assert len({each["text"] for each in found[:3]}) == 3
+    texts = [each["text"] for each in found]
+    assert texts[:3] == texts[3:], "the same seed gives the same texts"
     own = ask(server, text=[PROMPT] * 2, sampling=[GREEDY, GREEDY | {"max_new_tokens": 3}])
     assert [each["meta_info"]["completion_tokens"] for each in own] == [12, 3]
     ids = ask(server, text=None, input_ids=[plain["prompt_token_ids"]])
@@ -79,24 +77,22 @@ def test_logprobs_of_both_sides(server, plain):
     meta = ask(server, return_logprob=True, logprob_start_len=0, top_logprobs_num=2)["meta_info"]
     expected = plain["logprobs"]["token_logprobs"]
     output, given = meta["output_token_logprobs"], meta["input_token_logprobs"]
-    assert [token for _, token, _ in given + output] == plain["prompt_token_ids"] + plain[
-        "token_ids"
-    ]
+    ids = plain["prompt_token_ids"] + plain["token_ids"]
+    assert [token for _, token, _ in given + output] == ids
     np.testing.assert_allclose([each[0] for each in given[1:] + output], expected[1:], atol=1e-5)
-    assert given[0][0] is None and all(text is None for _, _, text in given + output)
-    assert len(meta["output_top_logprobs"]) == 12 and all(
-        len(tops) == 2 for tops in meta["output_top_logprobs"]
-    )
+    assert given[0][0] is None
+    assert all(text is None for _, _, text in given + output)
+    assert len(meta["output_top_logprobs"]) == 12
+    assert all(len(tops) == 2 for tops in meta["output_top_logprobs"])
     assert meta["output_top_logprobs"][0][0][:2] == output[0][:2], "greedy takes the likeliest"
-    assert meta["input_top_logprobs"][0] is None and len(meta["input_top_logprobs"]) == size
-    late = ask(server, return_logprob=True, logprob_start_len=2, return_text_in_logprobs=True)[
-        "meta_info"
-    ]
-    assert len(late["input_token_logprobs"]) == size - 2 and "output_top_logprobs" not in late
-    assert (
-        late["input_token_logprobs"][0][0] is None
-        and late["input_token_logprobs"][1][:2] == given[3][:2]
-    )
+    assert meta["input_top_logprobs"][0] is None
+    assert len(meta["input_top_logprobs"]) == size
+    asked = {"return_logprob": True, "logprob_start_len": 2, "return_text_in_logprobs": True}
+    late = ask(server, **asked)["meta_info"]
+    assert len(late["input_token_logprobs"]) == size - 2
+    assert "output_top_logprobs" not in late
+    assert late["input_token_logprobs"][0][0] is None
+    assert late["input_token_logprobs"][1][:2] == given[3][:2]
     text = "".join(text for _, _, text in late["output_token_logprobs"])
     assert text == plain["text"][len(PROMPT) :]
     assert ask(server, return_logprob=True)["meta_info"]["input_token_logprobs"] == []
@@ -104,34 +100,21 @@ def test_logprobs_of_both_sides(server, plain):
 
 def test_streams_are_cumulative(server):
     whole = ask(server, return_logprob=True)
-    found = events(
-        server.post(
-            "/generate", text=PROMPT, sampling_params=GREEDY, stream=True, return_logprob=True
-        )
-    )
-    assert all(
-        after["text"].startswith(before["text"]) for before, after in itertools.pairwise(found)
-    )
-    assert (
-        all(event["meta_info"]["finish_reason"] is None for event in found[:-1]) and len(found) > 1
-    )
+    asked = {"text": PROMPT, "sampling_params": GREEDY, "return_logprob": True}
+    found = events(server.post("/generate", **asked, stream=True))
+    for before, after in itertools.pairwise(found):
+        assert after["text"].startswith(before["text"])
+    assert all(event["meta_info"]["finish_reason"] is None for event in found[:-1])
+    assert len(found) > 1
     for event in (whole, found[-1]):
         del event["meta_info"]["id"], event["meta_info"]["cached_tokens"]
     assert found[-1] == whole
-    many = events(
-        server.post(
-            "/generate",
-            text=[PROMPT, "class Stack:"],
-            sampling_params=GREEDY | {"n": 2},
-            stream=True,
-        )
-    )
+    asked = {"text": [PROMPT, "class Stack:"], "sampling_params": GREEDY | {"n": 2}}
+    many = events(server.post("/generate", **asked, stream=True))
     last = {event["index"]: event["text"] for event in many}
-    assert (
-        last[0] == last[1] == whole["text"]
-        and last[2] == last[3] != whole["text"]
-        and len(last) == 4
-    )
+    assert last[0] == last[1] == whole["text"]
+    assert last[2] == last[3] != whole["text"]
+    assert len(last) == 4
 
 
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 16, "sampling_seed": 5}
@@ -156,7 +139,7 @@ def test_a_sampling_field_changes_the_sample(server, field):
     assert ask(server, base | {field: CHANGES[field]})["text"] != ask(server, base)["text"]
 
 
-def test_where_outputs_end(server, plain):
+def test_stop_conditions(server, plain):
     text, third = plain["text"][len(PROMPT) :], plain["token_ids"][2]
     cut = ask(server, GREEDY | {"stop": [text[3:6]]})
     assert cut["text"] == text[: text.index(text[3:6])]
@@ -165,25 +148,25 @@ def test_where_outputs_end(server, plain):
         text[3:6]
     )
     ended = ask(server, GREEDY | {"stop_token_ids": [third]})
-    assert (
-        ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": third}
-        and ended["output_ids"][-1] == third
-    )
-    assert (
-        len(ask(server, GREEDY | {"stop_token_ids": [third], "min_new_tokens": 8})["output_ids"])
-        >= 8
-    )
+    assert ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": third}
+    assert ended["output_ids"][-1] == third
+    later = ask(server, GREEDY | {"stop_token_ids": [third], "min_new_tokens": 8})
+    assert len(later["output_ids"]) >= 8
     forced = GREEDY | {"logit_bias": {"2": 100}}
     assert ask(server, forced)["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
     shown = forced | {"ignore_eos": True, "max_new_tokens": 2}
-    assert (
-        ask(server, shown)["text"]
-        == ""
-        != ask(server, shown | {"skip_special_tokens": False})["text"]
-    )
+    assert ask(server, shown)["text"] == ""
+    assert ask(server, shown | {"skip_special_tokens": False})["text"] != ""
 
 
-SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}'
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+)
 STRUCTURES = {
     "regex": ("[ab]{4}", "[ab]{4}"),
     "ebnf": ('root ::= "x" [0-9] "y"', "x[0-9]y"),
@@ -222,7 +205,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_refused(server, name):
+def test_unsupported_requests_are_refused(server, name):
     fields, field = REFUSED[name]
     answer = server.post("/generate", **({"text": PROMPT} | fields))
     assert answer.status_code == 400, answer.text
@@ -230,15 +213,18 @@ def test_what_cannot_be_done_is_refused(server, name):
     assert param == field or param.startswith(f"{field}.")
 
 
-def test_classes_need_a_head_that_no_model_has(server):
+def test_classification_is_refused(server):
     for body in ({"input": "x"}, {"model": "nano", "input": ["x", "y"]}):
         answer = server.post("/classify", **body)
         error = answer.json()["error"]
-        assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
-        assert error["param"] == "model" and "classification head" in error["message"]
+        assert answer.status_code == 400, answer.text
+        assert error["type"] == "invalid_request_error", answer.text
+        assert error["param"] == "model"
+        assert "classification head" in error["message"]
     assert server.post("/classify", model="other", input="x").status_code == 404
-    assert server.post("/classify", model="nano").json()["error"]["param"] != "model", (
-        "input is asked for first"
-    )
+    without_input = server.post("/classify", model="nano").json()["error"]
+    assert without_input["param"] != "model", "a missing input is reported first"
     features = server.http.get("/capabilities").json()["features"]
-    assert features["classification"] is False and features["generation"] and features["chat"]
+    assert features["classification"] is False
+    assert features["generation"]
+    assert features["chat"]

@@ -1,4 +1,4 @@
-"""Several named chat templates behind the server: which one a chat takes, and what is refused; without an engine."""
+"""Choice among several named chat templates, and refused requests, without an engine."""
 
 import asyncio
 import shutil
@@ -34,7 +34,7 @@ LIMITS = {"max_model_len": 100, "max_logprobs": 5, "vocab_size": 1000}
 
 
 class Engine:
-    """What a chat asks of an engine before it is run."""
+    """Fake replica with all that a chat reads before it runs."""
 
     serves = True
     info = SimpleNamespace(limits=LIMITS, defaults={})
@@ -54,9 +54,9 @@ def service(templates):
 
 
 def prepared(service, **fields):
-    chats = ChatHandler(service, schema.Chat(messages=CHAT, **fields), None)
-    asyncio.run(chats.prepare())
-    return chats
+    handler = ChatHandler(service, schema.Chat(messages=CHAT, **fields), None)
+    asyncio.run(handler.prepare())
+    return handler
 
 
 def refused(service, **fields):
@@ -65,43 +65,46 @@ def refused(service, **fields):
     return caught.value
 
 
-def test_a_chat_with_tools_takes_the_template_for_them():
+def test_a_chat_with_tools_uses_the_template_for_tools():
     several = service({"default": PLAIN, "tool_use": USE})
     asked = prepared(several, tools=TOOLS)
-    assert asked.prompt.text == "1 <tool_call> hi" and asked.tools.family.calls is not None
+    assert asked.prompt.text == "1 <tool_call> hi"
+    assert asked.tools.family.calls is not None
     assert prepared(several, tools=TOOLS, tool_choice="none").prompt.text == "1 <tool_call> hi"
     old = [tool["function"] for tool in TOOLS]
     assert prepared(several, functions=old).prompt.text == "1 <tool_call> hi"
     for fields in ({}, {"tools": []}):
         plain = prepared(several, **fields)
-        assert plain.prompt.text == "hiNone<think>" and plain.tools.family.thinking is not None
+        assert plain.prompt.text == "hiNone<think>"
+        assert plain.tools.family.thinking is not None
 
 
-def test_options_are_read_by_the_template_that_is_taken():
-    """Effort and documents, which only one of the two knows; tools, which "default" alone does not."""
+def test_options_are_checked_against_the_chosen_template():
+    """Only PLAIN supports effort and documents; only USE supports tools."""
     several = service({"default": PLAIN, "tool_use": USE})
     assert prepared(several, reasoning_effort="none").prompt.text == "hiFalseNone<think>"
     assert "one" in prepared(several, documents=[{"text": "one"}]).prompt.text
     assert refused(several, reasoning_effort="none", tools=TOOLS).field == "reasoning_effort"
     assert refused(several, documents=[{"text": "one"}], tools=TOOLS).field == "documents"
     assert refused(service({"default": PLAIN, "rag": USE}), tools=TOOLS).field == "tools"
-    assert several.features["tools"] and several.features["documents"] and several.features["chat"]
+    assert several.features["tools"]
+    assert several.features["documents"]
+    assert several.features["chat"]
 
 
-def test_without_a_default_chats_are_refused_with_the_choices():
+def test_without_a_default_template_the_error_lists_the_names():
     tools_only, other = service({"tool_use": USE, "rag": PLAIN}), service({"rag": PLAIN})
     assert prepared(tools_only, tools=TOOLS).prompt.text == "1 <tool_call> hi"
     for error in (refused(tools_only), refused(other), refused(other, tools=TOOLS)):
-        assert (
-            error.field == "messages"
-            and "rag" in error.expected
-            and "--chat-template" in error.expected
-        )
+        assert error.field == "messages"
+        assert "rag" in error.expected
+        assert "--chat-template" in error.expected
     assert "rag, tool_use" in refused(tools_only).expected
-    assert tools_only.features["chat"] and not other.features["chat"]
+    assert tools_only.features["chat"]
+    assert not other.features["chat"]
 
 
-def test_conversations_are_tokenized_by_the_template_of_their_chat():
+def test_tokenize_uses_the_template_of_the_chat():
     several, tokenizer = service({"default": PLAIN, "tool_use": USE}), Tokenizer.load(Path(NANO))
     for kwargs, text in ({}, "hiNone<think>"), ({"tools": TOOLS}, "1 <tool_call> hi"):
         body = schema.Tokenize(messages=CHAT, chat_template_kwargs=kwargs)
@@ -109,14 +112,14 @@ def test_conversations_are_tokenized_by_the_template_of_their_chat():
         assert tokenizer.decode(found["tokens"], skip_special_tokens=False) == text
 
 
-def test_templates_are_described_in_the_form_of_tokenizer_config():
+def test_tokenizer_info_lists_the_templates():
     listed = [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": USE}]
     assert service({"default": PLAIN, "tool_use": USE}).tokenizer_info()["chat_template"] == listed
     assert service({"default": PLAIN}).tokenizer_info()["chat_template"] == PLAIN
     assert "chat_template" not in service({}).tokenizer_info()
 
 
-def test_the_option_takes_a_file_or_a_name_for_all_chats(tmp_path):
+def test_chat_template_option_is_a_file_or_a_name(tmp_path):
     own = {"default": PLAIN, "tool_use": USE, "rag": "documents"}
     (tmp_path / "mine.jinja").write_text("mine")
     assert chat_templates(own, None) == own
@@ -128,7 +131,7 @@ def test_the_option_takes_a_file_or_a_name_for_all_chats(tmp_path):
         assert caught.value.field == "chat_template"
 
 
-def test_the_offline_interface_chooses_as_transformers_does(tmp_path):
+def test_offline_chats_choose_templates_as_transformers_does(tmp_path):
     folder = shutil.copytree(NANO, tmp_path / "model")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(USE)

@@ -1,4 +1,4 @@
-"""Reasoning in chats: structures hold after it, a budget ends it, effort reaches the template; a model that rambles."""
+"""Reasoning in chats: structures after it, budgets that end it, effort in the template."""
 
 import re
 from pathlib import Path
@@ -23,9 +23,12 @@ TOKENIZER = Tokenizer.load(Path(NANO))
 END = TOKENIZER.encode("</think>", add_special_tokens=False)
 STRUCTURES = {
     "regex": ({"structured_outputs": {"regex": "[ab]{4}"}}, "[ab]{4}"),
-    "format": ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 22]}}}}, "1|22"),
+    "format": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 22]}}}},
+        "1|22",
+    ),
     "grammar": ({"ebnf": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,40 +51,39 @@ def message(server, **fields):
 def test_structures_hold_after_the_reasoning(server, name):
     fields, pattern = STRUCTURES[name]
     found = message(server, thinking_token_budget=10, **fields)
-    assert re.fullmatch(pattern, found["content"]) and len(found["reasoning_content"]) > 5, found
+    assert re.fullmatch(pattern, found["content"]), found
+    assert len(found["reasoning_content"]) > 5, found
     free = message(server, max_tokens=30, **fields)
-    assert free["content"] == "" and not re.match(pattern, free["reasoning_content"]), (
-        "nothing binds the reasoning"
-    )
-    assert free["reasoning_content"].startswith(found["reasoning_content"]), (
-        "it is what was said without a structure"
-    )
+    assert free["content"] == ""
+    reasoning = free["reasoning_content"]
+    assert not re.match(pattern, reasoning), "the structure must not bind the reasoning"
+    assert reasoning.startswith(found["reasoning_content"]), "the budget only cuts the reasoning"
 
 
-def test_an_answer_without_reasoning_fits_at_once(server):
+def test_an_output_without_reasoning_follows_the_structure_at_once(server):
     fields, pattern = STRUCTURES["regex"]
     found = message(server, chat_template_kwargs={"enable_thinking": False}, **fields)
-    assert re.fullmatch(pattern, found["content"]) and "reasoning_content" not in found
-    for seed in range(4):  # begun or not, by the model's choice
+    assert re.fullmatch(pattern, found["content"])
+    assert "reasoning_content" not in found
+    for seed in range(4):  # the model decides whether it begins to reason
         asked = {"temperature": 1.5, "seed": seed, "thinking_token_budget": 0}
-        assert re.fullmatch(
-            pattern, message(server, chat_template_kwargs={}, **asked, **fields)["content"]
-        )
+        found = message(server, chat_template_kwargs={}, **asked, **fields)
+        assert re.fullmatch(pattern, found["content"])
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 20])
 def test_a_budget_ends_the_reasoning(server, budget):
     choice = ask(server, thinking_token_budget=budget, return_token_ids=True)["choices"][0]
     ids = choice["token_ids"]
-    assert ids[budget : budget + len(END)] == END and len(ids) == 40
-    assert TOKENIZER.decode(ids[:budget]).lstrip("\n") == choice["message"].get(
-        "reasoning_content", ""
-    )
+    assert ids[budget : budget + len(END)] == END
+    assert len(ids) == 40
+    reasoning = choice["message"].get("reasoning_content", "")
+    assert TOKENIZER.decode(ids[:budget]).lstrip("\n") == reasoning
     free = ask(server, return_token_ids=True)["choices"][0]
-    assert free["token_ids"][:budget] == ids[:budget] and free["message"]["content"] == ""
-    sampled = ask(
-        server, thinking_token_budget=budget, temperature=1.0, seed=3, n=3, return_token_ids=True
-    )
+    assert free["token_ids"][:budget] == ids[:budget]
+    assert free["message"]["content"] == ""
+    sampling = {"temperature": 1.0, "seed": 3, "n": 3}
+    sampled = ask(server, thinking_token_budget=budget, return_token_ids=True, **sampling)
     assert all(each["token_ids"][budget : budget + len(END)] == END for each in sampled["choices"])
 
 
@@ -91,36 +93,29 @@ def test_usage_counts_the_tokens_of_reasoning(server, budget):
     whole = ask(server, **fields)["usage"]
     assert whole["completion_tokens_details"] == {"reasoning_tokens": 3 * budget}
     asked = OPENED | {"max_tokens": 40} | fields
-    streamed = events(
-        server.post(
-            "/v1/chat/completions", **asked, stream=True, stream_options={"include_usage": True}
-        )
-    )
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = events(server.post("/v1/chat/completions", **asked))
     assert streamed[-1]["usage"] == whole
     cut = ask(server, max_tokens=12)["usage"]
-    assert cut["completion_tokens_details"]["reasoning_tokens"] == cut["completion_tokens"] == 12, (
-        "it never ended"
-    )
+    assert cut["completion_tokens"] == 12
+    assert cut["completion_tokens_details"]["reasoning_tokens"] == 12, "all is reasoning"
     none = ask(server, chat_template_kwargs={"enable_thinking": False})["usage"]
     assert none["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
-def test_reasoning_is_apart_or_stays_where_it_is(server):
+def test_reasoning_is_separated_unless_disabled(server):
     fields = {"thinking_token_budget": 8, "structured_outputs": {"choice": ["yes"]}}
     apart, together = message(server, **fields), message(server, separate_reasoning=False, **fields)
-    assert apart["content"] == "yes" and "reasoning_content" not in together
+    assert apart["content"] == "yes"
+    assert "reasoning_content" not in together
     whole = together["content"]
-    assert (
-        whole.lstrip("\n").startswith(apart["reasoning_content"])
-        and whole.endswith("yes")
-        and "</think>" in whole
-    )
+    assert whole.lstrip("\n").startswith(apart["reasoning_content"])
+    assert whole.endswith("yes")
+    assert "</think>" in whole
     found = events(server.post("/v1/chat/completions", **OPENED, **fields, stream=True))
     deltas = [event["choices"][0]["delta"] for event in found]
-    assert (
-        "".join(delta.get("reasoning_content", "") for delta in deltas)
-        == apart["reasoning_content"]
-    )
+    reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
+    assert reasoning == apart["reasoning_content"]
     assert "".join(delta.get("content") or "" for delta in deltas) == "yes"
 
 
@@ -130,23 +125,32 @@ def test_a_call_is_forced_after_the_reasoning(server):
     tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         answer = client.chat.completions.create(
-            model="nano", messages=CHAT, tools=[tool], tool_choice="required", temperature=0, max_tokens=100,
-            extra_body={"thinking_token_budget": 6, "chat_template_kwargs": {"enable_thinking": True}},
-        )  # fmt: skip
+            model="nano",
+            messages=CHAT,
+            tools=[tool],
+            tool_choice="required",
+            temperature=0,
+            max_tokens=100,
+            extra_body={
+                "thinking_token_budget": 6,
+                "chat_template_kwargs": {"enable_thinking": True},
+            },
+        )
     (choice,) = answer.choices
     assert choice.message.tool_calls[0].function.arguments in ('{"day": 1}', '{"day": 2}')
-    assert choice.message.reasoning_content and choice.finish_reason == "tool_calls"
+    assert choice.message.reasoning_content
+    assert choice.finish_reason == "tool_calls"
 
 
 def test_effort_reaches_the_template(server):
     asked = {"messages": CHAT, "max_tokens": 1, "return_token_ids": True}
 
     def prompt(**fields):
-        return TOKENIZER.decode(
-            server.post("/v1/chat/completions", **asked, **fields).json()["prompt_token_ids"]
-        )
+        answer = server.post("/v1/chat/completions", **asked, **fields).json()
+        return TOKENIZER.decode(answer["prompt_token_ids"])
 
-    assert "Effort: high" in prompt(reasoning_effort="high") and "Effort" not in prompt()
+    assert "Effort: high" in prompt(reasoning_effort="high")
+    assert "Effort" not in prompt()
     assert prompt(reasoning_effort="none").endswith("<think>\n\n</think>\n\n")
     twice = server.post(
         "/v1/chat/completions",
@@ -154,55 +158,45 @@ def test_effort_reaches_the_template(server):
         reasoning_effort="none",
         chat_template_kwargs={"enable_thinking": True},
     )
-    assert (
-        twice.status_code == 400
-        and twice.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
-    )
-    assert (
-        server.post("/v1/chat/completions", **asked, reasoning_effort="extreme").status_code == 400
-    )
+    assert twice.status_code == 400
+    assert twice.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
+    extreme = server.post("/v1/chat/completions", **asked, reasoning_effort="extreme")
+    assert extreme.status_code == 400
 
 
-def test_what_the_model_does_not_know_is_refused(_server):
+def test_options_without_support_in_the_model_are_refused(_server):
     for field, value in (
         ("reasoning_effort", "high"),
         ("reasoning_effort", "none"),
         ("thinking_token_budget", 5),
     ):
         answer = _server.post("/v1/chat/completions", messages=CHAT, max_tokens=1, **{field: value})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == field, answer.text
 
 
-def test_a_budget_is_a_number(server):
+def test_an_invalid_budget_is_refused(server):
     for bad in (-1, 2**40, "x"):
         answer = server.post("/v1/chat/completions", **OPENED, thinking_token_budget=bad)
-        assert (
-            answer.status_code == 400 and answer.json()["error"]["param"] == "thinking_token_budget"
-        ), answer.text
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "thinking_token_budget", answer.text
 
 
-def test_tokens_of_a_conversation_with_tools(server, _server):
+def test_tokenize_a_conversation_with_tools(server, _server):
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     asked = {"messages": CHAT, "tools": [tool]}
     refused = _server.post("/tokenize", **asked)
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools", (
-        "its template knows none"
-    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "tools", "its template does not support tools"
     ids = server.post("/tokenize", **asked).json()["tokens"]
-    prompt = server.post(
-        "/v1/chat/completions", **asked, max_tokens=1, return_token_ids=True
-    ).json()["prompt_token_ids"]
-    assert ids == prompt and ids != server.post("/tokenize", messages=CHAT).json()["tokens"]
+    chat = asked | {"max_tokens": 1, "return_token_ids": True}
+    assert ids == server.post("/v1/chat/completions", **chat).json()["prompt_token_ids"]
+    assert ids != server.post("/tokenize", messages=CHAT).json()["tokens"]
     last = [*CHAT, {"role": "assistant", "content": "def"}]
     left_open = {"messages": last, "add_generation_prompt": False, "continue_final_message": True}
     assert TOKENIZER.decode(server.post("/tokenize", **left_open).json()["tokens"]).endswith("def")
-    assert (
-        server.post("/tokenize", messages=CHAT, chat_template_kwargs={"tools": [tool]}).json()[
-            "tokens"
-        ]
-        == ids
-    )
+    by_kwargs = {"messages": CHAT, "chat_template_kwargs": {"tools": [tool]}}
+    assert server.post("/tokenize", **by_kwargs).json()["tokens"] == ids
     twice = server.post("/tokenize", **asked, chat_template_kwargs={"tools": []})
-    assert (
-        twice.status_code == 400 and twice.json()["error"]["param"] == "chat_template_kwargs.tools"
-    )
+    assert twice.status_code == 400
+    assert twice.json()["error"]["param"] == "chat_template_kwargs.tools"

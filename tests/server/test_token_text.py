@@ -1,4 +1,4 @@
-"""Text, bytes and offsets of tokens over HTTP: a tokenizer of sentencepiece's kind, and half characters of nano's."""
+"""Text, bytes and offsets of tokens over HTTP: sentencepiece tokens, incomplete characters."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ PROMPT = "it now"
 
 
 def write_model(folder: Path) -> Path:
-    """A tiny Llama of random weights, with a tokenizer as Llama 2 has it."""
+    """Write a tiny Llama of random weights, with a tokenizer like that of Llama 2."""
     raw = tokenizers.Tokenizer(
         models.BPE(
             VOCAB, [("▁", "i"), ("▁i", "t")], byte_fallback=True, unk_token="<unk>", fuse_unk=True
@@ -36,9 +36,14 @@ def write_model(folder: Path) -> Path:
     raw.add_special_tokens(["<unk>", "<s>", "</s>"])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(VOCAB), hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=len(VOCAB),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     raw.save(str(folder / "tokenizer.json"))
     settings = {
@@ -68,7 +73,10 @@ def pieces(model, tmp_path_factory):
 
 
 def written(ids: list[int]) -> dict:
-    """Fields that make the model write just these tokens: a grammar of bytes cannot tell pieces apart."""
+    """Return fields that make the model write equal tokens.
+
+    A grammar of bytes could not tell tokens with the same text apart.
+    """
     assert len(set(ids)) == 1
     return {"allowed_token_ids": ids[:1], "max_tokens": len(ids), "temperature": 0}
 
@@ -78,7 +86,7 @@ def events(answer) -> list[dict]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_a_completion_goes_on_with_its_prompt(pieces, model):
+def test_a_completion_continues_the_text_of_its_prompt(pieces, model):
     reference = AutoTokenizer.from_pretrained(model)
     ids, new = reference(PROMPT)["input_ids"], [VOCAB["▁now"]] * 2
     wanted = reference.decode(ids + new)[len(reference.decode(ids)) :]
@@ -87,13 +95,10 @@ def test_a_completion_goes_on_with_its_prompt(pieces, model):
     for prompt in (PROMPT, ids):
         whole = pieces.complete(prompt=prompt, n=2, best_of=3, **asked)["choices"]
         assert [choice["text"] for choice in whole] == [wanted] * 2
-        assert (
-            pieces.complete(prompt=prompt, echo=True, **asked)["choices"][0]["text"]
-            == PROMPT + wanted
-        )
+        assert pieces.choice(prompt=prompt, echo=True, **asked)["text"] == PROMPT + wanted
         streamed = events(pieces.post("/v1/completions", prompt=prompt, stream=True, **asked))
         assert "".join(event["choices"][0]["text"] for event in streamed) == wanted
-        stopped = pieces.complete(prompt=prompt, stop=" now", **asked)["choices"][0]
+        stopped = pieces.choice(prompt=prompt, stop=" now", **asked)
         assert (stopped["text"], stopped["stop_reason"]) == ("", " now")
     chat = {"messages": [{"role": "user", "content": PROMPT}]}
     answer = pieces.post("/v1/chat/completions", **chat, **asked).json()["choices"][0]
@@ -103,7 +108,7 @@ def test_a_completion_goes_on_with_its_prompt(pieces, model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_character_that_the_prompt_began_is_whole_in_the_completion(pieces, stream):
+def test_a_character_begun_in_the_prompt_is_whole_in_the_completion(pieces, stream):
     first, second = (VOCAB[f"<0x{byte:02X}>"] for byte in "é".encode())
     prompt = [*(VOCAB[piece] for piece in ("▁it", "▁now")), first]
     asked = {"prompt": prompt, "echo": True, "logprobs": 0, "stream": stream} | written([second])
@@ -115,34 +120,31 @@ def test_a_character_that_the_prompt_began_is_whole_in_the_completion(pieces, st
 
 @pytest.mark.parametrize("piece", ["<0xF0>", "▁now", "now", "▁", "▁日", "A", "<0x41>"])
 def test_bytes_and_text_of_a_token(pieces, piece):
-    wanted = (
-        bytes([int(piece[3:5], 16)])
-        if piece.startswith("<0x")
-        else piece.replace("▁", " ").encode()
-    )
+    wanted = piece.replace("▁", " ").encode()
+    if piece.startswith("<0x"):
+        wanted = bytes([int(piece[3:5], 16)])
     text, asked = wanted.decode(errors="replace"), written([VOCAB[piece]])
     chat = {"messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 0}
-    (entry,) = pieces.post("/v1/chat/completions", **chat, **asked).json()["choices"][0][
-        "logprobs"
-    ]["content"]
+    answer = pieces.post("/v1/chat/completions", **chat, **asked).json()
+    (entry,) = answer["choices"][0]["logprobs"]["content"]
     assert (bytes(entry["bytes"]), entry["token"]) == (wanted, text)
     prompt = {"prompt": [VOCAB["▁it"], VOCAB[piece]], "prompt_logprobs": 0, "max_tokens": 1}
-    entry = pieces.complete(**prompt)["choices"][0]["prompt_logprobs"][1][str(VOCAB[piece])]
+    entry = pieces.choice(**prompt)["prompt_logprobs"][1][str(VOCAB[piece])]
     assert entry["decoded_token"] == text
     sampling = {"sampling_params": {"max_new_tokens": 1, "logit_bias": {str(VOCAB[piece]): 100}}}
-    found = pieces.post(
-        "/generate", text="it", return_logprob=True, return_text_in_logprobs=True, **sampling
-    ).json()
+    asked = {"text": "it", "return_logprob": True, "return_text_in_logprobs": True} | sampling
+    found = pieces.post("/generate", **asked).json()
     assert found["meta_info"]["output_token_logprobs"][0][2] == text
 
 
 def test_token_strs_join_to_the_text(pieces):
     found = pieces.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
-    assert "".join(found["token_strs"]) == f" {PROMPT}" and " it" in found["token_strs"]
+    assert "".join(found["token_strs"]) == f" {PROMPT}"
+    assert " it" in found["token_strs"]
 
 
-def test_entries_spelled_alike_are_all_told(pieces):
-    """<0x41> and A have one text: the chosen one keeps it, the other is told by its id."""
+def test_tokens_with_the_same_text_are_all_listed(pieces):
+    """<0x41> and A have the same text: the chosen one keeps it, the other is written as its id."""
     ids = sorted([VOCAB["A"], VOCAB["<0x41>"]])
     for chosen in ids:
         asked = {
@@ -151,15 +153,14 @@ def test_entries_spelled_alike_are_all_told(pieces):
             "allowed_token_ids": ids,
             "logit_bias": {str(chosen): 100},
         }
-        logprobs = pieces.complete(**asked, max_tokens=1)["choices"][0]["logprobs"]
+        logprobs = pieces.choice(**asked, max_tokens=1)["logprobs"]
         (top,) = logprobs["top_logprobs"]
-        assert (
-            logprobs["tokens"] == ["A"]
-            and top["A"] == logprobs["token_logprobs"][0]
-            and len(top) in (20, 21)
-        )
+        assert logprobs["tokens"] == ["A"]
+        assert top["A"] == logprobs["token_logprobs"][0]
+        assert len(top) in (20, 21)
         (other,) = (token for token in ids if token != chosen)
-        assert f"token_id:{chosen}" not in top and top.get(f"token_id:{other}") != top["A"]
+        assert f"token_id:{chosen}" not in top
+        assert top.get(f"token_id:{other}") != top["A"]
 
 
 HALVES = {
@@ -170,8 +171,8 @@ HALVES = {
 }
 
 
-def test_half_characters_are_spelled_by_their_bytes(server):
-    logprobs = server.complete(**HALVES, logprobs=20)["choices"][0]["logprobs"]
+def test_incomplete_characters_are_written_as_bytes(server):
+    logprobs = server.choice(**HALVES, logprobs=20)["logprobs"]
     assert all(len(top) in (20, 21) for top in logprobs["top_logprobs"])
     own = [top[token] for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"])]
     assert own == logprobs["token_logprobs"]
@@ -184,15 +185,11 @@ def test_half_characters_are_spelled_by_their_bytes(server):
     "more", [{}, {"echo": True}, {"n": 2}, {"echo": True, "n": 2, "prompt": ["x 日", "def f("]}]
 )
 @pytest.mark.parametrize("stop", [[], ["日"], [" is", "e"]])
-def test_offsets_of_a_stream_are_those_of_the_whole(server, more, stop):
-    structure = (
-        {} if "is" in "".join(stop) else {"structured_outputs": HALVES["structured_outputs"]}
-    )
-    asked = (
-        {"prompt": "import os", "max_tokens": 24, "temperature": 0, "logprobs": 1, "stop": stop}
-        | structure
-        | more
-    )
+def test_offsets_of_a_stream_equal_those_of_the_whole_response(server, more, stop):
+    asked = {"prompt": "import os", "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    asked |= {"stop": stop} | more
+    if "is" not in "".join(stop):
+        asked["structured_outputs"] = HALVES["structured_outputs"]
     whole = sorted(server.complete(**asked)["choices"], key=lambda choice: choice["index"])
     streamed: dict[int, dict] = {}
     for event in events(server.post("/v1/completions", stream=True, **asked)):
@@ -211,11 +208,9 @@ def test_offsets_of_a_stream_are_those_of_the_whole(server, more, stop):
         }
         assert streamed[choice["index"]] == expected
         offsets = logprobs["text_offset"]
-        assert (
-            offsets == sorted(offsets)
-            and offsets[-1] <= len(text)
-            and len(offsets) == len(logprobs["tokens"])
-        )
+        assert offsets == sorted(offsets)
+        assert offsets[-1] <= len(text)
+        assert len(offsets) == len(logprobs["tokens"])
         for at, token in zip(offsets, logprobs["tokens"]):
             assert (
                 at == len(text) or token.startswith("bytes:") or text.startswith(token, at) or stop

@@ -1,4 +1,4 @@
-"""Functions over HTTP, through OpenAI's SDK: forced by grammar, so that nano, which knows none, calls them too."""
+"""Calls of functions through OpenAI's SDK, forced by a grammar: nano is not trained to call any."""
 
 import enum
 import json
@@ -27,10 +27,20 @@ TEMPLATE = """{#- <tool_call> -#}
 {%- for call in m.tool_calls or [] %}[{{ call.function.arguments.city }}]{% endfor %}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 WEATHER = {
-    "type": "function", "function": {"name": "get_weather", "parameters": {
-        "type": "object", "required": ["city", "days"], "additionalProperties": False,
-        "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}}}},
-}  # fmt: skip
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "required": ["city", "days"],
+            "additionalProperties": False,
+            "properties": {
+                "city": {"enum": ["Rome", "Oslo"]},
+                "days": {"type": "integer", "minimum": 0, "maximum": 9},
+            },
+        },
+    },
+}
 STOP = {"type": "function", "function": {"name": "stop", "parameters": {
     "type": "object", "properties": {}, "additionalProperties": False}}}  # fmt: skip
 CHAT = [{"role": "user", "content": "What is the weather?"}]
@@ -71,17 +81,21 @@ def test_a_named_function_is_called(client, temperature):
     answer = ask(client, tools=[WEATHER, STOP], tool_choice=choice, temperature=temperature, seed=1)
     (found,) = answer.choices
     (call,) = found.message.tool_calls
-    assert fits(call) and call.function.name == "get_weather" and call.id.startswith("call_")
-    assert found.finish_reason == "tool_calls" and found.message.content is None
+    assert fits(call)
+    assert call.function.name == "get_weather"
+    assert call.id.startswith("call_")
+    assert found.finish_reason == "tool_calls"
+    assert found.message.content is None
 
 
-def test_some_function_is_called_where_one_is_required(client):
+def test_a_required_call_calls_one_of_the_functions(client):
     for seed in range(4):
         answer = ask(
             client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed
         )
         calls = answer.choices[0].message.tool_calls
-        assert calls and all(fits(call) for call in calls)
+        assert calls
+        assert all(fits(call) for call in calls)
         one = ask(
             client,
             tools=[WEATHER, STOP],
@@ -117,17 +131,27 @@ def test_templates_see_tools_and_earlier_calls(server):
         assert answer.status_code == 200, answer.text
         return answer.json()["usage"]["prompt_tokens"]
 
-    assert size(tools=[WEATHER]) > size() and size(tools=[WEATHER], tool_choice="none") == size(
-        tools=[WEATHER]
-    )
-    earlier = [{"role": "assistant", "content": None, "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]},
-        {"role": "tool", "tool_call_id": "1", "content": "sunny"}]  # fmt: skip
+    assert size(tools=[WEATHER]) > size()
+    assert size(tools=[WEATHER], tool_choice="none") == size(tools=[WEATHER])
+    earlier = [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+    ]
     assert size(messages=CHAT + earlier) > size()
 
 
-def test_calls_are_forced_in_the_models_own_tokens():
-    """A mark that is a token of its own is not written in pieces; one that the text would leave out is."""
+def test_forced_calls_use_the_models_own_tokens():
+    """A mark with a token of its own is written as this token, but not if the token is special."""
     plain = Tokenizer.load(Path(NANO))
     raw = tokenizers.Tokenizer.from_str(plain.raw.to_str())
     raw.add_tokens(["<tool_call>"])
@@ -136,46 +160,49 @@ def test_calls_are_forced_in_the_models_own_tokens():
     marks = Service(ServerConfig(), "nano", tokenizer, {}, [], Path()).marks
     body = schema.Chat(messages=CHAT, tools=[STOP], tool_choice="required")
     structure = Tools.read(body, FAMILIES["hermes"], TEMPLATE).structure(marks)
-    walk = Grammars(tokenizer, tokenizer.vocab_size, [0]).matcher(structure)
+    constraint = Grammars(tokenizer, tokenizer.vocab_size, [0]).matcher(structure)
     text = '<tool_call>\n{"name": "stop", "arguments": {}}\n'
     pieces = plain.encode("</tool_call>", add_special_tokens=False)
     ids = [*tokenizer.encode(text, add_special_tokens=False), *pieces]
-    assert ids[0] == raw.token_to_id("<tool_call>") and len(pieces) > 1
+    assert ids[0] == raw.token_to_id("<tool_call>")
+    assert len(pieces) > 1
     for token in ids:
-        assert walk.allowed()[token // 32] >> (token % 32) & 1 and walk.accept(token), token
-    assert walk.is_done and tokenizer.decode(ids) == f"{text}</tool_call>"
+        assert constraint.allowed()[token // 32] >> (token % 32) & 1, token
+        assert constraint.accept(token), token
+    assert constraint.is_done
+    assert tokenizer.decode(ids) == f"{text}</tool_call>"
 
 
 class Unit(enum.StrEnum):
-    """How lengths are given."""
+    """Unit of a length."""
 
     METRE = "m"
     MILE = "mi"
 
 
 class Length(BaseModel):
-    """A nested model."""
+    """Model that is nested in others."""
 
     value: int = Field(ge=0, le=99)
     unit: Unit
 
 
 class Step(BaseModel):
-    """A model between two."""
+    """Model that nests one and is nested itself."""
 
     turn: Literal["left", "right"]
     length: Length
 
 
 class Route(BaseModel):
-    """A model of models."""
+    """Model that nests lists of models."""
 
     start: Length
     steps: list[Step] = Field(max_length=2)
 
 
 class Measure(BaseModel):
-    """Another model of a nested one."""
+    """Another model that nests Length."""
 
     length: Length | None
 
@@ -190,14 +217,18 @@ def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
     for seed in range(3):
         for choice in choices:
             answer = client.chat.completions.parse(
-                model="nano", messages=CHAT, tools=tools, tool_choice=choice, temperature=1.2, seed=seed,
-                max_tokens=600, parallel_tool_calls=False,
-            )  # fmt: skip
-            (call,) = answer.choices[0].message.tool_calls
-            assert isinstance(
-                call.function.parsed_arguments,
-                {"Route": Route, "Measure": Measure}[call.function.name],
+                model="nano",
+                messages=CHAT,
+                tools=tools,
+                tool_choice=choice,
+                temperature=1.2,
+                seed=seed,
+                max_tokens=600,
+                parallel_tool_calls=False,
             )
+            (call,) = answer.choices[0].message.tool_calls
+            model = {"Route": Route, "Measure": Measure}[call.function.name]
+            assert isinstance(call.function.parsed_arguments, model)
             assert choice == "required" or call.function.name == choice["function"]["name"]
     answer = client.chat.completions.parse(
         model="nano", messages=CHAT, response_format=Measure, max_tokens=100, temperature=0
@@ -206,23 +237,26 @@ def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
 
 
 @pytest.mark.parametrize("choice", [{"name": "get_weather"}, "auto"])
-def test_functions_are_called_in_openais_older_form(client, choice):
+def test_functions_in_openais_older_form_are_called(client, choice):
     asked = {
         "functions": [WEATHER["function"], STOP["function"]],
         "function_call": choice,
         "temperature": 0,
     }
-    if choice == "auto":  # nano calls nothing by itself: what it says is forced to look like a call
+    if choice == "auto":  # nano calls nothing by itself: a grammar makes its text look like a call
         said = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
         asked["extra_body"] = {"structured_outputs": {"choice": [said]}}
     whole = ask(client, **asked).choices[0]
     called = whole.message.function_call
-    assert whole.finish_reason == "function_call" and whole.message.tool_calls is None
-    assert whole.message.content is None and called.name == (
-        "stop" if choice == "auto" else "get_weather"
+    assert whole.finish_reason == "function_call"
+    assert whole.message.tool_calls is None
+    assert whole.message.content is None
+    assert called.name == ("stop" if choice == "auto" else "get_weather")
+    assert choice == "auto" or fits(
+        openai.types.chat.ChatCompletionMessageFunctionToolCall(
+            id="c", type="function", function={"name": called.name, "arguments": called.arguments}
+        )
     )
-    assert choice == "auto" or fits(openai.types.chat.ChatCompletionMessageFunctionToolCall(
-        id="c", type="function", function={"name": called.name, "arguments": called.arguments}))  # fmt: skip
     name = arguments = ""
     for chunk in ask(client, stream=True, **asked):
         reason, delta = chunk.choices[0].finish_reason, chunk.choices[0].delta
@@ -239,7 +273,7 @@ def test_functions_are_called_in_openais_older_form(client, choice):
     assert ask(client, messages=again, functions=asked["functions"], max_tokens=1).choices
 
 
-def test_functions_are_what_tools_are(server):
+def test_functions_equal_tools(server):
     def size(**fields):
         answer = server.post("/v1/chat/completions", messages=CHAT, max_tokens=1, **fields)
         assert answer.status_code == 200, answer.text
@@ -259,15 +293,16 @@ def function(name, **parameters):
 CANNOT = {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"not": {"type": "string"}}}}
 
 
-def test_what_a_schema_cannot_say_is_refused_with_its_place(server):
+def test_an_unsupported_schema_is_refused_with_its_location(server):
     def refused(path="/v1/chat/completions", /, **fields):
         body = {"messages": CHAT} if path.endswith("chat/completions") else {"prompt": "def f("}
-        answer = server.post(
-            path, **((body if path != "/generate" else {"text": "def f("}) | fields)
-        )
+        if path == "/generate":
+            body = {"text": "def f("}
+        answer = server.post(path, **body | fields)
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
-        assert "#/$defs/A/not" in error["message"] and "not" in error["message"], error
+        assert "#/$defs/A/not" in error["message"], error
+        assert "not" in error["message"], error
         return error["param"]
 
     tools = [STOP, function("f", **CANNOT)]
@@ -276,25 +311,22 @@ def test_what_a_schema_cannot_say_is_refused_with_its_place(server):
     assert refused(tools=tools, tool_choice=named, stream=True) == "tools[1].function.parameters"
     given = {"type": "json_schema", "json_schema": {"name": "n", "schema": CANNOT}}
     assert refused(response_format=given) == "response_format.json_schema.schema"
-    assert (
-        refused("/v1/completions", structured_outputs={"json": CANNOT}) == "structured_outputs.json"
-    )
+    field = refused("/v1/completions", structured_outputs={"json": CANNOT})
+    assert field == "structured_outputs.json"
     assert refused("/v1/completions", guided_json=json.dumps(CANNOT)) == "guided_json"
-    assert (
-        refused("/generate", sampling_params={"json_schema": json.dumps(CANNOT)})
-        == "sampling_params.json_schema"
-    )
+    field = refused("/generate", sampling_params={"json_schema": json.dumps(CANNOT)})
+    assert field == "sampling_params.json_schema"
     tag = {
         "type": "tag",
         "begin": "(",
         "content": {"type": "json_schema", "json_schema": CANNOT},
         "end": ")",
     }
-    place = refused(response_format={"type": "structural_tag", "format": tag})
-    assert place == "response_format.format.content.json_schema"
+    field = refused(response_format={"type": "structural_tag", "format": tag})
+    assert field == "response_format.format.content.json_schema"
     before = {"structures": [{"begin": "(", "schema": CANNOT, "end": ")"}], "triggers": ["("]}
-    place = refused("/v1/completions", structured_outputs={"structural_tag": before})
-    assert place == "structured_outputs.structural_tag.structures[0].schema"
+    field = refused("/v1/completions", structured_outputs={"structural_tag": before})
+    assert field == "structured_outputs.structural_tag.structures[0].schema"
 
 
 BAD = {
@@ -344,7 +376,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_tools_that_are_none_are_refused(server, name):
+def test_invalid_tools_are_refused(server, name):
     fields, field = BAD[name]
     answer = server.post("/v1/chat/completions", messages=CHAT, max_tokens=2, **fields)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field, answer.text

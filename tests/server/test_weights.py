@@ -1,4 +1,4 @@
-"""New weights over HTTP, sleep and waking: who may, what is served afterwards, and what a bad update leaves."""
+"""Updates of the weights over HTTP, sleep and wake_up: keys, results, failed updates."""
 
 import json
 import os
@@ -25,7 +25,7 @@ USER = {"Authorization": "Bearer user"}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """nano with other numbers, and what it says."""
+    """Directory of nano with changed weights, and the texts of both before and after."""
     directory = tmp_path_factory.mktemp("other") / "nano"
     shutil.copytree(NANO, directory)
     llm = LLM(load_format="auto", dtype="float32", max_num_seqs=8, max_num_batched_tokens=64)
@@ -62,22 +62,24 @@ def admin(tmp_path_factory):
 
 @pytest.fixture
 def fresh(admin):
-    """The server with nano's own weights, before and after."""
-    again(admin)
+    """Server with nano's own weights, before and after the test."""
+    load_nano(admin)
     yield admin
-    again(admin)
+    load_nano(admin)
 
 
-def again(server):
+def load_nano(server):
+    """Load nano's own weights."""
     answer = server.post("/update_weights_from_disk", model_path=str(NANO), weight_version="nano")
     assert answer.status_code == 200, answer.text
 
 
-def text(server):
-    return server.complete(prompt=PROMPT)["choices"][0]
+def greedy(server):
+    """Return the choice that the server generates for PROMPT."""
+    return server.choice(prompt=PROMPT)
 
 
-def test_without_an_admins_key_there_are_no_such_routes(server):
+def test_without_an_admin_key_the_routes_do_not_exist(server):
     for path in (
         "/update_weights_from_disk",
         "/weights/begin",
@@ -101,26 +103,21 @@ def test_only_an_admin_changes_weights(fresh, other):
             answer = fresh.http.post(path, json={"model_path": str(other[0])}, headers=headers)
             assert answer.status_code == 401, (path, answer.text)
     assert fresh.http.get("/weights_version", headers=USER).json()["weights_version"] == "nano"
-    assert (
-        fresh.http.post(
-            "/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=USER
-        ).status_code
-        == 200
-    )
+    body = {"prompt": "a", "max_tokens": 1}
+    assert fresh.http.post("/v1/completions", json=body, headers=USER).status_code == 200
 
 
-def test_from_disk(fresh, other):
+def test_update_from_disk(fresh, other):
     directory, before, after = other
-    assert text(fresh) | {"text": before, "weights_version": "nano"} == text(fresh)
+    assert greedy(fresh) | {"text": before, "weights_version": "nano"} == greedy(fresh)
     answer = fresh.post(
         "/update_weights_from_disk", model_path=str(directory), weight_version="v7"
     ).json()
-    assert answer["success"] is True and answer["weights_version"] == "v7"
-    assert text(fresh) | {"text": after, "weights_version": "v7"} == text(fresh)
-    assert fresh.http.get("/weights_version").json() == {
-        "weights_version": "v7",
-        "engines": {"engine-0": "v7"},
-    }
+    assert answer["success"] is True
+    assert answer["weights_version"] == "v7"
+    assert greedy(fresh) | {"text": after, "weights_version": "v7"} == greedy(fresh)
+    version = fresh.http.get("/weights_version").json()
+    assert version == {"weights_version": "v7", "engines": {"engine-0": "v7"}}
     stream = fresh.post("/v1/completions", prompt=PROMPT, max_tokens=3, stream=True)
     last = [event for event in events(stream) if event.get("choices")][-1]["choices"][0]
     assert last["weights_version"] == "v7"
@@ -128,19 +125,17 @@ def test_from_disk(fresh, other):
         "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=2
     ).json()
     assert chat["choices"][0]["weights_version"] == "v7"
-    unnamed = fresh.post("/update_weights_from_disk", model_path=str(directory)).json()[
-        "weights_version"
-    ]
-    assert unnamed.isdigit()
+    unnamed = fresh.post("/update_weights_from_disk", model_path=str(directory)).json()
+    assert unnamed["weights_version"].isdigit()
 
 
-def test_the_document_says_what_an_update_s_body_is(fresh):
+def test_openapi_describes_the_body_of_an_update(fresh):
     operation = fresh.http.get("/openapi.json").json()["paths"]["/weights/update"]["post"]
     assert list(operation["requestBody"]["content"]) == ["application/octet-stream"]
     assert [each["name"] for each in operation["parameters"]] == ["update_id"]
 
 
-def test_in_pieces(fresh, other):
+def test_update_in_pieces(fresh, other):
     directory, _, after = other
     tensors = load_file(directory / "model.safetensors")
     names = sorted(tensors)
@@ -150,18 +145,21 @@ def test_in_pieces(fresh, other):
         answer = fresh.http.post("/weights/update", params={"update_id": begun}, content=body)
         assert answer.status_code == 200, answer.text
     assert answer.json()["tensors_in_all"] == len(names)
-    assert text(fresh)["weights_version"] == "nano", "nothing changes before the end"
+    assert greedy(fresh)["weights_version"] == "nano", "nothing changes before the end"
     answer = fresh.post("/weights/finish", update_id=begun)
     assert answer.status_code == 200, answer.text
-    assert text(fresh) | {"text": after, "weights_version": "sent"} == text(fresh)
-    assert fresh.post("/weights/finish", update_id=begun).status_code == 400, "it is over"
+    assert greedy(fresh) | {"text": after, "weights_version": "sent"} == greedy(fresh)
+    assert fresh.post("/weights/finish", update_id=begun).status_code == 400, (
+        "an update can be applied once only"
+    )
 
 
-def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other, tmp_path):
+def test_a_failed_update_is_explained_and_keeps_the_old_weights(fresh, other, tmp_path):
     directory, before, _ = other
     tensors = load_file(directory / "model.safetensors")
     answer = fresh.post("/update_weights_from_disk", model_path="/no/such/place")
-    assert answer.status_code == 400 and "no such directory" in answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert "no such directory" in answer.json()["error"]["message"]
     for field, value in (
         ("policy", "soon"),
         ("mode", "x"),
@@ -171,39 +169,40 @@ def test_what_is_wrong_is_said_and_the_old_weights_serve_on(fresh, other, tmp_pa
         answer = fresh.post(
             "/update_weights_from_disk", model_path=str(directory), **{field: value}
         )
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field
     shutil.copytree(directory, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(
         json.dumps(config | {"architectures": ["SomethingElse"]})
     )
     answer = fresh.post("/update_weights_from_disk", model_path=str(tmp_path / "other"))
-    assert answer.status_code == 400 and "SomethingElse" in answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert "SomethingElse" in answer.json()["error"]["message"]
     first = fresh.post("/weights/begin").json()["update_id"]
     second = fresh.post("/weights/begin").json()["update_id"]
 
     def send(body, name=second):
         return fresh.http.post("/weights/update", params={"update_id": name}, content=body)
 
-    assert send(save({"a": np.zeros(2)}), first).status_code == 400, "another has begun"
+    assert send(save({"a": np.zeros(2)}), first).status_code == 400, "another update has begun"
     assert send(b"no safetensors").status_code == 400
     assert send(save({"model.norm.weight": tensors["model.norm.weight"]})).status_code == 200
     twice = send(save({"model.norm.weight": tensors["model.norm.weight"]}))
-    assert twice.status_code == 400 and "sent twice" in twice.json()["error"]["message"]
+    assert twice.status_code == 400
+    assert "sent twice" in twice.json()["error"]["message"]
     bad = np.full_like(tensors["model.embed_tokens.weight"], np.inf)
     assert send(save({"model.embed_tokens.weight": bad, "extra": np.zeros(3)})).status_code == 200
     answer = fresh.post("/weights/finish", update_id=second)
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
-    assert (
-        "extra: unexpected" in message
-        and "not finite" in message
-        and "q_proj.weight: missing" in message
-    )
-    assert text(fresh) | {"text": before, "weights_version": "nano"} == text(fresh)
+    assert "extra: unexpected" in message
+    assert "not finite" in message
+    assert "q_proj.weight: missing" in message
+    assert greedy(fresh) | {"text": before, "weights_version": "nano"} == greedy(fresh)
 
 
-def test_an_update_waits_for_who_runs_and_is_paused_with_everyone(fresh, other):
+def test_an_update_waits_for_running_requests_and_for_a_pause(fresh, other):
     directory, before, after = other
     found = {}
     long = {"prompt": PROMPT, "max_tokens": 300, "ignore_eos": True, "temperature": 0}
@@ -223,45 +222,38 @@ def test_an_update_waits_for_who_runs_and_is_paused_with_everyone(fresh, other):
     runs.join()
     choice = found["choices"][0]
     assert choice["weights_version"] == "new"
-    assert (
-        choice["weights_versions"][0] == [0, "nano"] and choice["weights_versions"][1][1] == "new"
-    )
-    assert text(fresh)["text"] == after
+    assert choice["weights_versions"][0] == [0, "nano"]
+    assert choice["weights_versions"][1][1] == "new"
+    assert greedy(fresh)["text"] == after
     fresh.post("/pause")
-    assert (
-        fresh.post(
-            "/update_weights_from_disk", model_path=str(NANO), weight_version="nano"
-        ).status_code
-        == 200
-    )
+    load_nano(fresh)
     fresh.post("/resume")
-    assert text(fresh)["text"] == before
+    assert greedy(fresh)["text"] == before
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep(fresh, other, level):
     directory, before, after = other
-    assert text(fresh)["text"] == before
+    assert greedy(fresh)["text"] == before
     assert fresh.post("/sleep", level=level).status_code == 200
-    assert (
-        fresh.http.get("/readyz").status_code == 503 and fresh.http.get("/livez").status_code == 200
-    )
+    assert fresh.http.get("/readyz").status_code == 503
+    assert fresh.http.get("/livez").status_code == 200
     answer = fresh.post("/v1/completions", prompt=PROMPT)
-    assert answer.status_code == 503 and "sleeps" in answer.json()["error"]["message"]
+    assert answer.status_code == 503
+    assert "sleeps" in answer.json()["error"]["message"]
     assert "retry-after" in answer.headers
     assert fresh.post("/sleep", level=3).status_code == 400
     assert fresh.post("/wake_up").status_code == 200
     if level == 2:
         assert fresh.http.get("/readyz").status_code == 503
-        assert (
-            "no weights" in fresh.post("/v1/completions", prompt=PROMPT).json()["error"]["message"]
-        )
+        answer = fresh.post("/v1/completions", prompt=PROMPT)
+        assert "no weights" in answer.json()["error"]["message"]
         fresh.post("/update_weights_from_disk", model_path=str(directory))
     assert fresh.http.get("/readyz").status_code == 200
-    assert text(fresh)["text"] == (after if level == 2 else before)
+    assert greedy(fresh)["text"] == (after if level == 2 else before)
 
 
-def test_an_engine_that_died_is_given_the_weights_that_it_had(tmp_path, other):
+def test_a_restarted_engine_loads_its_updated_weights_again(tmp_path, other):
     directory, _, after = other
     server = Server(tmp_path, "--admin-api-key", "boss")
     server.http.headers.update(ADMIN)
@@ -271,7 +263,7 @@ def test_an_engine_that_died_is_given_the_weights_that_it_had(tmp_path, other):
         begun = server.post("/weights/begin", version="mine").json()["update_id"]
         server.http.post("/weights/update", params={"update_id": begun}, content=save(tensors))
         assert server.post("/weights/finish", update_id=begun).status_code == 200
-        assert text(server)["text"] == after
+        assert greedy(server)["text"] == after
         (pid,) = server.engine_pids()
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
@@ -279,7 +271,7 @@ def test_an_engine_that_died_is_given_the_weights_that_it_had(tmp_path, other):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         server.wait_ready()
-        assert text(server) | {"text": after, "weights_version": "mine"} == text(server)
+        assert greedy(server) | {"text": after, "weights_version": "mine"} == greedy(server)
         assert server.stop() == 0
     finally:
         server.process.kill()
