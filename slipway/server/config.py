@@ -23,13 +23,13 @@ class ServerConfig:
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on."""
     served_model_name: str | None = None
     """Name of the model in requests and responses; by default the name it was loaded by."""
     api_key: tuple[str, ...] = ()
     """Keys of clients, needed on all routes except the probes; without any, access is free."""
     admin_api_key: tuple[str, ...] = ()
-    """Keys for updating weights and for sleep; without any, these routes do not exist."""
+    """Keys for weight updates, sleep and traces; without any, these routes do not exist."""
     allow_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the server from a browser (CORS); none by default."""
     strict: bool = False

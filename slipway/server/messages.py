@@ -99,7 +99,11 @@ class Sample(msgspec.Struct, array_like=True):
 
 
 class Delta(msgspec.Struct, tag=True):
-    """New output of a request. The last Delta also has the fields about the prompt."""
+    """New output of a request.
+
+    The first and the last Delta have ``prompt_logprobs``. Only the last has ``num_cached_tokens``
+    and ``hidden``, the pooled hidden state of the prompt.
+    """
 
     number: int
     samples: list[Sample]

@@ -49,7 +49,7 @@ UNSUPPORTED = {
 SCORE_PAIRS = (  # vLLM's names of the two sides of a score
     ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"),
 )  # fmt: skip
-INT_LIMIT = 2**31  # the engine holds such numbers as int32
+INT_LIMIT = 2**31  # integers of requests have 32 bits, except the seed
 Int = Annotated[int, msgspec.Meta(ge=-INT_LIMIT, lt=INT_LIMIT)]
 # End at which a prompt that is too long is cut: "left" keeps its last tokens.
 Side = Literal["left", "right"]

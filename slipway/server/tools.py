@@ -54,7 +54,9 @@ class Tools:
         schemas, fields = _schemas(listed, field)
         choice = ("auto" if schemas else "none") if chosen is None else chosen
         if choice != "none" and not schemas:
-            raise InvalidRequest(choice_field, choice, f"no value unless {field} is given")
+            raise InvalidRequest(
+                choice_field, choice, f"'none' or no value, as {field} is not given"
+            )
         if schemas and "tools" not in (template or ""):
             expected = "no tools: the model's chat template does not support them"
             raise InvalidRequest(field, list(schemas), expected)

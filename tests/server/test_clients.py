@@ -53,20 +53,20 @@ def offline():
 
 
 def test_langchain_invokes_and_streams(chat, offline):
-    asked = [{"role": "user", "content": "def read(path):"}]
+    messages = [{"role": "user", "content": "def read(path):"}]
     params = SamplingParams(temperature=0, max_tokens=60)
     prompt = "user: def read(path):\nassistant: "
     expected = offline.generate(prompt, params, use_tqdm=False)[0].outputs[0]
-    answer = chat.invoke(asked)
+    answer = chat.invoke(messages)
     assert answer.content == expected.text
     assert answer.usage_metadata["output_tokens"] == len(expected.token_ids)
-    chunks = list(chat.stream(asked))
+    chunks = list(chat.stream(messages))
     assert "".join(chunk.content for chunk in chunks) == answer.content
     assert len(chunks) > 2
     usages = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
     assert [usage["output_tokens"] for usage in usages] == [len(expected.token_ids)]
     stop = answer.content[3:]
-    assert chat.bind(stop=[stop]).invoke(asked).content == answer.content.partition(stop)[0]
+    assert chat.bind(stop=[stop]).invoke(messages).content == answer.content.partition(stop)[0]
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -71,11 +71,11 @@ def test_stop_conditions(server, plain):
 
 
 def test_n_and_best_of(server):
-    asked = {"n": 3, "seed": 1} | SAMPLED
-    choices = server.complete(prompt=PROMPT, **asked)["choices"]
+    request = {"n": 3, "seed": 1} | SAMPLED
+    choices = server.complete(prompt=PROMPT, **request)["choices"]
     assert len({choice["text"] for choice in choices}) == 3
     assert [choice["index"] for choice in choices] == [0, 1, 2]
-    best = server.complete(prompt=PROMPT, **asked | {"n": 1, "best_of": 3})["choices"]
+    best = server.complete(prompt=PROMPT, **request | {"n": 1, "best_of": 3})["choices"]
     assert len(best) == 1
     assert best[0]["text"] in {choice["text"] for choice in choices}
 
@@ -101,15 +101,15 @@ def test_special_tokens_are_shown_on_request(server):
 
 
 def test_usage_in_streams(server):
-    asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "stream": True}
-    plain = events(server.post("/v1/completions", **asked))
+    request = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "stream": True}
+    plain = events(server.post("/v1/completions", **request))
     assert all("usage" not in event for event in plain)
     options = {"include_usage": True}
-    last = events(server.post("/v1/completions", **asked, stream_options=options))[-1]
+    last = events(server.post("/v1/completions", **request, stream_options=options))[-1]
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 6
     options = {"continuous_usage_stats": True}
-    each = events(server.post("/v1/completions", **asked, stream_options=options))
+    each = events(server.post("/v1/completions", **request, stream_options=options))
     counts = [event["usage"]["completion_tokens"] for event in each]
     assert counts == sorted(counts)
     assert counts[-1] == 6
@@ -120,11 +120,11 @@ def test_obfuscation_hides_the_sizes_of_events(server, path):
     prompt = {"prompt": PROMPT}
     if path == "/v1/chat/completions":
         prompt = {"messages": [{"role": "user", "content": PROMPT}]}
-    asked = prompt | {"temperature": 0, "max_tokens": 30, "stream": True}
+    request = prompt | {"temperature": 0, "max_tokens": 30, "stream": True}
     options = {"include_usage": True}
-    plain = server.post(path, **asked, stream_options=options)
+    plain = server.post(path, **request, stream_options=options)
     options["include_obfuscation"] = True
-    padded = server.post(path, **asked, stream_options=options)
+    padded = server.post(path, **request, stream_options=options)
     sizes = [{len(line) for line in answer.text.split("\n\n")[:-2]} for answer in (plain, padded)]
     assert len(sizes[0]) > len(sizes[1])
     assert not any((size - len("data: ")) % 128 for size in sizes[1])
@@ -261,7 +261,7 @@ FORMAT = {
 def test_structural_tags_hold_on_every_route(server):
     """The bias makes the model prefer the trigger everywhere."""
     (token,) = server.post("/tokenize", prompt="(").json()["tokens"]
-    asked = {"logit_bias": {str(token): 100}, "temperature": 0}
+    request = {"logit_bias": {str(token): 100}, "temperature": 0}
     expected = r"(\(x=[123]\)){3,}(\(x?)?(\(x=[123]?)?"
     for fields in (
         {"response_format": {"type": "structural_tag"} | TAGS},
@@ -269,12 +269,14 @@ def test_structural_tags_hold_on_every_route(server):
         {"structured_outputs": {"structural_tag": json.dumps(TAGS)}},
         {"response_format": {"type": "structural_tag", "format": FORMAT}},
     ):
-        assert re.fullmatch(expected, text(server, max_tokens=30, **asked, **fields))
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 30} | asked | fields
+        assert re.fullmatch(expected, text(server, max_tokens=30, **request, **fields))
+        body = (
+            {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 30} | request | fields
+        )
         chat = server.post("/v1/chat/completions", **body).json()
         assert re.fullmatch(expected, chat["choices"][0]["message"]["content"])
     for given in (TAGS, json.dumps(TAGS)):
-        sampling = asked | {"max_new_tokens": 30, "structural_tag": given}
+        sampling = request | {"max_new_tokens": 30, "structural_tag": given}
         found = server.post("/generate", text=PROMPT, sampling_params=sampling).json()["text"]
         assert re.fullmatch(expected, found)
 
@@ -298,9 +300,9 @@ def test_information_routes(server):
     info = server.http.get("/server_info").json()
     assert info["engine"]["max_num_seqs"] == 8
     assert "api_key" not in info["server"]
-    able = server.http.get("/capabilities").json()
-    assert "logit_bias" in able["routes"]["/v1/completions"]["fields"]
-    assert able["kernels"]["linear"]
+    capabilities = server.http.get("/capabilities").json()
+    assert "logit_bias" in capabilities["routes"]["/v1/completions"]["fields"]
+    assert capabilities["kernels"]["linear"]
     assert server.http.get("/load").json() == {"server_load": 0}
     assert "slipway_generated_tokens_total" in server.http.get("/metrics").text
     document = server.http.get("/openapi.json").json()

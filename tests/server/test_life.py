@@ -127,12 +127,12 @@ def test_a_killed_engine_ends_its_requests_and_restarts(launch):
     (engine,) = server.engine_pids()
     answers = []
 
-    def ask(streams):
+    def send(streams):
         with httpx.Client(base_url=server.url, timeout=30) as http:
             answer = http.post("/v1/completions", json=LONG | {"stream": streams})
             answers.append((answer.status_code, answer.text))
 
-    threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(6)]
+    threads = [threading.Thread(target=send, args=(i % 2 == 0,)) for i in range(6)]
     for thread in threads:
         thread.start()
     while (

@@ -190,10 +190,10 @@ def test_an_unknown_member_is_named_by_its_path(path):
 
 
 def test_an_unknown_member_of_many_items_is_named_once():
-    said = [{"role": "user", "content": "a"}] + [
+    messages = [{"role": "user", "content": "a"}] + [
         {"role": "user", "content": "a", "foo": i, "bar": i} for i in range(9)
     ]
-    _, unknown = read("Chat", messages=said, baz=1)
+    _, unknown = read("Chat", messages=messages, baz=1)
     assert unknown == ["baz", "messages[1].foo", "messages[1].bar"]
 
 

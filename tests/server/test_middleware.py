@@ -27,7 +27,7 @@ from slipway.server.service import Service
 pytestmark = pytest.mark.host
 
 
-def ask(keys, headers, path="/v1/models", admins=()):
+def status_of(keys, headers, path="/v1/models", admins=()):
     """Return the status code of a GET request that passes through the middleware."""
     found = []
 
@@ -59,26 +59,26 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
         (b"\xff", 401),
     ):
         compared.clear()
-        assert ask(keys, [(b"authorization", b"Bearer " + given)]) == status
+        assert status_of(keys, [(b"authorization", b"Bearer " + given)]) == status
         assert compared == [key.encode() for key in keys], "a match must not end the comparison"
 
 
 def test_admin_keys_open_all_routes_and_client_keys_no_admin_route():
     def status(key, path):
-        return ask(["client"], [(b"authorization", b"Bearer " + key)], path, ["admin"])
+        return status_of(["client"], [(b"authorization", b"Bearer " + key)], path, ["admin"])
 
     for path in middleware.ADMIN:
         assert status(b"admin", path) == 200, path
         assert status(b"client", path) == status(b"", path) == 401, path
     assert status(b"admin", "/v1/models") == status(b"client", "/v1/models") == 200
-    assert ask([], [], "/v1/models", ["admin"]) == 200
-    assert ask([], [], "/sleep", ["admin"]) == 401
+    assert status_of([], [], "/v1/models", ["admin"]) == 200
+    assert status_of([], [], "/sleep", ["admin"]) == 401
 
 
 def test_the_first_authorization_header_decides():
     both = [(b"authorization", b"Bearer wrong"), (b"authorization", b"Bearer right")]
-    assert ask(["right"], both) == 401
-    assert ask(["right"], both[::-1]) == 200
+    assert status_of(["right"], both) == 401
+    assert status_of(["right"], both[::-1]) == 200
 
 
 class Unknown(SlipwayError):

@@ -141,7 +141,7 @@ def test_echo_scores_the_prompt_as_lm_eval_needs(client, offline, server):
 def test_a_streamed_echo_adds_up_to_the_whole_response(client, server, logprobs):
     # A prompt that is scored in several steps, while a sample of it is generated already.
     long = "import os\n\n" + "x = read(path)\n" * 12 + PROMPT
-    asked = dict(
+    request = dict(
         model="nano",
         prompt=[long, "class A:"],
         temperature=0,
@@ -150,11 +150,11 @@ def test_a_streamed_echo_adds_up_to_the_whole_response(client, server, logprobs)
         logprobs=logprobs,
         echo=True,
     )
-    whole = client.completions.create(**asked).choices
-    assert all(choice.text.startswith(asked["prompt"][choice.index // 2]) for choice in whole)
+    whole = client.completions.create(**request).choices
+    assert all(choice.text.startswith(request["prompt"][choice.index // 2]) for choice in whole)
     assert all((choice.logprobs is None) == (logprobs is None) for choice in whole)
     texts, tokens, scores = ({index: [] for index in range(4)} for _ in range(3))
-    for chunk in client.completions.create(**asked, stream=True):
+    for chunk in client.completions.create(**request, stream=True):
         for choice in chunk.choices:
             texts[choice.index].append(choice.text)
             if choice.logprobs is not None:
@@ -230,10 +230,10 @@ def test_asynchronous_clients_share_the_server(_server, offline, server):
         ) as client:
 
             async def one(prompt, streams):
-                asked = {"model": "nano", "prompt": prompt, "temperature": 0, "max_tokens": 12}
+                request = {"model": "nano", "prompt": prompt, "temperature": 0, "max_tokens": 12}
                 if not streams:
-                    return (await client.completions.create(**asked)).choices[0].text
-                stream = await client.completions.create(**asked, stream=True)
+                    return (await client.completions.create(**request)).choices[0].text
+                stream = await client.completions.create(**request, stream=True)
                 return "".join([chunk.choices[0].text async for chunk in stream])
 
             return await asyncio.gather(*(one(prompt, i % 2) for i, prompt in enumerate(prompts)))

@@ -60,15 +60,19 @@ def wait_for(condition):
 
 
 def test_only_allowed_origins_get_cors_headers(open_server, server):
-    asked = {
+    preflight = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization",
     }
-    allowed = httpx.options(f"{open_server.url}/v1/completions", headers={"origin": GOOD} | asked)
+    allowed = httpx.options(
+        f"{open_server.url}/v1/completions", headers={"origin": GOOD} | preflight
+    )
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == GOOD
     assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
-    refused = httpx.options(f"{open_server.url}/v1/completions", headers={"origin": BAD} | asked)
+    refused = httpx.options(
+        f"{open_server.url}/v1/completions", headers={"origin": BAD} | preflight
+    )
     assert refused.status_code == 400
     assert "access-control-allow-origin" not in refused.headers
     for origin, named in (
@@ -202,10 +206,10 @@ def test_profiling_needs_an_admin_key_and_a_directory(open_server, server, tmp_p
     assert open_server.http.post("/stop_profile", headers=crown).json()["success"]
     (trace,) = (open_server.log.parent / "traces" / "engine-0").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
-    shown = open_server.http.get("/server_info").text
-    assert str(Path(trace).parents[4]) not in shown
-    assert "sesame" not in shown
-    assert "crown" not in shown
+    info = open_server.http.get("/server_info").text
+    assert str(Path(trace).parents[4]) not in info
+    assert "sesame" not in info
+    assert "crown" not in info
     with pytest.raises(InvalidConfig) as caught:
         ServerConfig(profile_dir=tmp_path, api_key=("sesame",))
     assert caught.value.field == "profile_dir"

@@ -14,7 +14,7 @@ PROMPT = "def read(path):"
 GREEDY = {"temperature": 0, "max_new_tokens": 12}
 
 
-def ask(server, sampling=GREEDY, **fields):
+def generate(server, sampling=GREEDY, **fields):
     answer = server.post("/generate", **({"text": PROMPT, "sampling_params": sampling} | fields))
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -26,7 +26,7 @@ def plain(_server):
 
 
 def test_a_response_has_the_text_of_a_completion(server, plain):
-    found = ask(server, rid="mine")
+    found = generate(server, rid="mine")
     assert PROMPT + found["text"] == plain["text"]
     assert found["output_ids"] == plain["token_ids"]
     meta = found["meta_info"]
@@ -35,7 +35,7 @@ def test_a_response_has_the_text_of_a_completion(server, plain):
     assert meta["prompt_tokens"] == len(plain["prompt_token_ids"])
     assert meta["completion_tokens"] == 12
     assert meta["weight_version"] == server.http.get("/weights_version").json()["weights_version"]
-    again = ask(server, text=None, input_ids=plain["prompt_token_ids"])
+    again = generate(server, text=None, input_ids=plain["prompt_token_ids"])
     assert again["text"] == found["text"]
     assert "output_token_logprobs" not in meta
 
@@ -43,38 +43,40 @@ def test_a_response_has_the_text_of_a_completion(server, plain):
 def test_cached_tokens_are_reported(server):
     prompt = "import sys\n" * 12
     counts = [
-        ask(server, text=prompt, extra_key=key)["meta_info"]["cached_tokens"]
+        generate(server, text=prompt, extra_key=key)["meta_info"]["cached_tokens"]
         for key in ("native a", "native a", "b")
     ]
     assert counts[0] == counts[2] == 0 < counts[1]
 
 
 def test_defaults_are_those_of_sglang(server):
-    found = ask(server, sampling={"temperature": 0, "ignore_eos": True})
+    found = generate(server, sampling={"temperature": 0, "ignore_eos": True})
     assert found["meta_info"]["completion_tokens"] == 128
-    assert len(ask(server, sampling=None)["output_ids"]) <= 128
+    assert len(generate(server, sampling=None)["output_ids"]) <= 128
 
 
 def test_lists_and_samples_keep_their_order(server, plain):
-    many = ask(server, text=[PROMPT, "class Stack:"], rid="both")
+    many = generate(server, text=[PROMPT, "class Stack:"], rid="both")
     assert [each["meta_info"]["id"] for each in many] == ["both_0", "both_1"]
     assert PROMPT + many[0]["text"] == plain["text"]
-    assert many[1]["text"] == ask(server, text="class Stack:")["text"]
+    assert many[1]["text"] == generate(server, text="class Stack:")["text"]
     sampled = {"n": 3, "temperature": 1.0, "max_new_tokens": 8, "sampling_seed": 4}
-    found = ask(server, sampling=sampled, text=[PROMPT, PROMPT])
+    found = generate(server, sampling=sampled, text=[PROMPT, PROMPT])
     assert len(found) == 6
     assert len({each["text"] for each in found[:3]}) == 3
     texts = [each["text"] for each in found]
     assert texts[:3] == texts[3:], "the same seed gives the same texts"
-    own = ask(server, text=[PROMPT] * 2, sampling=[GREEDY, GREEDY | {"max_new_tokens": 3}])
+    own = generate(server, text=[PROMPT] * 2, sampling=[GREEDY, GREEDY | {"max_new_tokens": 3}])
     assert [each["meta_info"]["completion_tokens"] for each in own] == [12, 3]
-    ids = ask(server, text=None, input_ids=[plain["prompt_token_ids"]])
+    ids = generate(server, text=None, input_ids=[plain["prompt_token_ids"]])
     assert PROMPT + ids[0]["text"] == plain["text"], "a list of one is a list"
 
 
 def test_logprobs_of_both_sides(server, plain):
     size = len(plain["prompt_token_ids"])
-    meta = ask(server, return_logprob=True, logprob_start_len=0, top_logprobs_num=2)["meta_info"]
+    meta = generate(server, return_logprob=True, logprob_start_len=0, top_logprobs_num=2)[
+        "meta_info"
+    ]
     expected = plain["logprobs"]["token_logprobs"]
     output, given = meta["output_token_logprobs"], meta["input_token_logprobs"]
     ids = plain["prompt_token_ids"] + plain["token_ids"]
@@ -87,21 +89,21 @@ def test_logprobs_of_both_sides(server, plain):
     assert meta["output_top_logprobs"][0][0][:2] == output[0][:2], "greedy takes the likeliest"
     assert meta["input_top_logprobs"][0] is None
     assert len(meta["input_top_logprobs"]) == size
-    asked = {"return_logprob": True, "logprob_start_len": 2, "return_text_in_logprobs": True}
-    late = ask(server, **asked)["meta_info"]
+    request = {"return_logprob": True, "logprob_start_len": 2, "return_text_in_logprobs": True}
+    late = generate(server, **request)["meta_info"]
     assert len(late["input_token_logprobs"]) == size - 2
     assert "output_top_logprobs" not in late
     assert late["input_token_logprobs"][0][0] is None
     assert late["input_token_logprobs"][1][:2] == given[3][:2]
     text = "".join(text for _, _, text in late["output_token_logprobs"])
     assert text == plain["text"][len(PROMPT) :]
-    assert ask(server, return_logprob=True)["meta_info"]["input_token_logprobs"] == []
+    assert generate(server, return_logprob=True)["meta_info"]["input_token_logprobs"] == []
 
 
 def test_streams_are_cumulative(server):
-    whole = ask(server, return_logprob=True)
-    asked = {"text": PROMPT, "sampling_params": GREEDY, "return_logprob": True}
-    found = events(server.post("/generate", **asked, stream=True))
+    whole = generate(server, return_logprob=True)
+    request = {"text": PROMPT, "sampling_params": GREEDY, "return_logprob": True}
+    found = events(server.post("/generate", **request, stream=True))
     for before, after in itertools.pairwise(found):
         assert after["text"].startswith(before["text"])
     assert all(event["meta_info"]["finish_reason"] is None for event in found[:-1])
@@ -109,8 +111,8 @@ def test_streams_are_cumulative(server):
     for event in (whole, found[-1]):
         del event["meta_info"]["id"], event["meta_info"]["cached_tokens"]
     assert found[-1] == whole
-    asked = {"text": [PROMPT, "class Stack:"], "sampling_params": GREEDY | {"n": 2}}
-    many = events(server.post("/generate", **asked, stream=True))
+    request = {"text": [PROMPT, "class Stack:"], "sampling_params": GREEDY | {"n": 2}}
+    many = events(server.post("/generate", **request, stream=True))
     last = {event["index"]: event["text"] for event in many}
     assert last[0] == last[1] == whole["text"]
     assert last[2] == last[3] != whole["text"]
@@ -135,28 +137,30 @@ CHANGES = {
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_sampling_field_changes_the_sample(server, field):
     base = SAMPLED | ({"temperature": 0, "max_new_tokens": 40} if field.endswith("penalty") else {})
-    assert ask(server, base)["text"] == ask(server, base)["text"]
-    assert ask(server, base | {field: CHANGES[field]})["text"] != ask(server, base)["text"]
+    assert generate(server, base)["text"] == generate(server, base)["text"]
+    assert (
+        generate(server, base | {field: CHANGES[field]})["text"] != generate(server, base)["text"]
+    )
 
 
 def test_stop_conditions(server, plain):
     text, third = plain["text"][len(PROMPT) :], plain["token_ids"][2]
-    cut = ask(server, GREEDY | {"stop": [text[3:6]]})
+    cut = generate(server, GREEDY | {"stop": [text[3:6]]})
     assert cut["text"] == text[: text.index(text[3:6])]
     assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": text[3:6]}
-    assert ask(server, GREEDY | {"stop": text[3:6], "no_stop_trim": True})["text"].endswith(
+    assert generate(server, GREEDY | {"stop": text[3:6], "no_stop_trim": True})["text"].endswith(
         text[3:6]
     )
-    ended = ask(server, GREEDY | {"stop_token_ids": [third]})
+    ended = generate(server, GREEDY | {"stop_token_ids": [third]})
     assert ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": third}
     assert ended["output_ids"][-1] == third
-    later = ask(server, GREEDY | {"stop_token_ids": [third], "min_new_tokens": 8})
+    later = generate(server, GREEDY | {"stop_token_ids": [third], "min_new_tokens": 8})
     assert len(later["output_ids"]) >= 8
     forced = GREEDY | {"logit_bias": {"2": 100}}
-    assert ask(server, forced)["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
+    assert generate(server, forced)["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
     shown = forced | {"ignore_eos": True, "max_new_tokens": 2}
-    assert ask(server, shown)["text"] == ""
-    assert ask(server, shown | {"skip_special_tokens": False})["text"] != ""
+    assert generate(server, shown)["text"] == ""
+    assert generate(server, shown | {"skip_special_tokens": False})["text"] != ""
 
 
 SCHEMA = json.dumps(
@@ -177,9 +181,9 @@ STRUCTURES = {
 @pytest.mark.parametrize("field", STRUCTURES)
 def test_structures_hold(server, field):
     given, pattern = STRUCTURES[field]
-    found = ask(server, SAMPLED | {field: given, "max_new_tokens": 60})
+    found = generate(server, SAMPLED | {field: given, "max_new_tokens": 60})
     assert re.fullmatch(pattern, found["text"]), found
-    opened = ask(server, SAMPLED | {"json_schema": "$$ANY$$"})["text"]
+    opened = generate(server, SAMPLED | {"json_schema": "$$ANY$$"})["text"]
     assert opened.lstrip().startswith("{")
 
 

@@ -67,9 +67,9 @@ def refused(service, **fields):
 
 def test_a_chat_with_tools_uses_the_template_for_tools():
     several = service({"default": PLAIN, "tool_use": USE})
-    asked = prepared(several, tools=TOOLS)
-    assert asked.prompt.text == "1 <tool_call> hi"
-    assert asked.tools.family.calls is not None
+    handler = prepared(several, tools=TOOLS)
+    assert handler.prompt.text == "1 <tool_call> hi"
+    assert handler.tools.family.calls is not None
     assert prepared(several, tools=TOOLS, tool_choice="none").prompt.text == "1 <tool_call> hi"
     old = [tool["function"] for tool in TOOLS]
     assert prepared(several, functions=old).prompt.text == "1 <tool_call> hi"

@@ -37,14 +37,14 @@ def server(tmp_path_factory):
         yield server
 
 
-def ask(server, **fields):
+def complete_chat(server, **fields):
     answer = server.post("/v1/chat/completions", **OPENED | {"max_tokens": 40} | fields)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 def message(server, **fields):
-    return ask(server, **fields)["choices"][0]["message"]
+    return complete_chat(server, **fields)["choices"][0]["message"]
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -66,40 +66,42 @@ def test_an_output_without_reasoning_follows_the_structure_at_once(server):
     assert re.fullmatch(pattern, found["content"])
     assert "reasoning_content" not in found
     for seed in range(4):  # the model decides whether it begins to reason
-        asked = {"temperature": 1.5, "seed": seed, "thinking_token_budget": 0}
-        found = message(server, chat_template_kwargs={}, **asked, **fields)
+        request = {"temperature": 1.5, "seed": seed, "thinking_token_budget": 0}
+        found = message(server, chat_template_kwargs={}, **request, **fields)
         assert re.fullmatch(pattern, found["content"])
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 20])
 def test_a_budget_ends_the_reasoning(server, budget):
-    choice = ask(server, thinking_token_budget=budget, return_token_ids=True)["choices"][0]
+    choice = complete_chat(server, thinking_token_budget=budget, return_token_ids=True)["choices"][
+        0
+    ]
     ids = choice["token_ids"]
     assert ids[budget : budget + len(END)] == END
     assert len(ids) == 40
     reasoning = choice["message"].get("reasoning_content", "")
     assert TOKENIZER.decode(ids[:budget]).lstrip("\n") == reasoning
-    free = ask(server, return_token_ids=True)["choices"][0]
+    free = complete_chat(server, return_token_ids=True)["choices"][0]
     assert free["token_ids"][:budget] == ids[:budget]
     assert free["message"]["content"] == ""
     sampling = {"temperature": 1.0, "seed": 3, "n": 3}
-    sampled = ask(server, thinking_token_budget=budget, return_token_ids=True, **sampling)
+    sampled = complete_chat(server, thinking_token_budget=budget, return_token_ids=True, **sampling)
     assert all(each["token_ids"][budget : budget + len(END)] == END for each in sampled["choices"])
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 20])
 def test_usage_counts_the_tokens_of_reasoning(server, budget):
     fields = {"thinking_token_budget": budget, "temperature": 1.0, "seed": 3, "n": 3}
-    whole = ask(server, **fields)["usage"]
+    whole = complete_chat(server, **fields)["usage"]
     assert whole["completion_tokens_details"] == {"reasoning_tokens": 3 * budget}
-    asked = OPENED | {"max_tokens": 40} | fields
-    asked |= {"stream": True, "stream_options": {"include_usage": True}}
-    streamed = events(server.post("/v1/chat/completions", **asked))
+    request = OPENED | {"max_tokens": 40} | fields
+    request |= {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = events(server.post("/v1/chat/completions", **request))
     assert streamed[-1]["usage"] == whole
-    cut = ask(server, max_tokens=12)["usage"]
+    cut = complete_chat(server, max_tokens=12)["usage"]
     assert cut["completion_tokens"] == 12
     assert cut["completion_tokens_details"]["reasoning_tokens"] == 12, "all is reasoning"
-    none = ask(server, chat_template_kwargs={"enable_thinking": False})["usage"]
+    none = complete_chat(server, chat_template_kwargs={"enable_thinking": False})["usage"]
     assert none["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
@@ -143,10 +145,10 @@ def test_a_call_is_forced_after_the_reasoning(server):
 
 
 def test_effort_reaches_the_template(server):
-    asked = {"messages": CHAT, "max_tokens": 1, "return_token_ids": True}
+    request = {"messages": CHAT, "max_tokens": 1, "return_token_ids": True}
 
     def prompt(**fields):
-        answer = server.post("/v1/chat/completions", **asked, **fields).json()
+        answer = server.post("/v1/chat/completions", **request, **fields).json()
         return TOKENIZER.decode(answer["prompt_token_ids"])
 
     assert "Effort: high" in prompt(reasoning_effort="high")
@@ -154,13 +156,13 @@ def test_effort_reaches_the_template(server):
     assert prompt(reasoning_effort="none").endswith("<think>\n\n</think>\n\n")
     twice = server.post(
         "/v1/chat/completions",
-        **asked,
+        **request,
         reasoning_effort="none",
         chat_template_kwargs={"enable_thinking": True},
     )
     assert twice.status_code == 400
     assert twice.json()["error"]["param"] == "chat_template_kwargs.enable_thinking"
-    extreme = server.post("/v1/chat/completions", **asked, reasoning_effort="extreme")
+    extreme = server.post("/v1/chat/completions", **request, reasoning_effort="extreme")
     assert extreme.status_code == 400
 
 
@@ -184,12 +186,12 @@ def test_an_invalid_budget_is_refused(server):
 
 def test_tokenize_a_conversation_with_tools(server, _server):
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-    asked = {"messages": CHAT, "tools": [tool]}
-    refused = _server.post("/tokenize", **asked)
+    request = {"messages": CHAT, "tools": [tool]}
+    refused = _server.post("/tokenize", **request)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "tools", "its template does not support tools"
-    ids = server.post("/tokenize", **asked).json()["tokens"]
-    chat = asked | {"max_tokens": 1, "return_token_ids": True}
+    ids = server.post("/tokenize", **request).json()["tokens"]
+    chat = request | {"max_tokens": 1, "return_token_ids": True}
     assert ids == server.post("/v1/chat/completions", **chat).json()["prompt_token_ids"]
     assert ids != server.post("/tokenize", messages=CHAT).json()["tokens"]
     last = [*CHAT, {"role": "assistant", "content": "def"}]
@@ -197,6 +199,6 @@ def test_tokenize_a_conversation_with_tools(server, _server):
     assert TOKENIZER.decode(server.post("/tokenize", **left_open).json()["tokens"]).endswith("def")
     by_kwargs = {"messages": CHAT, "chat_template_kwargs": {"tools": [tool]}}
     assert server.post("/tokenize", **by_kwargs).json()["tokens"] == ids
-    twice = server.post("/tokenize", **asked, chat_template_kwargs={"tools": []})
+    twice = server.post("/tokenize", **request, chat_template_kwargs={"tools": []})
     assert twice.status_code == 400
     assert twice.json()["error"]["param"] == "chat_template_kwargs.tools"

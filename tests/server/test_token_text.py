@@ -91,17 +91,17 @@ def test_a_completion_continues_the_text_of_its_prompt(pieces, model):
     ids, new = reference(PROMPT)["input_ids"], [VOCAB["▁now"]] * 2
     wanted = reference.decode(ids + new)[len(reference.decode(ids)) :]
     assert wanted == " now now"
-    asked = written(new)
+    request = written(new)
     for prompt in (PROMPT, ids):
-        whole = pieces.complete(prompt=prompt, n=2, best_of=3, **asked)["choices"]
+        whole = pieces.complete(prompt=prompt, n=2, best_of=3, **request)["choices"]
         assert [choice["text"] for choice in whole] == [wanted] * 2
-        assert pieces.choice(prompt=prompt, echo=True, **asked)["text"] == PROMPT + wanted
-        streamed = events(pieces.post("/v1/completions", prompt=prompt, stream=True, **asked))
+        assert pieces.choice(prompt=prompt, echo=True, **request)["text"] == PROMPT + wanted
+        streamed = events(pieces.post("/v1/completions", prompt=prompt, stream=True, **request))
         assert "".join(event["choices"][0]["text"] for event in streamed) == wanted
-        stopped = pieces.choice(prompt=prompt, stop=" now", **asked)
+        stopped = pieces.choice(prompt=prompt, stop=" now", **request)
         assert (stopped["text"], stopped["stop_reason"]) == ("", " now")
     chat = {"messages": [{"role": "user", "content": PROMPT}]}
-    answer = pieces.post("/v1/chat/completions", **chat, **asked).json()["choices"][0]
+    answer = pieces.post("/v1/chat/completions", **chat, **request).json()["choices"][0]
     assert answer["message"]["content"] == wanted
     sampling = {"max_new_tokens": 2, "temperature": 0, "logit_bias": {str(new[0]): 100}}
     assert pieces.post("/generate", text=PROMPT, sampling_params=sampling).json()["text"] == wanted
@@ -111,8 +111,8 @@ def test_a_completion_continues_the_text_of_its_prompt(pieces, model):
 def test_a_character_begun_in_the_prompt_is_whole_in_the_completion(pieces, stream):
     first, second = (VOCAB[f"<0x{byte:02X}>"] for byte in "é".encode())
     prompt = [*(VOCAB[piece] for piece in ("▁it", "▁now")), first]
-    asked = {"prompt": prompt, "echo": True, "logprobs": 0, "stream": stream} | written([second])
-    answer = pieces.post("/v1/completions", **asked)
+    request = {"prompt": prompt, "echo": True, "logprobs": 0, "stream": stream} | written([second])
+    answer = pieces.post("/v1/completions", **request)
     choices = [event["choices"][0] for event in (events(answer) if stream else [answer.json()])]
     assert "".join(choice["text"] for choice in choices) == "it nowé"
     assert [at for choice in choices for at in choice["logprobs"]["text_offset"]] == [0, 2, 6, 6]
@@ -123,17 +123,17 @@ def test_bytes_and_text_of_a_token(pieces, piece):
     wanted = piece.replace("▁", " ").encode()
     if piece.startswith("<0x"):
         wanted = bytes([int(piece[3:5], 16)])
-    text, asked = wanted.decode(errors="replace"), written([VOCAB[piece]])
+    text, request = wanted.decode(errors="replace"), written([VOCAB[piece]])
     chat = {"messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 0}
-    answer = pieces.post("/v1/chat/completions", **chat, **asked).json()
+    answer = pieces.post("/v1/chat/completions", **chat, **request).json()
     (entry,) = answer["choices"][0]["logprobs"]["content"]
     assert (bytes(entry["bytes"]), entry["token"]) == (wanted, text)
     prompt = {"prompt": [VOCAB["▁it"], VOCAB[piece]], "prompt_logprobs": 0, "max_tokens": 1}
     entry = pieces.choice(**prompt)["prompt_logprobs"][1][str(VOCAB[piece])]
     assert entry["decoded_token"] == text
     sampling = {"sampling_params": {"max_new_tokens": 1, "logit_bias": {str(VOCAB[piece]): 100}}}
-    asked = {"text": "it", "return_logprob": True, "return_text_in_logprobs": True} | sampling
-    found = pieces.post("/generate", **asked).json()
+    request = {"text": "it", "return_logprob": True, "return_text_in_logprobs": True} | sampling
+    found = pieces.post("/generate", **request).json()
     assert found["meta_info"]["output_token_logprobs"][0][2] == text
 
 
@@ -147,13 +147,13 @@ def test_tokens_with_the_same_text_are_all_listed(pieces):
     """<0x41> and A have the same text: the chosen one keeps it, the other is written as its id."""
     ids = sorted([VOCAB["A"], VOCAB["<0x41>"]])
     for chosen in ids:
-        asked = {
+        request = {
             "prompt": PROMPT,
             "logprobs": 20,
             "allowed_token_ids": ids,
             "logit_bias": {str(chosen): 100},
         }
-        logprobs = pieces.choice(**asked, max_tokens=1)["logprobs"]
+        logprobs = pieces.choice(**request, max_tokens=1)["logprobs"]
         (top,) = logprobs["top_logprobs"]
         assert logprobs["tokens"] == ["A"]
         assert top["A"] == logprobs["token_logprobs"][0]
@@ -186,13 +186,13 @@ def test_incomplete_characters_are_written_as_bytes(server):
 )
 @pytest.mark.parametrize("stop", [[], ["日"], [" is", "e"]])
 def test_offsets_of_a_stream_equal_those_of_the_whole_response(server, more, stop):
-    asked = {"prompt": "import os", "max_tokens": 24, "temperature": 0, "logprobs": 1}
-    asked |= {"stop": stop} | more
+    request = {"prompt": "import os", "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    request |= {"stop": stop} | more
     if "is" not in "".join(stop):
-        asked["structured_outputs"] = HALVES["structured_outputs"]
-    whole = sorted(server.complete(**asked)["choices"], key=lambda choice: choice["index"])
+        request["structured_outputs"] = HALVES["structured_outputs"]
+    whole = sorted(server.complete(**request)["choices"], key=lambda choice: choice["index"])
     streamed: dict[int, dict] = {}
-    for event in events(server.post("/v1/completions", stream=True, **asked)):
+    for event in events(server.post("/v1/completions", stream=True, **request)):
         (choice,) = event["choices"]
         found = streamed.setdefault(choice["index"], {"text": "", "tokens": [], "text_offset": []})
         found["text"] += choice["text"]

@@ -58,7 +58,7 @@ def client(server):
         yield client
 
 
-def ask(client, **fields):
+def complete_chat(client, **fields):
     return client.chat.completions.create(
         **({"model": "nano", "messages": CHAT, "max_tokens": 100} | fields)
     )
@@ -78,7 +78,9 @@ def fits(call):
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_a_named_function_is_called(client, temperature):
     choice = {"type": "function", "function": {"name": "get_weather"}}
-    answer = ask(client, tools=[WEATHER, STOP], tool_choice=choice, temperature=temperature, seed=1)
+    answer = complete_chat(
+        client, tools=[WEATHER, STOP], tool_choice=choice, temperature=temperature, seed=1
+    )
     (found,) = answer.choices
     (call,) = found.message.tool_calls
     assert fits(call)
@@ -90,13 +92,13 @@ def test_a_named_function_is_called(client, temperature):
 
 def test_a_required_call_calls_one_of_the_functions(client):
     for seed in range(4):
-        answer = ask(
+        answer = complete_chat(
             client, tools=[WEATHER, STOP], tool_choice="required", temperature=1.5, seed=seed
         )
         calls = answer.choices[0].message.tool_calls
         assert calls
         assert all(fits(call) for call in calls)
-        one = ask(
+        one = complete_chat(
             client,
             tools=[WEATHER, STOP],
             tool_choice="required",
@@ -108,10 +110,10 @@ def test_a_required_call_calls_one_of_the_functions(client):
 
 
 def test_streams_carry_the_same_calls(client):
-    asked = {"tools": [WEATHER], "tool_choice": "required", "temperature": 0}
-    whole = ask(client, **asked).choices[0].message.tool_calls
+    request = {"tools": [WEATHER], "tool_choice": "required", "temperature": 0}
+    whole = complete_chat(client, **request).choices[0].message.tool_calls
     found, reasons = {}, []
-    for chunk in ask(client, stream=True, **asked):
+    for chunk in complete_chat(client, stream=True, **request):
         (choice,) = chunk.choices
         reasons.append(choice.finish_reason)
         for call in choice.delta.tool_calls or []:
@@ -238,15 +240,15 @@ def test_nested_models_are_called_and_parsed_by_openais_sdk(client):
 
 @pytest.mark.parametrize("choice", [{"name": "get_weather"}, "auto"])
 def test_functions_in_openais_older_form_are_called(client, choice):
-    asked = {
+    request = {
         "functions": [WEATHER["function"], STOP["function"]],
         "function_call": choice,
         "temperature": 0,
     }
     if choice == "auto":  # nano calls nothing by itself: a grammar makes its text look like a call
-        said = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
-        asked["extra_body"] = {"structured_outputs": {"choice": [said]}}
-    whole = ask(client, **asked).choices[0]
+        call = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
+        request["extra_body"] = {"structured_outputs": {"choice": [call]}}
+    whole = complete_chat(client, **request).choices[0]
     called = whole.message.function_call
     assert whole.finish_reason == "function_call"
     assert whole.message.tool_calls is None
@@ -258,7 +260,7 @@ def test_functions_in_openais_older_form_are_called(client, choice):
         )
     )
     name = arguments = ""
-    for chunk in ask(client, stream=True, **asked):
+    for chunk in complete_chat(client, stream=True, **request):
         reason, delta = chunk.choices[0].finish_reason, chunk.choices[0].delta
         assert delta.tool_calls is None
         if delta.function_call is not None:
@@ -270,7 +272,9 @@ def test_functions_in_openais_older_form_are_called(client, choice):
         whole.message.model_dump(),
         {"role": "function", "name": called.name, "content": "sunny"},
     ]
-    assert ask(client, messages=again, functions=asked["functions"], max_tokens=1).choices
+    assert complete_chat(
+        client, messages=again, functions=request["functions"], max_tokens=1
+    ).choices
 
 
 def test_functions_equal_tools(server):

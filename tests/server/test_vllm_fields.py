@@ -26,13 +26,13 @@ def names(ids):
 
 
 def test_completions_write_tokens_as_ids(server):
-    asked = {
+    request = {
         "prompt": PROMPT,
         "logprobs": 2,
         "return_tokens_as_token_ids": True,
         "return_token_ids": True,
     }
-    choice = server.choice(**asked)
+    choice = server.choice(**request)
     assert choice["logprobs"]["tokens"] == names(choice["token_ids"])
     for token, own, top in zip(
         *(choice["logprobs"][name] for name in ("tokens", "token_logprobs", "top_logprobs"))
@@ -40,48 +40,48 @@ def test_completions_write_tokens_as_ids(server):
         assert top[token] == own
         assert all(name.startswith("token_id:") for name in top)
     streamed = events(
-        server.post("/v1/completions", temperature=0, max_tokens=12, stream=True, **asked)
+        server.post("/v1/completions", temperature=0, max_tokens=12, stream=True, **request)
     )
-    told = [name for event in streamed for name in event["choices"][0]["logprobs"]["tokens"]]
-    assert told == choice["logprobs"]["tokens"]
-    echoed = server.choice(echo=True, **asked | {"max_tokens": 0})
+    received = [name for event in streamed for name in event["choices"][0]["logprobs"]["tokens"]]
+    assert received == choice["logprobs"]["tokens"]
+    echoed = server.choice(echo=True, **request | {"max_tokens": 0})
     assert echoed["logprobs"]["tokens"] == names(echoed["prompt_token_ids"])
-    plain = server.choice(**asked | {"return_tokens_as_token_ids": False, "prompt_logprobs": 0})
+    plain = server.choice(**request | {"return_tokens_as_token_ids": False, "prompt_logprobs": 0})
     assert "".join(plain["logprobs"]["tokens"]) == plain["text"] == choice["text"]
-    named = server.choice(prompt_logprobs=0, **asked)["prompt_logprobs"]
+    named = server.choice(prompt_logprobs=0, **request)["prompt_logprobs"]
     assert named == plain["prompt_logprobs"], "as in vLLM, decoded_token stays a text"
 
 
 def test_chats_write_tokens_as_ids(server):
-    asked = {
+    request = {
         "messages": CHAT,
         "temperature": 0,
         "max_tokens": 6,
         "logprobs": True,
         "top_logprobs": 2,
     }
-    asked |= {"return_tokens_as_token_ids": True, "return_token_ids": True}
-    choice = server.post("/v1/chat/completions", **asked).json()["choices"][0]
+    request |= {"return_tokens_as_token_ids": True, "return_token_ids": True}
+    choice = server.post("/v1/chat/completions", **request).json()["choices"][0]
     content = choice["logprobs"]["content"]
     assert [entry["token"] for entry in content] == names(choice["token_ids"])
     for entry, token in zip(content, choice["token_ids"]):
         assert bytes(entry["bytes"]) == TOKENIZER.token_bytes(token)
         assert entry["top_logprobs"][0]["token"] == entry["token"], "greedy"
-    streamed = events(server.post("/v1/chat/completions", stream=True, **asked))
-    told = [
+    streamed = events(server.post("/v1/chat/completions", stream=True, **request))
+    received = [
         entry
         for event in streamed
         for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]
     ]
-    assert told == content
+    assert received == content
 
 
 def test_a_server_option_writes_tokens_as_ids(launch):
     server = launch("--return-tokens-as-token-ids").wait_ready()
-    asked = {"prompt": PROMPT, "logprobs": 0, "return_token_ids": True}
-    choice = server.choice(**asked)
+    request = {"prompt": PROMPT, "logprobs": 0, "return_token_ids": True}
+    choice = server.choice(**request)
     assert choice["logprobs"]["tokens"] == names(choice["token_ids"])
-    plain = server.choice(**asked, return_tokens_as_token_ids=False)
+    plain = server.choice(**request, return_tokens_as_token_ids=False)
     assert "".join(plain["logprobs"]["tokens"]) == plain["text"]
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_is_cut_on_either_side(server):
 
 def test_a_chat_echoes_an_assistants_last_message(server):
     begun = [*CHAT, {"role": "assistant", "content": "It is"}]
-    asked = {
+    request = {
         "max_tokens": 3,
         "temperature": 0,
         "add_generation_prompt": False,
@@ -129,7 +129,7 @@ def test_a_chat_echoes_an_assistants_last_message(server):
     }
 
     def content(messages, **fields):
-        body = {"messages": messages} | asked | fields
+        body = {"messages": messages} | request | fields
         answer = server.post("/v1/chat/completions", **body).json()
         return answer["choices"][0]["message"]["content"]
 
@@ -138,7 +138,7 @@ def test_a_chat_echoes_an_assistants_last_message(server):
     parts = [{"type": "text", "text": "It"}, {"type": "text", "text": " is"}]
     assert content([*CHAT, {"role": "assistant", "content": parts}], echo=True).startswith("It is")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    options = {name: asked[name] for name in ("add_generation_prompt", "continue_final_message")}
+    options = {name: request[name] for name in ("add_generation_prompt", "continue_final_message")}
     stream = client.chat.completions.create(
         model="nano",
         messages=begun,
@@ -188,13 +188,13 @@ def test_responses_have_all_fields_of_vllm(server):
         stream=True,
         extra_body={"return_token_ids": True},
     )
-    told = {}
+    received = {}
     for piece in stream:
         for choice in piece.choices:
-            told.setdefault(choice.index, []).append(choice.prompt_token_ids)
+            received.setdefault(choice.index, []).append(choice.prompt_token_ids)
     expected = [ids, ids, *[TOKENIZER.encode("a")] * 2]
-    assert [told[index][0] for index in range(4)] == expected
-    later = [ids for each in told.values() for ids in each[1:]]
+    assert [received[index][0] for index in range(4)] == expected
+    later = [ids for each in received.values() for ids in each[1:]]
     assert all(ids is None for ids in later), "only the first event has them"
     model = client.models.retrieve("nano")
     assert (model.root, model.parent, model.max_model_len) == ("nano", None, 1024)
@@ -208,23 +208,23 @@ def thinking(tmp_path_factory):
 
 
 def test_reasoning_has_both_names(thinking):
-    asked = {"messages": CHAT, "temperature": 0, "max_tokens": 40, "thinking_token_budget": 6}
-    asked["structured_outputs"] = {"choice": ["yes"]}
-    message = thinking.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]
+    request = {"messages": CHAT, "temperature": 0, "max_tokens": 40, "thinking_token_budget": 6}
+    request["structured_outputs"] = {"choice": ["yes"]}
+    message = thinking.post("/v1/chat/completions", **request).json()["choices"][0]["message"]
     assert message["reasoning"] == message["reasoning_content"] != ""
     assert message["content"] == "yes"
     pieces = [
         event["choices"][0]["delta"]
-        for event in events(thinking.post("/v1/chat/completions", **asked, stream=True))
+        for event in events(thinking.post("/v1/chat/completions", **request, stream=True))
     ]
     for name in ("reasoning", "reasoning_content"):
         assert "".join(piece.get(name, "") for piece in pieces) == message[name]
-    answer = thinking.post("/v1/chat/completions", **asked, include_reasoning=False).json()
+    answer = thinking.post("/v1/chat/completions", **request, include_reasoning=False).json()
     hidden = answer["choices"][0]["message"]
     assert not {"reasoning", "reasoning_content"} & hidden.keys()
     assert hidden["content"] == message["content"]
     silent = events(
-        thinking.post("/v1/chat/completions", **asked, include_reasoning=False, stream=True)
+        thinking.post("/v1/chat/completions", **request, include_reasoning=False, stream=True)
     )
     deltas = [event["choices"][0]["delta"] for event in silent]
     assert not any({"reasoning", "reasoning_content"} & delta.keys() for delta in deltas)
@@ -286,9 +286,9 @@ TEXTS = ["import os", {"text": "a loop"}, {"content": [{"type": "text", "text": 
 
 @pytest.mark.parametrize("first, second", PAIRS)
 def test_scores_under_all_names_and_paths_are_cosines(server, first, second):
-    asked = {first: "a list", second: TEXTS}
+    request = {first: "a list", second: TEXTS}
     answers = [
-        server.post(path, **asked).json() for path in ("/v1/score", "/score", "/invocations")
+        server.post(path, **request).json() for path in ("/v1/score", "/score", "/invocations")
     ]
     plain = ["a list", "import os", "a loop", "class Stack:"]
     given = [
@@ -297,8 +297,8 @@ def test_scores_under_all_names_and_paths_are_cosines(server, first, second):
     expected = [sum(a * b for a, b in zip(given[0], other)) for other in given[1:]]
     for answer in answers:
         assert [each["score"] for each in answer["data"]] == pytest.approx(expected, abs=1e-5)
-    asked = {first: ["a list", "a loop"], second: ["a loop", "a loop"]}
-    pairwise = server.post("/score", **asked).json()["data"]
+    request = {first: ["a list", "a loop"], second: ["a loop", "a loop"]}
+    pairwise = server.post("/score", **request).json()["data"]
     assert pairwise[1]["score"] == pytest.approx(1, abs=1e-5) != pairwise[0]["score"]
 
 
@@ -417,18 +417,18 @@ def test_full_vocabulary_logprobs_need_their_option(server, launch):
     refused = server.post("/generate", text=PROMPT, return_logprob=True, top_logprobs_num=-1)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "top_logprobs_num"
-    able = launch("--max-logprobs", "-1").wait_ready()
-    asked = {
+    unlimited = launch("--max-logprobs", "-1").wait_ready()
+    request = {
         "prompt": PROMPT,
         "logprobs": -1,
         "prompt_logprobs": -1,
         "return_tokens_as_token_ids": True,
     }
-    choice = able.choice(**asked, max_tokens=2)
-    size = able.http.get("/capabilities").json()["limits"]["vocab_size"]
+    choice = unlimited.choice(**request, max_tokens=2)
+    size = unlimited.http.get("/capabilities").json()["limits"]["vocab_size"]
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [size, size]
     assert all(len(entry) == size for entry in choice["prompt_logprobs"][1:])
-    answer = able.post("/v1/chat/completions", **chat, top_logprobs=-1).json()
+    answer = unlimited.post("/v1/chat/completions", **chat, top_logprobs=-1).json()
     content = answer["choices"][0]["logprobs"]["content"]
     assert [len(entry["top_logprobs"]) for entry in content] == [size, size]
 
