@@ -329,8 +329,8 @@ class Service:
         vocab_size = self.limits["vocab_size"]
         if not (problem := await sandbox.problem(structure.notation(), vocab_size)):
             return
-        parts_of_it = structure.schemas(field) if schemas is None else schemas
-        for path, part in parts_of_it.items():
+        by_path = structure.schemas(field) if schemas is None else schemas
+        for path, part in by_path.items():
             notation = StructuredOutputs(json=part).notation()
             if reason := await sandbox.problem(notation, vocab_size):
                 field, problem = path, _without_grammar(reason)

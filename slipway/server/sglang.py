@@ -47,7 +47,7 @@ SGLANG_FIELDS = {  # SGLang's names -> SamplingParams' names
 SGLANG_STRUCTURES = {
     "json_schema": "json", "regex": "regex", "ebnf": "grammar", "structural_tag": "structural_tag",
 }  # fmt: skip
-SGLANG_MAX_TOKENS = 128
+SGLANG_MAX_TOKENS = 128  # SGLang's default
 
 
 class SGLangSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -89,9 +89,9 @@ class SGLangSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         structures = self._given(SGLANG_STRUCTURES)
         if structures.get("json") == "$$ANY$$":  # SGLang's notation for any object
             structures |= {"json": None, "json_object": True}
-        structure = (
-            schema.structured_outputs(self.structure_field, structures) if structures else None
-        )
+        structure = None
+        if structures:
+            structure = schema.structured_outputs(self.structure_field, structures)
         return SamplingParams(
             **fields,
             logprobs=logprobs,
@@ -131,14 +131,18 @@ class Generate(msgspec.Struct, kw_only=True):
         """Return the body's names of fields by the engine's names."""
         prompt = "text" if self.input_ids is None else "input_ids"
         scores = {"logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
-        sampling = {ours: f"sampling_params.{name}" for name, ours in SGLANG_FIELDS.items()}
+        sampling = {
+            engine_name: f"sampling_params.{name}" for name, engine_name in SGLANG_FIELDS.items()
+        }
         more = {
             "logit_bias": "sampling_params.logit_bias",
             "prompt_token_ids": prompt,
             "prompt": prompt,
         }
-        named = {} if self.request_id is None else {"request_id": "rid"}  # else a header has it
-        return sampling | scores | more | named
+        names = sampling | scores | more
+        if self.request_id is not None:  # otherwise the id comes from a header
+            names["request_id"] = "rid"
+        return names
 
 
 class GenerateHandler:
