@@ -93,7 +93,9 @@ class ServingBench:
         conversations, rounds = self.conversations(), list[dict[str, Any]]()
         for _ in range(self.rounds):
             with self._served() as (base_url, ready_s):
-                timed, seconds = run_event_loop(self._drive(conversations, self._over_http(base_url)))
+                timed, seconds = run_event_loop(
+                    self._drive(conversations, self._over_http(base_url))
+                )
             started = {} if ready_s is None else {"process start to ready_s": round(ready_s, 2)}
             rounds.append({"server": started | self._figures(timed, seconds)})
             if self.against_engine:
