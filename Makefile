@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Each sets up a virtual environment of its own and all it needs.
-# `make check` is the fast half of the tests. PYTHON=python3.12 chooses another interpreter.
+# `make check` is the fast half of the tests, `make docs` builds the documentation site into build/site. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ CHECKED := slipway training tests tools examples benchmarks
 # One BLAS and one torch thread per test process: xdist already uses every core.
 WORKERS ?= 2
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs clean
 
 demo: $(VENV)/core.stamp
 	$(BIN)/slipway generate --prompt "$$(printf '%s\n' 'class Stack:' '    def __init__(self):' '        self.items = []' '' \
@@ -29,6 +29,9 @@ check: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/slipway bench engine --against transformers
 
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(VENV)/core.stamp: $(BUILT_FROM)
 	tools/venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --editable .
@@ -37,6 +40,11 @@ $(VENV)/core.stamp: $(BUILT_FROM)
 $(VENV)/test.stamp: $(BUILT_FROM)
 	tools/venv.sh $(PYTHON) $(VENV)
 	$(BIN)/pip install --quiet --editable .[test]
+	touch $@ $(VENV)/core.stamp $(VENV)/docs.stamp
+
+$(VENV)/docs.stamp: $(BUILT_FROM)
+	tools/venv.sh $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet --editable .[docs]
 	touch $@ $(VENV)/core.stamp
 
 clean:
