@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from slipway.checkpoint.swap import Mode
-from slipway.codec.prompt import Prompt, read
+from slipway.codec.prompt import Prompt, parse_prompt
 from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.params import SamplingParams
@@ -66,7 +66,7 @@ class AsyncEngine:
         Leaving the loop early aborts the request. Raises InvalidRequest, EngineBusy or EngineDead.
         """
         params = params or SamplingParams(**self.defaults)
-        text, ids, salt = read(prompt, self.tokenizer)
+        text, ids, salt = parse_prompt(prompt, self.tokenizer)
         spec = RequestSpec(
             ids, params, prompt=text, priority=priority, timeout_s=timeout_s, cache_salt=salt, pooling=pooling
         )

@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slipway.codec.chat import ChatTemplates
-from slipway.codec.prompt import Prompt, is_batch, read
+from slipway.codec.prompt import Prompt, is_batch, parse_prompt
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestOutput, RequestSpec
@@ -196,7 +196,7 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams, priority: int = 0, pooling: str = "") -> str:
         """Queue one prompt; its request id."""
-        text, ids, salt = read(prompt, self.engine.tokenizer)
+        text, ids, salt = parse_prompt(prompt, self.engine.tokenizer)
         spec = RequestSpec(ids, params, prompt=text, priority=priority, cache_salt=salt, pooling=pooling)
         return self.engine.add(spec)
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from slipway.codec import ebnf, json_schema, reasoning, tags
+from slipway.codec import ebnf, json_schema, reasoning, structural_tags
 from slipway.codec.json_schema import MAX_CHARS
-from slipway.codec.reasoning import Reasoning, Thinking, Walk
+from slipway.codec.reasoning import Constraint, Reasoning, ReasoningBudget
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
@@ -29,7 +29,7 @@ class StructuredOutputs:
     """What an output must be; exactly one of these. Raises InvalidRequest, naming the field.
 
     ``json``: a JSON schema. ``json_object``: any JSON object. ``grammar``: Lark's notation, or EBNF (ebnf.py).
-    ``structural_tag``: free text with calls in it (tags.py).
+    ``structural_tag``: free text with calls in it (structural_tags.py).
     """
 
     json: str | Mapping[str, Any] | bool | None = None
@@ -48,7 +48,7 @@ class StructuredOutputs:
             object.__setattr__(self, "choice", tuple(self.choice))
         assert self.notation()  # what cannot be written down is refused here
 
-    def notation(self, spelled: Spelled = tags.as_text) -> str:
+    def notation(self, spelled: Spelled = structural_tags.as_text) -> str:
         """The same in llguidance's notation. ``spelled``: how a vocabulary writes marks."""
         if self.json_object:
             return _lark('start: %json {"type": "object"}')
@@ -65,7 +65,7 @@ class StructuredOutputs:
             return _lark(built["lark_grammar"])
         if self.structural_tag is not None:
             given = _json("structural_tag", self.structural_tag)
-            return _lark(tags.lark(given, _schema, spelled))
+            return _lark(structural_tags.lark(given, _schema, spelled))
         text = _bounded("grammar", self.grammar)
         return _lark(ebnf.lark(text) if ebnf.is_ebnf(text) else text)
 
@@ -74,7 +74,7 @@ class StructuredOutputs:
         if self.json is not None and not self.json_object:
             return {field: _json("json", self.json)}
         if self.structural_tag is not None:
-            return tags.schemas(_json("structural_tag", self.structural_tag), field)
+            return structural_tags.schemas(_json("structural_tag", self.structural_tag), field)
         return {}
 
 
@@ -83,16 +83,16 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
         self._num_words, self._tokenizer = -(-vocab_size // 32), tokenizer
-        self._marks = tags.marks(tokenizer)
+        self._marks = structural_tags.marks(tokenizer)
         self._vocabulary = LLTokenizer(tokenizer.raw.to_str(), n_vocab=vocab_size, eos_token=list(eos_ids))
         self._build = lru_cache(KEPT)(self._built)
 
-    def matcher(self, structure: StructuredOutputs | None, before: Reasoning | None = None) -> Walk:
+    def matcher(self, structure: StructuredOutputs | None, before: Reasoning | None = None) -> Constraint:
         """At the beginning of a text that is ``structure``, once what comes ``before`` it has ended.
 
         Raises InvalidRequest for a grammar that is none, or too large.
         """
-        inner: Walk | None = None
+        inner: Constraint | None = None
         if structure is not None:
             grammar = structure.notation(self.spelled)
             if before is not None:
@@ -104,11 +104,11 @@ class Grammars:
         if before is None or before.budget is None:
             assert inner is not None, "nothing to match"
             return inner
-        return Thinking(before, inner, self._tokenizer, self._num_words)
+        return ReasoningBudget(before, inner, self._tokenizer, self._num_words)
 
     def spelled(self, text: str) -> list[str]:
         """A text as Lark's texts and this vocabulary's tokens."""
-        return tags.spelled(text, self._marks)
+        return structural_tags.spelled(text, self._marks)
 
     def _built(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)

@@ -1,7 +1,7 @@
 """JSON schemas of requests: limits, references, and the place that an error message is about.
 
-llguidance compiles the schemas; grammar.py and tags.py place each one into a grammar as a document of its own, so that
-its references (`#`, `#/$defs/...`, `$id`, `$anchor`) keep their root.
+llguidance compiles the schemas; grammar.py and structural_tags.py place each one into a grammar as a document
+of its own, so that its references (`#`, `#/$defs/...`, `$id`, `$anchor`) keep their root.
 """
 
 import json

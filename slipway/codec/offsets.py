@@ -1,13 +1,13 @@
 """Character offsets of tokens in the text that they make.
 
 An offset counts characters of the whole text, wherever tokens cut these. Not here: which text is released, and when
-(detokenizer.py); what one token stands for (pieces.py).
+(detokenizer.py); what one token stands for (token_text.py).
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from slipway.codec.pieces import Pieces
+from slipway.codec.token_text import TokenTexts
 
 
 class Offsets:
@@ -17,9 +17,9 @@ class Offsets:
     next one. `prompt`: tokens before the first one, whose text is not counted. `start`: the first token's offset.
     """
 
-    def __init__(self, pieces: Pieces, prompt: Sequence[int] = (), start: int = 0):
-        self._pieces = pieces
-        self._stream = pieces.stream(prompt)
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), start: int = 0):
+        self._texts = texts
+        self._stream = texts.stream(prompt)
         self._held = self._stream.pending()  # bytes of tokens whose offsets are not certain
         self._num_before = len(self._held)  # the prompt's among them
         self._num_chars = 0  # of the held tokens' text, as far as the stream has told it
@@ -27,7 +27,7 @@ class Offsets:
 
     def push(self, token_id: int) -> list[int]:
         """Take one token; return the offsets that are certain now, in the order of the tokens."""
-        self._held.append(self._pieces.bytes_of(token_id))
+        self._held.append(self._texts.bytes_of(token_id))
         self._num_chars += len(self._stream.push(token_id))
         return [] if self._stream.is_pending else self._certain()
 
@@ -37,7 +37,7 @@ class Offsets:
         return self._certain()
 
     def _certain(self) -> list[int]:
-        starts = self._pieces.character_starts(self._held)
+        starts = self._texts.character_starts(self._held)
         # characters stripped at the start of the text, or the prompt's
         num_left_out = max(0, len(starts) - self._num_chars)
         starts.append(sum(map(len, self._held)))

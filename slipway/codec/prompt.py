@@ -12,7 +12,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 FIELDS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
-class Read(NamedTuple):
+class ParsedPrompt(NamedTuple):
     """A prompt as the engine takes it. ``text``: None where the caller brought none."""
 
     text: str | None
@@ -20,7 +20,7 @@ class Read(NamedTuple):
     cache_salt: str = ""
 
 
-def read(prompt: Any, tokenizer: Tokenizer | None) -> Read:
+def parse_prompt(prompt: Any, tokenizer: Tokenizer | None) -> ParsedPrompt:
     """A text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and perhaps ``cache_salt``.
 
     Raises InvalidRequest, naming the field, for anything else, and for text where there is no tokenizer.
@@ -40,7 +40,7 @@ def read(prompt: Any, tokenizer: Tokenizer | None) -> Read:
         ids = tokenizer.encode(text)
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
         raise InvalidRequest("prompt", ids, "a text, token ids, or a mapping with one of them")
-    return Read(text, [int(i) if isinstance(i, np.integer) else i for i in ids], salt)
+    return ParsedPrompt(text, [int(i) if isinstance(i, np.integer) else i for i in ids], salt)
 
 
 def is_batch(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -15,7 +15,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
 
-class Walk(Protocol):
+class Constraint(Protocol):
     """How far one output has come in what it must be."""
 
     @property
@@ -106,10 +106,10 @@ class ReasoningTokens:
             self._text = self._text[self._sizes.popleft() :]
 
 
-class Thinking:
+class ReasoningBudget:
     """One output's reasoning as it comes, by tokens: free, then forced to end. ``inner``: what else must hold."""
 
-    def __init__(self, reasoning: Reasoning, inner: Walk | None, tokenizer: Tokenizer, num_words: int):
+    def __init__(self, reasoning: Reasoning, inner: Constraint | None, tokenizer: Tokenizer, num_words: int):
         assert reasoning.budget is not None
         self._inner, self._tokenizer, self._num_words = inner, tokenizer, num_words
         self._start, self._end = reasoning.start.encode(), reasoning.end.encode()

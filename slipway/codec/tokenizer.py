@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from slipway.codec.offsets import spans_to_offsets
-from slipway.codec.pieces import Pieces, Stream, pieces, special_ids
+from slipway.codec.token_text import Stream, TokenTexts, special_ids, token_texts
 from slipway.errors import CheckpointError, InvalidRequest
 
 NO_TOKENIZER = (
@@ -77,15 +77,15 @@ class Tokenizer:
         has those of its name. All tokens of a text together have the text's bytes, but for a space that the decoder
         strips from the first token.
         """
-        return self._all_pieces.bytes_of(token_id)
+        return self._all_texts.bytes_of(token_id)
 
     def stream(self, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> Stream:
         """Return a stream for one sequence behind `prompt`: `decode` of both less the prompt's text, by tokens."""
-        return self.pieces(skip_special_tokens).stream(prompt)
+        return self.token_texts(skip_special_tokens).stream(prompt)
 
-    def pieces(self, skip_special_tokens: bool) -> Pieces:
+    def token_texts(self, skip_special_tokens: bool) -> TokenTexts:
         """Return what each token stands for, where special tokens are left out or kept."""
-        return self._visible_pieces if skip_special_tokens else self._all_pieces
+        return self._visible_texts if skip_special_tokens else self._all_texts
 
     def offsets(self, text: str) -> list[int]:
         """Return where in `text` each token of `encode` begins, in characters."""
@@ -115,12 +115,12 @@ class Tokenizer:
         return self._named_id("eos_token")
 
     @cached_property
-    def _visible_pieces(self) -> Pieces:
-        return pieces(self.raw, skip_special_tokens=True)
+    def _visible_texts(self) -> TokenTexts:
+        return token_texts(self.raw, skip_special_tokens=True)
 
     @cached_property
-    def _all_pieces(self) -> Pieces:
-        return pieces(self.raw, skip_special_tokens=False)
+    def _all_texts(self) -> TokenTexts:
+        return token_texts(self.raw, skip_special_tokens=False)
 
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

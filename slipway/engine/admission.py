@@ -9,7 +9,7 @@ import time
 
 from slipway.codec.detokenizer import Detokenizer
 from slipway.codec.grammar import Grammars
-from slipway.codec.reasoning import Walk
+from slipway.codec.reasoning import Constraint
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import logit_rules
 from slipway.engine.batch import Sizes
@@ -121,7 +121,7 @@ class Admission:
             raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")
         return max_tokens
 
-    def _matchers(self, params: SamplingParams) -> list[Walk]:
+    def _matchers(self, params: SamplingParams) -> list[Constraint]:
         """Return a matcher for each sample, where a grammar or a budget of reasoning limits the output."""
         if not params.is_guided:
             return []

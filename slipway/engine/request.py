@@ -10,7 +10,7 @@ import numpy as np
 
 from slipway.cache.radix import Node
 from slipway.codec.detokenizer import Detokenizer
-from slipway.codec.reasoning import Walk
+from slipway.codec.reasoning import Constraint
 from slipway.engine.params import SamplingParams
 
 
@@ -132,7 +132,7 @@ class Sequence:
         self.slot = -1  # its row of the scheduler's page table while it runs
         self.last_row = -1  # of the last step's results, where its token is while that is pending
         self.overtaken = 0
-        self.matcher: Walk | None = None  # where it stands in what it must be, if that is said
+        self.matcher: Constraint | None = None  # where it stands in what it must be, if that is said
         self.first_run, self.last_token_at = True, 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
         self.weights: tuple[tuple[int, str], ...] = ()

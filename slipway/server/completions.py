@@ -171,7 +171,7 @@ class CompletionHandler:
         if (logprobs := self._logprobs_by_choice.get(index)) is None:
             offsets = None
             if tokenizer is not None:
-                pieces = tokenizer.pieces(self.params.skip_special_tokens)
+                pieces = tokenizer.token_texts(self.params.skip_special_tokens)
                 offsets = Offsets(pieces, prompt.token_ids, start=len(echo))
             logprobs = CompletionLogprobs(self.envelope, offsets, len(echo))
             self._logprobs_by_choice[index] = logprobs
@@ -196,7 +196,7 @@ class CompletionHandler:
             return [0] * len(prompt.token_ids)
         if prompt.text is not None:
             return tokenizer.offsets(prompt.text)
-        offsets = Offsets(tokenizer.pieces(skip_special_tokens=False))
+        offsets = Offsets(tokenizer.token_texts(skip_special_tokens=False))
         found = [*map(offsets.push, prompt.token_ids), offsets.finish()]
         return [offset for part in found for offset in part]
 
@@ -205,7 +205,7 @@ class CompletionHandler:
         if prompt.text is not None:
             return prompt.text
         tokenizer = self._service.tokenizer
-        pieces = None if tokenizer is None else tokenizer.pieces(skip_special_tokens=False)
+        pieces = None if tokenizer is None else tokenizer.token_texts(skip_special_tokens=False)
         return "" if pieces is None else pieces.prompt_text(prompt.token_ids)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slipway.codec import json_schema, parts, tags
+from slipway.codec import json_schema, output_parser, structural_tags
 from slipway.codec.chat import ChatTemplates
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
@@ -94,14 +94,14 @@ class Service:
         self.root = root or model_name
         self.draining = False
         # Marks that models write as single tokens; the text has no special tokens.
-        marks = {} if tokenizer is None else tags.marks(tokenizer)
+        marks = {} if tokenizer is None else structural_tags.marks(tokenizer)
         special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
         self.marks = {mark: token for mark, token in marks.items() if token not in special}
         self._tokenizer_config = tokenizer_config
         self._sandbox = None if tokenizer is None else GrammarSandbox(tokenizer)
         special_tokens = {} if tokenizer is None else tokenizer.special_tokens
         self._templates = ChatTemplates(templates, special_tokens)
-        parts.family(config.output_parser, None)  # raises for an unknown name
+        output_parser.family(config.output_parser, None)  # raises for an unknown name
         self._num_requests = 0
         self._num_tokens = 0
         self._by_client: Counter[str] = Counter()
@@ -169,7 +169,7 @@ class Service:
             found["chat_template"] = sources["default"] if only_default else listed
         return found
 
-    def chat_format(self, tools: bool) -> tuple[str, parts.Family]:
+    def chat_format(self, tools: bool) -> tuple[str, output_parser.Family]:
         """Return the text of the template for chats, and the format of the output.
 
         ``tools``: whether the chat has tools. Raises InvalidRequest if the model has several
@@ -178,8 +178,8 @@ class Service:
         source = self._templates.choose(tools).source
         return source, self._family(source)
 
-    def _family(self, source: str) -> parts.Family:
-        return parts.family(self.config.output_parser, source)
+    def _family(self, source: str) -> output_parser.Family:
+        return output_parser.family(self.config.output_parser, source)
 
     def names_token_ids(self, body: schema.Sampling) -> bool:
         """Return whether logprobs write tokens as "token_id:17".

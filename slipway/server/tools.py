@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slipway.codec import json_schema, tags
+from slipway.codec import json_schema, structural_tags
 from slipway.codec.grammar import StructuredOutputs
-from slipway.codec.parts import FAMILIES, Family, Part, Parts
+from slipway.codec.output_parser import FAMILIES, Family, OutputParser, OutputPart
 from slipway.codec.reasoning import Reasoning
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
@@ -92,10 +92,10 @@ class Tools:
         calls = [f"call_{number}" for number in range(len(self.forced))]
         repeat = "+" if self.parallel and len(calls) > 1 else ""
         rules = [f"start: ({' | '.join(calls)}){repeat}"]
-        end = " ".join(tags.spelled("}\n</tool_call>", marks))
+        end = " ".join(structural_tags.spelled("}\n</tool_call>", marks))
         for rule, name in zip(calls, self.forced):
             opening = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": '
-            start = " ".join(tags.spelled(opening, marks))
+            start = " ".join(structural_tags.spelled(opening, marks))
             notation = json_schema.notation(self.schemas[name], self.fields[name], **COMPACT)
             rules.append(f"{rule}: {start} %json {notation} {end}")
         return StructuredOutputs(grammar="\n".join(rules))
@@ -104,10 +104,10 @@ class Tools:
         """Return the schemas of the functions of which one must be called, by their paths."""
         return {self.fields[name]: self.schemas[name] for name in self.forced}
 
-    def parser(self, separates_reasoning: bool, prompt: str) -> Parts:
+    def parser(self, separates_reasoning: bool, prompt: str) -> OutputParser:
         """Return a parser of one output, which may continue reasoning that the prompt opened."""
         opened = bool(self._begins_inside(prompt))
-        return Parts(self.family, self.schemas, separates_reasoning, begins_inside=opened)
+        return OutputParser(self.family, self.schemas, separates_reasoning, begins_inside=opened)
 
     def reasoning(self, prompt: str, budget: int | None) -> Reasoning | None:
         """Return the reasoning at the start of the output.
@@ -137,7 +137,7 @@ class Tools:
 class Message:
     """Reader of one output: the parts of its text in OpenAI's fields of a message."""
 
-    def __init__(self, parser: Parts, tools: Tools):
+    def __init__(self, parser: OutputParser, tools: Tools):
         self._parser = parser
         self._parallel = tools.parallel
         self._legacy = tools.legacy
@@ -174,7 +174,7 @@ class Message:
                 delta[field] = delta.get(field, "") + part.text
         return delta
 
-    def _call(self, part: Part) -> dict[str, Any]:
+    def _call(self, part: OutputPart) -> dict[str, Any]:
         self._num_calls += 1
         return {
             "index": self._num_calls - 1,

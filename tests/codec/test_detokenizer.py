@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from slipway.codec.detokenizer import Detokenizer, StopStrings
-from slipway.codec.pieces import pieces
+from slipway.codec.token_text import token_texts
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest, UnsupportedModel
 
@@ -220,7 +220,7 @@ def test_decoders_that_look_ahead_are_refused(decoder):
     raw = tokenizers.Tokenizer(models.BPE())
     raw.decoder = decoder
     with pytest.raises(UnsupportedModel, match="decoder"):
-        pieces(raw, skip_special_tokens=True)
+        token_texts(raw, skip_special_tokens=True)
 
 
 @THOROUGH

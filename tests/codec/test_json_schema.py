@@ -8,7 +8,7 @@ import pytest
 
 from slipway.codec import json_schema
 from slipway.codec.grammar import Grammars, StructuredOutputs
-from slipway.codec.parts import FAMILIES, Parts
+from slipway.codec.output_parser import FAMILIES, OutputParser
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 from slipway.llm import NANO
@@ -181,7 +181,7 @@ TAGGED = {
 def test_tagged_parameters_have_the_types_of_what_they_refer_to(root):
     said = {"name": "12", "note": "3", "kind": "1", "count": "4", "either": "5", "point": '{"x": 1}'}
     text = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in said.items())
-    parser = Parts(FAMILIES["qwen3_coder"], {"f": root})
+    parser = OutputParser(FAMILIES["qwen3_coder"], {"f": root})
     (part,) = parser.push(f"<tool_call>\n<function=f>\n{text}</function>\n</tool_call>") + parser.finish()
     expected = {"name": "12", "note": "3", "kind": "1", "count": 4, "either": 5, "point": {"x": 1}}
     assert json.loads(part.text) == expected

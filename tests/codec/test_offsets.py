@@ -14,7 +14,7 @@ TEXTS = st.text("ab the,日é😀 \n", max_size=20)
 
 
 def offsets_of(tokenizer: Tokenizer, ids: list[int], prompt: Sequence[int] = (), skip: bool = True) -> list[int]:
-    offsets = Offsets(tokenizer.pieces(skip), prompt)
+    offsets = Offsets(tokenizer.token_texts(skip), prompt)
     return [at for found in [*map(offsets.push, ids), offsets.finish()] for at in found]
 
 
@@ -38,7 +38,7 @@ def test_offsets_behind_a_prompt_are_those_of_both_less_the_prompts(tokenizer, d
     ids = tokenizer.encode(data.draw(TEXTS))
     cut_at = data.draw(st.integers(0, len(ids)))
     whole = tokenizer.decode(ids)
-    prompt_text = tokenizer.pieces(True).prompt_text(ids[:cut_at])
+    prompt_text = tokenizer.token_texts(True).prompt_text(ids[:cut_at])
     assert whole.startswith(prompt_text)
     rest = [at - len(prompt_text) for at in offsets_of(tokenizer, ids)[cut_at:]]
     assert offsets_of(tokenizer, ids[cut_at:], ids[:cut_at]) == rest
@@ -63,7 +63,7 @@ def test_offsets_wait_only_for_what_may_change_them(directories):
     tokenizer = Tokenizer.load(directories["byte_fallback"])
     first, *others = (tokenizer.raw.token_to_id(f"<0x{byte:02X}>") for byte in "日".encode())
     word, bad = tokenizer.raw.token_to_id("▁the"), tokenizer.raw.token_to_id("<0xFF>")
-    offsets = Offsets(tokenizer.pieces(True), [word], start=7)
+    offsets = Offsets(tokenizer.token_texts(True), [word], start=7)
     assert [*map(offsets.push, [first, *others, first, *others])] == [[]] * 6
     assert offsets.push(word) == [7, 7, 7, 8, 8, 8, 9] and offsets.push(word) == [13]
     assert offsets.push(first) == [] and offsets.push(bad) == [] and offsets.finish() == [17, 18]

@@ -11,7 +11,7 @@ import tokenizers
 from pydantic import BaseModel, Field
 
 from slipway.codec.grammar import Grammars
-from slipway.codec.parts import FAMILIES
+from slipway.codec.output_parser import FAMILIES
 from slipway.codec.tokenizer import Tokenizer
 from slipway.llm import NANO
 from slipway.server import schema

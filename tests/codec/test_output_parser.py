@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slipway.codec.parts import FAMILIES, Part, Parts, family
+from slipway.codec.output_parser import FAMILIES, OutputParser, OutputPart, family
 from slipway.errors import InvalidConfig
 
 pytestmark = pytest.mark.host
@@ -115,23 +115,23 @@ def shown(parts):
 def test_parts_are_the_same_however_the_text_is_cut(name):
     of, text, expected = CASES[name]
     for cut in range(len(text) + 1):
-        parser = Parts(FAMILIES[of], TOOLS)
+        parser = OutputParser(FAMILIES[of], TOOLS)
         assert shown([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.finish()]) == expected, cut
-    parser = Parts(FAMILIES[of], TOOLS)
+    parser = OutputParser(FAMILIES[of], TOOLS)
     single = [part for char in text for part in parser.push(char)] + parser.finish()
     assert shown(single) == expected
 
 
 def test_only_what_might_be_a_mark_is_held_back():
-    parser = Parts(FAMILIES["qwen3"], TOOLS)
-    assert parser.push("ab<") == [Part("content", "ab")]
-    assert parser.push("tool") == [] and parser.push("s") == [Part("content", "<tools")]
-    assert parser.push("<think>x</") == [Part("reasoning", "x")]
+    parser = OutputParser(FAMILIES["qwen3"], TOOLS)
+    assert parser.push("ab<") == [OutputPart("content", "ab")]
+    assert parser.push("tool") == [] and parser.push("s") == [OutputPart("content", "<tools")]
+    assert parser.push("<think>x</") == [OutputPart("reasoning", "x")]
 
 
 def test_without_tools_calls_are_text_and_without_reasons_so_is_thought():
     text = '<think>a</think><tool_call>{"name": "stop", "arguments": {}}</tool_call>'
-    assert shown(Parts(FAMILIES["qwen3"], {}, reasons=False).push(text)) == [("content", text)]
+    assert shown(OutputParser(FAMILIES["qwen3"], {}, reasons=False).push(text)) == [("content", text)]
 
 
 def test_a_family_is_found_by_its_template():

@@ -47,7 +47,7 @@ class Stream(Protocol):
         ...
 
 
-class Pieces(Protocol):
+class TokenTexts(Protocol):
     """What each token of one vocabulary stands for, computed once per token and shared by every stream."""
 
     def stream(self, prompt: Sequence[int] = ()) -> Stream:
@@ -67,18 +67,18 @@ class Pieces(Protocol):
         ...
 
 
-def pieces(raw: tokenizers.Tokenizer, skip_special_tokens: bool) -> Pieces:
+def token_texts(raw: tokenizers.Tokenizer, skip_special_tokens: bool) -> TokenTexts:
     """The pieces of `raw`. Raises UnsupportedModel for a decoder whose text cannot be told token by token."""
     decoders = _decoders(raw)
     kinds = [decoder["type"] for decoder in decoders]
     if kinds == ["ByteLevel"]:
-        return BytePieces(raw, skip_special_tokens)
+        return ByteLevelTexts(raw, skip_special_tokens)
     if not all(map(_is_tokenwise, decoders)):
         raise UnsupportedModel("tokenizer.json decoder", kinds, f"ByteLevel alone, or any of {sorted(TOKENWISE)}")
-    return TextPieces(raw, skip_special_tokens, byte_fallback="ByteFallback" in kinds)
+    return TokenwiseTexts(raw, skip_special_tokens, byte_fallback="ByteFallback" in kinds)
 
 
-class BytePieces(dict[int, str | bytes]):
+class ByteLevelTexts(dict[int, str | bytes]):
     """Token id -> its text, or its bytes where these are no whole characters. Filled as ids come up.
 
     An id that the full decode drops has an empty text.
@@ -135,15 +135,15 @@ class BytePieces(dict[int, str | bytes]):
 class ByteStream:
     """Holds back the bytes of an unfinished character, three at most."""
 
-    def __init__(self, pieces: BytePieces, prompt: Sequence[int] = ()):
-        self._pieces = pieces
+    def __init__(self, texts: ByteLevelTexts, prompt: Sequence[int] = ()):
+        self._texts = texts
         # "replace" writes one U+FFFD per maximal invalid subpart, as Rust's from_utf8_lossy does in the full decode.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.decode(_last_bytes(pieces, prompt))
+        self._decoder.decode(_last_bytes(texts, prompt))
         self._unfinished = bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int) -> str:
-        piece = self._pieces[token_id]
+        piece = self._texts[token_id]
         if isinstance(piece, str):
             if not self._unfinished:  # nearly always, at a fifth of the decoder's cost
                 return piece
@@ -166,11 +166,11 @@ class ByteStream:
         return [self._decoder.getstate()[0]] if self._unfinished else []
 
 
-def _last_bytes(pieces: BytePieces, prompt: Sequence[int]) -> bytes:
+def _last_bytes(texts: ByteLevelTexts, prompt: Sequence[int]) -> bytes:
     """Return the end of the prompt's bytes: enough to hold any unfinished character, which has three at most."""
     tail = b""
     for token_id in reversed(prompt):
-        piece = pieces[token_id]
+        piece = texts[token_id]
         if isinstance(piece, bytes):
             tail = piece + tail
         if len(tail) > 3 or (piece and isinstance(piece, str)):  # behind whole characters nothing is unfinished
@@ -190,7 +190,7 @@ def _text_or_bytes(piece: bytes) -> str | bytes:
         return piece
 
 
-class TextPieces(dict[int, str | None]):
+class TokenwiseTexts(dict[int, str | None]):
     """Token id -> its text anywhere but at the start; None for an id that the full decode drops. Filled as ids come up.
 
     A token's text is what it adds to the text of `anchor`, some ordinary token standing before it.
@@ -255,8 +255,8 @@ class TextPieces(dict[int, str | None]):
 class TextStream:
     """Holds back a run of byte tokens until an ordinary token, or the end, closes it."""
 
-    def __init__(self, pieces: TextPieces, prompt: Sequence[int] = ()):
-        self._pieces = pieces
+    def __init__(self, texts: TokenwiseTexts, prompt: Sequence[int] = ()):
+        self._texts = texts
         self._at_start = True
         self._pending: list[int] = []
         self._num_shown = 0  # characters of the pending tokens' text that are the prompt's
@@ -265,10 +265,10 @@ class TextStream:
             self._follow(prompt)
 
     def push(self, token_id: int) -> str:
-        piece = self._pieces[token_id]
+        piece = self._texts[token_id]
         if piece is None:  # dropped before decoding, so it does not even close a run of byte tokens
             return ""
-        if token_id in self._pieces.byte_of:
+        if token_id in self._texts.byte_of:
             self._pending.append(token_id)
             return ""
         if not self._at_start and not self._pending:
@@ -278,12 +278,12 @@ class TextStream:
 
     def flush(self) -> str:
         if self._at_start:
-            text = self._pieces.decode(self._pending)
+            text = self._texts.decode(self._pending)
             if not text:  # only stripped spaces so far: the next token may be stripped too
                 return ""
             self._at_start = False
         else:
-            text = self._pieces.continuation(self._pending)[self._num_shown :]
+            text = self._texts.continuation(self._pending)[self._num_shown :]
             self._num_shown = 0
         self._pending.clear()
         return text
@@ -295,17 +295,17 @@ class TextStream:
 
     def pending(self) -> list[bytes]:
         """Return the bytes of each token of the open run, or before the beginning of the text."""
-        return [self._pieces.bytes_of(token) for token in self._pending]
+        return [self._texts.bytes_of(token) for token in self._pending]
 
     def _follow(self, prompt: Sequence[int]) -> None:
         """Go to the end of the prompt's text: read its first visible token and the run of byte tokens at its end."""
-        byte_of = self._pieces.byte_of
+        byte_of = self._texts.byte_of
         first = next((number for number, token in enumerate(prompt, 1) if self.push(token)), None)
         if first is not None:
             for token in islice(reversed(prompt), len(prompt) - first):
                 if token in byte_of:
                     self._pending.append(token)
-                elif self._pieces[token] is not None:
+                elif self._texts[token] is not None:
                     break
             self._pending.reverse()
         num_bytes = next((n for n, i in enumerate(reversed(self._pending)) if i not in byte_of), len(self._pending))
@@ -318,7 +318,7 @@ class TextStream:
             return
         self.num_unfinished = num_unfinished
         num_finished = len(self._pending) - num_unfinished
-        if not self._at_start or self._pieces.decode(self._pending[:num_finished]):
+        if not self._at_start or self._texts.decode(self._pending[:num_finished]):
             self._at_start = False
             del self._pending[:num_finished]
 

@@ -14,7 +14,7 @@ from slipway.codec import json_schema
 from slipway.errors import InvalidConfig
 
 
-class Part(NamedTuple):
+class OutputPart(NamedTuple):
     """``kind``: content | reasoning | call. Of a call ``text`` holds the arguments as JSON, ``name`` the function."""
 
     kind: str
@@ -36,12 +36,12 @@ class Family:
     thinking: tuple[str, str] | None = None
     thinks_first: bool = False
     calls: tuple[str, str] | None = None
-    read: Callable[[str, Schemas], list[Part]] | None = None
+    read: Callable[[str, Schemas], list[OutputPart]] | None = None
     bare: bool = False  # an answer that begins with { is a call without marks
     keeps_special: bool = False  # the marks are special tokens, which text leaves out
 
 
-def _json_calls(text: str, _: Schemas) -> list[Part]:
+def _json_calls(text: str, _: Schemas) -> list[OutputPart]:
     """{"name": ..., "arguments" or "parameters": ...}, one or a list of them, or several behind semicolons."""
     decoder, found, rest = json.JSONDecoder(), [], text.strip()
     while rest:
@@ -54,7 +54,7 @@ def _json_calls(text: str, _: Schemas) -> list[Part]:
                 return []
             arguments = call.get("arguments", call.get("parameters", {}))
             shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            found.append(Part("call", shown, call["name"]))
+            found.append(OutputPart("call", shown, call["name"]))
         rest = rest[end:].lstrip().lstrip(";").lstrip()
     return found
 
@@ -63,7 +63,7 @@ FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
 PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
 
 
-def _tagged_calls(text: str, schemas: Schemas) -> list[Part]:
+def _tagged_calls(text: str, schemas: Schemas) -> list[OutputPart]:
     """<function=name><parameter=key>value</parameter></function>; values by the types that the schema states."""
     found, at = [], 0
     while (match := FUNCTION.match(text, at)) is not None:
@@ -77,7 +77,7 @@ def _tagged_calls(text: str, schemas: Schemas) -> list[Part]:
             inner = pair.end()
         if body[inner:].strip():
             return []
-        found.append(Part("call", json.dumps(pairs, ensure_ascii=False), name))
+        found.append(OutputPart("call", json.dumps(pairs, ensure_ascii=False), name))
         at = match.end()
     return found if at == len(text) else []
 
@@ -133,7 +133,7 @@ def family(name: str, template: str | None) -> Family:
     return FAMILIES["deepseek_r1" if thinks else "plain"]
 
 
-class Parts:
+class OutputParser:
     """One answer, read as it comes. ``tools``: schemas of the functions that may be called; none: calls are text."""
 
     def __init__(self, of: Family, tools: Schemas, reasons: bool = True, begins_inside: bool | None = None):
@@ -146,24 +146,24 @@ class Parts:
         self._held, self._strips = "", False  # strips: line breaks behind a mark belong to nobody
         self._lead = ""  # white space before a first mark: text only if the mark proves to be text
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[OutputPart]:
         """What a piece of text makes certain."""
         self._held += text
-        found: list[Part] = []
+        found: list[OutputPart] = []
         while self._step(found):
             pass
         return _joined(found)
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[OutputPart]:
         """What was held back."""
         held, self._held = self._held, ""
         if not held:
             return []
         if self._state == "call" or (self._state == "start" and self._is_bare(held)):
-            return self._calls(held) or [Part("content", self._opening() + held)]
-        return [Part("reasoning" if self._state == "reasoning" else "content", held)]
+            return self._calls(held) or [OutputPart("content", self._opening() + held)]
+        return [OutputPart("reasoning" if self._state == "reasoning" else "content", held)]
 
-    def _step(self, found: list[Part]) -> bool:
+    def _step(self, found: list[OutputPart]) -> bool:
         """Take what is certain off the held text; whether there may be more."""
         if self._strips:
             self._held = self._held.lstrip("\n")
@@ -191,22 +191,22 @@ class Parts:
         if not end or end not in self._held:
             return False  # a call is given when it is whole
         body, _, self._held = self._held.partition(end)
-        found += self._calls(body) or [Part("content", self._opening() + body + end)]
+        found += self._calls(body) or [OutputPart("content", self._opening() + body + end)]
         self._state, self._lead = "content", ""
         return True
 
-    def _until(self, marks: Sequence[str], kind: str, found: list[Part]) -> bool:
+    def _until(self, marks: Sequence[str], kind: str, found: list[OutputPart]) -> bool:
         """Give text up to the first mark, and enter what the mark opens or closes."""
         at, mark = min(((i, m) for m in marks if (i := self._held.find(m)) >= 0), default=(-1, ""))
         if at < 0:
             keep = max((_overlap(self._held, mark) for mark in marks), default=0)
             certain = len(self._held) - keep
             if certain:
-                found.append(Part(kind, self._held[:certain]))
+                found.append(OutputPart(kind, self._held[:certain]))
                 self._held = self._held[certain:]
             return False
         if at:
-            found.append(Part(kind, self._held[:at]))
+            found.append(OutputPart(kind, self._held[:at]))
         self._held = self._held[at + len(mark) :]
         thinking = self._family.thinking
         if kind == "reasoning":
@@ -217,7 +217,7 @@ class Parts:
             self._state = "call"
         return True
 
-    def _calls(self, text: str) -> list[Part]:
+    def _calls(self, text: str) -> list[OutputPart]:
         return self._family.read(text, self._tools) if self._family.read is not None and self._tools else []
 
     def _opening(self) -> str:
@@ -233,12 +233,12 @@ def _overlap(text: str, mark: str) -> int:
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
-def _joined(parts: list[Part]) -> list[Part]:
+def _joined(parts: list[OutputPart]) -> list[OutputPart]:
     """Neighbours of one kind as one."""
-    whole: list[Part] = []
+    whole: list[OutputPart] = []
     for part in parts:
         if whole and part.kind != "call" and whole[-1].kind == part.kind:
-            whole[-1] = Part(part.kind, whole[-1].text + part.text)
+            whole[-1] = OutputPart(part.kind, whole[-1].text + part.text)
         else:
             whole.append(part)
     return whole
