@@ -58,7 +58,9 @@ def rollouts(llm: LLM, group: int, seed: int) -> tuple[dict[str, np.ndarray], fl
         of_group = np.array([reward(output.prompt, sample.text) for sample in output.outputs])
         rewards.append(of_group.mean())
         first, prompt = number * group, output.prompt_token_ids
-        batch["advantages_B"][first : first + group] = (of_group - of_group.mean()) / (of_group.std() + 1e-4)
+        batch["advantages_B"][first : first + group] = (of_group - of_group.mean()) / (
+            of_group.std() + 1e-4
+        )
         for row, sample in enumerate(output.outputs, first):
             assert sample.logprobs is not None
             said = slice(len(prompt), len(prompt) + len(sample.token_ids))
@@ -71,13 +73,17 @@ def rollouts(llm: LLM, group: int, seed: int) -> tuple[dict[str, np.ndarray], fl
 
 
 @nnx.jit
-def train(model: Model, optimizer: nnx.Optimizer, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def train(
+    model: Model, optimizer: nnx.Optimizer, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """One step; the loss, and how far the trainer's log probabilities lie from the sampler's."""
 
     def loss(model: Model) -> tuple[jax.Array, jax.Array]:
         tokens_BT, said_BT = batch["tokens_BT"], batch["said_BT"]
         logits_BTV = model(tokens_BT)[:, :-1]
-        logprobs_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[:, 1:, None], axis=-1)[..., 0]
+        logprobs_BT = jnp.take_along_axis(
+            jax.nn.log_softmax(logits_BTV), tokens_BT[:, 1:, None], axis=-1
+        )[..., 0]
         mask_BT, old_BT = said_BT[:, 1:], batch["logprobs_BT"][:, 1:]
         ratio_BT = jnp.exp(jnp.where(mask_BT, logprobs_BT - old_BT, 0.0))
         gain_BT = ratio_BT * batch["advantages_B"][:, None]
@@ -104,7 +110,11 @@ def main() -> None:
     optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.learning_rate)),
                               wrt=nnx.Param)  # fmt: skip
     llm = LLM(
-        "nano", dtype="float32", load_format="dummy", max_num_seqs=len(PROMPTS) * options.group, max_model_len=128
+        "nano",
+        dtype="float32",
+        load_format="dummy",
+        max_num_seqs=len(PROMPTS) * options.group,
+        max_model_len=128,
     )
     rewards = []
     for step in range(options.steps):

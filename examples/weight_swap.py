@@ -20,8 +20,12 @@ HINTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default=NANO, help="an HF directory or a hub id; by default nano")
-    parser.add_argument("--weights", help="a directory with the real weights; by default the model's own")
+    parser.add_argument(
+        "model", nargs="?", default=NANO, help="an HF directory or a hub id; by default nano"
+    )
+    parser.add_argument(
+        "--weights", help="a directory with the real weights; by default the model's own"
+    )
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--prompt", default="def fibonacci(n):\n")
@@ -29,14 +33,29 @@ def main() -> None:
     phase = "engine_ready_dummy"
     try:
         started = time.perf_counter()
-        llm = LLM(options.model, load_format="dummy", tensor_parallel_size=options.tp, data_parallel_size=options.dp)
+        llm = LLM(
+            options.model,
+            load_format="dummy",
+            tensor_parallel_size=options.tp,
+            data_parallel_size=options.dp,
+        )
         say(phase, llm, options, started)
         phase, started = "weights_swapped", time.perf_counter()
         llm.update_weights(options.weights or options.model)
         say(phase, llm, options, started)
         phase, started = "generate_result", time.perf_counter()
-        output = llm.generate(options.prompt, SamplingParams(temperature=0, max_tokens=32))[0].outputs[0]
-        say(phase, llm, options, started, text=output.text, token_ids=output.token_ids, weights=output.weights)
+        output = llm.generate(options.prompt, SamplingParams(temperature=0, max_tokens=32))[
+            0
+        ].outputs[0]
+        say(
+            phase,
+            llm,
+            options,
+            started,
+            text=output.text,
+            token_ids=output.token_ids,
+            weights=output.weights,
+        )
         llm.close()
     except SlipwayError as error:
         kind = type(error).__name__

@@ -13,7 +13,12 @@ from string import Template
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from training.export import NANO_FOLDER
 from training.train import TrainConfig
@@ -101,11 +106,16 @@ def draw_curve(record: Record, path: Path) -> None:
     matplotlib.use("agg")
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    millions = [[line["tokens"] / 1e6 for line in lines.values()] for lines in (record.train, record.held_out)]
+    millions = [
+        [line["tokens"] / 1e6 for line in lines.values()]
+        for lines in (record.train, record.held_out)
+    ]
     train = [line["train_loss"] for line in record.train.values()]
     held_out = [line["held_out_loss"] for line in record.held_out.values()]
     axes.plot(millions[0], train, color="0.7", linewidth=0.8, label="training batch")
-    axes.plot(millions[1], held_out, "o-", color="tab:blue", markersize=3, linewidth=1, label="held out")
+    axes.plot(
+        millions[1], held_out, "o-", color="tab:blue", markersize=3, linewidth=1, label="held out"
+    )
     axes.set(xlabel="million tokens", ylabel="loss, nats per token")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
@@ -127,7 +137,9 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     messages = [{"role": "user", "content": question}]
     return _complete(
-        model, tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        model,
+        tokenizer,
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
     )
 
 

@@ -22,7 +22,9 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 
 # Left out: other projects' packages, code of tools rather than of the library, and tables that teach nothing.
-SKIPPED_FOLDERS = frozenset({"site-packages", "__pycache__", "idlelib", "turtledemo", "ensurepip", "encodings"})
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "__pycache__", "idlelib", "turtledemo", "ensurepip", "encodings"}
+)
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 HELD_OUT_PERCENT = 4
 # A chat sample must fit into one training row together with its question.
@@ -102,7 +104,12 @@ class Batches:
     """Batch number `step` for any step, computed from the seed: resuming needs no state but the step."""
 
     def __init__(self, tokens: Tokens, seed: int, context: int, rows_per_batch: int):
-        self._tokens, self._seed, self._context, self._rows_per_batch = tokens, seed, context, rows_per_batch
+        self._tokens, self._seed, self._context, self._rows_per_batch = (
+            tokens,
+            seed,
+            context,
+            rows_per_batch,
+        )
         self._batches_per_epoch = len(tokens.epoch(seed, context)) // rows_per_batch
         self._epoch_rows: tuple[int, np.ndarray] | None = None
 
@@ -222,7 +229,10 @@ def _parse(text: str) -> ast.Module:
 
 def _encode(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
     end = tokenizer.token_to_id(END_OF_TEXT)
-    pieces = [np.array([*encoding.ids, end], np.uint16) for encoding in tokenizer.encode_batch(list(texts))]
+    pieces = [
+        np.array([*encoding.ids, end], np.uint16)
+        for encoding in tokenizer.encode_batch(list(texts))
+    ]
     return np.concatenate(pieces)
 
 
@@ -232,7 +242,9 @@ def _encode_lines(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
     pieces: list[np.ndarray] = []
     for text in texts:
         encodings = tokenizer.encode_batch(re.split(r"(?<!\n)(?=\n)", text))
-        pieces.append(np.array([*(i for encoding in encodings for i in encoding.ids), end], np.uint16))
+        pieces.append(
+            np.array([*(i for encoding in encodings for i in encoding.ids), end], np.uint16)
+        )
     return np.concatenate(pieces)
 
 

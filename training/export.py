@@ -56,7 +56,12 @@ def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> N
     arrays = {".".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(params)}
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         converted = Path(aside) / "nano"
-        convert(MemorySource(arrays), converted, ConvertConfig(mapping="nnx"), given=model_json(model_config))
+        convert(
+            MemorySource(arrays),
+            converted,
+            ConvertConfig(mapping="nnx"),
+            given=model_json(model_config),
+        )
         for file in converted.iterdir():
             os.replace(file, folder / file.name)
     _write_json(folder / "generation_config.json", _generation_json())
@@ -64,7 +69,9 @@ def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, help="first keep this run's last weights", nargs="?", const=RUN_FOLDER)
+    parser.add_argument(
+        "--run", type=Path, help="first keep this run's last weights", nargs="?", const=RUN_FOLDER
+    )
     arguments = parser.parse_args()
     model_config = ModelConfig()
     if arguments.run:
@@ -102,7 +109,13 @@ def model_json(model_config: ModelConfig) -> dict:
 
 def _generation_json() -> dict:
     """A small model repeats itself when decoded greedily, and wanders when sampled at temperature 1."""
-    return {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "eos_token_id": [2, 0], "pad_token_id": 0}
+    return {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "eos_token_id": [2, 0],
+        "pad_token_id": 0,
+    }
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -49,14 +49,20 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        return (
+            x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        )
 
 
 class Attention(nnx.Module):
     """Causal grouped-query attention with an RMS norm on each query and key head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, kv_heads, head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         stddev = config.initializer_range
         self.q_proj = Linear(config.hidden_size, heads * head_dim, stddev, rngs)
         self.k_proj = Linear(config.hidden_size, kv_heads * head_dim, stddev, rngs)
@@ -71,7 +77,10 @@ class Attention(nnx.Module):
         q_BTNH = self.q_proj(x_BTD).reshape(batch, length, self.heads, self.head_dim)
         k_BTKH = self.k_proj(x_BTD).reshape(batch, length, self.kv_heads, self.head_dim)
         v_BTKH = self.v_proj(x_BTD).reshape(batch, length, self.kv_heads, self.head_dim)
-        q_BTNH, k_BTKH = rotate(self.q_norm(q_BTNH), rotation), rotate(self.k_norm(k_BTKH), rotation)
+        q_BTNH, k_BTKH = (
+            rotate(self.q_norm(q_BTNH), rotation),
+            rotate(self.k_norm(k_BTKH), rotation),
+        )
         y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
         return self.o_proj(y_BTNH.reshape(batch, length, self.heads * self.head_dim))
 
@@ -83,7 +92,9 @@ class MLP(nnx.Module):
         stddev = config.initializer_range
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, stddev, rngs)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, stddev, rngs)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, _residual_stddev(config), rngs)
+        self.down_proj = Linear(
+            config.intermediate_size, config.hidden_size, _residual_stddev(config), rngs
+        )
 
     def __call__(self, x_BTD: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -108,7 +119,9 @@ class Embed(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+        self.embedding = nnx.Param(
+            config.initializer_range * jax.random.normal(rngs.params(), shape)
+        )
 
     def __call__(self, tokens_BT: Array) -> Array:
         return self.embedding[...][tokens_BT]
@@ -160,14 +173,20 @@ def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
     """
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
-    q_BKGTH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(
+        0, 2, 3, 1, 4
+    )
     k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     blocks = []
     for start in range(0, length, ATTENTION_BLOCK):
         end = min(start + ATTENTION_BLOCK, length)
-        scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :end])
+        scores_BKGTS = jnp.einsum(
+            "bkgth,bksh->bkgts", q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :end]
+        )
         visible_TS = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
-        weights_BKGTS = jax.nn.softmax(jnp.where(visible_TS, scores_BKGTS * head_dim**-0.5, -jnp.inf), axis=-1)
+        weights_BKGTS = jax.nn.softmax(
+            jnp.where(visible_TS, scores_BKGTS * head_dim**-0.5, -jnp.inf), axis=-1
+        )
         blocks.append(jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, v_BKSH[:, :, :end]))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 

@@ -61,17 +61,24 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
         chosen = jax.nn.log_softmax(model.logits(x_TD, jnp.int32(context)))[positions_T, row[1:]]
         return -chosen.mean()
 
-    run = jax.jit(jax.shard_map(loss, mesh=one, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
+    run = jax.jit(
+        jax.shard_map(loss, mesh=one, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+    )
     return float(np.mean([run(model, caches, jnp.asarray(row, jnp.int32)) for row in rows]))
 
 
 def main() -> None:
     """Judge and record."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--every", type=int, default=1, help="judge every n-th row of the held-out text")
+    parser.add_argument(
+        "--every", type=int, default=1, help="judge every n-th row of the held-out text"
+    )
     tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
     rows = held_out_rows(tokenizer, TrainConfig().context)[:: parser.parse_args().every]
-    perplexity = {name: float(np.exp(mean_loss(NANO_FOLDER, scheme, rows))) for name, scheme in SCHEMES.items()}
+    perplexity = {
+        name: float(np.exp(mean_loss(NANO_FOLDER, scheme, rows)))
+        for name, scheme in SCHEMES.items()
+    }
     print(json.dumps(perplexity))
     RECORD.write_text(json.dumps({"rows": len(rows), "perplexity": perplexity}, indent=2) + "\n")
 

@@ -96,7 +96,9 @@ class Trainer:
     def evaluate(self, params: nnx.State, rows: np.ndarray) -> float:
         """Mean loss over rows, nats per token; the last, partial batch is left out."""
         size = self.config.rows_per_batch
-        batches = [rows[i : i + size].astype(np.int32) for i in range(0, len(rows) - size + 1, size)]
+        batches = [
+            rows[i : i + size].astype(np.int32) for i in range(0, len(rows) - size + 1, size)
+        ]
         return float(np.mean([self._loss(params, batch) for batch in batches]))
 
     def _update(
@@ -104,7 +106,11 @@ class Trainer:
     ) -> tuple[nnx.State, optax.OptState, Array]:
         loss, gradients = jax.value_and_grad(self._mean_loss)(params, rows)
         updates, optimizer_state = self.optimizer.update(gradients, optimizer_state, params)
-        return optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates)), optimizer_state, loss
+        return (
+            optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates)),
+            optimizer_state,
+            loss,
+        )
 
     def _mean_loss(self, params: nnx.State, rows: Array) -> Array:
         model = nnx.merge(self._structure, params)
@@ -172,10 +178,14 @@ def mean_cross_entropy(model: Model, tokens_BT: Array, targets_BT: Array) -> Arr
 
     def add_row(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         x_TD, targets_T = row
-        losses_T = optax.softmax_cross_entropy_with_integer_labels(model.embed_tokens.logits(x_TD), targets_T)
+        losses_T = optax.softmax_cross_entropy_with_integer_labels(
+            model.embed_tokens.logits(x_TD), targets_T
+        )
         return total + losses_T.sum(), None
 
-    total, _ = jax.lax.scan(jax.checkpoint(add_row), jnp.zeros(()), (model.hidden(tokens_BT), targets_BT))
+    total, _ = jax.lax.scan(
+        jax.checkpoint(add_row), jnp.zeros(()), (model.hidden(tokens_BT), targets_BT)
+    )
     return total / targets_BT.size
 
 
@@ -217,7 +227,9 @@ def prepare(folder: Path) -> Tokens:
         tokenizer = train_tokenizer([*texts, *chat_samples(corpus.library)])
         tokenizer.save(str(folder / "tokenizer.json"))
         tokens = tokenize(corpus, tokenizer)
-        (folder / "corpus.json").write_text(json.dumps(tokens.sizes() | {"python": platform.python_version()}) + "\n")
+        (folder / "corpus.json").write_text(
+            json.dumps(tokens.sizes() | {"python": platform.python_version()}) + "\n"
+        )
         np.savez(tokens_path, **asdict(tokens))
     arrays = np.load(tokens_path)
     return Tokens(**{name: arrays[name] for name in arrays.files})
@@ -227,8 +239,12 @@ def main() -> None:
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=RUN_FOLDER)
-    parser.add_argument("--minutes", type=float, default=defaults.seconds / 60, help="wall clock, over all resumes")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="end sooner, after this many steps")
+    parser.add_argument(
+        "--minutes", type=float, default=defaults.seconds / 60, help="wall clock, over all resumes"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="end sooner, after this many steps"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = TrainConfig(seconds=arguments.minutes * 60, steps=arguments.steps)
@@ -238,7 +254,8 @@ def main() -> None:
 def _matrices_of_layers(params: nnx.State) -> nnx.State:
     matrix = optax.contrib.MuonDimensionNumbers()
     return jax.tree.map_with_path(
-        lambda path, x: matrix if x.ndim == 2 and "layers" in jax.tree_util.keystr(path) else None, params
+        lambda path, x: matrix if x.ndim == 2 and "layers" in jax.tree_util.keystr(path) else None,
+        params,
     )
 
 
@@ -250,10 +267,19 @@ def _as_tree(progress: Progress) -> dict:
     }
 
 
-def _log_held_out(folder: Path, progress: Progress, trainer: Trainer, rows: np.ndarray, tokens: Tokens) -> None:
+def _log_held_out(
+    folder: Path, progress: Progress, trainer: Trainer, rows: np.ndarray, tokens: Tokens
+) -> None:
     loss = trainer.evaluate(progress.params, rows)
     bits_per_byte = loss / log(2) * len(tokens.held_out) / int(tokens.held_out_bytes)
-    _log(folder, progress, trainer.config, held_out_loss=loss, bits_per_byte=bits_per_byte, rows=len(rows))
+    _log(
+        folder,
+        progress,
+        trainer.config,
+        held_out_loss=loss,
+        bits_per_byte=bits_per_byte,
+        rows=len(rows),
+    )
 
 
 def _log(folder: Path, progress: Progress, config: TrainConfig, **values: float) -> None:
@@ -265,7 +291,9 @@ def _log(folder: Path, progress: Progress, config: TrainConfig, **values: float)
         "learning_rate": round(learning_rate(progress.fraction(config), config), 7),
     }
     with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps(line | {name: round(value, 5) for name, value in values.items()}) + "\n")
+        file.write(
+            json.dumps(line | {name: round(value, 5) for name, value in values.items()}) + "\n"
+        )
 
 
 if __name__ == "__main__":

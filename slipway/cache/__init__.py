@@ -1,1 +1,4 @@
-"""Where tokens are kept: a pool of pages, and the radix tree that finds them again by their tokens; knows no JAX."""
+"""Bookkeeping of the KV cache on the host, without JAX: a pool of pages and a radix tree over them.
+
+Not here: the arrays that hold the keys and values (models/, allocated by engine/memory.py).
+"""

@@ -1,8 +1,12 @@
-"""Who owns which page of the cache; knows no tokens, no requests and no JAX."""
+"""Pool of the KV cache's pages: which are free and which are handed out.
+
+Not here: the tokens that a page holds (radix.py), requests (engine/scheduler.py), the device's
+arrays.
+"""
 
 
 class Pages:
-    """A pool of equal pages, numbered from 0. Every page is either free or handed out once."""
+    """Pool of equal pages, numbered from 0. Each page is either free or handed out exactly once."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
@@ -11,18 +15,22 @@ class Pages:
 
     @property
     def num_free(self) -> int:
-        """Pages that ``take`` could hand out now."""
+        """Number of pages that ``take`` can hand out now."""
         return len(self._free)
 
     def take(self, n: int) -> list[int]:
-        """Hand out ``n`` pages; the caller owns them until it calls ``give_back``. There must be as many."""
+        """Hand out ``n`` pages; the caller owns them until it passes them to ``give_back``.
+
+        The caller checks ``num_free`` first: at least ``n`` pages must be free.
+        """
         assert 0 <= n <= len(self._free), f"{n} pages wanted, {len(self._free)} free"
         pages = [self._free.pop() for _ in range(n)]
         self._taken.update(pages)
         return pages
 
     def give_back(self, pages: list[int]) -> None:
-        """Return pages that ``take`` handed out."""
-        assert self._taken.issuperset(pages) and len(set(pages)) == len(pages), "a page given back twice"
+        """Return pages that ``take`` handed out to the pool."""
+        is_owned = self._taken.issuperset(pages)
+        assert is_owned and len(set(pages)) == len(pages), "a page given back twice"
         self._taken.difference_update(pages)
         self._free.extend(reversed(pages))

@@ -71,7 +71,9 @@ class WindowPages:
 
     def publish(self, page: int, node: Node) -> None:
         """Give a page that is in use to a node with a hole in its place."""
-        assert self._users[page] and page not in self._nodes and node.windows[self._numbering] == FREED
+        assert (
+            self._users[page] and page not in self._nodes and node.windows[self._numbering] == FREED
+        )
         node.windows[self._numbering] = page
         self._nodes[page] = node
 
@@ -95,7 +97,9 @@ class WindowPages:
 
     def hole(self, node: Node) -> Node | None:
         """Return the deepest node without a page among those that the token after ``node`` sees."""
-        return next((each for each in self.seen(node) if each.windows[self._numbering] == FREED), None)
+        return next(
+            (each for each in self.seen(node) if each.windows[self._numbering] == FREED), None
+        )
 
     def page(self, node: Node) -> int:
         """Return the page of a node, or FREED."""

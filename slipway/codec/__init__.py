@@ -1,1 +1,4 @@
-"""Payload <-> tokens, on the host: tokenizer, chat template, streamed text and stop strings; knows no JAX."""
+"""Conversion between requests and tokens on the host, without JAX.
+
+Tokenizer, chat templates, streamed text, stop strings, grammars, tool calls and reasoning.
+"""

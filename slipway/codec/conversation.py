@@ -1,6 +1,6 @@
-"""Messages of a conversation, checked, and in the one form that chat templates read.
+"""Validation of a conversation's messages and conversion to the form that chat templates read.
 
-Not here: what a template's own needs change in a message (chat.py).
+Not here: changes that depend on the chat template (chat.py).
 """
 
 import json
@@ -10,13 +10,16 @@ from slipway.errors import InvalidRequest, Shown
 
 
 def normalized(messages: Any) -> list[dict[str, Any]]:
-    """Return copies of messages: without null members, and with OpenAI's older forms in its newer ones.
+    """Return copies of messages without null members and without OpenAI's older forms.
 
-    Arguments of earlier calls become objects; empty ones and null become {}, and a text that is no JSON object stays a
-    text. `function_call` becomes `tool_calls`, and the role "function" becomes "tool". Refusals become content.
-    Reasoning gets both of its names, `reasoning_content` and vLLM's `reasoning`: templates read one of the two.
+    - Arguments of tool calls are parsed into objects. Empty arguments and null become {}; a text
+      that is not a JSON object stays a text.
+    - `function_call` becomes `tool_calls`, and the role "function" becomes "tool".
+    - A refusal becomes content.
+    - Reasoning gets both of its names, `reasoning_content` and vLLM's `reasoning`, because a
+      template reads one of the two.
 
-    Raises InvalidRequest, naming the part of a message that is wrong.
+    Raises InvalidRequest, naming the invalid field of a message.
     """
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages", messages, "a list of at least one message")
@@ -41,7 +44,10 @@ def normalized(messages: Any) -> list[dict[str, Any]]:
 
 
 def unread_arguments(messages: list[dict[str, Any]]) -> str | None:
-    """Return the field of the first arguments that stayed a text, in normalized messages; None if all are objects."""
+    """Return the field of the first tool call arguments that are still a text, or None.
+
+    `messages` are the result of `normalized`.
+    """
     for number, message in enumerate(messages):
         for index, call in enumerate(message.get("tool_calls", ())):
             function = call.get("function")
@@ -55,7 +61,7 @@ def _without_null(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_both_names(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message whose reasoning has both of its names."""
+    """Return a message with its reasoning, if any, under both of its names."""
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if not isinstance(reasoning, str):
         return message
@@ -63,44 +69,68 @@ def _with_both_names(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_tools(message: dict[str, Any], number: int, field: str) -> dict[str, Any]:
-    """Return a message with `tool_calls` in place of OpenAI's older `function_call`."""
+    """Return a message with `tool_calls` in place of OpenAI's older `function_call`.
+
+    `number` is the message's position in the conversation.
+    """
     function = message["function_call"]
     if "tool_calls" in message or not isinstance(function, dict):
-        raise InvalidRequest(f"{field}.function_call", function, "an object, and no tool_calls beside it")
+        raise InvalidRequest(
+            f"{field}.function_call", function, "an object, in a message without tool_calls"
+        )
     call = {"id": _call_id(number), "type": "function", "function": function}
-    return {key: value for key, value in message.items() if key != "function_call"} | {"tool_calls": [call]}
+    return {key: value for key, value in message.items() if key != "function_call"} | {
+        "tool_calls": [call]
+    }
 
 
 def _result(message: dict[str, Any], before: list[dict[str, Any]], field: str) -> dict[str, Any]:
-    """Return a message of the role "function" as one of the role "tool", with the id of the latest call."""
+    """Return a message of the role "function" as one of the role "tool".
+
+    Its `tool_call_id` is the id of the latest call of that function in the messages `before` it.
+    """
     if not isinstance(message.get("name"), str):
-        raise InvalidRequest(f"{field}.name", message.get("name"), "the name of the function that was called")
+        raise InvalidRequest(
+            f"{field}.name", message.get("name"), "the name of the called function"
+        )
     for earlier in reversed(before):
         for call in earlier.get("tool_calls", ()):
             function = call.get("function")
-            if isinstance(function, dict) and function.get("name") == message["name"] and "id" in call:
+            if (
+                isinstance(function, dict)
+                and function.get("name") == message["name"]
+                and "id" in call
+            ):
                 return message | {"role": "tool", "tool_call_id": call["id"]}
     return message | {"role": "tool", "tool_call_id": _call_id(len(before))}
 
 
 def _call_id(number: int) -> str:
-    return f"call{number:05d}"  # nine characters of a-z and 0-9, which Mistral's templates demand
+    return f"call{number:05d}"  # Mistral's templates require nine characters of a-z and 0-9
 
 
 def _calls(calls: Any, field: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
-        raise InvalidRequest(field, calls, "a list of calls")
+        raise InvalidRequest(field, calls, "a list of tool calls")
     found = []
     for number, call in enumerate(calls):
         if not isinstance(call, dict):
-            raise InvalidRequest(f"{field}[{number}]", call, '{"id": ..., "type": "function", "function": {...}}')
+            raise InvalidRequest(
+                f"{field}[{number}]", call, '{"id": ..., "type": "function", "function": {...}}'
+            )
         call = _without_null(call)
         if isinstance(call.get("function"), dict):
             function = _without_null(call["function"])
-            arguments = _arguments(function.get("arguments"), f"{field}[{number}].function.arguments")
+            arguments = _arguments(
+                function.get("arguments"), f"{field}[{number}].function.arguments"
+            )
             call = call | {"function": function | {"arguments": arguments}}
         elif call.get("type", "function") == "function":
-            raise InvalidRequest(f"{field}[{number}].function", call.get("function"), '{"name": ..., "arguments": ...}')
+            raise InvalidRequest(
+                f"{field}[{number}].function",
+                call.get("function"),
+                '{"name": ..., "arguments": ...}',
+            )
         found.append(call)
     return found
 
@@ -111,7 +141,7 @@ def _arguments(given: Any, field: str) -> Any:
     if given is None or (isinstance(given, str) and given.strip() in ("", "null")):
         return {}
     if not isinstance(given, str):
-        raise InvalidRequest(field, given, "a JSON object, or its text")
+        raise InvalidRequest(field, given, "a JSON object, or its JSON text")
     try:
         value = json.loads(given)
     except (json.JSONDecodeError, RecursionError):
@@ -120,7 +150,10 @@ def _arguments(given: Any, field: str) -> Any:
 
 
 def _with_content(message: dict[str, Any], field: str) -> dict[str, Any]:
-    """Return a message whose content is a text or a list of text parts; the assistant's may be missing."""
+    """Return a message with its content as a text or a list of text parts.
+
+    Only an assistant's message with tool calls may have no content.
+    """
     content = message.get("content")
     refusal = message.get("refusal")
     if content is None and message["role"] == "assistant":
@@ -131,7 +164,9 @@ def _with_content(message: dict[str, Any], field: str) -> dict[str, Any]:
         return message
     if not isinstance(content, list):
         raise InvalidRequest(f"{field}.content", content, "a string or a list of text parts")
-    return message | {"content": [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]}
+    return message | {
+        "content": [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
+    }
 
 
 def _part(part: Any, field: str) -> dict[str, Any]:
@@ -141,5 +176,11 @@ def _part(part: Any, field: str) -> dict[str, Any]:
             return part
         case {"type": "refusal", "refusal": str(refusal)}:
             return {"type": "text", "text": refusal}
-    got = Shown(f"a part of type {part['type']!r}") if isinstance(part, dict) and "type" in part else part
-    raise InvalidRequest(field, got, '{"type": "text", "text": "..."} or {"type": "refusal", "refusal": "..."}')
+    got = (
+        Shown(f"a part of type {part['type']!r}")
+        if isinstance(part, dict) and "type" in part
+        else part
+    )
+    raise InvalidRequest(
+        field, got, '{"type": "text", "text": "..."} or {"type": "refusal", "refusal": "..."}'
+    )

@@ -1,7 +1,10 @@
-"""Decides what text of one growing sequence may be released, and where a stop string ends it; knows no decoder.
+"""Streamed text of one sequence, ended by stop strings.
 
-The text stops where the first stop string is complete. Of several that end at the same character, the longest counts,
-so the outcome depends on the text alone, never on how tokens cut it.
+The text ends where the first stop string is complete. If several stop strings end at the same
+character, the longest one counts. The result therefore depends only on the text, not on the tokens
+that it is cut into.
+
+Not here: the text of tokens (token_text.py).
 """
 
 from collections import deque
@@ -12,12 +15,16 @@ from slipway.errors import InvalidRequest
 
 
 class Detokenizer:
-    """Text of one sequence, released as early as it is certain.
+    """Text of one sequence, released as soon as no later token can change it.
 
-    The pieces from `add` and `finish`, joined, equal `tokenizer.decode` of all ids, cut at the first stop string (which
-    is kept with `include_stop`). Behind `prompt` they equal the decoding of both together without the prompt's text.
-    Held back: an unfinished character, and the longest tail that a stop string might still claim. Text of the first
-    `min_tokens` is no stop string's. Raises InvalidRequest for an empty stop string.
+    The results of `add` and `finish`, joined, equal `tokenizer.decode` of all ids, cut at the first
+    stop string; `include_stop` keeps the stop string itself. After a `prompt` they equal the
+    decoding of prompt and ids together, without the prompt's text. An unfinished character is held
+    back, and so is the longest end of the text that may be the beginning of a stop string. Stop
+    strings are not searched in the text of the first `min_tokens` tokens.
+
+    `stopped` is the stop string that ended the text, or None. Raises InvalidRequest for an empty
+    stop string.
     """
 
     def __init__(
@@ -34,7 +41,8 @@ class Detokenizer:
         self.stopped: str | None = None
         self._stream = tokenizer.stream(skip_special_tokens, prompt)
         self._stops = StopStrings(stop) if stop else None
-        self._include_stop, self._num_exempt = include_stop, min_tokens
+        self._include_stop = include_stop
+        self._num_exempt = min_tokens
         self._state = 0
         self._held = ""
         self._released: list[str] = []
@@ -42,17 +50,17 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All the text released so far."""
+        """Text released so far."""
         return "".join(self._released)
 
     def take(self) -> str:
-        """The text released since the last call."""
+        """Return the text released since the last call."""
         text = "".join(self._released[self._num_taken :])
         self._num_taken = len(self._released)
         return text
 
     def add(self, token_id: int) -> str:
-        """Take one token and return the text to release, often ""; always "" once a stop string was found."""
+        """Add one token; return the text to release, always "" after a stop string."""
         if self.stopped is not None:
             return ""
         text = self._stream.push(token_id)
@@ -64,14 +72,15 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """End the sequence: return what was held back."""
+        """End the sequence; return the text that was held back."""
         if self.stopped is not None:
             return ""
         text = self._stream.flush()
         if self._stops is not None and self._num_exempt < 0:
             text = self._scan(self._stops, text)
         if self.stopped is None:
-            text, self._held = text + self._held, ""
+            text = text + self._held
+            self._held = ""
         self._released.append(text)
         return text
 
@@ -89,10 +98,11 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Aho-Corasick automaton (CACM 18:6, 1975): all stop strings in one pass, each character read once.
+    """Aho-Corasick automaton (CACM 18:6, 1975) of all stop strings; reads each character once.
 
-    A state is a prefix of some stop string: the longest one that ends the text read so far. `depth` is its length,
-    which is just what must be held back; `complete` is the longest stop string that ends there, "" if none does.
+    A state stands for the longest prefix of a stop string with which the text read so far ends.
+    `depth` is the length of that prefix, and so the number of characters to hold back. `complete`
+    is the longest stop string with which the text ends, or "".
     """
 
     def __init__(self, stop: Sequence[str]):
@@ -108,8 +118,8 @@ class StopStrings:
         self._link()
 
     def advance(self, state: int, text: str) -> tuple[int, int | None]:
-        """Read `text`: the state after it and None, or the state and the end within `text` of the first stop string."""
-        if not state and self._next[0].keys().isdisjoint(text):  # most tokens, at a fifth of the cost
+        """Read `text`; return the new state and the end of the first stop string, if any."""
+        if not state and self._next[0].keys().isdisjoint(text):  # most tokens; costs a fifth
             return 0, None
         for end, char in enumerate(text, start=1):
             state = self._follow(state, char)
@@ -131,7 +141,10 @@ class StopStrings:
         return new
 
     def _link(self) -> None:
-        """Point each state at the longest shorter prefix that ends the same text, nearest the root first."""
+        """Set each state's `_shorter`: the longest shorter prefix with which the same text ends.
+
+        States are visited in the order of their depth.
+        """
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()

@@ -1,8 +1,10 @@
-"""EBNF as llama.cpp (GBNF) and xgrammar write it, in Lark's notation; decides what of it is understood, builds nothing.
+"""Translation of EBNF, as llama.cpp (GBNF) and xgrammar write it, to Lark's notation.
 
-llguidance's own converter makes lexemes of rules, which then match as much as they can: after `a ::= [a-z]+` it lets no
-"x" follow that the grammar has there. Here a rule stays a rule. Time is linear in the text. A newline ends a rule only
-where the next one begins, as in xgrammar.
+llguidance's own converter turns rules into lexemes, which match greedily: after `a ::= [a-z]+` it
+forbids an "x" that the grammar allows there. Here a rule stays a rule. Time is linear in the length
+of the text. As in xgrammar, a newline ends a rule only if another rule begins after it.
+
+Not here: building of the translated grammar (grammar.py).
 """
 
 import json
@@ -17,28 +19,43 @@ TOKEN = re.compile(
     | (?P<name>[\w-]+) | (?P<any>\.) | (?P<sign>[|()*+?])""",
     re.VERBOSE,
 )
-ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))|(.)", re.DOTALL)
-NAMED = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b"}
+ESCAPE = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))|(.)", re.DOTALL
+)
+NAMED = {
+    "n": "\n",
+    "r": "\r",
+    "t": "\t",
+    "0": "\0",
+    "a": "\a",
+    "b": "\b",
+    "f": "\f",
+    "v": "\v",
+    "e": "\x1b",
+}
 HEAD = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
-MAX_TIMES = 10_000  # of one repetition
+MAX_TIMES = 10_000  # upper bound of one repetition
 
 
 def is_ebnf(text: str) -> bool:
-    """Whether a grammar has rules of that form."""
+    """Return whether a grammar has rules in EBNF (`name ::= ...`)."""
     return HEAD.search(text) is not None
 
 
 def lark(text: str, prefix: str = "") -> str:
-    """The same grammar as Lark's; ``prefix``: of its rules' names, the first of which is then ``{prefix}start``.
+    """Return an EBNF grammar in Lark's notation.
 
-    Raises InvalidRequest where it says something that is not understood.
+    ``prefix`` is put before the names of its rules; the root rule is named ``{prefix}start``.
+    Raises InvalidRequest for notation that is not supported.
     """
     heads = [match["rule"] for match in _tokens(text) if match["rule"]]
     if "root" not in heads:
         raise _wrong(text, 0, "a rule named root")
-    names = {name: prefix + ("start" if name == "root" else f"r{n}") for n, name in enumerate(heads)}
+    names = {
+        name: prefix + ("start" if name == "root" else f"r{n}") for n, name in enumerate(heads)
+    }
     if len(names) < len(heads):
-        raise _wrong(text, 0, "each rule once")
+        raise _wrong(text, 0, "each rule to be defined once")
     out: list[str] = []
     for match in _tokens(text):
         if name := match["rule"]:
@@ -73,14 +90,20 @@ def _tokens(text: str) -> Iterator[re.Match[str]]:
 
 
 def _set(given: str, text: str, at: int) -> str:
-    """A set of characters as a regex; every character by its number, so that none means more than itself."""
+    """Return a set of characters as a regex.
+
+    Characters are written as numbers, so that none of them has a special meaning.
+    """
     negated = given.startswith("[^")
     found, items = list[str](), _characters(given[1 + negated : -1], text, at)
     if not items:
-        raise _wrong(text, at, "a set with a character in it")
+        raise _wrong(text, at, "a set with at least one character")
     place = 0
     while place < len(items):
-        low, ranges = items[place][0], items[place + 1 : place + 2] == [(ord("-"), False)] and place + 2 < len(items)
+        low, ranges = (
+            items[place][0],
+            items[place + 1 : place + 2] == [(ord("-"), False)] and place + 2 < len(items),
+        )
         high = items[place + 2][0] if ranges else low
         if high < low:
             raise _wrong(text, at, "ranges from a lower character to a higher one")
@@ -98,18 +121,21 @@ def _times(match: re.Match[str], text: str) -> str:
 
 
 def _characters(given: str, text: str, at: int) -> list[tuple[int, bool]]:
-    """The characters of a text or a set, and whether each was escaped. Raises InvalidRequest."""
+    """Return the code points of a text or a set, each with whether it was escaped.
+
+    Raises InvalidRequest.
+    """
     found = []
     for match in ESCAPE.finditer(given):
         *numbers, escaped, plain = match.groups()
         number = next((int(each, 16) for each in numbers if each), None)
         if number is None and escaped is not None:
             if escaped.isalnum() and escaped not in NAMED:
-                raise _wrong(text, at, f"an escape that is known; \\{escaped} is not")
+                raise _wrong(text, at, f"a supported escape; \\{escaped} is not")
             number = ord(NAMED.get(escaped, escaped))
         code = ord(plain) if number is None else number
         if code > 0x10FFFF or 0xD800 <= code < 0xE000:
-            raise _wrong(text, at, "characters that Unicode has")
+            raise _wrong(text, at, "characters of Unicode")
         found.append((code, plain is None))
     return found
 

@@ -1,7 +1,10 @@
-"""JSON schemas of requests: limits, references, and the place that an error message is about.
+"""Limits, references and error locations of the JSON schemas in requests.
 
-llguidance compiles the schemas; grammar.py and structural_tags.py place each one into a grammar as a document
-of its own, so that its references (`#`, `#/$defs/...`, `$id`, `$anchor`) keep their root.
+llguidance compiles the schemas. grammar.py and structural_tags.py put each schema into a grammar as
+a document of its own, so that its references (`#`, `#/$defs/...`, `$id`, `$anchor`) keep their
+root.
+
+Not here: grammars (grammar.py).
 """
 
 import json
@@ -14,30 +17,42 @@ from slipway.errors import InvalidRequest, Shown
 
 MAX_CHARS = 256 * 1024
 MAX_DEPTH = 64
-DATA = frozenset({"const", "default", "enum", "example", "examples"})  # keywords whose values are no schemas
-NAMED = frozenset(  # keywords whose values are schemas by name
+# keywords with values that are not schemas
+DATA = frozenset({"const", "default", "enum", "example", "examples"})
+# keywords with values that map names to schemas
+NAMED = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
 )
 URI = frozenset({"$ref", "$id", "id"})
 URI_CHARACTERS = "!$&'()*+,-./:;=?@_~%"  # besides letters and digits (RFC 3986, without brackets)
-TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
+TYPES = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+}
 
 
 def notation(schema: dict[str, Any] | bool, field: str = "json", **guidance: Any) -> str:
-    """Return a schema as the JSON text that llguidance reads; `guidance` overrides its `x-guidance` options.
+    """Return the JSON text that llguidance reads; `guidance` overrides the schema's `x-guidance`.
 
-    Raises InvalidRequest if the schema is too large or too deep, or if a reference leads to itself.
+    Raises InvalidRequest if the schema is too large or nested too deeply, or if a chain of
+    references leads back to itself.
     """
     if isinstance(schema, bool):
         return json.dumps({} if schema else {"not": {}})
     check(schema, field)
     if at := _reference_to_itself(schema):
-        raise InvalidRequest(field, Shown(f"a reference to itself at {at}"), "references that lead to a schema")
+        raise InvalidRequest(
+            field, Shown(f"a reference to itself at {at}"), "references that lead to a schema"
+        )
     return json.dumps(_with_valid_uris(schema) | ({"x-guidance": guidance} if guidance else {}))
 
 
 def check(schema: Any, field: str) -> None:
-    """Raise InvalidRequest if a schema is too large or nested too deeply to be walked."""
+    """Raise InvalidRequest if a schema is too large or nested too deeply for recursion."""
     if depth(schema) > MAX_DEPTH:
         raise InvalidRequest(field, "a schema", f"one nested at most {MAX_DEPTH} deep")
     if (size := len(json.dumps(schema))) > MAX_CHARS:
@@ -45,12 +60,15 @@ def check(schema: Any, field: str) -> None:
 
 
 def location(schema: Any, problem: str) -> str:
-    """Return the JSON pointer of the part that llguidance's message `problem` is about; empty if it is not found.
+    """Return the JSON pointer of the part that llguidance's message `problem` names, or "".
 
-    The message holds the keyword or the value, in quotes, behind a colon or as a word, but not its place.
+    The message holds a keyword or a value (in quotes, after a colon, or as a word), but no
+    location.
     """
     message = problem.partition("\n")[0]
-    quoted = set(re.findall(r"""["']([^"']+)["']""", message)) | set(re.findall(r": ([^\s:]+)$", message))
+    quoted = set(re.findall(r"""["']([^"']+)["']""", message)) | set(
+        re.findall(r": ([^\s:]+)$", message)
+    )
     for words, with_values in ((quoted, True), (set(re.findall(r"\w+", message)), False)):
         for pointer, part in _schemas(schema):
             for keyword, value in part.items():
@@ -62,9 +80,9 @@ def location(schema: Any, problem: str) -> str:
 
 
 def types(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> frozenset[str]:
-    """Return the JSON types of the values that a schema admits; empty if it does not restrict them.
+    """Return the JSON types of the values that a schema admits; empty if all are admitted.
 
-    References are followed within `root`; `seen` holds those that are being followed.
+    References are followed within `root`; `seen` holds the references followed so far.
     """
     if not isinstance(schema, dict):
         return frozenset()
@@ -82,12 +100,14 @@ def types(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> frozenset[str]:
             each = [types(branch, root, seen) for branch in branches]
             return frozenset().union(*each) if all(each) else frozenset()
     branches = schema.get("allOf")
-    each = [types(branch, root, seen) for branch in (branches if isinstance(branches, list) else ())]
+    each = [
+        types(branch, root, seen) for branch in (branches if isinstance(branches, list) else ())
+    ]
     return next((found for found in each if found), frozenset())
 
 
 def resolved(root: Any, reference: str) -> Any:
-    """Return the part of `root` that a JSON pointer within it names; None for every other reference."""
+    """Return the part of `root` to which the JSON pointer `reference` points, or None."""
     steps = unquote(reference).split("/")
     if steps[0] != "#":
         return None
@@ -104,7 +124,10 @@ def resolved(root: Any, reference: str) -> Any:
 
 
 def depth(value: Any) -> int:
-    """Return how deep a JSON value is nested, without recursion: a client chose the value."""
+    """Return the nesting depth of a JSON value.
+
+    A client chooses the value, so this works without recursion.
+    """
     deepest = 0
     stack = [(value, 1)]
     while stack:
@@ -115,8 +138,13 @@ def depth(value: Any) -> int:
     return deepest
 
 
-def _schemas(schema: Any, pointer: str = "#", is_map: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each schema within a schema, the outer one first, with its JSON pointer; `is_map`: schemas by name."""
+def _schemas(
+    schema: Any, pointer: str = "#", is_map: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each schema within a schema with its JSON pointer, the outer one first.
+
+    `is_map`: `schema` is a mapping of names to schemas.
+    """
     if isinstance(schema, list):
         for number, each in enumerate(schema):
             yield from _schemas(each, f"{pointer}/{number}")
@@ -126,11 +154,16 @@ def _schemas(schema: Any, pointer: str = "#", is_map: bool = False) -> Iterator[
         for key, value in schema.items():
             if is_map or key not in DATA:
                 inner = f"{pointer}/{_escaped(key)}"
-                yield from _schemas(value, inner, is_map=not is_map and key in NAMED and isinstance(value, dict))
+                yield from _schemas(
+                    value, inner, is_map=not is_map and key in NAMED and isinstance(value, dict)
+                )
 
 
 def _with_valid_uris(schema: Any, is_map: bool = False) -> Any:
-    """Return a copy whose references are percent-encoded where generators write other characters than a URI has."""
+    """Return a copy with its references percent-encoded.
+
+    Generators of schemas write characters into references that a URI must not have.
+    """
     if isinstance(schema, list):
         return [_with_valid_uris(each) for each in schema]
     if not isinstance(schema, dict):
@@ -142,7 +175,9 @@ def _with_valid_uris(schema: Any, is_map: bool = False) -> Any:
         elif not is_map and key in DATA:
             copy[key] = value
         else:
-            copy[key] = _with_valid_uris(value, is_map=not is_map and key in NAMED and isinstance(value, dict))
+            copy[key] = _with_valid_uris(
+                value, is_map=not is_map and key in NAMED and isinstance(value, dict)
+            )
     return copy
 
 
@@ -152,11 +187,15 @@ def _uri(text: str) -> str:
 
 
 def _reference_to_itself(root: dict[str, Any]) -> str:
-    """Return where a chain of references begins that meets itself before it meets a schema; empty if there is none."""
+    """Return the JSON pointer of a chain of references that leads back to itself, or ""."""
     checked: set[str] = set()
     for pointer, part in _schemas(root):
         followed: set[str] = set()
-        while isinstance(part, dict) and isinstance(reference := part.get("$ref"), str) and reference not in checked:
+        while (
+            isinstance(part, dict)
+            and isinstance(reference := part.get("$ref"), str)
+            and reference not in checked
+        ):
             if reference in followed:
                 return f"{pointer}/$ref"
             followed.add(reference)

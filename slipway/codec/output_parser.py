@@ -1,7 +1,11 @@
-"""The parts of an answer: reasoning, text, tool calls; one streaming parser, driven by a table row per model family.
+"""Streaming parser of a model's output into reasoning, content and tool calls.
 
-What might still become a marker is held back; nothing else is. A call is given when it is complete. What begins like a
-call and is none comes out as the text that it is.
+One parser serves all model families; a row of the table FAMILIES describes each. Only text that may
+still become a marker is held back. A tool call is returned when it is complete. Text that begins
+like a call but is not one is returned as content.
+
+Not here: grammars that constrain a call (server/tools.py), counts of reasoning tokens
+(reasoning.py).
 """
 
 import dataclasses
@@ -15,34 +19,45 @@ from slipway.errors import InvalidConfig
 
 
 class OutputPart(NamedTuple):
-    """``kind``: content | reasoning | call. Of a call ``text`` holds the arguments as JSON, ``name`` the function."""
+    """Part of an output; ``kind`` is "content", "reasoning" or "call".
+
+    For a call, ``text`` holds its arguments as JSON, and ``name`` the name of the function.
+    """
 
     kind: str
     text: str
     name: str = ""
 
 
-Schemas = Mapping[str, Mapping[str, Any]]  # of each function's parameters, by its name
+# name of a function -> JSON schema of its parameters
+Schemas = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How models of one family mark what they say.
+    """Output format of one model family.
 
-    ``thinking``: marks around reasoning. ``thinks_first``: the prompt opens it, so an answer begins inside. ``calls``:
-    marks around calls; an empty end is the end of the answer. ``read`` makes calls of what stands between, or nothing.
+    ``thinking`` holds the markers around reasoning. ``thinks_first``: the prompt opens the
+    reasoning, so an output begins inside it. ``calls`` holds the markers around tool calls; an
+    empty second marker stands for the end of the output. ``read`` parses the text between them and
+    returns the calls, or an empty list if the text is not a list of calls. ``bare``: an output that
+    begins with { is a call without markers. ``keeps_special``: the markers are special tokens,
+    which decoding must keep.
     """
 
     thinking: tuple[str, str] | None = None
     thinks_first: bool = False
     calls: tuple[str, str] | None = None
     read: Callable[[str, Schemas], list[OutputPart]] | None = None
-    bare: bool = False  # an answer that begins with { is a call without marks
-    keeps_special: bool = False  # the marks are special tokens, which text leaves out
+    bare: bool = False
+    keeps_special: bool = False
 
 
 def _json_calls(text: str, _: Schemas) -> list[OutputPart]:
-    """{"name": ..., "arguments" or "parameters": ...}, one or a list of them, or several behind semicolons."""
+    """Parse {"name": ..., "arguments" or "parameters": ...}.
+
+    The text holds one such object, a list, or several separated by semicolons.
+    """
     decoder, found, rest = json.JSONDecoder(), [], text.strip()
     while rest:
         try:
@@ -53,7 +68,11 @@ def _json_calls(text: str, _: Schemas) -> list[OutputPart]:
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 return []
             arguments = call.get("arguments", call.get("parameters", {}))
-            shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            shown = (
+                arguments
+                if isinstance(arguments, str)
+                else json.dumps(arguments, ensure_ascii=False)
+            )
             found.append(OutputPart("call", shown, call["name"]))
         rest = rest[end:].lstrip().lstrip(";").lstrip()
     return found
@@ -64,7 +83,10 @@ PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re
 
 
 def _tagged_calls(text: str, schemas: Schemas) -> list[OutputPart]:
-    """<function=name><parameter=key>value</parameter></function>; values by the types that the schema states."""
+    """Parse <function=name><parameter=key>value</parameter></function>.
+
+    A value is converted to a type that the function's schema admits.
+    """
     found, at = [], 0
     while (match := FUNCTION.match(text, at)) is not None:
         name, body = match.group(1).strip(), match.group(2)
@@ -83,7 +105,11 @@ def _tagged_calls(text: str, schemas: Schemas) -> list[OutputPart]:
 
 
 def _typed(text: str, schema: Any, root: Any) -> Any:
-    """Return a parameter's value: a string as it stands where only that fits its schema, else what the JSON says."""
+    """Return the value of a parameter written as text.
+
+    This is the text itself if the schema admits only strings, if the text is not JSON, or if only a
+    string fits the schema; otherwise the parsed JSON.
+    """
     kinds = json_schema.types(schema, root)
     if kinds == {"string"}:
         return text
@@ -97,8 +123,12 @@ def _typed(text: str, schema: Any, root: Any) -> Any:
 
 
 def _properties(schema: Any) -> dict[str, Any]:
-    """Return the properties of a function's parameters, which may be a reference."""
-    if isinstance(schema, dict) and "properties" not in schema and isinstance(schema.get("$ref"), str):
+    """Return the properties of an object's schema, which may be a reference."""
+    if (
+        isinstance(schema, dict)
+        and "properties" not in schema
+        and isinstance(schema.get("$ref"), str)
+    ):
         schema = json_schema.resolved(schema, schema["$ref"])
     properties = schema.get("properties") if isinstance(schema, dict) else None
     return properties if isinstance(properties, dict) else {}
@@ -117,7 +147,10 @@ FAMILIES = {
 
 
 def family(name: str, template: str | None) -> Family:
-    """By its name, or ``auto``: by what the chat template mentions. Raises InvalidConfig."""
+    """Return the family of that name, or for "auto" the one that fits the chat template.
+
+    The markers that the template holds decide. Raises InvalidConfig for an unknown name.
+    """
     if name != "auto":
         if name not in FAMILIES:
             raise InvalidConfig("parser", name, f"auto, {', '.join(FAMILIES)}")
@@ -134,20 +167,31 @@ def family(name: str, template: str | None) -> Family:
 
 
 class OutputParser:
-    """One answer, read as it comes. ``tools``: schemas of the functions that may be called; none: calls are text."""
+    """Parser of one output.
 
-    def __init__(self, of: Family, tools: Schemas, reasons: bool = True, begins_inside: bool | None = None):
-        self._family, self._tools = of, tools
+    ``tools`` holds the schemas of the functions that may be called; if it is empty, calls are
+    content. ``reasons``: whether reasoning is told apart from content. ``begins_inside``: whether
+    the prompt has opened the reasoning; None takes the family's ``thinks_first``.
+    """
+
+    def __init__(
+        self, of: Family, tools: Schemas, reasons: bool = True, begins_inside: bool | None = None
+    ):
+        self._family = of
+        self._tools = tools
         inside = of.thinks_first if begins_inside is None else begins_inside
         self._marks = [of.thinking[0]] if of.thinking is not None and reasons else []
         if of.calls is not None and of.read is not None and tools:
             self._marks.append(of.calls[0])
         self._state = "reasoning" if of.thinking is not None and reasons and inside else "start"
-        self._held, self._strips = "", False  # strips: line breaks behind a mark belong to nobody
-        self._lead = ""  # white space before a first mark: text only if the mark proves to be text
+        self._held = ""
+        # whether line breaks come next that follow a marker and belong to no part
+        self._strips = False
+        # white space before the first marker: content only if the marker turns out to be content
+        self._lead = ""
 
     def push(self, text: str) -> list[OutputPart]:
-        """What a piece of text makes certain."""
+        """Add a piece of text; return the parts that are certain now."""
         self._held += text
         found: list[OutputPart] = []
         while self._step(found):
@@ -155,8 +199,9 @@ class OutputParser:
         return _joined(found)
 
     def finish(self) -> list[OutputPart]:
-        """What was held back."""
-        held, self._held = self._held, ""
+        """End the output; return the parts that were held back."""
+        held = self._held
+        self._held = ""
         if not held:
             return []
         if self._state == "call" or (self._state == "start" and self._is_bare(held)):
@@ -164,7 +209,7 @@ class OutputParser:
         return [OutputPart("reasoning" if self._state == "reasoning" else "content", held)]
 
     def _step(self, found: list[OutputPart]) -> bool:
-        """Take what is certain off the held text; whether there may be more."""
+        """Move what is certain from the held text to ``found``; return whether to try again."""
         if self._strips:
             self._held = self._held.lstrip("\n")
             self._strips = not self._held
@@ -189,14 +234,18 @@ class OutputParser:
         if self._state == "reasoning":
             return self._until([end], "reasoning", found)
         if not end or end not in self._held:
-            return False  # a call is given when it is whole
+            return False  # a call is returned when it is complete
         body, _, self._held = self._held.partition(end)
         found += self._calls(body) or [OutputPart("content", self._opening() + body + end)]
-        self._state, self._lead = "content", ""
+        self._state = "content"
+        self._lead = ""
         return True
 
     def _until(self, marks: Sequence[str], kind: str, found: list[OutputPart]) -> bool:
-        """Give text up to the first mark, and enter what the mark opens or closes."""
+        """Move text up to the first marker to ``found``, and enter the state that it opens.
+
+        Return whether a marker was found.
+        """
         at, mark = min(((i, m) for m in marks if (i := self._held.find(m)) >= 0), default=(-1, ""))
         if at < 0:
             keep = max((_overlap(self._held, mark) for mark in marks), default=0)
@@ -210,31 +259,44 @@ class OutputParser:
         self._held = self._held[at + len(mark) :]
         thinking = self._family.thinking
         if kind == "reasoning":
-            self._state, self._strips = "content", True
+            self._state = "content"
+            self._strips = True
         elif thinking is not None and mark == thinking[0]:
-            self._state, self._strips, self._lead = "reasoning", True, ""
+            self._state = "reasoning"
+            self._strips = True
+            self._lead = ""
         else:
             self._state = "call"
         return True
 
     def _calls(self, text: str) -> list[OutputPart]:
-        return self._family.read(text, self._tools) if self._family.read is not None and self._tools else []
+        return (
+            self._family.read(text, self._tools)
+            if self._family.read is not None and self._tools
+            else []
+        )
 
     def _opening(self) -> str:
-        """Return the mark of the call that is being read, with what stood before it; empty outside of a call."""
-        return self._lead + self._family.calls[0] if self._state == "call" and self._family.calls is not None else ""
+        """Return the opening marker of the current call with the white space before it, or ""."""
+        return (
+            self._lead + self._family.calls[0]
+            if self._state == "call" and self._family.calls is not None
+            else ""
+        )
 
     def _is_bare(self, text: str) -> bool:
         return self._family.bare and bool(self._tools) and text.lstrip().startswith("{")
 
 
 def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of the text might begin the mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+    """Return the number of characters at the end of the text that may begin the marker."""
+    return next(
+        (n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0
+    )
 
 
 def _joined(parts: list[OutputPart]) -> list[OutputPart]:
-    """Neighbours of one kind as one."""
+    """Return the parts with neighbours of the same kind joined, except calls."""
     whole: list[OutputPart] = []
     for part in parts:
         if whole and part.kind != "call" and whole[-1].kind == part.kind:

@@ -1,4 +1,7 @@
-"""What a caller may pass as a prompt, and the token ids that it stands for; knows no engine."""
+"""Parsing of a caller's prompt into token ids.
+
+Not here: conversations (chat.py), limits of the prompt's length (engine/admission.py).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +16,7 @@ FIELDS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class ParsedPrompt(NamedTuple):
-    """A prompt as the engine takes it. ``text``: None where the caller brought none."""
+    """Prompt as the engine takes it. ``text`` is None if the caller gave only token ids."""
 
     text: str | None
     token_ids: list[int]
@@ -21,22 +24,31 @@ class ParsedPrompt(NamedTuple):
 
 
 def parse_prompt(prompt: Any, tokenizer: Tokenizer | None) -> ParsedPrompt:
-    """A text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and perhaps ``cache_salt``.
+    """Parse a text, token ids, or a mapping; ``tokenizer`` is None for an engine without one.
 
-    Raises InvalidRequest, naming the field, for anything else, and for text where there is no tokenizer.
+    The fields of a mapping are ``prompt``, ``prompt_token_ids`` and ``cache_salt``. Raises
+    InvalidRequest, naming the field, for any other prompt, and for a text without a tokenizer.
     """
     text: Any = prompt if isinstance(prompt, str) else None
     ids: Any = None if isinstance(prompt, str) else prompt
     salt = ""
     if isinstance(prompt, Mapping):
         if unknown := [key for key in prompt if key not in FIELDS]:
-            raise InvalidRequest(f"prompt.{unknown[0]}", prompt[unknown[0]], f"no such field; {', '.join(FIELDS)}")
-        text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt", "")
+            raise InvalidRequest(
+                f"prompt.{unknown[0]}", prompt[unknown[0]], f"no such field; {', '.join(FIELDS)}"
+            )
+        text, ids, salt = (
+            prompt.get("prompt"),
+            prompt.get("prompt_token_ids"),
+            prompt.get("cache_salt", ""),
+        )
     if ids is None:
         if not isinstance(text, str) or not text:
-            raise InvalidRequest("prompt", text, "a text that is not empty")
+            raise InvalidRequest("prompt", text, "a non-empty text")
         if tokenizer is None:
-            raise InvalidRequest("prompt", text, "token ids; this engine runs with skip_tokenizer_init")
+            raise InvalidRequest(
+                "prompt", text, "token ids, because this engine runs with skip_tokenizer_init"
+            )
         ids = tokenizer.encode(text)
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
         raise InvalidRequest("prompt", ids, "a text, token ids, or a mapping with one of them")
@@ -44,7 +56,7 @@ def parse_prompt(prompt: Any, tokenizer: Tokenizer | None) -> ParsedPrompt:
 
 
 def is_batch(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is a list of prompts; a list of integers is one prompt."""
+    """Return whether ``prompts`` is a list of prompts; a list of integers is one prompt."""
     return (
         isinstance(prompts, Sequence)
         and not isinstance(prompts, str)

@@ -1,6 +1,10 @@
-"""Reasoning before an answer: where it ends, what must hold only from there on, and how long it may go on.
+"""Reasoning before an answer: constraints that begin at its end, its number of tokens, its budget.
 
-Marks are found in the text, for what is one token to one model is five to another.
+Markers of reasoning are searched in the text, not among the tokens: a marker is one token for one
+model and five for another.
+
+Not here: separation of reasoning and content in an output (output_parser.py), grammars
+(grammar.py).
 """
 
 import dataclasses
@@ -16,24 +20,29 @@ from slipway.errors import InvalidRequest
 
 
 class Constraint(Protocol):
-    """How far one output has come in what it must be."""
+    """Constraint on the tokens of one output, with its current state."""
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only a token that ends the output may follow."""
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next, as bits [words]; once all is said, the end."""
+        """Return the allowed next tokens as a bit mask, uint32 [words].
+
+        When the output is complete, these are the tokens that end it.
+        """
 
     def accept(self, token_id: int) -> bool:
-        """Take the token that came; False if there is no place for it, or limits were reached."""
+        """Add a token; return False if it is not allowed or a limit of the grammar is reached."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reasoning:
-    """That an output reasons first, between ``start`` and ``end``, or may: ``opened`` says that the prompt began it.
+    """Reasoning at the beginning of an output, between the markers ``start`` and ``end``.
 
-    ``budget``: after as many tokens of reasoning its end is forced. Raises InvalidRequest.
+    ``opened``: the prompt already holds ``start``; otherwise the output may begin with it or go
+    without reasoning. ``budget`` is the number of reasoning tokens after which the end is forced.
+    Raises InvalidRequest.
     """
 
     start: str
@@ -44,39 +53,57 @@ class Reasoning:
     def __post_init__(self):
         for field in ("start", "end"):
             if not isinstance(getattr(self, field), str) or not getattr(self, field):
-                raise InvalidRequest(f"reasoning.{field}", getattr(self, field), "a text that is not empty")
+                raise InvalidRequest(f"reasoning.{field}", getattr(self, field), "a non-empty text")
         if self.budget is not None and not (type(self.budget) is int and self.budget >= 0):
-            raise InvalidRequest("thinking_token_budget", self.budget, "an integer of at least 0, or None")
+            raise InvalidRequest(
+                "thinking_token_budget", self.budget, "an integer of at least 0, or None"
+            )
 
 
 def then(before: Reasoning, grammar: str, spelled: Callable[[str], list[str]]) -> str:
-    """llguidance's notation for a ``grammar`` that begins where reasoning ends, or at once if none was begun."""
+    """Return a grammar of reasoning followed by ``grammar``, in llguidance's notation.
+
+    If the output begins without reasoning, ``grammar`` applies from its beginning. ``spelled``
+    splits a text into Lark's strings and tokens.
+    """
     first, *rest = spelled(before.end)
     end = f"TEXT {first}" if first.startswith("<[") else "lazy_end"
     rules = [
         f"start: {'' if before.opened else 'answer | begin '}thought answer",
-        f"begin: {' '.join(spelled(before.start))}", f"thought: {' '.join([end, *rest])} /\\n{{0,2}}/",
-        "answer: @answer", r"TEXT: /(.|\n)*/",
-    ]  # fmt: skip
+        f"begin: {' '.join(spelled(before.start))}",
+        f"thought: {' '.join([end, *rest])} /\\n{{0,2}}/",
+        "answer: @answer",
+        r"TEXT: /(.|\n)*/",
+    ]
     if end == "lazy_end":
         rules.append(f"lazy_end[lazy]: TEXT {first}")
     inner = json.loads(grammar)["grammars"]
-    assert len(inner) == 1, "grammars are built as one"
-    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, inner[0] | {"name": "answer"}]})
+    assert len(inner) == 1, "grammar.py writes one grammar"
+    return json.dumps(
+        {"grammars": [{"lark_grammar": "\n".join(rules)}, inner[0] | {"name": "answer"}]}
+    )
 
 
 class ReasoningTokens:
-    """How many tokens of one output are reasoning: those between its marks, as they come."""
+    """Counter of the reasoning tokens of one output: the tokens between its markers.
+
+    ``count`` is their number so far.
+    """
 
     def __init__(self, reasoning: Reasoning, tokenizer: Tokenizer):
-        self._tokenizer, self._start, self._end = tokenizer, reasoning.start.encode(), reasoning.end.encode()
-        self._text = b""  # before: all of it; inside: what may hold the beginning of the end mark
-        self._sizes: deque[int] = deque()  # of the tokens inside ``_text``
+        self._tokenizer = tokenizer
+        self._start = reasoning.start.encode()
+        self._end = reasoning.end.encode()
+        # in state "before": the whole text; "inside": its end, which may hold a part of the end
+        # marker
+        self._text = b""
+        # bytes of each reasoning token in ``_text``
+        self._sizes: deque[int] = deque()
         self._state = "inside" if reasoning.opened else "before"
         self.count = 0
 
     def push(self, token_ids: Sequence[int]) -> None:
-        """Count new tokens."""
+        """Add new tokens and update ``count``."""
         for token_id in token_ids:
             if self._state == "after":
                 return
@@ -92,28 +119,40 @@ class ReasoningTokens:
     def _begin(self) -> None:
         text = self._text.lstrip()
         if text.startswith(self._start):
-            self._state, self._text = "inside", text[len(self._start) :]
+            self._state = "inside"
+            self._text = text[len(self._start) :]
         elif not self._start.startswith(text):
-            self._state = "after"  # it answers at once
+            self._state = "after"  # the output has no reasoning
 
     def _look(self) -> None:
         mark, end = self._text.find(self._end), len(self._text)
         if mark >= 0:
             self._state = "after"
-            while self._sizes and (end := end - self._sizes.pop()) >= mark:  # tokens of the mark itself
+            while (
+                self._sizes and (end := end - self._sizes.pop()) >= mark
+            ):  # tokens of the end marker itself
                 self.count -= 1
         while self._sizes and len(self._text) - self._sizes[0] >= len(self._end):
             self._text = self._text[self._sizes.popleft() :]
 
 
 class ReasoningBudget:
-    """One output's reasoning as it comes, by tokens: free, then forced to end. ``inner``: what else must hold."""
+    """Constraint that lets an output reason freely within a budget of tokens, then forces the end.
 
-    def __init__(self, reasoning: Reasoning, inner: Constraint | None, tokenizer: Tokenizer, num_words: int):
+    ``inner`` is another constraint that holds at the same time, or None.
+    """
+
+    def __init__(
+        self, reasoning: Reasoning, inner: Constraint | None, tokenizer: Tokenizer, num_words: int
+    ):
         assert reasoning.budget is not None
-        self._inner, self._tokenizer, self._num_words = inner, tokenizer, num_words
-        self._start, self._end = reasoning.start.encode(), reasoning.end.encode()
-        self._text, self._left = b"", reasoning.budget
+        self._inner = inner
+        self._tokenizer = tokenizer
+        self._num_words = num_words
+        self._start = reasoning.start.encode()
+        self._end = reasoning.end.encode()
+        self._text = b""
+        self._left = reasoning.budget
         self._forced: deque[int] = deque()
         self._state = "before"
         if reasoning.opened:
@@ -121,19 +160,21 @@ class ReasoningBudget:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only a token that ends the output may follow."""
         return self._inner is not None and self._inner.is_done
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next, as bits [words]."""
+        """Return the allowed next tokens as a bit mask, uint32 [words]."""
         if self._forced:
             bits = np.zeros(self._num_words, np.uint32)
             bits[self._forced[0] // 32] = 1 << self._forced[0] % 32
             return bits
-        return np.full(self._num_words, 2**32 - 1, np.uint32) if self._inner is None else self._inner.allowed()
+        if self._inner is not None:
+            return self._inner.allowed()
+        return np.full(self._num_words, 2**32 - 1, np.uint32)
 
     def accept(self, token_id: int) -> bool:
-        """Take the token that came; False if what else must hold has no place for it."""
+        """Add a token; return False if ``inner`` does not allow it."""
         if self._state != "after":
             self._follow(token_id)
         return self._inner is None or self._inner.accept(token_id)
@@ -145,7 +186,7 @@ class ReasoningBudget:
             if text.startswith(self._start):
                 self._enter(text[len(self._start) :])
             elif not self._start.startswith(text):
-                self._state = "after"  # it answers at once
+                self._state = "after"  # the output has no reasoning
             return
         if self._forced:
             self._forced.popleft()
@@ -153,7 +194,8 @@ class ReasoningBudget:
         self._look()
 
     def _enter(self, text: bytes) -> None:
-        self._state, self._text = "inside", text
+        self._state = "inside"
+        self._text = text
         self._look()
 
     def _look(self) -> None:
@@ -161,5 +203,7 @@ class ReasoningBudget:
             self._state = "after"
             self._forced.clear()
         elif self._left <= 0 and not self._forced:
-            self._forced.extend(self._tokenizer.encode(self._end.decode(), add_special_tokens=False))
+            self._forced.extend(
+                self._tokenizer.encode(self._end.decode(), add_special_tokens=False)
+            )
         self._text = self._text[-len(self._end) :]

@@ -1,7 +1,10 @@
-"""Structural tags: which parts of a text are free, which are tags, and what stands in those; knows no vocabulary.
+"""Translation of structural tags (free text with constrained tags in it) to Lark's notation.
 
-xgrammar's formats, as vLLM and SGLang take them ({"format": {"type": "triggered_tags", ...}}), and the form before them
-({"structures": [{"begin", "schema", "end"}], "triggers": [...]}, with SGLang's "at_least_one"), as Lark's notation.
+Supported are xgrammar's formats, as vLLM and SGLang take them ({"format": {"type":
+"triggered_tags", ...}}), and the older form ({"structures": [{"begin", "schema", "end"}],
+"triggers": [...]}, with SGLang's "at_least_one").
+
+Not here: building of the grammar (grammar.py), checks of schemas (json_schema.py).
 """
 
 import json
@@ -16,27 +19,38 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest
 
 MAX_STRUCTURES, MAX_DEPTH, MAX_TIMES = 128, 32, 1024
-TYPES: dict[str, dict[str, tuple[type, ...]]] = {  # a format's fields and their types
-    "const_string": {"value": (str,)}, "json_schema": {"json_schema": (dict, bool)}, "regex": {"pattern": (str,)},
-    "grammar": {"grammar": (str,)}, "any_text": {}, "sequence": {"elements": (list,)}, "or": {"elements": (list,)},
-    "optional": {"content": (dict,)}, "star": {"content": (dict,)}, "plus": {"content": (dict,)},
+# fields of each format and their types
+TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "const_string": {"value": (str,)},
+    "json_schema": {"json_schema": (dict, bool)},
+    "regex": {"pattern": (str,)},
+    "grammar": {"grammar": (str,)},
+    "any_text": {},
+    "sequence": {"elements": (list,)},
+    "or": {"elements": (list,)},
+    "optional": {"content": (dict,)},
+    "star": {"content": (dict,)},
+    "plus": {"content": (dict,)},
     "repeat": {"content": (dict,), "min": (int,), "max": (int,)},
     "tag": {"begin": (str,), "content": (dict,), "end": (str, list)},
     "triggered_tags": {"triggers": (list,), "tags": (list,)},
     "tags_with_separator": {"tags": (list,), "separator": (str,)},
-}  # fmt: skip
+}
 TIMES = {"optional": "?", "star": "*", "plus": "+"}
 FLAGS = {"triggered_tags": ("at_least_one", "stop_after_first")}
 FLAGS["tags_with_separator"] = FLAGS["triggered_tags"]
 Schema = Callable[[Any], str]
 Spelled = Callable[[str], list[str]]
-Follows = Sequence[str] | Literal["something"]  # the texts, any of which ends a format; no text: the end of all
+Follows = (
+    Sequence[str] | Literal["something"]
+)  # the texts, any of which ends a format; no text: the end of all
 
 
 def lark(given: Any, schema: Schema, spelled: Spelled) -> str:
-    """The grammar. ``schema``: a checked schema's text; ``spelled``: a text as Lark's texts and tokens.
+    """Return the grammar of a structural tag in Lark's notation.
 
-    Raises InvalidRequest, naming the field.
+    ``schema`` checks a schema and returns its text; ``spelled`` splits a text into Lark's strings
+    and tokens. Raises InvalidRequest, naming the field.
     """
     expected = '{"type": "structural_tag"} with "format", or with "structures" and "triggers"'
     if not isinstance(given, dict) or given.get("type", "structural_tag") != "structural_tag":
@@ -53,7 +67,7 @@ def lark(given: Any, schema: Schema, spelled: Spelled) -> str:
 
 
 def schemas(given: Any, field: str) -> dict[str, Any]:
-    """Return the JSON schemas in a checked structural tag, by their fields."""
+    """Return field -> JSON schema for all schemas in a checked structural tag at ``field``."""
     found = {}
     stack = [(given, field)]
     while stack:
@@ -69,57 +83,68 @@ def schemas(given: Any, field: str) -> dict[str, Any]:
 
 
 class _Writer:
-    """Rules of one grammar. What writes a format writes what ends it, too: free text has to know."""
+    """Writer of the rules of one grammar.
+
+    A method that writes a format also writes the texts that end it (``follows``), because the rule
+    of free text depends on them.
+    """
 
     def __init__(self, schema: Schema, spelled: Spelled):
-        self._schema, self._spelled = schema, spelled
+        self._schema = schema
+        self._spelled = spelled
         self.rules: list[str] = []
 
     def write(self, given: Any, field: str, follows: Follows, depth: int = 0) -> str:
-        """A format and its end."""
+        """Write a format and the text that ends it; return the body of a rule for both."""
         kind = _checked(given, field, depth)
         match kind:
             case "any_text":
                 return self._text(field, follows)
             case "sequence":
                 *first, last = _items(given["elements"], f"{field}.elements")
-                parts = [self.write(each, at, "something", depth + 1) for each, at in first]
-                return " ".join([*parts, self.write(*last, follows, depth + 1)])
+                parts = [self.write(each, at, "something", depth=depth + 1) for each, at in first]
+                return " ".join([*parts, self.write(*last, follows, depth=depth + 1)])
             case "or":
                 each = _items(given["elements"], f"{field}.elements")
-                return f"({' | '.join(self.write(*item, follows, depth + 1) for item in each)})"
+                return (
+                    f"({' | '.join(self.write(*item, follows, depth=depth + 1) for item in each)})"
+                )
             case "triggered_tags":
-                return self.triggered(given, field, follows, depth)
-        return " ".join([self._closed(kind, given, field, depth), *self._ends(follows)])
+                return self.triggered(given, field, follows, depth=depth)
+        return " ".join([self._closed(kind, given, field, depth=depth), *self._ends(follows)])
 
     def triggered(self, given: Any, field: str, follows: Follows, depth: int = 0) -> str:
-        """Free text, in which a trigger goes on as one of the tags that begin with it."""
+        """Write free text in which each trigger begins one of the tags."""
         if follows:
-            raise InvalidRequest(field, "triggered_tags", "nothing after it: its text has no end")
+            raise InvalidRequest(
+                field, "triggered_tags", "nothing after it, because its text has no end"
+            )
         triggers = given["triggers"]
         if not triggers or not all(isinstance(trigger, str) and trigger for trigger in triggers):
-            raise InvalidRequest(f"{field}.triggers", triggers, "a list of texts that are not empty")
+            raise InvalidRequest(f"{field}.triggers", triggers, "a list of non-empty texts")
         where = "structures" if "structures" in given else "tags"
         tags = _items(given["tags"], f"{field}.{where}")
-        choice = [self._opened(tag, triggers, at, depth + 1) for tag, at in tags]
+        choice = [self._opened(tag, triggers, field=at, depth=depth + 1) for tag, at in tags]
         one = f"({' | '.join(choice)})"
         if given.get("stop_after_first", False):
             return one if given.get("at_least_one", False) else f"({one} | text)"
         return f"{one}{'+' if given.get('at_least_one', False) else '*'} text"
 
     def _opened(self, tag: Any, triggers: list[str], field: str, depth: int) -> str:
-        """Free text up to a tag, and the tag."""
-        _checked(tag, field, depth, "tag")
+        """Write free text up to a tag, and the tag."""
+        _checked(tag, field, depth, only="tag")
         begin = tag["begin"]
-        # the longest: what it opens can go on in no other way
+        # the longest trigger: a tag that it begins can continue in no other way
         trigger = max((t for t in triggers if begin.startswith(t)), key=len, default="")
         if not trigger:
-            raise InvalidRequest(f"{field}.begin", begin, f"one that begins with a trigger: {', '.join(triggers)}")
-        rest = self._inside(tag, field, depth, self._spelled(begin.removeprefix(trigger)))
+            raise InvalidRequest(
+                f"{field}.begin", begin, f"one that begins with a trigger: {', '.join(triggers)}"
+            )
+        rest = self._inside(tag, field, depth, begin=self._spelled(begin.removeprefix(trigger)))
         return self._rule(f"{self._until(trigger)} {rest}")
 
     def _closed(self, kind: str, given: Any, field: str, depth: int) -> str:
-        """A format that ends by itself."""
+        """Write a format that needs no text after it to end."""
         match kind:
             case "const_string":
                 return " ".join(self._spelled(given["value"])) or '""'
@@ -133,23 +158,26 @@ class _Writer:
                 self.rules.append(ebnf.lark(given["grammar"], prefix))
                 return f"{prefix}start"
             case "tag":
-                return self._inside(given, field, depth, self._spelled(given["begin"]))
+                return self._inside(given, field, depth, begin=self._spelled(given["begin"]))
             case "tags_with_separator":
                 tags = _items(given["tags"], f"{field}.tags")
                 for tag, at in tags:
-                    _checked(tag, at, depth + 1, "tag")
-                one = self._rule(" | ".join(self.write(*tag, "something", depth + 1) for tag in tags))
+                    _checked(tag, at, depth + 1, only="tag")
+                one = self._rule(
+                    " | ".join(self.write(*tag, "something", depth=depth + 1) for tag in tags)
+                )
                 more = " ".join([*self._spelled(given["separator"]), one])
                 body = one if given.get("stop_after_first", False) else f"{one} ({more})*"
                 return f"({body})" if given.get("at_least_one", False) else f"({body})?"
-        inner = self.write(given["content"], f"{field}.content", "something", depth + 1)
+        inner = self.write(given["content"], f"{field}.content", "something", depth=depth + 1)
         return f"({inner}){TIMES.get(kind) or _times(given, field)}"
 
     def _inside(self, tag: Any, field: str, depth: int, begin: list[str]) -> str:
         ends = tag["end"] if isinstance(tag["end"], list) else [tag["end"]]
         if not ends or not all(isinstance(end, str) for end in ends):
             raise InvalidRequest(f"{field}.end", ends, "a text, or a list of texts")
-        content = self.write(tag["content"], f"{field}.content", ends if any(ends) else "something", depth + 1)
+        follows: Follows = ends if any(ends) else "something"
+        content = self.write(tag["content"], f"{field}.content", follows, depth=depth + 1)
         return " ".join([*begin, content])
 
     def _ends(self, follows: Follows) -> list[str]:
@@ -159,15 +187,19 @@ class _Writer:
         return each if len(each) == 1 else [f"({' | '.join(each)})"]
 
     def _text(self, field: str, follows: Follows) -> str:
-        """Any text up to what ends it."""
+        """Write any text up to the text that ends it."""
         if isinstance(follows, str) or not all(follows):
-            raise InvalidRequest(field, "any_text", "the end of a tag after it, or nothing: it has no other end")
+            raise InvalidRequest(
+                field,
+                "any_text",
+                "the end of a tag or nothing after it, because it has no other end",
+            )
         return f"({' | '.join(map(self._until, follows))})" if follows else "text"
 
     def _until(self, text: str) -> str:
-        """Free text, and this as soon as it comes."""
+        """Write free text that ends with the first occurrence of ``text``."""
         first, *others = self._spelled(text)
-        if first.startswith("<["):  # a token is no text: it is seen as it comes
+        if first.startswith("<["):  # a token cannot occur within TEXT
             return " ".join(["TEXT", first, *others])
         return " ".join([self._rule(f"TEXT {first}", "[lazy]"), *others])
 
@@ -178,59 +210,79 @@ class _Writer:
 
 
 def marks(tokenizer: Tokenizer) -> dict[str, int]:
-    """Added tokens in <...>, by their texts: llguidance finds them by their ids alone, never in a text."""
+    """Return text -> id of the added tokens in <...>.
+
+    llguidance matches these tokens only by their ids, never as text.
+    """
     added = {token.content: i for i, token in tokenizer.raw.get_added_tokens_decoder().items()}
     return {text: i for text, i in added.items() if text[:1] == "<" and text[-1:] == ">"}
 
 
 def spelled(text: str, known: Mapping[str, int]) -> list[str]:
-    """A text as Lark's texts, and tokens where it holds marks that are known."""
+    """Split a text into Lark's strings, and a token <[id]> for each text of ``known``."""
     pattern = "|".join(re.escape(mark) for mark in sorted(known, key=len, reverse=True))
     parts = re.split(f"({pattern})", text) if known else [text]
     return [f"<[{known[part]}]>" if part in known else json.dumps(part) for part in parts if part]
 
 
 def as_text(text: str) -> list[str]:
-    """The same, where no vocabulary has tokens of its own for marks."""
+    """Return a text as Lark's strings, for a vocabulary without tokens for markers."""
     return spelled(text, {})
 
 
 def _before(given: dict[str, Any]) -> dict[str, Any]:
-    """The form before formats, as its format."""
+    """Return the older form, ``structures`` with ``triggers``, as a format "triggered_tags"."""
     structures, triggers = given["structures"], given["triggers"]
     if not isinstance(triggers, list):
-        raise InvalidRequest("structural_tag.triggers", triggers, "a list of texts that are not empty")
+        raise InvalidRequest("structural_tag.triggers", triggers, "a list of non-empty texts")
     for number, structure in enumerate(structures if isinstance(structures, list) else ()):
-        texts = isinstance(structure, dict) and all(isinstance(structure.get(key), str) for key in ("begin", "end"))
-        if not texts or structure.keys() != {"begin", "schema", "end"} or not isinstance(structure["schema"], dict):
+        texts = isinstance(structure, dict) and all(
+            isinstance(structure.get(key), str) for key in ("begin", "end")
+        )
+        if (
+            not texts
+            or structure.keys() != {"begin", "schema", "end"}
+            or not isinstance(structure["schema"], dict)
+        ):
             field = f"structural_tag.structures[{number}]"
-            raise InvalidRequest(field, structure, '{"begin": "...", "schema": {...}, "end": "..."}')
+            raise InvalidRequest(
+                field, structure, '{"begin": "...", "schema": {...}, "end": "..."}'
+            )
     _items(structures, "structural_tag.structures")
     tags = [
-        {"type": "tag", "begin": each["begin"], "end": each["end"],
-         "content": {"type": "json_schema", "json_schema": each["schema"]}}
+        {
+            "type": "tag",
+            "begin": each["begin"],
+            "end": each["end"],
+            "content": {"type": "json_schema", "json_schema": each["schema"]},
+        }
         for each in structures
-    ]  # fmt: skip
+    ]
     owes = given.get("at_least_one", False)
     _flag("structural_tag.at_least_one", owes)
     return {"triggers": triggers, "tags": tags, "at_least_one": owes, "structures": True}
 
 
 def _checked(given: Any, field: str, depth: int, only: str = "") -> str:
-    """The type of a format whose fields are as they should be."""
+    """Check the fields of a format and return its type; ``only`` is the one type allowed."""
     kind = given.get("type", only) if isinstance(given, dict) else None
     if kind not in TYPES or only not in ("", kind):
         raise InvalidRequest(f"{field}.type", kind, only or f"one of {', '.join(TYPES)}")
     if depth > MAX_DEPTH:
-        raise InvalidRequest(field, "a format", f"one nested at most {MAX_DEPTH} deep")
+        raise InvalidRequest(field, "a format", f"a nesting depth of at most {MAX_DEPTH}")
     fields, flags = TYPES[kind], FLAGS.get(kind, ())
     for name, types in fields.items():
         value = given.get(name)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise InvalidRequest(f"{field}.{name}", value, " or ".join(each.__name__ for each in types))
+            raise InvalidRequest(
+                f"{field}.{name}", value, " or ".join(each.__name__ for each in types)
+            )
     for name in flags:
         _flag(f"{field}.{name}", given.get(name, False))
-    defaults = {"style": "json", "any_order": False}  # what xgrammar writes out though nobody asked for it
+    defaults = {
+        "style": "json",
+        "any_order": False,
+    }  # fields that xgrammar always writes out
     for name in sorted(given.keys() - {"type", *fields, *flags}):
         if given[name] not in (None, [], defaults.get(name)):
             raise InvalidRequest(f"{field}.{name}", given[name], f"no such field of {kind} here")

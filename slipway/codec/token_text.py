@@ -1,14 +1,19 @@
-"""Decides when the text of a token is certain, from the decoder in tokenizer.json; knows nothing of stop strings.
+"""Text of single tokens and of a growing sequence of tokens, from the decoder in tokenizer.json.
 
-Re-decoding a window of recent tokens, as tokenizers.DecodeStream does, guesses where the window may start: it raises on
-bytes that are no UTF-8 (huggingface/tokenizers#1705, vllm-project/vllm#17448). Reading the decoder needs no guess:
+tokenizers.DecodeStream decodes a window of recent tokens again and again. It must guess where the
+window may start, and raises on bytes that are not UTF-8 (huggingface/tokenizers#1705,
+vllm-project/vllm#17448). This module reads the decoder instead and needs no guess:
 
-    ByteLevel       every token is a few bytes, and the text is the UTF-8 decoding of all of them: `ByteStream`
-    anything else   every token is a piece of text that depends on being first, or not: `TextStream`. Only a run of
-                    byte tokens ("<0xE2>") is decoded as a whole; one bad byte turns all of it into U+FFFD.
+    ByteLevel       A token is a few bytes. All bytes are decoded as UTF-8: `ByteStream`.
+    anything else   A token is a piece of text, which differs only at the start of the sequence:
+                    `TextStream`. A run of byte tokens ("<0xE2>") is decoded as a whole; one invalid
+                    byte turns each byte of the run into U+FFFD.
 
-A completion is the end of a text that begins with its prompt: its first token keeps the space that a decoder strips
-from a text's first token. A character that the prompt leaves unfinished belongs to the completion, as a whole.
+A completion continues the text of its prompt. Its first token therefore keeps the space that a
+decoder strips from the first token of a text, and a character that begins in the prompt and ends in
+the completion belongs to the completion as a whole.
+
+Not here: stop strings (detokenizer.py), character offsets (offsets.py).
 """
 
 import codecs
@@ -22,66 +27,81 @@ import tokenizers
 
 from slipway.errors import UnsupportedModel
 
-# Decoders that treat each token alone, apart from the start of the text and runs of byte tokens.
+# Decoders that treat each token by itself, except at the start of the text and in runs of byte
+# tokens.
 TOKENWISE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece"})
 
 
 class Stream(Protocol):
-    """The text of one sequence, token by token: all pushes plus the flush equal the decoding of all ids."""
+    """Text of one sequence, token by token.
+
+    The results of all pushes and of the flush, joined, equal the decoding of all ids.
+    """
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that no later token can change."""
+        """Add one token; return the new text that no later token can change."""
         ...
 
     def flush(self) -> str:
-        """Return the text still undecided, as the end of the sequence decides it."""
+        """End the sequence; return the rest of its text."""
         ...
 
     @property
     def is_pending(self) -> bool:
-        """Whether the text of some token taken is not all certain."""
+        """Whether a later token can still change the text of a token that was pushed."""
         ...
 
     def pending(self) -> list[bytes]:
-        """Return the bytes whose text is not certain, by tokens where a token is one byte."""
+        """Return the bytes of text that a later token can still change.
+
+        `TextStream` returns one item for each token, `ByteStream` one item in all.
+        """
         ...
 
 
 class TokenTexts(Protocol):
-    """What each token of one vocabulary stands for, computed once per token and shared by every stream."""
+    """Texts of the tokens of one vocabulary, computed once and shared by all streams."""
 
     def stream(self, prompt: Sequence[int] = ()) -> Stream:
-        """Return a stream for the tokens that follow those of `prompt`, whose own text it leaves out."""
+        """Return a stream for the tokens after those of `prompt`, without the prompt's text."""
         ...
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds behind other text; empty for an id that the full decode drops."""
+        """Return the bytes that a token adds after other text; empty for a dropped id."""
         ...
 
     def prompt_text(self, prompt: Sequence[int]) -> str:
-        """Return the text before the completion of a prompt: without the character that it leaves unfinished."""
+        """Return the text of `prompt` without a character that is unfinished at its end."""
         ...
 
     def character_starts(self, tokens: Sequence[bytes]) -> list[int]:
-        """Return where the text's characters begin in the tokens' joined bytes, also those that replace bad bytes."""
+        """Return the positions at which characters begin in the joined bytes of `tokens`.
+
+        These include the characters U+FFFD that replace invalid bytes.
+        """
         ...
 
 
 def token_texts(raw: tokenizers.Tokenizer, skip_special_tokens: bool) -> TokenTexts:
-    """The pieces of `raw`. Raises UnsupportedModel for a decoder whose text cannot be told token by token."""
+    """Return the token texts of `raw`.
+
+    Raises UnsupportedModel if its decoder cannot be applied token by token.
+    """
     decoders = _decoders(raw)
     kinds = [decoder["type"] for decoder in decoders]
     if kinds == ["ByteLevel"]:
         return ByteLevelTexts(raw, skip_special_tokens)
     if not all(map(_is_tokenwise, decoders)):
-        raise UnsupportedModel("tokenizer.json decoder", kinds, f"ByteLevel alone, or any of {sorted(TOKENWISE)}")
+        raise UnsupportedModel(
+            "tokenizer.json decoder", kinds, f"only ByteLevel, or any of {sorted(TOKENWISE)}"
+        )
     return TokenwiseTexts(raw, skip_special_tokens, byte_fallback="ByteFallback" in kinds)
 
 
 class ByteLevelTexts(dict[int, str | bytes]):
-    """Token id -> its text, or its bytes where these are no whole characters. Filled as ids come up.
+    """Cache of token id -> text, or bytes if these are not whole characters.
 
-    An id that the full decode drops has an empty text.
+    The text of an id that decoding drops is empty.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, skip_special_tokens: bool):
@@ -102,22 +122,22 @@ class ByteLevelTexts(dict[int, str | bytes]):
         return text
 
     def stream(self, prompt: Sequence[int] = ()) -> "ByteStream":
-        """Return a stream for the tokens that follow those of `prompt`."""
+        """Return a stream for the tokens after those of `prompt`."""
         return ByteStream(self, prompt)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the token's bytes; empty for an id that the full decode drops."""
+        """Return the token's bytes; empty for an id that decoding drops."""
         piece = self[token_id]
         return piece if isinstance(piece, bytes) else piece.encode()
 
     def prompt_text(self, prompt: Sequence[int]) -> str:
-        """Return the text of `prompt` without the character that it leaves unfinished."""
+        """Return the text of `prompt` without a character that is unfinished at its end."""
         skip = bool(self._dropped)
         text = self._raw.decode(list(prompt), skip_special_tokens=skip)
         return text[:-1] if self.stream(prompt).is_pending else text
 
     def character_starts(self, tokens: Sequence[bytes]) -> list[int]:
-        """Return where characters begin; bad bytes have one U+FFFD for each maximal part of a character."""
+        """Return where characters begin, with one U+FFFD per maximal invalid subpart of bytes."""
         joined, found, at = b"".join(tokens), list[int](), 0
         while at < len(joined):
             try:
@@ -133,11 +153,12 @@ class ByteLevelTexts(dict[int, str | bytes]):
 
 
 class ByteStream:
-    """Holds back the bytes of an unfinished character, three at most."""
+    """Stream that holds back the bytes of an unfinished character, at most three."""
 
     def __init__(self, texts: ByteLevelTexts, prompt: Sequence[int] = ()):
         self._texts = texts
-        # "replace" writes one U+FFFD per maximal invalid subpart, as Rust's from_utf8_lossy does in the full decode.
+        # "replace" writes one U+FFFD per maximal invalid subpart, as the Rust decoder's
+        # from_utf8_lossy does.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.decode(_last_bytes(texts, prompt))
         self._unfinished = bool(self._decoder.getstate()[0])
@@ -145,7 +166,7 @@ class ByteStream:
     def push(self, token_id: int) -> str:
         piece = self._texts[token_id]
         if isinstance(piece, str):
-            if not self._unfinished:  # nearly always, at a fifth of the decoder's cost
+            if not self._unfinished:  # nearly always; this path costs a fifth of the decoder's
                 return piece
             piece = piece.encode()
         text = self._decoder.decode(piece)
@@ -167,19 +188,21 @@ class ByteStream:
 
 
 def _last_bytes(texts: ByteLevelTexts, prompt: Sequence[int]) -> bytes:
-    """Return the end of the prompt's bytes: enough to hold any unfinished character, which has three at most."""
+    """Return the end of the prompt's bytes: an unfinished character in it has at most three."""
     tail = b""
     for token_id in reversed(prompt):
         piece = texts[token_id]
         if isinstance(piece, bytes):
             tail = piece + tail
-        if len(tail) > 3 or (piece and isinstance(piece, str)):  # behind whole characters nothing is unfinished
+        if len(tail) > 3 or (
+            piece and isinstance(piece, str)
+        ):  # behind whole characters nothing is unfinished
             break
     return tail
 
 
 def _lead_bytes(text: bytes, start: int) -> list[int]:
-    """Return the places of all bytes but continuation bytes, counted from `start`."""
+    """Return the positions, counted from `start`, of all bytes that are not continuation bytes."""
     return [at for at, byte in enumerate(text, start) if byte & 0xC0 != 0x80]
 
 
@@ -191,19 +214,22 @@ def _text_or_bytes(piece: bytes) -> str | bytes:
 
 
 class TokenwiseTexts(dict[int, str | None]):
-    """Token id -> its text anywhere but at the start; None for an id that the full decode drops. Filled as ids come up.
+    """Cache of token id -> text after other text; None for an id that decoding drops.
 
-    A token's text is what it adds to the text of `anchor`, some ordinary token standing before it.
+    The text of a token is the text that it adds to that of `anchor`, an ordinary token before it.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, skip_special_tokens: bool, byte_fallback: bool):
         super().__init__()
         vocab = raw.get_vocab()
         special = special_ids(raw)
-        self._raw, self._skip = raw, skip_special_tokens
+        self._raw = raw
+        self._skip = skip_special_tokens
         self._dropped = special if skip_special_tokens else frozenset()
         is_byte = re.compile(r"<0x[0-9A-Fa-f]{2}>").fullmatch
-        found = {i: int(token[3:5], 16) for token, i in vocab.items() if byte_fallback and is_byte(token)}
+        found = {
+            i: int(token[3:5], 16) for token, i in vocab.items() if byte_fallback and is_byte(token)
+        }
         self.byte_of = {i: byte for i, byte in found.items() if i not in self._dropped}
         ordinary = (i for i in sorted(vocab.values()) if i not in special and i not in self.byte_of)
         self.anchor = next(i for i in ordinary if self.decode([i]).strip())
@@ -215,33 +241,33 @@ class TokenwiseTexts(dict[int, str | None]):
         return piece
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids` at the start of a sequence."""
+        """Return the text of `ids` at the start of a sequence."""
         return self._raw.decode(ids, skip_special_tokens=self._skip)
 
     def continuation(self, ids: list[int]) -> str:
-        """The text of `ids` after other text."""
+        """Return the text of `ids` after other text."""
         text = self.decode([self.anchor, *ids])
         assert text.startswith(self._anchor_text), "a tokenwise decoder rewrote an earlier token"
         return text[len(self._anchor_text) :]
 
     def stream(self, prompt: Sequence[int] = ()) -> "TextStream":
-        """Return a stream for the tokens that follow those of `prompt`."""
+        """Return a stream for the tokens after those of `prompt`."""
         return TextStream(self, prompt)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the byte of a byte token, else the text behind other text; empty for an id that is dropped."""
+        """Return the bytes that a token adds after other text; empty for a dropped id."""
         byte = self.byte_of.get(token_id)
         return (self[token_id] or "").encode() if byte is None else bytes([byte])
 
     def prompt_text(self, prompt: Sequence[int]) -> str:
-        """Return the text of `prompt` without the character that it leaves unfinished."""
+        """Return the text of `prompt` without a character that is unfinished at its end."""
         kept, num_left = list(prompt), self.stream(prompt).num_unfinished
         while num_left:
             num_left -= kept.pop() in self.byte_of
         return self.decode(kept)
 
     def character_starts(self, tokens: Sequence[bytes]) -> list[int]:
-        """Return where characters begin; a run of byte tokens that is no UTF-8 has one U+FFFD for each byte."""
+        """Return where characters begin; an invalid run of byte tokens has one U+FFFD per byte."""
         joined = b"".join(tokens)
         if _num_unfinished(joined) == 0:
             return _lead_bytes(joined, 0)
@@ -253,20 +279,22 @@ class TokenwiseTexts(dict[int, str | None]):
 
 
 class TextStream:
-    """Holds back a run of byte tokens until an ordinary token, or the end, closes it."""
+    """Stream that holds back a run of byte tokens until an ordinary token or the end closes it."""
 
     def __init__(self, texts: TokenwiseTexts, prompt: Sequence[int] = ()):
         self._texts = texts
         self._at_start = True
         self._pending: list[int] = []
-        self._num_shown = 0  # characters of the pending tokens' text that are the prompt's
-        self.num_unfinished = 0  # bytes of a character that the prompt leaves unfinished
+        # characters of the pending tokens' text that belong to the prompt
+        self._num_shown = 0
+        # bytes at the end of the prompt that begin a character
+        self.num_unfinished = 0
         if prompt:
             self._follow(prompt)
 
     def push(self, token_id: int) -> str:
         piece = self._texts[token_id]
-        if piece is None:  # dropped before decoding, so it does not even close a run of byte tokens
+        if piece is None:  # dropped before decoding: it does not close a run of byte tokens
             return ""
         if token_id in self._texts.byte_of:
             self._pending.append(token_id)
@@ -279,7 +307,9 @@ class TextStream:
     def flush(self) -> str:
         if self._at_start:
             text = self._texts.decode(self._pending)
-            if not text:  # only stripped spaces so far: the next token may be stripped too
+            if (
+                not text
+            ):  # only stripped spaces so far: a space of the next token may be stripped too
                 return ""
             self._at_start = False
         else:
@@ -294,11 +324,15 @@ class TextStream:
         return bool(self._pending)
 
     def pending(self) -> list[bytes]:
-        """Return the bytes of each token of the open run, or before the beginning of the text."""
+        """Return the bytes of each token of the open run, or of each token so far without text."""
         return [self._texts.bytes_of(token) for token in self._pending]
 
     def _follow(self, prompt: Sequence[int]) -> None:
-        """Go to the end of the prompt's text: read its first visible token and the run of byte tokens at its end."""
+        """Move to the end of the prompt's text.
+
+        Only two parts of the prompt matter: its first token with text, and the run of byte tokens
+        at its end.
+        """
         byte_of = self._texts.byte_of
         first = next((number for number, token in enumerate(prompt, 1) if self.push(token)), None)
         if first is not None:
@@ -308,10 +342,15 @@ class TextStream:
                 elif self._texts[token] is not None:
                     break
             self._pending.reverse()
-        num_bytes = next((n for n, i in enumerate(reversed(self._pending)) if i not in byte_of), len(self._pending))
+        num_bytes = next(
+            (n for n, i in enumerate(reversed(self._pending)) if i not in byte_of),
+            len(self._pending),
+        )
         run = bytes(byte_of[i] for i in self._pending[len(self._pending) - num_bytes :])
         num_unfinished = _num_unfinished(run)
-        if num_unfinished is None:  # the prompt's text has one U+FFFD for each byte of the run, which stays invalid
+        if (
+            num_unfinished is None
+        ):  # the prompt's text has one U+FFFD for each byte of the run, which stays invalid
             self._at_start = False
             self._pending = self._pending[len(self._pending) - num_bytes :]
             self._num_shown = num_bytes
@@ -324,7 +363,10 @@ class TextStream:
 
 
 def _num_unfinished(run: bytes) -> int | None:
-    """Return how many bytes at the end of `run` begin a character; None where `run` is no UTF-8."""
+    """Return the number of bytes at the end of `run` that begin a character.
+
+    The result is None if `run` is not UTF-8.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     try:
         decoder.decode(run)
@@ -334,12 +376,15 @@ def _num_unfinished(run: bytes) -> int | None:
 
 
 def special_ids(raw: tokenizers.Tokenizer) -> frozenset[int]:
-    """The ids that a decode with skip_special_tokens leaves out."""
+    """Return the ids that decoding with skip_special_tokens leaves out."""
     return frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
 
 
 def _decoders(raw: tokenizers.Tokenizer) -> list[dict[str, Any]]:
-    """The decoder of tokenizer.json with its sequences flattened; [] where it has none, and tokens join by a space."""
+    """Return the decoders of tokenizer.json, sequences flattened; [] if it has none.
+
+    Without a decoder, the texts of tokens are joined by a space.
+    """
     if raw.decoder is None:
         return []
     found, left = [], [json.loads(raw.decoder.__getstate__())]
@@ -355,16 +400,21 @@ def _decoders(raw: tokenizers.Tokenizer) -> list[dict[str, Any]]:
 def _is_tokenwise(decoder: dict[str, Any]) -> bool:
     match decoder:
         case {"type": "Replace", "pattern": {"String": str(pattern)}}:
-            return len(pattern) == 1  # a longer one could match across two tokens, once they are fused
+            return len(pattern) == 1  # a longer pattern could match across two fused tokens
         case {"type": "Replace"}:
             return False
         case {"type": "Strip", "stop": stop}:
-            return bool(stop == 0)  # the end of the text is known only at the end
+            return bool(stop == 0)  # a stream cannot strip an end that it has not reached
     return decoder["type"] in TOKENWISE
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte: itself if printable, else the next one from U+0100 on."""
+    """Return GPT-2's byte alphabet, character -> byte.
+
+    A printable byte is its own character; the others are numbered from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + n): byte for n, byte in enumerate(others)
+    }

@@ -59,4 +59,6 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 TestPages = PagesMachine.TestCase
-TestPages.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestPages.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
+)

@@ -34,14 +34,18 @@ class RadixMachine(RuleBasedStateMachine):
 
     def is_read(self, key):
         generation, salt, path = key
-        return any(g == generation and s == salt and p[: len(path)] == path for _, s, p, g in self.readers)
+        return any(
+            g == generation and s == salt and p[: len(path)] == path for _, s, p, g in self.readers
+        )
 
     @rule(salt=SALTS, path=BLOCKS)
     def read(self, salt, path):
         node = self.tree.match(salt, path)
         found = tuple(path[: node.depth])
         expected = next(
-            n for n in range(len(path), -1, -1) if n == 0 or (self.generation, salt, tuple(path[:n])) in self.held
+            n
+            for n in range(len(path), -1, -1)
+            if n == 0 or (self.generation, salt, tuple(path[:n])) in self.held
         )
         assert node.depth == expected, "the longest prefix that is there"
         pages = [self.held[self.generation, salt, found[:n]] for n in range(1, len(found) + 1)]
@@ -68,7 +72,9 @@ class RadixMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
     def leave(self, data):
-        node, salt, path, generation = self.readers.pop(data.draw(st.integers(0, len(self.readers) - 1)))
+        node, salt, path, generation = self.readers.pop(
+            data.draw(st.integers(0, len(self.readers) - 1))
+        )
         self.clock += 1
         for n in range(1, len(path) + 1):
             if not self.is_read((generation, salt, path[:n])):
@@ -83,11 +89,15 @@ class RadixMachine(RuleBasedStateMachine):
         gone = before - set(self.held)
         if gone and len(gone) < len(unread):
             left = [self.used[key] for key in set(unread) - gone if self.is_leaf(key)]
-            assert min(left) >= max(self.used[key] for key in gone), "the least recently used went first"
+            assert min(left) >= max(self.used[key] for key in gone), (
+                "the least recently used went first"
+            )
 
     def is_leaf(self, key):
         generation, salt, path = key
-        return not any(g == generation and s == salt and p[:-1] == path for g, s, p in self.held if p)
+        return not any(
+            g == generation and s == salt and p[:-1] == path for g, s, p in self.held if p
+        )
 
     @rule()
     def flush(self):
@@ -105,9 +115,13 @@ class RadixMachine(RuleBasedStateMachine):
             node, *_ = self.readers.pop()
             self.tree.unlock(node)
         self.tree.evict(NUM_PAGES)
-        assert self.pages.num_free == NUM_PAGES and self.tree.num_pages == self.tree.num_unlocked == 0
+        assert (
+            self.pages.num_free == NUM_PAGES and self.tree.num_pages == self.tree.num_unlocked == 0
+        )
         assert not self.tree._roots, "salts come from callers: nothing of them stays"
 
 
 TestRadix = RadixMachine.TestCase
-TestRadix.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+TestRadix.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)

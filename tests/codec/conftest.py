@@ -41,7 +41,9 @@ def byte_level() -> tokenizers.Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         corpus(),
-        trainers.BpeTrainer(vocab_size=800, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=800, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     raw.add_tokens(["<think>", "naïve tag"])
     return raw
@@ -52,12 +54,21 @@ def byte_fallback() -> tokenizers.Tokenizer:
     raw = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # for words as tokens; Llama 2 has none
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(
+        prepend_scheme="never"
+    )  # for words as tokens; Llama 2 has none
     text = [doc for doc in corpus() if doc.isascii()]
-    raw.train_from_iterator(text, trainers.BpeTrainer(vocab_size=700, special_tokens=tokens, show_progress=False))
+    raw.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=700, special_tokens=tokens, show_progress=False)
+    )
     raw = tokenizers.Tokenizer.from_str(_as_llama(raw.to_str()))
     raw.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", raw.token_to_id("<s>"))]
@@ -80,7 +91,9 @@ def metaspace(scheme: str = "always") -> tokenizers.Tokenizer:
 def no_decoder() -> tokenizers.Tokenizer:
     """Whole words, joined by spaces."""
     words = ["<unk>", "</s>", *sorted({word for text in corpus()[:40] for word in text.split()})]
-    raw = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.add_special_tokens(["<unk>", "</s>"])
     return raw
@@ -102,7 +115,10 @@ def word_piece() -> tokenizers.Tokenizer:
 
 TOKENIZERS = {
     "byte_level": (byte_level, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
-    "byte_fallback": (byte_fallback, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "byte_fallback": (
+        byte_fallback,
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    ),
     "metaspace": (metaspace, {"eos_token": "</s>", "unk_token": "<unk>"}),
     "metaspace_never": (lambda: metaspace("never"), {"eos_token": "</s>", "unk_token": "<unk>"}),
     "metaspace_first": (lambda: metaspace("first"), {"eos_token": "</s>", "unk_token": "<unk>"}),
@@ -139,5 +155,7 @@ def tokenizer(directory: Path) -> Tokenizer:
 def _as_llama(source: str) -> str:
     """A trainer can reserve the byte tokens only as special ones, which a decode would leave out."""
     config = json.loads(source) | {"pre_tokenizer": None}
-    config["added_tokens"] = [token for token in config["added_tokens"] if not token["content"].startswith("<0x")]
+    config["added_tokens"] = [
+        token for token in config["added_tokens"] if not token["content"].startswith("<0x")
+    ]
     return json.dumps(config)

@@ -82,15 +82,27 @@ TURNS = [
 CONVERSATIONS = {
     "one turn": TURNS[:1],
     "two turns": TURNS,
-    "reasoning": [TURNS[0], {"role": "assistant", "content": "Yes", "thinking": "so so", "name": None}],
+    "reasoning": [
+        TURNS[0],
+        {"role": "assistant", "content": "Yes", "thinking": "so so", "name": None},
+    ],
     "tools": [
         TURNS[0],
-        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "<é>"}}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": {"x": "<é>"}}}],
+        },
         {"role": "tool", "content": "3"},
     ],
 }
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]}]
-FUNCTION = {"type": "function", "function": {"name": "f", "description": "a < b é", "parameters": {}}}
+PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]}
+]
+FUNCTION = {
+    "type": "function",
+    "function": {"name": "f", "description": "a < b é", "parameters": {}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +115,9 @@ def compare(reference, source: str, messages: list[dict], **options) -> None:
     ours = ChatTemplate(source, reference.special_tokens_map)
     before = copy.deepcopy(messages)
     try:
-        expected = reference.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
+        expected = reference.apply_chat_template(
+            messages, chat_template=source, tokenize=False, **options
+        )
     except (ValueError, TypeError, TemplateError):
         with pytest.raises(InvalidRequest):
             ours.render(messages, **options)
@@ -119,10 +133,21 @@ def test_renders_as_transformers(reference, template, name):
     compare(reference, TEMPLATES[template], messages, add_generation_prompt=True)
     compare(reference, TEMPLATES[template], messages, add_generation_prompt=False)
     compare(
-        reference, TEMPLATES[template], messages, add_generation_prompt=True, enable_thinking=False, date_string="x"
+        reference,
+        TEMPLATES[template],
+        messages,
+        add_generation_prompt=True,
+        enable_thinking=False,
+        date_string="x",
     )
     compare(reference, TEMPLATES[template], messages, add_generation_prompt=True, tools=[FUNCTION])
-    compare(reference, TEMPLATES[template], messages, add_generation_prompt=False, continue_final_message=True)
+    compare(
+        reference,
+        TEMPLATES[template],
+        messages,
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )
 
 
 def test_content_parts(reference):
@@ -138,7 +163,9 @@ def test_parts_are_joined_for_a_template_that_knows_none():
 
 def test_a_template_that_drops_the_final_message_cannot_continue_it():
     with pytest.raises(InvalidRequest, match="continue_final_message"):
-        ChatTemplate("nothing", {}).render(TURNS, add_generation_prompt=False, continue_final_message=True)
+        ChatTemplate("nothing", {}).render(
+            TURNS, add_generation_prompt=False, continue_final_message=True
+        )
     with pytest.raises(InvalidRequest, match="add_generation_prompt"):
         ChatTemplate("nothing", {}).render(TURNS, continue_final_message=True)
 
@@ -162,8 +189,14 @@ def test_the_template_s_own_refusal_is_passed_on():
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": None}], "messages[0].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}, "y"]}], "messages[0].content[1]"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0]"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x"}, "y"]}],
+            "messages[0].content[1]",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[0].content[0]",
+        ),
     ],
 )
 def test_bad_messages_are_named(messages, field):

@@ -15,7 +15,9 @@ ITEMS = ChatTemplate(
     "{% for m in messages %}{{ m.role }}:{{ m.content }};{% for c in m.tool_calls or [] %}{{ c.function.name }}("
     "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }},{% endfor %}){% endfor %}{% endfor %}", {}
 )  # fmt: skip
-TEXT = ChatTemplate("{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}", {})
+TEXT = ChatTemplate(
+    "{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}", {}
+)
 ANY = "messages[0].tool_calls[0].function.arguments"
 
 
@@ -36,7 +38,9 @@ def test_arguments_are_objects_to_templates():
         assert ITEMS.render([called(arguments)]).endswith("f(a=1,b=[None],)")
 
 
-@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", "5", '"x"', "x", "[" * 100_000], ids=lambda text: text[:9])
+@pytest.mark.parametrize(
+    "arguments", ['{"a": ', "[1]", "5", '"x"', "x", "[" * 100_000], ids=lambda text: text[:9]
+)
 def test_arguments_that_are_no_object_stay_a_text_or_are_named(arguments):
     assert json.loads(TEXT.render([called(arguments)])) == arguments
     with pytest.raises(InvalidRequest) as caught:
@@ -55,7 +59,11 @@ def test_arguments_of_another_type_are_named(arguments):
 def test_older_calls_and_results_are_todays():
     old = [
         USER,
-        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {
+            "role": "assistant",
+            "content": None,
+            "function_call": {"name": "f", "arguments": '{"a": 1}'},
+        },
         {"role": "function", "name": "f", "content": "2"},
     ]
     before = copy.deepcopy(old)

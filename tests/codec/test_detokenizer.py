@@ -11,7 +11,9 @@ from slipway.codec.token_text import token_texts
 from slipway.codec.tokenizer import Tokenizer
 from slipway.errors import InvalidRequest, UnsupportedModel
 
-THOROUGH = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+THOROUGH = settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 PROSE = "Return the names. \n\n 日本 déjà vu 😀😀 <|im_end|></s>  indented, the end of the text"
 
 
@@ -35,9 +37,15 @@ def cut(text: str, stop: list[str], include_stop: bool) -> str:
 def ids_of(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     """Any ids: bytes that are no UTF-8, special tokens anywhere, ids beyond the vocabulary; or ids of text."""
     anything = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
-    low = st.lists(st.integers(0, 262), max_size=8)  # bytes and special tokens, where there are such
-    spaced = st.sampled_from([tokenizer.encode(text, False) for text in (PROSE, PROSE[7:], "   the", " ", "😀")])
-    return [i for part in draw(st.lists(st.one_of(anything, low, spaced), max_size=4)) for i in part]
+    low = st.lists(
+        st.integers(0, 262), max_size=8
+    )  # bytes and special tokens, where there are such
+    spaced = st.sampled_from(
+        [tokenizer.encode(text, False) for text in (PROSE, PROSE[7:], "   the", " ", "😀")]
+    )
+    return [
+        i for part in draw(st.lists(st.one_of(anything, low, spaced), max_size=4)) for i in part
+    ]
 
 
 def released(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
@@ -49,12 +57,18 @@ def released(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 def test_pieces_join_to_the_full_decode(tokenizer, data, skip, include_stop):
     ids = data.draw(ids_of(tokenizer))
     full = tokenizer.decode(ids, skip)
-    spans = st.tuples(st.integers(0, len(full)), st.integers(1, 6)).map(lambda at: full[at[0] : at[0] + at[1]])
-    stop = data.draw(st.lists(st.one_of(spans, st.text("ae \ufffd", max_size=3)).filter(bool), max_size=3))
+    spans = st.tuples(st.integers(0, len(full)), st.integers(1, 6)).map(
+        lambda at: full[at[0] : at[0] + at[1]]
+    )
+    stop = data.draw(
+        st.lists(st.one_of(spans, st.text("ae \ufffd", max_size=3)).filter(bool), max_size=3)
+    )
     detokenizer = Detokenizer(tokenizer, stop, include_stop, skip)
     assert "".join(released(detokenizer, ids)) == detokenizer.text == cut(full, stop, include_stop)
     assert detokenizer.stopped == first_stop(full, stop)
-    assert detokenizer.finish() == "" and (detokenizer.stopped is None or detokenizer.add(ids[0]) == "")
+    assert detokenizer.finish() == "" and (
+        detokenizer.stopped is None or detokenizer.add(ids[0]) == ""
+    )
 
 
 @THOROUGH
@@ -64,7 +78,10 @@ def test_follows_a_prompt(tokenizer, data, skip):
     prompt, ids = data.draw(ids_of(tokenizer)), data.draw(ids_of(tokenizer))
     before, full = tokenizer.decode(prompt, skip), tokenizer.decode([*prompt, *ids], skip)
     assume(full.startswith(before) and not is_unfinished(tokenizer, prompt, skip))
-    assert "".join(released(Detokenizer(tokenizer, (), False, skip, prompt=prompt), ids)) == full[len(before) :]
+    assert (
+        "".join(released(Detokenizer(tokenizer, (), False, skip, prompt=prompt), ids))
+        == full[len(before) :]
+    )
 
 
 @THOROUGH
@@ -77,18 +94,28 @@ def test_a_text_can_be_cut_anywhere(tokenizer, data, skip):
     stream = tokenizer.stream(skip)
     certain = "".join(stream.push(token) for token in ids[:cut_at])
     full = tokenizer.decode(ids, skip)
-    told = "".join(released(Detokenizer(tokenizer, (), False, skip, prompt=ids[:cut_at]), ids[cut_at:]))
+    told = "".join(
+        released(Detokenizer(tokenizer, (), False, skip, prompt=ids[:cut_at]), ids[cut_at:])
+    )
     assert full.endswith(told) and len(told) <= len(full) - len(certain)
-    if is_unfinished(tokenizer, ids[:cut_at], skip) or not full.startswith(tokenizer.decode(ids[:cut_at], skip)):
-        assert "\ufffd" not in told[:1] or "\ufffd" in full, "the whole character is the completion's"
+    if is_unfinished(tokenizer, ids[:cut_at], skip) or not full.startswith(
+        tokenizer.decode(ids[:cut_at], skip)
+    ):
+        assert "\ufffd" not in told[:1] or "\ufffd" in full, (
+            "the whole character is the completion's"
+        )
 
 
 def is_unfinished(tokenizer: Tokenizer, ids: list[int], skip: bool) -> bool:
     """Whether more bytes could complete the last character."""
     text = tokenizer.decode(ids, skip)
-    tail = b"".join(tokenizer.token_bytes(i) for i in ids if not (skip and i in tokenizer.special_ids))[-4:]
+    tail = b"".join(
+        tokenizer.token_bytes(i) for i in ids if not (skip and i in tokenizer.special_ids)
+    )[-4:]
     ends = range(1, min(len(tail), 3) + 1)
-    return text.endswith("\ufffd") and any(begins_character(tail[len(tail) - size :]) for size in ends)
+    return text.endswith("\ufffd") and any(
+        begins_character(tail[len(tail) - size :]) for size in ends
+    )
 
 
 def begins_character(tail: bytes) -> bool:
@@ -121,16 +148,24 @@ def test_the_first_token_keeps_its_space(directories, name, prompt, token):
     stopped = Detokenizer(tokenizer, [" the"], prompt=ids)
     assert "".join(released(stopped, [word])) == "" and stopped.stopped == " the"
     if tokenizer.bos_token_id is not None:  # which has no text: the completion is all of it
-        assert "".join(released(Detokenizer(tokenizer, prompt=[tokenizer.bos_token_id]), [word])) == "the"
+        assert (
+            "".join(released(Detokenizer(tokenizer, prompt=[tokenizer.bos_token_id]), [word]))
+            == "the"
+        )
 
 
 def test_half_a_character_of_the_prompt_is_the_completions(directories):
-    for name, spelling in (("byte_level", "ðŁĳį"), ("byte_fallback", [f"<0x{byte:02X}>" for byte in "👍".encode()])):
+    for name, spelling in (
+        ("byte_level", "ðŁĳį"),
+        ("byte_fallback", [f"<0x{byte:02X}>" for byte in "👍".encode()]),
+    ):
         tokenizer = Tokenizer.load(directories[name])
         emoji = [tokenizer.raw.token_to_id(token) for token in spelling]
         prompt = tokenizer.encode("it")
         for cut_at in (1, 2, 3):
-            found = released(Detokenizer(tokenizer, prompt=[*prompt, *emoji[:cut_at]]), emoji[cut_at:])
+            found = released(
+                Detokenizer(tokenizer, prompt=[*prompt, *emoji[:cut_at]]), emoji[cut_at:]
+            )
             assert "".join(found) == "👍"
         assert "".join(released(Detokenizer(tokenizer, prompt=[*prompt, *emoji]), emoji)) == "👍"
 
@@ -140,14 +175,20 @@ def test_a_bad_byte_leaves_the_prompts_characters_alone(directories):
     good = [tokenizer.raw.token_to_id(f"<0x{byte:02X}>") for byte in "é".encode()]
     bad = tokenizer.raw.token_to_id("<0xFF>")
     assert "".join(released(Detokenizer(tokenizer, prompt=good), [bad, bad])) == "\ufffd\ufffd"
-    assert "".join(released(Detokenizer(tokenizer, prompt=[bad]), good)) == "\ufffd\ufffd", "as the full decode has it"
+    assert "".join(released(Detokenizer(tokenizer, prompt=[bad]), good)) == "\ufffd\ufffd", (
+        "as the full decode has it"
+    )
 
 
 @THOROUGH
 @given(data=st.data())
 def test_bytes_of_tokens_join_to_the_text(tokenizer, data):
     ids = data.draw(ids_of(tokenizer))
-    prompt = [next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i], False).strip(" \ufffd"))]
+    prompt = [
+        next(
+            i for i in range(tokenizer.vocab_size) if tokenizer.decode([i], False).strip(" \ufffd")
+        )
+    ]
     before, full = tokenizer.decode(prompt, False), tokenizer.decode([*prompt, *ids], False)
     joined = b"".join(map(tokenizer.token_bytes, ids))
     assume("\ufffd" not in full)
@@ -163,7 +204,9 @@ def test_bytes_of_single_tokens(directories):
     }  # fmt: skip
     for name, tokens in wanted.items():
         tokenizer = Tokenizer.load(directories[name])
-        assert {token: tokenizer.token_bytes(tokenizer.raw.token_to_id(token)) for token in tokens} == tokens
+        assert {
+            token: tokenizer.token_bytes(tokenizer.raw.token_to_id(token)) for token in tokens
+        } == tokens
 
 
 @THOROUGH
@@ -185,7 +228,9 @@ def test_holds_back_only_what_is_undecided(tokenizer, data):
 def test_characters_come_whole(directories):
     tokenizer = Tokenizer.load(directories["byte_level"])
     detokenizer = Detokenizer(tokenizer)
-    emoji = [tokenizer.raw.token_to_id(token) for token in "ðŁĳį"]  # the bytes of one character, one token each
+    emoji = [
+        tokenizer.raw.token_to_id(token) for token in "ðŁĳį"
+    ]  # the bytes of one character, one token each
     assert [detokenizer.add(i) for i in emoji] == ["", "", "", "👍"]
     assert detokenizer.add(emoji[0]) == "" and detokenizer.finish() == "\ufffd"
 
@@ -195,8 +240,19 @@ def test_a_run_of_byte_tokens_waits_for_its_last(directories):
     good = [tokenizer.raw.token_to_id(f"<0x{byte:02X}>") for byte in "é".encode()]
     word = tokenizer.raw.token_to_id("▁the")
     assert released(Detokenizer(tokenizer), [*good, word]) == ["", "", "é the", ""]
-    assert released(Detokenizer(tokenizer), [*good, good[0], word]) == ["", "", "", "\ufffd\ufffd\ufffd the", ""]
-    assert released(Detokenizer(tokenizer), [good[0], tokenizer.eos_token_id, good[1]]) == ["", "", "", "é"]
+    assert released(Detokenizer(tokenizer), [*good, good[0], word]) == [
+        "",
+        "",
+        "",
+        "\ufffd\ufffd\ufffd the",
+        "",
+    ]
+    assert released(Detokenizer(tokenizer), [good[0], tokenizer.eos_token_id, good[1]]) == [
+        "",
+        "",
+        "",
+        "é",
+    ]
 
 
 @pytest.mark.parametrize("stop", [[""], ["a", ""], "ab"])
@@ -224,7 +280,10 @@ def test_decoders_that_look_ahead_are_refused(decoder):
 
 
 @THOROUGH
-@given(stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4), text=st.text("abc", max_size=20))
+@given(
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4),
+    text=st.text("abc", max_size=20),
+)
 def test_automaton(stop, text):
     stops = StopStrings(stop)
     state, end = stops.advance(0, text)

@@ -21,7 +21,11 @@ def accepts(grammar: str, text: str) -> bool:
     """Whether the whole text, and then its end, may be said."""
     matcher = GRAMMARS.matcher(StructuredOutputs(grammar=grammar))
     for token in TOKENIZER.encode(text, add_special_tokens=False):
-        if matcher.is_done or not matcher.allowed()[token // 32] >> (token % 32) & 1 or not matcher.accept(token):
+        if (
+            matcher.is_done
+            or not matcher.allowed()[token // 32] >> (token % 32) & 1
+            or not matcher.accept(token)
+        ):
             return False
     return bool(matcher.is_done or matcher.allowed()[EOS // 32] >> (EOS % 32) & 1)
 
@@ -81,7 +85,9 @@ WRONG = {
 def test_what_is_not_understood_is_refused(grammar):
     with pytest.raises(InvalidRequest) as caught:
         StructuredOutputs(grammar=grammar)
-    assert caught.value.field == "grammar" and WRONG[grammar] in caught.value.expected + repr(caught.value.got)
+    assert caught.value.field == "grammar" and WRONG[grammar] in caught.value.expected + repr(
+        caught.value.got
+    )
 
 
 EVIL = {

@@ -19,13 +19,23 @@ pytestmark = pytest.mark.host
 TOKENIZER = Tokenizer.load(Path(NANO))
 GRAMMARS = Grammars(TOKENIZER, TOKENIZER.vocab_size, sorted(TOKENIZER.eos_token_ids))
 EOS = min(TOKENIZER.eos_token_ids)
-POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
 FITS, MISSES = {"p": {"x": 1}}, ({"p": {"x": "1"}}, {"p": 1}, {"p": {}})
 
 
 def holder(reference, **more):
     """A schema of an object whose only property is a reference."""
-    return {"type": "object", "properties": {"p": reference}, "required": ["p"], "additionalProperties": False} | more
+    return {
+        "type": "object",
+        "properties": {"p": reference},
+        "required": ["p"],
+        "additionalProperties": False,
+    } | more
 
 
 def to(reference, **more):
@@ -54,22 +64,34 @@ REFERENCES = {
     "a property of that name": to("#/properties/$ref") | {
         "properties": {"p": {"$ref": "#/properties/$ref"}, "$ref": POINT}},
 }  # fmt: skip
-UNENCODED = {name: to(f"#/$defs/{name}", **{"$defs": {name: POINT}}) for name in ("Box[int]", "Ämter", "a b", "L«T»")}
+UNENCODED = {
+    name: to(f"#/$defs/{name}", **{"$defs": {name: POINT}})
+    for name in ("Box[int]", "Ämter", "a b", "L«T»")
+}
 
 
 def accepts(structure, text):
     """Whether the whole text, and then its end, may be said."""
     matcher = GRAMMARS.matcher(structure)
     for token in TOKENIZER.encode(text, add_special_tokens=False):
-        if matcher.is_done or not matcher.allowed()[token // 32] >> (token % 32) & 1 or not matcher.accept(token):
+        if (
+            matcher.is_done
+            or not matcher.allowed()[token // 32] >> (token % 32) & 1
+            or not matcher.accept(token)
+        ):
             return False
     return bool(matcher.is_done or matcher.allowed()[EOS // 32] >> (EOS % 32) & 1)
 
 
 def forced(tools, choice="required"):
     """The structure of an answer that must call one of the functions, given by name and schema."""
-    listed = [{"type": "function", "function": {"name": n, "parameters": s, "strict": True}} for n, s in tools]
-    body = schema.Chat(messages=[{"role": "user", "content": "hi"}], tools=listed, tool_choice=choice)
+    listed = [
+        {"type": "function", "function": {"name": n, "parameters": s, "strict": True}}
+        for n, s in tools
+    ]
+    body = schema.Chat(
+        messages=[{"role": "user", "content": "hi"}], tools=listed, tool_choice=choice
+    )
     return Tools.read(body, FAMILIES["hermes"], "tools").structure({})
 
 
@@ -79,11 +101,18 @@ def call(name, arguments):
 
 def tag(given):
     content = {"type": "json_schema", "json_schema": given}
-    return {"type": "structural_tag", "format": {"type": "tag", "begin": "(", "content": content, "end": ")"}}
+    return {
+        "type": "structural_tag",
+        "format": {"type": "tag", "begin": "(", "content": content, "end": ")"},
+    }
 
 
 def legacy_tag(given):
-    return {"structures": [{"begin": "(", "schema": given, "end": ")"}], "triggers": ["("], "at_least_one": True}
+    return {
+        "structures": [{"begin": "(", "schema": given, "end": ")"}],
+        "triggers": ["("],
+        "at_least_one": True,
+    }
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -104,7 +133,9 @@ def test_references_hold_wherever_a_schema_stands(name):
 @pytest.mark.parametrize("name", UNENCODED)
 def test_references_of_generators_that_encode_nothing_hold(name):
     for value in (FITS, *MISSES):
-        assert accepts(StructuredOutputs(json=UNENCODED[name]), json.dumps(value)) == (value is FITS)
+        assert accepts(StructuredOutputs(json=UNENCODED[name]), json.dumps(value)) == (
+            value is FITS
+        )
         assert accepts(forced([("f", UNENCODED[name])]), call("f", value)) == (value is FITS)
 
 
@@ -112,11 +143,21 @@ def test_definitions_of_one_name_are_each_tools_own():
     one = to("#/$defs/P", **{"$defs": {"P": {"enum": ["a"]}}, "$id": "https://a.example/tool"})
     other = to("#/$defs/P", **{"$defs": {"P": {"enum": ["b"]}}, "$id": "https://a.example/tool"})
     structure = forced([("f", one), ("g", other)])
-    for name, value, fits in (("f", "a", True), ("f", "b", False), ("g", "b", True), ("g", "a", False)):
+    for name, value, fits in (
+        ("f", "a", True),
+        ("f", "b", False),
+        ("g", "b", True),
+        ("g", "a", False),
+    ):
         assert accepts(structure, call(name, {"p": value})) == fits, (name, value)
     assert accepts(structure, call("f", {"p": "a"}) + call("g", {"p": "b"}))
-    tags = [legacy_tag(each)["structures"][0] | {"begin": mark} for each, mark in ((one, "(f"), (other, "(g"))]
-    tagged = StructuredOutputs(structural_tag={"structures": tags, "triggers": ["("], "at_least_one": True})
+    tags = [
+        legacy_tag(each)["structures"][0] | {"begin": mark}
+        for each, mark in ((one, "(f"), (other, "(g"))
+    ]
+    tagged = StructuredOutputs(
+        structural_tag={"structures": tags, "triggers": ["("], "at_least_one": True}
+    )
     for text, fits in (('(f{"p": "a"})', True), ('(g{"p": "a"})', False), ('(g{"p": "b"})', True)):
         assert accepts(tagged, text) == fits, text
 
@@ -126,18 +167,29 @@ def test_a_schema_may_hold_itself():
             "required": ["n", "c"], "additionalProperties": False}  # fmt: skip
     validator = jsonschema_rs.validator_for(node)
     leaf = {"n": 1, "c": []}
-    for value in (leaf, {"n": 2, "c": [leaf, {"n": 3, "c": [leaf]}]}, {"n": 2, "c": [{"n": 3}]}, {"n": 1, "c": [1]}):
+    for value in (
+        leaf,
+        {"n": 2, "c": [leaf, {"n": 3, "c": [leaf]}]},
+        {"n": 2, "c": [{"n": 3}]},
+        {"n": 1, "c": [1]},
+    ):
         assert accepts(forced([("f", node)]), call("f", value)) == validator.is_valid(value), value
 
 
 def test_constraints_beside_a_reference_hold():
-    given = holder({"$ref": "#/$defs/N", "maximum": 5}, **{"$defs": {"N": {"type": "integer", "minimum": 0}}})
+    given = holder(
+        {"$ref": "#/$defs/N", "maximum": 5}, **{"$defs": {"N": {"type": "integer", "minimum": 0}}}
+    )
     for value in (3, 7, -1):
         assert accepts(forced([("f", given)]), call("f", {"p": value})) == (0 <= value <= 5)
 
 
 @pytest.mark.parametrize(
-    "given", [{"$ref": "#"}, to("#/$defs/A", **{"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}})]
+    "given",
+    [
+        {"$ref": "#"},
+        to("#/$defs/A", **{"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}}),
+    ],
 )
 def test_references_that_lead_to_nothing_but_themselves_are_refused(given):
     with pytest.raises(InvalidRequest) as caught:
@@ -177,11 +229,22 @@ TAGGED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("root", [TAGGED, {"$ref": "#/$defs/T", "$defs": {"T": TAGGED} | TAGGED["$defs"]}])
+@pytest.mark.parametrize(
+    "root", [TAGGED, {"$ref": "#/$defs/T", "$defs": {"T": TAGGED} | TAGGED["$defs"]}]
+)
 def test_tagged_parameters_have_the_types_of_what_they_refer_to(root):
-    said = {"name": "12", "note": "3", "kind": "1", "count": "4", "either": "5", "point": '{"x": 1}'}
+    said = {
+        "name": "12",
+        "note": "3",
+        "kind": "1",
+        "count": "4",
+        "either": "5",
+        "point": '{"x": 1}',
+    }
     text = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in said.items())
     parser = OutputParser(FAMILIES["qwen3_coder"], {"f": root})
-    (part,) = parser.push(f"<tool_call>\n<function=f>\n{text}</function>\n</tool_call>") + parser.finish()
+    (part,) = (
+        parser.push(f"<tool_call>\n<function=f>\n{text}</function>\n</tool_call>") + parser.finish()
+    )
     expected = {"name": "12", "note": "3", "kind": "1", "count": 4, "either": 5, "point": {"x": 1}}
     assert json.loads(part.text) == expected

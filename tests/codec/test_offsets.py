@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from slipway.codec.offsets import Offsets
 from slipway.codec.tokenizer import Tokenizer
 
-THOROUGH = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+THOROUGH = settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 TEXTS = st.text("ab the,日é😀 \n", max_size=20)
 
 
-def offsets_of(tokenizer: Tokenizer, ids: list[int], prompt: Sequence[int] = (), skip: bool = True) -> list[int]:
+def offsets_of(
+    tokenizer: Tokenizer, ids: list[int], prompt: Sequence[int] = (), skip: bool = True
+) -> list[int]:
     offsets = Offsets(tokenizer.token_texts(skip), prompt)
     return [at for found in [*map(offsets.push, ids), offsets.finish()] for at in found]
 
@@ -25,7 +29,11 @@ def test_an_offset_is_the_length_of_the_text_before(tokenizer, data, skip):
     ids = data.draw(st.one_of(anything, TEXTS.map(tokenizer.encode)))
     full = tokenizer.decode(ids, skip)
     found = offsets_of(tokenizer, ids, skip=skip)
-    assert len(found) == len(ids) and found == sorted(found) and all(0 <= at <= len(full) for at in found)
+    assert (
+        len(found) == len(ids)
+        and found == sorted(found)
+        and all(0 <= at <= len(full) for at in found)
+    )
     for number, at in enumerate(found):
         before = tokenizer.decode(ids[:number], skip)
         if full.startswith(before) and not before.endswith("\ufffd"):
@@ -49,7 +57,9 @@ def test_offsets_behind_a_prompt_are_those_of_both_less_the_prompts(tokenizer, d
 def test_a_token_within_a_character_has_the_characters_offset(directories, data):
     for name in ("byte_level", "byte_fallback"):
         tokenizer = Tokenizer.load(directories[name])
-        ids = tokenizer.encode(data.draw(st.text("a日😀", min_size=1, max_size=8)), add_special_tokens=False)
+        ids = tokenizer.encode(
+            data.draw(st.text("a日😀", min_size=1, max_size=8)), add_special_tokens=False
+        )
         text, place, wanted = tokenizer.decode(ids), 0, []
         ends = [len(text[: n + 1].encode()) for n in range(len(text))]
         stripped = len(b"".join(map(tokenizer.token_bytes, ids))) - len(text.encode())
@@ -69,11 +79,17 @@ def test_offsets_wait_only_for_what_may_change_them(directories):
     assert offsets.push(first) == [] and offsets.push(bad) == [] and offsets.finish() == [17, 18]
 
 
-@pytest.mark.parametrize("text", ["it is", "a<|im_end|>b</s>c", "日</s>é is", " 😀  [SEP] the names", "  two\n"])
+@pytest.mark.parametrize(
+    "text", ["it is", "a<|im_end|>b</s>c", "日</s>é is", " 😀  [SEP] the names", "  two\n"]
+)
 def test_offsets_of_a_prompts_tokens_are_in_its_text(tokenizer, text):
     """What a tokenizer adds has no width; a token with a text of its own is found at its offset."""
     ids, found = tokenizer.encode(text), tokenizer.offsets(text)
-    assert len(found) == len(ids) and found == sorted(found) and all(0 <= at <= len(text) for at in found)
+    assert (
+        len(found) == len(ids)
+        and found == sorted(found)
+        and all(0 <= at <= len(text) for at in found)
+    )
     for at, token in zip(found, ids):
         told = tokenizer.decode([token], skip_special_tokens=False).strip()
         if told and told in text and token not in tokenizer.special_ids:

@@ -53,17 +53,33 @@ CASES = {
         ' \n<tool_call>{"name": "stop", "arguments": {}}</tool_call>',
         [call("stop", {})],
     ),
-    "white space, thought": ("qwen3", " <think>It may.</think>So", [("reasoning", "It may."), ("content", "So")]),
+    "white space, thought": (
+        "qwen3",
+        " <think>It may.</think>So",
+        [("reasoning", "It may."), ("content", "So")],
+    ),
     "white space, text": ("qwen3", "  <b>", [("content", "  <b>")]),
     "white space alone": ("qwen3", " \n", [("content", " \n")]),
     "white space, half a mark": ("qwen3", " <thin", [("content", " <thin")]),
     "white space, a call that is none": (
         "hermes",
         ' <tool_call>no</tool_call> <tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>x</tool_call>',
-        [("content", " <tool_call>no</tool_call> "), call("stop", {}), ("content", "<tool_call>x</tool_call>")],
+        [
+            ("content", " <tool_call>no</tool_call> "),
+            call("stop", {}),
+            ("content", "<tool_call>x</tool_call>"),
+        ],
     ),
-    "white space, a call that is cut": ("hermes", ' <tool_call>{"na', [("content", ' <tool_call>{"na')]),
-    "a call that is cut": ("hermes", 'x<tool_call>{"name": "st', [("content", 'x<tool_call>{"name": "st')]),
+    "white space, a call that is cut": (
+        "hermes",
+        ' <tool_call>{"na',
+        [("content", ' <tool_call>{"na')],
+    ),
+    "a call that is cut": (
+        "hermes",
+        'x<tool_call>{"name": "st',
+        [("content", 'x<tool_call>{"name": "st')],
+    ),
     "a mark that is none": ("qwen3", "a <tool_cal> b <thin", [("content", "a <tool_cal> b <thin")]),
     "tagged calls": (
         "qwen3_coder",
@@ -76,7 +92,11 @@ CASES = {
         "<tool_call><function=get_weather><parameter=city>12</parameter></function></tool_call>",
         [call("get_weather", {"city": "12"})],
     ),
-    "thought from the start": ("deepseek_r1", "Hm.\n</think>\n\nYes.", [("reasoning", "Hm.\n"), ("content", "Yes.")]),
+    "thought from the start": (
+        "deepseek_r1",
+        "Hm.\n</think>\n\nYes.",
+        [("reasoning", "Hm.\n"), ("content", "Yes.")],
+    ),
     "thought without an end": ("deepseek_r1", "Hm, </thi", [("reasoning", "Hm, </thi")]),
     "a call without marks": (
         "llama3",
@@ -116,7 +136,10 @@ def test_parts_are_the_same_however_the_text_is_cut(name):
     of, text, expected = CASES[name]
     for cut in range(len(text) + 1):
         parser = OutputParser(FAMILIES[of], TOOLS)
-        assert shown([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.finish()]) == expected, cut
+        assert (
+            shown([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.finish()])
+            == expected
+        ), cut
     parser = OutputParser(FAMILIES[of], TOOLS)
     single = [part for char in text for part in parser.push(char)] + parser.finish()
     assert shown(single) == expected
@@ -131,7 +154,9 @@ def test_only_what_might_be_a_mark_is_held_back():
 
 def test_without_tools_calls_are_text_and_without_reasons_so_is_thought():
     text = '<think>a</think><tool_call>{"name": "stop", "arguments": {}}</tool_call>'
-    assert shown(OutputParser(FAMILIES["qwen3"], {}, reasons=False).push(text)) == [("content", text)]
+    assert shown(OutputParser(FAMILIES["qwen3"], {}, reasons=False).push(text)) == [
+        ("content", text)
+    ]
 
 
 def test_a_family_is_found_by_its_template():
@@ -141,6 +166,8 @@ def test_a_family_is_found_by_its_template():
     }  # fmt: skip
     for template, name in cases.items():
         assert family("auto", template) is FAMILIES[name]
-    assert family("hermes", None) is FAMILIES["hermes"] and family("auto", None) is FAMILIES["plain"]
+    assert (
+        family("hermes", None) is FAMILIES["hermes"] and family("auto", None) is FAMILIES["plain"]
+    )
     with pytest.raises(InvalidConfig, match="qwen3"):
         family("gpt", None)

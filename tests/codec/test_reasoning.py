@@ -25,7 +25,9 @@ def with_tokens() -> Tokenizer:
 
 
 TOKENIZERS = {"texts": TEXTS, "tokens": with_tokens()}
-GRAMMARS = {name: Grammars(t, t.vocab_size, sorted(t.eos_token_ids)) for name, t in TOKENIZERS.items()}
+GRAMMARS = {
+    name: Grammars(t, t.vocab_size, sorted(t.eos_token_ids)) for name, t in TOKENIZERS.items()
+}
 EOS = min(TEXTS.eos_token_ids)
 
 
@@ -63,12 +65,20 @@ def test_a_structure_begins_where_reasoning_ends(kind, name):
     for thought in ("", "\nwell, {x} or not\n", "a < b and b > </ c"):
         for line in ("", "\n\n"):
             assert accepts(kind, f"{thought}</think>{line}{fits}", structure, thinking(True))
-            assert accepts(kind, f"<think>{thought}</think>{line}{fits}", structure, thinking(False))
+            assert accepts(
+                kind, f"<think>{thought}</think>{line}{fits}", structure, thinking(False)
+            )
             assert not accepts(kind, f"{thought}</think>{line}{misses}", structure, thinking(True))
-            assert not accepts(kind, f"<think>{thought}</think>{line}{misses}", structure, thinking(False))
+            assert not accepts(
+                kind, f"<think>{thought}</think>{line}{misses}", structure, thinking(False)
+            )
     assert accepts(kind, fits, structure, thinking(False)), "it may answer at once"
-    assert not accepts(kind, fits, structure, thinking(True)) and not accepts(kind, "<think>", structure)
-    assert not accepts(kind, f"<think>{fits}", structure, thinking(False)), "reasoning owes its end, and the answer"
+    assert not accepts(kind, fits, structure, thinking(True)) and not accepts(
+        kind, "<think>", structure
+    )
+    assert not accepts(kind, f"<think>{fits}", structure, thinking(False)), (
+        "reasoning owes its end, and the answer"
+    )
 
 
 def said(kind, walk, text, most=60):
@@ -78,7 +88,11 @@ def said(kind, walk, text, most=60):
     token = next(wanted)
     while len(found) < most:
         words = walk.allowed()
-        forced = [i for i in range(len(words) * 32) if words[i // 32] >> (i % 32) & 1] if not may(walk, token) else []
+        forced = (
+            [i for i in range(len(words) * 32) if words[i // 32] >> (i % 32) & 1]
+            if not may(walk, token)
+            else []
+        )
         assert len(forced) <= 1, "there is one way on, or the model's"
         found.append(forced[0] if forced else token)
         assert walk.accept(found[-1])
@@ -89,7 +103,10 @@ def said(kind, walk, text, most=60):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_budget_forces_the_end(kind):
-    tokens = [TOKENIZERS[kind].decode([i]) for i in TOKENIZERS[kind].encode(" a b c d e f", add_special_tokens=False)]
+    tokens = [
+        TOKENIZERS[kind].decode([i])
+        for i in TOKENIZERS[kind].encode(" a b c d e f", add_special_tokens=False)
+    ]
     for budget in (0, 1, 4):
         expected = "".join([*tokens[:budget], "</think>", *tokens[budget:]])
         walk = GRAMMARS[kind].matcher(None, thinking(True, budget))
@@ -147,17 +164,32 @@ def test_tags_stand_in_free_text(kind):
     call, add = "<tool_call>\n1\n</tool_call>", "<function=add>12</function>"
     for text in ("hello\n<b>", call, f"first {call} and {add}{call} then", "<function=stop>{} on"):
         assert accepts(kind, text, structure), text
-    for text in ("<tool_call>", "<tool_call>\n3\n</tool_call>", "<function=sub>1</function>", "<function=add>x"):
+    for text in (
+        "<tool_call>",
+        "<tool_call>\n3\n</tool_call>",
+        "<function=sub>1</function>",
+        "<function=add>x",
+    ):
         assert not accepts(kind, text, structure), text
     owed = StructuredOutputs(structural_tag=TAGS | {"at_least_one": True})
-    assert accepts(kind, f"so {add} on", owed) and not accepts(kind, "so", owed) and accepts(kind, "so", structure)
-    assert accepts(kind, f"hm <function=x </think>\n\nso {add}", structure, thinking(True)), "none in the reasoning"
+    assert (
+        accepts(kind, f"so {add} on", owed)
+        and not accepts(kind, "so", owed)
+        and accepts(kind, "so", structure)
+    )
+    assert accepts(kind, f"hm <function=x </think>\n\nso {add}", structure, thinking(True)), (
+        "none in the reasoning"
+    )
 
 
 ANY, TRUE = {"type": "any_text"}, {"type": "json_schema", "json_schema": {"const": True}}
 CALL = {"type": "tag", "begin": "<call>", "content": TRUE, "end": "</call>"}
 CALLS = {"type": "tags_with_separator", "tags": [CALL, CALL | {"begin": "<do>"}], "separator": ", "}
-TRIGGERED = {"type": "triggered_tags", "triggers": ["<c", "<d"], "tags": [CALL, CALL | {"begin": "<do>"}]}
+TRIGGERED = {
+    "type": "triggered_tags",
+    "triggers": ["<c", "<d"],
+    "tags": [CALL, CALL | {"begin": "<do>"}],
+}
 TRUE_CALL = "<call>true</call>"
 FORMATS: list[tuple[dict, list[str], list[str]]] = [  # a format, texts that it has and texts that it has not
     ({"type": "const_string", "value": 'a"b'}, ['a"b'], ["a", 'a"bc']),
@@ -214,7 +246,9 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field, given", [(field, given) for field, each in BAD.items() for given in each], ids=str)
+@pytest.mark.parametrize(
+    "field, given", [(field, given) for field, each in BAD.items() for given in each], ids=str
+)
 def test_tags_that_are_none_are_refused(field, given):
     with pytest.raises(InvalidRequest) as caught:
         StructuredOutputs(structural_tag=given)
@@ -222,7 +256,10 @@ def test_tags_that_are_none_are_refused(field, given):
 
 
 def test_reasoning_that_is_none_is_refused():
-    for fields, field in (({"start": ""}, "reasoning.start"), ({"budget": -1}, "thinking_token_budget")):
+    for fields, field in (
+        ({"start": ""}, "reasoning.start"),
+        ({"budget": -1}, "thinking_token_budget"),
+    ):
         with pytest.raises(InvalidRequest) as caught:
             Reasoning(**{"start": "<think>", "end": "</think>", "opened": True} | fields)
         assert caught.value.field == field
@@ -236,8 +273,15 @@ def test_tokens_of_reasoning_are_those_between_its_marks(kind, opened, size):
         return TOKENIZERS[kind].encode(text, add_special_tokens=False)
 
     thought = encoded("a long < thought </th, not its end")
-    ids = [*(() if opened else encoded("<think>")), *thought, *encoded("</think>"), *encoded("an answer </think> x")]
-    counter = ReasoningTokens(Reasoning(start="<think>", end="</think>", opened=opened), TOKENIZERS[kind])
+    ids = [
+        *(() if opened else encoded("<think>")),
+        *thought,
+        *encoded("</think>"),
+        *encoded("an answer </think> x"),
+    ]
+    counter = ReasoningTokens(
+        Reasoning(start="<think>", end="</think>", opened=opened), TOKENIZERS[kind]
+    )
     for first in range(0, len(ids), size):
         counter.push(ids[first : first + size])
     assert counter.count == len(thought)

@@ -21,7 +21,9 @@ TEXTS = [
     "déjà vu 日本 😀",
     "a<|im_end|>b </s><s> <think> <soft>▁the",
 ]
-FAST = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="session")
@@ -131,12 +133,20 @@ def test_template_sources(editable):
     own = (editable / "chat_template.jinja").read_text()
     assert Tokenizer.load(editable).chat_templates == named(editable) == {"default": own}
     (folder / "v1.rag.jinja").write_text("documents")
-    assert Tokenizer.load(editable).chat_templates == named(editable) == {"default": own, "v1.rag": "documents"}
+    assert (
+        Tokenizer.load(editable).chat_templates
+        == named(editable)
+        == {"default": own, "v1.rag": "documents"}
+    )
     (editable / "chat_template.jinja").unlink()
     assert Tokenizer.load(editable).chat_templates == named(editable) == {"v1.rag": "documents"}
     assert Tokenizer.load(editable).chat_template is None
     shutil.rmtree(folder)
-    assert Tokenizer.load(editable).chat_templates == named(editable) == {"default": "plain", "tool_use": "tools"}
+    assert (
+        Tokenizer.load(editable).chat_templates
+        == named(editable)
+        == {"default": "plain", "tool_use": "tools"}
+    )
     assert Tokenizer.load(editable).chat_template == "plain"
     edit_config(editable, chat_template=several[:1])
     assert Tokenizer.load(editable).chat_templates == named(editable) == {"tool_use": "tools"}
@@ -150,7 +160,9 @@ def test_template_sources(editable):
 
 def test_templates_that_are_none_are_all_named(editable):
     (editable / "chat_template.jinja").unlink()
-    edit_config(editable, chat_template=[{"name": "default"}, {"name": "rag", "template": "fine"}, "text"])
+    edit_config(
+        editable, chat_template=[{"name": "default"}, {"name": "rag", "template": "fine"}, "text"]
+    )
     with pytest.raises(CheckpointError, match=r"(?s)chat_template\[0\]: .*chat_template\[2\]: "):
         Tokenizer.load(editable)
     edit_config(editable, chat_template=7)
@@ -160,13 +172,18 @@ def test_templates_that_are_none_are_all_named(editable):
 
 def test_missing_or_broken_files_are_all_named(tmp_path):
     (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model alone is not read.*save_pretrained"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model alone is not read.*save_pretrained"
+    ):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError) as caught:
         Tokenizer.load(tmp_path)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["tokenizer.json", "tokenizer_config.json"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_lone_surrogates_are_refused(tokenizer):

@@ -20,7 +20,9 @@ from training.model import Model, ModelConfig
 from training.tokenizer import train_tokenizer, write_tokenizer_files
 from training.train import Checkpoints, Progress, TrainConfig, Trainer, learning_rate, train
 
-TINY = ModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=32, initializer_range=0.2)
+TINY = ModelConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=32, initializer_range=0.2
+)
 RUN = TrainConfig(seconds=1e9, steps=6, context=16, rows_per_batch=2, evaluation_rows=2)
 SOURCE = '''\
 def area(width, height):
@@ -45,7 +47,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library of 60 modules, a test package, a folder to skip and a file that is no Python."""
     root = tmp_path_factory.mktemp("library")
     files = {f"module{i}.py": f"NUMBER = {i}\n\n\n{SOURCE}" for i in range(60)}
-    files |= {"test/test_area.py": f"assert True\n{SOURCE}", "test/bad.py": "def (", "idlelib/tool.py": "x = 1\n"}
+    files |= {
+        "test/test_area.py": f"assert True\n{SOURCE}",
+        "test/bad.py": "def (",
+        "idlelib/tool.py": "x = 1\n",
+    }
     for name, text in files.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text)
@@ -72,7 +78,10 @@ def tokens() -> Tokens:
 
 def test_groups_of_files_are_disjoint_and_complete(library: Path) -> None:
     corpus = read_corpus(library)
-    names = [{document.path for document in group} for group in (corpus.library, corpus.tests, corpus.held_out)]
+    names = [
+        {document.path for document in group}
+        for group in (corpus.library, corpus.tests, corpus.held_out)
+    ]
     assert names[1] == {"test/test_area.py"}
     assert names[2], "some of the modules are held out"
     assert names[0] | names[2] == {f"module{i}.py" for i in range(60)}
@@ -95,9 +104,13 @@ def test_rows_overlap_by_one_token(library: Path, tokenizer: Tokenizer) -> None:
 
 def test_lines_read_by_themselves_hold_the_same_text(library: Path, tokenizer: Tokenizer) -> None:
     tokens = tokenize(read_corpus(library), tokenizer)
-    assert tokenizer.decode(tokens.library_lines.tolist()) == tokenizer.decode(tokens.library.tolist())
+    assert tokenizer.decode(tokens.library_lines.tolist()) == tokenizer.decode(
+        tokens.library.tolist()
+    )
     pieces = {tokenizer.decode([int(i)]) for i in tokens.library_lines}
-    assert not any("\n" in piece.lstrip("\n") for piece in pieces), "a line break only begins a token"
+    assert not any("\n" in piece.lstrip("\n") for piece in pieces), (
+        "a line break only begins a token"
+    )
 
 
 def test_batches_follow_from_the_step_alone(tokens: Tokens) -> None:
@@ -110,15 +123,25 @@ def test_batches_follow_from_the_step_alone(tokens: Tokens) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text())
 def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+    assert (
+        tokenizer.decode(
+            tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+        )
+        == text
+    )
 
 
 def test_a_line_break_and_its_indentation_are_one_token(tokenizer: Tokenizer) -> None:
-    pieces = [tokenizer.decode([token_id]) for token_id in tokenizer.encode("height):\n    return width").ids]
+    pieces = [
+        tokenizer.decode([token_id])
+        for token_id in tokenizer.encode("height):\n    return width").ids
+    ]
     assert pieces[-3:] == ["):\n   ", " return", " width"]
 
 
-def test_transformers_reads_tokenizer_and_chat_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_transformers_reads_tokenizer_and_chat_template(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     write_tokenizer_files(tokenizer, tmp_path, max_length=1024)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -153,7 +176,9 @@ def test_exported_tensors_start_on_64_bytes(tmp_path: Path) -> None:
     assert load_file(path)["model.layers.0.mlp.gate_proj.weight"].shape == (64, 32)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(trainer: Trainer, tokens: Tokens, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    trainer: Trainer, tokens: Tokens, tmp_path: Path
+) -> None:
     """Bit for bit: parameters and optimizer state after six steps, and after three, a checkpoint, and three more."""
     batches = Batches(tokens, RUN.seed, RUN.context, RUN.rows_per_batch)
     whole = _advance(trainer, trainer.start(), batches, until=6)
@@ -165,7 +190,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trainer: Trainer, tokens: Tok
     _assert_equal((resumed.params, resumed.optimizer_state), (whole.params, whole.optimizer_state))
 
 
-def test_a_run_ends_and_its_kept_checkpoint_gives_the_export(trainer: Trainer, tokens: Tokens, tmp_path: Path) -> None:
+def test_a_run_ends_and_its_kept_checkpoint_gives_the_export(
+    trainer: Trainer, tokens: Tokens, tmp_path: Path
+) -> None:
     progress = train(tmp_path / "run", trainer, tokens)
     assert progress.step == RUN.steps
     assert keep_checkpoint(tmp_path / "run", tmp_path / "kept", TINY) == RUN.steps
