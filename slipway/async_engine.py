@@ -1,11 +1,15 @@
-"""An engine behind an event loop: a thread of its own runs the steps; decides who may queue, and hands out deltas.
+"""Asynchronous interface to an engine, with a limited queue and streamed outputs.
 
-Everything that touches the engine runs in that thread, between two steps; results of a step come to the loop together.
+A thread of its own runs the engine's steps. Everything that touches the engine runs in that thread,
+between two steps; all results of a step are passed to an event loop together.
+
+Not here: HTTP (server/), the order in which requests run (engine/scheduler.py).
 """
 
 import asyncio
 import collections
 import dataclasses
+import functools
 import logging
 import queue
 import threading
@@ -28,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(eq=False)
 class _Stream:
-    """One request as its caller sees it: deltas, or what ended it."""
+    """Results of one request on their way to its caller: outputs, or the error that ended it."""
 
     loop: asyncio.AbstractEventLoop
     num_tokens: int
@@ -36,20 +40,25 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Requests from any number of tasks and event loops to one engine.
+    """Queue of requests from any number of tasks and event loops to one engine.
 
-    ``max_requests`` and ``max_tokens`` bound what is queued and running together: beyond them ``generate`` raises
-    EngineBusy before anything is begun. All methods may be called from any thread.
+    ``max_requests`` and ``max_tokens`` (of prompts) limit the queued and the running requests
+    together. Beyond these limits ``generate`` raises EngineBusy before it does anything. All
+    methods may be called from any thread.
     """
 
     def __init__(self, engine: Engine, *, max_requests: int = 1024, max_tokens: int = 2**20):
-        self.max_requests, self.max_tokens = max_requests, max_tokens
-        self.tokenizer, self.limits, self.defaults = engine.tokenizer, engine.limits, engine.defaults
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.tokenizer = engine.tokenizer
+        self.limits = engine.limits
+        self.defaults = engine.defaults
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._lock = threading.Lock()  # of all below, where more than one thread reads and writes
-        self._num_requests = self._num_tokens = 0
+        self._lock = threading.Lock()  # for the fields below, which several threads read and write
+        self._num_requests = 0
+        self._num_tokens = 0
         self._draining = False
         self._idle = threading.Event()
         self._idle.set()
@@ -58,24 +67,34 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
-        timeout_s: float | None = None, pooling: str = "",
-    ) -> AsyncIterator[RequestOutput]:  # fmt: skip
-        """Complete a prompt, step by step: each item holds what is new since the one before, the last is ``finished``.
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        pooling: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Complete a prompt; yield what is new after each step, with ``finished`` in the last.
 
         Leaving the loop early aborts the request. Raises InvalidRequest, EngineBusy or EngineDead.
         """
         params = params or SamplingParams(**self.defaults)
         text, ids, salt = parse_prompt(prompt, self.tokenizer)
         spec = RequestSpec(
-            ids, params, prompt=text, priority=priority, timeout_s=timeout_s, cache_salt=salt, pooling=pooling
+            ids,
+            params,
+            prompt=text,
+            priority=priority,
+            timeout_s=timeout_s,
+            cache_salt=salt,
+            pooling=pooling,
         )
         stream = _Stream(asyncio.get_running_loop(), params.num_samples * len(ids), asyncio.Queue())
         self._admit(stream)
         request_id, finished = None, False
         try:
-            add = self._call(lambda: self._start(stream, spec))
-            request_id = await asyncio.wrap_future(add)
+            request_id = await self._ask(lambda: self._start(stream, spec))
             while not finished:
                 item = await stream.items.get()
                 if isinstance(item, BaseException):
@@ -83,18 +102,24 @@ class AsyncEngine:
                 finished = item.finished
                 yield item
         finally:
-            if request_id is None:  # refused, or left while it was being queued
+            if request_id is None:  # refused, or abandoned while it was being queued
                 self._call(lambda: self._abandon(stream))
             elif not finished:
                 self.abort(request_id)
             self._leave(stream)
 
     def abort(self, request_id: str) -> None:
-        """End a request, if it is running: its pages are free before the next step, its stream ends as aborted."""
+        """Abort a request if it is running.
+
+        Its pages are free before the next step, and its stream ends as aborted.
+        """
         self._call(lambda: self._abort(request_id))
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Admit nobody any more and wait until all have ended; False if some were aborted as time ran out."""
+        """Refuse new requests and wait until all others have ended.
+
+        Return False if some were aborted because ``timeout_s`` was over.
+        """
         self._draining = True
         ended = await asyncio.to_thread(self._idle.wait, timeout_s)
         if not ended:
@@ -104,53 +129,69 @@ class AsyncEngine:
         return ended
 
     async def stats(self) -> Snapshot:
-        """What runs, waits and is cached now, and the sums since the start."""
+        """Return the current numbers of requests and pages, and the sums since the start."""
         return await self._ask(self._engine.snapshot)
 
     async def update_weights(
-        self, source: Any, *, mapping: str | None = None, mode: Mode = "inplace", policy: Policy = "finish",
+        self,
+        source: Any,
+        *,
+        mapping: str | None = None,
+        mode: Mode = "inplace",
+        policy: Policy = "finish",
         version: str | None = None,
-    ) -> str:  # fmt: skip
-        """As ``LLM.update_weights``; what is asked is checked beside the steps, which go on meanwhile."""
+    ) -> str:
+        """Replace the weights as ``LLM.update_weights`` does.
+
+        ``source`` is checked in another thread, while steps go on.
+        """
         weights = self._engine.weights
-        values = await asyncio.to_thread(live.values, source, weights, mapping)
+        values = await asyncio.to_thread(live.values, source, weights, mapping=mapping)
         await asyncio.to_thread(values.check, weights, mode)
-        return await self._change(
-            lambda: self._engine.update_weights(values, version=version, mode=mode, policy=policy)
-        )  # fmt: skip
+        change = functools.partial(
+            self._engine.update_weights,
+            values,
+            version=version,
+            mode=mode,
+            policy=policy,
+        )
+        return await self._change(change)
 
     async def sleep(self, level: int = 1) -> None:
-        """As ``LLM.sleep``: what runs waits for ``wake_up``, what comes is refused as busy."""
+        """Free memory as ``LLM.sleep`` does.
+
+        Current requests wait for ``wake_up``; new ones are refused with EngineBusy.
+        """
         await self._change(lambda: self._engine.sleep(level))
 
     async def wake_up(self) -> None:
-        """Undo ``sleep``."""
+        """Undo ``sleep`` and continue the waiting requests."""
         await self._change(self._engine.wake_up)
 
     @property
     def weights_version(self) -> str:
-        """Of the weights that serve."""
+        """Version of the weights in use."""
         return self._engine.weights.version
 
     async def flush(self) -> int:
-        """Forget the cached prefixes; how many pages that freed."""
+        """Drop the cached prefixes; return the number of pages freed."""
         return await self._ask(self._engine.flush)
 
     def close(self) -> None:
-        """End what runs, stop the thread and free the device's memory."""
+        """End all requests, stop the thread and free the device's memory."""
         self._commands.put(None)
         self._thread.join()
         self._engine.close()
 
     async def _change(self, command: Callable[[], Future[Any]]) -> Any:
-        """What a change that the engine makes between two steps comes to."""
+        """Run a command that requests a change between two steps; return the change's result."""
         return await asyncio.wrap_future(await self._ask(command))
 
     def _ask(self, command: Callable[[], Any]) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self._call(command))
 
     def _call(self, command: Callable[[], Any]) -> Future[Any]:
-        """Run a command between two steps; its result."""
+        """Run a command between two steps; return its future result."""
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -160,7 +201,7 @@ class AsyncEngine:
                 future.set_result(command())
             except SlipwayError as error:
                 future.set_exception(error)
-            except BaseException as error:  # a bug: the engine stops, and the caller learns why
+            except BaseException as error:  # a bug: the engine stops, and the caller gets the error
                 future.set_exception(error)
                 raise
 
@@ -176,9 +217,11 @@ class AsyncEngine:
             if self._draining:
                 raise EngineBusy("the engine is draining")
             if self._num_requests >= self.max_requests:
-                raise EngineBusy(f"{self._num_requests} requests run or wait, as many as may")
+                held = f"{self._num_requests} of {self.max_requests}"
+                raise EngineBusy(f"queue full: {held} requests running or waiting")
             if self._num_requests and self._num_tokens + stream.num_tokens > self.max_tokens:
-                raise EngineBusy(f"{self._num_tokens} prompt tokens of {self.max_tokens} run or wait")
+                held = f"{self._num_tokens} of {self.max_tokens}"
+                raise EngineBusy(f"queue full: {held} prompt tokens running or waiting")
             self._num_requests += 1
             self._num_tokens += stream.num_tokens
             self._idle.clear()
@@ -190,7 +233,7 @@ class AsyncEngine:
             if not self._num_requests:
                 self._idle.set()
 
-    # What follows runs in the engine's thread.
+    # All methods below run in the engine's thread.
 
     def _start(self, stream: _Stream, spec: RequestSpec) -> str:
         request_id = self._engine.add(spec)
@@ -198,7 +241,8 @@ class AsyncEngine:
         return request_id
 
     def _abandon(self, stream: _Stream) -> None:
-        for request_id in [request_id for request_id, each in self._streams.items() if each is stream]:
+        own = [request_id for request_id, each in self._streams.items() if each is stream]
+        for request_id in own:
             self._abort(request_id)
 
     def _abort(self, request_id: str) -> None:
@@ -214,7 +258,7 @@ class AsyncEngine:
                 if self._engine.has_work():
                     self._step()
             raise EngineDead("the engine was closed")
-        except BaseException as error:  # whatever it is, everyone who waits must learn of it
+        except BaseException as error:  # all waiting requests must end with the error
             if not isinstance(error, EngineDead):
                 logger.exception("the engine stops")
             with self._lock:
@@ -229,7 +273,10 @@ class AsyncEngine:
             self._streams.clear()
 
     def _obey(self) -> bool:
-        """Run what was asked for; wait if there is nothing else to do. False: stop."""
+        """Run the queued commands; wait for one if there is no other work.
+
+        Return False if the thread is to stop.
+        """
         waits = not self._engine.has_work()
         while waits or not self._commands.empty():
             if (command := self._commands.get()) is None:
@@ -246,14 +293,14 @@ class AsyncEngine:
                 continue
             if request.spec.params.num_samples == request.spec.params.n:
                 out[stream] = request.delta()
-            elif request.finished:  # which samples are the best shows at the end
+            elif request.finished:  # the best samples are chosen at the end
                 out[stream] = request.output()
             if request.finished:
                 del self._streams[request.request_id]
         self._deliver(out)
 
     def _deliver(self, out: dict[_Stream, Any]) -> None:
-        """Hand a step's results to each event loop in one go."""
+        """Pass a step's results to the event loops, with one call for each loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list] = collections.defaultdict(list)
         for stream, item in out.items():
             by_loop[stream.loop].append((stream.items, item))

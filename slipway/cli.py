@@ -1,4 +1,9 @@
-"""The `slipway` command: which subcommands there are and how they print; flags come from the config dataclasses."""
+"""Command line `slipway`: its subcommands and their output.
+
+The fields of dataclasses are the flags, and the texts below fields their help. Not here: flags of
+vLLM and SGLang (flags.py), options of the engine (engine/config.py), server (server/config.py) and
+conversion (convert/conversion.py).
+"""
 
 import dataclasses
 import json
@@ -13,7 +18,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from tyro.conf import OmitArgPrefixes, Positional
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -41,7 +53,10 @@ from slipway.server.config import ServerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineFlags(EngineConfig):
-    """The engine's options that make sense here: --seed is the request's, and text needs a tokenizer."""
+    """Engine options of commands that print text.
+
+    --seed is the request's, and a tokenizer is always needed.
+    """
 
     seed: tyro.conf.Suppress[int] = 0
     skip_tokenizer_init: tyro.conf.Suppress[bool] = False
@@ -49,7 +64,7 @@ class EngineFlags(EngineConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingFlags(SamplingParams):
-    """How tokens are chosen and where they end; what is not printed is not asked for."""
+    """Sampling options of commands that print text, without those for other results."""
 
     logprobs: tyro.conf.Suppress[int | None] = None
     prompt_logprobs: tyro.conf.Suppress[int | None] = None
@@ -59,15 +74,22 @@ class SamplingFlags(SamplingParams):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFlags(SamplingFlags):
-    """The same for a conversation, which has one answer."""
+    """Sampling options of a conversation, which has one answer for each message."""
 
     n: tyro.conf.Suppress[int] = 1
 
 
+# packages with versions that a bug report needs
+PACKAGES = "slipway jax jaxlib numpy tokenizers llguidance starlette uvicorn pyzmq".split()
 _PROGRESS = (
-    TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-)  # fmt: skip
-ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32, decode_steps=1)  # two shapes to compile
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+)
+# only two shapes to compile
+ONE_AT_A_TIME = EngineFlags(max_num_seqs=1, max_num_batched_tokens=32, decode_steps=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +97,7 @@ class Generate:
     """Complete a prompt and stream the text."""
 
     model: Positional[str] = "nano"
-    """A directory or a hub id; nano is the shipped model."""
+    """A model directory or a hub id; "nano" is the model shipped with Slipway."""
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])]
     """The text to complete."""
     show_speed: bool = False
@@ -84,17 +106,19 @@ class Generate:
     sampling: OmitArgPrefixes[SamplingFlags] = SamplingFlags(max_tokens=128, temperature=0.0)
 
     def run(self) -> None:
-        """Print the prompt and what follows it."""
+        """Print the prompt and its completion."""
         if self.sampling.n > 1:
             if self.show_speed:
-                raise InvalidConfig("show_speed", True, "one sample (n = 1), whose text is streamed")
+                expected = "one sample (n = 1), because only its text is streamed"
+                raise InvalidConfig("show_speed", True, expected)
             n = self.sampling.n
             rows = dataclasses.replace(
                 self.engine,
                 max_num_seqs=max(n, self.engine.max_num_seqs),
                 max_num_batched_tokens=max(n, self.engine.max_num_batched_tokens),
             )
-            for output in _load(self.model, rows).generate(self.prompt, self.sampling)[0].outputs:
+            (request,) = _load(self.model, rows).generate(self.prompt, self.sampling)
+            for output in request.outputs:
                 print(f"--- {output.index}\n{self.prompt}{output.text}")
             return
         stream = _load(self.model, self.engine).stream(self.prompt, self.sampling)
@@ -104,30 +128,36 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Serve a model over HTTP, as OpenAI's API, vLLM and SGLang do (docs/serving.md)."""
+    """Serve a model over HTTP with OpenAI's API and those of vLLM and SGLang (docs/serving.md)."""
 
     model: Positional[str] = "nano"
-    """A directory or a hub id; nano is the shipped model."""
+    """A model directory or a hub id; "nano" is the model shipped with Slipway."""
     replicas: int = 1
-    """Engine processes, each with the model whole."""
+    """Number of engine processes, each with a whole copy of the model."""
     engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
     server: OmitArgPrefixes[ServerConfig] = ServerConfig()
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT."""
-        from slipway.server.serve import serve  # brings a web server, which other commands do without
+        """Serve until SIGTERM or SIGINT."""
+        from slipway.server.serve import serve  # imports a web server
 
         if self.replicas < 1:
             raise InvalidConfig("replicas", self.replicas, "at least 1")
-        serve(_path(self.model), self.model, self.engine, self.server, self.replicas)
+        serve(
+            _path(self.model),
+            self.model,
+            self.engine,
+            config=self.server,
+            replicas=self.replicas,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBatch:
-    """Answer a file of OpenAI batch requests, one JSON object a line, without a server."""
+    """Answer a file of OpenAI batch requests (one JSON object per line) without a server."""
 
     model: Positional[str] = "nano"
-    """A directory or a hub id; nano is the shipped model."""
+    """A model directory or a hub id; "nano" is the model shipped with Slipway."""
     input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
     """Lines of {custom_id, method, url, body}."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -135,74 +165,91 @@ class RunBatch:
     engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
 
     def run(self) -> None:
-        """Answer all; exit code 1 if some failed."""
-        from slipway.server.serve import batch  # brings a web server, which other commands do without
+        """Answer all requests; exit with code 1 if some failed."""
+        from slipway.server.serve import batch  # imports a web server
 
         if not self.input.is_file():
             raise InvalidConfig("input", str(self.input), "a file")
-        if failed := batch(_path(self.model), self.model, self.engine, self.input, self.output):
-            print(f"slipway: {failed} requests failed: their errors stand in {self.output}", file=sys.stderr)
+        failed = batch(
+            _path(self.model),
+            self.model,
+            self.engine,
+            source=self.input,
+            target=self.output,
+        )
+        if failed:
+            print(
+                f"slipway: {failed} requests failed; {self.output} has their errors",
+                file=sys.stderr,
+            )
             sys.exit(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectEnv:
-    """Print what a report of a fault should name: versions, processor, devices, and which kernels serve."""
+    """Print versions, processor, devices and kernels, for a bug report."""
 
     def run(self) -> None:
-        """As JSON."""
+        """Print the facts as JSON."""
         import jax
 
         from slipway.ops import cpu
 
-        names = ("slipway", "jax", "jaxlib", "numpy", "tokenizers", "llguidance", "starlette", "uvicorn", "pyzmq")
-        about = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
         found = {
-            "versions": {name: version(name) for name in names}, "python": sys.version, "platform": platform.platform(),
-            "processor": next((line.partition(": ")[2] for line in about if line.startswith("model name")), "unknown"),
-            "cores": len(os.sched_getaffinity(0)), "devices": [str(device) for device in jax.devices()],
+            "versions": {name: version(name) for name in PACKAGES},
+            "python": sys.version,
+            "platform": platform.platform(),
+            "processor": next(models, "unknown"),
+            "cores": len(os.sched_getaffinity(0)),
+            "devices": [str(device) for device in jax.devices()],
             "c++ kernels": cpu.isa() or "none",
-        }  # fmt: skip
+        }
         print(json.dumps(found, indent=2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Follow:
-    """Be one of the other processes of an engine that runs over several: the same options but for --node-rank."""
+    """Run one of the further processes of an engine that spans several processes.
+
+    The options are those of the first process, except --node-rank.
+    """
 
     model: Positional[str] = "nano"
-    """A directory or a hub id, as the first process has it."""
+    """The model of the first process: a directory or a hub id."""
     engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
 
     def run(self) -> None:
-        """Load, and repeat the first process's steps until it is done."""
-        from slipway.engine.launch import follow  # with JAX, which other commands may not need
+        """Load the model and repeat the first process's steps until it ends."""
+        from slipway.engine.launch import follow  # imports JAX, which not every command needs
 
         follow(_path(self.model), self.engine)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk to a model in the terminal; end with Ctrl-D."""
+    """Chat with a model in the terminal; end with Ctrl-D."""
 
     model: Positional[str] = "nano"
-    """A directory or a hub id; nano is the shipped model."""
+    """A model directory or a hub id; "nano" is the model shipped with Slipway."""
     system: str | None = None
     """A system message to begin with."""
     chat_template: str | None = None
-    """The name of one of the model's chat templates, or a template's text; by default the one named "default"."""
+    """Name of one of the model's chat templates, or the text of a template; default: "default"."""
     engine: OmitArgPrefixes[EngineFlags] = ONE_AT_A_TIME
     sampling: OmitArgPrefixes[ChatFlags] = ChatFlags(max_tokens=256, temperature=0.6, top_p=0.9)
 
     def run(self) -> None:
-        """Read, answer, repeat."""
+        """Read a line from the terminal, answer it, and repeat."""
         llm = _load(self.model, self.engine)
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         while (line := _ask()) is not None:
             messages.append({"role": "user", "content": line})
             try:
-                text = _print_stream(llm.stream(llm.chat_prompt(messages, self.chat_template), self.sampling), False)
-            except InvalidRequest as error:  # longer than the context, say: the conversation so far is not lost
+                prompt = llm.chat_prompt(messages, self.chat_template)
+                text = _print_stream(llm.stream(prompt, self.sampling), show_speed=False)
+            except InvalidRequest as error:  # too long for the context, for example
                 print(f"slipway: {error}", file=sys.stderr)
                 messages.pop()
             else:
@@ -211,37 +258,40 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn a JAX checkpoint into the safetensors directory that vLLM and SGLang load, or back (docs/convert.md)."""
+    """Convert a JAX checkpoint to a safetensors directory that vLLM and SGLang load, or back.
+
+    See docs/convert.md.
+    """
 
     source: Positional[str]
-    """An Orbax or HF directory, also at gs:// and s3://, or a .msgpack, .npz, .h5 or .safetensors file."""
+    """A directory of Orbax or HF (also gs://, s3://), or a .msgpack, .npz, .h5 or .safetensors file."""
     out_dir: Positional[Path]
-    """A new or an empty directory."""
+    """Output directory, new or empty."""
     explain: bool = False
-    """Print what would become of every tensor, and stop."""
+    """Only print how each tensor would be converted."""
     verify: bool = False
-    """Read the result anew, compare every tensor through the inverse rule, then our engine with transformers; write
-    report.json. A wrong rule passes: only --expect sees that."""
+    """Read the result, compare each tensor through the inverse rule, compare Slipway's logits with
+    those of transformers, and write report.json. This cannot find a wrong rule; --expect can."""
     expect: tuple[Path, Path] | None = None
-    """IDS.npy LOGITS.npy: token ids (B, T) and the original model's logits (B, T, V) for them. The result is run on the
-    ids and must give the same logits; with it comes --verify."""
+    """IDS.npy LOGITS.npy: token ids (B, T) and the original model's logits (B, T, V) for them. The
+    converted model must give the same logits for these ids. Implies --verify."""
     twin: str | None = None
-    """FILE.py or FILE.py:CLASS: the torch class of the architecture, as for `slipway adapt`; the source's names are
-    kept where they are those that it loads."""
+    """FILE.py or FILE.py:CLASS: the torch class of the architecture, as for `slipway adapt`. Names of
+    tensors that this class loads are kept."""
     expect_tolerance: float = 1e-3
-    """Largest difference from --expect's logits, as a share of the largest of them (at least 1)."""
+    """Largest difference from --expect's logits, relative to the largest of them (at least 1)."""
     options: OmitArgPrefixes[ConvertConfig] = ConvertConfig()
 
     def run(self) -> None:
-        """Convert, with a progress bar."""
+        """Convert the checkpoint and show a progress bar."""
         if self.explain and (self.verify or self.options.resume):
-            raise InvalidConfig("explain", True, "neither --verify nor --resume, since nothing is written")
+            raise InvalidConfig("explain", True, "no --verify, no --resume: nothing is written")
         if self.explain and self.expect:
-            raise InvalidConfig("expect", str(self.expect[0]), "nothing with --explain, since nothing is written")
+            raise InvalidConfig("expect", str(self.expect[0]), "no --explain, which writes nothing")
         if self.expect and self.options.to != "hf":
-            raise InvalidConfig("expect", str(self.expect[0]), "nothing, since --to is not hf")
+            raise InvalidConfig("expect", str(self.expect[0]), "--to hf")
         if not self.expect and self.expect_tolerance != Convert.expect_tolerance:
-            raise InvalidConfig("expect_tolerance", self.expect_tolerance, "--expect beside it")
+            raise InvalidConfig("expect_tolerance", self.expect_tolerance, "--expect")
         if not self.expect_tolerance > 0:
             raise InvalidConfig("expect_tolerance", self.expect_tolerance, "a number above 0")
         expected = expected_logits.read(*self.expect) if self.expect else None
@@ -260,7 +310,8 @@ class Convert:
                 on_start=lambda size: bar.update(task, total=size),
                 progress=lambda size: bar.advance(task, size),
             )
-        print(f"{self.out_dir}: {len(written)} tensors, {sum(w.nbytes for w in written) / 1e9:.2f} GB")
+        size_gb = sum(tensor.nbytes for tensor in written) / 1e9
+        print(f"{self.out_dir}: {len(written)} tensors, {size_gb:.2f} GB")
         if conversion.plan.mapping.note:
             print(conversion.plan.mapping.note)
         if self.verify or expected:
@@ -270,14 +321,17 @@ class Convert:
         if self.twin is None:
             return None
         options = self.options
-        if options.mapping not in (None, "hf") or options.to == "maxtext" or options.allow_unknown_names:
-            raise InvalidConfig(
-                "twin", self.twin, "neither --mapping, --to maxtext nor --allow-unknown-names beside it"
-            )
+        names_change = options.mapping not in (None, "hf") or options.to == "maxtext"
+        if names_change or options.allow_unknown_names:
+            expected = "no --mapping, no --to maxtext and no --allow-unknown-names"
+            raise InvalidConfig("twin", self.twin, expected)
         return load_twin(self.twin, read_config(options.config, path)).model_class
 
     def _verify(
-        self, conversion: Conversion, written: list[Written], expected: expected_logits.Expected | None
+        self,
+        conversion: Conversion,
+        written: list[Written],
+        expected: expected_logits.Expected | None,
     ) -> None:
         compared = verify(conversion, written, self.out_dir)
         parity = None
@@ -287,28 +341,31 @@ class Convert:
         if expected is not None:
             agreement = expected_logits.compare(self.out_dir, expected, self.expect_tolerance)
             original = dataclasses.asdict(agreement)
-        facts = report(conversion, written, compared, parity)
+        facts = report(conversion, written, compared, logits=parity)
         write_json(self.out_dir / "report.json", facts | {"original": original})
-        print(summary(written, compared, parity, original))
+        print(summary(written, compared, parity, original=original))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Pack the projections of an HF directory in 8 or 4 bits, as vLLM and SGLang read them (docs/quantize.md)."""
+    """Quantize the projections of an HF directory to 8 or 4 bits, as vLLM and SGLang read them.
+
+    See docs/quantize.md.
+    """
 
     model: Positional[str]
-    """A directory of float weights, or a hub id; nano is the shipped model."""
+    """A directory of float weights, or a hub id; "nano" is the model shipped with Slipway."""
     out_dir: Positional[Path]
-    """A new or an empty directory."""
+    """Output directory, new or empty."""
     bits: Literal[8, 4]
-    """Of each weight."""
+    """Bits of each weight."""
     group: Literal[32, 64, 128] | None = None
-    """Weights that share a scale: 32 by default with 4 bits; with 8, a whole row."""
+    """Number of weights that share a scale; default: 32 for 4 bits, a whole row for 8 bits."""
     shard_size: str = "5GB"
-    """Largest file."""
+    """Largest size of one file."""
 
     def run(self) -> None:
-        """Pack, with a progress bar."""
+        """Quantize the model and show a progress bar."""
         scheme = Scheme(self.bits, self.group or (32 if self.bits == 4 else 0))
         with Progress(*_PROGRESS) as bar:
             task = bar.add_task(f"{Path(self.model).name} -> {self.out_dir}", total=None)
@@ -316,7 +373,7 @@ class Quantize:
                 NANO if self.model == "nano" else self.model,
                 self.out_dir,
                 scheme,
-                self.shard_size,
+                shard_size=self.shard_size,
                 on_start=lambda size: bar.update(task, total=size),
                 progress=lambda size: bar.advance(task, size),
             )
@@ -324,45 +381,51 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapt:
-    """Write the package that registers a converted architecture with an engine that lacks it (docs/adapters.md)."""
+    """Write a package that adds a converted architecture to vLLM or SGLang (docs/adapters.md)."""
 
     model: Positional[str]
-    """A converted directory, or a hub id."""
+    """A converted model directory, or a hub id."""
     engine: Annotated[Engine, tyro.conf.arg(name="for")]
-    """The engine."""
+    """The engine to which the architecture is added."""
     twin: str
-    """FILE.py[:CLASS]: the architecture as a transformers PreTrainedModel. The file is run."""
+    """FILE.py[:CLASS]: the architecture as a transformers PreTrainedModel. The file is executed."""
     out: Path
-    """A new or an empty directory."""
+    """Output directory, new or empty."""
 
     def run(self) -> None:
-        """Check and write."""
-        print(adapt(self.model, self.twin, self.engine, self.out).summary())
+        """Check the architecture and write the package."""
+        package = adapt(self.model, self.twin, self.engine, out_dir=self.out)
+        print(package.summary())
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """List the architectures that Slipway implements, the shipped model, and what the hub cache holds."""
+    """List the implemented architectures, the shipped model, and the models in the hub cache."""
 
     def run(self) -> None:
-        """Print them."""
-        from slipway.models import ARCHITECTURES  # brings JAX, which the other commands may not need
+        """Print the three lists."""
+        from slipway.models import ARCHITECTURES  # imports JAX, which not every command needs
 
         print("architectures:", *sorted(ARCHITECTURES), sep="\n  ")
         print("shipped:", f"nano  ({NANO})", sep="\n  ")
         print("in the hub cache:", *(hub.cached() or ["nothing"]), sep="\n  ")
 
 
+TEXT_COMMANDS = Generate | Chat | Serve | RunBatch | Follow
+COMMANDS: Any = TEXT_COMMANDS | CollectEnv | Convert | Quantize | Adapt | Models | Bench
+
+
 def main() -> None:
-    """Run the command line. Where Slipway refuses: what is wrong, to stderr, no traceback, exit code 2."""
+    """Run the command line.
+
+    A SlipwayError is printed to stderr without a traceback, with exit code 2.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("slipway.engine.launch", "slipway.engine.step", "slipway.convert.remote"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        commands: Any = (
-            Generate | Chat | Serve | RunBatch | Follow | CollectEnv | Convert | Quantize | Adapt | Models | Bench
-        )
-        tyro.cli(commands, prog="slipway", args=flags.expand(sys.argv[1:]), registry=_registry()).run()
+        words = flags.expand(sys.argv[1:])
+        tyro.cli(COMMANDS, prog="slipway", args=words, registry=_registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -371,7 +434,7 @@ def main() -> None:
 
 
 def _registry() -> ConstructorRegistry:
-    """Mappings are written as JSON: ``--hf-overrides '{"rope_scaling": null}'``."""
+    """Return a registry in which mappings are JSON: ``--hf-overrides '{"rope_scaling": null}'``."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -399,7 +462,7 @@ def _load(model: str, engine: EngineConfig) -> LLM:
 
 
 def _print_stream(outputs: Iterator[RequestOutput], show_speed: bool) -> str:
-    """Print text as it comes, and return it whole."""
+    """Print the text of a stream of outputs as it grows; return the whole text."""
     text, count, first = "", 0, time.perf_counter()
     for output in outputs:
         if not count:
@@ -417,7 +480,10 @@ def _print_stream(outputs: Iterator[RequestOutput], show_speed: bool) -> str:
 
 
 def _process_start() -> float:
-    """When this process began, on the clock of ``time.perf_counter`` (Linux: since boot, as /proc counts)."""
+    """Return the start of this process on the clock of ``time.perf_counter``.
+
+    Linux writes it to /proc, as ticks since the boot.
+    """
     with open("/proc/self/stat") as f:
         ticks = int(f.read().rsplit(")", 1)[1].split()[19])
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -425,7 +491,7 @@ def _process_start() -> float:
 
 
 def _ask() -> str | None:
-    """A line from the terminal; None at its end."""
+    """Return a line from the terminal; None at the end of the input."""
     try:
         return input("> ")
     except EOFError:

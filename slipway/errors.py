@@ -1,18 +1,20 @@
-"""The exception tree: decides what can go wrong and what each failure must say; knows nothing of who raises it.
+"""Tree of the exceptions that Slipway raises.
 
 SlipwayError
-├── InvalidInput (ValueError)      one field of something a caller passed: .field, .got, .expected
+├── InvalidInput (ValueError)      an invalid field of a caller's input: .field, .got, .expected
 │   ├── InvalidRequest             a prompt or a sampling parameter
-│   │   ├── ContextTooLong         a prompt that does not fit the model's context: .max_model_len
-│   │   └── InvalidBatch           several requests of one call: .errors, and .outputs of those that finished
+│   │   ├── ContextTooLong         a prompt too long for the model's context: .max_model_len
+│   │   └── InvalidBatch           several requests of one call: .errors, .outputs
 │   ├── InvalidConfig              an engine option, or options that contradict each other
-│   └── UnsupportedModel           an architecture or a config.json value that is not implemented
-├── CheckpointError (ValueError)   a directory that is no model, or does not fit its declaration: .problems
+│   └── UnsupportedModel           an architecture or config.json value that is not implemented
+├── CheckpointError (ValueError)   an invalid model directory, or one that does not fit: .problems
 ├── OutOfMemory (MemoryError)      the weights, or a single page, exceed the memory budget
-├── EngineBusy                     as many requests wait as may; nothing of this one was begun
-│   └── ClientBusy                 as many of one client
-├── WeightsLost                    an update failed half-way, or the weights are dropped; until one succeeds
+├── EngineBusy                     the queue is full; the request was not started
+│   └── ClientBusy                 one client's share of the queue is full
+├── WeightsLost                    an update failed half-way, or the weights were dropped
 └── EngineDead                     the engine has stopped, by an error or because it was closed
+
+Not here: the HTTP status of an error (server/middleware.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,97 +22,115 @@ from typing import Any
 
 
 class SlipwayError(Exception):
-    """Base of everything that Slipway raises on purpose."""
+    """Base class of all errors that Slipway raises on purpose."""
 
 
 class InvalidInput(SlipwayError, ValueError):
-    """One field holds a value that cannot be honoured."""
+    """Invalid value of one field.
+
+    ``field`` is its name, ``got`` the value, ``expected`` a description of the valid values.
+    """
 
     def __init__(self, field: str, got: object, expected: str):
         super().__init__(f"{field}: got {_short(got)}, expected {expected}")
-        self.field, self.got, self.expected = field, got, expected
+        self.field = field
+        self.got = got
+        self.expected = expected
 
 
 class InvalidRequest(InvalidInput):
-    """A prompt or a sampling parameter is out of its range."""
+    """Invalid prompt or sampling parameter."""
 
 
 class ContextTooLong(InvalidRequest):
-    """A prompt has no room in the model's context.
+    """Prompt too long for the model's context.
 
-    Clients that shorten a conversation and try again look for "maximum context length is N tokens" in the message.
+    Clients that shorten a conversation and retry search the message for "maximum context length is
+    N tokens".
     """
 
     def __init__(self, field: str, got: str, max_model_len: int):
         super().__init__(field, Shown(got), f"fewer than max_model_len ({max_model_len})")
         self.args = (
-            f"{field}: This model's maximum context length is {max_model_len} tokens, and an answer needs at least one "
-            f"of them; got {got}. Shorten the prompt.",
+            f"{field}: This model's maximum context length is {max_model_len} tokens, and an answer "
+            f"needs at least one of them; got {got}. Shorten the prompt.",
         )
         self.max_model_len = max_model_len
 
 
 class InvalidBatch(InvalidRequest):
-    """Some requests of one call were refused; the others ran to their end.
+    """Refusal of some requests of one call, after the others have finished.
 
-    ``errors`` maps a prompt's position to its InvalidRequest; ``outputs`` holds, in the order of the prompts, what
-    finished, and None where the request was refused.
+    ``errors`` maps the position of a refused prompt to its InvalidRequest. ``outputs`` holds, in
+    the order of the prompts, the finished outputs, and None for refused prompts.
     """
 
     def __init__(self, errors: Mapping[int, InvalidRequest], outputs: Sequence[Any]):
-        first = next(iter(errors))
-        super().__init__(f"prompts[{first}].{errors[first].field}", errors[first].got, errors[first].expected)
-        self.errors, self.outputs = dict(errors), list(outputs)
+        position, first = next(iter(errors.items()))
+        super().__init__(f"prompts[{position}].{first.field}", first.got, first.expected)
+        self.errors = dict(errors)
+        self.outputs = list(outputs)
         if len(errors) > 1:
             self.args = ("\n".join(f"prompts[{i}].{error}" for i, error in errors.items()),)
 
 
 class InvalidConfig(InvalidInput):
-    """An engine option is out of range, or contradicts another one."""
+    """Engine option out of its range, or in contradiction to another option."""
 
 
 class UnsupportedModel(InvalidInput):
-    """The checkpoint's architecture or one of its config values is not implemented: refused, never approximated."""
+    """Architecture or config value of a checkpoint that is not implemented.
+
+    Such a checkpoint is refused, never approximated.
+    """
 
 
 class CheckpointError(SlipwayError, ValueError):
-    """A checkpoint is not what its files, or the model's declaration, say it is. ``problems`` lists every mismatch."""
+    """Checkpoint with invalid files, or with files that do not fit the model's declaration.
+
+    ``problems`` lists every mismatch.
+    """
 
     def __init__(self, path: object, problems: Sequence[str]):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{path}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
-        self.path, self.problems = path, list(problems)
+        self.path = path
+        self.problems = list(problems)
 
 
 class OutOfMemory(SlipwayError, MemoryError):
-    """The memory budget does not hold the weights and at least one request's pages."""
+    """Memory budget too small for the weights and the pages of one request."""
 
 
-RETRY_AFTER_S = 1.0  # after a refusal for lack of room
+RETRY_AFTER_S = 1.0  # after a refusal because of a full queue
 
 
 class EngineBusy(SlipwayError):
-    """The queue of requests, or of their tokens, is full. ``retry_after_s``: seconds until another try may succeed."""
+    """Full queue: ``what`` says which limit of requests or tokens is reached.
+
+    ``retry_after_s`` is the number of seconds after which a retry may succeed.
+    """
 
     def __init__(self, what: str, retry_after_s: float = RETRY_AFTER_S):
         super().__init__(f"{what}; try again in {retry_after_s:.0f} s")
-        self.what, self.retry_after_s = what, retry_after_s
+        self.what = what
+        self.retry_after_s = retry_after_s
 
 
 class EngineDead(SlipwayError):
-    """The engine does not run any more; requests that it had end with this error."""
+    """Stopped engine; its requests end with this error."""
 
 
 class WeightsLost(SlipwayError):
-    """The engine holds no whole version of the weights; it serves again once an update has succeeded."""
+    """Engine without complete weights; it serves again after a successful update."""
 
 
 class ClientBusy(EngineBusy):
-    """One client has reached its limit of requests."""
+    """Limit of the requests of one client is reached."""
 
 
 class Shown:
-    """A description where an error's value belongs, when that is not at hand."""
+    """Description that takes the place of a value in an error's ``got``."""
 
     def __init__(self, text: str):
         self._text = text

@@ -1,8 +1,12 @@
-"""The flags that users of vLLM and SGLang bring, and a YAML file of flags, as our own; knows no command.
+"""Translation of vLLM's and SGLang's flags, and of a YAML file of flags, into Slipway's flags.
 
-A name that stands for one of ours is replaced; what cannot be honoured is refused; what changes nothing is said.
+A flag with a counterpart is replaced by it. A flag without any effect here is dropped with a note
+on stderr. Every other unknown flag is left for the parser to refuse.
+
+Not here: the commands and their own flags (cli.py).
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +17,41 @@ import yaml
 from slipway.errors import InvalidConfig
 
 SAME = {
-    "--tp": "--tensor-parallel-size", "--tp-size": "--tensor-parallel-size", "-tp": "--tensor-parallel-size",
-    "--dp": "--replicas", "--dp-size": "--replicas", "-dp": "--replicas",
-    "--context-length": "--max-model-len", "--max-running-requests": "--max-num-seqs",
-    "--chunked-prefill-size": "--max-num-batched-tokens", "--block-size": "--page-size",
-    "--gpu-memory-utilization": "--memory-fraction", "--mem-fraction-static": "--memory-fraction",
-    "--tool-call-parser": "--output-parser", "--reasoning-parser": "--output-parser",
-}  # fmt: skip
-SWITCHES = {"--disable-radix-cache": "--no-enable-prefix-caching", "--no-prefix-caching": "--no-enable-prefix-caching"}
+    "--tp": "--tensor-parallel-size",
+    "--tp-size": "--tensor-parallel-size",
+    "-tp": "--tensor-parallel-size",
+    "--dp": "--replicas",
+    "--dp-size": "--replicas",
+    "-dp": "--replicas",
+    "--context-length": "--max-model-len",
+    "--max-running-requests": "--max-num-seqs",
+    "--chunked-prefill-size": "--max-num-batched-tokens",
+    "--block-size": "--page-size",
+    "--gpu-memory-utilization": "--memory-fraction",
+    "--mem-fraction-static": "--memory-fraction",
+    "--tool-call-parser": "--output-parser",
+    "--reasoning-parser": "--output-parser",
+}
+SWITCHES = {
+    "--disable-radix-cache": "--no-enable-prefix-caching",
+    "--no-prefix-caching": "--no-enable-prefix-caching",
+}
 MODEL = ("--model", "--model-path")
-NOTHING = {  # flags without a value that change nothing here, and why
+# flags without a value that change nothing here -> why
+NOTHING = {
     "--trust-remote-code": "code in a model's repository is never imported",
     "--disable-log-requests": "a request is one line in the log, never its text",
     "--enable-chunked-prefill": "prompts are always computed in chunks",
-    "--enable-auto-tool-choice": "tools are chosen wherever a body brings some",
+    "--enable-auto-tool-choice": "a model may call tools whenever a request has tools",
 }
 COMMANDS = ("serve", "run-batch", "follow")
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """The words of a command line, of a command that runs an engine, with our names. Raises InvalidConfig."""
+    """Return the words of a command line with Slipway's flags, and with those of its --config file.
+
+    Only commands that run an engine are changed. Raises InvalidConfig for an invalid file.
+    """
     if not words or words[0] not in COMMANDS:
         return list(words)
     command, *rest = words
@@ -51,8 +70,9 @@ def expand(words: Sequence[str]) -> list[str]:
 
 
 def _split(words: Sequence[str]) -> list[str]:
-    """``--name=value`` as two words."""
-    return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    """Split each ``--name=value`` into two words."""
+    split = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
+    return list(itertools.chain.from_iterable(split))
 
 
 def _renamed(words: Sequence[str]) -> list[str]:
@@ -70,14 +90,18 @@ def _renamed(words: Sequence[str]) -> list[str]:
 
 
 def _from_file(path: Path) -> list[str]:
-    """A mapping of flags, with dashes or underscores, as words. Raises InvalidConfig."""
+    """Return the words of a YAML file that maps flags, with dashes or underscores, to values.
+
+    Raises InvalidConfig.
+    """
     try:
         held = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidConfig("config", str(path), f"a YAML file: {error}") from error
     if not isinstance(held, dict):
         raise InvalidConfig("config", str(path), "a YAML file that maps flags to values")
-    return [word for name, value in held.items() for word in _words(f"--{str(name).replace('_', '-')}", value)]
+    named = [(str(name).replace("_", "-"), value) for name, value in held.items()]
+    return [word for name, value in named for word in _words(f"--{name}", value)]
 
 
 def _words(flag: str, value: Any) -> list[str]:
@@ -91,12 +115,18 @@ def _words(flag: str, value: Any) -> list[str]:
 
 
 def _without(words: Sequence[str], held: set[str], has_model: bool) -> list[str]:
-    """The file's words less those that the command line states itself."""
+    """Return the words of the file without the flags that the command line sets itself.
+
+    ``held`` are the command line's flags; ``has_model``: whether it names a model.
+    """
     found: list[str] = []
     skipping = False
     for number, word in enumerate(words):
         if word.startswith("--"):
-            opposite = word.replace("--no-", "--", 1) if word.startswith("--no-") else word.replace("--", "--no-", 1)
+            if word.startswith("--no-"):
+                opposite = word.replace("--no-", "--", 1)
+            else:
+                opposite = word.replace("--", "--no-", 1)
             skipping = word in held or opposite in held
         elif number == 0:
             skipping = has_model

@@ -1,4 +1,7 @@
-"""Finds and loads csrc's library; decides nothing else, and knows no function in it."""
+"""Loader of the compiled C++ library (csrc/).
+
+Not here: declarations of its functions (ops/cpu.py, checkpoint/).
+"""
 
 import ctypes
 import functools
@@ -10,9 +13,11 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where slipway was installed without a C++ compiler."""
+    """Return the compiled library; None if slipway was installed without a C++ compiler."""
     spec = importlib.util.find_spec("slipway._native")
     if spec is None or spec.origin is None:
-        logger.warning("slipway was installed without a C++ compiler: the portable paths serve, several times slower")
+        logger.warning(
+            "slipway was installed without a C++ compiler: its portable code is several times slower"
+        )
         return None
     return ctypes.CDLL(spec.origin)

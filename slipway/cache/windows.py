@@ -1,6 +1,10 @@
-"""Pages of layers with a sliding window: shared by count, freed behind the window, kept for prefixes while unused.
+"""Pool of KV pages for layers with a sliding window.
 
-Not here: pages of layers that see everything (pages.py), the tree that finds cached prefixes (radix.py).
+Sequences share a page by a count of its users. A page is freed when it is behind the window, and
+kept for a cached prefix while no sequence uses it.
+
+Not here: pages of layers that see everything (pages.py), the tree that finds cached prefixes
+(radix.py).
 """
 
 from collections import Counter
@@ -12,14 +16,15 @@ FREED = -1  # in place of a page
 
 
 class WindowPages:
-    """A pool of equal pages for layers that see ``window`` positions, the token itself included.
+    """Pool of equal pages for layers that see ``window`` positions, the token's own included.
 
-    A page is free, in use by one sequence or several, or idle: kept for its node of the prefix tree. Idle pages go when
-    others are needed, the one that was dropped first before the others; the node stays, with a hole in its place.
+    A page is free, in use by one or several sequences, or idle: kept for its node of the prefix
+    tree. If ``take`` needs idle pages, it takes the page first that was dropped first. The node
+    then stays in the tree without a page in its ``windows``.
     """
 
     def __init__(self, num_pages: int, *, window: int, page_size: int, numbering: int):
-        """``numbering``: which of a node's ``windows`` is this pool's, counted from 0."""
+        """Make all pages free; ``numbering`` is this pool's index in a node's ``windows``."""
         self.num_pages = num_pages
         self._window = window
         self._page_size = page_size
@@ -35,11 +40,11 @@ class WindowPages:
         return len(self._free) + len(self._idle)
 
     def first_seen(self, position: int) -> int:
-        """Return the index in its sequence of the first page that the token at ``position`` sees."""
+        """Return the index of the first page of a sequence that the token at ``position`` sees."""
         return max(0, position - self._window + 1) // self._page_size
 
     def span(self, num_tokens: int) -> int:
-        """Return the most pages that a sequence uses at once while it computes ``num_tokens`` tokens in one step."""
+        """Return the most pages that a sequence uses in a step of ``num_tokens`` tokens."""
         return (self._window - 1 + num_tokens) // self._page_size + 2
 
     def take(self, n: int) -> list[int]:
@@ -70,7 +75,7 @@ class WindowPages:
                 self._free.append(page)
 
     def publish(self, page: int, node: Node) -> None:
-        """Give a page that is in use to a node with a hole in its place."""
+        """Give a page in use to a node without a page in its ``windows``."""
         assert (
             self._users[page] and page not in self._nodes and node.windows[self._numbering] == FREED
         )

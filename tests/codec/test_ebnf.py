@@ -75,7 +75,7 @@ def test_what_it_says_holds(grammar, fits, misses):
 WRONG = {
     'main ::= "a"': "a rule named root", 'root ::= "a" b': "a rule named b", 'root ::= "a"\nroot ::= "b"': "once",
     'root ::= "a" (= "b")': "EBNF", 'root ::= TagDispatch(("<f>", r1))\nr1 ::= "x"': "EBNF",
-    'root ::= <|im_end|> "a"': "EBNF", "root ::= '": "EBNF", 'root ::= "a': "EBNF", "root ::= []": "a character",
+    'root ::= <|im_end|> "a"': "EBNF", "root ::= '": "EBNF", 'root ::= "a': "EBNF", "root ::= []": "one character",
     r'root ::= "\ud800"': "Unicode", r'root ::= "\q"': "escape", "root ::= [z-a]": "lower",
     'root ::= "a"{99999}': "times", '"a"\nroot ::= "a"': "name ::=",
 }  # fmt: skip

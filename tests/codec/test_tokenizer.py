@@ -173,7 +173,7 @@ def test_templates_that_are_none_are_all_named(editable):
 def test_missing_or_broken_files_are_all_named(tmp_path):
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(
-        CheckpointError, match=r"tokenizer\.model alone is not read.*save_pretrained"
+        CheckpointError, match=r"tokenizer\.model is not supported.*save_pretrained"
     ):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
