@@ -1,9 +1,10 @@
-"""GRPO on nano: `python -m examples.grpo_nano [--steps 40] [--plot FILE]`, from the repository's root.
+"""GRPO on nano: `python -m examples.grpo_nano [--steps 40] [--plot FILE]`.
 
-A Flax NNX trainer and a Slipway engine in one process. Each step samples groups of completions with the engine, rewards
-those that parse as Python, takes one optimizer step, and gives the engine the trainer's weights. The algorithm is
-DeepSeekMath's (https://arxiv.org/abs/2402.03300, section 4.1), without its KL term: advantages are rewards normalized
-within the group of a prompt; the policy's ratio to the sampler is clipped.
+Run it from the repository's root. A Flax NNX trainer and a Slipway engine share one process. Each
+step samples groups of completions with the engine, rewards those that parse as Python, takes one
+optimizer step, and gives the engine the trainer's weights. The algorithm is DeepSeekMath's
+(https://arxiv.org/abs/2402.03300, section 4.1) without its KL term: advantages are rewards
+normalized within the group of a prompt; the policy's ratio to the sampler is clipped.
 """
 
 import argparse
@@ -24,15 +25,20 @@ from training.export import KEPT_CHECKPOINT, read_kept_checkpoint
 from training.model import Model, ModelConfig
 
 PROMPTS = (
-    "def area(width, height):\n", "class Stack:\n    def __init__(self):\n", "import os\n\ndef read(path):\n",
-    "def is_prime(n):\n", "def reverse(text):\n", "for name in names:\n", "def merge(left, right):\n    result = []\n",
+    "def area(width, height):\n",
+    "class Stack:\n    def __init__(self):\n",
+    "import os\n\ndef read(path):\n",
+    "def is_prime(n):\n",
+    "def reverse(text):\n",
+    "for name in names:\n",
+    "def merge(left, right):\n    result = []\n",
     "with open(path) as f:\n",
-)  # fmt: skip
+)
 NEW_TOKENS, CLIP = 32, 0.2
 
 
 def reward(prompt: str, completion: str) -> float:
-    """1 for whole lines that parse after the prompt and say something, else 0."""
+    """Return 1 if the completion's whole lines parse after the prompt and are not empty, else 0."""
     lines = completion[: completion.rfind("\n") + 1]
     try:
         with warnings.catch_warnings():
@@ -44,23 +50,24 @@ def reward(prompt: str, completion: str) -> float:
 
 
 def rollouts(llm: LLM, group: int, seed: int) -> tuple[dict[str, np.ndarray], float]:
-    """Samples of every prompt as padded arrays [B, T], and their mean reward."""
+    """Return samples of each prompt as padded arrays [B, T], and their mean reward."""
     params = SamplingParams(temperature=1.0, n=group, max_tokens=NEW_TOKENS, seed=seed, logprobs=0)
     longest = max(len(llm.tokenize(prompt)) for prompt in PROMPTS) + NEW_TOKENS
     rows = len(PROMPTS) * group
     batch = {
-        "tokens_BT": np.zeros((rows, longest), np.int32), "said_BT": np.zeros((rows, longest), bool),
-        "logprobs_BT": np.zeros((rows, longest), np.float32), "advantages_B": np.zeros(rows, np.float32),
-    }  # fmt: skip
+        "tokens_BT": np.zeros((rows, longest), np.int32),
+        "said_BT": np.zeros((rows, longest), bool),
+        "logprobs_BT": np.zeros((rows, longest), np.float32),
+        "advantages_B": np.zeros(rows, np.float32),
+    }
     rewards = []
     for number, output in enumerate(llm.generate(list(PROMPTS), params, use_tqdm=False)):
         assert output.prompt is not None
         of_group = np.array([reward(output.prompt, sample.text) for sample in output.outputs])
         rewards.append(of_group.mean())
         first, prompt = number * group, output.prompt_token_ids
-        batch["advantages_B"][first : first + group] = (of_group - of_group.mean()) / (
-            of_group.std() + 1e-4
-        )
+        advantages = (of_group - of_group.mean()) / (of_group.std() + 1e-4)
+        batch["advantages_B"][first : first + group] = advantages
         for row, sample in enumerate(output.outputs, first):
             assert sample.logprobs is not None
             said = slice(len(prompt), len(prompt) + len(sample.token_ids))
@@ -76,7 +83,7 @@ def rollouts(llm: LLM, group: int, seed: int) -> tuple[dict[str, np.ndarray], fl
 def train(
     model: Model, optimizer: nnx.Optimizer, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """One step; the loss, and how far the trainer's log probabilities lie from the sampler's."""
+    """Take one step; return the loss and the largest change of a log probability since sampling."""
 
     def loss(model: Model) -> tuple[jax.Array, jax.Array]:
         tokens_BT, said_BT = batch["tokens_BT"], batch["said_BT"]
@@ -98,6 +105,7 @@ def train(
 
 
 def main() -> None:
+    """Train for some steps and print one JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--group", type=int, default=16, help="samples of each prompt")
@@ -107,8 +115,8 @@ def main() -> None:
     model = Model(ModelConfig(), nnx.Rngs(0))
     kept = read_kept_checkpoint(KEPT_CHECKPOINT, ModelConfig())
     nnx.update(model, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), kept))
-    optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.learning_rate)),
-                              wrt=nnx.Param)  # fmt: skip
+    update = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.learning_rate))
+    optimizer = nnx.Optimizer(model, update, wrt=nnx.Param)
     llm = LLM(
         "nano",
         dtype="float32",
@@ -125,18 +133,24 @@ def main() -> None:
         sampled = time.perf_counter()
         value, apart = train(model, optimizer, batch)
         rewards.append(mean)
-        print(json.dumps({
-            "step": step, "reward": round(mean, 3), "loss": round(float(value), 4), "logprobs_apart": float(apart),
-            "weights_version": version, "swap_s": round(swapped - started, 3),
-            "rollout_s": round(sampled - swapped, 2), "train_s": round(time.perf_counter() - sampled, 2),
-        }), flush=True)  # fmt: skip
+        line = {
+            "step": step,
+            "reward": round(mean, 3),
+            "loss": round(float(value), 4),
+            "logprobs_apart": float(apart),
+            "weights_version": version,
+            "swap_s": round(swapped - started, 3),
+            "rollout_s": round(sampled - swapped, 2),
+            "train_s": round(time.perf_counter() - sampled, 2),
+        }
+        print(json.dumps(line), flush=True)
     llm.close()
     if options.plot is not None:
         plot(rewards, options.plot)
 
 
 def plot(rewards: list[float], path: Path) -> None:
-    """Rewards over the steps, and their mean over ten."""
+    """Plot the rewards over the steps, and their mean over ten steps."""
     import matplotlib.pyplot as plt
 
     smooth = [np.mean(rewards[max(0, at - 9) : at + 1]) for at in range(len(rewards))]

@@ -1,4 +1,7 @@
-"""Serve a converted directory with SGLang: `python examples/serve_with_sglang.py DIRECTORY "def main("`."""
+"""Generation with SGLang from a converted directory.
+
+Usage: python examples/serve_with_sglang.py DIRECTORY "def main("
+"""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""New weights in a running engine: `python examples/weight_swap.py [MODEL] [--tp N] [--dp N]`.
+"""Replacement of the weights of a running engine: `python examples/weight_swap.py [MODEL]`.
 
-The engine starts with random weights, compiles, is given the real ones and generates. One JSON line for each phase.
+The engine starts with random weights, compiles, gets the real ones and generates. One JSON line is
+printed for each phase.
 """
 
 import argparse
@@ -12,13 +13,14 @@ from slipway.errors import SlipwayError
 from slipway.llm import NANO
 
 HINTS = {
-    "CheckpointError": "the directory is not the model that runs: compare its config.json and tensors with the list",
+    "CheckpointError": "the directory holds another model; compare its config.json and tensors",
     "InvalidConfig": "an option does not fit this machine or this model",
-    "WeightsLost": "the engine has no whole weights: update them again from a source that can be read to its end",
+    "WeightsLost": "the engine's weights are incomplete; update them again from a complete source",
 }
 
 
 def main() -> None:
+    """Run the phases; exit with code 1 and a JSON line if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "model", nargs="?", default=NANO, help="an HF directory or a hub id; by default nano"
@@ -39,41 +41,46 @@ def main() -> None:
             tensor_parallel_size=options.tp,
             data_parallel_size=options.dp,
         )
-        say(phase, llm, options, started)
+        say(phase, llm, options, started=started)
         phase, started = "weights_swapped", time.perf_counter()
         llm.update_weights(options.weights or options.model)
-        say(phase, llm, options, started)
+        say(phase, llm, options, started=started)
         phase, started = "generate_result", time.perf_counter()
-        output = llm.generate(options.prompt, SamplingParams(temperature=0, max_tokens=32))[
-            0
-        ].outputs[0]
-        say(
-            phase,
-            llm,
-            options,
-            started,
-            text=output.text,
-            token_ids=output.token_ids,
-            weights=output.weights,
-        )
+        params = SamplingParams(temperature=0, max_tokens=32)
+        output = llm.generate(options.prompt, params)[0].outputs[0]
+        fields = {"text": output.text, "token_ids": output.token_ids, "weights": output.weights}
+        say(phase, llm, options, started=started, **fields)
         llm.close()
     except SlipwayError as error:
         kind = type(error).__name__
-        print(json.dumps({
-            "phase": "weights_swap_error", "during": phase, "error": kind, "message": str(error),
-            "hint": HINTS.get(kind, "see docs/weights.md"), "model": options.model, "tp": options.tp, "dp": options.dp,
-        }))  # fmt: skip
+        line = {
+            "phase": "weights_swap_error",
+            "during": phase,
+            "error": kind,
+            "message": str(error),
+            "hint": HINTS.get(kind, "see docs/weights.md"),
+            "model": options.model,
+            "tp": options.tp,
+            "dp": options.dp,
+        }
+        print(json.dumps(line))
         raise SystemExit(1) from None
 
 
 def say(phase: str, llm: LLM, options: argparse.Namespace, started: float, **more: object) -> None:
-    """A phase that has ended."""
+    """Print a JSON line for a phase that has ended."""
     weights = llm.engine.weights
-    print(json.dumps({
-        "phase": phase, "model": options.model, "tp": options.tp, "dp": options.dp, "dtype": str(weights.dtype),
-        "leaves": len(weights.arrays), "weights_version": llm.weights_version,
-        "seconds": round(time.perf_counter() - started, 3), **more,
-    }), flush=True)  # fmt: skip
+    line = {
+        "phase": phase,
+        "model": options.model,
+        "tp": options.tp,
+        "dp": options.dp,
+        "dtype": str(weights.dtype),
+        "leaves": len(weights.arrays),
+        "weights_version": llm.weights_version,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    print(json.dumps(line | more), flush=True)
 
 
 if __name__ == "__main__":

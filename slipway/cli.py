@@ -80,7 +80,8 @@ class ChatFlags(SamplingFlags):
 
 
 # packages with versions that a bug report needs
-PACKAGES = "slipway jax jaxlib numpy tokenizers llguidance starlette uvicorn pyzmq".split()
+LIBRARIES = ("jax", "jaxlib", "numpy", "tokenizers", "llguidance")
+PACKAGES = ("slipway", *LIBRARIES, "starlette", "uvicorn", "pyzmq")
 _PROGRESS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -264,7 +265,7 @@ class Convert:
     """
 
     source: Positional[str]
-    """A directory of Orbax or HF (also gs://, s3://), or a .msgpack, .npz, .h5 or .safetensors file."""
+    """An Orbax or HF directory, also at gs:// or s3://; or .msgpack, .npz, .h5 or .safetensors."""
     out_dir: Positional[Path]
     """Output directory, new or empty."""
     explain: bool = False
@@ -276,8 +277,8 @@ class Convert:
     """IDS.npy LOGITS.npy: token ids (B, T) and the original model's logits (B, T, V) for them. The
     converted model must give the same logits for these ids. Implies --verify."""
     twin: str | None = None
-    """FILE.py or FILE.py:CLASS: the torch class of the architecture, as for `slipway adapt`. Names of
-    tensors that this class loads are kept."""
+    """FILE.py or FILE.py:CLASS: the torch class of the architecture, as for `slipway adapt`. Names
+    of tensors that this class loads are kept."""
     expect_tolerance: float = 1e-3
     """Largest difference from --expect's logits, relative to the largest of them (at least 1)."""
     options: OmitArgPrefixes[ConvertConfig] = ConvertConfig()

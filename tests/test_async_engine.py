@@ -74,7 +74,12 @@ def test_deltas_add_up_to_what_generate_gives(launch, llm):
 def test_deltas_hold_as_many_tokens_as_the_interval_says(tiny, llm):
     (prompt,) = prompts(1)
     (expected,) = llm.generate([prompt], GREEDY, use_tqdm=False)
-    options = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "decode_steps": 1, "stream_interval": 4}
+    options = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "decode_steps": 1,
+        "stream_interval": 4,
+    }
     engine = AsyncEngine(LLM(tiny, **options).engine)
 
     async def run():

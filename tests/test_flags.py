@@ -38,7 +38,18 @@ def test_a_file_gives_what_the_command_line_does_not(tmp_path):
     path.write_text("model: M\ntp: 2\nport: 9000\nstrict: true\nenable_prefix_caching: false\napi-key: [a, b]\n")
     expected = "serve M --tensor-parallel-size 2 --port 9000 --strict --no-enable-prefix-caching --api-key a b"
     assert expand(["serve", "--config", str(path)]) == expected.split()
-    words = expand(["serve", "N", "--config", str(path), "--port", "1", "--no-strict", "--enable-prefix-caching"])
+    words = expand(
+        [
+            "serve",
+            "N",
+            "--config",
+            str(path),
+            "--port",
+            "1",
+            "--no-strict",
+            "--enable-prefix-caching",
+        ]
+    )
     assert words == [
         "serve",
         "N",

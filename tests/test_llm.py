@@ -11,7 +11,14 @@ import pytest
 from slipway.engine import programs
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
-from slipway.errors import CheckpointError, InvalidBatch, InvalidConfig, InvalidInput, InvalidRequest, UnsupportedModel
+from slipway.errors import (
+    CheckpointError,
+    InvalidBatch,
+    InvalidConfig,
+    InvalidInput,
+    InvalidRequest,
+    UnsupportedModel,
+)
 from slipway.llm import LLM
 from slipway.ops import cpu
 
@@ -60,7 +67,11 @@ def test_a_stop_token_ends_the_output_and_has_no_text(llm, whole):
 def test_the_models_end_token_ends_the_output_unless_ignored(llm, whole, monkeypatch):
     monkeypatch.setattr(llm.engine._admission, "_eos_ids", frozenset({whole.token_ids[2]}))
     output = complete(llm, ignore_eos=False)
-    assert (output.token_ids, output.finish_reason, output.stop_reason) == (whole.token_ids[:3], "stop", None)
+    assert (output.token_ids, output.finish_reason, output.stop_reason) == (
+        whole.token_ids[:3],
+        "stop",
+        None,
+    )
     assert complete(llm).token_ids == whole.token_ids
 
 
@@ -136,13 +147,36 @@ def test_streams_may_take_turns_with_each_other_and_with_generate(llm, whole):
 
 
 PARAMETERS = [
-    ("n", 0), ("n", 1.0), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2.5), ("temperature", math.nan),
-    ("temperature", -0.1), ("temperature", math.inf), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01),
-    ("top_p", math.nan), ("top_k", -2), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1),
-    ("seed", 2**32), ("seed", 0.5), ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", 5),
-    ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", 5), ("logprobs", -2), ("logprobs", 21),
+    ("n", 0),
+    ("n", 1.0),
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("max_tokens", 2.5),
+    ("temperature", math.nan),
+    ("temperature", -0.1),
+    ("temperature", math.inf),
+    ("temperature", "hot"),
+    ("top_p", 0),
+    ("top_p", 1.01),
+    ("top_p", math.nan),
+    ("top_k", -2),
+    ("top_k", 2**31),
+    ("min_p", -0.1),
+    ("min_p", 1.5),
+    ("seed", -1),
+    ("seed", 2**32),
+    ("seed", 0.5),
+    ("stop", ""),
+    ("stop", ["a", ""]),
+    ("stop", [1]),
+    ("stop", 5),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", ["a"]),
+    ("stop_token_ids", 5),
+    ("logprobs", -2),
+    ("logprobs", 21),
     ("logprobs", True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.host
@@ -161,14 +195,22 @@ def test_stop_may_be_absent():
 
 
 BAD_PROMPTS = {
-    "empty text": ("", "prompt"), "no tokens": ([], "prompt_token_ids"), "beyond the context": ([5] * 64, "prompt"),
-    "unknown id": ([5, 10**6], "prompt_token_ids"), "first unknown id": ([5, 4099], "prompt_token_ids"),
-    "negative id": ([-1], "prompt_token_ids"), "a float": ([5, 6.0], "prompt_token_ids"),
-    "a bool": ([5, True], "prompt_token_ids"), "text among ids": ([5, "a"], "prompt_token_ids"),
-    "a number": (3.5, "prompt"), "nothing": (None, "prompt"), "an empty mapping": ({}, "prompt"),
-    "ids as text": ({"prompt_token_ids": "abc"}, "prompt"), "text as a number": ({"prompt": 5}, "prompt"),
+    "empty text": ("", "prompt"),
+    "no tokens": ([], "prompt_token_ids"),
+    "beyond the context": ([5] * 64, "prompt"),
+    "unknown id": ([5, 10**6], "prompt_token_ids"),
+    "first unknown id": ([5, 4099], "prompt_token_ids"),
+    "negative id": ([-1], "prompt_token_ids"),
+    "a float": ([5, 6.0], "prompt_token_ids"),
+    "a bool": ([5, True], "prompt_token_ids"),
+    "text among ids": ([5, "a"], "prompt_token_ids"),
+    "a number": (3.5, "prompt"),
+    "nothing": (None, "prompt"),
+    "an empty mapping": ({}, "prompt"),
+    "ids as text": ({"prompt_token_ids": "abc"}, "prompt"),
+    "text as a number": ({"prompt": 5}, "prompt"),
     "bytes": (b"abc", "prompt"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_PROMPTS)
@@ -221,16 +263,28 @@ def test_text_needs_a_tokenizer(config_only, uncompiled):
 
 
 OPTIONS = [
-    ("max_num_batched_tokens", {"max_num_batched_tokens": 3, "max_num_seqs": 4}), ("max_num_seqs", {"max_num_seqs": 0}),
-    ("max_num_seqs", {"max_num_seqs": "4"}), ("page_size", {"page_size": 0}), ("dtype", {"dtype": "int8"}),
-    ("load_format", {"load_format": "gguf"}), ("memory_fraction", {"memory_fraction": 0}),
-    ("memory_fraction", {"memory_fraction": 1.5}), ("memory_fraction", {"memory_fraction": math.nan}),
-    ("memory_fraction", {"memory_fraction": "half"}), ("seed", {"seed": -1}), ("hf_overrides", {"hf_overrides": 5}),
-    ("max_model_len", {"max_model_len": 0}), ("max_model_len", {"max_model_len": 65}),
+    ("max_num_batched_tokens", {"max_num_batched_tokens": 3, "max_num_seqs": 4}),
+    ("max_num_seqs", {"max_num_seqs": 0}),
+    ("max_num_seqs", {"max_num_seqs": "4"}),
+    ("page_size", {"page_size": 0}),
+    ("dtype", {"dtype": "int8"}),
+    ("load_format", {"load_format": "gguf"}),
+    ("memory_fraction", {"memory_fraction": 0}),
+    ("memory_fraction", {"memory_fraction": 1.5}),
+    ("memory_fraction", {"memory_fraction": math.nan}),
+    ("memory_fraction", {"memory_fraction": "half"}),
+    ("seed", {"seed": -1}),
+    ("hf_overrides", {"hf_overrides": 5}),
+    ("max_model_len", {"max_model_len": 0}),
+    ("max_model_len", {"max_model_len": 65}),
     ("revision", {"revision": "main"}),
-    ("data_parallel_size x tensor_parallel_size", {"tensor_parallel_size": 4, "data_parallel_size": 3}),
-    ("tensor_parallel_size", {"tensor_parallel_size": 3}), ("max_num_seq", {"max_num_seq": 3}),
-]  # fmt: skip
+    (
+        "data_parallel_size x tensor_parallel_size",
+        {"tensor_parallel_size": 4, "data_parallel_size": 3},
+    ),
+    ("tensor_parallel_size", {"tensor_parallel_size": 3}),
+    ("max_num_seq", {"max_num_seq": 3}),
+]
 
 
 @pytest.mark.parametrize("field, options", OPTIONS, ids=str)
@@ -246,11 +300,15 @@ def test_the_default_options_are_sound():
 
 
 MODELS = [
-    ("architectures", {"architectures": ["GPT2LMHeadModel"]}), ("architectures", {"architectures": None}),
-    ("hidden_act", {"hidden_act": "gelu"}), ("is_causal", {"is_causal": False}), ("hidden_size", {"hidden_size": None}),
-    ("hidden_size", {"hidden_size": "32"}), ("num_key_value_heads", {"num_key_value_heads": 3}),
+    ("architectures", {"architectures": ["GPT2LMHeadModel"]}),
+    ("architectures", {"architectures": None}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("is_causal", {"is_causal": False}),
+    ("hidden_size", {"hidden_size": None}),
+    ("hidden_size", {"hidden_size": "32"}),
+    ("num_key_value_heads", {"num_key_value_heads": 3}),
     ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("field, fields", MODELS, ids=str)
@@ -323,9 +381,10 @@ def test_embeddings_are_transformers(tiny):
         assert scores == llm.score([asked[0]] * 3, asked) and abs(scores[0] - 1) < 1e-6
         np.testing.assert_allclose(scores, [float(unit[0] @ vector) for vector in unit], rtol=1e-6)
         for call, field in (
-            (lambda: llm.encode(asked, "max"), "pooling"), (lambda: llm.score(asked[:2], asked), "b"),
+            (lambda: llm.encode(asked, "max"), "pooling"),
+            (lambda: llm.score(asked[:2], asked), "b"),
             (lambda: llm.encode([]) or llm.encode([[]]), "prompts[0].prompt_token_ids"),
-        ):  # fmt: skip
+        ):
             with pytest.raises(InvalidRequest) as caught:
                 call()
             assert caught.value.field == field
@@ -352,7 +411,12 @@ def test_defaults_come_from_generation_config(tiny, tmp_path):
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "bos": 1}')
     llm = LLM(tmp_path, max_num_seqs=2, max_num_batched_tokens=16, page_size=16)
     defaults = llm.get_default_sampling_params()
-    assert (defaults.temperature, defaults.top_k, defaults.max_tokens, defaults.top_p) == (0.6, 20, 7, 1.0)
+    assert (defaults.temperature, defaults.top_k, defaults.max_tokens, defaults.top_p) == (
+        0.6,
+        20,
+        7,
+        1.0,
+    )
     assert len(llm.generate(PROMPT)[0].outputs[0].token_ids) <= 7
 
 

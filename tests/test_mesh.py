@@ -33,10 +33,14 @@ def test_more_devices_than_there_are_is_refused(data, tensor):
 @pytest.mark.parametrize(
     "axes, expected",
     [
-        ("(heads head_dim) embed", P("model", None)), ("embed (heads head_dim)", P(None, "model")),
-        ("vocab embed", P("model", None)), ("(kv_heads head_dim)", P("model")), ("embed", P(None)), ("", P()),
+        ("(heads head_dim) embed", P("model", None)),
+        ("embed (heads head_dim)", P(None, "model")),
+        ("vocab embed", P("model", None)),
+        ("(kv_heads head_dim)", P("model")),
+        ("embed", P(None)),
+        ("", P()),
     ],
-)  # fmt: skip
+)
 def test_the_outermost_axis_of_a_group_says_how_it_is_split(axes, expected):
     assert mesh.partition(Param(axes, SIZES)) == expected
 
@@ -44,19 +48,29 @@ def test_the_outermost_axis_of_a_group_says_how_it_is_split(axes, expected):
 @pytest.mark.parametrize(
     "axes, tensor, shape",
     [
-        ("vocab embed", 2, (10, 6)), ("vocab embed", 4, (12, 6)), ("vocab embed", 8, (16, 6)),
-        ("(kv_heads head_dim) embed", 2, (8, 6)), ("(kv_heads head_dim) embed", 4, (16, 6)),
-        ("(heads head_dim) embed", 8, (32, 6)), ("embed", 8, (6,)),
+        ("vocab embed", 2, (10, 6)),
+        ("vocab embed", 4, (12, 6)),
+        ("vocab embed", 8, (16, 6)),
+        ("(kv_heads head_dim) embed", 2, (8, 6)),
+        ("(kv_heads head_dim) embed", 4, (16, 6)),
+        ("(heads head_dim) embed", 8, (32, 6)),
+        ("embed", 8, (6,)),
     ],
-)  # fmt: skip
+)
 def test_vocabulary_is_padded_and_kv_heads_repeated(axes, tensor, shape):
     param = fitted(axes, tensor)
     assert param.shape == shape and param.hf_shape == Param(axes, SIZES).hf_shape
     mesh.shardings(param, mesh.make_mesh(1, tensor)).shard_shape(param.shape)  # raises where it does not divide
 
 
-@pytest.mark.parametrize("axes, tensor, axis", [("(heads head_dim)", 3, "heads"), ("mlp embed", 5, "mlp"),
-                                                ("(kv_heads head_dim)", 3, "kv_heads")])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes, tensor, axis",
+    [
+        ("(heads head_dim)", 3, "heads"),
+        ("mlp embed", 5, "mlp"),
+        ("(kv_heads head_dim)", 3, "kv_heads"),
+    ],
+)
 def test_an_axis_that_does_not_divide_is_refused_by_name(axes, tensor, axis):
     with pytest.raises(InvalidConfig, match=f"{SIZES[axis]} {axis}") as caught:
         fitted(axes, tensor)

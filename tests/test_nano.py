@@ -17,7 +17,13 @@ pytestmark = pytest.mark.xdist_group("nano")
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     """Nano in float32."""
-    return LLM(dtype="float32", max_num_seqs=4, max_num_batched_tokens=8, max_model_len=256, memory_fraction=0.1)
+    return LLM(
+        dtype="float32",
+        max_num_seqs=4,
+        max_num_batched_tokens=8,
+        max_model_len=256,
+        memory_fraction=0.1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,13 @@ def theirs() -> transformers.PreTrainedModel:
 
 
 def test_it_is_an_ordinary_directory():
-    needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    needed = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }
     assert needed | {"chat_template.jinja", "README.md"} <= {path.name for path in Path(NANO).iterdir()}
     tensors = files.open_checkpoint(Path(NANO)).tensors.values()
     assert {tensor.dtype for tensor in tensors} == {"BF16"}
@@ -48,5 +60,8 @@ def test_chat_prompt_equals_transformers(llm):
     messages = [{"role": "user", "content": "Write a Python function `area(width, height)`."}]
     prompt = llm.chat_prompt(messages)
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert (prompt["prompt"], prompt["prompt_token_ids"]) == (expected, tokenizer(expected).input_ids)
+    assert (prompt["prompt"], prompt["prompt_token_ids"]) == (
+        expected,
+        tokenizer(expected).input_ids,
+    )
     assert llm.chat(messages, SamplingParams(max_tokens=4), use_tqdm=False)[0].outputs[0].token_ids

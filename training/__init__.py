@@ -1,1 +1,1 @@
-"""How the shipped nano model was made: text -> tokenizer -> training -> Hugging Face directory (see README.md)."""
+"""Training of the shipped model nano, from its text to a Hugging Face directory (README.md)."""

@@ -1,7 +1,10 @@
-"""Write nano's model card from what was measured: `python -m training.card`.
+"""Writer of nano's model card: `python -m training.card`.
 
-Decides what the card shows: the curve, the figures and the samples. Does not know how they came about: figures are read
-from log.jsonl and corpus.json, samples are generated with transformers from the exported directory, seed 0, unselected.
+It writes the curve, the figures and the samples. Figures are read from log.jsonl and corpus.json;
+samples are generated with transformers from the exported directory, with seed 0, and are not
+selected.
+
+Not here: training (train.py), perplexity of packed weights (perplexity.py).
 """
 
 import json
@@ -27,7 +30,8 @@ RECORD_FOLDER = Path(__file__).parent
 PERPLEXITY = RECORD_FOLDER / "quantized.json"
 TEMPLATE = RECORD_FOLDER / "card_template.md"
 
-# They end before a line break: the tokenizer joins it to the indentation, which is the model's to choose.
+# They end before a line break, because the tokenizer joins it to the indentation, which the model
+# must choose.
 COMPLETIONS = (
     'def read_lines(path):\n    """Return the lines of a text file."""',
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
@@ -43,17 +47,22 @@ SAMPLE_TOKENS = 120
 
 @dataclass(frozen=True)
 class Record:
-    """log.jsonl, one value per step and kind: where a resumed run repeats a step, the later line counts."""
+    """Values of log.jsonl by step and kind.
+
+    A resumed run may repeat a step; the later line counts.
+    """
 
     train: dict[int, dict]
     held_out: dict[int, dict]
 
     @property
     def last(self) -> dict:
+        """Line of the last evaluation on the held-out text."""
         return self.held_out[max(self.held_out)]
 
 
 def read_record(path: Path) -> Record:
+    """Read the values of log.jsonl."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return Record(
         train={line["step"]: line for line in lines if "train_loss" in line},
@@ -62,6 +71,7 @@ def read_record(path: Path) -> Record:
 
 
 def main() -> None:
+    """Write README.md and curve.png into nano's directory."""
     record = read_record(RECORD_FOLDER / "log.jsonl")
     corpus = json.loads((RECORD_FOLDER / "corpus.json").read_text())
     draw_curve(record, NANO_FOLDER / "curve.png")
@@ -95,39 +105,34 @@ def main() -> None:
 
 
 def _packed(perplexity: dict[str, float]) -> dict[str, str]:
-    """The perplexity of each kind of weight, and its change from bfloat16's."""
+    """Return the perplexity of each kind of weight, and its change from bfloat16's."""
     change = {kind: value / perplexity["bfloat16"] - 1 for kind, value in perplexity.items()}
     shown = {f"perplexity_{kind}": f"{value:.3f}" for kind, value in perplexity.items()}
     return shown | {f"change_{kind}": f"{value:+.2%}" for kind, value in change.items()}
 
 
 def draw_curve(record: Record, path: Path) -> None:
-    """Loss against tokens: each logged batch as a thin line, the held-out text as dots."""
+    """Draw loss against tokens: logged batches as a thin line, the held-out text as dots."""
     matplotlib.use("agg")
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    millions = [
-        [line["tokens"] / 1e6 for line in lines.values()]
-        for lines in (record.train, record.held_out)
-    ]
-    train = [line["train_loss"] for line in record.train.values()]
-    held_out = [line["held_out_loss"] for line in record.held_out.values()]
-    axes.plot(millions[0], train, color="0.7", linewidth=0.8, label="training batch")
-    axes.plot(
-        millions[1], held_out, "o-", color="tab:blue", markersize=3, linewidth=1, label="held out"
-    )
+    train = [(line["tokens"] / 1e6, line["train_loss"]) for line in record.train.values()]
+    held_out = [(line["tokens"] / 1e6, line["held_out_loss"]) for line in record.held_out.values()]
+    axes.plot(*zip(*train), color="0.7", linewidth=0.8, label="training batch")
+    dots = {"marker": "o", "markersize": 3, "color": "tab:blue", "linewidth": 1}
+    axes.plot(*zip(*held_out), label="held out", **dots)
     axes.set(xlabel="million tokens", ylabel="loss, nats per token")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
 
 
 def _quote(samples: Iterable[str]) -> str:
-    """Verbatim, in fences of four: a sample may hold a fence of three."""
+    """Put samples into fences of four backquotes, because a sample may hold a fence of three."""
     return "\n\n".join(f"````text\n{sample}\n````" for sample in samples)
 
 
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Prompt and continuation, special tokens shown, sampled as generation_config.json says."""
+    """Return prompt and completion with special tokens, sampled as in generation_config.json."""
     inputs = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(0)
     output = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS)
@@ -136,11 +141,8 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     messages = [{"role": "user", "content": question}]
-    return _complete(
-        model,
-        tokenizer,
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
-    )
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _complete(model, tokenizer, prompt)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What nano reads: the Python standard library's sources, as one stream of tokens, and chat samples made from them.
+"""Training text of nano: Python's standard library as one stream of tokens, and chat samples.
 
-Decides which files count, which are held out, how chat samples are derived, and which rows of tokens make up a step.
-Knows nothing of the model, the optimizer or the loss. All of it is deterministic: the same Python gives the same rows.
+This module selects the files, holds some of them out, derives the chat samples, and cuts the tokens
+into rows for each step. All of it is deterministic: the same Python version gives the same rows.
+
+Not here: model (model.py), optimizer and loss (train.py).
 """
 
 import ast
@@ -21,7 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 
-# Left out: other projects' packages, code of tools rather than of the library, and tables that teach nothing.
+# Packages of other projects, code of tools rather than of the library, and tables without use.
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "__pycache__", "idlelib", "turtledemo", "ensurepip", "encodings"}
 )
@@ -33,24 +35,28 @@ MAX_CHAT_CHARACTERS = 1400
 
 @dataclass(frozen=True)
 class Document:
-    """One source file. `path` is relative to the library's root, with forward slashes."""
+    """Source file; `path` is relative to the library's root, with forward slashes."""
 
     path: str
     text: str
 
     @property
     def is_test(self) -> bool:
+        """Whether the file belongs to a test suite."""
         return not TEST_FOLDERS.isdisjoint(self.path.split("/")[:-1])
 
     @property
     def is_held_out(self) -> bool:
-        """Chosen by a hash of the path alone, so that the split survives a new Python release."""
+        """Whether the file is held out: only a hash of its path decides.
+
+        The split therefore stays the same for a new Python release.
+        """
         return not self.is_test and int(_digest(self.path), 16) % 100 < HELD_OUT_PERCENT
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three disjoint groups of files: trained on, trained on with less weight, and never trained on."""
+    """Disjoint groups of files: trained on, trained on with less weight, never trained on."""
 
     library: tuple[Document, ...]
     tests: tuple[Document, ...]
@@ -59,10 +65,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The corpus as token ids, uint16, each text followed by the end-of-text id.
+    """Corpus as token ids, uint16, with an end-of-text id after each text.
 
-    ``library_lines`` is the library once more, each line encoded by itself: elsewhere ``"):"`` and the line break after
-    it are one token, and a prompt that ends in ``"):"`` would end where no text that the model saw goes on.
+    ``library_lines`` is the library once more, with each line encoded by itself. In ``library``,
+    ``"):"`` and the line break after it are one token, so that a prompt that ends in ``"):"`` would
+    end where no training text continues.
     """
 
     library: np.ndarray
@@ -73,7 +80,7 @@ class Tokens:
     held_out_bytes: int
 
     def sizes(self) -> dict[str, int]:
-        """Tokens of each group, and the held-out text's size in bytes."""
+        """Return the number of tokens of each group, and the held-out text's size in bytes."""
         return {
             "library": len(self.library),
             "library_lines": len(self.library_lines),
@@ -84,10 +91,10 @@ class Tokens:
         }
 
     def epoch(self, seed: int, context: int) -> np.ndarray:
-        """Rows [N, context + 1] of one epoch, in an order drawn from seed.
+        """Return the rows [N, context + 1] of one epoch, in an order drawn from the seed.
 
-        That is the library in both forms, the conversations and half of the tests. Each part is cut at its own random
-        offset, so that the same text meets other row borders the next time.
+        An epoch is the library in both forms, the conversations and half of the tests. Each part is
+        cut at a random offset of its own, so that the borders of rows differ from epoch to epoch.
         """
         generator = np.random.default_rng(seed)
         parts = (self.library, self.library_lines, self.chat, self.tests)
@@ -96,26 +103,25 @@ class Tokens:
         return generator.permutation(np.concatenate(rows))
 
     def held_out_rows(self, context: int) -> np.ndarray:
-        """Rows [N, context + 1] of the held-out text; only the last, partial row is missing."""
+        """Return the rows [N, context + 1] of the held-out text, without the last, partial row."""
         return _rows(self.held_out, 0, context)
 
 
 class Batches:
-    """Batch number `step` for any step, computed from the seed: resuming needs no state but the step."""
+    """Batches by step, computed from the seed: resuming needs no state except the step."""
 
     def __init__(self, tokens: Tokens, seed: int, context: int, rows_per_batch: int):
-        self._tokens, self._seed, self._context, self._rows_per_batch = (
-            tokens,
-            seed,
-            context,
-            rows_per_batch,
-        )
+        self._tokens = tokens
+        self._seed = seed
+        self._context = context
+        self._rows_per_batch = rows_per_batch
         self._batches_per_epoch = len(tokens.epoch(seed, context)) // rows_per_batch
         self._epoch_rows: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """Token ids [rows_per_batch, context + 1], int32."""
-        # Epochs differ by at most a few rows (the random cut), and the smallest count is safe for all of them.
+        """Return the token ids of a step, int32 [rows_per_batch, context + 1]."""
+        # The random cut changes an epoch's length by a few rows; one batch less is safe for all
+        # epochs.
         epoch, batch = divmod(step, self._batches_per_epoch - 1)
         if self._epoch_rows is None or self._epoch_rows[0] != epoch:
             self._epoch_rows = (epoch, self._tokens.epoch(self._seed + epoch, self._context))
@@ -124,7 +130,7 @@ class Batches:
 
 
 def read_corpus(root: Path | None = None) -> Corpus:
-    """Read the sources below `root`, by default the library of the Python that runs this."""
+    """Read the sources below `root`; the default is the library of the running Python."""
     documents = list(_documents(root or Path(sysconfig.get_path("stdlib"))))
     return Corpus(
         library=tuple(d for d in documents if not d.is_test and not d.is_held_out),
@@ -134,7 +140,7 @@ def read_corpus(root: Path | None = None) -> Corpus:
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
-    """Encode every group; chat samples come from the library group only, never from held-out files."""
+    """Encode each group; chat samples are made only from the library, never from held-out files."""
     return Tokens(
         library=_encode((d.text for d in corpus.library), tokenizer),
         library_lines=_encode_lines((d.text for d in corpus.library), tokenizer),
@@ -146,12 +152,12 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
 
 
 def held_out_rows(tokenizer: Tokenizer, context: int) -> np.ndarray:
-    """Rows [N, context + 1] of the held-out text alone, from the Python that runs this."""
+    """Return the rows [N, context + 1] of the running Python's held-out text."""
     return _rows(_encode((d.text for d in read_corpus().held_out), tokenizer), 0, context)
 
 
 def chat_samples(documents: tuple[Document, ...]) -> Iterator[str]:
-    """Two conversations for each documented function that fits: writing it, and explaining it."""
+    """Yield two conversations for each documented function that fits: writing and explaining it."""
     seen: set[str] = set()
     for document in documents:
         for node in ast.walk(_parse(document.text)):
@@ -165,7 +171,10 @@ def chat_samples(documents: tuple[Document, ...]) -> Iterator[str]:
 
 
 def chat_text(question: str, answer: str) -> str:
-    """One exchange as the chat template renders it (tokenizer.CHAT_TEMPLATE; a test compares them)."""
+    """Return a question and its answer as the chat template renders them.
+
+    The template is tokenizer.CHAT_TEMPLATE; a test compares the two.
+    """
     return f"{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n{answer}{TURN_END}\n"
 
 
@@ -184,7 +193,9 @@ def _writing_sample(node: ast.FunctionDef, source: str) -> str:
 def _explaining_sample(node: ast.FunctionDef, source: str) -> str:
     first, last = node.body[0], node.body[0].end_lineno - node.lineno
     lines = source.splitlines()
-    # The docstring is the answer, so it leaves the question; decorators shift nothing: source starts at `def`.
+    # The docstring is the answer, so the question must not hold it. Decorators shift no line,
+    # because
+    # the source starts at `def`.
     code = "\n".join(lines[: first.lineno - node.lineno] + lines[last + 1 :]).rstrip()
     questions = (
         f"What does this function do?\n\n```python\n{code}\n```",
@@ -212,7 +223,10 @@ def _documents(root: Path) -> Iterator[Document]:
 
 
 def _python_text(path: Path) -> str | None:
-    """The file's text, or None where it is not Python in UTF-8 (the test suite holds files broken on purpose)."""
+    """Return the file's text; None if it is not Python in UTF-8.
+
+    The test suite holds files that are broken on purpose.
+    """
     try:
         text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
         _parse(text)
@@ -237,7 +251,10 @@ def _encode(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _encode_lines(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Line breaks begin a piece that is encoded by itself, with the indentation and the line behind them."""
+    """Encode each text line by line.
+
+    A line break begins a piece, together with the indentation and the line after it.
+    """
     end = tokenizer.token_to_id(END_OF_TEXT)
     pieces: list[np.ndarray] = []
     for text in texts:
@@ -249,7 +266,10 @@ def _encode_lines(texts: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _rows(stream: np.ndarray, offset: int, context: int) -> np.ndarray:
-    """Cut a stream into rows of context + 1 ids; neighbours share one id, as input here and as target there."""
+    """Cut a stream into rows of context + 1 ids.
+
+    Neighbouring rows share one id: it is a target in the first and an input in the second.
+    """
     count = (len(stream) - offset - 1) // context
     starts = offset + context * np.arange(count)
     return stream[starts[:, None] + np.arange(context + 1)]

@@ -1,7 +1,9 @@
-"""Turn nano's training checkpoint into a Hugging Face directory: `python -m training.export`.
+"""Export of nano's training checkpoint as a Hugging Face directory: `python -m training.export`.
 
-Decides the exported dtype and the configuration files; names and layouts are the converter's. Does not know how the
-weights were trained. The kept checkpoint (bfloat16) gives the exported file bit for bit.
+This module sets the exported dtype and writes the configuration files. The kept checkpoint
+(bfloat16) gives the exported file bit for bit.
+
+Not here: names and layouts of tensors (slipway/convert), training (train.py).
 """
 
 import argparse
@@ -30,7 +32,7 @@ NANO_FOLDER = Path(__file__).parent.parent / "slipway" / "nano"
 
 
 def keep_checkpoint(run_folder: Path, kept_folder: Path, model_config: ModelConfig) -> int:
-    """Write the run's last weights, rounded to bfloat16 and without optimizer state; return their step."""
+    """Write the run's last weights as bfloat16, without optimizer state; return their step."""
     trainer = Trainer(model_config, TrainConfig())
     with Checkpoints(run_folder / "checkpoints") as checkpoints:
         progress = checkpoints.restore(trainer.start())
@@ -43,7 +45,7 @@ def keep_checkpoint(run_folder: Path, kept_folder: Path, model_config: ModelConf
 
 
 def read_kept_checkpoint(kept_folder: Path, model_config: ModelConfig) -> nnx.State:
-    """The kept weights as the NNX state of a Model of this configuration, bfloat16."""
+    """Return the kept weights as the NNX state of a Model of this configuration, in bfloat16."""
     params = nnx.eval_shape(lambda: nnx.state(Model(model_config, nnx.Rngs(0)), nnx.Param))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, ml_dtypes.bfloat16), params)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -51,7 +53,10 @@ def read_kept_checkpoint(kept_folder: Path, model_config: ModelConfig) -> nnx.St
 
 
 def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> None:
-    """Write model.safetensors, config.json and generation_config.json, as `slipway convert --mapping nnx` does."""
+    """Write model.safetensors, config.json and generation_config.json.
+
+    The weights are converted as by `slipway convert --mapping nnx`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {".".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(params)}
     with tempfile.TemporaryDirectory(dir=folder) as aside:
@@ -68,9 +73,10 @@ def write_model(folder: Path, params: nnx.State, model_config: ModelConfig) -> N
 
 
 def main() -> None:
+    """Export the kept checkpoint, or a run's last weights after keeping them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--run", type=Path, help="first keep this run's last weights", nargs="?", const=RUN_FOLDER
+        "--run", type=Path, help="keep this run's last weights before", nargs="?", const=RUN_FOLDER
     )
     arguments = parser.parse_args()
     model_config = ModelConfig()
@@ -86,7 +92,7 @@ def main() -> None:
 
 
 def model_json(model_config: ModelConfig) -> dict:
-    """config.json of a model."""
+    """Return the content of a model's config.json."""
     shape = asdict(model_config)
     theta = shape.pop("rope_theta")
     return {
@@ -108,7 +114,10 @@ def model_json(model_config: ModelConfig) -> dict:
 
 
 def _generation_json() -> dict:
-    """A small model repeats itself when decoded greedily, and wanders when sampled at temperature 1."""
+    """Return the content of generation_config.json.
+
+    A small model repeats itself when decoded greedily, and loses the thread at temperature 1.
+    """
     return {
         "do_sample": True,
         "temperature": 0.8,

@@ -1,7 +1,9 @@
-"""nano: the Qwen3 architecture as Flax NNX modules.
+"""Model nano: the Qwen3 architecture as Flax NNX modules.
 
-Decides shapes, initial values and the forward pass. Attribute names equal Hugging Face's keys; kernels are
-(in, out) as Flax has them. Does not know how it is trained, stored or served: it has no KV cache.
+This module sets shapes, initial values and the forward pass, without a KV cache. Names of
+attributes are Hugging Face's keys; kernels are (in, out) as in Flax.
+
+Not here: training (train.py), storage (export.py), serving (slipway/models).
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ ATTENTION_BLOCK = 64
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Qwen3's shape; field names are those of Hugging Face's config.json."""
+    """Shape of a Qwen3 model; field names are those of Hugging Face's config.json."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -32,7 +34,7 @@ class ModelConfig:
 
 
 class Linear(nnx.Module):
-    """x @ kernel, without bias."""
+    """Matrix product x @ kernel, without bias."""
 
     def __init__(self, size_in: int, size_out: int, stddev: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (size_in, size_out)))
@@ -42,66 +44,63 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Scale the last axis to a root mean square of one."""
+    """Normalization of the last axis to a root mean square of one, then a scale."""
 
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones(size))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return (
-            x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
-        )
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]
 
 
 class Attention(nnx.Module):
     """Causal grouped-query attention with an RMS norm on each query and key head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        heads, kv_heads, head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        size = config.hidden_size
+        size_q, size_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         stddev = config.initializer_range
-        self.q_proj = Linear(config.hidden_size, heads * head_dim, stddev, rngs)
-        self.k_proj = Linear(config.hidden_size, kv_heads * head_dim, stddev, rngs)
-        self.v_proj = Linear(config.hidden_size, kv_heads * head_dim, stddev, rngs)
-        self.o_proj = Linear(heads * head_dim, config.hidden_size, _residual_stddev(config), rngs)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.q_proj = Linear(size, size_q, stddev=stddev, rngs=rngs)
+        self.k_proj = Linear(size, size_kv, stddev=stddev, rngs=rngs)
+        self.v_proj = Linear(size, size_kv, stddev=stddev, rngs=rngs)
+        self.o_proj = Linear(size_q, size, stddev=_residual_stddev(config), rngs=rngs)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def __call__(self, x_BTD: Array, rotation: tuple[Array, Array]) -> Array:
-        batch, length, _ = x_BTD.shape
-        q_BTNH = self.q_proj(x_BTD).reshape(batch, length, self.heads, self.head_dim)
-        k_BTKH = self.k_proj(x_BTD).reshape(batch, length, self.kv_heads, self.head_dim)
-        v_BTKH = self.v_proj(x_BTD).reshape(batch, length, self.kv_heads, self.head_dim)
-        q_BTNH, k_BTKH = (
-            rotate(self.q_norm(q_BTNH), rotation),
-            rotate(self.k_norm(k_BTKH), rotation),
-        )
+        q_BTNH = self._by_head(self.q_proj(x_BTD), self.heads)
+        k_BTKH = self._by_head(self.k_proj(x_BTD), self.kv_heads)
+        v_BTKH = self._by_head(self.v_proj(x_BTD), self.kv_heads)
+        q_BTNH = rotate(self.q_norm(q_BTNH), rotation)
+        k_BTKH = rotate(self.k_norm(k_BTKH), rotation)
         y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
-        return self.o_proj(y_BTNH.reshape(batch, length, self.heads * self.head_dim))
+        return self.o_proj(y_BTNH.reshape((*x_BTD.shape[:2], self.heads * self.head_dim)))
+
+    def _by_head(self, x_BTD: Array, heads: int) -> Array:
+        return x_BTD.reshape((*x_BTD.shape[:2], heads, self.head_dim))
 
 
 class MLP(nnx.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward block."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, inner = config.hidden_size, config.intermediate_size
         stddev = config.initializer_range
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, stddev, rngs)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, stddev, rngs)
-        self.down_proj = Linear(
-            config.intermediate_size, config.hidden_size, _residual_stddev(config), rngs
-        )
+        self.gate_proj = Linear(size, inner, stddev=stddev, rngs=rngs)
+        self.up_proj = Linear(size, inner, stddev=stddev, rngs=rngs)
+        self.down_proj = Linear(inner, size, stddev=_residual_stddev(config), rngs=rngs)
 
     def __call__(self, x_BTD: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Layer(nnx.Module):
-    """Attention, then MLP, each normalized before and added to the residual stream."""
+    """Attention, then MLP; each has a normalized input and is added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -115,7 +114,7 @@ class Layer(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """The embedding table, used at both ends."""
+    """Embedding table, used for input and output."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
@@ -127,11 +126,12 @@ class Embed(nnx.Module):
         return self.embedding[...][tokens_BT]
 
     def logits(self, x_BTD: Array) -> Array:
+        """Return the logits [B, T, V] of hidden states [B, T, D]."""
         return x_BTD @ self.embedding[...].T
 
 
 class Model(nnx.Module):
-    """Token ids [B, T] to logits [B, T, V]."""
+    """Language model: token ids [B, T] to logits [B, T, V]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.embed_tokens = Embed(config, rngs)
@@ -143,7 +143,7 @@ class Model(nnx.Module):
         return self.embed_tokens.logits(self.hidden(tokens_BT))
 
     def hidden(self, tokens_BT: Array) -> Array:
-        """What the output embedding is applied to, [B, T, D]."""
+        """Return the final hidden states [B, T, D], the input of the output embedding."""
         rotation = rope_rotation(tokens_BT.shape[1], self.config)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
@@ -152,31 +152,32 @@ class Model(nnx.Module):
 
 
 def rope_rotation(length: int, config: ModelConfig) -> tuple[Array, Array]:
-    """Cosines and sines [T, 1, head_dim / 2] of positions 0 .. length - 1."""
+    """Return cosines and sines [T, 1, head_dim / 2] of positions 0 .. length - 1."""
     frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2) / config.head_dim)
     angle = jnp.arange(length)[:, None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BTNH: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotate each pair (first half, second half) of the head axis: Hugging Face's order of RoPE."""
+    """Rotate each pair (first half, second half) of the head axis, as Hugging Face's RoPE does."""
     cos, sin = rotation
     first, second = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
-    """Softmax attention [B, T, N, H] in which position t sees positions 0 .. t.
+    """Return softmax attention [B, T, N, H] in which position t sees positions 0 .. t.
 
-    Each block of queries meets only the keys up to its own end. On a CPU that makes a training step's attention
-    1.6 times as fast as jax.nn.dot_product_attention, which computes all T x T scores and masks half of them.
+    Each block of queries is multiplied only with the keys up to its own end. On a CPU that makes a
+    training step's attention 1.6 times as fast as jax.nn.dot_product_attention, which computes all
+    T x T scores and masks half of them.
     """
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
-    q_BKGTH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(
-        0, 2, 3, 1, 4
-    )
-    k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    q_BTKGH = q_BTNH.reshape((batch, length, kv_heads, heads // kv_heads, head_dim))
+    q_BKGTH = q_BTKGH.transpose((0, 2, 3, 1, 4))
+    k_BKSH = k_BTKH.transpose((0, 2, 1, 3))
+    v_BKSH = v_BTKH.transpose((0, 2, 1, 3))
     blocks = []
     for start in range(0, length, ATTENTION_BLOCK):
         end = min(start + ATTENTION_BLOCK, length)
@@ -188,9 +189,13 @@ def causal_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
             jnp.where(visible_TS, scores_BKGTS * head_dim**-0.5, -jnp.inf), axis=-1
         )
         blocks.append(jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, v_BKSH[:, :, :end]))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    return jnp.concatenate(blocks, axis=3).transpose((0, 3, 1, 2, 4)).reshape(q_BTNH.shape)
 
 
 def _residual_stddev(config: ModelConfig) -> float:
-    """Two branches a layer add to the residual stream: keep its variance at the start independent of depth (GPT-2)."""
+    """Return the standard deviation of initial weights that write to the residual stream.
+
+    Two branches per layer add to the stream; its variance at the start must not depend on the depth
+    (GPT-2).
+    """
     return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5

@@ -1,7 +1,9 @@
-"""Perplexity of the exported nano on its held-out text, as it is and packed: `python -m training.perplexity`.
+"""Perplexity of the exported nano on its held-out text: `python -m training.perplexity`.
 
-Decides which text is judged and how; the numbers go to quantized.json, which the model card shows. The forward pass is
-the engine's: its ops, its cache, its packed weights. Knows no training.
+Both the exported weights and packed ones are evaluated; the results go to quantized.json, which the
+model card shows. The forward pass is the engine's: its ops, its cache, its packed weights.
+
+Not here: training (train.py), the model card (card.py).
 """
 
 import argparse
@@ -28,14 +30,14 @@ PAGE_SIZE = 16
 
 
 def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray) -> float:
-    """Nats per token of rows [N, context + 1], each a text by itself, in bfloat16."""
+    """Return nats per token of rows [N, context + 1], each a text by itself, in bfloat16."""
     checkpoint = files.open_checkpoint(directory)
     declaration = tree.separate(models.declare(checkpoint.config))
     if scheme is not None:
         declaration = linear.quantize(declaration, scheme.bits, scheme.group)
         checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
     one = mesh.make_mesh()
-    model = load.load(declaration, checkpoint, one, jnp.bfloat16)
+    model = load.load(declaration, checkpoint, one, dtype=jnp.bfloat16)
     context = rows.shape[1] - 1
     num_pages = -(-context // PAGE_SIZE)
     sizes = {"page_size": PAGE_SIZE, "dtype": jnp.bfloat16}
@@ -68,10 +70,10 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
 
 
 def main() -> None:
-    """Judge and record."""
+    """Evaluate the held-out text with each kind of weight, and write quantized.json."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--every", type=int, default=1, help="judge every n-th row of the held-out text"
+        "--every", type=int, default=1, help="evaluate every n-th row of the held-out text"
     )
     tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
     rows = held_out_rows(tokenizer, TrainConfig().context)[:: parser.parse_args().every]

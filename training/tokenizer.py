@@ -1,6 +1,8 @@
-"""nano's tokenizer: byte-level BPE, 4,096 entries, cut for Python.
+"""Tokenizer of nano: byte-level BPE with 4,096 entries, for Python sources.
 
-Decides the pre-tokenizer, the special tokens and the chat template. Does not know which text it is trained on.
+This module sets the pre-tokenizer, the special tokens and the chat template.
+
+Not here: the text that it is trained on (data.py).
 """
 
 import json
@@ -13,8 +15,10 @@ from training.data import END_OF_TEXT, TURN_END, TURN_START
 
 VOCABULARY_SIZE = 4096
 
-# Qwen2's pattern with two changes: no English contractions ('s is a string in Python), and a line break takes the
-# next line's indentation with it, all but the last space, which belongs to the word that follows as everywhere else.
+# Qwen2's pattern with two changes. It has no English contractions ('s begins a string in Python),
+# and
+# a line break includes the next line's indentation except its last space, which belongs to the next
+# word as everywhere else.
 _LINE_BREAK = r"[\r\n]+(?:[ \t]+(?=[ \t]))?"
 PRE_TOKENIZER_PATTERN = "|".join(
     (
@@ -38,7 +42,10 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Learn the merges. Any text survives encode and decode: there is no normalizer, and all 256 bytes are entries."""
+    """Train the tokenizer on texts.
+
+    Encoding and decoding give any text back: there is no normalizer, and all 256 bytes are entries.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -60,8 +67,8 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-    The class is the generic one, which takes tokenizer.json as it is: transformers' Qwen2 classes would put their
-    own pre-tokenizer in place of ours.
+    The class is transformers' generic one, which uses tokenizer.json unchanged; its Qwen2 classes
+    would replace the pre-tokenizer by their own.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,7 +1,9 @@
-"""Train nano: `python -m training.train --minutes 115`. Run again to go on from the last checkpoint.
+"""Training of nano: `python -m training.train --minutes 115`.
 
-Decides loss, optimizer, learning rate, and when to evaluate, save and end. Does not know what the text is
-(training.data) or what becomes of the weights (training.export).
+Run it again to continue from the last checkpoint. This module sets loss, optimizer and learning
+rate, and when to evaluate, save and end.
+
+Not here: the text (data.py), the model (model.py), the use of the weights (export.py).
 """
 
 import argparse
@@ -35,10 +37,11 @@ RUN_FOLDER = Path(__file__).parent / "run"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. It ends at `seconds` of wall-clock time or after `steps`, whichever comes first.
+    """Settings of one run.
 
-    The learning rate follows that progress, so a run on a busy machine takes fewer steps but still decays to zero.
-    `seconds` and `steps` may change when a run is resumed; the rest may not.
+    It ends after `seconds` of wall-clock time or after `steps`, whichever is first. The learning
+    rate follows that progress, so a run on a busy machine takes fewer steps but still decays to
+    zero. `seconds` and `steps` may change when a run is resumed; the other fields may not.
     """
 
     seconds: float = 115 * 60
@@ -58,7 +61,7 @@ class TrainConfig:
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint holds."""
+    """State of a run: the content of a checkpoint."""
 
     params: nnx.State
     optimizer_state: optax.OptState
@@ -66,11 +69,12 @@ class Progress:
     seconds: float = 0.0
 
     def fraction(self, config: TrainConfig) -> float:
+        """Return the share of the run's budget that is spent."""
         return max(self.step / config.steps, self.seconds / config.seconds)
 
 
 class Trainer:
-    """The compiled functions of one model and configuration; holds no training state."""
+    """Compiled functions of one model and configuration, without training state."""
 
     def __init__(self, model_config: ModelConfig, config: TrainConfig):
         self.config = config
@@ -81,20 +85,23 @@ class Trainer:
         self._loss = jax.jit(self._mean_loss)
 
     def start(self) -> Progress:
+        """Return the state at the beginning of a run."""
         params = jax.tree.map(jnp.copy, self._initial_params)
         return Progress(params, self.optimizer.init(params))
 
     def step(self, progress: Progress, rows: np.ndarray) -> float:
-        """Advance `progress` by one batch and return its loss, nats per token; waits, so that the clock is true."""
+        """Advance `progress` by one batch; return its loss in nats per token.
+
+        The call waits for the device, so that time measured outside is correct.
+        """
         rate = np.float32(learning_rate(progress.fraction(self.config), self.config))
-        progress.params, progress.optimizer_state, loss = self._step(
-            progress.params, progress.optimizer_state, rows, rate
-        )
+        state = progress.params, progress.optimizer_state
+        progress.params, progress.optimizer_state, loss = self._step(*state, rows, rate)
         progress.step += 1
         return float(loss)
 
     def evaluate(self, params: nnx.State, rows: np.ndarray) -> float:
-        """Mean loss over rows, nats per token; the last, partial batch is left out."""
+        """Return the mean loss over rows in nats per token, without the last, partial batch."""
         size = self.config.rows_per_batch
         batches = [
             rows[i : i + size].astype(np.int32) for i in range(0, len(rows) - size + 1, size)
@@ -106,11 +113,8 @@ class Trainer:
     ) -> tuple[nnx.State, optax.OptState, Array]:
         loss, gradients = jax.value_and_grad(self._mean_loss)(params, rows)
         updates, optimizer_state = self.optimizer.update(gradients, optimizer_state, params)
-        return (
-            optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates)),
-            optimizer_state,
-            loss,
-        )
+        scaled = jax.tree.map(lambda u: rate * u, updates)
+        return optax.apply_updates(params, scaled), optimizer_state, loss
 
     def _mean_loss(self, params: nnx.State, rows: Array) -> Array:
         model = nnx.merge(self._structure, params)
@@ -118,9 +122,11 @@ class Trainer:
 
 
 def train(folder: Path, trainer: Trainer, tokens: Tokens) -> Progress:
-    """Run, or go on, until the budget is spent or SIGTERM comes; save at the end in either case."""
+    """Start or resume a run until its budget is spent or SIGTERM arrives; save at the end."""
     config = trainer.config
-    batches = Batches(tokens, config.seed, config.context, config.rows_per_batch)
+    batches = Batches(
+        tokens, config.seed, context=config.context, rows_per_batch=config.rows_per_batch
+    )
     held_out = tokens.held_out_rows(config.context)
     sample = held_out[:: max(1, len(held_out) // config.evaluation_rows)][: config.evaluation_rows]
     stop = threading.Event()
@@ -137,28 +143,28 @@ def train(folder: Path, trainer: Trainer, tokens: Tokens) -> Progress:
             progress.seconds = earlier_s + time.monotonic() - started
             if progress.seconds - evaluated_s > config.evaluate_every_s:
                 evaluated_s = progress.seconds
-                _log_held_out(folder, progress, trainer, sample, tokens)
+                _log_held_out(folder, progress, trainer, rows=sample, tokens=tokens)
             if progress.seconds - saved_s > config.save_every_s:
                 saved_s = progress.seconds
                 checkpoints.save(progress)
         checkpoints.save(progress)
     if not stop.is_set():
-        _log_held_out(folder, progress, trainer, held_out, tokens)
+        _log_held_out(folder, progress, trainer, rows=held_out, tokens=tokens)
     return progress
 
 
 def learning_rate(fraction: float, config: TrainConfig) -> float:
-    """Trapezoid: linear up, flat, linear down to zero at fraction 1."""
+    """Return the learning rate of a trapezoid: linear up, flat, linear down to 0 at fraction 1."""
     up = (fraction + 1e-3) / config.warmup_fraction
     down = (1 - fraction) / config.decay_fraction
     return config.peak_learning_rate * max(0.0, min(1.0, up, down))
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, Adam for the embedding and the norms; its rate is 1, Trainer scales the update.
+    """Return Muon for the layers' matrices and Adam for the embedding and the norms.
 
-    consistent_rms=0.2 gives Muon's updates the size of Adam's, so that one learning rate serves both
-    (Liu et al., 2025, arXiv:2502.16982).
+    Its learning rate is 1; Trainer scales the update. consistent_rms=0.2 gives Muon's updates the
+    size of Adam's, so that one learning rate fits both (Liu et al., 2025, arXiv:2502.16982).
     """
     return optax.contrib.muon(
         learning_rate=1.0,
@@ -170,10 +176,11 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def mean_cross_entropy(model: Model, tokens_BT: Array, targets_BT: Array) -> Array:
-    """Nats per token, row by row of the batch.
+    """Return nats per token, computed row by row of the batch.
 
-    The logits of a whole batch are the largest array of a step by far. Computing them a row at a time, and once more
-    in the backward pass, is 1.25 times as fast on a CPU, because a row's logits fit into its cache.
+    The logits of a whole batch are by far the largest array of a step. Computing them one row at a
+    time, and again in the backward pass, is 1.25 times as fast on a CPU, because a row's logits fit
+    into its cache.
     """
 
     def add_row(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
@@ -190,7 +197,7 @@ def mean_cross_entropy(model: Model, tokens_BT: Array, targets_BT: Array) -> Arr
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run's Progress; the last two are kept."""
+    """Orbax checkpoints of a run's Progress; only the last two are kept."""
 
     def __init__(self, folder: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -203,22 +210,28 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, progress: Progress) -> None:
+        """Save the state unless its step is saved already."""
         if progress.step not in self._manager.all_steps():
             self._manager.save(progress.step, args=ocp.args.StandardSave(_as_tree(progress)))
             self._manager.wait_until_finished()
 
     def restore(self, progress: Progress) -> Progress:
-        """The last saved state, or `progress` itself (which also gives the shapes) where there is none."""
+        """Return the last saved state, or `progress` itself if there is none.
+
+        `progress` also gives the shapes of the saved arrays.
+        """
         step = self._manager.latest_step()
         if step is None:
             return progress
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(progress))
         tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return Progress(tree["params"], tree["optimizer_state"], step, float(tree["seconds"]))
+        return Progress(
+            tree["params"], tree["optimizer_state"], step=step, seconds=float(tree["seconds"])
+        )
 
 
 def prepare(folder: Path) -> Tokens:
-    """Train the tokenizer and encode the corpus, or read both back from an earlier call."""
+    """Train the tokenizer and encode the corpus, or read both from an earlier call."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens_path = folder / "tokens.npz"
     if not tokens_path.exists():
@@ -236,6 +249,7 @@ def prepare(folder: Path) -> Tokens:
 
 
 def main() -> None:
+    """Prepare the text, then start or resume the run."""
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=RUN_FOLDER)
@@ -283,7 +297,7 @@ def _log_held_out(
 
 
 def _log(folder: Path, progress: Progress, config: TrainConfig, **values: float) -> None:
-    """Append one line to log.jsonl: what the model card is drawn from."""
+    """Append one line to log.jsonl, from which card.py draws the model card."""
     line = {
         "step": progress.step,
         "tokens": progress.step * config.rows_per_batch * config.context,
@@ -291,9 +305,8 @@ def _log(folder: Path, progress: Progress, config: TrainConfig, **values: float)
         "learning_rate": round(learning_rate(progress.fraction(config), config), 7),
     }
     with (folder / "log.jsonl").open("a") as file:
-        file.write(
-            json.dumps(line | {name: round(value, 5) for name, value in values.items()}) + "\n"
-        )
+        rounded = {name: round(value, 5) for name, value in values.items()}
+        file.write(json.dumps(line | rounded) + "\n")
 
 
 if __name__ == "__main__":

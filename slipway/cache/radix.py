@@ -63,6 +63,11 @@ class RadixTree:
         self.num_pages = 0
         self.num_unlocked = 0
 
+    @property
+    def num_salts(self) -> int:
+        """Number of salts with a root in the tree."""
+        return len(self._roots)
+
     def match(self, salt: str, blocks: list[bytes]) -> Node:
         """Return the deepest node on the path of ``blocks``; the caller locks it at once.
 

@@ -1,4 +1,4 @@
-"""The page pool: no page is lost, handed out twice or taken back twice, whatever the order of calls."""
+"""Pool of pages under any order of calls: no page is lost, handed out twice or returned twice."""
 
 import pytest
 from hypothesis import settings
@@ -12,11 +12,12 @@ NUM_PAGES = 12
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Owners take and return pages; the model is each owner's list."""
+    """Owners take and return pages; the model is a list of pages for each owner."""
 
     def __init__(self):
         super().__init__()
-        self.pages, self.owners = Pages(NUM_PAGES), []
+        self.pages = Pages(NUM_PAGES)
+        self.owners = []
 
     @rule(n=st.integers(0, NUM_PAGES + 2))
     def take(self, n):
@@ -49,7 +50,8 @@ class PagesMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_has_one_owner_or_is_free(self):
         owned = [page for owner in self.owners for page in owner]
-        assert len(owned) == len({*owned}) and {*owned} <= {*range(NUM_PAGES)}
+        assert len(owned) == len({*owned})
+        assert {*owned} <= {*range(NUM_PAGES)}
         assert self.pages.num_free == NUM_PAGES - len(owned)
 
     def teardown(self):

@@ -1,4 +1,4 @@
-"""The prefix tree against a plain dictionary: nothing found that was not put there, nothing freed that is locked."""
+"""Prefix tree against a dictionary: it finds what was added, and keeps what is locked."""
 
 import pytest
 from hypothesis import settings
@@ -15,15 +15,18 @@ SALTS = st.sampled_from(["", "x"])
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """Readers lock paths, grow them by pages of the pool, and leave; the model is a dictionary from paths to pages."""
+    """Readers lock paths, extend them by pages of the pool, and leave.
+
+    The model is a dictionary from paths to pages.
+    """
 
     def __init__(self):
         super().__init__()
         self.pages = Pages(NUM_PAGES)
         self.tree = RadixTree(self.freed)
-        self.readers = []  # (node, salt, path, of which generation)
+        self.readers = []  # (node, salt, path, generation)
         self.held = {}  # (generation, salt, path) -> page
-        self.used = {}  # the same -> when a reader last left
+        self.used = {}  # (generation, salt, path) -> when a reader last left
         self.generation = self.clock = 0
 
     def freed(self, node):
@@ -103,7 +106,7 @@ class RadixMachine(RuleBasedStateMachine):
     def flush(self):
         self.tree.flush()
         self.generation += 1
-        assert all(self.is_read(key) for key in self.held), "what nobody reads is gone"
+        assert all(self.is_read(key) for key in self.held), "pages without readers are freed"
 
     @invariant()
     def counts_agree(self):
@@ -115,10 +118,10 @@ class RadixMachine(RuleBasedStateMachine):
             node, *_ = self.readers.pop()
             self.tree.unlock(node)
         self.tree.evict(NUM_PAGES)
-        assert (
-            self.pages.num_free == NUM_PAGES and self.tree.num_pages == self.tree.num_unlocked == 0
-        )
-        assert not self.tree._roots, "salts come from callers: nothing of them stays"
+        assert self.pages.num_free == NUM_PAGES
+        assert self.tree.num_pages == 0
+        assert self.tree.num_unlocked == 0
+        assert self.tree.num_salts == 0, "clients choose the salts, so none may stay"
 
 
 TestRadix = RadixMachine.TestCase

@@ -1,4 +1,4 @@
-"""Decides which tokenizers the codec is tested with: small ones, trained here on the docstrings of Python's library."""
+"""Small tokenizers of each kind, trained here on the docstrings of Python's library."""
 
 import argparse
 import asyncio
@@ -19,7 +19,8 @@ from slipway.codec.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
+    "+ message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -32,7 +33,7 @@ def corpus() -> list[str]:
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As in Qwen and Llama 3."""
+    """Byte-level BPE, as in Qwen and Llama 3."""
     raw = tokenizers.Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +51,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def byte_fallback() -> tokenizers.Tokenizer:
-    """As in Llama 2."""
+    """BPE with byte fallback, as in Llama 2."""
     raw = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
@@ -77,7 +78,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 
 def metaspace(scheme: str = "always") -> tokenizers.Tokenizer:
-    """As in T5: the decoder strips the first token alone, or nothing where the scheme is "never"."""
+    """Unigram, as in T5: the decoder strips only the first token, or none with scheme "never"."""
     raw = tokenizers.Tokenizer(models.Unigram())
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -89,7 +90,7 @@ def metaspace(scheme: str = "always") -> tokenizers.Tokenizer:
 
 
 def no_decoder() -> tokenizers.Tokenizer:
-    """Whole words, joined by spaces."""
+    """Whole words joined by spaces, without a decoder."""
     words = ["<unk>", "</s>", *sorted({word for text in corpus()[:40] for word in text.split()})]
     raw = tokenizers.Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
@@ -100,7 +101,7 @@ def no_decoder() -> tokenizers.Tokenizer:
 
 
 def word_piece() -> tokenizers.Tokenizer:
-    """As in BERT: "##ing" goes on with a word, and the space before a comma is cleaned up."""
+    """WordPiece, as in BERT: "##ing" continues a word, and no space remains before a comma."""
     raw = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer(lowercase=False)
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -132,7 +133,7 @@ TOKENIZERS = {
 
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One directory per tokenizer, as transformers saves it."""
+    """One directory for each tokenizer, as transformers saves it."""
     found = {}
     for name, (build, special_tokens) in TOKENIZERS.items():
         found[name] = tmp_path_factory.mktemp(name)
@@ -153,7 +154,10 @@ def tokenizer(directory: Path) -> Tokenizer:
 
 
 def _as_llama(source: str) -> str:
-    """A trainer can reserve the byte tokens only as special ones, which a decode would leave out."""
+    """Make the byte tokens ordinary ones.
+
+    A trainer can reserve them only as special tokens, which decoding would leave out.
+    """
     config = json.loads(source) | {"pre_tokenizer": None}
     config["added_tokens"] = [
         token for token in config["added_tokens"] if not token["content"].startswith("<0x")

@@ -1,4 +1,4 @@
-"""ChatTemplate against transformers' apply_chat_template on templates of the usual kinds, and the sandbox."""
+"""Chat templates of the usual kinds against transformers' apply_chat_template; the sandbox."""
 
 import copy
 
@@ -27,7 +27,8 @@ CHATML = """\
 {%- for message in messages %}
     {%- set content = message.content if message.content is string else '' %}
     {%- if message.reasoning_content and loop.index0 > ns.last %}
-        {%- set content = '<think>' + message.reasoning_content.strip('\\n') + '</think>' + content %}
+        {%- set thought = message.reasoning_content.strip('\\n') %}
+        {%- set content = '<think>' + thought + '</think>' + content %}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + content }}
     {%- for call in message.tool_calls or [] %}
@@ -58,7 +59,9 @@ LLAMA3 = """\
     {%- endif %}
     {{- '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
 
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}
@@ -156,7 +159,7 @@ def test_content_parts(reference):
 
 
 def test_parts_are_joined_for_a_template_that_knows_none():
-    """Where transformers would print the Python list."""
+    """Unlike here, transformers would print the Python list."""
     template = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}", {})
     assert template.render(PARTS) == "[a b]"
 
@@ -240,10 +243,16 @@ def test_the_sandbox_holds(source):
     assert messages == TURNS
 
 
-@pytest.mark.parametrize("sources", [
-    {"default": "plain", "tool_use": "with tools", "rag": "{% broken"}, {"default": "plain"},
-    {"default": "a", "rag": "b"}, {"tool_use": "with tools", "rag": "b"}, {"rag": "b", "search": "c"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"default": "plain", "tool_use": "with tools", "rag": "{% broken"},
+        {"default": "plain"},
+        {"default": "a", "rag": "b"},
+        {"tool_use": "with tools", "rag": "b"},
+        {"rag": "b", "search": "c"},
+    ],
+)
 def test_templates_are_chosen_as_transformers_does(reference, sources):
     """One that no chat takes is not even compiled."""
     templates = ChatTemplates(sources, {})

@@ -1,4 +1,4 @@
-"""Conversations as clients replay them: every form of an earlier call, of its result and of a refusal."""
+"""Conversations as clients send them back: forms of calls, of their results and of refusals."""
 
 import copy
 import json
@@ -12,9 +12,12 @@ from slipway.errors import InvalidRequest
 pytestmark = pytest.mark.host
 USER = {"role": "user", "content": "hi"}
 ITEMS = ChatTemplate(
-    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% for c in m.tool_calls or [] %}{{ c.function.name }}("
-    "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }},{% endfor %}){% endfor %}{% endfor %}", {}
-)  # fmt: skip
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}("
+    "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }},{% endfor %}"
+    "){% endfor %}{% endfor %}",
+    {},
+)
 TEXT = ChatTemplate(
     "{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}", {}
 )
@@ -23,8 +26,11 @@ ANY = "messages[0].tool_calls[0].function.arguments"
 
 def called(arguments, **more):
     function = {"name": "f"} | ({} if arguments is ... else {"arguments": arguments})
-    return {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "c", "type": "function", "function": function}]} | more  # fmt: skip
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+    } | more
 
 
 @pytest.mark.parametrize("arguments", [..., None, "", " \n", "null", " null ", "{}", {}], ids=repr)
@@ -69,7 +75,8 @@ def test_older_calls_and_results_are_todays():
     before = copy.deepcopy(old)
     _, call, result = normalized(old)
     (only,) = call["tool_calls"]
-    assert only["function"] == {"name": "f", "arguments": {"a": 1}} and "function_call" not in call
+    assert only["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert "function_call" not in call
     assert (result["role"], result["tool_call_id"], result["name"]) == ("tool", only["id"], "f")
     assert ITEMS.render(old) == "user:hi;assistant:;f(a=1,)tool:2;"
     assert old == before
@@ -78,12 +85,18 @@ def test_older_calls_and_results_are_todays():
 @pytest.mark.parametrize(
     ("message", "content"),
     [
-        ({"content": None, "refusal": "no"}, "no"), ({"content": [{"type": "refusal", "refusal": "no"}]}, "no"),
+        ({"content": None, "refusal": "no"}, "no"),
+        ({"content": [{"type": "refusal", "refusal": "no"}]}, "no"),
         ({"content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]}, "ab"),
-        ({"content": "yes", "refusal": None, "audio": None, "annotations": None, "name": None}, "yes"),
-        ({"content": None, "tool_calls": []}, ""), ({"content": None, "tool_calls": None}, ""), ({}, ""),
+        (
+            {"content": "yes", "refusal": None, "audio": None, "annotations": None, "name": None},
+            "yes",
+        ),
+        ({"content": None, "tool_calls": []}, ""),
+        ({"content": None, "tool_calls": None}, ""),
+        ({}, ""),
     ],
-)  # fmt: skip
+)
 def test_what_an_assistant_may_have_said(message, content):
     assert ITEMS.render([USER, {"role": "assistant"} | message]) == f"user:hi;assistant:{content};"
 
@@ -93,13 +106,17 @@ def test_what_an_assistant_may_have_said(message, content):
     [
         ({"role": "assistant", "tool_calls": {}}, "tool_calls"),
         ({"role": "assistant", "tool_calls": [5]}, "tool_calls[0]"),
-        ({"role": "assistant", "tool_calls": [{"id": "c", "type": "function"}]}, "tool_calls[0].function"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "c", "type": "function"}]},
+            "tool_calls[0].function",
+        ),
         ({"role": "assistant", "function_call": "f"}, "function_call"),
         (called("{}", function_call={"name": "f"}), "function_call"),
-        ({"role": "function", "content": "2"}, "name"), ({"role": "tool", "content": None}, "content"),
+        ({"role": "function", "content": "2"}, "name"),
+        ({"role": "tool", "content": None}, "content"),
         ({"role": "assistant", "content": [{"type": "refusal", "refusal": 5}]}, "content[0]"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_in_a_message_is_named(message, field):
     with pytest.raises(InvalidRequest) as caught:
         normalized([USER, message])

@@ -1,4 +1,4 @@
-"""Detokenizer against the decoding of all ids at once, cut by a search that reads the text character by character."""
+"""Detokenizer against the decoding of all ids at once, cut by a naive search for stop strings."""
 
 import pytest
 import tokenizers
@@ -35,7 +35,7 @@ def cut(text: str, stop: list[str], include_stop: bool) -> str:
 
 @st.composite
 def ids_of(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
-    """Any ids: bytes that are no UTF-8, special tokens anywhere, ids beyond the vocabulary; or ids of text."""
+    """Any ids (invalid UTF-8, special tokens, ids beyond the vocabulary), or the ids of a text."""
     anything = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
     low = st.lists(
         st.integers(0, 262), max_size=8
@@ -66,9 +66,9 @@ def test_pieces_join_to_the_full_decode(tokenizer, data, skip, include_stop):
     detokenizer = Detokenizer(tokenizer, stop, include_stop, skip)
     assert "".join(released(detokenizer, ids)) == detokenizer.text == cut(full, stop, include_stop)
     assert detokenizer.stopped == first_stop(full, stop)
-    assert detokenizer.finish() == "" and (
-        detokenizer.stopped is None or detokenizer.add(ids[0]) == ""
-    )
+    assert detokenizer.finish() == ""
+    if detokenizer.stopped is not None:
+        assert detokenizer.add(ids[0]) == ""
 
 
 @THOROUGH
@@ -87,7 +87,7 @@ def test_follows_a_prompt(tokenizer, data, skip):
 @THOROUGH
 @given(data=st.data(), skip=st.booleans())
 def test_a_text_can_be_cut_anywhere(tokenizer, data, skip):
-    """The prompt's certain text and the completion are the whole text, also where half a character is the prompt's."""
+    """The texts of prompt and completion, joined, are the whole text for every cut."""
     text = data.draw(st.text("ab é日😀", max_size=12))
     ids = tokenizer.encode(text)
     cut_at = data.draw(st.integers(0, len(ids)))
@@ -97,7 +97,8 @@ def test_a_text_can_be_cut_anywhere(tokenizer, data, skip):
     told = "".join(
         released(Detokenizer(tokenizer, (), False, skip, prompt=ids[:cut_at]), ids[cut_at:])
     )
-    assert full.endswith(told) and len(told) <= len(full) - len(certain)
+    assert full.endswith(told)
+    assert len(told) <= len(full) - len(certain)
     if is_unfinished(tokenizer, ids[:cut_at], skip) or not full.startswith(
         tokenizer.decode(ids[:cut_at], skip)
     ):
@@ -119,7 +120,7 @@ def is_unfinished(tokenizer: Tokenizer, ids: list[int], skip: bool) -> bool:
 
 
 def begins_character(tail: bytes) -> bool:
-    """Whether these bytes, a lead byte first, are the beginning of a character and not all of it."""
+    """Whether these bytes, which begin with a lead byte, are an incomplete character."""
     fills = (b"\x80", b"\x90", b"\xa0", b"\xbf", b"\x9f", b"\x8f")
     size = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}.get(tail[0] >> 4, 0)
     if not len(tail) < size:
@@ -134,9 +135,13 @@ def begins_character(tail: bytes) -> bool:
 
 
 SPACED = [
-    ("byte_fallback", "it", "▁the"), ("metaspace", "it", "▁the"), ("metaspace_first", "it", "▁the"),
-    ("metaspace_never", "it", "▁the"), ("word_piece", "it", "the"), ("no_decoder", "it", "the"),
-]  # fmt: skip
+    ("byte_fallback", "it", "▁the"),
+    ("metaspace", "it", "▁the"),
+    ("metaspace_first", "it", "▁the"),
+    ("metaspace_never", "it", "▁the"),
+    ("word_piece", "it", "the"),
+    ("no_decoder", "it", "the"),
+]
 
 
 @pytest.mark.parametrize(("name", "prompt", "token"), SPACED)
@@ -146,7 +151,8 @@ def test_the_first_token_keeps_its_space(directories, name, prompt, token):
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     assert "".join(released(Detokenizer(tokenizer, prompt=ids), [word, word])) == " the the"
     stopped = Detokenizer(tokenizer, [" the"], prompt=ids)
-    assert "".join(released(stopped, [word])) == "" and stopped.stopped == " the"
+    assert "".join(released(stopped, [word])) == ""
+    assert stopped.stopped == " the"
     if tokenizer.bos_token_id is not None:  # which has no text: the completion is all of it
         assert (
             "".join(released(Detokenizer(tokenizer, prompt=[tokenizer.bos_token_id]), [word]))
@@ -197,11 +203,22 @@ def test_bytes_of_tokens_join_to_the_text(tokenizer, data):
 
 def test_bytes_of_single_tokens(directories):
     wanted = {
-        "byte_fallback": {"<0xF0>": b"\xf0", "▁the": b" the", "t": b"t", "▁": b" ", "</s>": b"</s>"},
+        "byte_fallback": {
+            "<0xF0>": b"\xf0",
+            "▁the": b" the",
+            "t": b"t",
+            "▁": b" ",
+            "</s>": b"</s>",
+        },
         "metaspace": {"▁the": b" the", "</s>": b"</s>"},
         "word_piece": {"##ing": b"ing", "the": b" the"},
-        "byte_level": {"Ġthe": b" the", "ð": b"\xf0", "naïve tag": "naïve tag".encode(), "<|im_end|>": b"<|im_end|>"},
-    }  # fmt: skip
+        "byte_level": {
+            "Ġthe": b" the",
+            "ð": b"\xf0",
+            "naïve tag": "naïve tag".encode(),
+            "<|im_end|>": b"<|im_end|>",
+        },
+    }
     for name, tokens in wanted.items():
         tokenizer = Tokenizer.load(directories[name])
         assert {
@@ -212,7 +229,7 @@ def test_bytes_of_single_tokens(directories):
 @THOROUGH
 @given(data=st.data())
 def test_holds_back_only_what_is_undecided(tokenizer, data):
-    """Without byte tokens nothing is pending, so what is missing is just the tail that a stop string could claim."""
+    """Without byte tokens, only an end that may begin a stop string is held back."""
     ids = tokenizer.encode(data.draw(st.text("thear ", max_size=30)), False)
     stop = data.draw(st.lists(st.text("the ", min_size=1, max_size=4), max_size=3))
     detokenizer = Detokenizer(tokenizer, stop)
@@ -228,11 +245,11 @@ def test_holds_back_only_what_is_undecided(tokenizer, data):
 def test_characters_come_whole(directories):
     tokenizer = Tokenizer.load(directories["byte_level"])
     detokenizer = Detokenizer(tokenizer)
-    emoji = [
-        tokenizer.raw.token_to_id(token) for token in "ðŁĳį"
-    ]  # the bytes of one character, one token each
+    # the bytes of one character, one token each
+    emoji = [tokenizer.raw.token_to_id(token) for token in "ðŁĳį"]
     assert [detokenizer.add(i) for i in emoji] == ["", "", "", "👍"]
-    assert detokenizer.add(emoji[0]) == "" and detokenizer.finish() == "\ufffd"
+    assert detokenizer.add(emoji[0]) == ""
+    assert detokenizer.finish() == "\ufffd"
 
 
 def test_a_run_of_byte_tokens_waits_for_its_last(directories):
@@ -290,4 +307,5 @@ def test_automaton(stop, text):
     found = first_stop(text, stop)
     assert (found is None) == (end is None)
     if end is not None:
-        assert stops.complete[state] == found and end == text.index(found) + len(found)
+        assert stops.complete[state] == found
+        assert end == text.index(found) + len(found)

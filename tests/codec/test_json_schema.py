@@ -1,4 +1,4 @@
-"""References in schemas of tools and structures: each leads to what it leads to where the schema stands alone."""
+"""References in schemas of tools and structures, which resolve as in the schema by itself."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ FITS, MISSES = {"p": {"x": 1}}, ({"p": {"x": "1"}}, {"p": 1}, {"p": {}})
 
 
 def holder(reference, **more):
-    """A schema of an object whose only property is a reference."""
+    """Schema of an object with one property, which is a reference."""
     return {
         "type": "object",
         "properties": {"p": reference},
@@ -47,23 +47,42 @@ REFERENCES = {
     "$defs": to("#/$defs/P", **{"$defs": {"P": POINT}}),
     "definitions": to("#/definitions/P", definitions={"P": POINT}),
     "draft 7": to("#/definitions/P", definitions={"P": POINT}, **{"$schema": DRAFT_7}),
-    "another property": holder({"$ref": "#/properties/q"}) | {
-        "properties": {"p": {"$ref": "#/properties/q"}, "q": POINT}},
-    "an item of a list": to("#/$defs/L/anyOf/1", **{"$defs": {"L": {"anyOf": [{"type": "null"}, POINT]}}}),
+    "another property": holder({"$ref": "#/properties/q"})
+    | {"properties": {"p": {"$ref": "#/properties/q"}, "q": POINT}},
+    "an item of a list": to(
+        "#/$defs/L/anyOf/1", **{"$defs": {"L": {"anyOf": [{"type": "null"}, POINT]}}}
+    ),
     "an anchor": to("#P", **{"$defs": {"P": POINT | {"$anchor": "P"}}}),
-    "the root's $id": to("https://a.example/tool#/$defs/P", **{"$id": "https://a.example/tool", "$defs": {"P": POINT}}),
-    "within the root's $id": to("#/$defs/P", **{"$id": "https://a.example/tool", "$defs": {"P": POINT}}),
-    "relative to the root's $id": to("p", **{"$id": "https://a.example/t", "$defs": {"P": POINT | {"$id": "p"}}}),
-    "an inner $id": to("urn:p", **{"$defs": {
-        "P": {"$id": "urn:p", "$ref": "#/$defs/Q", "$defs": {"Q": POINT}}, "Q": {"type": "null"}}}),
+    "the root's $id": to(
+        "https://a.example/tool#/$defs/P",
+        **{"$id": "https://a.example/tool", "$defs": {"P": POINT}},
+    ),
+    "within the root's $id": to(
+        "#/$defs/P", **{"$id": "https://a.example/tool", "$defs": {"P": POINT}}
+    ),
+    "relative to the root's $id": to(
+        "p", **{"$id": "https://a.example/t", "$defs": {"P": POINT | {"$id": "p"}}}
+    ),
+    "an inner $id": to(
+        "urn:p",
+        **{
+            "$defs": {
+                "P": {"$id": "urn:p", "$ref": "#/$defs/Q", "$defs": {"Q": POINT}},
+                "Q": {"type": "null"},
+            }
+        },
+    ),
     "escapes": to("#/$defs/a~1b~0c%25d%20e", **{"$defs": {"a/b~c%d e": POINT}}),
-    "beside a description": holder({"$ref": "#/$defs/P", "description": "d", "default": {"x": 0}},
-                                   **{"$defs": {"P": POINT}}),
+    "beside a description": holder(
+        {"$ref": "#/$defs/P", "description": "d", "default": {"x": 0}}, **{"$defs": {"P": POINT}}
+    ),
     "the whole is a reference": {"$ref": "#/$defs/T", "$defs": {"T": to("#/$defs/P"), "P": POINT}},
-    "data that looks like one": to("#/$defs/P", **{"$defs": {"P": POINT}, "default": {"$ref": "#/nowhere"}}),
-    "a property of that name": to("#/properties/$ref") | {
-        "properties": {"p": {"$ref": "#/properties/$ref"}, "$ref": POINT}},
-}  # fmt: skip
+    "data that looks like one": to(
+        "#/$defs/P", **{"$defs": {"P": POINT}, "default": {"$ref": "#/nowhere"}}
+    ),
+    "a property of that name": to("#/properties/$ref")
+    | {"properties": {"p": {"$ref": "#/properties/$ref"}, "$ref": POINT}},
+}
 UNENCODED = {
     name: to(f"#/$defs/{name}", **{"$defs": {name: POINT}})
     for name in ("Box[int]", "Ämter", "a b", "L«T»")
@@ -163,8 +182,12 @@ def test_definitions_of_one_name_are_each_tools_own():
 
 
 def test_a_schema_may_hold_itself():
-    node = {"type": "object", "properties": {"n": {"type": "integer"}, "c": {"type": "array", "items": {"$ref": "#"}}},
-            "required": ["n", "c"], "additionalProperties": False}  # fmt: skip
+    node = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}, "c": {"type": "array", "items": {"$ref": "#"}}},
+        "required": ["n", "c"],
+        "additionalProperties": False,
+    }
     validator = jsonschema_rs.validator_for(node)
     leaf = {"n": 1, "c": []}
     for value in (
@@ -194,22 +217,37 @@ def test_constraints_beside_a_reference_hold():
 def test_references_that_lead_to_nothing_but_themselves_are_refused(given):
     with pytest.raises(InvalidRequest) as caught:
         forced([("f", given)])
-    assert caught.value.field == "tools[0].function.parameters" and "/$ref" in str(caught.value)
+    assert caught.value.field == "tools[0].function.parameters"
+    assert "/$ref" in str(caught.value)
     with pytest.raises(InvalidRequest):
         StructuredOutputs(json=given)
 
 
 PROBLEMS = {
     "a keyword": (holder({"not": {}}), 'Unimplemented keys: ["not"]', "#/properties/p/not"),
-    "a keyword, not a property": ({"properties": {"if": {"if": {}}}}, 'Unimplemented keys: ["if"]',
-                                  "#/properties/if/if"),
-    "a pointer": (to("#/$defs/Q%20R"), "Pointer '/$defs/Q R' does not exist", "#/properties/p/$ref"),
+    "a keyword, not a property": (
+        {"properties": {"if": {"if": {}}}},
+        'Unimplemented keys: ["if"]',
+        "#/properties/if/if",
+    ),
+    "a pointer": (
+        to("#/$defs/Q%20R"),
+        "Pointer '/$defs/Q R' does not exist",
+        "#/properties/p/$ref",
+    ),
     "a value": (holder({"type": "unicorn"}), "Invalid type: unicorn", "#/properties/p/type"),
-    "a word": (holder({"minimum": 5, "maximum": 1}), "minimum (5) is greater than maximum (1)",
-               "#/properties/p/minimum"),
-    "an escaped name": ({"$defs": {"a/b": {"not": {}}}}, 'Unimplemented keys: ["not"]', "#/$defs/a~1b/not"),
+    "a word": (
+        holder({"minimum": 5, "maximum": 1}),
+        "minimum (5) is greater than maximum (1)",
+        "#/properties/p/minimum",
+    ),
+    "an escaped name": (
+        {"$defs": {"a/b": {"not": {}}}},
+        'Unimplemented keys: ["not"]',
+        "#/$defs/a~1b/not",
+    ),
     "nothing": (POINT, "Too complex", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -221,12 +259,15 @@ def test_a_problem_is_located(name):
 TAGGED = {
     "type": "object",
     "properties": {
-        "name": {"$ref": "#/$defs/Name"}, "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-        "kind": {"enum": ["1", "2"]}, "count": {"$ref": "#/$defs/Count"}, "either": {"type": ["integer", "string"]},
+        "name": {"$ref": "#/$defs/Name"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "kind": {"enum": ["1", "2"]},
+        "count": {"$ref": "#/$defs/Count"},
+        "either": {"type": ["integer", "string"]},
         "point": {"$ref": "#/$defs/P"},
     },
     "$defs": {"Name": {"type": "string"}, "Count": {"type": "integer"}, "P": POINT},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Offsets of tokens against the decoding of all tokens before each, and against the characters that bytes make."""
+"""Offsets of tokens against the decoded text before each token, and against whole characters."""
 
 from collections.abc import Sequence
 
@@ -29,11 +29,9 @@ def test_an_offset_is_the_length_of_the_text_before(tokenizer, data, skip):
     ids = data.draw(st.one_of(anything, TEXTS.map(tokenizer.encode)))
     full = tokenizer.decode(ids, skip)
     found = offsets_of(tokenizer, ids, skip=skip)
-    assert (
-        len(found) == len(ids)
-        and found == sorted(found)
-        and all(0 <= at <= len(full) for at in found)
-    )
+    assert len(found) == len(ids)
+    assert found == sorted(found)
+    assert all(0 <= at <= len(full) for at in found)
     for number, at in enumerate(found):
         before = tokenizer.decode(ids[:number], skip)
         if full.startswith(before) and not before.endswith("\ufffd"):
@@ -75,21 +73,22 @@ def test_offsets_wait_only_for_what_may_change_them(directories):
     word, bad = tokenizer.raw.token_to_id("▁the"), tokenizer.raw.token_to_id("<0xFF>")
     offsets = Offsets(tokenizer.token_texts(True), [word], start=7)
     assert [*map(offsets.push, [first, *others, first, *others])] == [[]] * 6
-    assert offsets.push(word) == [7, 7, 7, 8, 8, 8, 9] and offsets.push(word) == [13]
-    assert offsets.push(first) == [] and offsets.push(bad) == [] and offsets.finish() == [17, 18]
+    assert offsets.push(word) == [7, 7, 7, 8, 8, 8, 9]
+    assert offsets.push(word) == [13]
+    assert offsets.push(first) == []
+    assert offsets.push(bad) == []
+    assert offsets.finish() == [17, 18]
 
 
 @pytest.mark.parametrize(
     "text", ["it is", "a<|im_end|>b</s>c", "日</s>é is", " 😀  [SEP] the names", "  two\n"]
 )
 def test_offsets_of_a_prompts_tokens_are_in_its_text(tokenizer, text):
-    """What a tokenizer adds has no width; a token with a text of its own is found at its offset."""
+    """An added token has no width; a token with a text of its own is found at its offset."""
     ids, found = tokenizer.encode(text), tokenizer.offsets(text)
-    assert (
-        len(found) == len(ids)
-        and found == sorted(found)
-        and all(0 <= at <= len(text) for at in found)
-    )
+    assert len(found) == len(ids)
+    assert found == sorted(found)
+    assert all(0 <= at <= len(text) for at in found)
     for at, token in zip(found, ids):
         told = tokenizer.decode([token], skip_special_tokens=False).strip()
         if told and told in text and token not in tokenizer.special_ids:

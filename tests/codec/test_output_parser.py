@@ -1,4 +1,4 @@
-"""Answers of every family, cut at every character: the parts are the same, and nothing is given too early or lost."""
+"""Outputs of each model family, cut at each character: same parts, none too early, none lost."""
 
 import json
 
@@ -9,10 +9,16 @@ from slipway.errors import InvalidConfig
 
 pytestmark = pytest.mark.host
 TOOLS = {
-    "get_weather": {"type": "object", "properties": {
-        "city": {"type": "string"}, "days": {"type": "integer"}, "units": {"type": "array"}}},
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "units": {"type": "array"},
+        },
+    },
     "stop": {"type": "object", "properties": {}},
-}  # fmt: skip
+}
 WEATHER = {"city": "Zürich", "days": 3}
 
 
@@ -24,12 +30,14 @@ CASES = {
     "text": ("qwen3", "Just <b>text</b>, 3 < 4.", [("content", "Just <b>text</b>, 3 < 4.")]),
     "a call": (
         "hermes",
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}\n</tool_call>',
+        '<tool_call>\n{"name": "get_weather", "arguments": '
+        '{"city": "Zürich", "days": 3}}\n</tool_call>',
         [call("get_weather", WEATHER)],
     ),
     "text and two calls": (
         "hermes",
-        'Let me see.\n<tool_call>{"name": "stop", "arguments": {}}</tool_call>\n<tool_call>{"name": "get_weather", '
+        'Let me see.\n<tool_call>{"name": "stop", "arguments": {}}</tool_call>\n'
+        '<tool_call>{"name": "get_weather", '
         '"arguments": {"city": "</tool", "days": 1}}</tool_call>',
         [
             ("content", "Let me see.\n"),
@@ -40,7 +48,8 @@ CASES = {
     ),
     "thought, text, call": (
         "qwen3",
-        '<think>\nIt <may> rain.\n</think>\n\nSo:<tool_call>{"name": "stop", "arguments": {}}</tool_call>',
+        "<think>\nIt <may> rain.\n</think>\n\nSo:"
+        '<tool_call>{"name": "stop", "arguments": {}}</tool_call>',
         [("reasoning", "It <may> rain.\n"), ("content", "So:"), call("stop", {})],
     ),
     "a call that is none": (
@@ -63,7 +72,8 @@ CASES = {
     "white space, half a mark": ("qwen3", " <thin", [("content", " <thin")]),
     "white space, a call that is none": (
         "hermes",
-        ' <tool_call>no</tool_call> <tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>x</tool_call>',
+        " <tool_call>no</tool_call> "
+        '<tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>x</tool_call>',
         [
             ("content", " <tool_call>no</tool_call> "),
             call("stop", {}),
@@ -83,7 +93,8 @@ CASES = {
     "a mark that is none": ("qwen3", "a <tool_cal> b <thin", [("content", "a <tool_cal> b <thin")]),
     "tagged calls": (
         "qwen3_coder",
-        "<tool_call>\n<function=get_weather>\n<parameter=city>\nZürich\nHB\n</parameter>\n<parameter=days>\n3\n"
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nZürich\nHB\n</parameter>\n"
+        "<parameter=days>\n3\n"
         '</parameter>\n<parameter=units>\n["C"]\n</parameter>\n</function>\n</tool_call>',
         [call("get_weather", {"city": "Zürich\nHB", "days": 3, "units": ["C"]})],
     ),
@@ -148,7 +159,8 @@ def test_parts_are_the_same_however_the_text_is_cut(name):
 def test_only_what_might_be_a_mark_is_held_back():
     parser = OutputParser(FAMILIES["qwen3"], TOOLS)
     assert parser.push("ab<") == [OutputPart("content", "ab")]
-    assert parser.push("tool") == [] and parser.push("s") == [OutputPart("content", "<tools")]
+    assert parser.push("tool") == []
+    assert parser.push("s") == [OutputPart("content", "<tools")]
     assert parser.push("<think>x</") == [OutputPart("reasoning", "x")]
 
 
@@ -161,9 +173,13 @@ def test_without_tools_calls_are_text_and_without_reasons_so_is_thought():
 
 def test_a_family_is_found_by_its_template():
     cases = {
-        "<tool_call> <function= <think>": "qwen3_coder", "<tool_call>": "hermes", "<tool_call><think>": "qwen3",
-        "<think>": "deepseek_r1", "<|python_tag|>": "llama3", "": "plain",
-    }  # fmt: skip
+        "<tool_call> <function= <think>": "qwen3_coder",
+        "<tool_call>": "hermes",
+        "<tool_call><think>": "qwen3",
+        "<think>": "deepseek_r1",
+        "<|python_tag|>": "llama3",
+        "": "plain",
+    }
     for template, name in cases.items():
         assert family("auto", template) is FAMILIES[name]
     assert (

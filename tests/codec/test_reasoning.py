@@ -1,4 +1,4 @@
-"""Grammars that begin where reasoning ends, budgets, structural tags; marks that are tokens, marks that are text."""
+"""Grammars after reasoning, budgets and structural tags, with marker tokens and marker texts."""
 
 from pathlib import Path
 
@@ -51,11 +51,16 @@ def thinking(opened, budget=None):
 ANSWERS = {
     "choice": (StructuredOutputs(choice=("yes", "no")), "yes", "perhaps"),
     "regex": (StructuredOutputs(regex="[ab]{2}"), "ab", "abc"),
-    "json": (StructuredOutputs(json={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
-             '{"a": 1}', '{"a": "b"}'),
+    "json": (
+        StructuredOutputs(
+            json={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        ),
+        '{"a": 1}',
+        '{"a": "b"}',
+    ),
     "lark": (StructuredOutputs(grammar='start: "x" other\nother: "y"'), "xy", "yx"),
     "ebnf": (StructuredOutputs(grammar='root ::= [0-9] "z"'), "5z", "z"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -73,16 +78,13 @@ def test_a_structure_begins_where_reasoning_ends(kind, name):
                 kind, f"<think>{thought}</think>{line}{misses}", structure, thinking(False)
             )
     assert accepts(kind, fits, structure, thinking(False)), "it may answer at once"
-    assert not accepts(kind, fits, structure, thinking(True)) and not accepts(
-        kind, "<think>", structure
-    )
-    assert not accepts(kind, f"<think>{fits}", structure, thinking(False)), (
-        "reasoning owes its end, and the answer"
-    )
+    assert not accepts(kind, fits, structure, thinking(True))
+    assert not accepts(kind, "<think>", structure)
+    assert not accepts(kind, f"<think>{fits}", structure, thinking(False)), "reasoning must end"
 
 
 def said(kind, walk, text, most=60):
-    """What comes where the model says ``text`` as far as it may, and what it must otherwise."""
+    """Return the output of a model that says ``text`` wherever the constraint allows it."""
     tokenizer, found = TOKENIZERS[kind], []
     wanted = iter(tokenizer.encode(text, add_special_tokens=False))
     token = next(wanted)
@@ -118,7 +120,8 @@ def test_a_budget_forces_the_end(kind):
     walk = GRAMMARS[kind].matcher(None, thinking(True, 20))
     assert said(kind, walk, " a</think> b c") == " a</think> b c", "an end of its own is the end"
     walk = GRAMMARS[kind].matcher(StructuredOutputs(choice=("yes",)), thinking(True, 1))
-    assert said(kind, walk, " ayes") == " a</think>yes" and walk.is_done
+    assert said(kind, walk, " ayes") == " a</think>yes"
+    assert walk.is_done
 
 
 def test_an_end_that_was_half_said_is_said_again():
@@ -127,10 +130,12 @@ def test_an_end_that_was_half_said_is_said_again():
 
 
 MARKED = {
-    "choice": {"choice": ("a</tool_call>", "a<tool_call>b")}, "regex": {"regex": "a</tool_call>"},
-    "json": {"json": {"const": "a</tool_call>b"}}, "ebnf": {"grammar": 'root ::= "a" "<tool_call>"'},
+    "choice": {"choice": ("a</tool_call>", "a<tool_call>b")},
+    "regex": {"regex": "a</tool_call>"},
+    "json": {"json": {"const": "a</tool_call>b"}},
+    "ebnf": {"grammar": 'root ::= "a" "<tool_call>"'},
     "lark": {"grammar": 'start: "a" "<tool_call>"'},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("before", [None, thinking(True)], ids=["at once", "after reasoning"])
@@ -149,13 +154,14 @@ def test_marks_within_texts_do_not_end_the_output(name, before):
 
 
 TAGS = {
-    "type": "structural_tag", "triggers": ["<tool_call>", "<function="],
+    "type": "structural_tag",
+    "triggers": ["<tool_call>", "<function="],
     "structures": [
         {"begin": "<tool_call>\n", "schema": {"enum": [1, 2]}, "end": "\n</tool_call>"},
         {"begin": "<function=add>", "schema": {"type": "integer"}, "end": "</function>"},
         {"begin": "<function=stop>", "schema": {"const": {}}, "end": ""},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -191,27 +197,54 @@ TRIGGERED = {
     "tags": [CALL, CALL | {"begin": "<do>"}],
 }
 TRUE_CALL = "<call>true</call>"
-FORMATS: list[tuple[dict, list[str], list[str]]] = [  # a format, texts that it has and texts that it has not
+FORMATS: list[
+    tuple[dict, list[str], list[str]]
+] = [  # a format, texts that it has and texts that it has not
     ({"type": "const_string", "value": 'a"b'}, ['a"b'], ["a", 'a"bc']),
     ({"type": "regex", "pattern": "[0-9]{2}"}, ["12"], ["1", "123"]),
     ({"type": "grammar", "grammar": 'root ::= "(" root ")" | [x-z]'}, ["((y))"], ["(y", "w"]),
     (ANY, ["", "all\n<call> of it"], []),
-    ({"type": "sequence", "elements": [TRUE, {"type": "const_string", "value": ";"}, ANY]}, ["true; x"], ["true x"]),
+    (
+        {"type": "sequence", "elements": [TRUE, {"type": "const_string", "value": ";"}, ANY]},
+        ["true; x"],
+        ["true x"],
+    ),
     ({"type": "or", "elements": [TRUE, CALL]}, ["true", TRUE_CALL], ["<call>", f"true{TRUE_CALL}"]),
     ({"type": "optional", "content": CALL}, ["", TRUE_CALL], [2 * TRUE_CALL]),
     ({"type": "plus", "content": CALL}, [TRUE_CALL, 3 * TRUE_CALL], [""]),
-    ({"type": "repeat", "min": 2, "max": 3, "content": CALL}, [2 * TRUE_CALL, 3 * TRUE_CALL],
-     [TRUE_CALL, 4 * TRUE_CALL]),
-    (CALL | {"content": ANY, "end": ["</call>", "</done>"]}, ["<call>x</done>", "<call></call>"],
-     ["<call>x", "<call></call>x"]),
+    (
+        {"type": "repeat", "min": 2, "max": 3, "content": CALL},
+        [2 * TRUE_CALL, 3 * TRUE_CALL],
+        [TRUE_CALL, 4 * TRUE_CALL],
+    ),
+    (
+        CALL | {"content": ANY, "end": ["</call>", "</done>"]},
+        ["<call>x</done>", "<call></call>"],
+        ["<call>x", "<call></call>x"],
+    ),
     (CALLS, ["", TRUE_CALL, f"<do>true</call>, {TRUE_CALL}"], [2 * TRUE_CALL, f"{TRUE_CALL}, "]),
-    (CALLS | {"at_least_one": True, "stop_after_first": True}, [TRUE_CALL], ["", f"{TRUE_CALL}, {TRUE_CALL}"]),
-    (TRIGGERED, ["", "so", f"so {TRUE_CALL} and <do>true</call> on"], ["so <call>1", "<d", "<call>true"]),
+    (
+        CALLS | {"at_least_one": True, "stop_after_first": True},
+        [TRUE_CALL],
+        ["", f"{TRUE_CALL}, {TRUE_CALL}"],
+    ),
+    (
+        TRIGGERED,
+        ["", "so", f"so {TRUE_CALL} and <do>true</call> on"],
+        ["so <call>1", "<d", "<call>true"],
+    ),
     (TRIGGERED | {"at_least_one": True}, [f"so {TRUE_CALL} on"], ["so"]),
-    (TRIGGERED | {"at_least_one": True, "stop_after_first": True}, [f"so {TRUE_CALL}"], ["so", f"{TRUE_CALL} on"]),
-    (CALL | {"content": {"type": "sequence", "elements": [TRUE, CALL | {"content": ANY}]}},
-     ["<call>true<call>a <b></call></call>"], ["<call>true<call>a</call>"]),
-]  # fmt: skip
+    (
+        TRIGGERED | {"at_least_one": True, "stop_after_first": True},
+        [f"so {TRUE_CALL}"],
+        ["so", f"{TRUE_CALL} on"],
+    ),
+    (
+        CALL | {"content": {"type": "sequence", "elements": [TRUE, CALL | {"content": ANY}]}},
+        ["<call>true<call>a <b></call></call>"],
+        ["<call>true<call>a</call>"],
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -225,25 +258,56 @@ def test_formats(kind, given, inside, outside):
 
 
 BAD = {
-    "structural_tag": [{}, [], "x", {"structures": [], "triggers": [], "more": 1}, {"format": {}, "triggers": []}],
-    "structural_tag.format.type": [{"format": 5}, {"format": {}}, {"format": {"type": "token", "token": 5}}],
+    "structural_tag": [
+        {},
+        [],
+        "x",
+        {"structures": [], "triggers": [], "more": 1},
+        {"format": {}, "triggers": []},
+    ],
+    "structural_tag.format.type": [
+        {"format": 5},
+        {"format": {}},
+        {"format": {"type": "token", "token": 5}},
+    ],
     "structural_tag.format.value": [{"format": {"type": "const_string"}}],
-    "structural_tag.format.style": [{"format": {"type": "json_schema", "json_schema": True, "style": "qwen_xml"}}],
+    "structural_tag.format.style": [
+        {"format": {"type": "json_schema", "json_schema": True, "style": "qwen_xml"}}
+    ],
     "structural_tag.format.elements": [{"format": {"type": "or", "elements": []}}],
     "structural_tag.format.elements[0]": [{"format": {"type": "sequence", "elements": [ANY, ANY]}}],
     "structural_tag.format.stop_after_first": [
-        {"format": {"type": "tags_with_separator", "tags": [CALL], "separator": "", "stop_after_first": 1}}
+        {
+            "format": {
+                "type": "tags_with_separator",
+                "tags": [CALL],
+                "separator": "",
+                "stop_after_first": 1,
+            }
+        }
     ],
-    "structural_tag.format.tags[0].type": [{"format": {"type": "tags_with_separator", "tags": [ANY], "separator": ""}}],
+    "structural_tag.format.tags[0].type": [
+        {"format": {"type": "tags_with_separator", "tags": [ANY], "separator": ""}}
+    ],
     "structural_tag.format.end": [{"format": CALL | {"end": []}}, {"format": CALL | {"end": [5]}}],
     "structural_tag.format.content": [{"format": {"type": "star", "content": ANY}}],
     "structural_tag.format": [{"format": {"type": "repeat", "min": 2, "max": 1, "content": TRUE}}],
     "structural_tag.at_least_one": [TAGS | {"at_least_one": 1}],
-    "structural_tag.triggers": [TAGS | {"triggers": []}, TAGS | {"triggers": [""]}, TAGS | {"triggers": 5}],
-    "structural_tag.structures": [TAGS | {"structures": []}, TAGS | {"structures": TAGS["structures"] * 43}],
-    "structural_tag.structures[0]": [TAGS | {"structures": [5]}, TAGS | {"structures": [{"begin": "<function="}]}],
+    "structural_tag.triggers": [
+        TAGS | {"triggers": []},
+        TAGS | {"triggers": [""]},
+        TAGS | {"triggers": 5},
+    ],
+    "structural_tag.structures": [
+        TAGS | {"structures": []},
+        TAGS | {"structures": TAGS["structures"] * 43},
+    ],
+    "structural_tag.structures[0]": [
+        TAGS | {"structures": [5]},
+        TAGS | {"structures": [{"begin": "<function="}]},
+    ],
     "structural_tag.structures[0].begin": [TAGS | {"triggers": ["<x"]}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

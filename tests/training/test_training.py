@@ -1,4 +1,4 @@
-"""The training recipe: data, tokenizer, model, resume and export, on a model of a few thousand parameters."""
+"""Training of a model of a few thousand parameters: data, tokenizer, model, resume, export."""
 
 from pathlib import Path
 
@@ -179,7 +179,7 @@ def test_exported_tensors_start_on_64_bytes(tmp_path: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     trainer: Trainer, tokens: Tokens, tmp_path: Path
 ) -> None:
-    """Bit for bit: parameters and optimizer state after six steps, and after three, a checkpoint, and three more."""
+    """A resumed run equals an uninterrupted one of six steps bit for bit, optimizer state included."""
     batches = Batches(tokens, RUN.seed, RUN.context, RUN.rows_per_batch)
     whole = _advance(trainer, trainer.start(), batches, until=6)
     with Checkpoints(tmp_path) as checkpoints:
