@@ -177,6 +177,11 @@ class AsyncEngine:
         """Drop the cached prefixes; return the number of pages freed."""
         return await self._ask(self._engine.flush)
 
+    @property
+    def error(self) -> BaseException | None:
+        """Error that stopped the engine; None while it runs."""
+        return self._error
+
     def close(self) -> None:
         """End all requests, stop the thread and free the device's memory."""
         self._commands.put(None)

@@ -1,4 +1,4 @@
-"""The engine behind an event loop: what arrives is what generate gives, in pieces, whoever comes, goes or hangs up."""
+"""Asynchronous engine: streamed deltas, limits, aborts, failures and several event loops."""
 
 import asyncio
 import dataclasses
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from slipway.async_engine import AsyncEngine
+from slipway.engine.engine import Engine
 from slipway.engine.params import SamplingParams
 from slipway.errors import EngineBusy, EngineDead, InvalidRequest
 from slipway.llm import LLM
@@ -18,7 +19,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=
 
 @pytest.fixture
 def launch(tiny):
-    """A function that starts an engine; all are closed in the end, and must be left without work or pages."""
+    """Function that starts an engine; all are closed, and must be without work or pages then."""
     started = []
 
     def start(**options):
@@ -28,7 +29,7 @@ def launch(tiny):
 
     yield start
     for engine in started:
-        if engine._error is None:
+        if engine.error is None:
             snapshot = asyncio.run(engine.stats())
             assert (snapshot.running, snapshot.waiting, snapshot.pages_used) == (0, 0, 0)
         engine.close()
@@ -40,7 +41,7 @@ def prompts(count, seed=0):
 
 
 async def collect(engine, prompt, params=GREEDY, **options):
-    """The deltas of each sample put together, and the last item."""
+    """Return the joined deltas of each sample, and the last item."""
     texts, ids, logprobs, last = {}, {}, {}, None
     async for last in engine.generate(prompt, params, **options):
         for sample in last.outputs:
@@ -53,7 +54,13 @@ async def collect(engine, prompt, params=GREEDY, **options):
 def test_deltas_add_up_to_what_generate_gives(launch, llm):
     asked = prompts(12)
     params = [
-        dataclasses.replace(GREEDY, n=1 + i % 3, temperature=float(i % 2), seed=i, max_tokens=3 + 5 * (i % 4))
+        dataclasses.replace(
+            GREEDY,
+            n=1 + i % 3,
+            temperature=float(i % 2),
+            seed=i,
+            max_tokens=3 + 5 * (i % 4),
+        )
         for i in range(12)
     ]
     expected = llm.generate(asked, params, use_tqdm=False)
@@ -63,9 +70,12 @@ def test_deltas_add_up_to_what_generate_gives(launch, llm):
         return await asyncio.gather(*(collect(engine, *each) for each in zip(asked, params)))
 
     for (texts, ids, logprobs, last), output in zip(asyncio.run(run()), expected):
-        assert last.finished and [s.finish_reason for s in last.outputs] == [s.finish_reason for s in output.outputs]
+        assert last.finished
+        reasons = [sample.finish_reason for sample in output.outputs]
+        assert [sample.finish_reason for sample in last.outputs] == reasons
         for sample in output.outputs:
-            assert texts[sample.index] == sample.text and ids[sample.index] == sample.token_ids
+            assert texts[sample.index] == sample.text
+            assert ids[sample.index] == sample.token_ids
             assert len(logprobs[sample.index]) == len(sample.token_ids)
             for one, other in zip(logprobs[sample.index], sample.logprobs):
                 assert one.keys() == other.keys()
@@ -87,7 +97,8 @@ def test_deltas_hold_as_many_tokens_as_the_interval_says(tiny, llm):
 
     deltas = asyncio.run(run())
     engine.close()
-    assert [len(delta.token_ids) for delta in deltas] == [1, 4, 4, 3], "the first and the last at once"
+    sizes = [len(delta.token_ids) for delta in deltas]
+    assert sizes == [1, 4, 4, 3], "the first and the last at once"
     assert [token for delta in deltas for token in delta.token_ids] == expected.outputs[0].token_ids
     assert "".join(delta.text for delta in deltas) == expected.outputs[0].text
 
@@ -99,7 +110,7 @@ def test_leaving_early_frees_the_pages(launch):
         async for output in engine.generate([5, 6, 7], dataclasses.replace(GREEDY, max_tokens=40)):
             assert not output.finished
             break  # the loop closes the generator as soon as it has time to
-        await asyncio.to_thread(engine._idle.wait, 30)
+        assert await engine.drain(timeout_s=30)
         snapshot = await engine.stats()
         assert (snapshot.running, snapshot.waiting, snapshot.pages_used) == (0, 0, 0)
         assert snapshot.stats.finished == {"abort": 1}
@@ -117,7 +128,7 @@ def test_a_task_that_is_cancelled_at_any_moment_leaves_nothing(launch):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.to_thread(engine._idle.wait, 30)
+        assert await engine.drain(timeout_s=30)
         snapshot = await engine.stats()
         assert (snapshot.running, snapshot.waiting, snapshot.pages_used) == (0, 0, 0)
 
@@ -133,7 +144,8 @@ def test_abort_ends_the_stream_with_what_there_is(launch):
             items.append(output)
             if len(items) == 2:
                 engine.abort(output.request_id)
-        assert items[-1].finished and items[-1].outputs[0].finish_reason == "abort"
+        assert items[-1].finished
+        assert items[-1].outputs[0].finish_reason == "abort"
 
     asyncio.run(run())
 
@@ -204,10 +216,10 @@ def test_an_engine_that_fails_ends_every_stream(launch, monkeypatch, caplog):
         stream = engine.generate([5, 6], dataclasses.replace(GREEDY, max_tokens=60))
         await anext(stream)
 
-        def broken():
+        def broken(self):
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(engine._engine, "step", broken)
+        monkeypatch.setattr(Engine, "step", broken)
         with pytest.raises(EngineDead, match="the device is gone"):
             while True:
                 await anext(stream)
@@ -219,6 +231,7 @@ def test_an_engine_that_fails_ends_every_stream(launch, monkeypatch, caplog):
 
 
 def test_close_ends_every_stream(launch):
+    before = set(threading.enumerate())
     engine = launch()
 
     async def run():
@@ -230,12 +243,14 @@ def test_close_ends_every_stream(launch):
                 await anext(stream)
 
     asyncio.run(run())
-    assert not any(thread is engine._thread for thread in threading.enumerate())
+    left = set(threading.enumerate()) - before
+    assert not left, "the engine's thread has ended"
 
 
 def test_several_event_loops_share_one_engine(launch, llm):
     asked, engine, found = prompts(6), launch(), {}
-    expected = [output.outputs[0].token_ids for output in llm.generate(asked, GREEDY, use_tqdm=False)]
+    outputs = llm.generate(asked, GREEDY, use_tqdm=False)
+    expected = [output.outputs[0].token_ids for output in outputs]
 
     def thread(index):
         found[index] = asyncio.run(collect(engine, asked[index]))[1][0]
@@ -252,10 +267,14 @@ def test_best_of_comes_whole(launch, llm):
     params = SamplingParams(n=1, best_of=4, temperature=1.0, max_tokens=5, seed=3, ignore_eos=True)
     expected = llm.generate([5, 6, 7], params)[0]
     texts, ids, _, last = asyncio.run(collect(launch(), [5, 6, 7], params))
-    assert last.finished and ids == {0: expected.outputs[0].token_ids} and texts[0] == expected.outputs[0].text
+    assert last.finished
+    assert ids == {0: expected.outputs[0].token_ids}
+    assert texts[0] == expected.outputs[0].text
 
 
 def test_embeddings_come_through(launch, llm):
     (vector,) = llm.encode("def f(x):", normalize=False)
-    last = asyncio.run(collect(launch(), "def f(x):", SamplingParams(max_tokens=1), pooling="last"))[3]
-    np.testing.assert_allclose(last.hidden, vector, rtol=1e-5, atol=1e-5)  # pages of 4: the portable attention
+    params = SamplingParams(max_tokens=1)
+    last = asyncio.run(collect(launch(), "def f(x):", params, pooling="last"))[3]
+    # the shared engine's pages of 4 tokens use the portable attention
+    np.testing.assert_allclose(last.hidden, vector, rtol=1e-5, atol=1e-5)

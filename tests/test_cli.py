@@ -1,4 +1,4 @@
-"""The command line: what it prints, and that it refuses with a short message and exit code 2."""
+"""Command line: its output, and short refusals with exit code 2."""
 
 import json
 import shutil
@@ -11,6 +11,8 @@ import pytest
 from slipway import cli, parity
 from slipway.errors import CheckpointError
 from slipway.models import ARCHITECTURES
+
+CHECKPOINT = "training/checkpoint"
 
 
 @pytest.fixture
@@ -65,50 +67,40 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_is_refused_in_words(slipway, tmp_path, name):
     words, expected = REFUSED[name]
-    code, out, err = slipway(*(word.format(empty=tmp_path) if "{e" in word else word for word in words))
-    assert code == 2 and out == ""
-    assert expected in err and "Traceback" not in err
+    filled = [word.format(empty=tmp_path) if "{e" in word else word for word in words]
+    code, out, err = slipway(*filled)
+    assert code == 2
+    assert out == ""
+    assert expected in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.host
 def test_a_refusal_is_one_line(slipway):
     _, _, err = slipway("generate", "nano", "-p", "x", "--tensor-parallel-size", "64")
-    assert err.count("\n") == 1 and err.startswith("slipway: InvalidConfig: ")
+    assert err.count("\n") == 1
+    assert err.startswith("slipway: InvalidConfig: ")
 
 
 def test_generate_prints_the_prompt_and_what_follows():
     command = Path(sys.executable).parent / "slipway"
-    words = [
-        command,
-        "generate",
-        "-p",
-        "def f(",
-        "--max-tokens",
-        "4",
-        "--max-num-batched-tokens",
-        "2",
-    ]
+    options = ["--max-tokens", "4", "--max-num-batched-tokens", "2"]
+    words = [command, "generate", "-p", "def f(", *options]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def f(") and len(done.stdout.strip()) > len("def f(")
+    assert done.stdout.startswith("def f(")
+    assert len(done.stdout.strip()) > len("def f(")
 
 
 def test_convert_verifies_with_the_engine_and_transformers(slipway, tmp_path):
-    words = [
-        "convert",
-        "training/checkpoint",
-        tmp_path / "out",
-        "--config",
-        cli.NANO,
-        "--tokenizer",
-        cli.NANO,
-    ]
-    code, out, err = slipway(*words, "--verify")
+    files = ["--config", cli.NANO, "--tokenizer", cli.NANO]
+    code, out, err = slipway("convert", CHECKPOINT, tmp_path / "out", *files, "--verify")
     assert code == 0, err
     assert "68 of 68 written ones are bit for bit" in out
     assert "slipway and transformers agree on 32 tokens" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["logits"]["same_choices"] and report["logits"]["max_logprob_difference"] < 1e-4
+    assert report["logits"]["same_choices"]
+    assert report["logits"]["max_logprob_difference"] < 1e-4
 
 
 DEFAULT_ROPE = Path(__file__).parent / "data" / "maxtext" / "llama3_default_rope_orbax"
@@ -117,21 +109,13 @@ NOT_COMPARED = "not compared with the original's logits"
 
 
 @pytest.mark.parametrize("mapping", ["maxtext-halves", "maxtext-interleaved"])
-def test_verify_without_the_originals_logits_says_that_it_is_only_consistent(slipway, mapping, tmp_path):
-    words = [
-        "convert",
-        DEFAULT_ROPE,
-        tmp_path / "out",
-        "--config",
-        DEFAULT_ROPE,
-        "--mapping",
-        mapping,
-        "--verify",
-    ]
-    code, out, err = slipway(*words)
+def test_verify_without_the_originals_logits_is_only_consistent(slipway, mapping, tmp_path):
+    options = ["--config", DEFAULT_ROPE, "--mapping", mapping, "--verify"]
+    code, out, err = slipway("convert", DEFAULT_ROPE, tmp_path / "out", *options)
     assert code == 0, err
     assert out.splitlines()[-1] == NOT_COMPARED
-    assert "a wrong rule has a wrong inverse" in out and f"as --mapping {mapping} says" in out
+    assert "a wrong rule has a wrong inverse" in out
+    assert f"as --mapping {mapping} says" in out
     assert json.loads((tmp_path / "out" / "report.json").read_text())["original"] is None
 
 
@@ -148,12 +132,16 @@ def test_expected_logits_pass_the_right_rule_and_fail_the_wrong_one(slipway, tmp
     words = ["--config", DEFAULT_ROPE, "--expect", *ORIGINAL]
     code, out, err = slipway("convert", DEFAULT_ROPE, tmp_path / "out", *words)
     assert code == 0, err
-    assert "likeliest token the same at 100.0% of 32 positions" in out.splitlines()[-1] and NOT_COMPARED not in out
+    assert "likeliest token the same at 100.0% of 32 positions" in out.splitlines()[-1]
+    assert NOT_COMPARED not in out
     original = json.loads((tmp_path / "out" / "report.json").read_text())["original"]
-    assert original["max_difference"] < 1e-4 and original["quantity"] == "logits"
+    assert original["max_difference"] < 1e-4
+    assert original["quantity"] == "logits"
     words += ["--mapping", "maxtext-interleaved"]
     code, _, err = slipway("convert", DEFAULT_ROPE, tmp_path / "wrong", *words)
-    assert code == 2 and "differ from the original's by 3.8" in err and "Traceback" not in err
+    assert code == 2
+    assert "differ from the original's by 3.8" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.host
@@ -170,8 +158,11 @@ def test_expected_logits_pass_the_right_rule_and_fail_the_wrong_one(slipway, tmp
     ],
 )
 def test_expect_is_honoured_or_refused_before_anything_is_written(slipway, words, told, tmp_path):
-    code, _, err = slipway("convert", DEFAULT_ROPE, tmp_path / "out", "--config", DEFAULT_ROPE, *words)
-    assert code == 2 and told in err and "Traceback" not in err
+    words = ["--config", DEFAULT_ROPE, *words]
+    code, _, err = slipway("convert", DEFAULT_ROPE, tmp_path / "out", *words)
+    assert code == 2
+    assert told in err
+    assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
@@ -187,23 +178,22 @@ def test_parity_notices_another_model(tmp_path, monkeypatch):
 
 @pytest.mark.host
 def test_convert_explains_and_writes_nothing(slipway, tmp_path):
-    code, out, _ = slipway("convert", "training/checkpoint", tmp_path / "out", "--config", cli.NANO, "--explain")
-    assert code == 0 and not (tmp_path / "out").exists()
-    assert "layers.0.mlp.down_proj.kernel" in out and "mlp embed -> embed mlp" in out
+    words = ["--config", cli.NANO, "--explain"]
+    code, out, _ = slipway("convert", CHECKPOINT, tmp_path / "out", *words)
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    assert "layers.0.mlp.down_proj.kernel" in out
+    assert "mlp embed -> embed mlp" in out
 
 
 @pytest.mark.host
 def test_convert_refuses_with_all_problems_and_leaves_nothing(slipway, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "num_attention_heads": 3}')
-    words = [
-        "convert",
-        "training/checkpoint",
-        tmp_path / "out",
-        "--config",
-        tmp_path / "config.json",
-    ]
-    code, _, err = slipway(*words)
-    assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
+    config = tmp_path / "config.json"
+    code, _, err = slipway("convert", CHECKPOINT, tmp_path / "out", "--config", config)
+    assert code == 2
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
     for field in ("num_attention_heads: got 3", "rope_theta: missing", "rms_norm_eps: missing"):
         assert field in err
 

@@ -1,4 +1,4 @@
-"""Flags as users of other engines write them, and from a file: our own come out, and nothing is lost on the way."""
+"""Flags of other engines and from a file, translated into Slipway's without loss."""
 
 import pytest
 
@@ -9,12 +9,17 @@ pytestmark = pytest.mark.host
 CASES = {
     "our own": ("serve M --port 1 --strict", "serve M --port 1 --strict"),
     "vLLM's": (
-        "serve --model M --tp 2 --max-model-len 5 --gpu-memory-utilization=0.5 --block-size 32 -dp 2",
-        "serve M --tensor-parallel-size 2 --max-model-len 5 --memory-fraction 0.5 --page-size 32 --replicas 2",
+        "serve --model M --tp 2 --max-model-len 5 --gpu-memory-utilization=0.5 -dp 2",
+        "serve M --tensor-parallel-size 2 --max-model-len 5 --memory-fraction 0.5 --replicas 2",
     ),
+    "vLLM's pages": ("serve M --block-size 32", "serve M --page-size 32"),
     "SGLang's": (
-        "serve --model-path M --tp-size 2 --context-length 9 --max-running-requests 7 --disable-radix-cache",
-        "serve M --tensor-parallel-size 2 --max-model-len 9 --max-num-seqs 7 --no-enable-prefix-caching",
+        "serve --model-path M --tp-size 2 --context-length 9 --max-running-requests 7",
+        "serve M --tensor-parallel-size 2 --max-model-len 9 --max-num-seqs 7",
+    ),
+    "SGLang's switch": (
+        "serve --model-path M --disable-radix-cache",
+        "serve M --no-enable-prefix-caching",
     ),
     "what changes nothing": ("serve M --trust-remote-code --port 1", "serve M --port 1"),
     "another command": ("generate M --tp 2", "generate M --tp 2"),
@@ -35,8 +40,10 @@ def test_what_changes_nothing_is_said(capsys):
 
 def test_a_file_gives_what_the_command_line_does_not(tmp_path):
     path = tmp_path / "serve.yaml"
-    path.write_text("model: M\ntp: 2\nport: 9000\nstrict: true\nenable_prefix_caching: false\napi-key: [a, b]\n")
-    expected = "serve M --tensor-parallel-size 2 --port 9000 --strict --no-enable-prefix-caching --api-key a b"
+    lines = ["model: M", "tp: 2", "port: 9000", "strict: true", "enable_prefix_caching: false"]
+    path.write_text("\n".join([*lines, "api-key: [a, b]", ""]))
+    switches = "--strict --no-enable-prefix-caching"
+    expected = f"serve M --tensor-parallel-size 2 --port 9000 {switches} --api-key a b"
     assert expand(["serve", "--config", str(path)]) == expected.split()
     words = expand(
         [

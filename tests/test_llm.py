@@ -1,7 +1,8 @@
-"""The offline interface: where outputs end, what they hold; bad input gives one typed error and harms nobody else."""
+"""Offline interface: ends of outputs, their contents, and typed errors for invalid input."""
 
 import gc
 import itertools
+import json
 import math
 
 import jax
@@ -51,9 +52,11 @@ def test_a_stop_string_ends_the_text_before_itself(llm, whole):
     for include, text in ((False, whole.text[:at]), (True, whole.text[:at] + stop)):
         output = complete(llm, stop=[stop, "never, never"], include_stop_str_in_output=include)
         assert (output.text, output.finish_reason, output.stop_reason) == (text, "stop", stop)
-        assert output.token_ids == whole.token_ids[: len(output.token_ids)] and len(output.token_ids) < 12
+        assert output.token_ids == whole.token_ids[: len(output.token_ids)]
+        assert len(output.token_ids) < 12
     assert complete(llm, stop=stop).text == whole.text[:at], "one string may stand for a list of it"
-    assert complete(llm, stop="never, never").text == whole.text, "text held back is released at the end"
+    unstopped = complete(llm, stop="never, never")
+    assert unstopped.text == whole.text, "text held back is released at the end"
 
 
 def test_a_stop_token_ends_the_output_and_has_no_text(llm, whole):
@@ -61,7 +64,8 @@ def test_a_stop_token_ends_the_output_and_has_no_text(llm, whole):
     output = complete(llm, stop_token_ids=[ids[3], 1])
     assert (output.token_ids, output.finish_reason, output.stop_reason) == (ids[:4], "stop", ids[3])
     assert output.text == decode(ids[:3])
-    assert complete(llm, stop_token_ids=[ids[3]], include_stop_str_in_output=True).text == decode(ids[:4])
+    shown = complete(llm, stop_token_ids=[ids[3]], include_stop_str_in_output=True)
+    assert shown.text == decode(ids[:4])
 
 
 def test_the_models_end_token_ends_the_output_unless_ignored(llm, whole, monkeypatch):
@@ -75,7 +79,10 @@ def test_the_models_end_token_ends_the_output_unless_ignored(llm, whole, monkeyp
     assert complete(llm).token_ids == whole.token_ids
 
 
-@pytest.mark.parametrize("asked, given", [(1, 1), (5, 5), (60, 60), (61, 60), (10**12, 60), (None, 60)])
+@pytest.mark.parametrize(
+    "asked, given",
+    [(1, 1), (5, 5), (60, 60), (61, 60), (10**12, 60), (None, 60)],
+)
 def test_max_tokens_is_met_and_the_context_is_the_limit(llm, asked, given):
     output = complete(llm, max_tokens=asked)
     assert (len(output.token_ids), output.finish_reason) == (given, "length")
@@ -87,8 +94,11 @@ def test_logprobs_hold_the_chosen_token_and_the_likeliest(llm, top, temperature)
     output = complete(llm, logprobs=top, temperature=temperature, max_tokens=6, seed=1)
     assert len(output.logprobs) == 6
     for token, found in zip(output.token_ids, output.logprobs):
-        assert len(found) in (top, top + 1) and token in found and all(entry.logprob <= 0 for entry in found.values())
-        likeliest = sorted((entry for entry in found.values() if entry.rank <= top), key=lambda entry: entry.rank)
+        assert len(found) in (top, top + 1)
+        assert token in found
+        assert all(entry.logprob <= 0 for entry in found.values())
+        by_rank = sorted(found.values(), key=lambda entry: entry.rank)
+        likeliest = [entry for entry in by_rank if entry.rank <= top]
         assert [entry.rank for entry in likeliest] == list(range(1, top + 1))
         assert likeliest == sorted(likeliest, key=lambda entry: -entry.logprob)
         assert math.fsum(math.exp(entry.logprob) for entry in found.values()) <= 1 + 1e-5
@@ -98,8 +108,10 @@ def test_logprobs_hold_the_chosen_token_and_the_likeliest(llm, top, temperature)
 
 
 def test_a_request_without_logprobs_gets_none_beside_one_with(llm):
-    with_them, without = llm.generate([PROMPT, PROMPT], [params(logprobs=1), params()], use_tqdm=False)
-    assert without.outputs[0].logprobs is None and len(with_them.outputs[0].logprobs) == 12
+    both = [params(logprobs=1), params()]
+    with_them, without = llm.generate([PROMPT, PROMPT], both, use_tqdm=False)
+    assert without.outputs[0].logprobs is None
+    assert len(with_them.outputs[0].logprobs) == 12
     assert with_them.outputs[0].token_ids == without.outputs[0].token_ids
 
 
@@ -124,10 +136,14 @@ def test_every_form_of_a_prompt_means_the_same(llm):
 def test_a_stream_grows_to_what_generate_gives(llm, whole):
     outputs = list(llm.stream(PROMPT, params()))
     counts = [len(output.outputs[0].token_ids) for output in outputs]
-    assert counts[0] == 1 and counts == sorted({*counts}) and counts[-1] == 12 and len(counts) > 2
+    assert counts[0] == 1
+    assert counts == sorted({*counts})
+    assert counts[-1] == 12
+    assert len(counts) > 2
     assert [output.finished for output in outputs] == [False] * (len(counts) - 1) + [True]
     texts = [output.outputs[0].text for output in outputs]
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)) and texts[-1] == whole.text
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert texts[-1] == whole.text
 
 
 def test_leaving_a_stream_aborts_it(llm):
@@ -184,8 +200,10 @@ PARAMETERS = [
 def test_a_parameter_out_of_range_is_named(field, value):
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})
-    assert caught.value.field == field and caught.value.expected
-    assert field in str(caught.value) and isinstance(caught.value, ValueError)
+    assert caught.value.field == field
+    assert caught.value.expected
+    assert field in str(caught.value)
+    assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.host
@@ -221,9 +239,13 @@ def test_a_bad_prompt_is_refused_and_the_others_finish(llm, whole, name):
     with pytest.raises(InvalidBatch) as caught:
         llm.generate([PROMPT, prompt, PROMPT], params(), use_tqdm=False)
     batch = caught.value
-    assert list(batch.errors) == [1] and isinstance(batch, ValueError)
-    assert isinstance(batch.errors[1], InvalidRequest) and not isinstance(batch.errors[1], InvalidBatch)
-    assert batch.errors[1].field == field and batch.errors[1].expected and batch.field == f"prompts[1].{field}"
+    assert list(batch.errors) == [1]
+    assert isinstance(batch, ValueError)
+    assert isinstance(batch.errors[1], InvalidRequest)
+    assert not isinstance(batch.errors[1], InvalidBatch)
+    assert batch.errors[1].field == field
+    assert batch.errors[1].expected
+    assert batch.field == f"prompts[1].{field}"
     assert batch.outputs[1] is None
     assert [batch.outputs[i].outputs[0].token_ids for i in (0, 2)] == [whole.token_ids] * 2
 
@@ -242,7 +264,11 @@ def test_a_single_bad_prompt_raises_the_error_itself(llm):
         next(llm.stream(""))
 
 
-@pytest.mark.parametrize("bad", [[params()], [params()] * 3, [params(), None], {"temperature": 0}, 0.5], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [[params()], [params()] * 3, [params(), None], {"temperature": 0}, 0.5],
+    ids=str,
+)
 def test_parameters_that_do_not_match_the_prompts_are_refused(llm, bad):
     with pytest.raises(InvalidRequest) as caught:
         llm.generate([PROMPT, PROMPT], bad)
@@ -291,7 +317,9 @@ OPTIONS = [
 def test_a_bad_option_is_named(config_only, uncompiled, field, options):
     with pytest.raises(InvalidConfig) as caught:
         LLM(config_only(), **({"load_format": "dummy", "skip_tokenizer_init": True} | options))
-    assert caught.value.field == field and caught.value.expected and isinstance(caught.value, ValueError)
+    assert caught.value.field == field
+    assert caught.value.expected
+    assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.host
@@ -312,10 +340,11 @@ MODELS = [
 
 
 @pytest.mark.parametrize("field, fields", MODELS, ids=str)
-def test_a_model_that_is_not_implemented_is_refused_by_field(config_only, uncompiled, field, fields):
+def test_a_model_that_is_not_implemented_is_refused(config_only, uncompiled, field, fields):
     with pytest.raises(UnsupportedModel) as caught:
         LLM(config_only(**fields), load_format="dummy", skip_tokenizer_init=True)
-    assert caught.value.field == f"config.json: {field}" and caught.value.expected
+    assert caught.value.field == f"config.json: {field}"
+    assert caught.value.expected
     assert isinstance(caught.value, InvalidInput)
 
 
@@ -333,7 +362,8 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(CheckpointError) as caught:
         LLM(tmp_path / name)
-    assert caught.value.problems and str(tmp_path) in str(caught.value)
+    assert caught.value.problems
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_an_interruption_leaves_nothing_behind(llm, monkeypatch):
@@ -341,7 +371,8 @@ def test_an_interruption_leaves_nothing_behind(llm, monkeypatch):
 
     def interrupted():
         moved = step()
-        if any(request.finished for request in moved):  # some have ended but have not been handed over
+        # some have ended but have not been handed over
+        if any(request.finished for request in moved):
             raise KeyboardInterrupt
         return moved
 
@@ -351,9 +382,10 @@ def test_an_interruption_leaves_nothing_behind(llm, monkeypatch):
     assert not llm.engine.has_work()
 
 
-@pytest.mark.skipif(cpu.isa() is None, reason="the portable bodies promise equal numbers, not equal bits")
+@pytest.mark.skipif(cpu.isa() is None, reason="portable bodies give equal numbers, not equal bits")
 def test_a_mean_embedding_is_the_same_bits_in_any_chunks(tiny, monkeypatch):
-    llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=64, page_size=16, skip_tokenizer_init=True)
+    options = {"max_num_seqs": 4, "page_size": 16, "skip_tokenizer_init": True}
+    llm = LLM(tiny, max_num_batched_tokens=64, **options)
     asked = [np.random.default_rng(n).integers(3, 1000, n).tolist() for n in (40, 3, 17)]
     whole = llm.encode(asked, "mean", use_tqdm=False)
     monkeypatch.setattr(llm.engine.schedulers[0], "max_num_tokens", 5)
@@ -362,7 +394,7 @@ def test_a_mean_embedding_is_the_same_bits_in_any_chunks(tiny, monkeypatch):
 
 
 def test_embeddings_are_transformers(tiny):
-    """Last token and mean over the prompt, of prompts longer and shorter than a chunk, cached or not."""
+    """Embeddings of prompts longer and shorter than a chunk, cached or not."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModel  # beside torch, which takes seconds to import
 
@@ -370,15 +402,18 @@ def test_embeddings_are_transformers(tiny):
     asked = [np.random.default_rng(n).integers(3, 1000, n).tolist() for n in (40, 3, 17)]
     with torch.inference_mode():
         hidden = [theirs(torch.tensor([prompt])).last_hidden_state[0].numpy() for prompt in asked]
-    with LLM(tiny, max_num_seqs=4, max_num_batched_tokens=16, page_size=16, skip_tokenizer_init=True) as llm:
+    options = {"max_num_seqs": 4, "page_size": 16, "skip_tokenizer_init": True}
+    with LLM(tiny, max_num_batched_tokens=16, **options) as llm:
         for _ in range(2):
             for pooling, pooled in (("last", lambda x: x[-1]), ("mean", lambda x: x.mean(0))):
-                for got, x in zip(llm.encode(asked, pooling, normalize=False, use_tqdm=False), hidden, strict=True):
+                vectors = llm.encode(asked, pooling, normalize=False, use_tqdm=False)
+                for got, x in zip(vectors, hidden, strict=True):
                     np.testing.assert_allclose(got, pooled(x), rtol=1e-4, atol=1e-4)
         unit = llm.encode(asked, use_tqdm=False)
         assert all(abs(np.linalg.norm(vector) - 1) < 1e-6 for vector in unit)
         scores = llm.score(asked[0], asked)
-        assert scores == llm.score([asked[0]] * 3, asked) and abs(scores[0] - 1) < 1e-6
+        assert scores == llm.score([asked[0]] * 3, asked)
+        assert abs(scores[0] - 1) < 1e-6
         np.testing.assert_allclose(scores, [float(unit[0] @ vector) for vector in unit], rtol=1e-6)
         for call, field in (
             (lambda: llm.encode(asked, "max"), "pooling"),
@@ -408,7 +443,8 @@ def test_closing_frees_the_devices_memory(tiny):
 def test_defaults_come_from_generation_config(tiny, tmp_path):
     for path in tiny.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "bos": 1}')
+    stated = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "bos": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stated))
     llm = LLM(tmp_path, max_num_seqs=2, max_num_batched_tokens=16, page_size=16)
     defaults = llm.get_default_sampling_params()
     assert (defaults.temperature, defaults.top_k, defaults.max_tokens, defaults.top_p) == (
@@ -424,21 +460,20 @@ def test_tokenize_is_the_tokenizers(llm):
     assert llm.tokenize("def f(x):") == llm.engine.tokenizer.encode("def f(x):")
 
 
-def test_the_more_important_prompts_come_first(llm):
+def test_the_more_important_prompts_come_first(llm, monkeypatch):
     """Eight prompts for four rows: the last four are the more important."""
     ended = []
-    original = llm._finished
+    step = llm.engine.step
 
-    def watched(ids, shown):
-        for output in original(ids, shown):
-            ended.append(ids[output.request_id])
-            yield output
+    def watched():
+        moved = step()
+        ended.extend(request.request_id for request in moved if request.finished)
+        return moved
 
-    llm._finished = watched
-    try:
-        outputs = llm.generate([PROMPT] * 8, params(max_tokens=6), use_tqdm=False, priority=[1] * 4 + [0] * 4)
-    finally:
-        del llm._finished
-    assert len(outputs) == 8 and {*ended[:4]} == {4, 5, 6, 7}
+    monkeypatch.setattr(llm.engine, "step", watched)
+    priority = [1] * 4 + [0] * 4
+    outputs = llm.generate([PROMPT] * 8, params(max_tokens=6), use_tqdm=False, priority=priority)
+    assert len(outputs) == 8
+    assert {*ended[:4]} == {output.request_id for output in outputs[4:]}
     with pytest.raises(InvalidRequest):
         llm.generate([PROMPT] * 2, params(), priority=[1])

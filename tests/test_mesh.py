@@ -59,8 +59,10 @@ def test_the_outermost_axis_of_a_group_says_how_it_is_split(axes, expected):
 )
 def test_vocabulary_is_padded_and_kv_heads_repeated(axes, tensor, shape):
     param = fitted(axes, tensor)
-    assert param.shape == shape and param.hf_shape == Param(axes, SIZES).hf_shape
-    mesh.shardings(param, mesh.make_mesh(1, tensor)).shard_shape(param.shape)  # raises where it does not divide
+    assert param.shape == shape
+    assert param.hf_shape == Param(axes, SIZES).hf_shape
+    # raises where it does not divide
+    mesh.shardings(param, mesh.make_mesh(1, tensor)).shard_shape(param.shape)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,13 @@ def test_collectives_act_along_split_axes_alone(tensor):
 
     split = P(None, "model")
     specs = (P(), split, P(), split)
-    run = jax.shard_map(local, mesh=mesh.make_mesh(1, tensor), in_specs=split, out_specs=specs, check_vma=False)
+    run = jax.shard_map(
+        local,
+        mesh=mesh.make_mesh(1, tensor),
+        in_specs=split,
+        out_specs=specs,
+        check_vma=False,
+    )
     summed, same, gathered, first = run(x)
     np.testing.assert_array_equal(summed, x.reshape(2, tensor, 8 // tensor).sum(1))
     np.testing.assert_array_equal(same, x)

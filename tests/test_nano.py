@@ -40,7 +40,8 @@ def test_it_is_an_ordinary_directory():
         "tokenizer_config.json",
         "generation_config.json",
     }
-    assert needed | {"chat_template.jinja", "README.md"} <= {path.name for path in Path(NANO).iterdir()}
+    present = {path.name for path in Path(NANO).iterdir()}
+    assert needed | {"chat_template.jinja", "README.md"} <= present
     tensors = files.open_checkpoint(Path(NANO)).tensors.values()
     assert {tensor.dtype for tensor in tensors} == {"BF16"}
     assert all(tensor.start % 64 == 0 for tensor in tensors), "mapped, not copied"
@@ -51,8 +52,9 @@ def test_greedy_completions_equal_transformers(llm, theirs):
     params = SamplingParams(temperature=0, max_tokens=48)
     for output, prompt in zip(llm.generate(PROMPTS, params, use_tqdm=False), PROMPTS, strict=True):
         assert output.prompt_token_ids == tokenizer(prompt).input_ids
-        assert output.outputs[0].token_ids == runner.their_tokens(theirs, output.prompt_token_ids, 48)
-        assert output.outputs[0].text == tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+        ids = output.outputs[0].token_ids
+        assert ids == runner.their_tokens(theirs, output.prompt_token_ids, 48)
+        assert output.outputs[0].text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_chat_prompt_equals_transformers(llm):

@@ -1,4 +1,4 @@
-"""Params read and write what they declare; Stacks and Chains give the same HF keys however they are arranged."""
+"""Reading and writing of Params, and HF keys of every arrangement of Stacks and Chains."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def axis_strings(draw):
 
 @st.composite
 def params(draw):
-    """A Param of any layout whose outermost axes may be repeated or padded."""
+    """Param of any layout; its outermost axes may be repeated or padded."""
     sizes = {axis: draw(st.integers(1, 4)) for axis in AXES}
     axes, repeats, pads = draw(axis_strings()), {}, {}
     for group in layout.parse(axes).groups:
@@ -62,7 +62,8 @@ def test_reading_a_block_equals_a_block_of_the_whole(param, data):
         start = data.draw(st.integers(0, full // inner))
         stop = data.draw(st.integers(start, full // inner))
         index.append(slice(start * inner, stop * inner))
-    np.testing.assert_array_equal(param.read(hf, tuple(index)), param.read(hf, whole(param))[tuple(index)])
+    expected = param.read(hf, whole(param))[tuple(index)]
+    np.testing.assert_array_equal(param.read(hf, tuple(index)), expected)
 
 
 @given(params())
@@ -82,7 +83,8 @@ def test_reading_the_checkpoints_own_layout_is_a_view():
     param = Param("(heads head_dim) embed", {"heads": 4, "head_dim": 2, "embed": 3})
     hf = hf_tensor(param)
     block = param.read(hf, (slice(2, 6), slice(0, 3)))
-    assert np.shares_memory(block, hf) and block.flags.c_contiguous
+    assert np.shares_memory(block, hf)
+    assert block.flags.c_contiguous
 
 
 @module

@@ -34,7 +34,11 @@ def test_an_offset_is_the_length_of_the_text_before(tokenizer, data, skip):
     assert all(0 <= at <= len(full) for at in found)
     for number, at in enumerate(found):
         before = tokenizer.decode(ids[:number], skip)
-        if full.startswith(before) and not before.endswith("\ufffd"):
+        # an invalid byte makes U+FFFD of every byte token before it, also of a space at the start,
+        # which is stripped otherwise
+        token = tokenizer.raw.id_to_token(ids[number - 1]) if number else ""
+        is_replaced = (token or "").startswith("<0x") and full.startswith("\ufffd", len(before))
+        if full.startswith(before) and not before.endswith("\ufffd") and not is_replaced:
             assert at == len(before)
 
 

@@ -182,8 +182,7 @@ def test_a_family_is_found_by_its_template():
     }
     for template, name in cases.items():
         assert family("auto", template) is FAMILIES[name]
-    assert (
-        family("hermes", None) is FAMILIES["hermes"] and family("auto", None) is FAMILIES["plain"]
-    )
+    assert family("hermes", None) is FAMILIES["hermes"]
+    assert family("auto", None) is FAMILIES["plain"]
     with pytest.raises(InvalidConfig, match="qwen3"):
         family("gpt", None)

@@ -178,11 +178,9 @@ def test_tags_stand_in_free_text(kind):
     ):
         assert not accepts(kind, text, structure), text
     owed = StructuredOutputs(structural_tag=TAGS | {"at_least_one": True})
-    assert (
-        accepts(kind, f"so {add} on", owed)
-        and not accepts(kind, "so", owed)
-        and accepts(kind, "so", structure)
-    )
+    assert accepts(kind, f"so {add} on", owed)
+    assert not accepts(kind, "so", owed)
+    assert accepts(kind, "so", structure)
     assert accepts(kind, f"hm <function=x </think>\n\nso {add}", structure, thinking(True)), (
         "none in the reasoning"
     )

@@ -179,7 +179,7 @@ def test_exported_tensors_start_on_64_bytes(tmp_path: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     trainer: Trainer, tokens: Tokens, tmp_path: Path
 ) -> None:
-    """A resumed run equals an uninterrupted one of six steps bit for bit, optimizer state included."""
+    """A resumed run equals an uninterrupted one of six steps, optimizer state included."""
     batches = Batches(tokens, RUN.seed, RUN.context, RUN.rows_per_batch)
     whole = _advance(trainer, trainer.start(), batches, until=6)
     with Checkpoints(tmp_path) as checkpoints:
