@@ -26,7 +26,7 @@ Tensor = Any
 
 @dataclass_transform(frozen_default=True)
 def module(cls: type) -> type:
-    """Make ``cls`` a frozen dataclass and a pytree; ``static()`` fields are part of its structure."""
+    """Make ``cls`` a frozen dataclass and a pytree, with ``static()`` fields in its structure."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -367,5 +367,5 @@ def leaves(declaration: Any) -> Iterator[Leaf]:
 
 
 def _name(entry: Any) -> Any:
-    """Return an entry of a tree's path: an attribute's name, or the key that a node gave its child."""
+    """Return an entry of a tree's path: the name of an attribute, or the key of a child."""
     return entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else entry.key
