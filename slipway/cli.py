@@ -265,7 +265,7 @@ class Convert:
     """
 
     source: Positional[str]
-    """An Orbax or HF directory, also at gs:// or s3://; or .msgpack, .npz, .h5 or .safetensors."""
+    """A directory (Orbax, HF; also gs://, s3://) or a .msgpack, .npz, .h5 or .safetensors file."""
     out_dir: Positional[Path]
     """Output directory, new or empty."""
     explain: bool = False

@@ -143,7 +143,7 @@ FAMILIES = {
     "mimo": Family(thinking=THINK, calls=TOOL, read=_tagged_calls),
     "deepseek_r1": Family(thinking=THINK, thinks_first=True),
     "llama3": Family(calls=("<|python_tag|>", ""), read=_json_calls, bare=True, keeps_special=True),
-}  # fmt: skip
+}
 
 
 def family(name: str, template: str | None) -> Family:

@@ -128,9 +128,8 @@ class ReasoningTokens:
         mark, end = self._text.find(self._end), len(self._text)
         if mark >= 0:
             self._state = "after"
-            while (
-                self._sizes and (end := end - self._sizes.pop()) >= mark
-            ):  # tokens of the end marker itself
+            # tokens of the end marker itself are no reasoning
+            while self._sizes and (end := end - self._sizes.pop()) >= mark:
                 self.count -= 1
         while self._sizes and len(self._text) - self._sizes[0] >= len(self._end):
             self._text = self._text[self._sizes.popleft() :]

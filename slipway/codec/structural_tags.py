@@ -41,9 +41,8 @@ FLAGS = {"triggered_tags": ("at_least_one", "stop_after_first")}
 FLAGS["tags_with_separator"] = FLAGS["triggered_tags"]
 Schema = Callable[[Any], str]
 Spelled = Callable[[str], list[str]]
-Follows = (
-    Sequence[str] | Literal["something"]
-)  # the texts, any of which ends a format; no text: the end of all
+# texts, one of which ends a format; an empty sequence: the format ends with the output
+Follows = Sequence[str] | Literal["something"]
 
 
 def lark(given: Any, schema: Schema, spelled: Spelled) -> str:
@@ -279,10 +278,8 @@ def _checked(given: Any, field: str, depth: int, only: str = "") -> str:
             )
     for name in flags:
         _flag(f"{field}.{name}", given.get(name, False))
-    defaults = {
-        "style": "json",
-        "any_order": False,
-    }  # fields that xgrammar always writes out
+    # fields that xgrammar always writes out
+    defaults = {"style": "json", "any_order": False}
     for name in sorted(given.keys() - {"type", *fields, *flags}):
         if given[name] not in (None, [], defaults.get(name)):
             raise InvalidRequest(f"{field}.{name}", given[name], f"no such field of {kind} here")

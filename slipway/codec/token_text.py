@@ -194,9 +194,8 @@ def _last_bytes(texts: ByteLevelTexts, prompt: Sequence[int]) -> bytes:
         piece = texts[token_id]
         if isinstance(piece, bytes):
             tail = piece + tail
-        if len(tail) > 3 or (
-            piece and isinstance(piece, str)
-        ):  # behind whole characters nothing is unfinished
+        # no character is unfinished after a token of whole characters
+        if len(tail) > 3 or (piece and isinstance(piece, str)):
             break
     return tail
 
@@ -307,9 +306,8 @@ class TextStream:
     def flush(self) -> str:
         if self._at_start:
             text = self._texts.decode(self._pending)
-            if (
-                not text
-            ):  # only stripped spaces so far: a space of the next token may be stripped too
+            # only stripped spaces so far: a space of the next token may be stripped too
+            if not text:
                 return ""
             self._at_start = False
         else:
@@ -348,9 +346,8 @@ class TextStream:
         )
         run = bytes(byte_of[i] for i in self._pending[len(self._pending) - num_bytes :])
         num_unfinished = _num_unfinished(run)
-        if (
-            num_unfinished is None
-        ):  # the prompt's text has one U+FFFD for each byte of the run, which stays invalid
+        # the prompt's text has one U+FFFD for each byte of the run, which stays invalid
+        if num_unfinished is None:
             self._at_start = False
             self._pending = self._pending[len(self._pending) - num_bytes :]
             self._num_shown = num_bytes

@@ -47,9 +47,8 @@ class Tokenizer:
         problems: list[str] = []
         raw = _read_raw(directory, problems)
         config = _read_json(directory / "tokenizer_config.json", problems)
-        if (
-            "added_tokens_decoder" not in config
-        ):  # saved by transformers before 4.34, or without added tokens
+        # saved by transformers before 4.34, or without added tokens
+        if "added_tokens_decoder" not in config:
             config |= _read_json(directory / "special_tokens_map.json", problems)
         generation = _read_json(directory / "generation_config.json", problems)
         chat_templates = _chat_templates(directory, config, problems)

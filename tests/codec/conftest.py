@@ -63,9 +63,8 @@ def byte_fallback() -> tokenizers.Tokenizer:
         ]
     )
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(
-        prepend_scheme="never"
-    )  # for words as tokens; Llama 2 has none
+    # makes words into tokens; Llama 2 has no pre-tokenizer
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     text = [doc for doc in corpus() if doc.isascii()]
     raw.train_from_iterator(
         text, trainers.BpeTrainer(vocab_size=700, special_tokens=tokens, show_progress=False)

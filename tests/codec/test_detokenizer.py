@@ -37,9 +37,8 @@ def cut(text: str, stop: list[str], include_stop: bool) -> str:
 def ids_of(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     """Any ids (invalid UTF-8, special tokens, ids beyond the vocabulary), or the ids of a text."""
     anything = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
-    low = st.lists(
-        st.integers(0, 262), max_size=8
-    )  # bytes and special tokens, where there are such
+    # bytes and special tokens, in vocabularies that have them
+    low = st.lists(st.integers(0, 262), max_size=8)
     spaced = st.sampled_from(
         [tokenizer.encode(text, False) for text in (PROSE, PROSE[7:], "   the", " ", "😀")]
     )

@@ -158,9 +158,8 @@ def test_model_equals_transformers_on_the_exported_weights(tmp_path: Path) -> No
     write_model(tmp_path, params, TINY)
     structure = nnx.graphdef(Model(TINY, nnx.Rngs(0)))
     model = nnx.merge(structure, jax.tree.map(lambda x: x.astype(np.float32), params))
-    token_ids = np.random.default_rng(0).integers(
-        0, TINY.vocab_size, (2, 70)
-    )  # more than one attention block, and not two
+    # more than one block of attention, and less than two
+    token_ids = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 70))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(token_ids)).logits.numpy()
