@@ -1,4 +1,4 @@
 """Bookkeeping of the KV cache on the host, without JAX: a pool of pages and a radix tree over them.
 
-Not here: the arrays that hold the keys and values (models/, allocated by engine/memory.py).
+Not here: the arrays that hold the keys and values (ops/kv_cache.py).
 """

@@ -189,6 +189,7 @@ class GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance variable
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Parse the tag's body (called by Jinja)."""
         line = next(parser.stream).lineno
         return nodes.Scope(
             parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line

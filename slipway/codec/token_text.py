@@ -164,6 +164,7 @@ class ByteStream:
         self._unfinished = bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int) -> str:
+        """Add one token; return the new text that no later token can change."""
         piece = self._texts[token_id]
         if isinstance(piece, str):
             if not self._unfinished:  # nearly always; this path costs a fifth of the decoder's
@@ -174,6 +175,7 @@ class ByteStream:
         return text
 
     def flush(self) -> str:
+        """End the sequence; return the rest of its text."""
         self._unfinished = False
         return self._decoder.decode(b"", True)
 
@@ -292,6 +294,7 @@ class TextStream:
             self._follow(prompt)
 
     def push(self, token_id: int) -> str:
+        """Add one token; return the new text that no later token can change."""
         piece = self._texts[token_id]
         if piece is None:  # dropped before decoding: it does not close a run of byte tokens
             return ""
@@ -304,6 +307,7 @@ class TextStream:
         return self.flush()
 
     def flush(self) -> str:
+        """End the open run, or the sequence; return the rest of its text."""
         if self._at_start:
             text = self._texts.decode(self._pending)
             # only stripped spaces so far: a space of the next token may be stripped too
