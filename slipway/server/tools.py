@@ -1,6 +1,6 @@
 """Tools of a chat: checks, grammars that force a call, calls and reasoning in the output.
 
-Not here: the parser of the output (codec/parts.py), the chat itself (chat.py).
+Not here: the parser of the output (codec/output_parser.py), the chat itself (chat.py).
 """
 
 import dataclasses
