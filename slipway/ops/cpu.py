@@ -8,6 +8,7 @@ of the best one of the processor, or is ``xla`` for the portable bodies (xla.py)
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -70,10 +71,12 @@ def refuses_dtype(dtype: Any) -> str:
     return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
 
 
-def _refuses_matrices(x_TD, *leaves: Any) -> str:
+def _refuses_matrices(x_TD, weights: Sequence[Any], biases: Sequence[Any]) -> str:
     """Return why no kernel multiplies ``x_TD`` by these weights: rows are read 32 bits at a time."""
+    if len({bias is None for bias in biases}) > 1:
+        return "biases of some matrices only"
     whole_units = x_TD.shape[1] * x_TD.dtype.itemsize % 4 == 0
-    return refuses(x_TD, *leaves) or ("" if whole_units else "rows of no whole 32-bit units")
+    return refuses(x_TD, *weights, *biases) or ("" if whole_units else "rows of no whole 32-bit units")
 
 
 def _refuses_cache(kv, dtype: Any) -> str:
@@ -195,12 +198,12 @@ def _bodies() -> dict[str, Body]:
     return {
         "embed": Body(embed, lambda ids_T, table_VD, num_tokens: _refuses_table(table_VD)),
         "linear": Body(
-            linears, lambda x_TD, weights, num_tokens, biases, dtype: _refuses_matrices(x_TD, *weights, *biases)
+            linears, lambda x_TD, weights, num_tokens, biases, dtype: _refuses_matrices(x_TD, weights, biases)
         ),
         "gated_linear": Body(
             gated_linear,
             lambda x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype: _refuses_matrices(
-                x_TD, gate, up, gate_bias, up_bias
+                x_TD, [gate, up], [gate_bias, up_bias]
             ),
         ),
         "rms_norm": Body(rms_norm, lambda x_TD, weight, num_tokens, eps: refuses(x_TD, weight)),

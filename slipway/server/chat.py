@@ -10,6 +10,7 @@ from typing import Any
 
 from slipway.codec.reasoning import ReasoningTokens
 from slipway.engine.params import SamplingParams, check_logprobs
+from slipway.engine.request import RequestSpec
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.completions import check_num_samples, open_streams, read_all
@@ -228,14 +229,8 @@ class ChatHandler:
         return "".join(part.get("text", "") for part in content)
 
     def _open_streams(self, slot: QueueSlot) -> contextlib.AbstractContextManager[list[Stream]]:
-        return open_streams(
-            self._service,
-            slot,
-            [self.prompt],
-            params=[self.params],
-            priority=self._body.priority,
-            cache_salt=self._body.cache_salt,
-        )
+        spec = RequestSpec(self.prompt.token_ids, self.params, **schema.facts(self._body))
+        return open_streams(self._service, slot, [spec])
 
     def _choice(self, sample: Sample, reader: Message) -> dict[str, Any]:
         """Return the fields that choices of whole responses and of events have in common."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from slipway.codec.offsets import Offsets
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.messages import Delta, Sample
@@ -113,14 +114,9 @@ class CompletionHandler:
         yield DONE
 
     def _open_streams(self, slot: QueueSlot) -> contextlib.AbstractContextManager[list[Stream]]:
-        return open_streams(
-            self._service,
-            slot,
-            self.prompts,
-            params=[self.params] * len(self.prompts),
-            priority=self._body.priority,
-            cache_salt=self._body.cache_salt,
-        )
+        facts = schema.facts(self._body)
+        specs = [RequestSpec(prompt.token_ids, self.params, **facts) for prompt in self.prompts]
+        return open_streams(self._service, slot, specs)
 
     def _choice(
         self, number: int, sample: Sample, last: Delta, *, scored: Sequence[Entry | None]
@@ -211,22 +207,11 @@ class CompletionHandler:
 
 @contextlib.contextmanager
 def open_streams(
-    service: Service,
-    slot: QueueSlot,
-    prompts: Sequence[Prompt],
-    *,
-    params: Sequence[SamplingParams],
-    priority: int,
-    cache_salt: str | None,
+    service: Service, slot: QueueSlot, specs: Sequence[RequestSpec]
 ) -> Iterator[list[Stream]]:
-    """Start one stream for each prompt and its parameters; close all of them at the end."""
+    """Start one stream for each request; close all of them at the end."""
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                service.open(slot, prompt, each, priority=priority, cache_salt=cache_salt or "")
-            )
-            for prompt, each in zip(prompts, params)
-        ]
+        yield [stack.enter_context(service.open(slot, spec)) for spec in specs]
 
 
 async def read_all(stream: Stream) -> list[Delta]:

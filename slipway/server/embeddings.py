@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import EngineDead, InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.responses import token_usage
@@ -175,9 +176,8 @@ class EmbeddingHandler:
 
         async def hidden_of(prompt: Prompt) -> list[float]:
             params = SamplingParams(max_tokens=1)
-            with self._service.open(
-                slot, prompt, params, priority=priority, pooling=pooling
-            ) as stream:
+            spec = RequestSpec(prompt.token_ids, params, priority=priority, pooling=pooling)
+            with self._service.open(slot, spec) as stream:
                 while not stream.finished:
                     last = (await stream.next())[-1]
             if last.hidden is None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from slipway.engine.config import EngineConfig
-from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.engine.stats import Snapshot
 from slipway.errors import (
     CheckpointError,
@@ -40,12 +40,7 @@ class Add(msgspec.Struct, tag=True):
     """Order to run a prompt."""
 
     number: int
-    token_ids: list[int]
-    params: SamplingParams
-    priority: int = 0
-    timeout_s: float | None = None
-    cache_salt: str = ""
-    pooling: str = ""
+    spec: RequestSpec
 
 
 class Abort(msgspec.Struct, tag=True):

@@ -20,7 +20,7 @@ import zmq
 import zmq.asyncio
 
 from slipway.engine.config import EngineConfig
-from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.engine.stats import Snapshot
 from slipway.errors import EngineBusy, EngineDead, SlipwayError, WeightsLost
 from slipway.server import messages
@@ -136,16 +136,7 @@ class Replica:
         """Start an engine process, and restart it whenever it dies."""
         self._task = asyncio.create_task(self._keep_running(), name=f"replica {self.name}")
 
-    def open(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-        cache_salt: str = "",
-        pooling: str = "",
-    ) -> Stream:
+    def open(self, spec: RequestSpec) -> Stream:
         """Start a request. Raises EngineDead or EngineBusy.
 
         The stream raises the errors that the engine finds in the request.
@@ -155,20 +146,10 @@ class Replica:
         if self.refuses:
             raise EngineBusy(self.refuses)
         number = next(self._numbers)
-        stream = Stream(self, number, params.num_samples * len(token_ids))
+        stream = Stream(self, number, spec.params.num_samples * len(spec.token_ids))
         self._streams[number] = stream
         self.load += stream.num_tokens
-        self.send(
-            Add(
-                number,
-                token_ids,
-                params,
-                priority=priority,
-                timeout_s=timeout_s,
-                cache_salt=cache_salt,
-                pooling=pooling,
-            )
-        )
+        self.send(Add(number, spec))
         return stream
 
     def forget(self, number: int, stream: Stream) -> None:

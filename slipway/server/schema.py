@@ -8,6 +8,7 @@ Not here: the body of SGLang's /generate (sglang.py), reading bodies from JSON (
 of nested objects (members.py).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import msgspec
 
 from slipway.codec.grammar import StructuredOutputs
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import members
 
@@ -76,8 +78,29 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_obfuscation: bool = False
 
 
-class Sampling(msgspec.Struct, kw_only=True):
-    """Fields that completions and chats have in common."""
+_FACTS = [field for field in dataclasses.fields(RequestSpec) if field.metadata.get("from_body")]
+# Fields of RequestSpec that clients set: a new one is a field of completions and chats as well.
+Facts: Any = msgspec.defstruct(
+    "Facts",
+    [
+        (field.name, Int, field.default)
+        if field.type is int
+        else (field.name, field.type | None, None)  # type: ignore[operator]
+        for field in _FACTS
+    ],
+    kw_only=True,
+    module=__name__,
+)
+
+
+def facts(body: Any) -> dict[str, Any]:
+    """Return the values of a body that go into RequestSpec under the same name."""
+    found = {field.name: getattr(body, field.name) for field in _FACTS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class Sampling(Facts, msgspec.Struct, kw_only=True):  # type: ignore[misc]
+    """Fields that completions and chats have in common, beside those of Facts."""
 
     model: str | None = None
     n: Int | None = None
@@ -114,8 +137,6 @@ class Sampling(msgspec.Struct, kw_only=True):
     ebnf: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    priority: Int = 0
-    cache_salt: str | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None

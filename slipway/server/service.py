@@ -20,6 +20,7 @@ from slipway.codec.chat import ChatTemplates
 from slipway.codec.grammar import StructuredOutputs
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import (
     ClientBusy,
     ContextTooLong,
@@ -345,30 +346,18 @@ class Service:
             self._sandbox.close()
 
     @contextlib.contextmanager
-    def open(
-        self,
-        slot: QueueSlot,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-        pooling: str = "",
-    ) -> Iterator[Stream]:
-        """Run a prompt in a replica; yield its stream. Raises EngineBusy or EngineDead."""
-        cost = params.num_samples * len(prompt.token_ids)
+    def open(self, slot: QueueSlot, spec: RequestSpec) -> Iterator[Stream]:
+        """Run a request in a replica, under the server's timeout; yield its stream.
+
+        Raises EngineBusy or EngineDead.
+        """
+        cost = spec.params.num_samples * len(spec.token_ids)
         limit = self.config.max_queued_tokens
         if self._num_tokens and self._num_tokens + cost > limit:
             count = f"{self._num_tokens} of {limit} prompt tokens"
             raise EngineBusy(f"queue full: {count} running or waiting, {cost} more requested")
-        stream = self._choose_replica(prompt.token_ids, cache_salt).open(
-            prompt.token_ids,
-            params,
-            priority=priority,
-            timeout_s=self.config.request_timeout_s,
-            cache_salt=cache_salt,
-            pooling=pooling,
-        )
+        spec = dataclasses.replace(spec, timeout_s=self.config.request_timeout_s)
+        stream = self._choose_replica(spec.token_ids, spec.cache_salt).open(spec)
         self._num_tokens += cost
         slot.streams.append(stream)
         try:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from slipway.engine.params import SamplingParams
+from slipway.engine.request import RequestSpec
 from slipway.errors import InvalidRequest, Shown
 from slipway.server import schema
 from slipway.server.completions import (
@@ -231,14 +232,13 @@ class GenerateHandler:
         yield DONE
 
     def _open_streams(self, slot: QueueSlot) -> contextlib.AbstractContextManager[list[Stream]]:
-        return open_streams(
-            self._service,
-            slot,
-            self._prompts,
-            params=self._params,
-            priority=self._body.priority,
-            cache_salt=self._body.extra_key,
-        )
+        facts: dict[str, Any] = {
+            "priority": self._body.priority,
+            "cache_salt": self._body.extra_key or "",
+        }
+        pairs = zip(self._prompts, self._params)
+        specs = [RequestSpec(prompt.token_ids, params, **facts) for prompt, params in pairs]
+        return open_streams(self._service, slot, specs)
 
     def _sample_object(self, number: int, sample: Sample, last: Delta) -> dict[str, Any]:
         """Return SGLang's object of a sample so far; ``last``: the newest message of its prompt."""

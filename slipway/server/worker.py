@@ -22,7 +22,7 @@ from slipway.checkpoint.swap import Mode, Values
 from slipway.convert import live
 from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
-from slipway.engine.request import Logprobs, Request, RequestSpec
+from slipway.engine.request import Logprobs, Request
 from slipway.errors import SlipwayError
 from slipway.server import logs, messages
 from slipway.server.messages import (
@@ -135,16 +135,7 @@ class Worker:
 
     def _add(self, message: Add) -> None:
         try:
-            request_id = self._engine.add(
-                RequestSpec(
-                    message.token_ids,
-                    message.params,
-                    priority=message.priority,
-                    timeout_s=message.timeout_s,
-                    cache_salt=message.cache_salt,
-                    pooling=message.pooling,
-                )
-            )
+            request_id = self._engine.add(message.spec)
         except SlipwayError as error:
             self._out.append(messages.operation_failed(message.number, error))
             return
