@@ -91,7 +91,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What was counted and timed since the start, or since ``reset_stats``."""
+        """Counters and times since the start, or since ``reset_stats``."""
         return self._pipeline.stats
 
     def reset_stats(self) -> None:
@@ -117,7 +117,7 @@ class Engine:
         return request.request_id
 
     def request(self, request_id: str) -> Request:
-        """A running request. Raises KeyError if it is not running."""
+        """Return a running request. Raises KeyError if it is not running."""
         return self._requests[request_id]
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> RequestOutput:
@@ -134,18 +134,21 @@ class Engine:
         return request_id in self._requests
 
     def snapshot(self) -> Snapshot:
-        """What runs, waits and is cached now, and the sums since the start."""
+        """Return the numbers of running, waiting and cached things, and the sums since the start."""
         each = self.schedulers
         return Snapshot(
-            running=sum(len(s.running) for s in each), waiting=sum(s.num_waiting for s in each),
-            pages=sum(s.pages.num_pages for s in each), pages_free=sum(s.pages.num_free for s in each),
+            running=sum(len(s.running) for s in each),
+            waiting=sum(s.num_waiting for s in each),
+            pages=sum(s.pages.num_pages for s in each),
+            pages_free=sum(s.pages.num_free for s in each),
             pages_cached=sum(s.tree.num_unlocked for s in each),
             queried_tokens=sum(s.counts.queried_tokens for s in each),
             cached_tokens=sum(s.counts.cached_tokens for s in each),
             computed_tokens=sum(s.counts.computed_tokens for s in each),
-            preemptions=sum(s.counts.preemptions for s in each), compilations=self.num_compiled,
+            preemptions=sum(s.counts.preemptions for s in each),
+            compilations=self.num_compiled,
             stats=deepcopy(self.stats),
-        )  # fmt: skip
+        )
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -163,12 +166,12 @@ class Engine:
     def update_weights(
         self, values: Values, *, version: str | None = None, mode: Mode = "inplace", policy: Policy = "finish"
     ) -> Future[str]:
-        """Give the weights new values, which have been checked, before some next step; the version they then are.
+        """Replace the weights by checked values between two steps; the result is their new version.
 
-        ``policy``: what happens to requests that run. ``finish``: they end on the old version first, while nobody
-        begins. ``recompute``: their keys and values are computed anew; what they have said stays. ``continue``: they go
-        on, on what the old version has computed. ``mode`` as in ``Weights.replace``; if that fails half-way, all
-        requests end as aborted and none is taken until an update has succeeded. Cached prefixes are forgotten.
+        ``policy`` is for running requests. ``finish``: they end on the old version first, while no other begins.
+        ``recompute``: their keys and values are computed anew, their output so far stays. ``continue``: they go on with
+        the keys and values of the old version. ``mode`` as in ``Weights.replace``; if that fails half-way, all requests
+        are aborted and new ones refused until an update succeeds. Cached prefixes are forgotten.
         """
         self._need_one_process("update_weights")
         if mode not in get_args(Mode):
@@ -184,9 +187,10 @@ class Engine:
         return self._updates.add(apply, policy)
 
     def sleep(self, level: int = 1) -> Future[None]:
-        """Free the cache, and the devices of weights, before the next step; requests wait until ``wake_up``.
+        """Free the devices' memory of caches and weights before the next step; requests wait until ``wake_up``.
 
-        ``level`` 1 keeps the weights in the host's memory; 2 drops them: after it, only an update brings any.
+        ``level`` 1 keeps the weights in the host's memory. Level 2 drops them: the engine needs an update to serve
+        again.
         """
         self._need_one_process("sleep")
         if level not in (1, 2):
@@ -200,7 +204,7 @@ class Engine:
         return self._updates.add(apply, "recompute")
 
     def wake_up(self) -> Future[None]:
-        """Undo ``sleep``."""
+        """Bring back weights and caches after ``sleep``."""
 
         def apply() -> None:
             if self._updates.sleep_level:
@@ -215,36 +219,37 @@ class Engine:
         return self._updates.wait and self._updates.may_begin()
 
     def fail_updates(self, error: BaseException) -> None:
-        """End what waits to be changed."""
+        """Let every waiting change fail with an error."""
         self._updates.fail(error)
 
     def flush(self) -> int:
-        """Forget the cached prefixes; how many pages that freed. What runs keeps its own."""
+        """Forget the cached prefixes and return the number of freed pages. Running requests keep theirs."""
         return sum(scheduler.tree.flush() for scheduler in self.schedulers)
 
     def step(self) -> list[Request]:
-        """Dispatch a step and take in the one before: who has news of it; who finished is no longer the engine's.
+        """Dispatch a step and take the results of the one before; return the requests with new output.
 
-        A step that takes long is taken in by a call of its own, before the next is planned, and the first call after
-        a pause has nothing to take in and returns an empty list.
+        Finished requests are among them, and no longer the engine's. The results of a long step are taken by a call of
+        their own, before the next step is planned. The first call after a pause returns an empty list.
         """
         started, moved = time.perf_counter(), dict[str, Request]()
         if self._has_deadlines:
             self._end_overdue(moved)
         if self.changes_now:
             self._change(moved)
-            return self._told(moved)
+            return self._due(moved)
         self._updates.check()
         self.runner.state[WEIGHTS] = self.weights.arrays
         self._pipeline.advance(moved, started)
-        return self._told(moved)
+        return self._due(moved)
 
-    def _told(self, moved: dict[str, Request]) -> list[Request]:
+    def _due(self, moved: dict[str, Request]) -> list[Request]:
+        """Return the requests that have enough new tokens for a delta (``stream_interval``)."""
         interval = self.limits.stream_interval
         return [request for request in moved.values() if interval == 1 or request.is_due(interval)]
 
     def _change(self, moved: dict[str, Request]) -> None:
-        """Make the change that comes first, once nothing is on the device."""
+        """Apply the first waiting change, after taking the results of the step on the device."""
         self._pipeline.drain(moved)
         if not self._updates.begin():
             for request in list(self._requests.values()):
@@ -256,7 +261,7 @@ class Engine:
             raise InvalidRequest(what, "an engine of several processes", "one process (nnodes 1)")
 
     def _append(self, sequence: Sequence, token: int, sampled: Sampled, row: int) -> None:
-        """Give a sequence its token; if that was its last, its pages are free."""
+        """Append a sampled token to its sequence; release the sequence if that was its last."""
         sequence.num_pending -= 1
         params = sequence.request.spec.params
         if sequence.request.spec.pooling:
@@ -291,7 +296,7 @@ class Engine:
         self.schedulers[sequence.request.copy].release(sequence)
 
     def _place(self, request: Request) -> int:
-        """The copy of the weights with the least to do, once it has found what it holds of the prompt."""
+        """Return the copy of the weights with the fewest tokens to compute, its cached prefix deducted."""
         if len(self.schedulers) == 1:
             return 0
         prompt = np.array(request.spec.token_ids, np.int32)

@@ -1,4 +1,7 @@
-"""What a caller gets back, and a request's and a sequence's life until then; knows no batch and no JAX."""
+"""Requests: what a caller states, the state of each sample while it runs, and the outputs.
+
+Not here: checks of a request (admission.py), which sequences run (scheduler.py).
+"""
 
 import dataclasses
 import enum
@@ -27,7 +30,7 @@ FROM_BODY = {"from_body": True}  # metadata of a field that HTTP clients set by 
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sample ended: an end token or a stop string, max_tokens, an abort, or its deadline."""
+    """Reason of a sample's end: an end token or a stop string, max_tokens, an abort, or its deadline."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -108,32 +111,38 @@ class Sequence:
         self.seed = seed
         self.stop_ids = stop_ids
         self.detokenizer = detokenizer
-        self.num_prompt = self.num_tokens = len(request.spec.token_ids)  # num_tokens: prompt and output together
-        self.max_length = self.num_prompt + request.max_tokens  # the most tokens that it may come to
         params = request.spec.params
-        self.scores = request.prompt_logprobs is not None and index == 0  # the first sample's prompt serves all
-        self.needs_every_token = (
-            self.scores or request.spec.pooling == "mean"
-        )  # of the prompt, though the cache may hold it
+        self.num_prompt = len(request.spec.token_ids)
+        self.num_tokens = self.num_prompt  # of prompt and output together
+        self.max_length = self.num_prompt + request.max_tokens
+        # The prompt is scored once for all samples.
+        self.scores = request.prompt_logprobs is not None and index == 0
+        # Every token of the prompt must be computed, even those that the cache holds.
+        self.needs_every_token = self.scores or request.spec.pooling == "mean"
         self.wants_logprobs = params.logprobs is not None or params.best_of is not None or self.scores
         self.tokens = np.empty(self.max_length, np.int32)
         self.tokens[: self.num_tokens] = request.spec.token_ids
         self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
         self.cumulative_logprob = 0.0  # summed where samples are ranked
-        self._num_read, self._num_shown, self._flushed = 0, 0, False  # how far the text has come
+        self._num_read = 0  # tokens of the output that the detokenizer has
+        self._num_shown = 0  # tokens of the output in deltas so far
+        self._flushed = False  # the detokenizer has given all of its text
         self._num_hidden = 0  # 1: the last token is a stop token, which the text leaves out
-        # the scheduler's:
-        self.num_computed = self.num_pending = self.num_scored = 0
+        # The following belong to the scheduler.
+        self.num_computed = 0
+        self.num_pending = 0
+        self.num_scored = 0
         self.pages: list[int] = []
         # Its pages of each numbering for sliding windows, FREED before the window (cache/windows.py).
         self.window_pages: list[list[int]] = []
         self.duplicates: list[int] = []  # its own copies of pages that the tree has from others
         self.node: Node | None = None  # the tree's deepest page among them; those after it are the sequence's own
-        self.slot = -1  # its row of the scheduler's page table while it runs
-        self.last_row = -1  # of the last step's results, where its token is while that is pending
+        self.slot = -1  # its row of the scheduler's page tables while it runs
+        self.last_row = -1  # its row of the last step's results, which hold its token while that is pending
         self.overtaken = 0
-        self.matcher: Constraint | None = None  # where it stands in what it must be, if that is said
-        self.first_run, self.last_token_at = True, 0.0  # seconds of time.monotonic(); 0: none yet
+        self.matcher: Constraint | None = None  # state of its grammar or budget of reasoning, if it has one
+        self.first_run = True
+        self.last_token_at = 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
         self.weights: tuple[tuple[int, str], ...] = ()
         self.finish_reason: FinishReason | None = None
@@ -141,21 +150,21 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens that it has, those still on the device included."""
+        """Number of its tokens, those still on the device included."""
         return self.num_tokens + self.num_pending
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Who goes first: the smaller."""
+        """Sort key of the scheduler: the smaller goes first."""
         return self.request.spec.priority, self.request.arrival, self.index
 
     @property
     def token_ids(self) -> list[int]:
-        """The output."""
+        """Token ids of the output."""
         return self.tokens[self.num_prompt : self.num_tokens].tolist()
 
     def append(self, token_id: int, logprobs: Logprobs | None) -> None:
-        """Take a sampled token, and end where it, the text or the length says so."""
+        """Append a sampled token; end at an end token, a stop string or the maximum length."""
         params = self.request.spec.params
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
@@ -172,42 +181,54 @@ class Sequence:
                 self.finish(FinishReason.STOP, self.detokenizer.stopped)  # completed by the very end of the text
 
     def change_weights(self, version: str) -> None:
-        """What it computes from now on comes from this version; so does all of it, where nothing is computed yet."""
+        """Note that tokens from now on come from this version; all of them, if none is computed yet."""
         before = self.weights if self.num_computed or self.num_tokens > self.num_prompt else ()
         self.weights = (*before, (self.num_tokens - self.num_prompt, version))
 
     def forget_scores(self) -> None:
-        """Score its prompt anew, where it is scored."""
+        """Let the prompt be scored from its start again, if it is scored."""
         if self.scores:
-            self.num_scored, self.request.prompt_logprobs = 0, [None]
+            self.num_scored = 0
+            self.request.prompt_logprobs = [None]
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End the sequence. ``stop_reason``: the stop string or token id that matched, or what an abort says."""
-        self.finish_reason, self.stop_reason = reason, stop_reason
+        """End the sequence. ``stop_reason``: the stop string or token id that matched, or the cause of an abort."""
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
 
     def output(self) -> CompletionOutput:
-        """What it has come to."""
+        """Return the sample so far."""
         text = "" if self.detokenizer is None else self._read().text
         logprobs = None if self.logprobs is None else list(self.logprobs)
-        return CompletionOutput(
-            self.index, text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.weights
-        )
+        return self._output(text, self.token_ids, logprobs)
 
     def delta(self) -> CompletionOutput:
-        """What is new since the last call; its cost follows what is new, not what there is."""
-        first, self._num_shown = self._num_shown, self.num_tokens - self.num_prompt
+        """Return the part of the sample that is new since the last call; costs nothing for the rest."""
+        first = self._num_shown
+        self._num_shown = self.num_tokens - self.num_prompt
         ids = self.tokens[self.num_prompt + first : self.num_tokens].tolist()
         logprobs = None if self.logprobs is None else self.logprobs[first:]
         text = "" if self.detokenizer is None else self._read().take()
-        return CompletionOutput(self.index, text, ids, logprobs, self.finish_reason, self.stop_reason, self.weights)
+        return self._output(text, ids, logprobs)
+
+    def _output(self, text: str, token_ids: list[int], logprobs: list[Logprobs] | None) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            weights=self.weights,
+        )
 
     def is_due(self, interval: int) -> bool:
-        """Whether it is time to tell: at its first token and its end, else after ``interval`` tokens not told of."""
+        """Whether a delta is due: at the first token and the end, else after ``interval`` tokens in no delta."""
         first = not self._num_shown or self.finish_reason is not None
         return self.num_tokens - self.num_prompt - self._num_shown >= (1 if first else interval)
 
     def _read(self) -> Detokenizer:
-        """Detokenize what is new. Only a stop string needs that at every step; else it waits until someone looks."""
+        """Detokenize the new tokens. Stop strings need that at every step; otherwise it waits for an output."""
         assert self.detokenizer is not None
         first, last = self.num_prompt + self._num_read, self.num_tokens - self._num_hidden
         for token_id in self.tokens[first:last].tolist():
@@ -255,16 +276,16 @@ class Request:
 
     @property
     def num_cached(self) -> int:
-        """Tokens of its prompt that the cache held when it first ran."""
+        """Number of its prompt's tokens that the cache held when it first ran."""
         return (self.sequences[0].num_cached or 0) if self.sequences else 0
 
     @property
     def num_generated(self) -> int:
-        """Tokens of all its samples."""
+        """Number of output tokens of all its samples."""
         return sum(sequence.num_tokens - sequence.num_prompt for sequence in self.sequences)
 
     def output(self) -> RequestOutput:
-        """What it has come to. Where more samples were drawn than asked for, the likeliest, once all have ended."""
+        """Return the request so far; of more samples than requested the likeliest, once all have ended."""
         sequences, n = self.sequences, self.spec.params.n
         if len(sequences) > n and self.finished:
             sequences = sorted(sequences, key=lambda sequence: -sequence.cumulative_logprob)
@@ -274,19 +295,26 @@ class Request:
         return self._around(outputs)
 
     def is_due(self, interval: int) -> bool:
-        """Whether it has ended, or one of its samples has something to tell; ``interval``: EngineConfig's."""
+        """Whether it has ended, or a delta of a sample is due; ``interval``: EngineConfig.stream_interval."""
         return self.finished or any(sequence.is_due(interval) for sequence in self.sequences)
 
     def deltas(self) -> list[CompletionOutput]:
-        """What is new in each sample since the last call."""
+        """Return the new part of each sample since the last call."""
         return [sequence.delta() for sequence in self.sequences]
 
     def delta(self) -> RequestOutput:
-        """``deltas`` with what is said of the request."""
+        """Return ``deltas`` with the fields of the request."""
         return self._around(self.deltas())
 
     def _around(self, outputs: list[CompletionOutput]) -> RequestOutput:
         scored = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
         return RequestOutput(
-            self.request_id, self.spec.prompt, self._shown, outputs, self.finished, scored, self.num_cached, self.hidden
+            request_id=self.request_id,
+            prompt=self.spec.prompt,
+            prompt_token_ids=self._shown,
+            outputs=outputs,
+            finished=self.finished,
+            prompt_logprobs=scored,
+            num_cached_tokens=self.num_cached,
+            hidden=self.hidden,
         )
