@@ -48,9 +48,21 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(name):
     assert not has(name)
 
 
+@pytest.fixture
+def compile_cache(tmp_path_factory):
+    """Variables with which JAX keeps compiled programs for the next set: they call kernels by name, of any set."""
+    folder = tmp_path_factory.getbasetemp() / "programs"
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.mark.xdist_group("isa")
 @pytest.mark.skipif(native.library() is None, reason="installed without a C++ compiler")
 @pytest.mark.parametrize("name", [*sorted(SETS), "xla"])
-def test_ops_hold_on_every_instruction_set_of_this_processor(name):
+def test_ops_hold_on_every_instruction_set_of_this_processor(name, compile_cache):
     if name == cpu.isa():
         pytest.skip("the set in use: the other tests of this folder run on it")
     if not has(name):
@@ -61,5 +73,7 @@ def test_ops_hold_on_every_instruction_set_of_this_processor(name):
     if name == "xla":  # what the prefix cache promises differs there
         tests.append(str(folder.parent / "engine" / "test_prefix.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
-    run = subprocess.run(command, env=os.environ | {"SLIPWAY_ISA": name}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, env=os.environ | compile_cache | {"SLIPWAY_ISA": name}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-3000:]
