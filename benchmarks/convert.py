@@ -30,7 +30,7 @@ from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
 from slipway.convert.mappings import BUILT_IN
 from slipway.convert.plan import Plan, resolve
-from slipway.convert.sink import Pieces
+from slipway.convert.writer import Pieces
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 16, 8, 128, 65536
@@ -139,13 +139,13 @@ def make_checkpoint(folder: Path, tree: str, size_gb: float) -> tuple[Path, Path
     noise = (np.random.default_rng(0).standard_normal(1 << 23) * 0.02).astype(BF16)
     if tree == "maxtext":
         # needs an extra, which the other tree does not
-        from slipway.convert.orbax import OrbaxSink
+        from slipway.convert.orbax import OrbaxWriter
 
         source = folder / "source"
-        sink = OrbaxSink(source, plan.targets, "bench", resume=False)
+        writer = OrbaxWriter(source, plan.targets, "bench", resume=False)
         for name, spec in plan.targets.items():
-            sink.write(name, _pieces(spec, noise))
-        sink.finish()
+            writer.write(name, _pieces(spec, noise))
+        writer.finish()
     else:
         source = folder / "source.safetensors"
         _write(source, plan, noise)

@@ -18,7 +18,7 @@ from benchmarks import script
 from slipway import mesh as meshes
 from slipway import models, tree
 from slipway.bench.random_model import QWEN3_SHAPE
-from slipway.checkpoint import load
+from slipway.checkpoint import tensor_reader
 from slipway.engine import batch, programs
 from slipway.engine.batch import Bucket, Sampling, Sizes
 from slipway.engine.caches import Caches
@@ -94,7 +94,7 @@ class LayerFormsBench:
         }
         if self.topology is not None:
             return figures
-        weights = load.dummy(declaration, mesh, dtype, seed=0)
+        weights = tensor_reader.dummy(declaration, mesh, dtype, seed=0)
         runner.state[programs.WEIGHTS] = jax.tree.leaves(weights)
         runner.allocate(programs.CACHES)
         runner.allocate(programs.NEWEST)

@@ -21,8 +21,8 @@ import transformers
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from slipway.adapters import standins
 from slipway.adapters import vllm as adapter
+from slipway.adapters.engine_fields import FIELDS
 
 PAGE_SIZE, NUM_PAGES, PAGES_PER_ROW, ROWS = 16, 64, 8, 4
 # Tokens of a step, with padding.
@@ -194,22 +194,22 @@ def logits(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
 
 
 def missing_fields(config: Any) -> list[str]:
-    """Return fields of the tests' stand-ins that vLLM's and tpu-inference's objects do not have."""
+    """Return fields that the adapters read and vLLM's and tpu-inference's objects do not have."""
     metadata = importlib.import_module(METADATA).AttentionMetadata
     names = SimpleNamespace(**{field.name: None for field in dataclasses.fields(metadata)})
-    pairs = (
-        (standins.VllmConfig, config),
-        (standins.ModelConfig, config.model_config),
-        (standins.LoadConfig, config.load_config),
-        (standins.ShardingConfig, config.sharding_config),
-        (standins.AttentionMetadata, names),
-    )
+    objects = {
+        "VllmConfig": config,
+        "ModelConfig": config.model_config,
+        "LoadConfig": config.load_config,
+        "ShardingConfig": config.sharding_config,
+        "AttentionMetadata": names,
+    }
     # hasattr, because some of the real fields are properties
     return [
-        f"{kind.__name__}.{field.name}"
-        for kind, real in pairs
-        for field in dataclasses.fields(kind)
-        if not hasattr(real, field.name)
+        f"{name}.{field}"
+        for name, fields in FIELDS.items()
+        for field in fields
+        if not hasattr(objects[name], field)
     ]
 
 

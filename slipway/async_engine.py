@@ -19,7 +19,7 @@ from typing import Any
 
 from slipway.checkpoint.swap import Mode
 from slipway.codec.prompt import Prompt, parse_prompt
-from slipway.convert import live
+from slipway.convert import weight_sources
 from slipway.engine.engine import Engine
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestOutput, RequestSpec
@@ -146,7 +146,7 @@ class AsyncEngine:
         ``source`` is checked in another thread, while steps go on.
         """
         weights = self._engine.weights
-        values = await asyncio.to_thread(live.values, source, weights, mapping=mapping)
+        values = await asyncio.to_thread(weight_sources.values, source, weights, mapping=mapping)
         await asyncio.to_thread(values.check, weights, mode)
         change = functools.partial(
             self._engine.update_weights,

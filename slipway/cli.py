@@ -38,9 +38,9 @@ from slipway.checkpoint import hub
 from slipway.checkpoint.quantize import Scheme
 from slipway.checkpoint.shards import write_json
 from slipway.convert.conversion import Conversion, ConvertConfig, convert, prepare, read_config
+from slipway.convert.executor import Written
 from slipway.convert.formats import open_source
-from slipway.convert.pack import pack
-from slipway.convert.run import Written
+from slipway.convert.quantize_directory import quantize_directory
 from slipway.convert.verify import explain, report, summary, verify
 from slipway.engine.config import EngineConfig
 from slipway.engine.params import SamplingParams
@@ -370,7 +370,7 @@ class Quantize:
         scheme = Scheme(self.bits, self.group or (32 if self.bits == 4 else 0))
         with Progress(*_PROGRESS) as bar:
             task = bar.add_task(f"{Path(self.model).name} -> {self.out_dir}", total=None)
-            pack(
+            quantize_directory(
                 NANO if self.model == "nano" else self.model,
                 self.out_dir,
                 scheme,

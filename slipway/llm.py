@@ -88,9 +88,9 @@ class LLM:
         others have changed.
         """
         # imports the rules of all other trees, which few callers need
-        from slipway.convert import live
+        from slipway.convert import weight_sources
 
-        values = live.values(source, self.engine.weights, mapping)
+        values = weight_sources.values(source, self.engine.weights, mapping)
         values.check(self.engine.weights, mode)
         change = self.engine.update_weights(values, version=version, mode=mode, policy=policy)
         return self._until(change)

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from slipway import mesh, models, ops, tree
-from slipway.checkpoint import files, load, quantize
+from slipway.checkpoint import files, quantize, tensor_reader
 from slipway.nn import linear
 from slipway.ops import kv_cache
 from training.data import held_out_rows
@@ -35,9 +35,9 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
     declaration = tree.separate(models.declare(checkpoint.config))
     if scheme is not None:
         declaration = linear.quantize(declaration, scheme.bits, scheme.group)
-        checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
+        checkpoint = quantize.packed_view(checkpoint, tensor_reader.wanted(declaration))
     one = mesh.make_mesh()
-    model = load.load(declaration, checkpoint, one, dtype=jnp.bfloat16)
+    model = tensor_reader.load(declaration, checkpoint, one, jnp.bfloat16)
     context = rows.shape[1] - 1
     num_pages = -(-context // PAGE_SIZE)
     sizes = {"page_size": PAGE_SIZE, "dtype": jnp.bfloat16}

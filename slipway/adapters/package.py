@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slipway.adapters import probe, twin
+from slipway.adapters import check, twin
 from slipway.adapters.twin import Engine, Twin
 from slipway.checkpoint import files, hub
 from slipway.convert.conversion import new_directory
@@ -61,7 +61,7 @@ def adapt(model: str, twin_file: str, engine: Engine, out_dir: Path) -> Package:
     checkpoint = files.open_checkpoint(hub.resolve(model))
     found = twin.load(twin_file, checkpoint.config)
     asked = _ask(engine, found.architecture)
-    if problems := [*twin.homes(found, checkpoint, engine), *probe.misfits(found, engine)]:
+    if problems := [*twin.homes(found, checkpoint, engine), *check.misfits(found, engine)]:
         raise CheckpointError(checkpoint.directory, problems)
     module = f"{re.sub(r'[^a-z0-9]+', '_', found.config_class.model_type.lower()).strip('_')}_for_{engine}"
     try:

@@ -30,9 +30,9 @@ def write_random_model(config: Mapping[str, Any], directory: Path) -> None:
     import jax.numpy as jnp
 
     from slipway import mesh, models
-    from slipway.checkpoint import load
+    from slipway.checkpoint import tensor_reader
     from slipway.checkpoint.save import save
 
     declaration = models.declare(config)
-    arrays = load.dummy(declaration, mesh.make_mesh(), jnp.dtype(config["torch_dtype"]))
+    arrays = tensor_reader.dummy(declaration, mesh.make_mesh(), jnp.dtype(config["torch_dtype"]))
     save(declaration, arrays, config, directory=directory)

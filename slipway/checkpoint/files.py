@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint import bits
+from slipway.checkpoint import copying
 from slipway.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -72,21 +72,21 @@ class Checkpoint:
     def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
         """Read the tensor into ``target``, a contiguous array of its size; none of its pages becomes resident here.
 
-        ``limit`` and the result as ``bits.stream`` has them. Raises OSError where the file has become shorter.
+        ``limit`` and the result as ``copying.stream`` has them. Raises OSError where the file has become shorter.
         """
         tensor = self.tensors[name]
         with tensor.file.open("rb", buffering=0) as file:
             if limit is None:
-                bits.read(file.fileno(), tensor.start, target)
+                copying.read(file.fileno(), tensor.start, target)
                 return 0
-            return bits.read_counted(file.fileno(), tensor.start, target.nbytes, target.itemsize, limit, target)
+            return copying.read_counted(file.fileno(), tensor.start, target.nbytes, target.itemsize, limit, target)
 
     def count_above(self, name: str, limit: int) -> int:
-        """How many of the tensor's items ``bits.count_above`` has beyond ``limit``."""
+        """How many of the tensor's items ``copying.count_above`` has beyond ``limit``."""
         tensor = self.tensors[name]
         with tensor.file.open("rb", buffering=0) as file:
             size, itemsize = tensor.stop - tensor.start, DTYPES[tensor.dtype].itemsize
-            return bits.read_counted(file.fileno(), tensor.start, size, itemsize, limit)
+            return copying.read_counted(file.fileno(), tensor.start, size, itemsize, limit)
 
     def drop(self, name: str) -> None:
         """Give the tensor's resident pages back to the system; views stay valid and fault them in again.

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.bits import count_above, stream
+from slipway.checkpoint.copying import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import UnsupportedModel
 from slipway.native import library

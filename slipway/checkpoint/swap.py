@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import tree
-from slipway.checkpoint import load, reshard
-from slipway.checkpoint.bits import count_above, stream
+from slipway.checkpoint import reshard, tensor_reader
+from slipway.checkpoint.copying import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.errors import CheckpointError, WeightsLost
 from slipway.mesh import shardings
@@ -35,7 +35,7 @@ class Values(Protocol):
         """
 
     def array(
-        self, weights: "Weights", at: int, memory: dict[load.Bounds, np.ndarray], faults: list[str] | None
+        self, weights: "Weights", at: int, memory: dict[tensor_reader.Bounds, np.ndarray], faults: list[str] | None
     ) -> jax.Array:
         """The leaf ``at``, whole, on the weights' mesh; owned by them alone.
 
@@ -108,7 +108,7 @@ class Weights:
         """Whether a device's memory is the host's."""
         return backend.of(self.mesh.devices.flat[0].platform).uses_host_memory
 
-    def refilled(self, at: int, memory: dict[load.Bounds, np.ndarray]) -> jax.Array:
+    def refilled(self, at: int, memory: dict[tensor_reader.Bounds, np.ndarray]) -> jax.Array:
         """The leaf ``at`` after blocks were written to: on one device the same array, if it is a view of them.
 
         Of an array on several devices JAX keeps what it has gathered for the host: that needs a new one.
@@ -118,14 +118,14 @@ class Weights:
             for arrays, blocks in ((self.arrays, self._memory), (self._before, self._spare)):
                 if arrays and memory is blocks[at]:
                     return arrays[at]
-        return load.place(shape, sharding, memory)
+        return tensor_reader.place(shape, sharding, memory)
 
     def _forget_spare(self) -> None:
         for array in self._before:
             array.delete()
         self._before, self._spare = [], self._no_memory()
 
-    def _no_memory(self) -> list[dict[load.Bounds, np.ndarray]]:
+    def _no_memory(self) -> list[dict[tensor_reader.Bounds, np.ndarray]]:
         return [{} for _ in self.arrays]
 
     def _all_at_once(self, values: Values) -> None:
@@ -172,7 +172,7 @@ class Weights:
 
 
 class FromTensors:
-    """Values from a checkpoint's tensors, under their HF keys: files, or arrays that ``Held`` shows as such."""
+    """Values from the tensors of a checkpoint (files or an ``ArrayCheckpoint``), under their HF keys."""
 
     def __init__(self, tensors: Checkpoint):
         self._tensors = tensors
@@ -180,23 +180,23 @@ class FromTensors:
     def check(self, weights: Weights, mode: Mode = "inplace") -> None:
         """Every key, shape, dtype and value, but values that are looked at while they are copied."""
         later = mode == "atomic" and not self._on_devices(*self._tensors.tensors)
-        load.check(
+        tensor_reader.check(
             weights.declaration, self._tensors, weights.dtype, weights.ignored, _unseen if later else self._overflow
         )
 
     def array(
-        self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray], faults: list[str] | None
+        self, weights: Weights, at: int, memory: dict[tensor_reader.Bounds, np.ndarray], faults: list[str] | None
     ) -> jax.Array:
         """On the host's way, unless the tensors are on devices."""
         leaf, sharding = weights.leaves[at], weights.shardings[at]
         dtype = leaf.param.held_as(weights.dtype)
         if not self._on_devices(*leaf.keys.values()):
             if memory:
-                load.refill(leaf, self._tensors, memory, faults)
+                tensor_reader.refill(leaf, self._tensors, memory, faults)
                 return weights.refilled(at, memory)
-            return load.load_leaf(leaf, self._tensors, sharding, dtype, memory, faults)
+            return tensor_reader.load_leaf(leaf, self._tensors, sharding, dtype, memory, faults)
         memory.clear()
-        assert isinstance(self._tensors, Held)
+        assert isinstance(self._tensors, ArrayCheckpoint)
         arrays = [jnp.asarray(self._tensors.held(key)) for key in leaf.keys.values()]
         array = reshard.owned(reshard.stacked(reshard.Recipe(leaf.param), dtype)(*arrays), sharding)
         for key in leaf.keys.values():
@@ -204,11 +204,11 @@ class FromTensors:
         return array
 
     def _on_devices(self, *keys: str) -> bool:
-        return isinstance(self._tensors, Held) and self._tensors.on_devices(keys)
+        return isinstance(self._tensors, ArrayCheckpoint) and self._tensors.on_devices(keys)
 
     def _overflow(self, key: str, tensors: Checkpoint, dtype: np.dtype) -> str:
-        if not isinstance(tensors, Held) or not tensors.on_devices([key]):
-            return load.overflow(key, tensors, dtype)
+        if not isinstance(tensors, ArrayCheckpoint) or not tensors.on_devices([key]):
+            return tensor_reader.overflow(key, tensors, dtype)
         count = tensors.not_finite(key, dtype)
         return f"{key}: {count} values are not finite as {dtype}" if count else ""
 
@@ -241,7 +241,7 @@ class FromTree:
             raise CheckpointError("the tree", problems)
 
     def array(
-        self, weights: Weights, at: int, memory: dict[load.Bounds, np.ndarray], faults: list[str] | None
+        self, weights: Weights, at: int, memory: dict[tensor_reader.Bounds, np.ndarray], faults: list[str] | None
     ) -> jax.Array:
         """From device to device."""
         param, x = weights.leaves[at].param, on_host(self._arrays[at])
@@ -256,7 +256,7 @@ class FromTree:
         return reshard.owned(jnp.asarray(x), weights.shardings[at])
 
 
-class Held(Checkpoint):
+class ArrayCheckpoint(Checkpoint):
     """Arrays under HF keys, shown as a checkpoint's tensors: NumPy's, and JAX's on any devices."""
 
     _arrays: Mapping[str, Any]

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from slipway.checkpoint.shards import Spec
-from slipway.convert.sink import ASIDE, Facts, Pieces
 from slipway.convert.source import dotted_names
+from slipway.convert.writer import ASIDE, Facts, Pieces
 from slipway.errors import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -325,7 +325,7 @@ def open_h5(path: Path) -> ArchiveSource:
     return ArchiveSource(path, _named(regions), _map(path), load)
 
 
-class NpzSink:
+class NpzWriter:
     """``params.npz``: members uncompressed, one after another. A half-written archive is not gone on with."""
 
     def __init__(self, directory: Path, specs: Mapping[str, Spec]):

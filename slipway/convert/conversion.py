@@ -1,4 +1,4 @@
-"""Execution of `slipway convert`: from its options the source, mapping, plan, checks and sink, in that order.
+"""Execution of `slipway convert`: from its options the source, mapping, plan, checks and writer, in that order.
 
 Every problem that can be told before a value is read is collected into one error; on any error nothing stays behind.
 """
@@ -18,19 +18,19 @@ import numpy as np
 
 from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
-from slipway.convert import hf_classes, mappings, move, run, wrapped
-from slipway.convert.archives import NpzSink
-from slipway.convert.configure import TIE, configure, known_sizes
+from slipway.convert import executor, hf_classes, mappings, transfer, wrapped
+from slipway.convert.archives import NpzWriter
+from slipway.convert.executor import Delta, Options, Written
+from slipway.convert.hf_config import TIE, configure, known_sizes
 from slipway.convert.lora import Merge, read_adapter
 from slipway.convert.mappings import hf
-from slipway.convert.orbax import OrbaxSink
+from slipway.convert.orbax import OrbaxWriter
 from slipway.convert.plan import Direction, Move, Plan, resolve
 from slipway.convert.remote import is_address
 from slipway.convert.rules import TreeMapping
-from slipway.convert.run import Delta, Options, Written
-from slipway.convert.sink import ASIDE, SafetensorsSink, Sink
 from slipway.convert.source import Source, fingerprint
 from slipway.convert.tokenizer import GENERATION, copy_tokenizer, generation_file, tokenizer_problems
+from slipway.convert.writer import ASIDE, SafetensorsWriter, Writer
 from slipway.errors import CheckpointError, InvalidConfig
 
 DTYPES = {
@@ -109,13 +109,13 @@ def convert(
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
     try:
         with new_directory(out_dir, options.resume):
-            sink = _sink(conversion, out_dir, options)
-            written = run.execute(conversion.plan, conversion.source, sink, conversion.options, progress)
+            writer = _sink(conversion, out_dir, options)
+            written = executor.execute(conversion.plan, conversion.source, writer, conversion.options, progress)
             if options.to == "hf":
                 for name, value in conversion.plan.mapping.hf_constants.items():
-                    sink.write(name, iter([(0, np.array([value]))]))
+                    writer.write(name, iter([(0, np.array([value]))]))
                 _write_extras(out_dir / ASIDE, conversion, options)
-            sink.finish()
+            writer.finish()
     except OSError as error:
         raise CheckpointError(out_dir, [f"cannot be written: {error}"]) from error
     return conversion, written
@@ -314,7 +314,7 @@ def _hf_side(plan: Plan) -> dict[str, Spec]:
 
 
 def _dtype(asked: str | None, source: np.dtype) -> np.dtype:
-    return DTYPES[asked] if asked and move.is_float(source) else source
+    return DTYPES[asked] if asked and transfer.is_float(source) else source
 
 
 def _values(conversion: Conversion) -> Iterator[str]:
@@ -324,7 +324,7 @@ def _values(conversion: Conversion) -> Iterator[str]:
             continue
         try:
             with conversion.source.open(name) as array:
-                count = move.not_finite(array)
+                count = transfer.not_finite(array)
         except CheckpointError as error:
             yield from error.problems
         else:
@@ -332,21 +332,21 @@ def _values(conversion: Conversion) -> Iterator[str]:
                 yield f"{name}: {count} values are not finite"
 
 
-def _sink(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Sink:
+def _sink(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Writer:
     identity = _identity(conversion, options)
     mapping = conversion.plan.mapping
     match options.to:
         case "hf":
             constants = {name: Spec(np.dtype(np.int64), ()) for name in conversion.plan.mapping.hf_constants}
             specs = {**conversion.targets, **constants}
-            return SafetensorsSink(out_dir, specs, size_bytes(options.shard_size), identity, options.resume)
+            return SafetensorsWriter(out_dir, specs, size_bytes(options.shard_size), identity, options.resume)
         case "npz":
-            return NpzSink(out_dir, conversion.targets)
+            return NpzWriter(out_dir, conversion.targets)
         case _:
             numbers = {name: value for name, value in mapping.jax_constants.items() if isinstance(value, int)}
             empties = tuple(name for name, value in mapping.jax_constants.items() if not isinstance(value, int))
             item = "0/items" if options.to == "maxtext" else ""
-            return OrbaxSink(out_dir, conversion.targets, identity, options.resume, item, numbers, empties)
+            return OrbaxWriter(out_dir, conversion.targets, identity, options.resume, item, numbers, empties)
 
 
 def _identity(conversion: Conversion, options: ConvertConfig) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slipway.convert.run import Written
+from slipway.convert.executor import Written
 
 FILE = "report.txt"
 

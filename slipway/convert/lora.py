@@ -2,7 +2,7 @@
 
 ``W + scale * B @ A`` (Hu et al., 2021, arXiv:2106.09685) for each adapted tensor, and full tensors that the adapter
 holds in place of the base model's. Every field of adapter_config.json is read here, has no part in the merged weights,
-or is refused. Not here: how a change is applied to the pieces of a tensor (run.py).
+or is refused. Not here: how a change is applied to the pieces of a tensor (executor.py).
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import numpy as np
 
 from slipway.checkpoint import files
 from slipway.checkpoint.shards import Spec
-from slipway.convert.configure import TIE
-from slipway.convert.run import Delta
+from slipway.convert.executor import Delta
+from slipway.convert.hf_config import TIE
 from slipway.errors import CheckpointError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

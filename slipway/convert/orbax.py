@@ -22,8 +22,8 @@ from slipway.checkpoint import shards
 from slipway.checkpoint.shards import Spec
 from slipway.convert import remote
 from slipway.convert.remote import RemotePath, refused
-from slipway.convert.sink import ASIDE, JOURNAL, Facts, Pieces, journal
 from slipway.convert.source import dotted_names
+from slipway.convert.writer import ASIDE, JOURNAL, Facts, Pieces, journal
 from slipway.errors import CheckpointError
 
 METADATA = "_METADATA"
@@ -141,7 +141,7 @@ def is_orbax(path: Place) -> bool:
     return True
 
 
-class OrbaxSink:
+class OrbaxWriter:
     """A tree written as Orbax's PyTree handler would write it: zarr3 in OCDBT, uncompressed.
 
     Compressing bf16 weights with zstd saves about a fifth of the size and takes several times as long.

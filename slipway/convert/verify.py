@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from slipway.convert import move
+from slipway.convert import transfer
 from slipway.convert.conversion import Conversion
+from slipway.convert.executor import Options, Written, execute
 from slipway.convert.formats import open_source
 from slipway.convert.plan import inverse
-from slipway.convert.run import Options, Written, execute
-from slipway.convert.sink import Facts, Pieces
 from slipway.convert.source import Source
+from slipway.convert.writer import Facts, Pieces
 from slipway.errors import CheckpointError
 
 NOT_COMPARED = "not compared with the original's logits"
@@ -33,7 +33,7 @@ class Compared:
 
 
 class _Comparing:
-    """A sink that compares what it is given with the tensors of ``source``."""
+    """A writer that compares what it is given with the tensors of ``source``."""
 
     def __init__(self, source: Source):
         self._source, self._lock = source, threading.Lock()
@@ -48,7 +48,7 @@ class _Comparing:
                 held = flat[first : first + piece.size]
                 if not np.array_equal(held.view(np.uint8), piece.view(np.uint8)):
                     differing += int(np.count_nonzero(held != piece))
-                    ulp = max(ulp, move.max_ulp(held, piece) if move.is_float(held.dtype) else 1)
+                    ulp = max(ulp, transfer.max_ulp(held, piece) if transfer.is_float(held.dtype) else 1)
         with self._lock:
             self.compared.append(Compared(name, differing, ulp))
 

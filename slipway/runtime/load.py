@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from slipway import mesh as meshes
-from slipway.checkpoint import files, hub, load, names, quantize
+from slipway.checkpoint import files, hub, names, quantize, tensor_reader
 from slipway.checkpoint.files import Checkpoint
 from slipway.nn import linear
 
@@ -74,10 +74,10 @@ def checked(
     ``ignored``: glob patterns of tensors that need no declaration. No device memory is taken. Raises CheckpointError,
     listing every mismatch.
     """
-    checkpoint = names.unwrapped(checkpoint, load.names(declaration))
+    checkpoint = names.unwrapped(checkpoint, tensor_reader.names(declaration))
     if scheme is not None:
-        checkpoint = quantize.packed_view(checkpoint, load.wanted(declaration))
-    load.check(declaration, checkpoint, dtype, ignored)
+        checkpoint = quantize.packed_view(checkpoint, tensor_reader.wanted(declaration))
+    tensor_reader.check(declaration, checkpoint, dtype, ignored)
     return checkpoint
 
 
@@ -87,5 +87,5 @@ def arrays(declaration: Any, checkpoint: Checkpoint | None, mesh: Mesh, dtype: A
     Without a checkpoint the weights are random, drawn from ``seed``.
     """
     if checkpoint is None:
-        return load.dummy(declaration, mesh, dtype, seed)
-    return load.read(declaration, checkpoint, mesh, dtype)
+        return tensor_reader.dummy(declaration, mesh, dtype, seed)
+    return tensor_reader.read(declaration, checkpoint, mesh, dtype)

@@ -19,7 +19,7 @@ import jax
 import zmq
 
 from slipway.checkpoint.swap import Mode, Values
-from slipway.convert import live
+from slipway.convert import weight_sources
 from slipway.engine.engine import Engine
 from slipway.engine.launch import launch
 from slipway.engine.request import Logprobs, Request
@@ -103,7 +103,7 @@ class Worker:
 
     def _check(self, source: str, mode: Mode) -> Values:
         """Return new weights after checking them against the engine's."""
-        values = live.values(source, self._engine.weights)
+        values = weight_sources.values(source, self._engine.weights)
         values.check(self._engine.weights, mode)
         return values
 

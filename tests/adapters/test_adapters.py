@@ -18,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from slipway.adapters import maxtext, standins
+from slipway.adapters import maxtext
 from slipway.adapters import vllm as adapter
+from slipway.adapters.engine_fields import FIELDS
 from slipway.errors import CheckpointError, InvalidConfig
+from tests.adapters import fakes
 
 ROWS, PAGE, PER_ROW = 3, 4, 8
 
@@ -74,7 +76,7 @@ def saved(request, tmp_path):
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path)
-    vllm_config = standins.VllmConfig(standins.ModelConfig(str(tmp_path), model.config))
+    vllm_config = fakes.VllmConfig(fakes.ModelConfig(str(tmp_path), model.config))
     return request.param, model, vllm_config
 
 
@@ -112,7 +114,7 @@ def test_chunks_and_decoding_give_transformers_logits(saved, devices, monkeypatc
         lengths = np.zeros(ROWS, np.int32)
         lengths[: len(chunks)] = [first + len(tokens) for first, tokens in chunks]
         padding = [0] * (12 - len(ids))
-        where = standins.AttentionMetadata(
+        where = fakes.AttentionMetadata(
             *(
                 jnp.array(x, jnp.int32)
                 for x in (positions + padding, 1 + np.arange(ROWS * PER_ROW), lengths, starts, [0, 0, len(chunks)])
@@ -185,8 +187,13 @@ def test_without_tpu_inference_the_plugin_does_nothing(caplog):
     assert "no model is registered" in caplog.text
 
 
-def test_stand_ins_are_small():
-    """They say what is read of the real objects; a field more would be one that nobody needs."""
-    held = {f.name for kind in (standins.VllmConfig, standins.AttentionMetadata) for f in dataclasses.fields(kind)}
+@pytest.mark.parametrize("kind", FIELDS)
+def test_fakes_have_the_fields_that_the_adapters_read(kind):
+    assert tuple(field.name for field in dataclasses.fields(getattr(fakes, kind))) == FIELDS[kind]
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_adapters_read_every_declared_field(kind):
+    """A declared field that no adapter reads would be one that the adapters benchmark need not check."""
     source = Path(adapter.__file__).read_text() + Path(maxtext.__file__).read_text()
-    assert all(name in source for name in held)
+    assert not [field for field in FIELDS[kind] if field not in source]

@@ -14,14 +14,15 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from slipway.adapters import maxtext, standins
+from slipway.adapters import maxtext
 from slipway.errors import InvalidConfig
+from tests.adapters import fakes
 
 
 def a_config(**fields):
     text = types.SimpleNamespace(num_key_value_heads=8, hidden_size=6, num_hidden_layers=2, **fields)
-    model = standins.ModelConfig("somewhere", text, hf_config_path="somewhere")
-    return standins.VllmConfig(model, additional_config={"maxtext_config": {"model_name": "qwen3-8b"}})
+    model = fakes.ModelConfig("somewhere", text, hf_config_path="somewhere")
+    return fakes.VllmConfig(model, additional_config={"maxtext_config": {"model_name": "qwen3-8b"}})
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_experts_are_padded_to_powers_of_two_until_each_shard_is_aligned(size, s
 
 def test_overrides_are_the_users_and_what_the_shards_need(caplog):
     config = a_config(num_global_key_value_heads=4, moe_intermediate_size=512)
-    config.sharding_config = standins.ShardingConfig(tp_size=4, expert_size=4, attn_dp_size=2)
+    config.sharding_config = fakes.ShardingConfig(tp_size=4, expert_size=4, attn_dp_size=2)
     assert maxtext.overrides(config) == {
         "model_name": "qwen3-8b", "base_num_kv_heads": 16, "global_num_kv_heads": 16, "padded_base_moe_mlp_dim": 2048,
     }  # fmt: skip
@@ -152,7 +153,7 @@ def test_a_maxtext_model_is_called_as_tpu_inference_calls_models(fake_maxtext):
     model.load_weights(jax.random.key(0))
     model.load_weights(jax.random.key(0))
     assert fake_maxtext.count("made") == 1
-    where = standins.AttentionMetadata(jnp.arange(5), *(jnp.zeros(1, jnp.int32),) * 4)
+    where = fakes.AttentionMetadata(jnp.arange(5), *(jnp.zeros(1, jnp.int32),) * 4)
     ids = jnp.array([1, 2, 3, 4, 5])
     table = np.asarray(model.get_input_embeddings()[...])
     for metadata in (where, {"layer.0": where, "layer.1": where}):
@@ -175,7 +176,7 @@ def test_every_layer_has_the_cache_that_its_name_leads_to(fake_maxtext, places, 
     model = maxtext.MaxTextForCausalLM(a_config(), jax.random.key(0), one_device())
     model.load_weights(jax.random.key(0))
     names = (*((f"layer.{layer}", place) for layer, place in enumerate(places)), ("layer.0.state", 5))
-    where = standins.AttentionMetadata(jnp.arange(5), *(jnp.zeros(1, jnp.int32),) * 4)
+    where = fakes.AttentionMetadata(jnp.arange(5), *(jnp.zeros(1, jnp.int32),) * 4)
     caches, *_ = model([jnp.zeros((), jnp.int32) for _ in left], jnp.arange(5), where, None, None, names)
     assert [int(cache) for cache in caches] == left
 

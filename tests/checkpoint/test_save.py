@@ -13,9 +13,9 @@ from hypothesis.extra import numpy as hnp
 
 from slipway import tree
 from slipway.checkpoint.files import DTYPES, INDEX, SINGLE, open_checkpoint
-from slipway.checkpoint.load import load
 from slipway.checkpoint.save import hf_tensors, save
 from slipway.checkpoint.shards import write_safetensors
+from slipway.checkpoint.tensor_reader import load
 from slipway.errors import CheckpointError
 from slipway.mesh import fit, make_mesh
 

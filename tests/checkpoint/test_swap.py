@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slipway import mesh as meshes
 from slipway import models, tree
-from slipway.checkpoint import files, load, swap
+from slipway.checkpoint import files, swap, tensor_reader
 from slipway.checkpoint.save import hf_tensors
 from slipway.checkpoint.shards import write_safetensors
 from slipway.checkpoint.swap import Weights
-from slipway.convert import live
+from slipway.convert import weight_sources
 from slipway.convert.conversion import ConvertConfig, convert
 from slipway.convert.formats import open_source
 from slipway.errors import CheckpointError, InvalidRequest, WeightsLost
@@ -32,9 +32,9 @@ def weights(directory, data=1, tensor=1, stacked=False, dtype=np.float32, dummy=
     declaration, mesh = models.declare(checkpoint.config), meshes.make_mesh(data, tensor)
     declaration = meshes.fit(declaration if stacked else tree.separate(declaration), mesh)
     if dummy:
-        arrays = load.dummy(declaration, mesh, dtype, seed=7)
+        arrays = tensor_reader.dummy(declaration, mesh, dtype, seed=7)
     else:
-        arrays = load.load(declaration, checkpoint, mesh, dtype)
+        arrays = tensor_reader.load(declaration, checkpoint, mesh, dtype)
     return Weights(declaration, mesh, dtype, arrays, checkpoint.config, {}, ("*.inv_freq",))
 
 
@@ -45,7 +45,7 @@ def named(directory):
 
 
 def exchange(target, source, version="1", mode="inplace", mapping=None):
-    values = live.values(source, target, mapping)
+    values = weight_sources.values(source, target, mapping)
     values.check(target, mode)
     target.replace(values, version, mode)
 
@@ -170,11 +170,13 @@ def test_a_scanned_stack_on_devices_is_transformed_by_one_program(monkeypatch):
         with source.open(name) as array:
             arrays[name] = jax.device_put(np.array(array), everywhere)
     target = weights(DATA / "hf_qwen3", dummy=True)
-    program = live.Foreign._program
+    program = weight_sources.ConvertedCheckpoint.convert_together
     monkeypatch.setattr(
-        live.Foreign, "_program", lambda self, name, then: (made.append(name), program(self, name, then))[1]
+        weight_sources.ConvertedCheckpoint,
+        "convert_together",
+        lambda self, name, then: (made.append(name), program(self, name, then))[1],
     )
-    values = live.values(arrays, target, "maxtext")
+    values = weight_sources.values(arrays, target, "maxtext")
     values.check(target)
     checked = len(made)
     target.replace(values, "1", "inplace")
@@ -194,7 +196,7 @@ def test_an_nnx_module_is_a_source():
         one, two = (Model(shape, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     config = model_json(shape)
     declaration, mesh = tree.separate(models.declare(config)), meshes.make_mesh()
-    target = Weights(declaration, mesh, np.float32, load.dummy(declaration, mesh, np.float32), config)
+    target = Weights(declaration, mesh, np.float32, tensor_reader.dummy(declaration, mesh, np.float32), config)
     for version, module in (("1", one), ("2", two)):
         exchange(target, module, version)
         held = {key: x for leaf, x in zip(target.leaves, target.arrays) for key in leaf.keys.values()}
@@ -305,7 +307,7 @@ def test_a_failure_half_way_rolls_back_or_says_so(tiny):
     target, arrays = weights(tiny), named(tiny)
     exchange(target, arrays)
     before = [np.array(array) for array in target.arrays]
-    zeros = live.values({name: np.zeros_like(x) for name, x in arrays.items()}, target)
+    zeros = weight_sources.values({name: np.zeros_like(x) for name, x in arrays.items()}, target)
     with pytest.raises(OSError, match="disk"):
         target.replace(_Fails(zeros, 5), "2", "atomic")
     assert target.whole and target.version == "1"
@@ -325,8 +327,8 @@ def test_what_a_failure_leaves_beside_is_never_served(tiny):
     for version in ("1", "2"):
         exchange(target, arrays, version, "atomic")
     everywhere = NamedSharding(meshes.make_mesh(2, 4), PartitionSpec())
-    on_devices = live.values({name: jax.device_put(x * 2, everywhere) for name, x in arrays.items()}, target)
-    for source in (on_devices, live.values({name: x * 3 for name, x in arrays.items()}, target)):
+    on_devices = weight_sources.values({name: jax.device_put(x * 2, everywhere) for name, x in arrays.items()}, target)
+    for source in (on_devices, weight_sources.values({name: x * 3 for name, x in arrays.items()}, target)):
         with pytest.raises(OSError, match="disk"):
             target.replace(_Fails(source, 20), "3", "atomic")
     for version in ("4", "5", "6"):
@@ -398,4 +400,4 @@ def test_arrays_that_leave_the_devices_come_back(tiny):
 
 def test_unknown_dtypes_are_refused():
     with pytest.raises(CheckpointError, match="complex64, not a safetensors one"):
-        swap.Held({"a": np.zeros(2, np.complex64)})
+        swap.ArrayCheckpoint({"a": np.zeros(2, np.complex64)})

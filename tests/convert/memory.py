@@ -1,18 +1,18 @@
-"""Conversions between trees in memory, for tests: a sink that keeps arrays, and both ways in one call."""
+"""Conversions between trees in memory, for tests: a writer that keeps arrays, and both ways in one call."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from slipway.checkpoint.shards import Spec
+from slipway.convert.executor import Options, Written, execute
 from slipway.convert.plan import Direction, Plan, inverse, resolve
 from slipway.convert.rules import TreeMapping
-from slipway.convert.run import Options, Written, execute
-from slipway.convert.sink import Pieces
 from slipway.convert.source import MemorySource
+from slipway.convert.writer import Pieces
 
 
-class MemorySink:
+class MemoryWriter:
     """Keeps what it is given; remembers whether it was abandoned."""
 
     def __init__(self, specs: Mapping[str, Spec]):
@@ -50,9 +50,9 @@ def planned(mapping: TreeMapping, direction: Direction, arrays: Mapping[str, np.
 def moved(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Written]]:
     """The plan's targets, each in its source's dtype."""
     assert plan.fits, (plan.unmatched, plan.problems)
-    sink = MemorySink(plan.targets)
+    writer = MemoryWriter(plan.targets)
     options = Options({name: spec.dtype for name, spec in plan.targets.items()}, workers=1)
-    return sink.arrays, execute(plan, MemorySource(arrays), sink, options)
+    return writer.arrays, execute(plan, MemorySource(arrays), writer, options)
 
 
 def forth_and_back(mapping: TreeMapping, arrays: Mapping[str, np.ndarray], **known: int) -> dict[str, np.ndarray]:

@@ -16,13 +16,13 @@ from flax.traverse_util import flatten_dict
 from slipway import errors
 from slipway.checkpoint import shards
 from slipway.convert import conversion as conversion_module
-from slipway.convert import run
+from slipway.convert import executor
 from slipway.convert.conversion import ConvertConfig, convert, prepare
 from slipway.convert.formats import open_source
-from slipway.convert.move import max_ulp
-from slipway.convert.sink import ASIDE
 from slipway.convert.source import MemorySource, flatten
+from slipway.convert.transfer import max_ulp
 from slipway.convert.verify import explain, report, summary, verify
+from slipway.convert.writer import ASIDE
 from tests.convert.twins import BF16, MAXTEXT, NANO, assert_same, flax_tree, tensors
 from training.model import Model, ModelConfig
 
@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_is_told_and_nothing_stays(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slipway.convert.sink.os.pwrite", full)
+    monkeypatch.setattr("slipway.convert.writer.os.pwrite", full)
     with pytest.raises(errors.CheckpointError, match="No space left"):
         convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
     assert not (tmp_path / "out").exists()
@@ -277,8 +277,8 @@ class Killed(BaseException):
 def test_a_killed_conversion_is_gone_on_with(tmp_path, monkeypatch):
     source, out = open_source(MAXTEXT / "llama_scan_orbax"), tmp_path / "out"
     options = ConvertConfig(config=MAXTEXT / "hf_llama", shard_size="60KB")
-    monkeypatch.setattr("slipway.convert.sink.JOURNAL_EVERY_S", 0.0)
-    monkeypatch.setattr("slipway.convert.sink.SafetensorsSink.abandon", lambda self: None)
+    monkeypatch.setattr("slipway.convert.writer.JOURNAL_EVERY_S", 0.0)
+    monkeypatch.setattr("slipway.convert.writer.SafetensorsWriter.abandon", lambda self: None)
     monkeypatch.setattr("slipway.convert.conversion.shutil.rmtree", lambda path: None)
     count = 0
 
@@ -342,7 +342,7 @@ def test_the_report_is_json(tmp_path):
 
 
 def test_the_memory_gate_lets_one_too_large_pass_alone():
-    gate = run._Gate(10)
+    gate = executor.MemoryGate(10)
     gate.enter(25)
     gate.leave(25)
     gate.enter(10)

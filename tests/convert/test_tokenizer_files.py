@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from slipway.checkpoint.quantize import Scheme
 from slipway.convert.conversion import ConvertConfig, convert
 from slipway.convert.formats import open_source
-from slipway.convert.pack import pack
+from slipway.convert.quantize_directory import quantize_directory
 from slipway.convert.tokenizer import copy_tokenizer, tokenizer_files
 from tests.convert.twins import NANO
 
@@ -57,5 +57,5 @@ def test_named_templates_go_along(templated, tmp_path):
     assert sorted(before) == ["default", "tool_use"]
     convert(open_source(NANO), tmp_path / "out", ConvertConfig(config=NANO, tokenizer=templated, mapping="hf"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == before
-    pack(str(templated), tmp_path / "packed", Scheme(8, 0))
+    quantize_directory(str(templated), tmp_path / "packed", Scheme(8, 0))
     assert AutoTokenizer.from_pretrained(tmp_path / "packed").chat_template == before

@@ -314,9 +314,9 @@ def test_who_waits_for_an_update_learns_that_the_engine_is_closed(tiny, new, mon
 
 
 def _values(llm, arrays):
-    from slipway.convert import live
+    from slipway.convert import weight_sources
 
-    return live.values(arrays, llm.engine.weights)
+    return weight_sources.values(arrays, llm.engine.weights)
 
 
 def test_resharding_between_engines(tiny, said):

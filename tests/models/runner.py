@@ -15,7 +15,7 @@ import transformers
 from jax.sharding import PartitionSpec as P
 
 from slipway import LLM, SamplingParams, mesh, models, ops, tree
-from slipway.checkpoint import files, load, save
+from slipway.checkpoint import files, save, tensor_reader
 from slipway.ops import kv_cache
 
 PROMPT_LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100)
@@ -89,7 +89,7 @@ class Forward:
         self.mesh = mesh.make_mesh(1, tensor)
         declaration = models.declare(checkpoint.config)
         self.declaration = mesh.fit(tree.separate(declaration) if separate else declaration, self.mesh)
-        self.params = load.load(self.declaration, checkpoint, self.mesh, dtype)
+        self.params = tensor_reader.load(self.declaration, checkpoint, self.mesh, dtype)
         self.empty_caches = kv_cache.allocate(
             declaration.cache_specs,
             [PAGES] * len(kv_cache.page_windows(declaration.cache_specs)),

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from slipway import LLM, SamplingParams
 from slipway.checkpoint.quantize import FIELD, Scheme
-from slipway.convert.pack import pack
+from slipway.convert.quantize_directory import quantize_directory
 from slipway.errors import CheckpointError, InvalidConfig
 from tests.models.runner import Case, make_checkpoint, prompts
 
@@ -59,7 +59,7 @@ def start(directory: Path, **options) -> LLM:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_same_numbers(name, floats, tmp_path):
     directory, theirs = floats[0], copy.deepcopy(floats[1])
-    pack(str(directory), tmp_path / "packed", SCHEMES[name])
+    quantize_directory(str(directory), tmp_path / "packed", SCHEMES[name])
     files, state = load_file(tmp_path / "packed" / "model.safetensors"), theirs.state_dict()
     packed = [key.removesuffix("_packed") for key in files if key.endswith("_packed")]
     assert len(packed) == 7 * 3
@@ -90,13 +90,13 @@ def test_devices_share_a_packed_model(name, floats):
 
 def test_what_does_not_fit_is_refused(floats, tmp_path):
     directory, _ = floats
-    pack(str(directory), tmp_path / "packed", SCHEMES["int4"])
+    quantize_directory(str(directory), tmp_path / "packed", SCHEMES["int4"])
     with pytest.raises(InvalidConfig, match="float weights"):
-        pack(str(tmp_path / "packed"), tmp_path / "again", SCHEMES["int8"])
+        quantize_directory(str(tmp_path / "packed"), tmp_path / "again", SCHEMES["int8"])
     with pytest.raises(InvalidConfig, match="4 bits in groups of 32"):
         start(tmp_path / "packed", quantization="int8")
     with pytest.raises(InvalidConfig, match=r"group.*128.*head_dim \(32\)"):
-        pack(str(directory), tmp_path / "wide", Scheme(4, 128))
+        quantize_directory(str(directory), tmp_path / "wide", Scheme(4, 128))
     with pytest.raises(InvalidConfig, match="quantization"):
         LLM(directory, quantization="int2")
     assert not (tmp_path / "again").exists() and not (tmp_path / "wide").exists()
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(floats, tmp_path):
 
 def test_torn_packed_files_are_refused_with_all_faults(floats, tmp_path):
     directory, _ = floats
-    pack(str(directory), tmp_path / "packed", SCHEMES["int8"])
+    quantize_directory(str(directory), tmp_path / "packed", SCHEMES["int8"])
     files = load_file(tmp_path / "packed" / "model.safetensors")
     del files["model.layers.1.mlp.up_proj.weight_scale"]
     files["model.layers.0.self_attn.q_proj.weight_packed"] = files["model.layers.0.self_attn.q_proj.weight_packed"][:-1]
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(floa
     files["model.layers.0.mlp.up_proj.weight"][1, 2] = np.inf
     save_file(files, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj\.weight: 1 values are not finite"):
-        pack(str(tmp_path / "bad"), tmp_path / "out", SCHEMES["int4"])
+        quantize_directory(str(tmp_path / "bad"), tmp_path / "out", SCHEMES["int4"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale: 1 values are not finite"):
         start(tmp_path / "bad", quantization="int4")
@@ -138,7 +138,7 @@ def test_dummy_weights_are_packed_too(floats):
 
 def test_packed_files_keep_the_rest_of_the_directory(floats, tmp_path):
     directory, _ = floats
-    pack(str(directory), tmp_path / "packed", SCHEMES["int4"], "100KB")
+    quantize_directory(str(directory), tmp_path / "packed", SCHEMES["int4"], "100KB")
     config = json.loads((tmp_path / "packed" / "config.json").read_bytes())
     assert {k: v for k, v in config.items() if k != FIELD} == json.loads((directory / "config.json").read_bytes())
     assert (tmp_path / "packed" / "generation_config.json").is_file()

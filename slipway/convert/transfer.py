@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from slipway.checkpoint.bits import copy_bits, count_above
+from slipway.checkpoint.copying import copy_bits, count_above
 from slipway.checkpoint.shards import PAGE, Spec
 from slipway.convert.plan import Move
 

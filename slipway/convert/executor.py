@@ -14,12 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from slipway.checkpoint.bits import on_a_page
+from slipway.checkpoint.copying import on_a_page
 from slipway.checkpoint.shards import Spec
-from slipway.convert import move as moving
+from slipway.convert import transfer
 from slipway.convert.plan import Move, Plan
-from slipway.convert.sink import Pieces, Sink
 from slipway.convert.source import Source
+from slipway.convert.writer import Pieces, Writer
 from slipway.errors import CheckpointError
 
 MAX_ITEMSIZE = 4  # bytes; pieces of wider items get memory of their own
@@ -68,20 +68,20 @@ class Options:
 
 
 def execute(
-    plan: Plan, source: Source, sink: Sink, options: Options, progress: Callable[[int], None] = lambda count: None
+    plan: Plan, source: Source, writer: Writer, options: Options, progress: Callable[[int], None] = lambda count: None
 ) -> list[Written]:
-    """Write every target of ``plan`` that the sink does not hold yet; ``progress`` is told the bytes of each.
+    """Write every target of ``plan`` that the writer does not hold yet; ``progress`` is told the bytes of each.
 
-    Raises CheckpointError, listing every value problem, after the sink has given up what was written.
+    Raises CheckpointError, listing every value problem, after the writer has given up what was written.
     """
-    run = _Run(plan, source, sink, options, progress)
+    run = _Run(plan, source, writer, options, progress)
     try:
         run.all_jobs()
         run.problems += [p for name, pair in options.tied.items() if (p := untied(name, pair, source))]
         if run.problems:
             raise CheckpointError(source.location, sorted(run.problems))
     except BaseException:  # an interruption, too, leaves nothing behind
-        sink.abandon()
+        writer.abandon()
         raise
     return sorted(run.written, key=lambda w: w.name)
 
@@ -89,20 +89,20 @@ def execute(
 class _Run:
     """One execution: what was written and what was found so far."""
 
-    def __init__(self, plan: Plan, source: Source, sink: Sink, options: Options, progress: Callable[[int], None]):
-        self.plan, self.source, self.sink, self.options, self.progress = plan, source, sink, options, progress
+    def __init__(self, plan: Plan, source: Source, writer: Writer, options: Options, progress: Callable[[int], None]):
+        self.plan, self.source, self.writer, self.options, self.progress = plan, source, writer, options, progress
         self.written: list[Written] = []
         self.problems: list[str] = []
         self._local = threading.local()
 
     def all_jobs(self) -> None:
-        done = self.sink.done()
+        done = self.writer.done()
         self.written += [Written(**facts) for facts in done.values()]
         self.progress(sum(written.nbytes for written in self.written))
         jobs = [(names, [t for t in targets if t not in done]) for names, targets in self.plan.jobs()]
         jobs = sorted(((n, t) for n, t in jobs if t), key=lambda job: -sum(self.plan.sources[n].nbytes for n in job[0]))
         largest = max((self._memory(*job) for job in jobs), default=0)
-        gate = _Gate(max(largest, CONCURRENT_BYTES))
+        gate = MemoryGate(max(largest, CONCURRENT_BYTES))
         with ThreadPoolExecutor(self.options.workers or min(8, os.cpu_count() or 1)) as pool:
             ends: list[Future] = []
             for names, targets in jobs:
@@ -124,7 +124,7 @@ class _Run:
     def _memory_of_thread(self) -> np.ndarray:
         """Bytes for the pieces of one thread's targets, one after another."""
         if not vars(self._local):
-            self._local.memory = on_a_page(moving.PIECE_ELEMENTS * MAX_ITEMSIZE)
+            self._local.memory = on_a_page(transfer.PIECE_ELEMENTS * MAX_ITEMSIZE)
         return self._local.memory
 
     def _leaves_in_pieces(self, target: str) -> bool:
@@ -164,7 +164,7 @@ class _Run:
         names = tuple(dict.fromkeys(move.source.name for move in moves))
         written = Written(target, names, moves[0].rule.axes, spec.shape, str(first.dtype), str(spec.dtype))
         if self._leaves_in_pieces(target):
-            parts = moving.pieces(moves[0], arrays[moves[0].source.name], spec.dtype, self._memory_of_thread())
+            parts = transfer.pieces(moves[0], arrays[moves[0].source.name], spec.dtype, self._memory_of_thread())
         else:
             parts = self._assembled(moves, arrays, spec)
         changed = target in self.options.replaced or target in self.options.deltas
@@ -175,7 +175,7 @@ class _Run:
             parts = _added(parts, self.options.deltas[target])
             written.notes.append("an adapter was added")
         faults = _Watch(self.source, names)
-        self.sink.write(target, faults.watched(parts))
+        self.writer.write(target, faults.watched(parts))
         if faults.not_finite:
             self.problems.append(f"{target}: {faults.not_finite} values are not finite as {spec.dtype}")
         for move in moves:
@@ -185,18 +185,18 @@ class _Run:
             if (move.factor != 1.0 or spec.dtype != array.dtype) and not changed:
                 written.max_ulp = max(written.max_ulp, _loss(move, array, spec.dtype))
         self.written.append(written)
-        self.sink.mark(target, dataclasses.asdict(written))
+        self.writer.mark(target, dataclasses.asdict(written))
         self.progress(spec.nbytes)
 
     def _assembled(self, moves: tuple[Move, ...], arrays: Arrays, spec: Spec) -> Pieces:
         """A target made of several sources, or with padding: put together in memory, and given away in one piece."""
-        whole = moving.assembled(moves, arrays, spec)
+        whole = transfer.assembled(moves, arrays, spec)
         for move in moves:
             self.source.drop(move.source.name)
         yield 0, whole.reshape(-1)
 
 
-class _Gate:
+class MemoryGate:
     """Lets tensors into memory while a number of bytes is not exceeded."""
 
     def __init__(self, size_bytes: int):
@@ -225,7 +225,7 @@ class _Watch:
         """The same pieces."""
         passed = 0
         for first, piece in parts:
-            self.not_finite += moving.not_finite(piece)
+            self.not_finite += transfer.not_finite(piece)
             yield first, piece
             passed += piece.nbytes
             if passed > DROP_BYTES:
@@ -262,12 +262,12 @@ def _loss(move: Move, array: np.ndarray, dtype: np.dtype) -> int:
     """By how many representable numbers the way back misses the source, at most."""
     worst = 0
     exact = dataclasses.replace(move, factor=1.0)
-    forth, same = moving.pieces(move, array, dtype), moving.pieces(exact, array, array.dtype)
+    forth, same = transfer.pieces(move, array, dtype), transfer.pieces(exact, array, array.dtype)
     for (_, piece), (_, source) in zip(forth, same):
         back = np.empty(piece.shape, source.dtype)
-        moving.fill(back, piece, 1 / move.factor)
-        if moving.is_float(source.dtype):
-            worst = max(worst, moving.max_ulp(back, source))
+        transfer.fill(back, piece, 1 / move.factor)
+        if transfer.is_float(source.dtype):
+            worst = max(worst, transfer.max_ulp(back, source))
         else:
             worst = max(worst, int((back != source).any()))
     return worst
@@ -279,7 +279,7 @@ def untied(name: str, pair: tuple[Move, Move], source: Source) -> str:
     with source.open(one.source.name) as a, source.open(two.source.name) as b:
         if a.dtype != b.dtype:
             return f"{one.source.name}: dtype {a.dtype}, but {two.source.name}, to which it is tied, {b.dtype}"
-        left, right = moving.pieces(one, a, a.dtype), moving.pieces(two, b, b.dtype)
+        left, right = transfer.pieces(one, a, a.dtype), transfer.pieces(two, b, b.dtype)
         differing = sum(int(np.count_nonzero(x != y)) for (_, x), (_, y) in zip(left, right, strict=True))
     return (
         f"{one.source.name}: {differing} numbers differ from {two.source.name}, to which {name} is tied"

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import models
-from slipway.checkpoint import files, hub, load, names, quantize, reshard
-from slipway.checkpoint.bits import count_above
+from slipway.checkpoint import files, hub, names, quantize, reshard, tensor_reader
+from slipway.checkpoint.copying import count_above
 from slipway.checkpoint.files import Checkpoint
 from slipway.checkpoint.shards import Spec
-from slipway.checkpoint.swap import FromTensors, FromTree, Held, Values, Weights, on_host
-from slipway.convert import move as moving
-from slipway.convert import run
+from slipway.checkpoint.swap import ArrayCheckpoint, FromTensors, FromTree, Values, Weights, on_host
+from slipway.convert import executor, transfer
 from slipway.convert.conversion import Conversion, ConvertConfig, prepare
 from slipway.convert.plan import Move
 from slipway.convert.source import MemorySource, flatten
@@ -38,7 +37,7 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
     if isinstance(source, str | Path):
         if mapping is not None:
             raise InvalidRequest("mapping", mapping, "none for a directory: `slipway convert` brings it into HF's form")
-        tensors = names.unwrapped(_directory(str(source), weights), load.names(weights.declaration))
+        tensors = names.unwrapped(_directory(str(source), weights), tensor_reader.names(weights.declaration))
         return FromTensors(_packed(tensors, weights))
     if isinstance(source, Weights):
         source = jax.tree.unflatten(_structure(source), source.arrays)
@@ -46,14 +45,14 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
         return FromTree(jax.tree.leaves(source))
     arrays = _named(source)
     if mapping in (None, "hf"):
-        found = names.plain(arrays, load.names(weights.declaration))
+        found = names.plain(arrays, tensor_reader.names(weights.declaration))
         arrays = {found[name]: array for name, array in arrays.items()}
-    if mapping in (None, "hf") and any(name in load.names(weights.declaration) for name in arrays):
-        return FromTensors(_packed(Held(arrays), weights))
-    return FromTensors(_packed(Foreign(arrays, weights, mapping), weights))
+    if mapping in (None, "hf") and any(name in tensor_reader.names(weights.declaration) for name in arrays):
+        return FromTensors(_packed(ArrayCheckpoint(arrays), weights))
+    return FromTensors(_packed(ConvertedCheckpoint(arrays, weights, mapping), weights))
 
 
-class Foreign(Held):
+class ConvertedCheckpoint(ArrayCheckpoint):
     """A tree under names of its own, shown as the HF tensors that a conversion of it would write.
 
     Of arrays on devices, all tensors that depend on the same ones are made by one program: a scanned stack is
@@ -85,10 +84,10 @@ class Foreign(Held):
         """The tensor, made now, or with those that a program made together."""
         moves, spec = self._conversion.plan.moves[name], self._conversion.plan.targets[name]
         if not self.on_devices([name]):
-            return moving.assembled(moves, self._on_host(moves), spec)
+            return transfer.assembled(moves, self._on_host(moves), spec)
         with self._lock:
             if name not in self._made:
-                self._made |= self._program(name, lambda array: array)
+                self._made |= self.convert_together(name, lambda array: array)
             return self._made[name]
 
     def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
@@ -96,14 +95,14 @@ class Foreign(Held):
         if self.on_devices([name]):
             return super().copy(name, target, limit)
         moves = self._conversion.plan.moves[name]
-        moving.assembled(moves, self._on_host(moves), self._conversion.plan.targets[name], target)
+        transfer.assembled(moves, self._on_host(moves), self._conversion.plan.targets[name], target)
         return 0 if limit is None else count_above(target.reshape(-1), limit)
 
     def not_finite(self, name: str, dtype: np.dtype) -> int:
-        """As Held's; of what one program makes all is counted at once, and none of it kept."""
+        """As ArrayCheckpoint's; of what one program makes all is counted at once, and none of it kept."""
         with self._lock:
             if (name, dtype) not in self._counts:
-                counts = self._program(name, lambda array: reshard.count_not_finite(array, dtype))
+                counts = self.convert_together(name, lambda array: reshard.count_not_finite(array, dtype))
                 self._counts |= {(each, dtype): count for each, count in counts.items()}
             return int(self._counts.pop((name, dtype)))
 
@@ -119,7 +118,7 @@ class Foreign(Held):
     def _on_host(self, moves: Sequence[Move]) -> dict[str, np.ndarray]:
         return {move.source.name: np.asarray(self._source.arrays[move.source.name]) for move in moves}
 
-    def _program(self, name: str, then: Callable[[jax.Array], jax.Array]) -> dict[str, jax.Array]:
+    def convert_together(self, name: str, then: Callable[[jax.Array], jax.Array]) -> dict[str, jax.Array]:
         """``then`` of this tensor, and of all that depend on the same arrays, by one program."""
         plan = self._conversion.plan
         sources, targets = next(job for job in plan.jobs() if name in job[1])
@@ -130,13 +129,13 @@ class Foreign(Held):
 
 
 def _joined(moves: Sequence[Move], arrays: Mapping[str, jax.Array], spec: Spec) -> jax.Array:
-    """``moving.assembled``, traced."""
+    """``transfer.assembled``, traced."""
     whole: jax.Array | None = None
     for move in moves:
         view = move.source.view(arrays[move.source.name], move.order)
         if move.factor != 1.0:
             view = view.astype(jnp.float32) * jnp.float32(move.factor)
-        view = jnp.broadcast_to(view, moving.share_shape(move)).astype(spec.dtype)
+        view = jnp.broadcast_to(view, transfer.share_shape(move)).astype(spec.dtype)
         if len(moves) == 1 and move.target.is_whole:
             return view.reshape(spec.shape)
         split = jnp.zeros(move.target.split, spec.dtype) if whole is None else whole.reshape(move.target.split)
@@ -147,12 +146,12 @@ def _joined(moves: Sequence[Move], arrays: Mapping[str, jax.Array], spec: Spec) 
 
 def _unlike(conversion: Conversion, source: MemorySource) -> Iterable[str]:
     """Copies of the same numbers in the source that differ."""
-    yield from (p for name, pair in conversion.options.tied.items() if (p := run.untied(name, pair, source)))
+    yield from (p for name, pair in conversion.options.tied.items() if (p := executor.untied(name, pair, source)))
     for moves in conversion.plan.moves.values():
         for move in moves:
             if move.copies:
                 with source.open(move.source.name) as array:
-                    yield from run.unequal_copies(move, array)
+                    yield from executor.unequal_copies(move, array)
 
 
 def _directory(location: str, weights: Weights) -> Checkpoint:
@@ -179,7 +178,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _packed(tensors: Checkpoint, weights: Weights) -> Checkpoint:
     """The tensors as the declaration wants them: packed where it is, though they are floats."""
-    wanted = load.wanted(weights.declaration)
+    wanted = tensor_reader.wanted(weights.declaration)
     if any(name.endswith(quantize.PACKED) for name in wanted):
         return quantize.packed_view(tensors, wanted)
     return tensors

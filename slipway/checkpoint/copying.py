@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slipway.native import library as _library
+from slipway.native import library as load_library
 
 PIECE_BYTES = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
@@ -19,7 +19,7 @@ _LIBC: Any = ctypes.CDLL(None).sync_file_range if sys.platform == "linux" else N
 def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
     """``target[...] = source`` for views of one shape and item size, bit for bit; lets go of the interpreter."""
     assert target.shape == source.shape and target.itemsize == source.itemsize
-    library = _library()
+    library = load_library()
     if library is None or target.itemsize > 8:
         target[...] = source.view(target.dtype)
         return
@@ -42,7 +42,7 @@ def stream(target: np.ndarray, source: np.ndarray, limit: int | None = None) -> 
     ``limit``: the source's items that exceed it, as ``count_above`` has it, found in the same pass; else 0.
     """
     assert target.nbytes == source.nbytes and target.flags.c_contiguous and source.flags.c_contiguous
-    library = _library()
+    library = load_library()
     if library is None or (limit is not None and source.itemsize not in (2, 4, 8)):
         target.reshape(-1).view(np.uint8)[...] = source.reshape(-1).view(np.uint8)
         return 0 if limit is None else count_above(source.reshape(-1), limit)
@@ -62,7 +62,7 @@ def read_counted(
 
     No page of the file becomes resident here. Raises OSError where the file is shorter.
     """
-    library = _library()
+    library = load_library()
     if library is not None and itemsize in (2, 4, 8) and sys.platform in ("linux", "darwin"):
         library.slipway_read_counted.restype = ctypes.c_int64
         numbers = ctypes.c_int64(size_bytes), ctypes.c_int64(itemsize), ctypes.c_uint64(limit)
@@ -92,7 +92,7 @@ def read(file: int, offset: int, target: np.ndarray) -> None:
 
 def count_above(values: np.ndarray, limit: int) -> int:
     """How many of a contiguous array's items exceed ``limit`` as unsigned integers without their highest bit."""
-    library = _library()
+    library = load_library()
     if library is not None and values.itemsize in (2, 4, 8):
         pointer, size = ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(values.size)
         library.slipway_count_above.restype = ctypes.c_int64
@@ -119,4 +119,4 @@ def start_writeback(file: int, offset: int, size_bytes: int) -> None:
 
 def is_compiled() -> bool:
     """Whether the compiled copy is in use."""
-    return _library() is not None
+    return load_library() is not None

@@ -11,12 +11,12 @@ from slipway.checkpoint import files, hub, quantize
 from slipway.checkpoint.quantize import PACKED, SHAPE, Scheme
 from slipway.checkpoint.shards import Spec, write_json
 from slipway.convert.conversion import new_directory, size_bytes
-from slipway.convert.sink import ASIDE, SafetensorsSink
 from slipway.convert.tokenizer import GENERATION, copy_tokenizer, generation_file
+from slipway.convert.writer import ASIDE, SafetensorsWriter
 from slipway.errors import CheckpointError, InvalidConfig
 
 
-def pack(
+def quantize_directory(
     model: str,
     out_dir: Path,
     scheme: Scheme,
@@ -30,16 +30,16 @@ def pack(
     already or a group that no row holds, CheckpointError for what is wrong with the files.
     """
     from slipway import models  # with JAX, which the other commands of this folder do without
-    from slipway.checkpoint import load, names
+    from slipway.checkpoint import names, tensor_reader
     from slipway.nn import linear
 
     checkpoint = files.open_checkpoint(hub.resolve(model))
     if checkpoint.config.get(quantize.FIELD) is not None:
         raise InvalidConfig("model", model, f"float weights; its config.json has a {quantize.FIELD}")
     declaration = models.declare(checkpoint.config)
-    checkpoint = names.unwrapped(checkpoint, load.wanted(declaration))
-    load.check(declaration, checkpoint, np.float32, files.INERT_TENSORS)
-    wanted = load.wanted(linear.quantize(declaration, scheme.bits, scheme.group, tables=False))
+    checkpoint = names.unwrapped(checkpoint, tensor_reader.wanted(declaration))
+    tensor_reader.check(declaration, checkpoint, np.float32, files.INERT_TENSORS)
+    wanted = tensor_reader.wanted(linear.quantize(declaration, scheme.bits, scheme.group, tables=False))
     view = quantize.packed_view(checkpoint, wanted)
     specs = {name: Spec(files.DTYPES[tensor.dtype], tensor.shape) for name, tensor in view.tensors.items()}
     packed = [name.removesuffix(PACKED) for name in specs if name.endswith(PACKED)]
@@ -48,11 +48,11 @@ def pack(
     on_start(sum(spec.nbytes for spec in specs.values()))
     try:
         with new_directory(out_dir, False):
-            sink = SafetensorsSink(out_dir, specs, size_bytes(shard_size), "", False)
+            writer = SafetensorsWriter(out_dir, specs, size_bytes(shard_size), "", False)
 
             def write(name: str) -> None:
                 array = shapes[name] if name in shapes else np.ascontiguousarray(view.array(name))
-                sink.write(name, iter([(0, array)]))
+                writer.write(name, iter([(0, array)]))
                 progress(specs[name].nbytes)
 
             try:
@@ -60,9 +60,9 @@ def pack(
                     list(pool.map(write, specs))
                 _write_extras(out_dir / ASIDE, checkpoint, scheme)
             except BaseException:  # an interruption, too, leaves nothing behind
-                sink.abandon()
+                writer.abandon()
                 raise
-            sink.finish()
+            writer.finish()
     except OSError as error:
         raise CheckpointError(out_dir, [f"cannot be written: {error}"]) from error
 

@@ -1,6 +1,7 @@
-"""What the adapters read of vLLM's and tpu-inference's objects, as small classes: for tests that have neither.
+"""Fakes of the objects of vLLM and tpu-inference that the adapters read, for tests without either package.
 
-`python -m benchmarks.adapters` checks that the real ones have these fields. Knows no model.
+Not here: the list of fields that the adapters read (slipway/adapters/engine_fields.py), which the adapters benchmark
+checks against the real objects.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Of vllm.config.ModelConfig."""
+    """Fake of vllm.config.ModelConfig."""
 
     model: str
     hf_config: Any
@@ -22,14 +23,14 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class LoadConfig:
-    """Of vllm.config.LoadConfig."""
+    """Fake of vllm.config.LoadConfig."""
 
     load_format: str = "auto"
 
 
 @dataclasses.dataclass
 class ShardingConfig:
-    """Of tpu_inference's ShardingConfigManager, whose fields are properties."""
+    """Fake of tpu_inference's ShardingConfigManager, whose fields are properties."""
 
     tp_size: int = 1
     expert_size: int = 1
@@ -38,7 +39,7 @@ class ShardingConfig:
 
 @dataclasses.dataclass
 class VllmConfig:
-    """Of vllm.config.VllmConfig."""
+    """Fake of vllm.config.VllmConfig."""
 
     model_config: ModelConfig
     load_config: LoadConfig = dataclasses.field(default_factory=LoadConfig)
@@ -49,7 +50,7 @@ class VllmConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class AttentionMetadata:
-    """Of tpu_inference.layers.common.attention_metadata.AttentionMetadata."""
+    """Fake of tpu_inference.layers.common.attention_metadata.AttentionMetadata."""
 
     input_positions: jax.Array
     block_tables: jax.Array

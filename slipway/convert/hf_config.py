@@ -14,7 +14,7 @@ TIE = "tie_word_embeddings"
 
 
 @dataclasses.dataclass(frozen=True)
-class Configured:
+class HfConfig:
     """The content of config.json, and what contradicts it."""
 
     config: dict[str, Any]
@@ -31,7 +31,7 @@ def known_sizes(mapping: TreeMapping, given: Mapping[str, Any]) -> dict[str, int
     return sizes
 
 
-def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec]) -> Configured:
+def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec]) -> HfConfig:
     """config.json for the HF directory that holds ``targets``, tied tensors already left out.
 
     ``given`` comes first where it states a field; a tensor or the mapping that contradicts it is a problem.
@@ -46,7 +46,7 @@ def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec])
     dtypes = sorted({str(spec.dtype) for spec in targets.values()})
     if len(dtypes) == 1:
         config |= {field: dtypes[0] for field in ("dtype", "torch_dtype") if field == "dtype" or field in config}
-    return Configured(config, tuple(problems))
+    return HfConfig(config, tuple(problems))
 
 
 def _facts(plan: Plan, targets: Mapping[str, Spec]) -> Iterator[tuple[str, Any, str]]:

@@ -14,8 +14,8 @@ import pytest
 
 from slipway import tree
 from slipway.checkpoint.files import SINGLE, open_checkpoint
-from slipway.checkpoint.load import DUMMY_STD, check, dummy, load
 from slipway.checkpoint.shards import write_safetensors
+from slipway.checkpoint.tensor_reader import DUMMY_STD, check, dummy, load
 from slipway.errors import CheckpointError
 from slipway.mesh import fit, make_mesh
 from slipway.tree import Chain, Param, module, separate, stack
@@ -159,7 +159,7 @@ PEAK = """
 import pathlib, sys
 import jax
 from slipway.checkpoint.files import open_checkpoint
-from slipway.checkpoint.load import load
+from slipway.checkpoint.tensor_reader import load
 from slipway.mesh import make_mesh
 from slipway.tree import Param, module, stack
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from slipway.checkpoint import shards
-from slipway.checkpoint.bits import start_writeback
+from slipway.checkpoint.copying import start_writeback
 from slipway.checkpoint.files import INDEX
 from slipway.checkpoint.shards import PAGE, Spec
 
@@ -30,7 +30,7 @@ Facts = Mapping[str, Any]  # what JSON can hold
 Pieces = Iterator[tuple[int, np.ndarray]]
 
 
-class Sink(Protocol):
+class Writer(Protocol):
     """Where converted tensors go. Threads may write different tensors at a time."""
 
     def write(self, name: str, pieces: Pieces) -> None:
@@ -49,7 +49,7 @@ class Sink(Protocol):
         """Remove all that was written."""
 
 
-class SafetensorsSink:
+class SafetensorsWriter:
     """An HF directory's weights: preallocated shards, filled in any order.
 
     ``identity`` names the conversion: a journal of another one is not resumed.

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import layout, tree
-from slipway.checkpoint.bits import copy_bits, count_above, stream
+from slipway.checkpoint.copying import copy_bits, count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.checkpoint.quantize import PACKED
 from slipway.errors import CheckpointError

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from slipway.checkpoint.bits import on_a_page
+from slipway.checkpoint.copying import on_a_page
 from slipway.checkpoint.shards import PAGE, Spec
-from slipway.convert.sink import SafetensorsSink
+from slipway.convert.writer import SafetensorsWriter
 
 pytestmark = pytest.mark.host
 SIZES = (1, 63, 64, PAGE // 2, PAGE, PAGE + 1, 3 * PAGE, 3 * PAGE + 640, 17 * PAGE, 5 * PAGE - 1)
@@ -39,11 +39,11 @@ def test_every_byte_is_written_whatever_the_file_system_can(tmp_path, monkeypatc
     rng = np.random.default_rng(0)
     tensors = {f"t{i}": rng.integers(0, 256, size).astype(np.uint8) for i, size in enumerate(SIZES)}
     specs = {name: Spec(np.dtype(np.uint8), tensor.shape) for name, tensor in tensors.items()}
-    sink = SafetensorsSink(tmp_path / "out", specs, 20 * PAGE, "test", False)
+    writer = SafetensorsWriter(tmp_path / "out", specs, 20 * PAGE, "test", False)
     memory = on_a_page(2 * PAGE)
     for name, tensor in tensors.items():
-        sink.write(name, _pieces(tensor, memory))
-    sink.finish()
+        writer.write(name, _pieces(tensor, memory))
+    writer.finish()
     found = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         found |= load_file(path)
