@@ -1,1 +1,1 @@
-"""JAX models inside other engines: Slipway's own architectures and MaxText's under vLLM on TPU, torch twins there."""
+"""Models inside other engines: JAX models in vLLM on TPU, torch twins in vLLM and SGLang."""

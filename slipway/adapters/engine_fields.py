@@ -3,8 +3,8 @@
 Not here: the adapters that read them (vllm.py, maxtext.py), fakes with these fields (tests/adapters/fakes.py).
 """
 
-# vllm.config has the first three classes. ShardingConfig is tpu_inference's ShardingConfigManager, whose fields are
-# properties. AttentionMetadata is in tpu_inference.layers.common.attention_metadata.
+# vllm.config has the first three classes. ShardingConfig is tpu_inference's ShardingConfigManager:
+# its fields are properties. AttentionMetadata is in tpu_inference.layers.common.attention_metadata.
 FIELDS = {
     "VllmConfig": ("model_config", "load_config", "sharding_config", "additional_config"),
     "ModelConfig": ("model", "hf_config", "dtype", "hf_config_path"),

@@ -1,7 +1,11 @@
-"""MaxText models inside vLLM on TPU: decides its configuration from vLLM's, and what goes in and out of a decoder.
+"""MaxText models inside vLLM on TPU: configuration, caches and decoder of a model class for
+tpu-inference.
 
-Knows tpu-inference's contract for model classes (docs/adapters.md). MaxText itself is optional, wants Python 3.12, and
+The contract for model classes is in docs/adapters.md. MaxText is optional, needs Python 3.12, and
 is imported when a model is made.
+
+Not here: Slipway's own architectures inside vLLM (vllm.py), conversion of MaxText's trees
+(slipway/convert).
 """
 
 import contextlib
@@ -22,13 +26,17 @@ from slipway.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
 LANES = 128  # of a TPU's vector registers
-REASON = 300  # characters of MaxText's: for an unknown option it lists the 900 that it knows
-GET = "pip install maxtext 'qwix>=0.1.6' omegaconf grain aqtp drjax jsonlines ml-collections, on Python 3.12 or later"
+# Characters kept of MaxText's error: for an unknown option it lists all of its 900 options.
+REASON = 300
+GET = (
+    "pip install maxtext 'qwix>=0.1.6' omegaconf grain aqtp drjax jsonlines ml-collections, "
+    "on Python 3.12 or later"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxText:
-    """What is used of MaxText."""
+    """The parts of MaxText that are used."""
 
     initialize: Callable[..., Any]
     from_pretrained: Callable[..., Any]
@@ -37,48 +45,65 @@ class MaxText:
 
     @staticmethod
     def load() -> "MaxText":
-        """Raises InvalidConfig where it is not installed, or not whole."""
+        """Import MaxText. Raises InvalidConfig where it is not installed, or incomplete."""
         try:
             pyconfig = importlib.import_module("maxtext.configs.pyconfig")
             creation = importlib.import_module("maxtext.utils.model_creation_utils")
             places = importlib.import_module("maxtext.utils.globals")
             types = importlib.import_module("maxtext.common.common_types")
         except ImportError as error:
-            raise InvalidConfig("model", "a MaxText model", f"MaxText beside it ({GET}): {error}") from error
+            raise InvalidConfig(
+                "model", "a MaxText model", f"MaxText beside it ({GET}): {error}"
+            ) from error
         return MaxText(
-            pyconfig.initialize, creation.from_pretrained, Path(places.MAXTEXT_CONFIGS_DIR),
-            types.MODEL_MODE_AUTOREGRESSIVE,
-        )  # fmt: skip
+            pyconfig.initialize,
+            creation.from_pretrained,
+            Path(places.MAXTEXT_CONFIGS_DIR),
+            mode=types.MODEL_MODE_AUTOREGRESSIVE,
+        )
 
 
 def overrides(vllm_config: Any, lanes: int = LANES) -> dict[str, Any]:
-    """MaxText's options for what vLLM was asked for: those that the user gave, and what the shards need.
+    """Return MaxText's options for a vLLM configuration.
 
-    Raises ValueError without an HF path, from which vLLM reads sizes and tokenizer.
+    These are the options of the user, and those that the shards need. Raises ValueError without an
+    HF path, from which vLLM reads sizes and tokenizer.
     """
     if not getattr(vllm_config.model_config, "hf_config_path", None):
         raise ValueError(
-            "model_config.hf_config_path: got None, expected the directory or hub id of the model's HF config "
-            "(--hf-config-path): vLLM reads head counts and the tokenizer from it"
+            "model_config.hf_config_path: got None, expected the directory or hub id of the "
+            "model's HF config (--hf-config-path): vLLM reads head counts and the tokenizer from it"
         )
     given = dict((vllm_config.additional_config or {}).get("maxtext_config") or {})
     if vllm_config.load_config.load_format == "dummy" and given.get("load_parameters_path"):
-        path = given.pop("load_parameters_path")  # left out, and not None, which MaxText refuses
+        path = given.pop("load_parameters_path")  # not set to None, which MaxText refuses
         logger.warning("load_parameters_path %s is not read: the load format is dummy", path)
     config, sharding = text_config(vllm_config), vllm_config.sharding_config
     shards = sharding.tp_size * sharding.expert_size
-    for name, field in (("base_num_kv_heads", "num_key_value_heads"), ("global_num_kv_heads", _GLOBAL)):
+    for name, field in (
+        ("base_num_kv_heads", "num_key_value_heads"),
+        ("global_num_kv_heads", _GLOBAL),
+    ):
         heads = getattr(config, field, None)
         if heads is not None and (raised := raised_kv_heads(heads, shards)) != heads:
             logger.info(
-                "%s: %d KV heads are held %d times, one for each of %d shards", name, heads, shards // heads, shards
+                "%s: %d KV heads are held %d times, one for each of %d shards",
+                name,
+                heads,
+                shards // heads,
+                shards,
             )
             given[name] = raised
     size = getattr(config, "moe_intermediate_size", None)
     if size is not None:
         padded = padded_moe_mlp_dim(size, sharding.tp_size * sharding.attn_dp_size, lanes)
         if padded != size:
-            logger.warning("experts are padded from %d to %d rows: %.3g times the memory", size, padded, padded / size)
+            logger.warning(
+                "experts are padded from %d to %d rows: %.3g times the memory",
+                size,
+                padded,
+                padded / size,
+            )
             given["padded_base_moe_mlp_dim"] = padded
     return given
 
@@ -87,20 +112,24 @@ _GLOBAL = "num_global_key_value_heads"
 
 
 def text_config(vllm_config: Any) -> Any:
-    """Of the HF config, what describes the decoder."""
+    """Return the part of the HF config that describes the decoder."""
     config = vllm_config.model_config.hf_config
     return getattr(config, "text_config", None) or config
 
 
 def raised_kv_heads(heads: int, shards: int) -> int:
-    """KV heads, each held as often as every one of ``shards`` (tensor times expert) needs one of its own."""
+    """Return the number of KV heads, repeated until each shard has one.
+
+    ``shards``: tensor times expert parallelism.
+    """
     return shards if heads < shards and shards % heads == 0 else heads
 
 
 def padded_moe_mlp_dim(size: int, shards: int, lanes: int = LANES) -> int:
-    """Rows of an expert, padded to powers of two until each of ``shards`` holds a multiple of twice the lanes.
+    """Return the rows of an expert, padded for the grouped matrix product of tpu-inference.
 
-    tpu-inference's grouped matrix product takes nothing else.
+    Powers of two are tried until each of ``shards`` holds a multiple of twice the lanes, which that
+    product requires.
     """
     while size % shards or (size // shards) % (2 * lanes):
         size = 1 << size.bit_length()  # the next power of two above
@@ -108,46 +137,57 @@ def padded_moe_mlp_dim(size: int, shards: int, lanes: int = LANES) -> int:
 
 
 def configuration(vllm_config: Any, maxtext: MaxText, lanes: int = LANES) -> Any:
-    """MaxText's configuration: its file for inference under vLLM, and ``overrides``.
+    """Return MaxText's configuration: its file for inference under vLLM, and ``overrides``.
 
     Raises InvalidConfig with MaxText's reason where it refuses them.
     """
     given = overrides(vllm_config, lanes)
     try:
         return maxtext.initialize(["", str(maxtext.configs / "inference" / "vllm.yml")], **given)
-    except (SystemExit, ValueError) as error:  # MaxText ends the process of whoever gives it a wrong option
+    except (SystemExit, ValueError) as error:  # MaxText exits the process for a wrong option
         reason = error.__context__ if isinstance(error, SystemExit) else error
         expected = f"options that MaxText takes: {str(reason)[:REASON]}"
         raise InvalidConfig("maxtext_config", given, expected) from reason
 
 
 def check(config: Any, hf_config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raise InvalidConfig where MaxText's ``config`` contradicts the mesh or the HF config that vLLM reads.
+    """Raise InvalidConfig where MaxText's ``config`` contradicts the mesh or vLLM's HF config.
 
-    The rotary embedding is held against the rule by which `slipway convert` writes and reads MaxText's trees.
+    The rotary embedding is compared with the rule by which `slipway convert` writes and reads
+    MaxText's trees.
     """
     if missing := set(config.mesh_axes) - set(mesh.axis_names):
         raise InvalidConfig(
-            "mesh", mesh.axis_names, f"{sorted(missing)} too: tpu-inference makes them with NEW_MODEL_DESIGN=1 set"
+            "mesh",
+            mesh.axis_names,
+            f"{sorted(missing)} too: tpu-inference makes them with NEW_MODEL_DESIGN=1 set",
         )
     for name, field in (("emb_dim", "hidden_size"), ("num_decoder_layers", "num_hidden_layers")):
         got, expected = getattr(config, name), getattr(hf_config, field)
         if got != expected:
-            raise InvalidConfig(f"{name} of maxtext_config", got, f"{expected}, the HF config's {field}")
+            raise InvalidConfig(
+                f"{name} of maxtext_config", got, f"{expected}, the HF config's {field}"
+            )
     if getattr(hf_config, "model_type", None) in ROTATED:
-        ropes = {field: getattr(hf_config, field, None) for field in ("rope_scaling", "rope_parameters")}
+        ropes = {
+            field: getattr(hf_config, field, None) for field in ("rope_scaling", "rope_parameters")
+        }
         expected_rotation = rotation(ropes)
         if expected_rotation not in (None, computed_rotation(config)):
             names = "llama3.1" if expected_rotation == "interleaved" else "default"
             raise InvalidConfig(
                 "rope_type of maxtext_config",
                 str(getattr(config.rope_type, "value", config.rope_type)),
-                f"{names!r} ({expected_rotation}), since the HF config's rope_type is {rope_type(ropes)!r}",
+                f"{names!r} ({expected_rotation}), "
+                f"since the HF config's rope_type is {rope_type(ropes)!r}",
             )
 
 
 def computed_rotation(config: Any) -> Rotation | None:
-    """Return what MaxText's Llama and Mistral do under ``config``: pairs, halves, or None for yarn, which has both."""
+    """Return the rotation of MaxText's Llama and Mistral under ``config``: pairs or halves.
+
+    None for yarn, which supports both.
+    """
     kind = str(getattr(config.rope_type, "value", config.rope_type)).lower()
     if config.model_name.startswith("llama3.1") or kind.startswith("llama3.1"):
         return "interleaved"
@@ -155,14 +195,16 @@ def computed_rotation(config: Any) -> Rotation | None:
 
 
 class ByLayer:
-    """A step's caches as MaxText's decoder reads and replaces them: by the number of a layer.
+    """Caches of a step as MaxText's decoder reads and replaces them: by the number of a layer.
 
-    ``places``: where layer i's cache lies among ``caches``. Several layers may share one. Raises InvalidConfig at None,
-    which MaxText 0.2.5's Llama gives for a cache where layers are scanned: attention would be skipped in the next step.
+    ``places``: the index in ``caches`` of each layer's cache; layers may share one. Raises
+    InvalidConfig when None is stored. MaxText 0.2.5's Llama does that where layers are scanned:
+    attention would be skipped in the next step.
     """
 
     def __init__(self, caches: list[Any], places: Mapping[int, int]):
-        self.caches, self.places = list(caches), places
+        self.caches = list(caches)
+        self.places = places
 
     def __len__(self) -> int:
         return len(self.places)
@@ -172,23 +214,35 @@ class ByLayer:
 
     def __setitem__(self, layer: int, cache: Any) -> None:
         if cache is None:
-            raise InvalidConfig("load_parameters_path", "scanned layers", "a checkpoint written with scan_layers=False")
+            raise InvalidConfig(
+                "load_parameters_path",
+                "scanned layers",
+                "a checkpoint written with scan_layers=False",
+            )
         self.caches[self.places[layer]] = cache
 
 
 def places(names: Iterable[tuple[str, int]] | None, layers: int) -> dict[int, int]:
-    """Where each layer's cache lies: ``names`` are tpu-inference's, "layer.0" and so on; without any, in order."""
-    found = {int(name.removeprefix("layer.")): at for name, at in names or () if re.fullmatch(r"layer\.\d+", name)}
+    """Return the index of each layer's cache.
+
+    ``names`` are tpu-inference's, "layer.0" and so on; without them the layers are in order.
+    """
+    found = {
+        int(name.removeprefix("layer.")): at
+        for name, at in names or ()
+        if re.fullmatch(r"layer\.\d+", name)
+    }
     return found or {layer: layer for layer in range(layers)}
 
 
 class MaxTextForCausalLM(nnx.Module):
-    """A MaxText decoder as tpu-inference calls a model."""
+    """A MaxText decoder with the interface of tpu-inference's models."""
 
-    _self_manages_sharding = True  # it is made under its own mesh and rules, not in an outer jit
+    _self_manages_sharding = True  # made under its own mesh and rules, not in an outer jit
 
     def __init__(self, vllm_config: Any, rng_key: jax.Array, mesh: jax.sharding.Mesh):
-        self.vllm_config, self.mesh = vllm_config, mesh
+        self.vllm_config = vllm_config
+        self.mesh = mesh
         self._maxtext = MaxText.load()
         self.maxtext_config = configuration(vllm_config, self._maxtext)
         check(self.maxtext_config, text_config(vllm_config), mesh)
@@ -199,7 +253,7 @@ class MaxTextForCausalLM(nnx.Module):
             logger.warning("maxtext_config has no load_parameters_path: the weights will be random")
 
     def load_weights(self, rng_key: jax.Array) -> None:
-        """Make the model, once."""
+        """Make the model; a second call does nothing."""
         if self.model is not None:
             return
         with self._rules():
@@ -209,13 +263,19 @@ class MaxTextForCausalLM(nnx.Module):
         self.model = nnx.data(model)
 
     def __call__(
-        self, kv_caches: list[jax.Array], input_ids: jax.Array | None, attention_metadata: Any,
-        inputs_embeds: jax.Array | None = None, _input_positions: jax.Array | None = None,
-        _layer_name_to_kv_cache: Iterable[tuple[str, int]] | None = None, *_: Any, **__: Any,
-    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:  # fmt: skip
-        """Flat tokens [T] -> (caches, hidden states [T, embed], no auxiliary ones, the experts' indices or None).
+        self,
+        kv_caches: list[jax.Array],
+        input_ids: jax.Array | None,
+        attention_metadata: Any,
+        inputs_embeds: jax.Array | None = None,
+        _input_positions: jax.Array | None = None,
+        _layer_name_to_kv_cache: Iterable[tuple[str, int]] | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
+        """Run the decoder on flat tokens [T], which MaxText reads as T sequences of one token.
 
-        MaxText reads them as T sequences of one token.
+        Return (caches, hidden states [T, embed], no auxiliary states, experts' indices or None).
         """
         model, embeds = self._made(), None
         caches = ByLayer(kv_caches, places(_layer_name_to_kv_cache, len(kv_caches)))
@@ -227,32 +287,39 @@ class MaxTextForCausalLM(nnx.Module):
         one = next(iter(metadata.values())) if isinstance(metadata, Mapping) else metadata
         with self._rules():
             found = model(
-                decoder_input_tokens=input_ids[:, None], decoder_input_embeddings=embeds,
-                decoder_positions=one.input_positions[:, None], kv_caches=caches, attention_metadata=metadata,
+                decoder_input_tokens=input_ids[:, None],
+                decoder_input_embeddings=embeds,
+                decoder_positions=one.input_positions[:, None],
+                kv_caches=caches,
+                attention_metadata=metadata,
                 model_mode=self._maxtext.mode,
-            )  # fmt: skip
+            )
         hidden, _, experts = found if len(found) == 3 else (*found, None)
         return caches.caches, hidden.reshape(-1, hidden.shape[-1]), [], experts
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
-        """The same."""
+    def forward(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
+        """Call the model."""
         return self(*args, **kwargs)
 
     def compute_logits(self, hidden_states: jax.Array) -> jax.Array:
-        """Hidden states [T, embed] -> logits [T, vocab], through the decoder's head."""
+        """Return logits [T, vocab] of hidden states [T, embed], computed by the decoder's head."""
         model = self._made()
         with self._rules():
             head = model.decoder.apply_output_head
-            return head(model.token_embedder, hidden_states[:, None], True, self._maxtext.mode)[:, 0]
+            return head(model.token_embedder, hidden_states[:, None], True, self._maxtext.mode)[
+                :, 0
+            ]
 
     def embed_input_ids(self, input_ids: jax.Array, *_: Any, **__: Any) -> jax.Array:
-        """Token ids [T] -> embeddings [T, embed]."""
+        """Return embeddings [T, embed] of token ids [T]."""
         model = self._made()
         with self._rules():
             return model.token_embedder(input_ids)
 
     def get_input_embeddings(self) -> jax.Array:
-        """The table."""
+        """Return the embedding table."""
         return self._made().token_embedder.embedding
 
     def _made(self) -> Any:
@@ -262,9 +329,9 @@ class MaxTextForCausalLM(nnx.Module):
 
     @contextlib.contextmanager
     def _rules(self) -> Iterator[None]:
-        """Under the mesh, and the rules by which MaxText splits arrays over it.
+        """Enter the mesh and the rules by which MaxText splits arrays over it.
 
-        ``with mesh`` and not ``jax.set_mesh``: MaxText 0.2.5 asks for the former's.
+        ``with mesh`` and not ``jax.set_mesh``: MaxText 0.2.5 reads the mesh of the former.
         """
         with self.mesh, nnx.logical_axis_rules(self.maxtext_config.logical_axis_rules):
             yield

@@ -1,8 +1,12 @@
-"""Slipway's architectures inside vLLM on TPU: decides how tpu-inference's caches and metadata become our step's.
+"""Slipway's architectures inside vLLM on TPU: model classes over tpu-inference's caches and
+metadata.
 
-The contract is tpu-inference 0.32's (docs/adapters.md). nnx stands at the border, where that engine splits a model into
-a graph and its arrays; inside is our tree, under ``shard_map`` over that engine's mesh, whose axes have our names. Its
-attention kernel writes and reads its caches. Nothing here is imported before vLLM asks for its plugins.
+The contract is tpu-inference 0.32's (docs/adapters.md). The model classes are nnx modules, which
+that engine splits into a graph and arrays. Inside is a Slipway tree, under ``shard_map`` over the
+engine's mesh, which has the same axis names as Slipway's. The engine's attention kernel writes and
+reads its caches. vLLM imports this module when it loads its plugins.
+
+Not here: MaxText's models (maxtext.py), torch twins (package.py).
 """
 
 import functools
@@ -18,24 +22,26 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from slipway import mesh as meshes
 from slipway import models, ops, tree
 from slipway.errors import InvalidConfig
+from slipway.mesh import DATA, TENSOR, partition
 from slipway.runtime import load
 
 logger = logging.getLogger(__name__)
-PREFIX = "Slipway"  # tpu-inference gives Hugging Face's names to its own classes
+PREFIX = "Slipway"  # tpu-inference uses Hugging Face's names for its own classes
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def register() -> None:
-    """vLLM's plugin: ``--hf-overrides '{"architectures": ["SlipwayQwen3ForCausalLM"]}'`` chooses our class, and
-    ``MaxTextForCausalLM`` MaxText's models. Without tpu-inference there is nothing to do.
+    """Register the model classes with vLLM; vLLM calls this as a plugin.
+
+    ``--hf-overrides '{"architectures": ["SlipwayQwen3ForCausalLM"]}'`` chooses a class of Slipway,
+    ``MaxTextForCausalLM`` MaxText's models. Without tpu-inference, nothing is registered.
     """
     try:
         loader = importlib.import_module("tpu_inference.models.common.model_loader")
     except ImportError as error:
-        logger.info("tpu-inference is not here, so no model is registered with vLLM: %s", error)
+        logger.info("tpu-inference is not installed; no model is registered with vLLM: %s", error)
         return
     from slipway.adapters.maxtext import MaxTextForCausalLM
 
@@ -46,43 +52,66 @@ def register() -> None:
 
 @functools.cache
 def served(architecture: str) -> type["Served"]:
-    """The class that vLLM is given for one of our architectures."""
-    return type(PREFIX + architecture, (Served,), {"architecture": architecture, "__doc__": Served.__doc__})
+    """Return the class for vLLM of one of Slipway's architectures."""
+    return type(
+        PREFIX + architecture, (Served,), {"architecture": architecture, "__doc__": Served.__doc__}
+    )
 
 
 class Served(nnx.Module):
-    """One of our models as tpu-inference calls it."""
+    """A Slipway model with the interface of tpu-inference's models."""
 
     architecture = ""
     _self_manages_sharding = True
 
     def __init__(self, vllm_config: Any, rng_key: jax.Array, mesh: Mesh):
-        if wide := {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in (meshes.DATA, meshes.TENSOR)}:
-            raise InvalidConfig("sharding_strategy", wide, "data and tensor parallelism alone")
-        self.mesh, self.model_name = mesh, vllm_config.model_config.model
+        if wide := {
+            axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in (DATA, TENSOR)
+        }:
+            raise InvalidConfig("sharding_strategy", wide, "only data and tensor parallelism")
+        self.mesh = mesh
+        self.model_name = vllm_config.model_config.model
         raw = vllm_config.model_config.hf_config.to_dict() | {"architectures": [self.architecture]}
         unrolled = functools.partial(tree.separate, form=tree.Unrolled)
         self.declaration = Static(load.on_mesh(models.declare(raw), mesh, unrolled))
         self.dtype = np.dtype(vllm_config.model_config.dtype)
         if vllm_config.load_config.load_format == "dummy":
-            arrays = jax.tree.leaves(load.arrays(self.declaration.value, None, mesh, self.dtype))
+            arrays = jax.tree.leaves(
+                load.arrays(self.declaration.value, None, mesh, dtype=self.dtype)
+            )
         else:
-            arrays = [jnp.zeros(leaf.param.shape, leaf.param.held_as(self.dtype)) for leaf in self._leaves()]
+            arrays = [
+                jnp.zeros(leaf.param.shape, leaf.param.held_as(self.dtype))
+                for leaf in self._leaves()
+            ]
         self.arrays = nnx.List([nnx.Param(array) for array in arrays])
         self.kernel = Static(attention_kernel())
 
     def load_weights(self, rng: jax.Array) -> None:
-        """Read the HF directory, each device its own part. Raises CheckpointError, listing all that does not fit."""
+        """Read the HF directory; each device reads its own part.
+
+        Raises CheckpointError, listing every mismatch.
+        """
         declaration = self.declaration.value
-        checkpoint = load.checked(declaration, load.open_files(self.model_name).checkpoint, self.dtype)
-        arrays = load.arrays(declaration, checkpoint, self.mesh, self.dtype)
+        checkpoint = load.checked(
+            declaration, load.open_files(self.model_name).checkpoint, self.dtype
+        )
+        arrays = load.arrays(declaration, checkpoint, self.mesh, dtype=self.dtype)
         self.arrays = nnx.List([nnx.Param(array) for array in jax.tree.leaves(arrays)])
 
     def __call__(
-        self, kv_caches: list[jax.Array], input_ids: jax.Array, attention_metadata: Any,
-        inputs_embeds: jax.Array | None = None, *_: Any, **__: Any,
-    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], None]:  # fmt: skip
-        """Flat tokens [T] -> (caches, hidden states [T, embed], no auxiliary ones, no experts)."""
+        self,
+        kv_caches: list[jax.Array],
+        input_ids: jax.Array,
+        attention_metadata: Any,
+        inputs_embeds: jax.Array | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], None]:
+        """Run the model on flat tokens [T].
+
+        Return (caches, hidden states [T, embed], no auxiliary states, no experts).
+        """
         if inputs_embeds is not None:
             raise InvalidConfig("inputs_embeds", "some", "token ids: this model has no other input")
         one = attention_metadata
@@ -90,67 +119,90 @@ class Served(nnx.Module):
             one = next(iter(one.values()))
         kernel = self.kernel.value
 
-        windows = self.declaration.value.config.windows  # of each layer; those of one window have one cache
+        # Of each layer; layers of one window share a cache.
+        windows = self.declaration.value.config.windows
 
         def step(arrays, caches, ids_T, where):
             model = self._model(arrays)
-            layers = [[i for i, w in enumerate(windows) if w == spec.window] for spec in model.cache_specs]
-            borrowed = [ops.BorrowedCache(tuple(caches[i] for i in each), where, kernel) for each in layers]
+            layers = [
+                [i for i, w in enumerate(windows) if w == spec.window] for spec in model.cache_specs
+            ]
+            borrowed = [
+                ops.BorrowedCache(tuple(caches[i] for i in each), where, kernel) for each in layers
+            ]
             x_TD, borrowed = model(step_input(ids_T, where), borrowed)
-            written = {i: array for each, cache in zip(layers, borrowed) for i, array in zip(each, cache.caches)}
+            written = {
+                i: array
+                for each, cache in zip(layers, borrowed)
+                for i, array in zip(each, cache.caches)
+            }
             return [written[i] for i in range(len(caches))], x_TD
 
-        caches = P(meshes.DATA, None, meshes.TENSOR, None, None)
-        rows = jax.tree.map(lambda _: P(meshes.DATA), one)
+        caches = P(DATA, None, TENSOR, None, None)
+        rows = jax.tree.map(lambda _: P(DATA), one)
         run = jax.shard_map(
-            step, mesh=self.mesh, in_specs=(self._specs(), [caches] * len(kv_caches), P(meshes.DATA), rows),
-            out_specs=([caches] * len(kv_caches), P(meshes.DATA)), check_vma=False,
-        )  # fmt: skip
-        kv_caches, x_TD = run([array[...] for array in self.arrays], list(kv_caches), input_ids, one)
+            step,
+            mesh=self.mesh,
+            in_specs=(self._specs(), [caches] * len(kv_caches), P(DATA), rows),
+            out_specs=([caches] * len(kv_caches), P(DATA)),
+            check_vma=False,
+        )
+        arrays = [array[...] for array in self.arrays]
+        arguments = arrays, list(kv_caches), input_ids, one
+        kv_caches, x_TD = run(*arguments)
         return kv_caches, x_TD, [], None
 
     def compute_logits(self, hidden_states: jax.Array) -> jax.Array:
-        """Hidden states [B, embed] -> f32 logits [B, vocab]."""
+        """Return f32 logits [B, vocab] of hidden states [B, embed]."""
 
         def head(arrays, x_BD):
             return self._model(arrays).logits(x_BD, x_BD.shape[0])
 
         run = jax.shard_map(
-            head, mesh=self.mesh, in_specs=(self._specs(), P(meshes.DATA)), out_specs=P(meshes.DATA), check_vma=False
+            head,
+            mesh=self.mesh,
+            in_specs=(self._specs(), P(DATA)),
+            out_specs=P(DATA),
+            check_vma=False,
         )
         return run([array[...] for array in self.arrays], hidden_states)
 
     def embed_input_ids(self, input_ids: jax.Array, *_: Any, **__: Any) -> jax.Array:
-        """Refused: only multimodal and speculative roads ask for it."""
+        """Raise InvalidConfig: only multimodal and speculative models embed separately."""
         raise InvalidConfig("inputs_embeds", "some", "token ids: this model has no other input")
 
     def _leaves(self) -> list[tree.Leaf]:
         return list(tree.leaves(self.declaration.value))
 
     def _model(self, arrays: list[jax.Array]) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(self.declaration.value, is_leaf=tree.is_param), arrays)
+        return jax.tree.unflatten(
+            jax.tree.structure(self.declaration.value, is_leaf=tree.is_param), arrays
+        )
 
     def _specs(self) -> list[P]:
-        return [meshes.partition(leaf.param) for leaf in self._leaves()]
+        return [partition(leaf.param) for leaf in self._leaves()]
 
 
 class Static:
-    """A value that belongs to a module's graph and not to its arrays; equal to itself alone."""
+    """A value in a module's graph rather than among its arrays; equal only to itself."""
 
     def __init__(self, value: Any):
         self.value = value
 
 
 def step_input(ids_T: jax.Array, where: Any) -> ops.StepInput:
-    """Return our input of a step from tpu-inference's AttentionMetadata, without the pages, which its kernel reads.
+    """Return Slipway's input of a step from tpu-inference's AttentionMetadata.
 
-    input_positions [T], seq_lens [B], query_start_loc [B + 1], request_distribution [3]: the last is the number of
-    sequences; entries behind theirs in every array are padding.
+    The pages are left out: the engine's own kernel reads them. input_positions [T], seq_lens [B],
+    query_start_loc [B + 1], request_distribution [3]: its last element is the number of sequences;
+    elements behind those of the sequences are padding in every array.
     """
     starts, lengths_B, count = where.query_start_loc, where.seq_lens, where.request_distribution[2]
     num_tokens, rows = starts[count].astype(jnp.int32), lengths_B.shape[0]
     tokens_T = jnp.arange(where.input_positions.shape[0], dtype=jnp.int32)
-    row_T = jnp.clip(jnp.searchsorted(starts[1:], tokens_T, side="right"), 0, jnp.maximum(count - 1, 0))
+    row_T = jnp.clip(
+        jnp.searchsorted(starts[1:], tokens_T, side="right"), 0, jnp.maximum(count - 1, 0)
+    )
     is_used_B = jnp.arange(rows, dtype=jnp.int32) < count
     zero = jnp.zeros((), jnp.int32)
     return ops.StepInput(
@@ -169,17 +221,28 @@ def step_input(ids_T: jax.Array, where: Any) -> ops.StepInput:
 
 
 def attention_kernel() -> Kernel:
-    """tpu-inference's ragged paged attention as ``ops.BorrowedCache`` calls a kernel."""
+    """Return tpu-inference's ragged paged attention as a kernel for ``ops.BorrowedCache``."""
     interface = importlib.import_module("tpu_inference.layers.common.attention_interface")
 
     def kernel(q_TNH, k_TKH, v_TKH, *, cache, where, scale, window, soft_cap, sinks_N):
         if sinks_N is not None:
-            raise InvalidConfig("attention sinks", "some", "none: this kernel has no place for them")
-        narrow = q_TNH.shape[-1] == 64  # a kernel of its own
-        attend = interface.ragged_paged_attention_hd64 if narrow else interface.ragged_paged_attention
+            raise InvalidConfig(
+                "attention sinks", "some", "none: this kernel has no place for them"
+            )
+        lengths, pages = where.seq_lens, where.block_tables
+        metadata = cache, lengths, pages, where.query_start_loc, where.request_distribution
+        narrow = q_TNH.shape[-1] == 64  # this head size has a separate kernel
+        attend = (
+            interface.ragged_paged_attention_hd64 if narrow else interface.ragged_paged_attention
+        )
         return attend(
-            q_TNH, k_TKH, v_TKH, cache, where.seq_lens, where.block_tables, where.query_start_loc,
-            where.request_distribution, sm_scale=scale, sliding_window=window, soft_cap=soft_cap,
-        )  # fmt: skip
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            *metadata,
+            sm_scale=scale,
+            sliding_window=window,
+            soft_cap=soft_cap,
+        )
 
     return kernel

@@ -1,4 +1,5 @@
-"""Our trees <-> HF directories: ``files`` opens and validates, ``hub`` finds, ``load`` reads and ``save`` writes.
+"""Conversion between trees of declared arrays and Hugging Face directories.
 
-Decides nothing itself.
+``files`` opens and checks directories, ``hub`` locates them, ``tensor_reader`` reads arrays and
+``save`` writes them. Not here: trees of other libraries (slipway/convert).
 """

@@ -1,4 +1,9 @@
-"""Decides who copies bits between strided views: the compiled csrc/copy.cc, or NumPy where it was not built."""
+"""Fast copies and scans of arrays and files, by the compiled csrc/copy.cc or, where it was not
+built, by NumPy.
+
+Not here: the loader of the compiled library (slipway/native.py), copies that also convert or scale
+(slipway/convert/transfer.py).
+"""
 
 import ctypes
 import errno
@@ -17,7 +22,11 @@ _LIBC: Any = ctypes.CDLL(None).sync_file_range if sys.platform == "linux" else N
 
 
 def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
-    """``target[...] = source`` for views of one shape and item size, bit for bit; lets go of the interpreter."""
+    """Copy ``source`` to ``target`` bit for bit.
+
+    Both are views of one shape and item size, with any strides. The compiled copy releases the
+    interpreter lock.
+    """
     assert target.shape == source.shape and target.itemsize == source.itemsize
     library = load_library()
     if library is None or target.itemsize > 8:
@@ -25,23 +34,21 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
         return
     ndim = target.ndim
     longs = ctypes.c_int64 * ndim
-    library.slipway_copy(
-        ctypes.c_void_p(target.ctypes.data),
-        ctypes.c_void_p(source.ctypes.data),
-        ctypes.c_int64(ndim),
-        longs(*target.shape),
-        longs(*target.strides),
-        longs(*source.strides),
-        ctypes.c_int64(target.itemsize),
-    )
+    arrays = ctypes.c_void_p(target.ctypes.data), ctypes.c_void_p(source.ctypes.data)
+    sizes = longs(*target.shape), longs(*target.strides), longs(*source.strides)
+    library.slipway_copy(*arrays, ctypes.c_int64(ndim), *sizes, ctypes.c_int64(target.itemsize))
 
 
 def stream(target: np.ndarray, source: np.ndarray, limit: int | None = None) -> int:
-    """``target[...] = source`` for contiguous arrays of as many bytes, past the cache: nobody reads the target soon.
+    """Copy ``source`` to ``target`` past the CPU cache; both are contiguous and of equal size in
+    bytes.
 
-    ``limit``: the source's items that exceed it, as ``count_above`` has it, found in the same pass; else 0.
+    Meant for targets that are not read again soon. With ``limit``, return the number of source
+    items above it, as ``count_above`` counts them, found in the same pass; without it, return 0.
     """
-    assert target.nbytes == source.nbytes and target.flags.c_contiguous and source.flags.c_contiguous
+    assert (
+        target.nbytes == source.nbytes and target.flags.c_contiguous and source.flags.c_contiguous
+    )
     library = load_library()
     if library is None or (limit is not None and source.itemsize not in (2, 4, 8)):
         target.reshape(-1).view(np.uint8)[...] = source.reshape(-1).view(np.uint8)
@@ -56,32 +63,47 @@ def stream(target: np.ndarray, source: np.ndarray, limit: int | None = None) -> 
 
 
 def read_counted(
-    file: int, offset: int, size_bytes: int, itemsize: int, limit: int, target: np.ndarray | None = None
+    file: int,
+    offset: int,
+    size_bytes: int,
+    itemsize: int,
+    limit: int,
+    target: np.ndarray | None = None,
 ) -> int:
-    """How many items of a file ``count_above`` has beyond ``limit``; they are left in ``target``, if one is given.
+    """Count the items of a range of an open file above ``limit``, as ``count_above`` counts them.
 
-    No page of the file becomes resident here. Raises OSError where the file is shorter.
+    The items are left in ``target`` if one is given. No page of the file becomes resident in this
+    process. Raises OSError where the file is shorter than the range.
     """
     library = load_library()
     if library is not None and itemsize in (2, 4, 8) and sys.platform in ("linux", "darwin"):
         library.slipway_read_counted.restype = ctypes.c_int64
         numbers = ctypes.c_int64(size_bytes), ctypes.c_int64(itemsize), ctypes.c_uint64(limit)
         pointer = ctypes.c_void_p(None if target is None else target.ctypes.data)
-        count = library.slipway_read_counted(ctypes.c_int(file), ctypes.c_int64(offset), pointer, *numbers)
+        count = library.slipway_read_counted(
+            ctypes.c_int(file), ctypes.c_int64(offset), pointer, *numbers
+        )
         if count < 0:
             raise OSError(errno.EIO, "the file is shorter than its header says")
         return count
     count, own = 0, np.empty(min(size_bytes, PIECE_BYTES), np.uint8)
     for start in range(0, size_bytes, PIECE_BYTES):
         size = min(PIECE_BYTES, size_bytes - start)
-        piece = own[:size] if target is None else target.reshape(-1).view(np.uint8)[start : start + size]
+        piece = (
+            own[:size]
+            if target is None
+            else target.reshape(-1).view(np.uint8)[start : start + size]
+        )
         read(file, offset + start, piece)
         count += count_above(piece.view(f"u{itemsize}"), limit)
     return count
 
 
 def read(file: int, offset: int, target: np.ndarray) -> None:
-    """Fill a contiguous array from a place in an open file. Raises OSError where the file is shorter."""
+    """Fill a contiguous array from an open file, beginning at byte ``offset``.
+
+    Raises OSError where the file is shorter.
+    """
     left = memoryview(target.reshape(-1).view(np.uint8).data)
     while left:
         count = os.preadv(file, [left], offset)
@@ -91,32 +113,39 @@ def read(file: int, offset: int, target: np.ndarray) -> None:
 
 
 def count_above(values: np.ndarray, limit: int) -> int:
-    """How many of a contiguous array's items exceed ``limit`` as unsigned integers without their highest bit."""
+    """Count the items of a contiguous array that exceed ``limit`` as unsigned integers without
+    their highest bit.
+
+    For floats that bit is the sign: with the bits of a magnitude as ``limit``, this counts larger
+    magnitudes, infinities and NaN.
+    """
     library = load_library()
     if library is not None and values.itemsize in (2, 4, 8):
-        pointer, size = ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(values.size)
+        pointer = ctypes.c_void_p(values.ctypes.data)
+        sizes = ctypes.c_int64(values.size), ctypes.c_int64(values.itemsize)
         library.slipway_count_above.restype = ctypes.c_int64
-        return library.slipway_count_above(pointer, size, ctypes.c_int64(values.itemsize), ctypes.c_uint64(limit))
+        return library.slipway_count_above(pointer, *sizes, ctypes.c_uint64(limit))
     bits = np.dtype(f"u{values.itemsize}").type
-    return int(np.count_nonzero((values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)) > limit))
+    return int(
+        np.count_nonzero((values.reshape(-1).view(bits) & bits(np.iinfo(bits).max >> 1)) > limit)
+    )
 
 
 def on_a_page(size_bytes: int) -> np.ndarray:
-    """Bytes that begin where a page does, which is what writing past the page cache asks for."""
+    """Allocate bytes that begin on a page boundary, as writing past the page cache requires."""
     return np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
 
 
 def start_writeback(file: int, offset: int, size_bytes: int) -> None:
-    """Let the kernel begin to write a file's range to the disk, so that the flush at the end finds little left."""
+    """Let the kernel begin to write a range of a file to the disk.
+
+    The flush at the end then has little left to write. Does nothing except on Linux.
+    """
     if _LIBC is not None:
-        _LIBC(
-            ctypes.c_int(file),
-            ctypes.c_int64(offset),
-            ctypes.c_int64(size_bytes),
-            ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
-        )
+        byte_range = ctypes.c_int64(offset), ctypes.c_int64(size_bytes)
+        _LIBC(ctypes.c_int(file), *byte_range, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def is_compiled() -> bool:
-    """Whether the compiled copy is in use."""
+    """Return whether the compiled library is in use."""
     return load_library() is not None

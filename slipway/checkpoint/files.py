@@ -1,7 +1,11 @@
-"""Decides whether a directory is a sound HF checkpoint and where each tensor's bytes lie; knows no models and no JAX.
+"""Validated Hugging Face directories: configuration, and the file and byte range of every tensor.
 
-Tensors are views of read-only file mappings: opening costs a header per file, whatever the model's size. Pickles are
-never opened. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
+Tensors are views of read-only file mappings: opening reads one header per file, whatever the size
+of the model. Pickles are never opened. Format: https://huggingface.co/docs/safetensors (8 bytes of
+header length, JSON header, data).
+
+Not here: downloads (hub.py), comparison with a model's declaration (tensor_reader.py), written
+files (shards.py).
 """
 
 import dataclasses
@@ -35,8 +39,13 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-# Buffers of older models that follow from config.json; an index and its shards need not agree on them.
-INERT_TENSORS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached", "*.masked_bias")
+# Buffers of older models that follow from config.json; index and shards may disagree on them.
+INERT_TENSORS = (
+    "*rotary_emb.inv_freq",
+    "*rotary_emb.cos_cached",
+    "*rotary_emb.sin_cached",
+    "*.masked_bias",
+)
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 _HUGE_PAGE_BYTES = 1 << 21
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -44,7 +53,7 @@ _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file: its bytes are ``start`` to ``stop``, counted from the beginning of ``file``."""
+    """Place of one tensor: bytes ``start`` to ``stop``, counted from the beginning of ``file``."""
 
     name: str
     dtype: str
@@ -56,59 +65,82 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A sound HF directory. Views handed out keep their file mapped; nothing needs closing."""
+    """Tensors and configuration of a validated directory.
+
+    Views that were handed out keep their file mapped; nothing needs closing.
+    """
 
     directory: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: Mapping[str, Tensor]
-    _maps: dict[Path, mmap.mmap] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _maps: dict[Path, mmap.mmap] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of its file, at whatever alignment the file gives it."""
+        """Return the tensor as a read-only view of its file, at whatever alignment the file gives
+        it.
+        """
         tensor = self.tensors[name]
-        return np.ndarray(tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start)
+        return np.ndarray(
+            tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start
+        )
 
     def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
-        """Read the tensor into ``target``, a contiguous array of its size; none of its pages becomes resident here.
+        """Read the tensor into ``target``, a contiguous array of its size, without making file
+        pages resident.
 
-        ``limit`` and the result as ``copying.stream`` has them. Raises OSError where the file has become shorter.
+        With ``limit``, return the number of items above it, as ``copying.stream`` does; without it,
+        return 0. Raises OSError if the file has become shorter.
         """
         tensor = self.tensors[name]
         with tensor.file.open("rb", buffering=0) as file:
             if limit is None:
                 copying.read(file.fileno(), tensor.start, target)
                 return 0
-            return copying.read_counted(file.fileno(), tensor.start, target.nbytes, target.itemsize, limit, target)
+            return copying.read_counted(
+                file.fileno(),
+                tensor.start,
+                target.nbytes,
+                itemsize=target.itemsize,
+                limit=limit,
+                target=target,
+            )
 
     def count_above(self, name: str, limit: int) -> int:
-        """How many of the tensor's items ``copying.count_above`` has beyond ``limit``."""
+        """Count the items of the tensor above ``limit``, as ``copying.count_above`` does."""
         tensor = self.tensors[name]
         with tensor.file.open("rb", buffering=0) as file:
             size, itemsize = tensor.stop - tensor.start, DTYPES[tensor.dtype].itemsize
-            return copying.read_counted(file.fileno(), tensor.start, size, itemsize, limit)
+            return copying.read_counted(
+                file.fileno(), tensor.start, size, itemsize=itemsize, limit=limit
+            )
 
     def drop(self, name: str) -> None:
-        """Give the tensor's resident pages back to the system; views stay valid and fault them in again.
+        """Give the resident pages of the tensor back to the system; a view that is used again reads
+        them anew.
 
-        Outward to whole huge pages: touching a tensor's edge can map that much of its neighbours.
+        The range is extended to whole huge pages: touching the edge of a tensor can map that much
+        of its neighbours.
         """
         tensor = self.tensors[name]
         first = tensor.start // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        last = -(-tensor.stop // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES  # beyond the file's end, madvise stops there
+        # May lie beyond the end of the file, where madvise stops.
+        last = -(-tensor.stop // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         if first < last:
             self._map(tensor.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as f:
-                # setdefault: of two threads that get here at once, both use the same mapping
+                # setdefault: two threads that arrive here at once use the same mapping.
                 self._maps.setdefault(file, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[file]
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read and validate the configuration and every tensor's place.
+    """Open a directory and validate its configuration and the place of every tensor.
 
     Raises CheckpointError, listing every problem found.
     """
@@ -117,11 +149,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     tensors = _tensors(directory, problems)
     if problems:
         raise CheckpointError(directory, problems)
-    return Checkpoint(directory, config, generation_config, tensors)
+    return Checkpoint(directory, config, generation_config, tensors=tensors)
 
 
 def open_tensors(directory: Path) -> Checkpoint:
-    """The tensors alone, for a directory that may have no config.json.
+    """Open only the tensors of a directory, which may have no config.json.
 
     Raises CheckpointError, listing every problem found.
     """
@@ -129,11 +161,11 @@ def open_tensors(directory: Path) -> Checkpoint:
     tensors = _tensors(directory, problems)
     if problems:
         raise CheckpointError(directory, problems)
-    return Checkpoint(directory, {}, {}, tensors)
+    return Checkpoint(directory, {}, {}, tensors=tensors)
 
 
 def open_file(path: Path) -> Checkpoint:
-    """The tensors of one .safetensors file.
+    """Open the tensors of one .safetensors file.
 
     Raises CheckpointError, listing every problem found.
     """
@@ -141,11 +173,11 @@ def open_file(path: Path) -> Checkpoint:
     tensors = _header(path, problems) or {}
     if problems:
         raise CheckpointError(path, problems)
-    return Checkpoint(path, {}, {}, tensors)
+    return Checkpoint(path, {}, {}, tensors=tensors)
 
 
 def open_without_weights(directory: Path) -> Checkpoint:
-    """The configuration alone, for a model whose weights come from elsewhere: no tensors.
+    """Open only the configuration of a directory, for a model with weights from another source.
 
     Raises CheckpointError, listing every problem found.
     """
@@ -153,13 +185,15 @@ def open_without_weights(directory: Path) -> Checkpoint:
     config, generation_config = _configuration(directory, problems)
     if problems:
         raise CheckpointError(directory, problems)
-    return Checkpoint(directory, config, generation_config, {})
+    return Checkpoint(directory, config, generation_config, tensors={})
 
 
 def _configuration(directory: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and, where it exists, generation_config.json."""
+    """Return the fields of config.json and, where it exists, of generation_config.json."""
     if not directory.is_dir():
-        raise CheckpointError(directory, ["not a directory" if directory.exists() else "no such directory"])
+        raise CheckpointError(
+            directory, ["not a directory" if directory.exists() else "no such directory"]
+        )
     refuse_adapter(directory)
     config = _json_object(directory / "config.json", problems)
     generation = directory / "generation_config.json"
@@ -182,14 +216,17 @@ def _json_object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def refuse_adapter(directory: Path) -> None:
     """Raise CheckpointError where ``directory`` holds a PEFT adapter and no model of its own."""
-    if not (directory / ADAPTER).is_file() or (directory / SINGLE).exists() or (directory / INDEX).exists():
+    has_weights = (directory / SINGLE).exists() or (directory / INDEX).exists()
+    if has_weights or not (directory / ADAPTER).is_file():
         return
     config = _json_object(directory / ADAPTER, [])
-    base, kind = config.get("base_model_name_or_path") or "BASE_MODEL", config.get("peft_type") or "PEFT"
-    raise CheckpointError(directory, [
-        f"a {kind} adapter of the model {base}, not a model; merge it into a directory of that model: "
-        f"slipway convert {base} OUT --merge-lora {directory}"
-    ])  # fmt: skip
+    base = config.get("base_model_name_or_path") or "BASE_MODEL"
+    kind = config.get("peft_type") or "PEFT"
+    problem = (
+        f"a {kind} adapter of the model {base}, not a model; merge it into a directory of that "
+        f"model: slipway convert {base} OUT --merge-lora {directory}"
+    )
+    raise CheckpointError(directory, [problem])
 
 
 def _tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
@@ -203,31 +240,43 @@ def _tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
 
 
 def _absence(directory: Path) -> str:
-    """Why there are no weights to read."""
+    """Return the reason for which there are no weights to read."""
     expected = f"neither {SINGLE} nor {INDEX}"
     if others := sorted(path.name for path in directory.glob("*.safetensors")):
-        return f"{expected}; {', '.join(others)} cannot be used without an index (a single file must be named {SINGLE})"
+        return (
+            f"{expected}; {', '.join(others)} cannot be used without an index "
+            f"(a single file must be named {SINGLE})"
+        )
     if pickles := sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern)):
         return f"{expected}, only pickles, which are never loaded: {', '.join(pickles)}"
     return expected
 
 
 def _sharded(directory: Path, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of every shard that the index names; index and shards must agree."""
+    """Return the tensors of every shard that the index names; index and shards must agree."""
     weight_map = _json_object(directory / INDEX, problems).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         problems.append(f"{INDEX}: weight_map must map tensor names to file names")
         return {}
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            problems.append(f"{INDEX}: file name {shard!r} refused, expected *.safetensors in this directory")
+            problems.append(
+                f"{INDEX}: file name {shard!r} refused, expected *.safetensors in this directory"
+            )
             continue
         held = _header(directory / shard, problems)
         if held is None:
             continue
-        named = {name for name, file in weight_map.items() if file == shard and (name in held or not _is_inert(name))}
-        problems += [f"{INDEX}: places {name} in {shard}, which does not hold it" for name in sorted(named - {*held})]
+        named = {
+            name
+            for name, file in weight_map.items()
+            if file == shard and (name in held or not _is_inert(name))
+        }
+        problems += [
+            f"{INDEX}: places {name} in {shard}, which does not hold it"
+            for name in sorted(named - {*held})
+        ]
         for name in sorted({*held} - named):
             if _is_inert(name):
                 continue
@@ -243,14 +292,15 @@ def _is_inert(name: str) -> bool:
 
 
 def _header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
-    """The tensors of one file; None if its header cannot be read."""
+    """Return the tensors of one file; None if its header cannot be read."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 problems.append(
-                    f"{path.name}: claims a header of {length} bytes, expected at most {MAX_HEADER_BYTES} "
+                    f"{path.name}: claims a header of {length} bytes, "
+                    f"expected at most {MAX_HEADER_BYTES} "
                     f"within the file's {size} (truncated, or not safetensors)"
                 )
                 return None
@@ -271,9 +321,17 @@ def _header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
             problems.append(f"{path.name}: {name}: {fault}")
         else:
             start, stop = entry["data_offsets"]
-            tensors[name] = Tensor(name, entry["dtype"], tuple(entry["shape"]), path, data + start, data + stop)
-    if len(tensors) == len(entries):  # a faulty entry would be reported again as a hole
-        problems += _gaps(path, tensors, data, size)
+            tensors[name] = Tensor(
+                name=name,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                file=path,
+                start=data + start,
+                stop=data + stop,
+            )
+    # Only without faults: a faulty entry would be reported again as a hole.
+    if len(tensors) == len(entries):
+        problems += _gaps(path, tensors, data, size=size)
     return tensors
 
 
@@ -286,7 +344,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _fault(entry: Any, data_bytes: int) -> str:
-    """What is wrong with one header entry, given the size of the data behind the header; empty if nothing is."""
+    """Return what is wrong with one header entry; empty if it is valid.
+
+    ``data_bytes``: the size of the data behind the header.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "expected dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -299,21 +360,34 @@ def _fault(entry: Any, data_bytes: int) -> str:
     if offsets[1] > data_bytes:
         return f"ends at byte {offsets[1]} of {data_bytes} (truncated file?)"
     held, needed = offsets[1] - offsets[0], math.prod(shape) * DTYPES[dtype].itemsize
-    return f"{held} bytes, but {dtype} of shape {tuple(shape)} takes {needed}" if held != needed else ""
+    return (
+        f"{held} bytes, but {dtype} of shape {tuple(shape)} takes {needed}"
+        if held != needed
+        else ""
+    )
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)  # bool is an int, but no size
+    # type(): a bool is an int, but not a size.
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _gaps(path: Path, tensors: Mapping[str, Tensor], data: int, size: int) -> list[str]:
-    """Overlaps, holes and trailing bytes: every byte behind the header belongs to exactly one tensor."""
+    """Return overlaps, holes and trailing bytes of a file.
+
+    Each byte behind the header must belong to exactly one tensor.
+    """
     problems, end, before = [], data, "the header"
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if tensor.start < end:
-            problems.append(f"{path.name}: {tensor.name} overlaps {before} by {end - tensor.start} bytes")
+            problems.append(
+                f"{path.name}: {tensor.name} overlaps {before} by {end - tensor.start} bytes"
+            )
         elif tensor.start > end:
-            problems.append(f"{path.name}: a hole of {tensor.start - end} bytes between {before} and {tensor.name}")
+            problems.append(
+                f"{path.name}: a hole of {tensor.start - end} bytes "
+                f"between {before} and {tensor.name}"
+            )
         if tensor.stop >= end:
             end, before = tensor.stop, tensor.name
     if end < size:

@@ -1,6 +1,8 @@
-"""Decides which local directory a model's name means, downloading it if need be; knows no file formats.
+"""Local directory of a model: a given directory, or the downloaded snapshot of a hub id.
 
-HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured by huggingface_hub.
+huggingface_hub honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+
+Not here: the contents of the directory (files.py).
 """
 
 import os
@@ -14,13 +16,16 @@ FOLDER = "additional_chat_templates"  # the only folder that is downloaded
 ALLOW_PATTERNS = (*WITHOUT_WEIGHTS, "*.safetensors")
 
 
-def resolve(model: str, revision: str | None = None, patterns: Sequence[str] = ALLOW_PATTERNS) -> Path:
-    """The directory of ``model``: a local directory, else the snapshot of a hub id (``org/name``) at ``revision``.
+def resolve(
+    model: str, revision: str | None = None, patterns: Sequence[str] = ALLOW_PATTERNS
+) -> Path:
+    """Return a local directory of that name, else the snapshot of a hub id (``org/name``).
 
-    ``patterns``: the files that a download takes, of the repository's top level and the folder of chat templates.
+    ``patterns``: the files that a download takes, of the repository's top level and the folder of
+    chat templates.
 
-    Raises InvalidConfig for an empty name or a revision of a local directory, CheckpointError for what is neither a
-    directory nor a hub id, or cannot be had.
+    Raises InvalidConfig for an empty name or a revision of a local directory, CheckpointError for a
+    name that is neither a directory nor a hub id, and for a download that fails.
     """
     if not model:
         raise InvalidConfig("model", model, "a directory or a hub id")
@@ -41,7 +46,10 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
 
     try:
         directory = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=_folders_but(FOLDER)
+            model,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=_folders_but(FOLDER),
         )
         return Path(directory)
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
@@ -51,18 +59,27 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
             case errors.GatedRepoError():  # before RepositoryNotFoundError, its base
                 problem = "a gated repository: accept its terms on the hub, then set HF_TOKEN"
             case errors.RepositoryNotFoundError():
-                problem = "no such directory here and no such repository on the hub; if it is private, set HF_TOKEN"
+                problem = (
+                    "no such directory here and no such repository on the hub; "
+                    "if it is private, set HF_TOKEN"
+                )
             case errors.RevisionNotFoundError():
                 problem = f"the repository has no revision {revision!r}"
             case errors.LocalEntryNotFoundError():
-                problem = "not in the local cache, and the hub is out of reach (HF_HUB_OFFLINE is set, or no network)"
+                problem = (
+                    "not in the local cache, and the hub is out of reach "
+                    "(HF_HUB_OFFLINE is set, or no network)"
+                )
             case _:
                 problem = f"the download failed: {type(error).__name__}: {_first_line(error)}"
         raise CheckpointError(model, [problem]) from error
 
 
 def _folders_but(name: str) -> list[str]:
-    """Return patterns (fnmatch, whose * matches slashes, too) of all files in folders, but those right in ``name``."""
+    """Return patterns of all files in folders, except the files directly in the folder ``name``.
+
+    The patterns are of fnmatch, where * also matches slashes.
+    """
     shorter = [f"{name[:size]}/*" for size in range(1, len(name))]
     other = [f"{name[:size]}[!{name[size]}/]*/*" for size in range(len(name))]
     return [*shorter, *other, f"{name}[!/]*/*", f"{name}/*/*"]
@@ -73,7 +90,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def cached() -> list[str]:
-    """The ids of the models in the hub's local cache."""
+    """Return the ids of the models in the hub's local cache."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -81,4 +98,6 @@ def cached() -> list[str]:
         repositories = huggingface_hub.scan_cache_dir().repos
     except errors.CacheNotFound:
         return []
-    return sorted(repository.repo_id for repository in repositories if repository.repo_type == "model")
+    return sorted(
+        repository.repo_id for repository in repositories if repository.repo_type == "model"
+    )

@@ -1,6 +1,8 @@
-"""Decides how arrays on devices become a declaration's: from HF tensors, or from the form that another mesh has.
+"""Conversion of arrays on devices to the arrays of a declaration, by compiled programs without the
+host.
 
-Knows no files and no engine; nothing goes by way of the host.
+The sources are HF tensors on devices, or the arrays of another mesh. Not here: tensors in files
+(tensor_reader.py), the exchange of a running model's arrays (swap.py).
 """
 
 import functools
@@ -16,20 +18,23 @@ from slipway import layout, tree
 
 
 def owned(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """The array on ``sharding``'s devices, no part of it shared with what the caller may delete or donate.
+    """Return the array on the devices of ``sharding``, sharing no memory that its owner may delete
+    or donate.
 
-    ``device_put`` keeps what lies on the right device already, ``may_alias=False`` or not, and jit hands through what
-    it need not compute.
+    ``device_put`` does not copy an array that is on the right device already, with
+    ``may_alias=False`` or without, and jit returns inputs that it need not compute. So the array is
+    copied first where it shares a device.
     """
     shared = array.devices() & sharding.device_set
     return jax.device_put(jnp.copy(array) if shared else array, sharding)
 
 
 class Recipe:
-    """A Param as a key of compiled functions."""
+    """A Param as a hashable key of the caches of compiled functions."""
 
     def __init__(self, param: tree.Param):
-        self.param, self._text = param, repr(param)
+        self.param = param
+        self._text = repr(param)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and other._text == self._text
@@ -40,7 +45,10 @@ class Recipe:
 
 @functools.lru_cache(maxsize=1024)
 def stacked(recipe: Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
-    """HF tensors on devices -> one leaf, in one program however many layers are stacked in it."""
+    """Return a program that makes one leaf of HF tensors on devices.
+
+    It is one program for any number of stacked layers.
+    """
     param = recipe.param
     plain = layout.parse(param.axes).shape(param.sizes)
 
@@ -54,17 +62,19 @@ def stacked(recipe: Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
 
 @functools.lru_cache(maxsize=1024)
 def relaid(recipe: Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
-    """A leaf as any mesh holds it -> as this one does."""
+    """Return a program that converts a leaf in the form of any mesh to the form of this mesh."""
     param = recipe.param
 
     def build(x: jax.Array) -> jax.Array:
         plain = grown(param, x.shape)
         assert plain is not None, "checked before"
         stacked = len(param.stacks)
-        for dim, (group, (size, held)) in enumerate(zip(layout.parse(param.axes).groups, plain), stacked):
+        for dim, (group, (size, held)) in enumerate(
+            zip(layout.parse(param.axes).groups, plain), stacked
+        ):
             n = 1 if group[0] == "vocab" else held // size
             rows = x.reshape(*x.shape[:dim], held, -1, *x.shape[dim + 1 :])
-            rows = jax.lax.slice_in_dim(rows, 0, size * n, n, dim)
+            rows = jax.lax.slice_in_dim(rows, 0, size * n, stride=n, axis=dim)
             x = rows.reshape(*rows.shape[:dim], -1, *rows.shape[dim + 2 :])
         return jnp.broadcast_to(_grow(param, x.astype(dtype), stacked), param.shape)
 
@@ -72,8 +82,10 @@ def relaid(recipe: Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
 
 
 def grown(param: tree.Param, shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
-    """For each unstacked dimension the outer axis's size in the checkpoint and in an array of ``shape``; None if the
-    array is no form of the parameter.
+    """Return (size in the checkpoint, size in the array) of the outer axis of each unstacked
+    dimension.
+
+    None if an array of ``shape`` is no form of the parameter.
     """
     stacked = tuple(n for _, n in param.stacks)
     groups = layout.parse(param.axes).groups
@@ -84,27 +96,34 @@ def grown(param: tree.Param, shape: tuple[int, ...]) -> list[tuple[int, int]] | 
         size, inner = param.sizes[group[0]], layout.parse(" ".join(group[1:])).shape(param.sizes)
         held, rest = divmod(rows, int(np.prod(inner, dtype=int)))
         padded = group[0] == "vocab"
-        if rest or held < size or (held > size and not padded and (group[0] != "kv_heads" or held % size)):
+        if (
+            rest
+            or held < size
+            or (held > size and not padded and (group[0] != "kv_heads" or held % size))
+        ):
             return None
         found.append((size, held))
     return found
 
 
 def _grow(param: tree.Param, x: jax.Array, stacked: int = 0) -> jax.Array:
-    """Repeat and pad what the mesh repeats and pads."""
+    """Repeat and pad the axes that the mesh repeats and pads."""
     for dim, group in enumerate(layout.parse(param.axes).groups, stacked):
         outer = group[0]
         n, padded = param.repeats.get(outer, 1), param.pads.get(outer, param.sizes[outer])
         rows = x.reshape(*x.shape[:dim], param.sizes[outer], -1, *x.shape[dim + 1 :])
         rows = jnp.repeat(rows, n, axis=dim) if n > 1 else rows
         if padded > param.sizes[outer]:
-            rows = jnp.pad(rows, [(0, padded - param.sizes[outer] if d == dim else 0) for d in range(rows.ndim)])
+            rows = jnp.pad(
+                rows,
+                [(0, padded - param.sizes[outer] if d == dim else 0) for d in range(rows.ndim)],
+            )
         x = rows.reshape(*rows.shape[:dim], -1, *rows.shape[dim + 2 :])
     return x
 
 
 def not_finite(array: Any, dtype: np.dtype) -> int:
-    """How many numbers ``dtype`` cannot hold as finite ones."""
+    """Return the number of values that ``dtype`` cannot hold as finite numbers."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return 0
     return int(_count_not_finite(dtype)(array))
@@ -116,5 +135,5 @@ def _count_not_finite(dtype: np.dtype) -> Callable[..., jax.Array]:
 
 
 def count_not_finite(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """``not_finite`` of floats, traced."""
+    """Compute ``not_finite`` of an array of floats inside a compiled function."""
     return jnp.sum(~jnp.isfinite(x.astype(dtype)))

@@ -1,4 +1,7 @@
-"""Decides how a tree of arrays becomes an HF directory, the inverse of load; knows no models and no file format."""
+"""Export of a tree of arrays to an HF directory, the inverse of tensor_reader.py.
+
+Not here: the layout of the files (shards.py), other libraries' trees (slipway/convert).
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +23,8 @@ def save(
     directory: Path,
     shard_size_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write ``config.json`` and the weights of ``arrays``, the tree that ``load`` makes of ``declaration``.
+    """Write ``config.json`` and the weights: ``arrays`` is the tree that ``load`` makes of
+    ``declaration``.
 
     One tensor is in host memory at a time. A checkpoint that was in ``directory`` is replaced.
     """
@@ -42,17 +46,23 @@ def save(
     write_json(directory / "config.json", config)
     if len(shards) > 1:
         total_size = sum(spec.nbytes for spec in specs.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        write_json(
+            directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        )
     stale = {directory / SINGLE, directory / INDEX, *directory.glob("model-*-of-*.safetensors")}
-    kept = {directory / file for file in shards} | ({directory / INDEX} if len(shards) > 1 else set())
+    kept = {directory / file for file in shards} | (
+        {directory / INDEX} if len(shards) > 1 else set()
+    )
     for path in stale - kept:
         path.unlink(missing_ok=True)
 
 
 def hf_tensors(declaration: Any, arrays: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every HF key and its tensor, one at a time; a view of the array where the layouts allow it.
+    """Yield every HF key and its tensor, one at a time; a view of the array where the layouts allow
+    it.
 
-    ``arrays`` may hold JAX or NumPy arrays; each of their shards must be addressable from this process.
+    ``arrays`` may hold JAX or NumPy arrays; each shard of them must be addressable from this
+    process.
     """
     for leaf, array in zip(tree.leaves(declaration), jax.tree.leaves(arrays), strict=True):
         for at, key in leaf.keys.items():

@@ -1,5 +1,6 @@
-"""Other people's JAX trees <-> HF directories: source -> rules -> plan -> pieces -> sink, one way.
+"""Conversion of other libraries' JAX trees to Hugging Face directories, and back.
 
-``rules`` says what a rule means, ``mappings`` hold them, ``plan`` resolves them against names and shapes, ``run`` moves
-the numbers, ``verify`` brings them back. Decides nothing itself.
+``rules`` defines what a rule means, ``mappings`` holds the built-in rules, ``plan`` resolves them
+against names and shapes, ``executor`` moves the numbers to a ``writer``, and ``verify`` reads the
+result back. Not here: loading of a converted directory (slipway/checkpoint).
 """

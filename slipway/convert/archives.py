@@ -27,7 +27,11 @@ from slipway.errors import CheckpointError
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NPZ = "params.npz"
 _CHUNKED = "__msgpack_chunked_array__"
-_ELSEWHERE = ("PLACEHOLDER://", "//GDAPlaceholder:", "//MPAArrayPlaceholder:")  # in old trees of Orbax and of Flax
+_ELSEWHERE = (
+    "PLACEHOLDER://",
+    "//GDAPlaceholder:",
+    "//MPAArrayPlaceholder:",
+)  # in old trees of Orbax and of Flax
 KeyPath = tuple[str, ...]  # the keys that lead to an array
 
 
@@ -70,7 +74,12 @@ class ArchiveSource:
         region = self.regions[name]
         try:
             if len(region.starts) == 1:
-                yield np.ndarray(region.spec.shape, region.spec.dtype, buffer=self.buffer, offset=region.starts[0])
+                yield np.ndarray(
+                    region.spec.shape,
+                    region.spec.dtype,
+                    buffer=self.buffer,
+                    offset=region.starts[0],
+                )
             elif region.starts:
                 parts = [
                     np.frombuffer(self.buffer, np.uint8, size, start)
@@ -109,14 +118,21 @@ def open_npz(path: Path) -> ArchiveSource:
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 try:
-                    regions[tuple(name.split("/"))] = _npy(archive, info, file, path.stat().st_size)
+                    regions[tuple(name.split("/"))] = _npy(
+                        archive, info, file, file_size=path.stat().st_size
+                    )
                 except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
                     problems.append(f"{name.replace('/', '.')}: {error}")
     except zipfile.BadZipFile as error:
         problems.append(f"not a zip file, or a truncated one: {error}")
     if problems:
         raise CheckpointError(path, problems)
-    return ArchiveSource(path, _named(regions), _map(path), lambda member: np.load(path, allow_pickle=False)[member])
+    return ArchiveSource(
+        path,
+        _named(regions),
+        _map(path),
+        read=lambda member: np.load(path, allow_pickle=False)[member],
+    )
 
 
 def _named(regions: Mapping[KeyPath, Region]) -> dict[str, Region]:
@@ -128,7 +144,11 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: 
     """Where one member's array lies. Raises ValueError for what is no array of numbers."""
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        reader = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = reader(member)
         header_size = member.tell()
     if dtype.hasobject:
@@ -142,7 +162,9 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: 
     name_size, extra_size = struct.unpack("<HH", file.read(4))
     start = info.header_offset + 30 + name_size + extra_size + header_size
     if info.file_size - header_size != spec.nbytes or start + spec.nbytes > file_size:
-        raise ValueError(f"{info.file_size - header_size} bytes, but {dtype} of shape {shape} takes {spec.nbytes}")
+        raise ValueError(
+            f"{info.file_size - header_size} bytes, but {dtype} of shape {shape} takes {spec.nbytes}"
+        )
     return Region(spec, (start,), (spec.nbytes,))
 
 
@@ -162,7 +184,7 @@ def open_msgpack(path: Path) -> ArchiveSource:
             while end < len(buffer):
                 end = _walk_pair(buffer, end, regions)
         else:
-            end = _walk(buffer, 0, (), regions)
+            end = _walk(buffer, 0, (), regions=regions)
         if end != len(buffer):
             raise ValueError(f"{len(buffer) - end} bytes behind the tree")
     except (ValueError, IndexError, struct.error, TypeError) as error:
@@ -170,7 +192,9 @@ def open_msgpack(path: Path) -> ArchiveSource:
     named = _named(regions)
     elsewhere = tuple(name for name, region in named.items() if region.load.startswith(_ELSEWHERE))
     held = {name: region for name, region in named.items() if name not in elsewhere}
-    return ArchiveSource(path, held, buffer, lambda number: np.asarray(int(number)), elsewhere)  # a Python integer
+    return ArchiveSource(
+        path, held, buffer, read=lambda number: np.asarray(int(number)), elsewhere=elsewhere
+    )  # a Python integer
 
 
 _SIZED = {  # first byte: kind, struct of the size
@@ -191,7 +215,11 @@ def _head(buffer: Any, at: int) -> tuple[str, Any, int]:
         kind, code = _SIZED[byte]
         return kind, struct.unpack_from(code, buffer, at + 1)[0], at + 1 + struct.calcsize(code)
     if byte in _NUMBERS:
-        return "value", struct.unpack_from(_NUMBERS[byte], buffer, at + 1)[0], at + 1 + struct.calcsize(_NUMBERS[byte])
+        return (
+            "value",
+            struct.unpack_from(_NUMBERS[byte], buffer, at + 1)[0],
+            at + 1 + struct.calcsize(_NUMBERS[byte]),
+        )
     if byte <= 0x7F or byte >= 0xE0:
         return "value", byte if byte <= 0x7F else byte - 256, at + 1
     if byte <= 0x8F:
@@ -202,7 +230,11 @@ def _head(buffer: Any, at: int) -> tuple[str, Any, int]:
         return "str", byte & 31, at + 1
     if 0xD4 <= byte <= 0xD8:
         return "ext", 1 << (byte - 0xD4), at + 1
-    return "value", {0xC0: None, 0xC2: False, 0xC3: True}[byte] if byte in (0xC0, 0xC2, 0xC3) else None, at + 1
+    return (
+        "value",
+        {0xC0: None, 0xC2: False, 0xC3: True}[byte] if byte in (0xC0, 0xC2, 0xC3) else None,
+        at + 1,
+    )
 
 
 def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -> int:
@@ -214,7 +246,7 @@ def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -
         for _ in range(size):
             key, start = _string(buffer, start)
             keys.append(key)
-            start = _walk(buffer, start, (key,) if _CHUNKED in keys else (*path, key), held)
+            start = _walk(buffer, start, (key,) if _CHUNKED in keys else (*path, key), regions=held)
         regions.update({path: _joined(held)} if _CHUNKED in keys else held)
         return start
     if kind == "ext":
@@ -225,9 +257,11 @@ def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -
         return start + 1 + size
     if kind == "array":
         for i in range(size):
-            start = _walk(buffer, start, (*path, str(i)), regions)
+            start = _walk(buffer, start, (*path, str(i)), regions=regions)
         return start
-    if kind == "str" and (text := bytes(buffer[start : start + size]).decode()).startswith(_ELSEWHERE):
+    if kind == "str" and (text := bytes(buffer[start : start + size]).decode()).startswith(
+        _ELSEWHERE
+    ):
         regions[path] = Region(Spec(np.dtype(np.void), ()), load=text)
     if kind == "value" and isinstance(size, int) and not isinstance(size, bool):
         regions[path] = Region(Spec(np.dtype(np.int64), ()), load=str(size))
@@ -250,8 +284,10 @@ def _walk_pair(buffer: Any, at: int, regions: dict[KeyPath, Region]) -> int:
         keys = key.split("/")
     kind, size, start = _head(buffer, first)
     if kind != "bin" or tuple(keys) in regions:
-        raise ValueError(f"{'.'.join(keys)}: {'named twice' if kind == 'bin' else 'no bytes'} at byte {first}")
-    if _walk(buffer, start, tuple(keys), regions) != start + size:
+        raise ValueError(
+            f"{'.'.join(keys)}: {'named twice' if kind == 'bin' else 'no bytes'} at byte {first}"
+        )
+    if _walk(buffer, start, tuple(keys), regions=regions) != start + size:
         raise ValueError(f"{'.'.join(keys)}: more than one array at byte {start}")
     return start + size
 
@@ -282,12 +318,16 @@ def _array(buffer: Any, at: int) -> Region:
 
 def _joined(held: Mapping[KeyPath, Region]) -> Region:
     """An array that Flax has written in pieces: ``shape`` and ``chunks``, each keyed by its number."""
-    shape = tuple(int(held[name].load) for name in sorted((n for n in held if n[0] == "shape"), key=_number))
+    shape = tuple(
+        int(held[name].load) for name in sorted((n for n in held if n[0] == "shape"), key=_number)
+    )
     chunks = [held[name] for name in sorted((n for n in held if n[0] == "chunks"), key=_number)]
     spec = Spec(chunks[0].spec.dtype, shape)
     sizes = tuple(chunk.sizes[0] for chunk in chunks)
     if sum(sizes) != spec.nbytes:
-        raise ValueError(f"{sum(sizes)} bytes in {len(chunks)} pieces, but shape {shape} takes {spec.nbytes}")
+        raise ValueError(
+            f"{sum(sizes)} bytes in {len(chunks)} pieces, but shape {shape} takes {spec.nbytes}"
+        )
     return Region(spec, tuple(chunk.starts[0] for chunk in chunks), sizes)
 
 
@@ -311,7 +351,9 @@ def open_h5(path: Path) -> ArchiveSource:
             spec, offset = Spec(node.dtype, node.shape), node.id.get_offset()
             key = tuple(name.split("/"))
             is_plain = offset is not None and node.dtype.byteorder in "=|<"
-            regions[key] = Region(spec, (offset,), (spec.nbytes,)) if is_plain else Region(spec, load=name)
+            regions[key] = (
+                Region(spec, (offset,), (spec.nbytes,)) if is_plain else Region(spec, load=name)
+            )
 
     def load(name: str) -> np.ndarray:
         with h5py.File(path, "r") as file:
@@ -322,14 +364,16 @@ def open_h5(path: Path) -> ArchiveSource:
             file.visititems(note)
     except OSError as error:
         raise CheckpointError(path, [f"not HDF5, or truncated: {error}"]) from error
-    return ArchiveSource(path, _named(regions), _map(path), load)
+    return ArchiveSource(path, _named(regions), _map(path), read=load)
 
 
 class NpzWriter:
     """``params.npz``: members uncompressed, one after another. A half-written archive is not gone on with."""
 
     def __init__(self, directory: Path, specs: Mapping[str, Spec]):
-        self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
+        self._directory = directory
+        self._aside = directory / ASIDE
+        self._specs = specs
         if self._aside.exists():
             shutil.rmtree(self._aside)
         self._aside.mkdir(parents=True)
@@ -340,7 +384,9 @@ class NpzWriter:
         """One member."""
         spec = self._specs[name]
         with self._lock, self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-            description = np.lib.format.dtype_to_descr(np.dtype("V2") if spec.dtype == BF16 else spec.dtype)
+            description = np.lib.format.dtype_to_descr(
+                np.dtype("V2") if spec.dtype == BF16 else spec.dtype
+            )
             header = {"descr": description, "fortran_order": False, "shape": spec.shape}
             np.lib.format.write_array_header_1_0(member, header)
             for _, piece in pieces:

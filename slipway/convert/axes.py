@@ -41,7 +41,7 @@ class Atom:
 
     def derived(self, size: int) -> "Atom":
         """Return an atom of another size along the same direction: of a slice, a pool, a pad."""
-        atom = Atom(size, self.kind, self.index, self.births)
+        atom = Atom(size, self.kind, self.index, births=self.births)
         atom.is_tokens = self.is_tokens
         return atom
 
@@ -78,7 +78,9 @@ def size_of(axis: Axis) -> int:
 
 def split(atom: Atom, size: int) -> list[Atom]:
     """Make ``atom`` a product whose last factor has ``size``; return the two factors."""
-    factors = [Atom(n, atom.kind, atom.index, atom.births) for n in (atom.size // size, size)]
+    factors = [
+        Atom(n, atom.kind, atom.index, births=atom.births) for n in (atom.size // size, size)
+    ]
     for factor in factors:
         factor.origin = atom
         factor.lost = "a reshape of a concatenation" if atom.parts else atom.lost
@@ -143,7 +145,8 @@ def mark(axis: Axis, kind: str, index: int = -1, birth: str = "") -> None:
         if birth:
             leaf.births.add(birth)
         if not leaf.kind:
-            leaf.kind, leaf.index = kind, index
+            leaf.kind = kind
+            leaf.index = index
 
 
 def lose(axis: Axis, why: str) -> None:
@@ -198,9 +201,13 @@ def torch_order(atoms: Sequence[Atom]) -> list[int] | None:
     if not set(kinds) & {"S", "C"}:
         if sum("input" in atom.births for atom in atoms) > 2:
             sizes = tuple(atom.size for atom in atoms)
-            raise Unclear(f"it takes axes of the module's input, {sizes}, whose order in the twin is not known")
+            raise Unclear(
+                f"it takes axes of the module's input, {sizes}, whose order in the twin is not known"
+            )
         return None
-    if any(atom.births - {"input"} for atom in untyped) or kinds.lstrip("U") != kinds.replace("U", ""):
+    if any(atom.births - {"input"} for atom in untyped) or kinds.lstrip("U") != kinds.replace(
+        "U", ""
+    ):
         raise Unclear(f"it takes {_described(atoms)}, of which not all are a feature map's")
     at, rest = len(untyped), kinds.lstrip("U")
     spaces = [atom.index for atom in atoms if atom.kind == "space"]
@@ -209,11 +216,14 @@ def torch_order(atoms: Sequence[Atom]) -> list[int] | None:
     if "SC" not in rest:
         return None
     one_origin = all(
-        atom.origin and _root(atom) is _root(atoms[0]) and "conv" not in atom.births for atom in atoms
+        atom.origin and _root(atom) is _root(atoms[0]) and "conv" not in atom.births
+        for atom in atoms
     )  # a vector that was reshaped to a map
     tokenwise = any("linear" in atom.births for atom in atoms if atom.kind == "channel")
     if not one_origin and (tokenwise or any(atom.is_tokens for atom in atoms)):
-        raise Unclear(f"it takes {_described(atoms)}; torch may hold them as (tokens, channels) or the other way round")
+        raise Unclear(
+            f"it takes {_described(atoms)}; torch may hold them as (tokens, channels) or the other way round"
+        )
     space = rest.index("C")
     return [*range(at), *range(at + space, len(atoms)), *range(at, at + space)]
 
@@ -239,7 +249,9 @@ def _complete(atoms: Sequence[Atom]) -> bool:
 
 
 def _described(atoms: Sequence[Atom]) -> str:
-    return " x ".join(f"{atom.size} ({atom.kind or 'of a kind that no convolution tells'})" for atom in atoms)
+    return " x ".join(
+        f"{atom.size} ({atom.kind or 'of a kind that no convolution tells'})" for atom in atoms
+    )
 
 
 def index_order(axis: Sequence[Atom]) -> np.ndarray | None:

@@ -1,6 +1,10 @@
-"""Execution of `slipway convert`: from its options the source, mapping, plan, checks and writer, in that order.
+"""Steps of `slipway convert`: options, source, mapping, plan, checks and writer.
 
-Every problem that can be told before a value is read is collected into one error; on any error nothing stays behind.
+Every problem that can be found before a value is read is collected into one error. On any error
+nothing stays in the output directory.
+
+Not here: meaning of rules (rules.py), the plan (plan.py), execution (executor.py), the comparison
+afterwards (verify.py).
 """
 
 import contextlib
@@ -29,7 +33,12 @@ from slipway.convert.plan import Direction, Move, Plan, resolve
 from slipway.convert.remote import is_address
 from slipway.convert.rules import TreeMapping
 from slipway.convert.source import Source, fingerprint
-from slipway.convert.tokenizer import GENERATION, copy_tokenizer, generation_file, tokenizer_problems
+from slipway.convert.tokenizer import (
+    GENERATION,
+    copy_tokenizer,
+    generation_file,
+    tokenizer_problems,
+)
 from slipway.convert.writer import ASIDE, SafetensorsWriter, Writer
 from slipway.errors import CheckpointError, InvalidConfig
 
@@ -46,40 +55,48 @@ To = Literal["hf", "maxtext", "orbax", "npz"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to convert, and how."""
+    """Options of a conversion."""
 
     mapping: str | None = None
-    """maxtext, maxtext-interleaved, maxtext-halves, tunix, nnx, linen, hf, or a Python or YAML file with a mapping;
-    by default the one that fits. MaxText's Llama and Mistral turn pairs or halves of a head: maxtext follows
-    config.json's rope_type, the other two say it."""
+    """maxtext, maxtext-interleaved, maxtext-halves, tunix, nnx, linen, hf, or a Python or YAML file
+    with a mapping; by default the one that fits. MaxText's Llama and Mistral rotate either
+    interleaved pairs or halves of a head: maxtext chooses by rope_type in config.json, the other
+    two choose explicitly.
+    """
     allow_unknown_names: bool = False
-    """Take a tree's names as Hugging Face's own although nothing here knows the architecture (mapping hf)."""
+    """Accept a tree's names as Hugging Face's own, although the architecture is unknown here
+    (mapping hf).
+    """
     config: Path | None = None
-    """An HF directory or a JSON file: config.json's fields, those that no tensor tells at least."""
+    """An HF directory or a JSON file with fields of config.json, at least those that do not follow
+    from the tensors.
+    """
     tokenizer: Path | None = None
-    """A directory whose tokenizer files are copied."""
+    """A directory with tokenizer files to copy."""
     dtype: Dtype | None = None
-    """What floats become; by default they stay as they are."""
+    """Dtype that floats are converted to; by default they keep theirs."""
     shard_size: str = "5GB"
     """The largest size of one .safetensors file: a number with KB, MB, GB or TB."""
     to: To = "hf"
-    """hf: an HF directory; else from an HF directory to MaxText's Orbax, any mapping's tree in Orbax, or an .npz."""
+    """hf: write an HF directory. Otherwise read an HF directory and write MaxText's Orbax, any
+    mapping's tree in Orbax, or an .npz.
+    """
     scan_layers: bool = True
-    """Whether layers are stacked in MaxText's tree (only with --to maxtext)."""
+    """Stack the layers in MaxText's tree (only with --to maxtext)."""
     merge_lora: Path | None = None
-    """A PEFT adapter whose matrices are added to the weights."""
+    """A PEFT adapter to add to the weights."""
     resume: bool = False
-    """Go on where a conversion that was killed ended."""
+    """Continue a conversion that was killed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """A conversion that has been checked as far as it can be without reading values."""
+    """A conversion that was checked as far as possible without reading values."""
 
     plan: Plan
     source: Source
     options: Options
-    targets: Mapping[str, Spec]  # in the dtypes to be written
+    targets: Mapping[str, Spec]  # with the dtypes that are written
     config: Mapping[str, Any]
     problems: tuple[str, ...]
 
@@ -95,22 +112,29 @@ def convert(
     on_start: Callable[[int], None] = lambda size_bytes: None,
     progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> tuple[Conversion, list[Written]]:
-    """Convert ``source`` into ``out_dir``, which must be new, empty, or hold a conversion to resume.
+    """Convert ``source`` into ``out_dir``, which must be new, empty, or hold a conversion to
+    resume.
 
-    ``given`` are config.json's fields where they do not come from ``options.config``, ``candidates`` mappings that
-    are none of the built-in ones, ``deltas`` what to add to which target, ``twin`` the torch class (a transformers
-    PreTrainedModel) whose names the source has. ``on_start`` is told the bytes to write,
-    ``progress`` those of each tensor written. Raises InvalidConfig for an option, CheckpointError for everything else
-    that does not fit, listing all of it.
+    ``given``: fields of config.json that are not from ``options.config``. ``candidates``: mappings
+    to use instead of the built-in ones. ``deltas``: what to add to a target. ``twin``: a torch
+    class (a transformers PreTrainedModel) with the names of the source. ``on_start`` is called with
+    the number of bytes to write, ``progress`` with the bytes of each tensor written. Raises
+    InvalidConfig for an option, and CheckpointError for all other problems, listing all of them.
     """
-    conversion = prepare(source, options, given, candidates, deltas, twin)
+    conversion = prepare(source, options, given, candidates=candidates, deltas=deltas, twin=twin)
     if conversion.problems:
         raise CheckpointError(source.location, [*conversion.problems, *_values(conversion)])
     on_start(sum(spec.nbytes for spec in conversion.targets.values()))
     try:
         with new_directory(out_dir, options.resume):
-            writer = _sink(conversion, out_dir, options)
-            written = executor.execute(conversion.plan, conversion.source, writer, conversion.options, progress)
+            writer = _writer(conversion, out_dir, options)
+            written = executor.execute(
+                conversion.plan,
+                conversion.source,
+                writer,
+                options=conversion.options,
+                progress=progress,
+            )
             if options.to == "hf":
                 for name, value in conversion.plan.mapping.hf_constants.items():
                     writer.write(name, iter([(0, np.array([value]))]))
@@ -129,7 +153,7 @@ def prepare(
     deltas: Mapping[str, Delta] | None = None,
     twin: Any = None,
 ) -> Conversion:
-    """Find the mapping and resolve it; what does not fit is in the conversion's ``problems``.
+    """Find and resolve the mapping; mismatches are in the ``problems`` of the result.
 
     Raises InvalidConfig for an option that cannot be honoured.
     """
@@ -137,14 +161,17 @@ def prepare(
     given = dict(given if given is not None else read_config(options.config, source.path))
     if not candidates and options.mapping in (None, *MAXTEXT, "hf") and hf.is_declared(given):
         source = wrapped.declared(source, hf.DeclaredNames(given)) or source
-    plan, source = _plan(source, options, given, candidates, twin)
+    plan, source = _plan(source, options, given, candidates=candidates, twin=twin)
     if isinstance(source, wrapped.RenamedSource):
         note = "; ".join(filter(None, (source.note, plan.mapping.note)))
         plan = dataclasses.replace(plan, mapping=dataclasses.replace(plan.mapping, note=note))
     plan, tied = _without_tied(plan, given)
-    targets = {name: Spec(_dtype(options.dtype, spec.dtype), spec.shape) for name, spec in plan.targets.items()}
+    targets = {
+        name: Spec(_dtype(options.dtype, spec.dtype), spec.shape)
+        for name, spec in plan.targets.items()
+    }
     problems = _misfits(plan)
-    # What config.json states beside a mapping of another architecture that does not fit either is no news.
+    # Contradictions to config.json add nothing if the nearest mapping is of another architecture.
     is_foreign = len(plan.unmatched) > MAX_DIFFERENCES and _contradicts(plan, given)
     if options.to == "hf":
         configured = configure(plan, given, targets)
@@ -157,13 +184,21 @@ def prepare(
     merge = read_adapter(options.merge_lora, targets, given) if options.merge_lora else Merge()
     dtypes = {name: spec.dtype for name, spec in targets.items()}
     run_options = Options(dtypes, {**(deltas or {}), **merge.deltas}, tied, replaced=merge.replaced)
-    return Conversion(plan, source, run_options, targets, given, tuple(dict.fromkeys(problems)))
+    return Conversion(
+        plan,
+        source,
+        run_options,
+        targets=targets,
+        config=given,
+        problems=tuple(dict.fromkeys(problems)),
+    )
 
 
 def read_config(path: Path | None, source: Path | None) -> dict[str, Any]:
-    """config.json's fields: of the directory or file ``path``, else of the source where it is an HF directory.
+    """Return the fields of config.json of the directory or file ``path``.
 
-    Raises InvalidConfig where ``path`` holds none.
+    Without ``path``, of the source if it is an HF directory. Raises InvalidConfig where ``path``
+    has none.
     """
     file = path / "config.json" if path is not None and path.is_dir() else path
     if file is None and source is not None and (source / "config.json").is_file():
@@ -180,7 +215,7 @@ def read_config(path: Path | None, source: Path | None) -> dict[str, Any]:
 
 
 def size_bytes(text: str) -> int:
-    """``"5GB"`` as a number, with decimal units as in Hugging Face's ``max_shard_size``."""
+    """Parse a size such as ``"5GB"``, with decimal units as in Hugging Face's ``max_shard_size``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if size < 1:
@@ -197,13 +232,19 @@ def _check(options: ConvertConfig) -> None:
     if backward and options.shard_size != ConvertConfig.shard_size:
         raise InvalidConfig("shard_size", options.shard_size, "nothing, since --to is not hf")
     if options.to == "npz" and options.resume:
-        raise InvalidConfig("resume", True, "False: an .npz cannot be gone on with")
+        raise InvalidConfig("resume", True, "False: --resume is not supported with --to npz")
     if not options.scan_layers and options.to != "maxtext":
         raise InvalidConfig("scan_layers", False, "True, since --to is not maxtext")
     if options.to == "maxtext" and options.mapping not in (None, *MAXTEXT):
-        raise InvalidConfig("mapping", options.mapping, f"{' | '.join(MAXTEXT)}, since --to is maxtext")
-    if options.allow_unknown_names and (options.to == "maxtext" or options.mapping not in (None, "hf")):
-        raise InvalidConfig("allow_unknown_names", True, "False, since only mapping hf keeps names as they are")
+        raise InvalidConfig(
+            "mapping", options.mapping, f"{' | '.join(MAXTEXT)}, since --to is maxtext"
+        )
+    if options.allow_unknown_names and (
+        options.to == "maxtext" or options.mapping not in (None, "hf")
+    ):
+        raise InvalidConfig(
+            "allow_unknown_names", True, "False, since only mapping hf keeps names as they are"
+        )
 
 
 def _plan(
@@ -213,56 +254,80 @@ def _plan(
     candidates: Sequence[TreeMapping] | None,
     twin: Any,
 ) -> tuple[Plan, Source]:
-    """Return the plan of the mapping that fits best: that which leaves the fewest tensors without a counterpart.
+    """Return the plan of the mapping that leaves the fewest tensors without a counterpart, and the
+    source.
 
-    And the source, whose tensors it may read under other names.
+    The source may be one that reads tensors under other names.
     """
     backward = options.to != "hf"
     name = options.mapping or {"hf": None, "maxtext": "maxtext"}.get(options.to, "hf")
     found = list(candidates or mappings.find(name, given))
     if options.to == "maxtext":
-        found = [mapping for mapping in found if ("not scanned" in mapping.name) != options.scan_layers]
+        found = [
+            mapping for mapping in found if ("not scanned" in mapping.name) != options.scan_layers
+        ]
     plans = [
-        resolve(mapping, "to_jax" if backward else "to_hf", source.specs, known_sizes(mapping, given))
+        resolve(
+            mapping,
+            "to_jax" if backward else "to_hf",
+            source.specs,
+            known=known_sizes(mapping, given),
+        )
         for mapping in found
     ]
     # By names first, so that the right mapping that meets a wrong shape stays the right one.
-    best = min(plans, key=lambda plan: (len(plan.unmatched), _contradicts(plan, given), len(plan.problems)))
+    best = min(
+        plans, key=lambda plan: (len(plan.unmatched), _contradicts(plan, given), len(plan.problems))
+    )
     fits = not (best.unmatched or _contradicts(best, given))
     if candidates or name not in (None, "hf") or (fits and twin is None):
         return best, source
-    return _own_names(best, source, options, given, twin)
+    return _own_names(best, source, options, given=given, twin=twin)
 
 
 def _contradicts(plan: Plan, given: Mapping[str, Any]) -> bool:
-    """Whether config.json is of another architecture than the mapping."""
+    """Return whether config.json is of another architecture than the mapping."""
     settled = plan.mapping.config
-    return any(given.get(f, settled.get(f)) != settled.get(f) for f in ("model_type", "architectures") if f in settled)
+    return any(
+        given.get(f, settled.get(f)) != settled.get(f)
+        for f in ("model_type", "architectures")
+        if f in settled
+    )
 
 
 def _own_names(
     best: Plan, source: Source, options: ConvertConfig, given: Mapping[str, Any], twin: Any
 ) -> tuple[Plan, Source]:
-    """Return the plan that keeps every name, where the names are known to be the architecture's, else the nearest.
+    """Return the plan that keeps every name if they are the architecture's, else the nearest plan.
 
-    ``best`` is the plan of the built-in mapping that fits best. Names that transformers' class does not load count as
-    tensors without a counterpart. Where it loads all of them without their wrappers, the source is read so.
+    ``best`` is the plan of the built-in mapping that fits best. Names that transformers' class does
+    not load count as tensors without a counterpart. If it loads all of them without their wrappers,
+    the returned source has the names without wrappers.
     """
     direction: Direction = "to_hf" if options.to == "hf" else "to_jax"
     if options.allow_unknown_names:
-        note = "names: taken as they are, unchecked, as --allow-unknown-names says"
-        return resolve(hf.identity(source.specs, note), direction, source.specs, {}), source
+        note = "names: taken as they are, unchecked, because of --allow-unknown-names"
+        return resolve(hf.identity(source.specs, note), direction, source.specs, known={}), source
     if hf.is_declared(given) and twin is None:
         return best, source
     found = _compared(source, given, twin)
-    if found.differences and (bare := wrapped.bare(source)) and not (inner := _compared(bare, given, twin)).differences:
+    if (
+        found.differences
+        and (bare := wrapped.bare(source))
+        and not (inner := _compared(bare, given, twin)).differences
+    ):
         source, found = bare, inner
     if found.unknown:
-        unknown = f"mapping 'hf' was not tried: {found.unknown}; --allow-unknown-names takes names as they are"
+        unknown = (
+            f"mapping 'hf' was not tried: {found.unknown}; "
+            "--allow-unknown-names takes names as they are"
+        )
         return dataclasses.replace(best, problems=(unknown, *best.problems)), source
     theirs = f"names that {found.class_name} loads"
     mapping = hf.identity(source.specs, f"names: {theirs}")
-    own = dataclasses.replace(resolve(mapping, direction, source.specs, {}), unmatched=found.differences)
+    own = dataclasses.replace(
+        resolve(mapping, direction, source.specs, known={}), unmatched=found.differences
+    )
     if own.fits or len(own.unmatched) <= len(best.unmatched):
         return own, source
     other = f"mapping 'hf' does not fit either: {len(own.unmatched)} differences from the {theirs}"
@@ -270,33 +335,47 @@ def _own_names(
 
 
 def _compared(source: Source, given: Mapping[str, Any], twin: Any) -> hf_classes.Comparison:
-    """Return how the source's names, without the root that all share, compare with a torch class's."""
+    """Compare the source's names, without the root that all share, with those of a torch class."""
     root = hf.identity(source.specs, "").roots[0]
-    inside = {name.removeprefix(root): spec for name, spec in source.specs.items() if name.startswith(root)}
+    inside = {
+        name.removeprefix(root): spec
+        for name, spec in source.specs.items()
+        if name.startswith(root)
+    }
     return hf_classes.compare(given, inside, twin)
 
 
 def _misfits(plan: Plan) -> list[str]:
-    """Return why the source does not fit the plan's mapping; of a tree that the mapping is not for, only the first."""
+    """Return why the source does not fit the plan's mapping; of many reasons only the first few."""
     if len(plan.unmatched) <= MAX_DIFFERENCES:
         return [*plan.unmatched, *plan.problems]
     first = "; ".join(plan.unmatched[:MAX_DIFFERENCES])
     more = len(plan.problems) - MAX_DIFFERENCES
     return [
-        f"no mapping names these tensors; the nearest is {plan.mapping.name!r} with {len(plan.unmatched)} "
-        f"differences, the first {MAX_DIFFERENCES}: {first}",
+        f"no mapping names these tensors; the nearest is {plan.mapping.name!r} "
+        f"with {len(plan.unmatched)} differences, the first {MAX_DIFFERENCES}: {first}",
         *plan.problems[:MAX_DIFFERENCES],
         *([f"{more} more problems of shapes"] if more > 0 else []),
     ]
 
 
-def _without_tied(plan: Plan, given: Mapping[str, Any]) -> tuple[Plan, dict[str, tuple[Move, Move]]]:
-    """The plan without tensors that only repeat another, and those pairs: they are compared, not written."""
+def _without_tied(
+    plan: Plan, given: Mapping[str, Any]
+) -> tuple[Plan, dict[str, tuple[Move, Move]]]:
+    """Return the plan without tensors that repeat another, and those pairs.
+
+    The pairs are compared and not written.
+    """
     if not given.get(TIE):
         return plan, {}
     by_hf = {_hf_name(plan, group[0]): target for target, group in plan.moves.items()}
-    tied = {head: table for head, table in plan.mapping.tied.items() if head in by_hf and table in by_hf}
-    pairs = {head: (plan.moves[by_hf[head]][0], plan.moves[by_hf[table]][0]) for head, table in tied.items()}
+    tied = {
+        head: table for head, table in plan.mapping.tied.items() if head in by_hf and table in by_hf
+    }
+    pairs = {
+        head: (plan.moves[by_hf[head]][0], plan.moves[by_hf[table]][0])
+        for head, table in tied.items()
+    }
     gone = {by_hf[head] for head in tied}
     moves = {name: group for name, group in plan.moves.items() if name not in gone}
     targets = {name: spec for name, spec in plan.targets.items() if name not in gone}
@@ -308,7 +387,7 @@ def _hf_name(plan: Plan, move: Move) -> str:
 
 
 def _hf_side(plan: Plan) -> dict[str, Spec]:
-    """The HF tensors that a plan away from them reads."""
+    """Return the HF tensors that a plan with direction "to_jax" reads."""
     used = {move.source.name for group in plan.moves.values() for move in group}
     return {name: spec for name, spec in plan.sources.items() if name in used}
 
@@ -318,7 +397,7 @@ def _dtype(asked: str | None, source: np.dtype) -> np.dtype:
 
 
 def _values(conversion: Conversion) -> Iterator[str]:
-    """What is wrong with the source's values, for an error that already lists other things."""
+    """Yield problems of the source's values, for an error that already lists other problems."""
     for name in conversion.source.specs:
         if name in conversion.plan.ignored:
             continue
@@ -332,40 +411,64 @@ def _values(conversion: Conversion) -> Iterator[str]:
                 yield f"{name}: {count} values are not finite"
 
 
-def _sink(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Writer:
+def _writer(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Writer:
     identity = _identity(conversion, options)
     mapping = conversion.plan.mapping
     match options.to:
         case "hf":
-            constants = {name: Spec(np.dtype(np.int64), ()) for name in conversion.plan.mapping.hf_constants}
+            constants = {
+                name: Spec(np.dtype(np.int64), ()) for name in conversion.plan.mapping.hf_constants
+            }
             specs = {**conversion.targets, **constants}
-            return SafetensorsWriter(out_dir, specs, size_bytes(options.shard_size), identity, options.resume)
+            return SafetensorsWriter(
+                out_dir,
+                specs,
+                size_bytes(options.shard_size),
+                identity=identity,
+                resume=options.resume,
+            )
         case "npz":
             return NpzWriter(out_dir, conversion.targets)
         case _:
-            numbers = {name: value for name, value in mapping.jax_constants.items() if isinstance(value, int)}
-            empties = tuple(name for name, value in mapping.jax_constants.items() if not isinstance(value, int))
+            numbers = {
+                name: value
+                for name, value in mapping.jax_constants.items()
+                if isinstance(value, int)
+            }
+            empties = tuple(
+                name for name, value in mapping.jax_constants.items() if not isinstance(value, int)
+            )
             item = "0/items" if options.to == "maxtext" else ""
-            return OrbaxWriter(out_dir, conversion.targets, identity, options.resume, item, numbers, empties)
+            return OrbaxWriter(
+                out_dir,
+                conversion.targets,
+                identity,
+                resume=options.resume,
+                item=item,
+                constants=numbers,
+                empties=empties,
+            )
 
 
 def _identity(conversion: Conversion, options: ConvertConfig) -> str:
-    """Equal for two runs exactly if what the first has written is what the second would write."""
-    adapter = options.merge_lora and [(p.name, p.stat().st_mtime_ns) for p in sorted(options.merge_lora.iterdir())]
+    """Return a text that is equal for two runs exactly if they would write the same."""
+    adapter = options.merge_lora and [
+        (p.name, p.stat().st_mtime_ns) for p in sorted(options.merge_lora.iterdir())
+    ]
     parts = (
         fingerprint(conversion.source),
         [(rule.jax, rule.hf, rule.axes, rule.scale) for rule in conversion.plan.mapping.rules],
         sorted((name, str(spec.dtype), spec.shape) for name, spec in conversion.targets.items()),
         options.shard_size,
         options.to,
-        shards.PAGE,  # where tensors lie in the files
+        shards.PAGE,  # decides where tensors are in the files
         adapter,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -> None:
-    """config.json and what is copied beside it."""
+    """Write config.json, and copy the files that belong beside it."""
     shards.write_json(aside / "config.json", conversion.config)
     if (generation := generation_file(options.config, conversion.source.path)) is not None:
         shutil.copyfile(generation, aside / GENERATION)
@@ -374,17 +477,29 @@ def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -
 
 @contextlib.contextmanager
 def new_directory(directory: Path, resume: bool) -> Iterator[None]:
-    """``directory`` made for what is written inside the context; gone again if that fails and it was not there."""
+    """Make ``directory`` for the output; remove it if the context fails and it did not exist
+    before.
+    """
     if is_address(directory):
-        raise InvalidConfig("out_dir", str(directory), "a local directory: gs:// and s3:// know no rename and no fsync")
+        raise InvalidConfig(
+            "out_dir",
+            str(directory),
+            "a local directory: gs:// and s3:// have no rename and no fsync",
+        )
     existed = directory.exists()
-    is_begun = resume and (directory / ASIDE).is_dir()  # its files may be among those in place already
-    if existed and not is_begun and (not directory.is_dir() or any(path.name != ASIDE for path in directory.iterdir())):
+    # A conversion to resume may have put some of its files into place already.
+    is_begun = resume and (directory / ASIDE).is_dir()
+    if existed and not is_begun and not _is_empty(directory):
         raise InvalidConfig("out_dir", str(directory), "a new or an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:  # an interruption, too, leaves nothing behind
+    except BaseException:  # after an interruption, too, nothing stays
         if not existed:
             shutil.rmtree(directory)
         raise
+
+
+def _is_empty(directory: Path) -> bool:
+    """Return whether a directory holds nothing but an unfinished conversion."""
+    return directory.is_dir() and all(path.name == ASIDE for path in directory.iterdir())

@@ -27,29 +27,120 @@ from slipway.convert.axes import (
 
 Axes = list[Axis]
 
-ELEMENTWISE = frozenset({
-    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type",
-    "copy", "copy_p", "cos", "cosh", "device_put", "div", "eq", "erf", "erf_inv", "erfc", "exp",
-    "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma",
-    "digamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
-    "not", "optimization_barrier", "or", "population_count", "pow", "pvary", "real",
-    "reduce_precision", "rem", "round", "rsqrt", "select_n", "sharding_constraint",
-    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
-    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "asin", "acos", "atan",
-    "asinh", "acosh", "atanh", "reshard", "mesh_cast",
-})  # fmt: skip
+ELEMENTWISE = frozenset(
+    {
+        "abs",
+        "add",
+        "add_any",
+        "and",
+        "atan2",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "cos",
+        "cosh",
+        "device_put",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "digamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "optimization_barrier",
+        "or",
+        "population_count",
+        "pow",
+        "pvary",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sharding_constraint",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+        "asin",
+        "acos",
+        "atan",
+        "asinh",
+        "acosh",
+        "atanh",
+        "reshard",
+        "mesh_cast",
+    }
+)
 COMPUTING = frozenset(("dot_general", "conv_general_dilated", "gather"))
-_REDUCTIONS = frozenset({
-    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
-    "reduce_xor", "argmax", "argmin",
-})  # fmt: skip
-_ALONG = frozenset({
-    "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",
-})  # fmt: skip
-_NEW = frozenset({
-    "iota", "random_bits", "random_wrap", "random_unwrap", "random_seed", "random_fold_in",
-    "random_split", "threefry2x32",
-})  # fmt: skip
+_REDUCTIONS = frozenset(
+    {
+        "reduce_sum",
+        "reduce_max",
+        "reduce_min",
+        "reduce_prod",
+        "reduce_and",
+        "reduce_or",
+        "reduce_xor",
+        "argmax",
+        "argmin",
+    }
+)
+_ALONG = frozenset(
+    {
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "cumlogsumexp",
+    }
+)
+_NEW = frozenset(
+    {
+        "iota",
+        "random_bits",
+        "random_wrap",
+        "random_unwrap",
+        "random_seed",
+        "random_fold_in",
+        "random_split",
+        "threefry2x32",
+    }
+)
 
 
 def follow(closed: core.ClosedJaxpr, births: Sequence[str]) -> list[Axes]:
@@ -70,9 +161,13 @@ def _constant(const: Any) -> Axes:
 class _Flow:
     """The interpretation of one jaxpr, with those inside it."""
 
-    broken: list[tuple[str, Axes, Axes]] = dataclasses.field(default_factory=list)  # operation, axes before, behind
+    broken: list[tuple[str, Axes, Axes]] = dataclasses.field(
+        default_factory=list
+    )  # operation, axes before, behind
 
-    def run(self, jaxpr: core.Jaxpr, consts: Sequence[Axes], arguments: Sequence[Axes]) -> list[Axes]:
+    def run(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Axes], arguments: Sequence[Axes]
+    ) -> list[Axes]:
         """Return the axes of the jaxpr's results."""
         env: dict[Any, Axes] = {}
 
@@ -110,7 +205,10 @@ class _Flow:
         if name in ELEMENTWISE:
             return self._elementwise(eqn, known, shapes)
         if name in _REDUCTIONS:
-            kept = [[axis for i, axis in enumerate(axes) if i not in eqn.params["axes"]] for axes in known]
+            kept = [
+                [axis for i, axis in enumerate(axes) if i not in eqn.params["axes"]]
+                for axes in known
+            ]
             return kept[: len(shapes)]
         if name in _NEW:
             return [[fresh(size, "constant") for size in shape] for shape in shapes]
@@ -121,7 +219,10 @@ class _Flow:
             return [[self._derived(name, axis, size_of(axis)) for axis in known[0]]]
         if name.startswith("reduce_window"):
             return [self._windows(eqn, known[0], shapes[0])]
-        inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+        inner = next(
+            (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params),
+            None,
+        )
         if inner is not None and name != "shard_map":
             return self._call(inner, known)
         return self._unknown(name, known, shapes)
@@ -130,7 +231,9 @@ class _Flow:
         jaxpr = getattr(inner, "jaxpr", inner)
         return self.run(jaxpr, [_constant(const) for const in getattr(inner, "consts", ())], known)
 
-    def _unknown(self, name: str, known: Sequence[Axes], shapes: Sequence[tuple[int, ...]]) -> list[Axes]:
+    def _unknown(
+        self, name: str, known: Sequence[Axes], shapes: Sequence[tuple[int, ...]]
+    ) -> list[Axes]:
         """Results of an operation of which nothing is known; sizes that were there before are the same direction."""
         made = []
         for shape in shapes:
@@ -144,7 +247,13 @@ class _Flow:
                     lose(axis, f"the operation {name}")
                 axes.append(axis)
             made.append(axes)
-        self.broken.append((name, [axis for axes in known for axis in axes], [axis for axes in made for axis in axes]))
+        self.broken.append(
+            (
+                name,
+                [axis for axes in known for axis in axes],
+                [axis for axes in made for axis in axes],
+            )
+        )
         return made
 
     def _derived(self, name: str, axis: Axis, size: int) -> Axis:
@@ -156,7 +265,9 @@ class _Flow:
         self.broken.append((name, [axis], [made]))
         return made
 
-    def _elementwise(self, eqn: Any, known: list[Axes], shapes: list[tuple[int, ...]]) -> list[Axes]:
+    def _elementwise(
+        self, eqn: Any, known: list[Axes], shapes: list[tuple[int, ...]]
+    ) -> list[Axes]:
         if len(shapes) > 1:  # as many results as operands
             return [list(axes) for axes in known]
         made: Axes = [None if size != 1 else () for size in shapes[0]]
@@ -199,7 +310,11 @@ class _Flow:
     def _dot_general(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
         (contract, batch), (left, right) = eqn.params["dimension_numbers"], known
         free = [
-            [axis for i, axis in enumerate(axes) if i not in contract[side] and i not in batch[side]]
+            [
+                axis
+                for i, axis in enumerate(axes)
+                if i not in contract[side] and i not in batch[side]
+            ]
             for side, axes in enumerate(known)
         ]
         is_tokenwise = [len(axes) + len(batch[0]) > 1 for axes in reversed(free)]
@@ -209,7 +324,9 @@ class _Flow:
                 for leaf in leaves(axis):
                     if not leaf.births - {"param"} and is_tokenwise[side]:
                         leaf.births.add("linear")
-                if len(summed) == 1 and summed[0].kind == "space" and len(axes) == 1:  # a map along that direction
+                if (
+                    len(summed) == 1 and summed[0].kind == "space" and len(axes) == 1
+                ):  # a map along that direction
                     mark(axis, "space", summed[0].index)
         for i, j in zip(*contract):
             unify(left[i], right[j])
@@ -230,17 +347,23 @@ class _Flow:
         mark(kernel[out], "channel", birth="conv")
         made: Axes = [None] * len(shapes[0])
         out_batch, out_feature, *out_space = numbers.out_spec
-        made[out_batch] = x[batch] if eqn.params["batch_group_count"] == 1 else fresh(shapes[0][out_batch])
+        made[out_batch] = (
+            x[batch] if eqn.params["batch_group_count"] == 1 else fresh(shapes[0][out_batch])
+        )
         made[out_feature] = kernel[out]
         for index, i in enumerate(out_space):
-            made[i] = (Atom(shapes[0][i], "space", index, ("conv",)),) if shapes[0][i] != 1 else ()
+            made[i] = (
+                (Atom(shapes[0][i], "space", index, births=("conv",)),) if shapes[0][i] != 1 else ()
+            )
         return [made]
 
     def _windows(self, eqn: Any, axes: Axes, shape: tuple[int, ...]) -> Axes:
         sizes = eqn.params.get("window_dimensions") or [2] * len(shape)
         before = eqn.invars[0].aval.shape
         return [
-            axis if sizes[i] == 1 and before[i] == shape[i] else self._derived("pool", axis, shape[i])
+            axis
+            if sizes[i] == 1 and before[i] == shape[i]
+            else self._derived("pool", axis, shape[i])
             for i, axis in enumerate(axes)
         ]
 
@@ -293,7 +416,7 @@ class _Flow:
         inside = parts[cuts.index(start) : cuts.index(start + size)]
         if len(inside) == 1:
             return inside[0]
-        atom = Atom(size, whole.kind, whole.index, whole.births)
+        atom = Atom(size, whole.kind, whole.index, births=whole.births)
         atom.parts = inside
         return (atom,)
 
@@ -311,8 +434,13 @@ class _Flow:
         kinds = {(leaf.kind, leaf.index) for part in atom.parts for leaf in leaves(part)}
         if len(kinds) == 1:
             atom.kind, atom.index = kinds.pop()
-        if any(leaf.kind == "space" for part in atom.parts for leaf in leaves(part)) and len(kinds) == 0:
-            atom.births = set().union(*(leaf.births for part in atom.parts for leaf in leaves(part)))
+        if (
+            any(leaf.kind == "space" for part in atom.parts for leaf in leaves(part))
+            and len(kinds) == 0
+        ):
+            atom.births = set().union(
+                *(leaf.births for part in atom.parts for leaf in leaves(part))
+            )
         made[at] = (atom,) if atom.size > 1 else ()
         return [made]
 
@@ -328,20 +456,32 @@ class _Flow:
 
     def _rev(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
         turned = eqn.params["dimensions"]
-        return [[self._derived("rev", a, n) if i in turned else a for i, (a, n) in enumerate(zip(known[0], shapes[0]))]]
+        return [
+            [
+                self._derived("rev", a, n) if i in turned else a
+                for i, (a, n) in enumerate(zip(known[0], shapes[0]))
+            ]
+        ]
 
     def _sort(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
         at = eqn.params["dimension"]
-        return [[self._derived("sort", a, size_of(a)) if i == at else a for i, a in enumerate(axes)] for axes in known]
+        return [
+            [self._derived("sort", a, size_of(a)) if i == at else a for i, a in enumerate(axes)]
+            for axes in known
+        ]
 
     def _top_k(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
-        return [[*known[0][:-1], self._derived("top_k", known[0][-1], shape[-1])] for shape in shapes]
+        return [
+            [*known[0][:-1], self._derived("top_k", known[0][-1], shape[-1])] for shape in shapes
+        ]
 
     def _dynamic_slice(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
         before = eqn.invars[0].aval.shape
         return [
             [
-                axis if before[i] == shapes[0][i] else self._derived("dynamic_slice", axis, shapes[0][i])
+                axis
+                if before[i] == shapes[0][i]
+                else self._derived("dynamic_slice", axis, shapes[0][i])
                 for i, axis in enumerate(known[0])
             ]
         ]
@@ -366,7 +506,9 @@ class _Flow:
             if i not in gone
         )
         batch = iter(known[1][:-1])
-        made = [next(kept) if i in numbers.offset_dims else next(batch) for i in range(len(shapes[0]))]
+        made = [
+            next(kept) if i in numbers.offset_dims else next(batch) for i in range(len(shapes[0]))
+        ]
         for axis in made:
             if all(leaf.births == {"param"} for leaf in leaves(axis)):
                 for leaf in leaves(axis):
@@ -374,7 +516,9 @@ class _Flow:
         return [made]
 
     def _scan(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
-        body = eqn.params["jaxpr"].jaxpr  # its parameters' names differ between JAX's versions, ranks do not
+        body = eqn.params[
+            "jaxpr"
+        ].jaxpr  # its parameters' names differ between JAX's versions, ranks do not
         carries, whole = _unstacked(eqn.outvars, body.outvars), _unstacked(eqn.invars, body.invars)
         consts, over = whole - carries, known[whole:]
         for axes in over:
@@ -389,7 +533,10 @@ class _Flow:
     def _while(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
         first, last = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         inside = known[first:]
-        return [_unified(a, b) for a, b in zip(inside[last:], self._call(eqn.params["body_jaxpr"], inside))]
+        return [
+            _unified(a, b)
+            for a, b in zip(inside[last:], self._call(eqn.params["body_jaxpr"], inside))
+        ]
 
     def _cond(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
         branches = [self._call(branch, known[1:]) for branch in eqn.params["branches"]]
@@ -405,7 +552,7 @@ def _unstacked(around: Sequence[Any], inside: Sequence[Any]) -> int:
 
 
 def _piece(atom: Atom, size: int) -> Axis:
-    piece = Atom(size, atom.kind, atom.index, atom.births)
+    piece = Atom(size, atom.kind, atom.index, births=atom.births)
     piece.lost = atom.lost
     return (piece,)
 

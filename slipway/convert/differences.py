@@ -35,13 +35,19 @@ def of_operations(closed: core.ClosedJaxpr) -> list[str]:
         name = eqn.primitive.name
         if name == "mul" and any(_is_literal(v, _GELU) for v in eqn.invars):
             lines["gelu is the tanh approximation: in torch approximate='tanh'"] = None
-        if name.startswith("reduce_window") and any(low != high for low, high in eqn.params["padding"]):
+        if name.startswith("reduce_window") and any(
+            low != high for low, high in eqn.params["padding"]
+        ):
             lines[f"a pool pads unevenly, {eqn.params['padding']}: in torch pad first"] = None
         elif name == "reduce_window_sum" and any(low for low, _ in eqn.params["padding"]):
-            lines["an average pool pads: nnx.avg_pool and torch count the padding unless told otherwise"] = None
+            lines[
+                "an average pool pads: nnx.avg_pool and torch count the padding unless told otherwise"
+            ] = None
         is_plain = name == "conv_general_dilated" and set(eqn.params["lhs_dilation"]) == {1}
         if is_plain and any(low != high for low, high in eqn.params["padding"]):
-            sides = ", ".join(f"{low} before and {high} behind" for low, high in eqn.params["padding"])
+            sides = ", ".join(
+                f"{low} before and {high} behind" for low, high in eqn.params["padding"]
+            )
             lines[f"a convolution pads unevenly (for each axis {sides}): in torch pad first"] = None
     return list(lines)
 
@@ -52,7 +58,10 @@ def _norm(kind: str, facts: Mapping[str, Any]) -> Iterator[str]:
         return
     if kind == "RMSNorm":
         yield f"epsilon is {epsilon:g}: torch.nn.RMSNorm's default is that of the dtype, so give eps={epsilon:g}"
-    elif kind in ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm") and epsilon != _TORCH_EPSILON:
+    elif (
+        kind in ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm")
+        and epsilon != _TORCH_EPSILON
+    ):
         yield f"epsilon is {epsilon:g}, torch's default {_TORCH_EPSILON:g}: give the twin eps={epsilon:g}"
     if kind == "BatchNorm" and "momentum" in facts:
         momentum = facts["momentum"]
@@ -113,4 +122,8 @@ def _operations(jaxpr: Any) -> Iterator[Any]:
 def _is_literal(atom: Any, value: float) -> bool:
     """Whether an operand is a number, up to the rounding of bfloat16."""
     held = getattr(atom, "val", None)
-    return held is not None and getattr(held, "ndim", 0) == 0 and math.isclose(float(held), value, rel_tol=1e-2)
+    return (
+        held is not None
+        and getattr(held, "ndim", 0) == 0
+        and math.isclose(float(held), value, rel_tol=1e-2)
+    )

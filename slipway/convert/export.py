@@ -17,7 +17,14 @@ from flax import linen, nnx
 from slipway.convert import differences, linen_walk, nnx_walk, stacks
 from slipway.convert.conversion import ConvertConfig, Dtype, convert
 from slipway.convert.export_report import Exported, Report, save
-from slipway.convert.flattening import Orders, described, dimensions, reordered, told_orders, traced_orders
+from slipway.convert.flattening import (
+    Orders,
+    described,
+    dimensions,
+    reordered,
+    told_orders,
+    traced_orders,
+)
 from slipway.convert.layers import Layer, Row, axes_of, role_of
 from slipway.convert.lora import Adapter
 from slipway.convert.nnx_walk import Found, Own
@@ -93,51 +100,77 @@ def export(
         layers=layers or {},
         extra=extra,
     )
-    derived = derive(module, options, *_read(module, variables, options, example))
+    derived = derive(module, options, *_read(module, variables, options, example=example))
     converting = ConvertConfig(dtype=dtype, shard_size=shard_size)
     source = MemorySource(derived.arrays)
     deltas = derived.adapter.deltas()
-    _, written = convert(source, Path(out_dir), converting, config, [derived.mapping], deltas=deltas)
+    _, written = convert(
+        source, Path(out_dir), converting, given=config, candidates=[derived.mapping], deltas=deltas
+    )
     save(derived.report, Path(out_dir))
     return Exported(written, derived.report)
 
 
-def derive(module: Any, options: Options, trace: Trace | None = None, found: Found | None = None) -> Derived:
+def derive(
+    module: Any, options: Options, trace: Trace | None = None, found: Found | None = None
+) -> Derived:
     """Return the mapping that ``export`` uses; ``found`` are a Linen module's layers. Raises as ``export`` does."""
-    writer = _Writer(nnx_walk.walk(module, options.layers) if found is None else found, options, trace)
+    writer = _Writer(
+        nnx_walk.walk(module, options.layers) if found is None else found, options, trace
+    )
     writer.write()
     mapping = TreeMapping(
-        name=type(module).__name__, rules=rules(writer.rows), sizes=writer.sizes, hf_constants=writer.constants
+        name=type(module).__name__,
+        rules=rules(writer.rows),
+        sizes=writer.sizes,
+        hf_constants=writer.constants,
     )
-    return Derived(mapping, writer.arrays, Adapter(writer.pairs, 1.0), _report(mapping.name, writer))
+    return Derived(
+        mapping, writer.arrays, Adapter(writer.pairs, 1.0), report=_report(mapping.name, writer)
+    )
 
 
-def _read(module: Any, variables: Any, options: Options, example: Any) -> tuple[Trace | None, Found | None]:
+def _read(
+    module: Any, variables: Any, options: Options, example: Any
+) -> tuple[Trace | None, Found | None]:
     """Run a module on an example, if there is one; Linen's layers are found by that run."""
     if isinstance(module, linen.Module):
-        found, trace = linen_walk.walk(module, variables, options.layers, example)
+        found, trace = linen_walk.walk(module, variables, options.layers, example=example)
         return trace, found
     if variables is not None:
-        raise InvalidConfig("variables", type(variables).__name__, "None: only a Linen module is apart from them")
+        raise InvalidConfig(
+            "variables", type(variables).__name__, "None: only a Linen module is apart from them"
+        )
     return trace_nnx(module, example) if example is not None else None, None
 
 
 def _report(name: str, writer: "_Writer") -> Report:
     """The report of what was written."""
     trace = writer.trace
-    found = differences.of_layers([each for each in writer.found.layers if each.dotted not in writer.unreached])
+    found = differences.of_layers(
+        [each for each in writer.found.layers if each.dotted not in writer.unreached]
+    )
     if trace is None:
-        return Report(name, writer.followed, found, [differences.NOT_TRACED, NO_EXAMPLE])
+        return Report(name, writer.followed, found, unchecked=[differences.NOT_TRACED, NO_EXAMPLE])
     unchecked = [f"{path}: not used by the example" for path in writer.unreached]
     found += differences.of_operations(trace.jaxpr)
-    return Report(name, writer.followed, found, unchecked, trace.inputs, trace.outputs)
+    return Report(
+        name,
+        writer.followed,
+        found,
+        unchecked=unchecked,
+        inputs=trace.inputs,
+        outputs=trace.outputs,
+    )
 
 
 class _Writer:
     """Turns layers into rules and arrays, and collects problems."""
 
     def __init__(self, found: Found, options: Options, trace: Trace | None):
-        self.found, self.options, self.trace = found, options, trace
+        self.found = found
+        self.options = options
+        self.trace = trace
         self.rows: list[Row] = []
         self.sizes: dict[str, int] = {}
         self.constants: dict[str, int] = {}
@@ -155,12 +188,16 @@ class _Writer:
         for layer in self.found.layers:
             self._write(layer, orders[layer.path])
         for name, a, b in self.found.lora:
-            self._adapt(name, a, b, orders)
+            self._adapt(name, a, b, orders=orders)
         self._write_extra()
         options, layers = self.options, self.found.layers
         reached = [layer.dotted for layer in layers if self._axes(layer) is not None]
-        self._problems += open_questions(layers, options.flatten, options.unflatten, reached)
-        self.unreached = [layer.dotted for layer in layers if layer.dotted not in reached] if self.trace else []
+        self._problems += open_questions(
+            layers, options.flatten, options.unflatten, followed=reached
+        )
+        self.unreached = (
+            [layer.dotted for layer in layers if layer.dotted not in reached] if self.trace else []
+        )
         for field, told in (("flatten", options.flatten), ("unflatten", options.unflatten)):
             for unknown in told.keys() - {layer.dotted for layer in layers}:
                 self._problems.append(f"{field}: {unknown} is no layer")
@@ -194,7 +231,9 @@ class _Writer:
         told = told_orders(layer, self.options.flatten, self.options.unflatten)
         orders: Orders = {}
         axes = self._axes(layer)
-        if axes is not None and all(len(axes[a]) == len(axes_of(pattern)) for a, _, pattern in layer.rows):
+        if axes is not None and all(
+            len(axes[a]) == len(axes_of(pattern)) for a, _, pattern in layer.rows
+        ):
             orders, reasons = traced_orders(layer, axes)
             fields = {"into": "flatten", "features": "flatten", "out": "unflatten"}
             for attribute, _, pattern in layer.rows:
@@ -257,12 +296,25 @@ class _Writer:
             matched = [name for name in bare if template.fullmatch(name)]
             pattern = row[2]
             if matched == [jax] and self.trace and (axes := self.trace.of(bare[jax])) is not None:
-                layer = Layer((jax,), (jax,), "variable", (("", row[1], pattern),), {}, {}, {})
+                layer = Layer(
+                    (jax,),
+                    (jax,),
+                    "variable",
+                    rows=(("", row[1], pattern),),
+                    variables={},
+                    shapes={},
+                    facts={},
+                )
                 if len(axes) == len(axes_of(pattern)):
                     orders, reasons = traced_orders(layer, {"": axes})
-                    self._problems += [f"{jax}: {reason.partition(': ')[2]}; write it as a layer" for reason in reasons]
+                    self._problems += [
+                        f"{jax}: {reason.partition(': ')[2]}; write it as a layer"
+                        for reason in reasons
+                    ]
                     self.followed += described(layer, orders)
-                    pattern, sizes = reordered(pattern, {dim: o for (_, dim), o in orders.items()}, len(self.sizes))
+                    pattern, sizes = reordered(
+                        pattern, {dim: o for (_, dim), o in orders.items()}, len(self.sizes)
+                    )
                     self.sizes |= sizes
             for name in matched:
                 self.arrays[name] = bare.pop(name)[...]
@@ -281,17 +333,23 @@ class _Writer:
         for index in itertools.product(*map(range, counts)):
             yield template.format(**{f"stack{i}": n for i, n in enumerate(index)})
 
-    def _adapt(self, name: tuple[str, ...], a: Any, b: Any, orders: Mapping[tuple[str, ...], Orders]) -> None:
+    def _adapt(
+        self, name: tuple[str, ...], a: Any, b: Any, orders: Mapping[tuple[str, ...], Orders]
+    ) -> None:
         """Add B^T A^T, torch's layout of x A B, to the Linear of that name."""
         wanted = tuple(filter(None, name))
-        layer = next((each for each in self.found.layers if tuple(filter(None, each.name)) == wanted), None)
+        layer = next(
+            (each for each in self.found.layers if tuple(filter(None, each.name)) == wanted), None
+        )
         if layer is None or layer.kind != "Linear":
             self._problems.append(f"{'.'.join(name)}: LoRA on something other than a Linear")
             return
         if layer.stacked and any(
             self._stacks.of(layer, each) != tuple(range(layer.stacked)) for each in layer.variables
         ):
-            self._problems.append(f"{layer.dotted}: LoRA in a stack on another axis than the first; merge it first")
+            self._problems.append(
+                f"{layer.dotted}: LoRA in a stack on another axis than the first; merge it first"
+            )
             return
         template = f"{self._prefix(layer.path, layer.name, layer)}.weight"
         first, second = np.asarray(a[...]), np.asarray(b[...])

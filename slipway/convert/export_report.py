@@ -30,7 +30,10 @@ class Report:
         """The report as text."""
         sections = (
             ("Flattened maps and reshapes to maps:", self.reshapes or ["none"]),
-            ("Defaults of Flax that the torch twin must be given:", self.differences or ["none found"]),
+            (
+                "Defaults of Flax that the torch twin must be given:",
+                self.differences or ["none found"],
+            ),
             ("Not checked:", self.unchecked),
         )
         lines = [f"Export of {self.name}"]
@@ -40,7 +43,9 @@ class Report:
             lines.append(
                 "The module's outputs for the example are in example_output_N.npy, its inputs in example_input_N.npy."
             )
-        lines.append("not compared with the original's logits: run the torch twin on the example's inputs")
+        lines.append(
+            "not compared with the original's logits: run the torch twin on the example's inputs"
+        )
         return "\n".join(lines)
 
 
@@ -57,5 +62,7 @@ def save(report: Report, directory: Path) -> None:
     (directory / FILE).write_text(f"{report}\n")
     for what, arrays in (("input", report.inputs), ("output", report.outputs)):
         for i, array in enumerate(arrays):
-            kept = array if array.dtype.kind in "biufc" else array.astype(np.float32)  # bfloat16 is none of NumPy's
+            kept = (
+                array if array.dtype.kind in "biufc" else array.astype(np.float32)
+            )  # bfloat16 is none of NumPy's
             np.save(directory / f"example_{what}_{i}.npy", kept)

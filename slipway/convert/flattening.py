@@ -60,18 +60,28 @@ def dimensions(pattern: str) -> list[list[str]]:
 def told_orders(layer: Layer, flatten: Told, unflatten: Told) -> Orders:
     """Return the orders that a user has given for a layer. Raises InvalidConfig for one that does not fit."""
     made: Orders = {}
-    for field, told, roles in (("flatten", flatten, ("into", "features")), ("unflatten", unflatten, ("out",))):
+    for field, told, roles in (
+        ("flatten", flatten, ("into", "features")),
+        ("unflatten", unflatten, ("out",)),
+    ):
         shape = told.get(layer.dotted)
         if shape is None:
             continue
         if not any(layer.sizes(role) for role in roles):
-            raise InvalidConfig(f"{field}[{layer.dotted!r}]", tuple(shape), f"nothing: {layer.kind} has no such axis")
+            raise InvalidConfig(
+                f"{field}[{layer.dotted!r}]",
+                tuple(shape),
+                f"nothing: {layer.kind} has no such axis",
+            )
         for attribute, _, pattern in layer.rows:
             for dim, axes in enumerate(dimensions(pattern)):
-                if not all(role_of(axis) in roles for axis in axes) or attribute not in layer.shapes:
+                if (
+                    not all(role_of(axis) in roles for axis in axes)
+                    or attribute not in layer.shapes
+                ):
                     continue
                 sizes = [layer.shapes[attribute][axes_of(pattern).index(axis)] for axis in axes]
-                made[attribute, dim] = _told_order(layer, field, tuple(shape), sizes)
+                made[attribute, dim] = _told_order(layer, field, tuple(shape), sizes=sizes)
     return made
 
 
@@ -87,7 +97,9 @@ def _told_order(layer: Layer, field: str, shape: tuple[int, ...], sizes: Sequenc
         what = "outputs" if field == "unflatten" else "inputs"
         held = sizes[0] if len(sizes) == 1 else tuple(sizes)
         raise InvalidConfig(
-            f"{field}[{layer.dotted!r}]", shape, f"(..., channels) whose product is the {what} of the layer, {held}"
+            f"{field}[{layer.dotted!r}]",
+            shape,
+            f"(..., channels) whose product is the {what} of the layer, {held}",
         )
     return Order(tuple(factors), (len(shape) - 1, *range(len(shape) - 1)))
 
@@ -108,7 +120,9 @@ def traced_orders(layer: Layer, axes: Mapping[str, Sequence[Axis]]) -> tuple[Ord
                 if index is None:
                     continue
                 if len(atoms) > 1:
-                    factors = tuple(tuple(leaf.size for leaf in leaves(held[name])) for name in names)
+                    factors = tuple(
+                        tuple(leaf.size for leaf in leaves(held[name])) for name in names
+                    )
                     made[attribute, dim] = Order(factors, tuple(torch_order(atoms) or ()))
                 else:
                     made[attribute, dim] = Order(((size_of(held[names[0]]),),), (0,), index)
@@ -151,7 +165,9 @@ def described(layer: Layer, orders: Orders) -> Iterable[str]:
         if role in seen:
             continue
         seen.add(role)
-        what = {"into": "inputs", "out": "outputs", "features": "features"}.get(role, dimensions(pattern)[dim][0])
+        what = {"into": "inputs", "out": "outputs", "features": "features"}.get(
+            role, dimensions(pattern)[dim][0]
+        )
         if order.index is not None:
             yield f"{layer.dotted}: {what} hold a concatenation with a flattened map; channels first in torch"
         else:

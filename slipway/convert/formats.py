@@ -15,8 +15,12 @@ from slipway.convert.source import JoinedSource, SafetensorsSource, Source
 from slipway.errors import CheckpointError
 
 _ARCHIVES = ("params.npz", "model.npz", "flax_model.msgpack")  # in a directory
-_INDEX = "flax_model.msgpack.index.json"  # of a model that transformers' Flax classes saved in shards
-_AGGREGATE = "checkpoint"  # Flax's and Orbax's file of a tree, as far as its arrays do not lie beside it
+_INDEX = (
+    "flax_model.msgpack.index.json"  # of a model that transformers' Flax classes saved in shards
+)
+_AGGREGATE = (
+    "checkpoint"  # Flax's and Orbax's file of a tree, as far as its arrays do not lie beside it
+)
 _NUMBERED = re.compile(r"checkpoint_(\d+)")
 _HDF5, _ZIP = b"\x89HDF", b"PK\x03\x04"
 
@@ -39,7 +43,9 @@ def open_source(location: str | Path) -> Source:
     if held := [path / name for name in _ARCHIVES if (path / name).is_file()]:
         if len(held) > 1:
             names = ", ".join(file.name for file in held)
-            raise CheckpointError(location, [f"several checkpoints in this directory: {names}; give one by its path"])
+            raise CheckpointError(
+                location, [f"several checkpoints in this directory: {names}; give one by its path"]
+            )
         return _open_file(held[0])
     if (path / _INDEX).is_file():
         return _open_shards(path)
@@ -82,7 +88,9 @@ def _open_file(path: Path) -> Source:
         return open_npz(path)
     archive = open_msgpack(path)
     if archive.elsewhere:
-        more = f"{archive.elsewhere[0]} and {len(archive.elsewhere) - 1} others lie beside this file"
+        more = (
+            f"{archive.elsewhere[0]} and {len(archive.elsewhere) - 1} others lie beside this file"
+        )
         raise CheckpointError(path, [f"{more}: give the directory, as it was written"])
     return archive
 
@@ -96,9 +104,17 @@ def _open_shards(path: Path) -> Source:
         raise CheckpointError(path, [f"{_INDEX}: no JSON with a weight_map: {error}"]) from error
     if missing := sorted(file for file in set(names.values()) if not (path / file).is_file()):
         raise CheckpointError(path, [f"{file}: missing; {_INDEX} names it" for file in missing])
-    source = JoinedSource.of(path, [_open_file(path / file) for file in sorted(set(names.values()))])
-    problems = [f"{name}: {_INDEX} names it, no shard holds it" for name in sorted(names.keys() - source.specs.keys())]
-    problems += [f"{name}: in a shard, not in {_INDEX}" for name in sorted(source.specs.keys() - names.keys())]
+    source = JoinedSource.of(
+        path, [_open_file(path / file) for file in sorted(set(names.values()))]
+    )
+    problems = [
+        f"{name}: {_INDEX} names it, no shard holds it"
+        for name in sorted(names.keys() - source.specs.keys())
+    ]
+    problems += [
+        f"{name}: in a shard, not in {_INDEX}"
+        for name in sorted(source.specs.keys() - names.keys())
+    ]
     if problems:
         raise CheckpointError(path, problems)
     return source
@@ -111,7 +127,11 @@ def _newest(path: Path) -> Path | None:
     """
     if (path / _AGGREGATE).is_file():
         return path
-    steps = {int(found[1]): entry for entry in path.iterdir() if (found := _NUMBERED.fullmatch(entry.name))}
+    steps = {
+        int(found[1]): entry
+        for entry in path.iterdir()
+        if (found := _NUMBERED.fullmatch(entry.name))
+    }
     newest = steps[max(steps)] if steps else path
     return newest if newest.is_file() or (newest / _AGGREGATE).is_file() else None
 
@@ -123,5 +143,7 @@ def _open_aggregate(folder: Path) -> Source:
         return archive
     beside = open_orbax(folder)
     if missing := [name for name in archive.elsewhere if name not in beside.specs]:
-        raise CheckpointError(folder, [f"{name}: {_AGGREGATE} names it, no array of this name" for name in missing])
+        raise CheckpointError(
+            folder, [f"{name}: {_AGGREGATE} names it, no array of this name" for name in missing]
+        )
     return JoinedSource.of(folder, [archive, beside])

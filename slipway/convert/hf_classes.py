@@ -13,7 +13,11 @@ from typing import Any
 from slipway.checkpoint.shards import Spec
 from slipway.convert.plan import alternating
 
-NEEDED = ("torch", "transformers", "accelerate")  # accelerate: for transformers' loader on the meta device
+NEEDED = (
+    "torch",
+    "transformers",
+    "accelerate",
+)  # accelerate: for transformers' loader on the meta device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,32 +31,46 @@ class Comparison:
     """Why there is no class to compare with; empty where there is one."""
 
 
-def compare(config: Mapping[str, Any], specs: Mapping[str, Spec], model_class: Any = None) -> Comparison:
+def compare(
+    config: Mapping[str, Any], specs: Mapping[str, Spec], model_class: Any = None
+) -> Comparison:
     """Compare tensors with ``model_class``, else the class that config.json's ``architectures`` names, by its loader.
 
     The loader's renamings of published checkpoints (experts one by one, old names of norms) count as its names.
     """
     if model_class is not None:
-        return _compared(model_class, f"the twin {model_class.__name__}", config, specs)
+        return _compared(model_class, f"the twin {model_class.__name__}", config, specs=specs)
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        return Comparison(unknown=f"config.json: architectures: got {names!r}, expected the name of one class")
+        return Comparison(
+            unknown=f"config.json: architectures: got {names!r}, expected the name of one class"
+        )
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        return Comparison(unknown=f"the names of {names[0]} are not known here: {' and '.join(missing)} not installed")
+        return Comparison(
+            unknown=f"the names of {names[0]} are not known here: {' and '.join(missing)} not installed"
+        )
     import transformers  # optional and slow to import: only for architectures that no mapping declares
 
     model_class = getattr(transformers, names[0], None)
-    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-        return Comparison(unknown=f"transformers {transformers.__version__} has no class {names[0]}")
-    return _compared(model_class, f"{names[0]} of transformers", config, specs)
+    if not isinstance(model_class, type) or not issubclass(
+        model_class, transformers.PreTrainedModel
+    ):
+        return Comparison(
+            unknown=f"transformers {transformers.__version__} has no class {names[0]}"
+        )
+    return _compared(model_class, f"{names[0]} of transformers", config, specs=specs)
 
 
-def _compared(model_class: Any, shown: str, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> Comparison:
+def _compared(
+    model_class: Any, shown: str, config: Mapping[str, Any], specs: Mapping[str, Spec]
+) -> Comparison:
     try:
         info = _load(model_class, config, specs)
     except _failures() as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        return Comparison(unknown=f"transformers cannot make {model_class.__name__} from this config.json: {reason}")
+        return Comparison(
+            unknown=f"transformers cannot make {model_class.__name__} from this config.json: {reason}"
+        )
     return Comparison(shown, tuple(_differences(shown, info, specs)))
 
 
@@ -74,7 +92,9 @@ def _load(model_class: Any, config: Mapping[str, Any], specs: Mapping[str, Spec]
     return info
 
 
-def _differences(class_name: str, info: Mapping[str, Any], specs: Mapping[str, Spec]) -> Iterator[str]:
+def _differences(
+    class_name: str, info: Mapping[str, Any], specs: Mapping[str, Spec]
+) -> Iterator[str]:
     """Sentences about the loader's report, unexpected and missing names by turns."""
     unexpected = [
         f"{name}: {class_name} has no such tensor (shape {specs[name].shape})"

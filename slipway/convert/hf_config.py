@@ -1,5 +1,7 @@
-"""Decides config.json: from what is given, what the tensors' shapes say and what the mapping settles; all must agree.
-Knows no files and reads no values.
+"""Fields of config.json: from given fields, the shapes of the tensors and the mapping.
+
+All three must agree. Not here: files (conversion.py), the check of the result by a model
+(slipway/models).
 """
 
 import dataclasses
@@ -15,16 +17,22 @@ TIE = "tie_word_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class HfConfig:
-    """The content of config.json, and what contradicts it."""
+    """Content of config.json, and what contradicts it."""
 
     config: dict[str, Any]
     problems: tuple[str, ...]
 
 
 def known_sizes(mapping: TreeMapping, given: Mapping[str, Any]) -> dict[str, int]:
-    """The axis sizes that ``given`` states, for rules whose tensors do not show them."""
-    sizes = {axis: given[field] for axis, field in mapping.fields.items() if _is_count(given.get(field))}
-    if "head_dim" in mapping.fields and "head_dim" not in sizes and {"heads", "embed"} <= sizes.keys():
+    """Return the axis sizes that ``given`` states, for rules with tensors that do not show them."""
+    sizes = {
+        axis: given[field] for axis, field in mapping.fields.items() if _is_count(given.get(field))
+    }
+    if (
+        "head_dim" in mapping.fields
+        and "head_dim" not in sizes
+        and {"heads", "embed"} <= sizes.keys()
+    ):
         sizes["head_dim"] = sizes["embed"] // sizes["heads"]
     if "kv_heads" in mapping.fields and "heads" in sizes:
         sizes.setdefault("kv_heads", sizes["heads"])
@@ -32,35 +40,44 @@ def known_sizes(mapping: TreeMapping, given: Mapping[str, Any]) -> dict[str, int
 
 
 def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec]) -> HfConfig:
-    """config.json for the HF directory that holds ``targets``, tied tensors already left out.
+    """Return config.json for the HF directory that holds ``targets``, without tied tensors.
 
-    ``given`` comes first where it states a field; a tensor or the mapping that contradicts it is a problem.
+    A field of ``given`` takes precedence; a tensor or a mapping that contradicts it is a problem.
     """
     mapping, config = plan.mapping, dict(given)
     problems = [*_settle(config, _facts(plan, targets), given)]
     problems += [
-        f"config.json: {field}: missing; no tensor tells it, give it with --config"
+        f"config.json: {field}: missing; it does not follow from the tensors, give it with --config"
         for field in mapping.required
         if field not in config and field not in (config.get("rope_parameters") or {})
     ]
     dtypes = sorted({str(spec.dtype) for spec in targets.values()})
     if len(dtypes) == 1:
-        config |= {field: dtypes[0] for field in ("dtype", "torch_dtype") if field == "dtype" or field in config}
+        config |= {
+            field: dtypes[0]
+            for field in ("dtype", "torch_dtype")
+            if field == "dtype" or field in config
+        }
     return HfConfig(config, tuple(problems))
 
 
 def _facts(plan: Plan, targets: Mapping[str, Spec]) -> Iterator[tuple[str, Any, str]]:
-    """(field, value, what says so)."""
+    """Yield (field, value, source of the value)."""
     for field, value in plan.mapping.config.items():
         yield field, value, f"mapping {plan.mapping.name!r}"
     for axis, field in plan.mapping.fields.items():
         if axis in plan.sizes:
             yield field, plan.sizes[axis], f"axis {axis} of the tensors"
-    for head in plan.mapping.tied if not plan.unmatched else ():  # it may lie there under a name that is not known
-        yield TIE, head not in targets, f"{head}, which is {'not ' if head not in targets else ''}there"
+    if plan.unmatched:  # the head may be there under an unknown name
+        return
+    for head in plan.mapping.tied:
+        is_tied = head not in targets
+        yield TIE, is_tied, f"{head}, which is {'not ' if is_tied else ''}there"
 
 
-def _settle(config: dict[str, Any], facts: Iterator[tuple[str, Any, str]], given: Mapping[str, Any]) -> Iterator[str]:
+def _settle(
+    config: dict[str, Any], facts: Iterator[tuple[str, Any, str]], given: Mapping[str, Any]
+) -> Iterator[str]:
     for field, value, reason in facts:
         if field not in given:
             config[field] = value

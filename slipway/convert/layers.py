@@ -72,7 +72,10 @@ class Layer:
     @property
     def stacked(self) -> int:
         """The number of axes that a stack has added to each array."""
-        return max((self.variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in self.rows), default=0)
+        return max(
+            (self.variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in self.rows),
+            default=0,
+        )
 
     def sizes(self, role: str) -> Shape:
         """The sizes of the axes of ``role``: "into", "out" or "features"."""
@@ -101,7 +104,11 @@ def fitted(form: Form, held: Mapping[str, Any]) -> tuple[tuple[Row, ...], dict[s
     ``held``: the layer's arrays by attribute. Raises NotLinear where an array is missing, or has too few axes, or where
     some arrays have more axes than others beside those of their patterns.
     """
-    rows = tuple((a.removesuffix("?"), name, pattern) for a, name, pattern in form.rows if a.removesuffix("?") in held)
+    rows = tuple(
+        (a.removesuffix("?"), name, pattern)
+        for a, name, pattern in form.rows
+        if a.removesuffix("?") in held
+    )
     missing = {a for a, _, _ in form.rows if not a.endswith("?")} - {row[0] for row in rows}
     if missing:
         raise NotLinear(f"has no {', '.join(sorted(missing))}")
@@ -115,7 +122,10 @@ def fitted(form: Form, held: Mapping[str, Any]) -> tuple[tuple[Row, ...], dict[s
 
 def axes_of(pattern: str) -> list[str]:
     """Return the axes of a pattern's JAX side."""
-    return [word.lstrip("-") for word in pattern.partition("->")[0].replace("(", " ").replace(")", " ").split()]
+    return [
+        word.lstrip("-")
+        for word in pattern.partition("->")[0].replace("(", " ").replace(")", " ").split()
+    ]
 
 
 def role_of(axis: str) -> str:
@@ -136,7 +146,10 @@ def linear(into: Sequence[int], out: Sequence[int]) -> Form:
     if len(into) == len(out) == 1:
         rows = (("kernel", "weight", "into out -> out into"), ("bias?", "bias", "out -> out"))
     else:
-        i, o = " ".join(f"into{n}" for n in range(len(into))), " ".join(f"out{n}" for n in range(len(out)))
+        i, o = (
+            " ".join(f"into{n}" for n in range(len(into))),
+            " ".join(f"out{n}" for n in range(len(out))),
+        )
         rows = (("kernel", "weight", f"{i} {o} -> ({o}) ({i})"), ("bias?", "bias", f"{o} -> ({o})"))
     return Form(rows, {"kernel": (*into, *out), "bias": tuple(out)})
 
@@ -150,17 +163,26 @@ def einsum(spec: str, kernel_shape: Shape, bias_shape: Shape | None) -> Form:
     if not into or sorted(into + out) != sorted(kernel):
         raise NotLinear(f"einsum {spec!r}: not a linear map of the input's axes alone")
     if bias_shape is not None and len(bias_shape) != len(out):
-        raise NotLinear(f"einsum {spec!r}: bias of shape {bias_shape}, expected the output axes {out}")
-    i, o = (" ".join(f"{role}_{axis}" for axis in axes) for role, axes in (("into", into), ("out", out)))
+        raise NotLinear(
+            f"einsum {spec!r}: bias of shape {bias_shape}, expected the output axes {out}"
+        )
+    i, o = (
+        " ".join(f"{role}_{axis}" for axis in axes) for role, axes in (("into", into), ("out", out))
+    )
     k = " ".join(f"{'into' if axis in into else 'out'}_{axis}" for axis in kernel)
     rows = (("kernel", "weight", f"{k} -> ({o}) ({i})"), ("bias?", "bias", f"{o} -> ({o})"))
-    return Form(rows, {"kernel": tuple(kernel_shape)} | ({"bias": tuple(bias_shape)} if bias_shape else {}))
+    return Form(
+        rows, {"kernel": tuple(kernel_shape)} | ({"bias": tuple(bias_shape)} if bias_shape else {})
+    )
 
 
 def conv(kernel_shape: Shape) -> Form:
     """Return the form of a convolution: HWIO -> OIHW; with groups, ``into`` is each group's share."""
     space = " ".join(_spatial(len(kernel_shape) - 2))
-    rows = (("kernel", "weight", f"{space} into out -> out into {space}"), ("bias?", "bias", "out -> out"))
+    rows = (
+        ("kernel", "weight", f"{space} into out -> out into {space}"),
+        ("bias?", "bias", "out -> out"),
+    )
     return Form(rows, {"kernel": tuple(kernel_shape), "bias": (kernel_shape[-1],)})
 
 
@@ -173,7 +195,10 @@ def conv_transpose(kernel_shape: Shape, transpose_kernel: bool) -> Form:
         ("kernel", "weight", f"{turned} {ours} -> into out {' '.join(space)}"),
         ("bias?", "bias", "out -> out"),
     )
-    return Form(rows, {"kernel": tuple(kernel_shape), "bias": (kernel_shape[-2 if transpose_kernel else -1],)})
+    return Form(
+        rows,
+        {"kernel": tuple(kernel_shape), "bias": (kernel_shape[-2 if transpose_kernel else -1],)},
+    )
 
 
 def embed(num_embeddings: int, features: int) -> Form:
@@ -200,7 +225,9 @@ def _spatial(count: int) -> list[str]:
 
 def _linear_general(layer: nnx.LinearGeneral) -> Form:
     if layer.batch_axis:
-        raise NotLinear(f"batch_axis {dict(layer.batch_axis)}: a matrix for each index has no torch Linear")
+        raise NotLinear(
+            f"batch_axis {dict(layer.batch_axis)}: a matrix for each index has no torch Linear"
+        )
     return linear(layer.in_features, layer.out_features)
 
 
@@ -209,7 +236,9 @@ def _layer_norm(layer: Any) -> Form:
     for field in ("feature_axes", "reduction_axes"):
         axes = getattr(layer, field, -1)
         if axes not in (-1, (-1,), [-1]):
-            raise NotLinear(f"{field}={axes!r}: torch's norms have the last axis; name its rows in layers=")
+            raise NotLinear(
+                f"{field}={axes!r}: torch's norms have the last axis; name its rows in layers="
+            )
     return norm(layer.num_features)
 
 
@@ -221,13 +250,17 @@ def _instance_norm(layer: nnx.InstanceNorm) -> Form:
 
 def _batch_norm(layer: nnx.BatchNorm) -> Form:
     if layer.axis != -1:
-        raise NotLinear(f"axis={layer.axis!r}: expected -1; name its rows in layers= if they are right as they are")
+        raise NotLinear(
+            f"axis={layer.axis!r}: expected -1; name its rows in layers= if they are right as they are"
+        )
     return norm(layer.num_features, running=True)
 
 
 def _group_norm(layer: nnx.GroupNorm) -> Form:
     if layer.reduction_axes is not None:
-        raise NotLinear(f"reduction_axes={layer.reduction_axes!r}: torch's GroupNorm reduces all axes but the batch")
+        raise NotLinear(
+            f"reduction_axes={layer.reduction_axes!r}: torch's GroupNorm reduces all axes but the batch"
+        )
     return norm(layer.num_groups * layer.group_size)
 
 
@@ -251,7 +284,9 @@ NNX_FORMS: Mapping[type, Callable[[Any], Form]] = {
 
 def _dense_general(layer: linen.DenseGeneral, shapes: Mapping[str, Shape]) -> Form:
     if layer.batch_dims not in ((), []):
-        raise NotLinear(f"batch_dims={layer.batch_dims!r}: a matrix for each index has no torch Linear")
+        raise NotLinear(
+            f"batch_dims={layer.batch_dims!r}: a matrix for each index has no torch Linear"
+        )
     outputs = 1 if isinstance(layer.features, int) else len(layer.features)
     kernel = shapes["kernel"]
     return linear(kernel[:-outputs], kernel[-outputs:])
@@ -265,9 +300,13 @@ def _linen_norm(running: bool = False) -> Callable[[Any, Mapping[str, Shape]], F
             default = None if isinstance(layer, linen.GroupNorm) else -1
             axes = getattr(layer, field, default)
             if axes != default and axes not in ((-1,), [-1]):
-                raise NotLinear(f"{field}={axes!r}: torch's norms have the last axis; name its rows in layers=")
+                raise NotLinear(
+                    f"{field}={axes!r}: torch's norms have the last axis; name its rows in layers="
+                )
         if getattr(layer, "axis_name", None) is not None and not running:
-            raise NotLinear(f"axis_name={layer.axis_name!r}: torch's norms reduce over one device's features")
+            raise NotLinear(
+                f"axis_name={layer.axis_name!r}: torch's norms reduce over one device's features"
+            )
         return norm(next((shape[0] for shape in shapes.values()), 0), running)
 
     return form
@@ -277,7 +316,9 @@ LINEN_FORMS: Mapping[type, Callable[[Any, Mapping[str, Shape]], Form]] = {
     linen.Dense: lambda layer, shapes: linear(shapes["kernel"][:1], shapes["kernel"][1:]),
     linen.DenseGeneral: _dense_general,
     linen.Conv: lambda layer, shapes: conv(shapes["kernel"]),
-    linen.ConvTranspose: lambda layer, shapes: conv_transpose(shapes["kernel"], layer.transpose_kernel),
+    linen.ConvTranspose: lambda layer, shapes: conv_transpose(
+        shapes["kernel"], layer.transpose_kernel
+    ),
     linen.Embed: lambda layer, shapes: embed(layer.num_embeddings, layer.features),
     linen.BatchNorm: _linen_norm(running=True),
     linen.LayerNorm: _linen_norm(),

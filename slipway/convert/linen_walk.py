@@ -43,11 +43,17 @@ def walk(module: linen.Module, variables: Any, own: Own, example: Any) -> tuple[
     """
     if example is None:
         raise InvalidConfig(
-            "example", None, "an input of the module: the layers of a Linen module are known only once it runs"
+            "example",
+            None,
+            "an input of the module: the layers of a Linen module are known only once it runs",
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise InvalidConfig("variables", got, "the module's collections, {'params': ..., and 'batch_stats' and others}")
+        raise InvalidConfig(
+            "variables",
+            got,
+            "the module's collections, {'params': ..., and 'batch_stats' and others}",
+        )
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(meta.unbox(dict(variables))))
     weights = {path: np.asarray(x)[...] for path, x in flat.items() if path[0] not in _STATE}
     state = {path: x for path, x in flat.items() if path[0] in _STATE}
@@ -60,10 +66,14 @@ def walk(module: linen.Module, variables: Any, own: Own, example: Any) -> tuple[
             return module.apply(given, *args, **kwargs)
 
     try:
-        traced = trace(call, list(weights.values()), [id(x) for x in weights.values()], example)
+        traced = trace(
+            call, list(weights.values()), [id(x) for x in weights.values()], example=example
+        )
     except (flax.errors.FlaxError, TypeError) as error:
         raise InvalidConfig(
-            "example", str(error), "arguments with which the module computes inference with these variables"
+            "example",
+            str(error),
+            "arguments with which the module computes inference with these variables",
         ) from error
     return recorder.finish(), traced
 
@@ -88,7 +98,11 @@ class _Recorder:
         """Note the module whose method is called, then call the method."""
         node = context.module
         # A lifted class (nn.scan, nn.remat) calls a wrapper without a name first, then the class's own method.
-        if context.method_name != "setup" and hasattr(type(node), context.method_name) and node.scope is not None:
+        if (
+            context.method_name != "setup"
+            and hasattr(type(node), context.method_name)
+            and node.scope is not None
+        ):
             if isinstance(node, linen.BatchNorm) and context.method_name == "__call__":
                 _check_running(node, args, kwargs)
             self._visit(node, context.method_name)
@@ -101,7 +115,9 @@ class _Recorder:
                 continue
             name = ".".join(path[1:])
             if name in self.found.bare:
-                self.found.problems.append(f"{name}: several collections hold a variable of this path")
+                self.found.problems.append(
+                    f"{name}: several collections hold a variable of this path"
+                )
             self.found.bare[name] = array
         return self.found
 
@@ -109,7 +125,9 @@ class _Recorder:
         """Note the layer that ``node`` is; whatever is no layer is left to the calls inside it."""
         try:
             if isinstance(node, _REPARAMETRIZED):
-                raise NotLinear("computes another kernel from the one that it holds; fold it into the layer first")
+                raise NotLinear(
+                    "computes another kernel from the one that it holds; fold it into the layer first"
+                )
             told = next((told for kind, told in self.own.items() if isinstance(node, kind)), None)
             known = next((kind for kind in type(node).__mro__ if kind in LINEN_FORMS), None)
             if told is None and known is None:
@@ -118,17 +136,23 @@ class _Recorder:
                 if reasons := list(deviations(node, known)):
                     raise NotLinear("; ".join(reasons))
                 if getattr(type(node), method) is not getattr(known, method, None):
-                    raise NotLinear(f"computes in a method of its own, {method}; give its rows in layers=")
+                    raise NotLinear(
+                        f"computes in a method of its own, {method}; give its rows in layers="
+                    )
             if isinstance(told, type) and (told not in LINEN_FORMS or not isinstance(node, told)):
                 raise NotLinear(
                     f"layers={{{type(node).__name__}: {told.__name__}}}: expected a class of Flax's that it extends"
                 )
             before = self.seen.setdefault(node.path, node)
             if type(before) is not type(node) or facts_of(before) != facts_of(node):
-                raise NotLinear(f"another layer, {type(before).__name__}, has the same variables and other settings")
+                raise NotLinear(
+                    f"another layer, {type(before).__name__}, has the same variables and other settings"
+                )
             held = _held(node)
             if any(_is_computed(x) for x in held.values()):
-                raise NotLinear("its arrays are computed from the variables (nn.map_variables); store what it computes")
+                raise NotLinear(
+                    "its arrays are computed from the variables (nn.map_variables); store what it computes"
+                )
             if not any(layer.path == node.path for layer in self.found.layers):
                 self._note(node, told if told is not None else known, held)
         except NotLinear as error:
@@ -138,19 +162,26 @@ class _Recorder:
         """Add the layer with its stored arrays. ``told``: the known class, or a user's rows."""
         shapes = {attribute: tuple(x.shape) for attribute, x in held.items()}
         form = LINEN_FORMS[told](node, shapes) if isinstance(told, type) else own_form(told, shapes)
-        stored = {path[-1]: path for path in self.weights if path[1:-1] == node.path and path[-1] in held}
-        rows, variables = fitted(form, {attribute: self.weights[path] for attribute, path in stored.items()})
-        kind = next((kind.__name__ for kind in type(node).__mro__ if kind in LINEN_FORMS), type(node).__name__)
+        stored = {
+            path[-1]: path for path in self.weights if path[1:-1] == node.path and path[-1] in held
+        }
+        rows, variables = fitted(
+            form, {attribute: self.weights[path] for attribute, path in stored.items()}
+        )
+        kind = next(
+            (kind.__name__ for kind in type(node).__mro__ if kind in LINEN_FORMS),
+            type(node).__name__,
+        )
         is_attention = isinstance(node.parent, linen.MultiHeadDotProductAttention)
         layer = Layer(
             node.path,
             _name(node),
             _KINDS.get(kind, kind),
-            rows,
-            variables,
-            {a: shapes[a] for a in variables},
-            facts_of(node) | _groups(node, shapes),
-            is_attention,
+            rows=rows,
+            variables=variables,
+            shapes={a: shapes[a] for a in variables},
+            facts=facts_of(node) | _groups(node, shapes),
+            is_attention=is_attention,
         )
         self.found.layers.append(layer)
         self.claimed |= {stored[a] for a in variables}
@@ -178,13 +209,17 @@ def _is_computed(value: Any) -> bool:
     """Return whether a traced array is the result of an operation instead of an input of the trace."""
     while hasattr(value, "batch_dim"):  # under vmap: the array that is mapped
         value = value.val
-    return getattr(value, "parent", None) is not None  # other tracers, as remat's, were seen in the first run
+    return (
+        getattr(value, "parent", None) is not None
+    )  # other tracers, as remat's, were seen in the first run
 
 
 def _check_parents(x: Any) -> Any:
     """Raise an error, when traced, where this JAX does not hold what ``_is_computed`` reads: it is not public."""
     if x.parent is not None or (x + 1).parent is None:
-        raise RuntimeError(f"JAX {jax.__version__} traces otherwise than Slipway's export of Linen modules knows")
+        raise RuntimeError(
+            f"JAX {jax.__version__} traces otherwise than Slipway's export of Linen modules knows"
+        )
     return x
 
 

@@ -35,7 +35,9 @@ _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # transformers' architectures whose projections are Conv1D modules, which store W as (in, out); all of them, or some.
 _CONV1D, _SOME_CONV1D = ("gpt2", "openai-gpt", "imagegpt"), ("decision_transformer", "clvp", None)
 _TABLES = ("embed_tokens", "lm_head")  # PEFT saves these whole beside an adapter of them
-_NOT_LINEAR = re.compile(r"(.*\.)?([^.]*emb[^.]*|wte|wpe|shared|lm_head|score|classifier)")  # for "all-linear"
+_NOT_LINEAR = re.compile(
+    r"(.*\.)?([^.]*emb[^.]*|wte|wpe|shared|lm_head|score|classifier)"
+)  # for "all-linear"
 
 
 _Rank = Annotated[int, msgspec.Meta(gt=0)]
@@ -61,7 +63,9 @@ class _Config(msgspec.Struct):
 
     def targets(self, module: str) -> bool:
         """Return whether PEFT adapts ``module``, which has a weight."""
-        saved = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or ())
+        saved = any(
+            re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or ()
+        )
         if saved or _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -76,12 +80,17 @@ class _Config(msgspec.Struct):
 
     def rank(self, module: str) -> int:
         """Return the number of rows of A."""
-        return next((n for pattern, n in (self.rank_pattern or {}).items() if _ends_with(pattern, module)), self.r)
+        return next(
+            (n for pattern, n in (self.rank_pattern or {}).items() if _ends_with(pattern, module)),
+            self.r,
+        )
 
     def scale(self, module: str) -> float:
         """Return the factor of B @ A."""
         alphas = self.alpha_pattern or {}
-        alpha = next((n for pattern, n in alphas.items() if _ends_with(pattern, module)), self.lora_alpha)
+        alpha = next(
+            (n for pattern, n in alphas.items() if _ends_with(pattern, module)), self.lora_alpha
+        )
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -89,8 +98,14 @@ class _Config(msgspec.Struct):
         layers = self.layers_to_transform
         if layers is None or layers == [] or isinstance(self.target_modules, str):
             return True
-        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
-        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names if name] or [r".*?\.[^.]*\.(\d+)\."]
+        names = (
+            [self.layers_pattern]
+            if isinstance(self.layers_pattern, str)
+            else self.layers_pattern or []
+        )
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names if name] or [
+            r".*?\.[^.]*\.(\d+)\."
+        ]
         found = (re.match(pattern, module) for pattern in patterns)
         index = next((int(match[1]) for match in found if match), None)
         return index in (layers if isinstance(layers, list) else [layers])
@@ -128,7 +143,9 @@ def product(a: np.ndarray, b: np.ndarray, scale: float) -> Delta:
     return delta
 
 
-def read_adapter(directory: Path, targets: Mapping[str, Spec], model_config: Mapping[str, Any]) -> Merge:
+def read_adapter(
+    directory: Path, targets: Mapping[str, Spec], model_config: Mapping[str, Any]
+) -> Merge:
     """Read the adapter in ``directory``, for the HF tensors ``targets`` of a model with this config.json.
 
     Raises CheckpointError, listing every part that is not understood or does not fit.
@@ -138,14 +155,20 @@ def read_adapter(directory: Path, targets: Mapping[str, Spec], model_config: Map
     except (OSError, ValueError) as error:
         raise CheckpointError(directory, [f"{CONFIG}: {error}"]) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(directory, [f"{CONFIG}: got {type(raw).__name__}, expected a JSON object"])
+        raise CheckpointError(
+            directory, [f"{CONFIG}: got {type(raw).__name__}, expected a JSON object"]
+        )
     if not (directory / TENSORS).is_file():
-        raise CheckpointError(directory, [f"{TENSORS}: missing; other formats of an adapter's tensors are not read"])
+        raise CheckpointError(
+            directory, [f"{TENSORS}: missing; other formats of an adapter's tensors are not read"]
+        )
     checkpoint = files.open_file(directory / TENSORS)
     problems = [f"{CONFIG}: {problem}" for problem in _refused(raw)]
     try:
-        config = msgspec.convert({name: value for name, value in raw.items() if value is not None}, _Config)
-        reading = _Reading(config, checkpoint, targets, model_config)
+        config = msgspec.convert(
+            {name: value for name, value in raw.items() if value is not None}, _Config
+        )
+        reading = _Reading(config, checkpoint, targets, model_config=model_config)
         reading.all()
     except (msgspec.ValidationError, re.error) as error:
         raise CheckpointError(directory, [*problems, f"{CONFIG}: {error}"]) from error
@@ -183,7 +206,9 @@ class _Reading:
         targets: Mapping[str, Spec],
         model_config: Mapping[str, Any],
     ):
-        self.config, self.checkpoint, self.targets = config, checkpoint, targets
+        self.config = config
+        self.checkpoint = checkpoint
+        self.targets = targets
         self.tied = bool(model_config.get(TIE))
         self.model_type = model_config.get("model_type")
         self.merge = Merge()
@@ -207,7 +232,9 @@ class _Reading:
                 case "":
                     self._whole(name, module)
                 case _:
-                    self.problems.append(f"{name}: expected lora_A.weight or lora_B.weight of a module")
+                    self.problems.append(
+                        f"{name}: expected lora_A.weight or lora_B.weight of a module"
+                    )
         self._complete()
         self._tables()
 
@@ -223,12 +250,23 @@ class _Reading:
         shape = (*b.shape[:1], *a.shape[1:])[:: -1 if transposed else 1]
         if key not in self.targets:
             self.problems.append(f"{name}: the converted model has no {key}")
-        elif a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or shape != self.targets[key].shape:
-            self.problems.append(f"{name}: {b.shape} times {a.shape} does not give {key}'s {self.targets[key].shape}")
+        elif (
+            a.ndim != 2
+            or b.ndim != 2
+            or a.shape[0] != b.shape[1]
+            or shape != self.targets[key].shape
+        ):
+            self.problems.append(
+                f"{name}: {b.shape} times {a.shape} does not give {key}'s {self.targets[key].shape}"
+            )
         elif not self.config.targets(module):
-            self.problems.append(f"{name}: {CONFIG} does not name {module} (target_modules and what restricts them)")
+            self.problems.append(
+                f"{name}: {CONFIG} does not name {module} (target_modules and what restricts them)"
+            )
         elif a.shape[0] != (rank := self.config.rank(module)):
-            self.problems.append(f"{name}: rank {a.shape[0]}, but {CONFIG} says {rank} (r, rank_pattern)")
+            self.problems.append(
+                f"{name}: rank {a.shape[0]}, but {CONFIG} says {rank} (r, rank_pattern)"
+            )
         elif key in self.merge.deltas:
             self.problems.append(f"{name}: a second adapter of {key}")
         else:
@@ -260,9 +298,13 @@ class _Reading:
                 self.problems.append(f"{PREFIX}{key}: missing, though modules_to_save names it")
             is_target = kind == "weight" and len(spec.shape) == 2 and self.config.targets(module)
             if is_target and not any(
-                f"{p}{module}.lora_" in name for name in self.checkpoint.tensors for p in ("", PREFIX)
+                f"{p}{module}.lora_" in name
+                for name in self.checkpoint.tensors
+                for p in ("", PREFIX)
             ):
-                self.problems.append(f"{PREFIX}{module}.lora_A.weight: missing, though target_modules names {module}")
+                self.problems.append(
+                    f"{PREFIX}{module}.lora_A.weight: missing, though target_modules names {module}"
+                )
 
     def _tables(self) -> None:
         """Refuse a change of one of two tied tables; drop a head that is saved beside an equal table."""
@@ -271,7 +313,9 @@ class _Reading:
         replaced = self.merge.replaced
         heads = [key for key in replaced if key.endswith("lm_head.weight")]
         tables = [key for key in replaced if key.endswith("embed_tokens.weight")]
-        both = len(heads) == len(tables) == 1 and np.array_equal(replaced[heads[0]], replaced[tables[0]])
+        both = len(heads) == len(tables) == 1 and np.array_equal(
+            replaced[heads[0]], replaced[tables[0]]
+        )
         adapted = [key for key in self.merge.deltas if key.split(".")[-2] in _TABLES]
         if both and not adapted:
             del replaced[heads[0]]

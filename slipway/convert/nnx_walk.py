@@ -44,7 +44,7 @@ class Found:
 def walk(module: nnx.Module, own: Own) -> Found:
     """Return the layers of ``module``; ``own`` has rows, or the class whose rows count, for a user's classes."""
     walker = _Walker(own)
-    walker.visit(module, (), (), False)
+    walker.visit(module, (), (), is_attention=False)
     return walker.found
 
 
@@ -55,7 +55,9 @@ class _Walker:
         self.own = own
         self.found = Found()
 
-    def visit(self, node: Any, path: tuple[str, ...], name: tuple[str, ...], is_attention: bool) -> None:
+    def visit(
+        self, node: Any, path: tuple[str, ...], name: tuple[str, ...], is_attention: bool
+    ) -> None:
         """Note the layers at and below ``node``; ``name`` is what torch calls ``path``."""
         if isinstance(node, nnx.LoRA):
             self._visit_lora(node, path, name)
@@ -63,20 +65,24 @@ class _Walker:
         try:
             form = self._form(node)
             if form is not None:
-                self._note(node, path, name, form, is_attention)
+                self._note(node, path, name, form=form, is_attention=is_attention)
         except NotLinear as error:
             self._refuse(path, node, str(error))
             return
         if form is not None:
             return
         if isinstance(node, REPARAMETRIZED):
-            self._refuse(path, node, "computes another kernel from the one that it holds; fold it into the layer first")
+            self._refuse(
+                path,
+                node,
+                "computes another kernel from the one that it holds; fold it into the layer first",
+            )
             return
         names = _torch_names(node)
         for key, child in _children(node):
             if not isinstance(child, nnx.Variable):
                 inside = isinstance(node, nnx.MultiHeadAttention)
-                self.visit(child, (*path, key), (*name, names.get(key, key)), inside)
+                self.visit(child, (*path, key), (*name, names.get(key, key)), is_attention=inside)
             elif not isinstance(child, STATE):
                 self.found.bare[".".join((*path, key))] = child
 
@@ -98,33 +104,58 @@ class _Walker:
             return NNX_FORMS[told](node)
         return own_form(told, {})
 
-    def _note(self, node: Any, path: tuple[str, ...], name: tuple[str, ...], form: Form, is_attention: bool) -> None:
-        kind = next((kind.__name__ for kind in type(node).__mro__ if kind in NNX_FORMS), type(node).__name__)
+    def _note(
+        self,
+        node: Any,
+        path: tuple[str, ...],
+        name: tuple[str, ...],
+        form: Form,
+        is_attention: bool,
+    ) -> None:
+        kind = next(
+            (kind.__name__ for kind in type(node).__mro__ if kind in NNX_FORMS), type(node).__name__
+        )
         attributes = [row[0].removesuffix("?") for row in form.rows]
         held = {name: x for name in attributes if (x := getattr(node, name, None)) is not None}
         rows, variables = fitted(form, held)
-        layer = Layer(path, name, kind, rows, variables, form.shapes, facts_of(node), is_attention)
+        layer = Layer(
+            path,
+            name,
+            kind,
+            rows=rows,
+            variables=variables,
+            shapes=form.shapes,
+            facts=facts_of(node),
+            is_attention=is_attention,
+        )
         self.found.layers.append(layer)
         for key, child in _children(node):
             if isinstance(child, nnx.LoRA) and isinstance(node, nnx.LoRALinear):
                 self._visit_lora(child, (*path, key), name)
             elif not isinstance(child, nnx.Variable):
-                self.visit(child, (*path, key), (*name, key), False)
+                self.visit(child, (*path, key), (*name, key), is_attention=False)
             elif key not in variables and not isinstance(child, STATE):
                 self.found.bare[".".join((*path, key))] = child
 
     def _visit_lora(self, node: nnx.LoRA, path: tuple[str, ...], name: tuple[str, ...]) -> None:
         if type(node).__call__ is not nnx.LoRA.__call__:
-            self._refuse(path, node, "computes in a __call__ of its own; merge it into its layer first")
+            self._refuse(
+                path, node, "computes in a __call__ of its own; merge it into its layer first"
+            )
             return
         self.found.lora.append((name, node.lora_a, node.lora_b))
         if node.base_module is not None:
-            self.visit(node.base_module, (*path, "base_module"), (*name, ""), False)
-        elif not any(tuple(filter(None, layer.name)) == tuple(filter(None, name)) for layer in self.found.layers):
+            self.visit(node.base_module, (*path, "base_module"), (*name, ""), is_attention=False)
+        elif not any(
+            tuple(filter(None, layer.name)) == tuple(filter(None, name))
+            for layer in self.found.layers
+        ):
             self.found.problems.append(f"{'.'.join(path)}: LoRA without a layer that it adapts")
 
     def _refuse(self, path: tuple[str, ...], node: Any, reason: str) -> None:
-        self.found.problems.append(f"{'.'.join(path) or 'the module'}: {type(node).__name__}: {reason}")
+        self.found.problems.append(
+            f"{'.'.join(path) or 'the module'}: {type(node).__name__}: {reason}"
+        )
 
 
 def _torch_names(node: Any) -> Mapping[str, str]:

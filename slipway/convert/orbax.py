@@ -27,7 +27,13 @@ from slipway.convert.writer import ASIDE, JOURNAL, Facts, Pieces, journal
 from slipway.errors import CheckpointError
 
 METADATA = "_METADATA"
-_ITEMS = ("default", "items", "state", "params", "model")  # folders in which Orbax's managers put a tree
+_ITEMS = (
+    "default",
+    "items",
+    "state",
+    "params",
+    "model",
+)  # folders in which Orbax's managers put a tree
 _STEP = re.compile(r"(?:.*[_-])?(\d+)")
 _NO_ARRAYS = ("Dict", "List", "Tuple", "NamedTuple", "None", "string")
 _ARRAY_FILES = ("zarr.json", ".zarray")
@@ -83,7 +89,9 @@ def open_orbax(place: Place) -> OrbaxSource:
         leaves = _open_leaves(ts, str(place), {"driver": "file", "path": f"{base.absolute()}/"})
         return OrbaxSource(base, str(place), leaves)
     leaves = _open_leaves(ts, str(place), base.kvstore)
-    return OrbaxSource(None, str(place), leaves, remote.stamp(base, (METADATA, "manifest.ocdbt")))
+    return OrbaxSource(
+        None, str(place), leaves, stamp=remote.stamp(base, (METADATA, "manifest.ocdbt"))
+    )
 
 
 def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf]:
@@ -94,7 +102,10 @@ def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf
         text = files.read(METADATA).result().value or b"{}"
         is_ocdbt = bool(files.read("manifest.ocdbt").result().value)
         kvstore = {"driver": "ocdbt", "base": root} if is_ocdbt else root
-        keys = [key.decode() for key in ts.KvStore.open(kvstore, context=context).result().list().result()]
+        keys = [
+            key.decode()
+            for key in ts.KvStore.open(kvstore, context=context).result().list().result()
+        ]
     try:
         metadata = json.loads(text)
     except ValueError as error:
@@ -102,7 +113,10 @@ def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf
     names, held = dict(_named(metadata, keys)), frozenset(keys)
     opening = {
         name: ts.open(
-            {"driver": "zarr3" if f"{key}/zarr.json" in held else "zarr", "kvstore": _below(kvstore, key)},
+            {
+                "driver": "zarr3" if f"{key}/zarr.json" in held else "zarr",
+                "kvstore": _below(kvstore, key),
+            },
             open=True,
             context=context,
         )
@@ -117,12 +131,18 @@ def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf
         except CheckpointError as error:
             problems += error.problems
             continue
-        leaves[name] = Leaf(names[name], Spec(np.dtype(array.dtype.numpy_dtype), tuple(array.shape)), array)
+        leaves[name] = Leaf(
+            names[name], Spec(np.dtype(array.dtype.numpy_dtype), tuple(array.shape)), array
+        )
         if metadata.get("store_array_data_equal_to_fill_value"):
             grid = array.chunk_layout.write_chunk.shape
-            chunks = math.prod(-(-size // max(1, chunk)) for size, chunk in zip(array.shape, grid or ()))
+            chunks = math.prod(
+                -(-size // max(1, chunk)) for size, chunk in zip(array.shape, grid or ())
+            )
             if (held_chunks := counts.get(names[name], 0)) < chunks:
-                problems.append(f"{name}: {chunks - held_chunks} of its {chunks} chunks are missing")
+                problems.append(
+                    f"{name}: {chunks - held_chunks} of its {chunks} chunks are missing"
+                )
     if not names:
         problems.append("no arrays found: neither _METADATA nor zarr arrays")
     if problems:
@@ -160,10 +180,14 @@ class OrbaxWriter:
         empties: tuple[str, ...] = (),
     ):
         self._ts = remote.tensorstore(str(directory))
-        self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
+        self._directory = directory
+        self._aside = directory / ASIDE
+        self._specs = specs
         self._tree = self._aside / item
-        self._identity, self._lock = identity, threading.Lock()
-        self._constants, self._empties = dict(constants or {}), empties
+        self._identity = identity
+        self._lock = threading.Lock()
+        self._constants = dict(constants or {})
+        self._empties = empties
         self._done = journal(self._aside, identity) if resume else {}
         if not self._done and self._aside.exists():
             shutil.rmtree(self._aside)
@@ -181,7 +205,9 @@ class OrbaxWriter:
             if whole is None:
                 whole = np.empty(math.prod(spec.shape), spec.dtype)
             whole[first : first + piece.size] = piece
-        self._put(name, np.empty(spec.shape, spec.dtype) if whole is None else whole.reshape(spec.shape))
+        self._put(
+            name, np.empty(spec.shape, spec.dtype) if whole is None else whole.reshape(spec.shape)
+        )
 
     def done(self) -> Mapping[str, Facts]:
         """The leaves that an earlier run has left whole, with what it noted of each."""
@@ -191,14 +217,20 @@ class OrbaxWriter:
         """Note a leaf as written; tensorstore has made it durable."""
         with self._lock:
             self._done[name] = facts
-            shards.write_json(self._aside / JOURNAL, {"identity": self._identity, "done": self._done})
+            shards.write_json(
+                self._aside / JOURNAL, {"identity": self._identity, "done": self._done}
+            )
 
     def finish(self) -> None:
         """Write the metadata and move the tree into place."""
         for name, number in self._constants.items():
             self._put(name, np.asarray(number))
         scalars = {name: "scalar" for name in self._constants}
-        kinds = dict.fromkeys(self._specs, "np.ndarray") | scalars | dict.fromkeys(self._empties, "Dict")
+        kinds = (
+            dict.fromkeys(self._specs, "np.ndarray")
+            | scalars
+            | dict.fromkeys(self._empties, "Dict")
+        )
         tree = {
             str(tuple(name.split("."))): {
                 "key_metadata": [{"key": key, "key_type": 2} for key in name.split(".")],
@@ -207,11 +239,15 @@ class OrbaxWriter:
             for name, kind in kinds.items()
         }
         facts = {"use_ocdbt": True, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
-        (self._tree / METADATA).write_text(json.dumps({"tree_metadata": tree, **facts, "custom_metadata": None}))
+        (self._tree / METADATA).write_text(
+            json.dumps({"tree_metadata": tree, **facts, "custom_metadata": None})
+        )
         top = self._tree.parent if self._tree != self._aside else self._tree
         handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
         handlers: Any = {self._tree.name: handler} if self._tree != self._aside else handler
-        (top / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handlers, "custom_metadata": {}}))
+        (top / "_CHECKPOINT_METADATA").write_text(
+            json.dumps({"item_handlers": handlers, "custom_metadata": {}})
+        )
         (self._aside / JOURNAL).unlink(missing_ok=True)
         for path in sorted(self._aside.iterdir()):
             os.replace(path, self._directory / path.name)
@@ -222,12 +258,19 @@ class OrbaxWriter:
         shutil.rmtree(self._aside)
 
     def _put(self, name: str, array: np.ndarray) -> None:
-        rows = max(1, _CHUNK_BYTES // max(1, array.nbytes // max(1, array.shape[0]))) if array.ndim else 1
+        rows = (
+            max(1, _CHUNK_BYTES // max(1, array.nbytes // max(1, array.shape[0])))
+            if array.ndim
+            else 1
+        )
         chunk = [min(rows, array.shape[0]), *array.shape[1:]] if array.ndim else []
         metadata = {
             "shape": list(array.shape),
             "data_type": array.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in chunk]}},
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [max(1, size) for size in chunk]},
+            },
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
         spec = {
@@ -239,9 +282,13 @@ class OrbaxWriter:
         store = self._ts.open(spec, create=True, delete_existing=True).result()
         if not array.ndim:
             store.write(array).result()
-        for start in range(0, array.shape[0] if array.ndim else 0, rows):  # one chunk at a time is encoded
+        for start in range(
+            0, array.shape[0] if array.ndim else 0, rows
+        ):  # one chunk at a time is encoded
             part = array[start : start + rows]
-            store[start : start + len(part)].write(part, can_reference_source_data_indefinitely=True).result()
+            store[start : start + len(part)].write(
+                part, can_reference_source_data_indefinitely=True
+            ).result()
 
 
 class _SeveralItems(CheckpointError):
@@ -263,11 +310,15 @@ def _find_tree(path: Place) -> Place:
         if found and folder.is_dir():
             steps[int(found[1])] = folder
     committed = {
-        n: f for n, f in steps.items() if any((f / m).exists() for m in ("_CHECKPOINT_METADATA", "commit_success.txt"))
+        n: f
+        for n, f in steps.items()
+        if any((f / m).exists() for m in ("_CHECKPOINT_METADATA", "commit_success.txt"))
     }
     for _, folder in sorted((committed or steps).items(), reverse=True):
         return _find_tree(folder)
-    raise CheckpointError(path, ["no Orbax checkpoint: no _METADATA, no zarr arrays, no step directories"])
+    raise CheckpointError(
+        path, ["no Orbax checkpoint: no _METADATA, no zarr arrays, no step directories"]
+    )
 
 
 def _items(path: Place) -> Place | None:
@@ -275,11 +326,17 @@ def _items(path: Place) -> Place | None:
 
     Raises _SeveralItems, listing the items, where several remain: one of them must be given by its path.
     """
-    folders = [folder for folder in (path.iterdir() if path.is_dir() else ()) if not _STEP.fullmatch(folder.name)]
+    folders = [
+        folder
+        for folder in (path.iterdir() if path.is_dir() else ())
+        if not _STEP.fullmatch(folder.name)
+    ]
     held = [f for f in folders if not f.name.startswith(("opt", "rng")) and _is_tree(f)]
     if len(held) > 1:
         names = ", ".join(sorted(folder.name for folder in held))
-        raise _SeveralItems(path, [f"several items: {names}; give the path of the one that holds the model"])
+        raise _SeveralItems(
+            path, [f"several items: {names}; give the path of the one that holds the model"]
+        )
     return held[0] if held else None
 
 

@@ -34,12 +34,16 @@ class End:
     @property
     def filled(self) -> int:
         """The number of elements in the share."""
-        return math.prod(len(range(*part.indices(size))) for part, size in zip(self.take, self.split))
+        return math.prod(
+            len(range(*part.indices(size))) for part, size in zip(self.take, self.split)
+        )
 
     @property
     def is_whole(self) -> bool:
         """Whether the share is the whole tensor."""
-        return all(len(range(*part.indices(size))) == size for part, size in zip(self.take, self.split))
+        return all(
+            len(range(*part.indices(size))) == size for part, size in zip(self.take, self.split)
+        )
 
     def view(self, array: Any, order: tuple[str, ...]) -> Any:
         """The share as a view of ``array``, axes in ``order``; an axis that this end lacks has size 1."""
@@ -86,7 +90,9 @@ class Plan:
     targets: Mapping[str, Spec]
     sources: Mapping[str, Spec]
     ignored: tuple[str, ...]
-    unmatched: tuple[str, ...]  # problems: tensors that no rule names, and tensors that a rule needs and are missing
+    unmatched: tuple[
+        str, ...
+    ]  # problems: tensors that no rule names, and tensors that a rule needs and are missing
     problems: tuple[str, ...]  # all others
 
     @property
@@ -98,7 +104,11 @@ class Plan:
         """Sources and targets in the smallest groups that can be read and written each by itself."""
         group_of: dict[str, list[str]] = {}
         for target, moves in self.moves.items():
-            groups = {id(g): g for g in (group_of.get(move.source.name) for move in moves) if g is not None}
+            groups = {
+                id(g): g
+                for g in (group_of.get(move.source.name) for move in moves)
+                if g is not None
+            }
             merged = [target, *itertools.chain.from_iterable(groups.values())]
             for name in merged:
                 for move in self.moves[name]:
@@ -107,10 +117,18 @@ class Plan:
         for group in group_of.values():
             if id(group) not in done:
                 done.add(id(group))
-                yield sorted({move.source.name for name in group for move in self.moves[name]}), sorted(group)
+                yield (
+                    sorted({move.source.name for name in group for move in self.moves[name]}),
+                    sorted(group),
+                )
 
 
-def resolve(mapping: TreeMapping, direction: Direction, sources: Mapping[str, Spec], known: Mapping[str, int]) -> Plan:
+def resolve(
+    mapping: TreeMapping,
+    direction: Direction,
+    sources: Mapping[str, Spec],
+    known: Mapping[str, int],
+) -> Plan:
     """Resolve every rule against the source's tensors; ``known`` are axis sizes that a configuration states.
 
     Where tensors contradict it, the tensors count; unless they then contradict each other, and do so less with it.
@@ -118,17 +136,27 @@ def resolve(mapping: TreeMapping, direction: Direction, sources: Mapping[str, Sp
     """
     root = _root(mapping, sources) if direction == "to_hf" else mapping.roots[0]
     local: tuple[Sizes, ...] = ({},) * len(mapping.rules)
-    plan = _resolve(mapping, direction, sources, root, {}, known, local)
+    plan = _resolve(mapping, direction, sources, root=root, first={}, then=known, local_sizes=local)
     if plan.fits:
         return plan
-    other = _resolve(mapping, direction, sources, root, known, {}, local)
+    other = _resolve(
+        mapping, direction, sources, root=root, first=known, then={}, local_sizes=local
+    )
     return min(plan, other, key=lambda p: len(p.unmatched) + len(p.problems))
 
 
 def inverse(plan: Plan, sources: Mapping[str, Spec]) -> Plan:
     """The way back from ``sources``, tensors that ``plan`` has written, to where its own lay."""
     back: Direction = "to_jax" if plan.direction == "to_hf" else "to_hf"
-    return _resolve(plan.mapping, back, sources, plan.root, plan.sizes, {}, plan.local_sizes)
+    return _resolve(
+        plan.mapping,
+        back,
+        sources,
+        root=plan.root,
+        first=plan.sizes,
+        then={},
+        local_sizes=plan.local_sizes,
+    )
 
 
 def _resolve(
@@ -143,14 +171,20 @@ def _resolve(
     constants = mapping.jax_constants if direction == "to_hf" else mapping.hf_constants
 
     def is_ignored(name: str, spec: Spec) -> bool:
-        is_beside = direction == "to_hf" and spec.shape == () and not name.startswith(root)  # a step or a rate
-        return is_beside or name in constants or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+        is_beside = (
+            direction == "to_hf" and spec.shape == () and not name.startswith(root)
+        )  # a step or a rate
+        return (
+            is_beside
+            or name in constants
+            or any(fnmatchcase(name, glob) for glob in mapping.ignored)
+        )
 
     ignored = tuple(name for name, spec in sources.items() if is_ignored(name, spec))
     kept = {name: spec for name, spec in sources.items() if name not in ignored}
     turn = 1 if direction == "to_hf" else -1
     rules = [
-        _Rule(rule, source, target, dict(local))
+        _Rule(rule, source, target, local=dict(local))
         for (rule, *sides), local in zip(mapping.sides(), local_sizes)
         for source, target in [sides[::turn]]
     ]
@@ -160,12 +194,27 @@ def _resolve(
     resolver.solve(then)
     resolver.complete(prefixes[0])
     moves = resolver.moves(*prefixes)
-    targets = {name: Spec(kept[group[0].source.name].dtype, group[0].target.shape) for name, group in moves.items()}
+    targets = {
+        name: Spec(kept[group[0].source.name].dtype, group[0].target.shape)
+        for name, group in moves.items()
+    }
     undecided = (mapping.undecided,) if mapping.undecided else ()
     problems = (*undecided, *resolver.problems, *_gaps(moves, kept))
     local = tuple(rule.local for rule in rules)
     unmatched = alternating(resolver.unnamed, resolver.missing)
-    return Plan(mapping, direction, root, resolver.sizes, local, moves, targets, kept, ignored, unmatched, problems)
+    return Plan(
+        mapping,
+        direction,
+        root,
+        sizes=resolver.sizes,
+        local_sizes=local,
+        moves=moves,
+        targets=targets,
+        sources=kept,
+        ignored=ignored,
+        unmatched=unmatched,
+        problems=problems,
+    )
 
 
 def alternating(one: Sequence[str], two: Sequence[str]) -> tuple[str, ...]:
@@ -179,7 +228,11 @@ def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
     names = list(sources)
     for root in mapping.roots:
         held = [name.removeprefix(root) for name in names if name.startswith(root)]
-        if any(ours.match(name, mapping.parts) is not None for _, ours, _ in mapping.sides() for name in held):
+        if any(
+            ours.match(name, mapping.parts) is not None
+            for _, ours, _ in mapping.sides()
+            for name in held
+        ):
             return root
     return mapping.roots[0]
 
@@ -199,7 +252,9 @@ class _Resolver:
     """Collects sizes and problems over all rules."""
 
     def __init__(self, mapping: TreeMapping, rules: list[_Rule], sizes: Sizes):
-        self.mapping, self.rules, self.sizes = mapping, rules, sizes
+        self.mapping = mapping
+        self.rules = rules
+        self.sizes = sizes
         self.problems: list[str] = []
         self.unnamed: list[str] = []
         self.missing: list[str] = []
@@ -221,7 +276,9 @@ class _Resolver:
                             indices.setdefault(axis, set()).add(int(label))
                     break
             else:
-                self.unnamed.append(f"{name}: no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})")
+                self.unnamed.append(
+                    f"{name}: no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})"
+                )
         for axis, numbers in indices.items():
             self._settle(axis, max(numbers) + 1, "the names' indices")
 
@@ -235,7 +292,7 @@ class _Resolver:
             while before != (before := self._known()):
                 for rule in self.rules:
                     for name, (labels, spec) in rule.found.items():
-                        self._solve_one(rule, name, labels, spec, final)
+                        self._solve_one(rule, name, labels, spec=spec, final=final)
         self.problems = list(dict.fromkeys(self.problems))
 
     def complete(self, prefix: str) -> None:
@@ -259,14 +316,26 @@ class _Resolver:
                 if name not in rule.found:
                     continue
                 try:
-                    source = self._end(rule.source, name, labels, sizes, rule.source.flipped ^ rule.target.flipped)
-                    target = self._end(rule.target, target_prefix + rule.target.format(labels), labels, sizes)
+                    source = self._end(
+                        rule.source,
+                        name,
+                        labels,
+                        sizes=sizes,
+                        flipped=rule.source.flipped ^ rule.target.flipped,
+                    )
+                    target = self._end(
+                        rule.target, target_prefix + rule.target.format(labels), labels, sizes=sizes
+                    )
                 except KeyError as error:
-                    self.problems.append(f"{name}: the size of axis {error.args[0]!r} follows from nothing here")
+                    self.problems.append(
+                        f"{name}: the size of axis {error.args[0]!r} follows from nothing here"
+                    )
                     break
                 if source.shape != rule.found[name][1].shape:
                     continue  # solve() has said so
-                moves.setdefault(target.name, []).append(Move(rule.rule, source, target, self._factor(rule, sizes)))
+                moves.setdefault(target.name, []).append(
+                    Move(rule.rule, source, target, factor=self._factor(rule, sizes))
+                )
         return {name: tuple(group) for name, group in moves.items()}
 
     def _factor(self, rule: _Rule, sizes: Sizes) -> float:
@@ -278,7 +347,9 @@ class _Resolver:
 
     def _solve_one(self, rule: _Rule, name: str, labels: Labels, spec: Spec, final: bool) -> None:
         side, parts = rule.source, self.mapping.parts
-        known = {axis: size for axis, size in (self.sizes | rule.local).items() if axis not in side.pads}
+        known = {
+            axis: size for axis, size in (self.sizes | rule.local).items() if axis not in side.pads
+        }
         for axis, label in labels.items():
             known[axis] = 1
             if axis in parts:
@@ -298,16 +369,18 @@ class _Resolver:
             if axis not in solved:
                 continue
             if axis in side.pads:
-                self._settle_padded(axis, side.pads[axis], solved[axis], name, final)
+                self._settle_padded(axis, side.pads[axis], solved[axis], name=name, final=final)
             elif axis in parts:
                 expression = parts[axis][labels[axis]] if axis in labels else 0
                 if isinstance(expression, str):
                     self._settle(expression, solved[axis], name)
             elif axis not in side.indices:
-                self._settle(axis, solved[axis], name, rule)
+                self._settle(axis, solved[axis], name, rule=rule)
 
     def _part_size(self, expression: int | str, rule: _Rule) -> int | None:
-        return expression if isinstance(expression, int) else (self.sizes | rule.local).get(expression)
+        return (
+            expression if isinstance(expression, int) else (self.sizes | rule.local).get(expression)
+        )
 
     def _settle(self, axis: str, size: int, where: str, rule: _Rule | None = None) -> None:
         sizes = self.sizes if rule is None or self.mapping.is_global(axis) else rule.local
@@ -329,18 +402,29 @@ class _Resolver:
         """Every combination of labels; none where an axis's size is unknown."""
         if all(axis in self.mapping.parts or axis in self.sizes for axis in axes):
             labels = [
-                list(self.mapping.parts[a]) if a in self.mapping.parts else list(map(str, range(self.sizes[a])))
+                list(self.mapping.parts[a])
+                if a in self.mapping.parts
+                else list(map(str, range(self.sizes[a])))
                 for a in axes
             ]
             yield from (dict(zip(axes, values)) for values in itertools.product(*labels))
 
-    def _end(self, side: Side, name: str, labels: Labels, sizes: Sizes, flipped: frozenset[str] = frozenset()) -> End:
+    def _end(
+        self,
+        side: Side,
+        name: str,
+        labels: Labels,
+        sizes: Sizes,
+        flipped: frozenset[str] = frozenset(),
+    ) -> End:
         """One tensor's share in the move at ``labels``. Raises KeyError for an axis of unknown size."""
         held, take, data = {}, {}, {}
         for axis in layout.parse(side.axes).axes:
             start, stop = 0, None
             if axis in self.mapping.parts:
-                held[axis], start, stop = self._part(axis, labels.get(axis), sizes, own=axis in side.indices)
+                held[axis], start, stop = self._part(
+                    axis, labels.get(axis), sizes, own=axis in side.indices
+                )
             elif axis in side.pads:
                 stop, held[axis] = sizes[axis], sizes[axis] + sizes.get(side.pads[axis], 0)
                 data[axis] = stop
@@ -353,12 +437,21 @@ class _Resolver:
                 take[axis] = _backwards(take[axis])
         parsed = layout.parse(side.axes)
         split = tuple(held[axis] for axis in parsed.axes)
-        takes, data_size = tuple(take[axis] for axis in parsed.axes), math.prod(parsed.shape(held | data))
-        return End(name, parsed.shape(held), parsed.axes, split, takes, data_size)
+        takes, data_size = (
+            tuple(take[axis] for axis in parsed.axes),
+            math.prod(parsed.shape(held | data)),
+        )
+        return End(
+            name, parsed.shape(held), parsed.axes, split=split, take=takes, data_size=data_size
+        )
 
-    def _part(self, axis: str, label: str | None, sizes: Sizes, own: bool) -> tuple[int, int, int | None]:
+    def _part(
+        self, axis: str, label: str | None, sizes: Sizes, own: bool
+    ) -> tuple[int, int, int | None]:
         """The axis's size in a tensor, and the rows of the part ``label`` in it; ``own``: it holds that part alone."""
-        counts = {k: v if isinstance(v, int) else sizes[v] for k, v in self.mapping.parts[axis].items()}
+        counts = {
+            k: v if isinstance(v, int) else sizes[v] for k, v in self.mapping.parts[axis].items()
+        }
         if own:
             assert label is not None
             return counts[label], 0, None

@@ -1,4 +1,7 @@
-"""`slipway quantize`: a float HF directory written with packed projections, whole or not at all; knows no rounding."""
+"""Execution of `slipway quantize`: a float HF directory written with packed projections.
+
+Not here: the rounding (slipway/checkpoint/quantize.py).
+"""
 
 import shutil
 from collections.abc import Callable
@@ -24,31 +27,41 @@ def quantize_directory(
     on_start: Callable[[int], None] = lambda size_bytes: None,
     progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> None:
-    """Write ``model``, a directory or a hub id, to ``out_dir``, which must be new or empty. Tables stay floats.
+    """Write ``model``, a directory or a hub id, to ``out_dir``, which must be new or empty.
 
-    Raises UnsupportedModel for an architecture that Slipway does not run, InvalidConfig for a model that is packed
-    already or a group that no row holds, CheckpointError for what is wrong with the files.
+    Embedding tables stay floats. On any error nothing stays in ``out_dir``. Raises UnsupportedModel
+    for an architecture that Slipway does not run, InvalidConfig for a model that is packed already
+    or a group that does not divide a row, CheckpointError for problems of the files.
     """
-    from slipway import models  # with JAX, which the other commands of this folder do without
+    from slipway import models  # imports JAX, which the other commands of this folder do not need
     from slipway.checkpoint import names, tensor_reader
     from slipway.nn import linear
 
     checkpoint = files.open_checkpoint(hub.resolve(model))
     if checkpoint.config.get(quantize.FIELD) is not None:
-        raise InvalidConfig("model", model, f"float weights; its config.json has a {quantize.FIELD}")
+        raise InvalidConfig(
+            "model", model, f"float weights; its config.json has a {quantize.FIELD}"
+        )
     declaration = models.declare(checkpoint.config)
     checkpoint = names.unwrapped(checkpoint, tensor_reader.wanted(declaration))
-    tensor_reader.check(declaration, checkpoint, np.float32, files.INERT_TENSORS)
-    wanted = tensor_reader.wanted(linear.quantize(declaration, scheme.bits, scheme.group, tables=False))
+    tensor_reader.check(declaration, checkpoint, np.float32, ignore=files.INERT_TENSORS)
+    wanted = tensor_reader.wanted(
+        linear.quantize(declaration, scheme.bits, scheme.group, tables=False)
+    )
     view = quantize.packed_view(checkpoint, wanted)
-    specs = {name: Spec(files.DTYPES[tensor.dtype], tensor.shape) for name, tensor in view.tensors.items()}
+    specs = {
+        name: Spec(files.DTYPES[tensor.dtype], tensor.shape)
+        for name, tensor in view.tensors.items()
+    }
     packed = [name.removesuffix(PACKED) for name in specs if name.endswith(PACKED)]
     shapes = {name + SHAPE: np.array(checkpoint.tensors[name].shape, np.int64) for name in packed}
     specs |= {name: Spec(shape.dtype, shape.shape) for name, shape in shapes.items()}
     on_start(sum(spec.nbytes for spec in specs.values()))
     try:
         with new_directory(out_dir, False):
-            writer = SafetensorsWriter(out_dir, specs, size_bytes(shard_size), "", False)
+            writer = SafetensorsWriter(
+                out_dir, specs, size_bytes(shard_size), identity="", resume=False
+            )
 
             def write(name: str) -> None:
                 array = shapes[name] if name in shapes else np.ascontiguousarray(view.array(name))
@@ -59,7 +72,7 @@ def quantize_directory(
                 with ThreadPoolExecutor() as pool:
                     list(pool.map(write, specs))
                 _write_extras(out_dir / ASIDE, checkpoint, scheme)
-            except BaseException:  # an interruption, too, leaves nothing behind
+            except BaseException:  # after an interruption, too, nothing stays
                 writer.abandon()
                 raise
             writer.finish()
@@ -68,8 +81,10 @@ def quantize_directory(
 
 
 def _write_extras(aside: Path, checkpoint: files.Checkpoint, scheme: Scheme) -> None:
-    """config.json with the scheme, and the files that belong to the model's text."""
-    write_json(aside / "config.json", checkpoint.config | {quantize.FIELD: quantize.config_of(scheme)})
+    """Write config.json with the scheme, and copy the files that belong to the model's text."""
+    write_json(
+        aside / "config.json", checkpoint.config | {quantize.FIELD: quantize.config_of(scheme)}
+    )
     if (generation := generation_file(None, checkpoint.directory)) is not None:
         shutil.copyfile(generation, aside / GENERATION)
     copy_tokenizer(checkpoint.directory, aside)

@@ -12,12 +12,14 @@ from slipway.convert.layers import Layer
 _EXAMPLE = "or example=, an input of the module, from which every reshape follows"
 
 
-def open_questions(layers: Sequence[Layer], flatten: Told, unflatten: Told, followed: Collection[str]) -> list[str]:
+def open_questions(
+    layers: Sequence[Layer], flatten: Told, unflatten: Told, followed: Collection[str]
+) -> list[str]:
     """Return one question for each layer that may stand beside a reshape and of which nothing is known.
 
     ``followed``: paths of layers that an example has reached.
     """
-    reader = _Reader(layers, flatten, unflatten, bool(followed))
+    reader = _Reader(layers, flatten, unflatten, is_followed=bool(followed))
     return [
         question
         for at, layer in enumerate(layers)
@@ -30,9 +32,15 @@ class _Reader:
     """The layers of a module in the order of their attributes."""
 
     def __init__(self, layers: Sequence[Layer], flatten: Told, unflatten: Told, is_followed: bool):
-        self.layers, self.flatten, self.unflatten = layers, flatten, unflatten
+        self.layers = layers
+        self.flatten = flatten
+        self.unflatten = unflatten
         self.convs = [at for at, layer in enumerate(layers) if layer.is_conv]
-        self.told = {layer.total("into") or layer.total("features") for layer in layers if flatten.get(layer.dotted)}
+        self.told = {
+            layer.total("into") or layer.total("features")
+            for layer in layers
+            if flatten.get(layer.dotted)
+        }
         self.has_junction = (
             is_followed
             or bool(self.told)
@@ -48,25 +56,51 @@ class _Reader:
         if len(layer.sizes("into")) > 1 and not layer.is_attention:
             channels = {self.layers[conv].total("out") for conv in self.convs}
             if len(layer.sizes("into")) > 2 or layer.sizes("into")[-1] in channels:
-                yield self._ask(layer, "flatten", f"its input axes {layer.sizes('into')} look like a feature map")
+                yield self._ask(
+                    layer,
+                    "flatten",
+                    f"its input axes {layer.sizes('into')} look like a feature map",
+                )
                 return
         if layer.is_norm and self._is_before_map(at, size):
-            yield self._ask(layer, "flatten", f"its {size} features may be reshaped to a convolution's feature map")
-        elif not self._is_clear(at, size) and any(size % c == 0 and c < size for c in self._channels_before(at)):
+            yield self._ask(
+                layer,
+                "flatten",
+                f"its {size} features may be reshaped to a convolution's feature map",
+            )
+        elif not self._is_clear(at, size) and any(
+            size % c == 0 and c < size for c in self._channels_before(at)
+        ):
             what = "features" if layer.is_norm else "inputs"
-            yield self._ask(layer, "flatten", f"its {size} {what} look like a flattened feature map")
+            yield self._ask(
+                layer, "flatten", f"its {size} {what} look like a flattened feature map"
+            )
 
     def outputs(self, at: int) -> Iterator[str]:
         """Ask for the reshape to a feature map behind a layer."""
         layer = self.layers[at]
         size = layer.total("out")
-        if not size or layer.is_norm or layer.kind == "Embed" or layer.dotted in self.unflatten or layer.is_attention:
+        if (
+            not size
+            or layer.is_norm
+            or layer.kind == "Embed"
+            or layer.dotted in self.unflatten
+            or layer.is_attention
+        ):
             return
         into = {self.layers[conv].total("into") for conv in self.convs}
-        if len(layer.sizes("out")) > 2 or (len(layer.sizes("out")) > 1 and layer.sizes("out")[-1] in into):
-            yield self._ask(layer, "unflatten", f"its output axes {layer.sizes('out')} look like a feature map")
+        if len(layer.sizes("out")) > 2 or (
+            len(layer.sizes("out")) > 1 and layer.sizes("out")[-1] in into
+        ):
+            yield self._ask(
+                layer, "unflatten", f"its output axes {layer.sizes('out')} look like a feature map"
+            )
         elif any(self._may_feed(at, conv, size) for conv in self.convs):
-            yield self._ask(layer, "unflatten", f"its {size} outputs may be reshaped to a convolution's feature map")
+            yield self._ask(
+                layer,
+                "unflatten",
+                f"its {size} outputs may be reshaped to a convolution's feature map",
+            )
 
     def _ask(self, layer: Layer, field: str, why: str) -> str:
         path = layer.dotted
@@ -99,7 +133,9 @@ class _Reader:
             return False
         if before.dotted in self.unflatten and self.unflatten[before.dotted] is not None:
             return False
-        divides = any(size % self.layers[conv].total("out") == 0 for conv in self.convs if conv < at)
+        divides = any(
+            size % self.layers[conv].total("out") == 0 for conv in self.convs if conv < at
+        )
         return self.has_junction or not divides
 
     def _is_before_map(self, at: int, size: int) -> bool:
@@ -117,7 +153,9 @@ class _Reader:
             for conv in self.convs
             if conv < at
             or not any(
-                not layer.is_conv and layer.total("out") and layer.total("out") % self.layers[conv].total("into") == 0
+                not layer.is_conv
+                and layer.total("out")
+                and layer.total("out") % self.layers[conv].total("into") == 0
                 for layer in self.layers[:conv]
             )
         }
@@ -128,7 +166,9 @@ class _Reader:
         return {
             self.layers[conv].total("out")
             for conv in self.convs
-            if not any(size == self.layers[conv].total("out") and other != conv for other, size in taken)
+            if not any(
+                size == self.layers[conv].total("out") and other != conv for other, size in taken
+            )
         }
 
     def _may_feed(self, at: int, conv: int, size: int) -> bool:
@@ -136,7 +176,9 @@ class _Reader:
         into = self.layers[conv].total("into")
         if size % into or size == into:
             return False
-        is_fed = any(self.layers[other].total("out") == into for other in self.convs if other != conv)
+        is_fed = any(
+            self.layers[other].total("out") == into for other in self.convs if other != conv
+        )
         if not is_fed:
             return at < conv or not self.has_junction
         behind = next((layer for layer in self.layers[at + 1 :] if not layer.is_norm), None)

@@ -54,7 +54,9 @@ class RemotePath:
         return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
 
     def __truediv__(self, name: str) -> "RemotePath":
-        below = frozenset(key[len(name) + 1 :] for key in self.held if key == name or key.startswith(f"{name}/"))
+        below = frozenset(
+            key[len(name) + 1 :] for key in self.held if key == name or key.startswith(f"{name}/")
+        )
         return dataclasses.replace(self, key=f"{self.key}/{name}".lstrip("/"), held=below)
 
     def iterdir(self) -> Iterator["RemotePath"]:
@@ -64,7 +66,9 @@ class RemotePath:
             name, _, rest = key.partition("/")
             children.setdefault(name, set()).add(rest)
         for name, below in children.items():
-            yield dataclasses.replace(self, key=f"{self.key}/{name}".lstrip("/"), held=frozenset(below))
+            yield dataclasses.replace(
+                self, key=f"{self.key}/{name}".lstrip("/"), held=frozenset(below)
+            )
 
     def is_file(self) -> bool:
         """Whether an object has this very name."""
@@ -81,7 +85,9 @@ class RemotePath:
 
 def is_address(location: object) -> bool:
     """Whether it names a place that is no path, as text or as a path into which somebody made it."""
-    return "://" in str(location) or str(location).partition("/")[0] in {f"{scheme}:" for scheme in _DRIVERS}
+    return "://" in str(location) or str(location).partition("/")[0] in {
+        f"{scheme}:" for scheme in _DRIVERS
+    }
 
 
 def find(address: str) -> RemotePath:
@@ -94,15 +100,19 @@ def find(address: str) -> RemotePath:
     if scheme not in _DRIVERS or not bucket:
         expected = "a local path, gs://bucket/path or s3://bucket/path"
         raise CheckpointError(address, [f"an address that is not read; expected {expected}"])
-    place = RemotePath(scheme, bucket, key.strip("/"), frozenset())
+    place = RemotePath(scheme, bucket, key.strip("/"), held=frozenset())
     ts = tensorstore(address)
     with refused(address, "cannot be listed"):
         store = ts.KvStore.open(place.kvstore, context=context(ts)).result()
-        held = {name for found in store.list().result() if not (name := found.decode()).endswith("/")} - {""}
+        held = {
+            name for found in store.list().result() if not (name := found.decode()).endswith("/")
+        } - {""}
     if not held and _is_object(ts, place):
         held = {""}
     if not held:
-        raise CheckpointError(address, ["nothing lies there: no such bucket or path, or no permission to list it"])
+        raise CheckpointError(
+            address, ["nothing lies there: no such bucket or path, or no permission to list it"]
+        )
     return dataclasses.replace(place, held=frozenset(held))
 
 
@@ -130,13 +140,17 @@ def stamp(folder: RemotePath, names: Sequence[str]) -> str:
     ts = tensorstore(str(folder))
     with refused(str(folder), "cannot be read"):
         store = ts.KvStore.open(folder.kvstore, context=context(ts)).result()
-        reads = [store.read(name, byte_range=slice(0, 1)) for name in names if (folder / name).is_file()]
+        reads = [
+            store.read(name, byte_range=slice(0, 1)) for name in names if (folder / name).is_file()
+        ]
         return f"{folder}:{[read.result().stamp.generation for read in reads]}"
 
 
 def context(ts: Any) -> Any:
     """What stores opened together share: tensorstore's connections, and how often a request is tried again."""
-    return ts.Context({f"{driver}_request_retries": {"max_retries": _RETRIES} for driver in _DRIVERS.values()})
+    return ts.Context(
+        {f"{driver}_request_retries": {"max_retries": _RETRIES} for driver in _DRIVERS.values()}
+    )
 
 
 def tensorstore(location: str) -> Any:
@@ -157,7 +171,9 @@ def refused(location: str, what: str) -> Iterator[None]:
     except CheckpointError:  # a ValueError too, but it says already what it is
         raise
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise CheckpointError(location, [f"{what}: {str(error).strip().partition(chr(10))[0][:200]}"]) from error
+        raise CheckpointError(
+            location, [f"{what}: {str(error).strip().partition(chr(10))[0][:200]}"]
+        ) from error
 
 
 def _spec(scheme: str, bucket: str, path: str) -> dict[str, Any]:
@@ -166,7 +182,9 @@ def _spec(scheme: str, bucket: str, path: str) -> dict[str, Any]:
         # A variable of AWS's own libraries that tensorstore does not read.
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             spec["endpoint"] = endpoint.rstrip("/")
-        if os.environ.get("AWS_ACCESS_KEY_ID"):  # first by default, too, but with complaints that ~/.aws is not there
+        if os.environ.get(
+            "AWS_ACCESS_KEY_ID"
+        ):  # first by default, too, but with complaints that ~/.aws is not there
             spec["aws_credentials"] = {"type": "environment"}
     return spec
 
@@ -178,7 +196,9 @@ def _is_object(ts: Any, place: RemotePath) -> bool:
     """
     with refused(str(place), "cannot be read"):
         store = ts.KvStore.open(_spec(place.scheme, place.bucket, ""), context=context(ts)).result()
-        return store.read(place.key or "_METADATA", byte_range=slice(0, 1)).result().state == "value"
+        return (
+            store.read(place.key or "_METADATA", byte_range=slice(0, 1)).result().state == "value"
+        )
 
 
 def _is_wanted(name: str) -> bool:

@@ -23,7 +23,9 @@ _TOKEN = re.compile(r"[()]|[^\s()]+")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _SCALE = re.compile(r"\* (\w+|\d+\.?\d*)(?: \*\* (-?\d+\.?\d*))?")
 
-Parts = Mapping[str, Mapping[str, int | str]]  # of an axis: each part's label and size, a number or another axis
+Parts = Mapping[
+    str, Mapping[str, int | str]
+]  # of an axis: each part's label and size, a number or another axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Side:
 
     def match(self, name: str, parts: Parts) -> dict[str, str] | None:
         """The labels at which ``format`` gives ``name``; None if it never does."""
-        found = _pattern(self.name, tuple((axis, tuple(labels)) for axis, labels in parts.items())).fullmatch(name)
+        found = _pattern(
+            self.name, tuple((axis, tuple(labels)) for axis, labels in parts.items())
+        ).fullmatch(name)
         return None if found is None else found.groupdict()
 
 
@@ -84,7 +88,9 @@ class Rule:
         """
         ours, arrow, theirs = self.axes.partition(ARROW)
         if not arrow:
-            raise ValueError(f"pattern {self.axes!r}: expected two sides and {ARROW!r} between them")
+            raise ValueError(
+                f"pattern {self.axes!r}: expected two sides and {ARROW!r} between them"
+            )
         return _side(self.jax, ours, parts), _side(self.hf, theirs, parts)
 
     def factor(self, sizes: Mapping[str, int]) -> float:
@@ -111,9 +117,13 @@ def _side(name: str, text: str, parts: Parts) -> Side:
     axes = " ".join(words).replace("( ", "(").replace(" )", ")")
     groups = layout.parse(axes).groups
     named = set(_PLACEHOLDER.findall(name))
-    kept = [group for group in groups if not (len(group) == 1 and group[0] in named and _vanishes(group[0], parts))]
+    kept = [
+        group
+        for group in groups
+        if not (len(group) == 1 and group[0] in named and _vanishes(group[0], parts))
+    ]
     rest = " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in kept)
-    return Side(name, rest, frozenset(flipped), pads)
+    return Side(name, rest, frozenset(flipped), pads=pads)
 
 
 def _vanishes(axis: str, parts: Parts) -> bool:
@@ -156,17 +166,27 @@ class TreeMapping:
 
     def is_global(self, axis: str) -> bool:
         """Whether the axis means the same in every rule; any other name means something in its own rule only."""
-        return axis in self.fields or axis in self.sizes or axis in self.parts or axis in self._indices
+        return (
+            axis in self.fields or axis in self.sizes or axis in self.parts or axis in self._indices
+        )
 
     @functools.cached_property
     def _indices(self) -> frozenset[str]:
-        return frozenset(axis for rule in self.rules for axis in _PLACEHOLDER.findall(rule.jax + rule.hf))
+        return frozenset(
+            axis for rule in self.rules for axis in _PLACEHOLDER.findall(rule.jax + rule.hf)
+        )
 
 
 def rules(rows: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
     """Rules from rows of (JAX name, HF key, pattern[, scale]); a JAX name that ends in ``?`` is optional."""
     return tuple(
-        Rule(row[0].removesuffix("?"), row[1], row[2], row[3] if len(row) > 3 else "", row[0].endswith("?"))
+        Rule(
+            row[0].removesuffix("?"),
+            row[1],
+            row[2],
+            scale=row[3] if len(row) > 3 else "",
+            optional=row[0].endswith("?"),
+        )
         for row in rows
     )
 

@@ -76,7 +76,10 @@ class SafetensorsSource:
     @property
     def specs(self) -> Mapping[str, Spec]:
         """Every tensor's dtype and shape."""
-        return {name: Spec(files.DTYPES[t.dtype], t.shape) for name, t in self.checkpoint.tensors.items()}
+        return {
+            name: Spec(files.DTYPES[t.dtype], t.shape)
+            for name, t in self.checkpoint.tensors.items()
+        }
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
@@ -106,13 +109,17 @@ class MemorySource:
     def specs(self) -> Mapping[str, Spec]:
         """Return every array's dtype and shape, without random-number state."""
         return {
-            name: Spec(np.dtype(x.dtype), tuple(x.shape)) for name, x in self.arrays.items() if not is_random_state(x)
+            name: Spec(np.dtype(x.dtype), tuple(x.shape))
+            for name, x in self.arrays.items()
+            if not is_random_state(x)
         }
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
         """The array itself where it is a NumPy array, else a copy on the host."""
-        yield np.ascontiguousarray(np.asarray(self.arrays[name])).reshape(np.shape(self.arrays[name]))
+        yield np.ascontiguousarray(np.asarray(self.arrays[name])).reshape(
+            np.shape(self.arrays[name])
+        )
 
     def drop(self, name: str) -> None:
         """Nothing: the arrays are the caller's."""
@@ -233,7 +240,11 @@ def fingerprint(source: Source) -> str:
     specs = sorted((n, str(s.dtype), s.shape) for n, s in source.specs.items())
     digest = hashlib.sha256(repr((specs, source.stamp)).encode())
     if source.path is not None:
-        paths = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
+        paths = (
+            [source.path]
+            if source.path.is_file()
+            else sorted(p for p in source.path.rglob("*") if p.is_file())
+        )
         for file in paths:
             stat = file.stat()
             digest.update(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())

@@ -47,7 +47,9 @@ def find(
             continue
         for attribute in layer.variables:
             key, path = (layer.path, attribute), f"{layer.dotted}.{attribute}"
-            prefix = max((p for p in told if path == p or path.startswith(f"{p}.")), key=len, default=None)
+            prefix = max(
+                (p for p in told if path == p or path.startswith(f"{p}.")), key=len, default=None
+            )
             fitting = _fitting(layer, attribute)
             if prefix is not None:
                 used.add(prefix)
@@ -71,7 +73,9 @@ def find(
                     axes[key] = fitting[0]
                 else:
                     problems.append(_question(layer, attribute, fitting))
-    problems += [f"stack_axes: {name} is no stacked layer or array" for name in sorted(told.keys() - used)]
+    problems += [
+        f"stack_axes: {name} is no stacked layer or array" for name in sorted(told.keys() - used)
+    ]
     depths = {layer.path: _depth(layer, layers) for layer in layers}
     return Stacks(axes, depths, problems + _unequal(layers, axes, depths))
 
@@ -98,7 +102,11 @@ def _by_metadata(layer: Layer, attribute: str, fitting: list[Axes]) -> list[Axes
         return fitting
     names = tuple(names)
     likely = {"layer", "layers", "stack", "stacked", "scan", *layer.path}
-    named = [axes for axes in fitting if all(axis < len(names) and names[axis] in likely for axis in axes)]
+    named = [
+        axes
+        for axes in fitting
+        if all(axis < len(names) and names[axis] in likely for axis in axes)
+    ]
     return named or fitting
 
 
@@ -128,7 +136,9 @@ def _depth(layer: Layer, layers: Sequence[Layer]) -> int:
     return len(layer.path)
 
 
-def _unequal(layers: Sequence[Layer], axes: Mapping, depths: Mapping[tuple[str, ...], int]) -> list[str]:
+def _unequal(
+    layers: Sequence[Layer], axes: Mapping, depths: Mapping[tuple[str, ...], int]
+) -> list[str]:
     """Stacks whose arrays count different numbers of layers."""
     counts: dict[tuple[str, ...], dict[Axes, str]] = {}
     for layer in layers:

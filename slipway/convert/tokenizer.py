@@ -23,7 +23,9 @@ def tokenizer_files(directory: Path | None) -> list[Path]:
     """Return the paths of the tokenizer's and the processor's files in ``directory``."""
     if directory is None:
         return []
-    return [path for pattern in PATTERNS for path in sorted(directory.glob(pattern)) if path.is_file()]
+    return [
+        path for pattern in PATTERNS for path in sorted(directory.glob(pattern)) if path.is_file()
+    ]
 
 
 def copy_tokenizer(directory: Path | None, target: Path) -> None:
@@ -38,17 +40,25 @@ def copy_tokenizer(directory: Path | None, target: Path) -> None:
 def generation_file(config: Path | None, source: Path | None) -> Path | None:
     """generation_config.json beside the config.json that is used, where there is one."""
     directory = config or source
-    return directory / GENERATION if directory is not None and (directory / GENERATION).is_file() else None
+    return (
+        directory / GENERATION
+        if directory is not None and (directory / GENERATION).is_file()
+        else None
+    )
 
 
-def tokenizer_problems(directory: Path | None, generation: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
+def tokenizer_problems(
+    directory: Path | None, generation: Path | None, config: Mapping[str, Any]
+) -> Iterator[str]:
     """What does not fit the vocabulary: ids beyond it, a directory without a tokenizer."""
     vocab_size = config.get("vocab_size")
     if directory is not None:
         if not tokenizer_files(directory):
             yield f"{directory}: no tokenizer files"
         elif (directory / "tokenizer.json").is_file() and isinstance(vocab_size, int):
-            yield from _beyond(directory / "tokenizer.json", _largest_id(directory / "tokenizer.json"), vocab_size)
+            yield from _beyond(
+                directory / "tokenizer.json", _largest_id(directory / "tokenizer.json"), vocab_size
+            )
     if generation is not None and isinstance(vocab_size, int):
         values = json.loads(generation.read_bytes())
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):

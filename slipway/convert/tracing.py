@@ -37,14 +37,18 @@ class Trace:
     def scanned(self, variable: Any) -> tuple[int, ...]:
         """The axes over which the run has scanned."""
         axes = self.axes.get(id(variable), ())
-        return tuple(i for i, axis in enumerate(axes) if any(leaf.is_scanned for leaf in leaves(axis)))
+        return tuple(
+            i for i, axis in enumerate(axes) if any(leaf.is_scanned for leaf in leaves(axis))
+        )
 
 
 def trace_nnx(module: nnx.Module, example: Any) -> Trace:
     """Run ``module``, as ``module.eval()`` leaves it, on an example."""
     graph, state = nnx.split(module)
     held = list(nnx.to_flat_state(state))
-    variables = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)}
+    variables = {
+        path: node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)
+    }
 
     def call(values: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         flat = [(path, variable.replace(value)) for (path, variable), value in zip(held, values)]
@@ -53,7 +57,7 @@ def trace_nnx(module: nnx.Module, example: Any) -> Trace:
         return run(*args, **kwargs)
 
     values = [variable[...] for _, variable in held]
-    return trace(call, values, [id(variables[path]) for path, _ in held], example)
+    return trace(call, values, [id(variables[path]) for path, _ in held], example=example)
 
 
 def trace(
@@ -73,12 +77,21 @@ def trace(
         for i, x in zip(at, inputs):
             whole[i] = x
         args, kwargs = jax.tree.unflatten(structure, whole)
-        return [x for x in jax.tree.leaves(call(values, args, kwargs)) if isinstance(x, jax.Array | np.ndarray)]
+        return [
+            x
+            for x in jax.tree.leaves(call(values, args, kwargs))
+            if isinstance(x, jax.Array | np.ndarray)
+        ]
 
     jaxpr = jax.make_jaxpr(run)(list(values), inputs)
     axes = follow(jaxpr, ["param"] * len(values) + ["input"] * len(inputs))
     outputs = run(list(values), inputs)
-    return Trace(dict(zip(ids, axes)), jaxpr, [np.asarray(x) for x in inputs], [np.asarray(x) for x in outputs])
+    return Trace(
+        dict(zip(ids, axes)),
+        jaxpr,
+        [np.asarray(x) for x in inputs],
+        outputs=[np.asarray(x) for x in outputs],
+    )
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

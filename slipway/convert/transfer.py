@@ -1,5 +1,7 @@
-"""Decides how numbers get from one strided view to another: checked, scaled, rounded, in pieces that fit the cache.
-Knows views and dtypes; no names, no files.
+"""Copies between strided views: checked, scaled and rounded, in pieces that fit the CPU cache.
+
+Not here: the plan of the copies (plan.py), files (writer.py), copies bit for bit
+(slipway/checkpoint/copying.py).
 """
 
 import functools
@@ -19,21 +21,26 @@ PIECE_ELEMENTS = 1 << 20
 def pieces(
     move: Move, source: np.ndarray, dtype: np.dtype, memory: np.ndarray | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The target of ``move``, which it fills whole, in C order: (first element, numbers) of one piece after another.
+    """Yield (first element, numbers) of one piece of the target after another, in C order.
 
-    A piece is valid until the next is asked for. ``memory``: bytes to put pieces into where they suffice; new memory is
-    faulted in page by page, for every tensor anew.
+    ``move`` must fill its target whole. A piece is valid until the next is requested. ``memory``:
+    bytes for the pieces, used if large enough; new memory would be faulted in page by page for
+    every tensor.
     """
     view = broadcast(move, source)
     outer = next((dim for dim, size in enumerate(view.shape) if size > 1), 0)
     rows = view.shape[outer] if view.ndim else 1
     row_size = view.size // rows if rows else 0
     step = max(1, PIECE_ELEMENTS // max(1, row_size))
-    pages = PAGE // math.gcd(PAGE, row_size * dtype.itemsize)  # as many rows are whole pages
-    step -= step % pages if step > pages else 0
+    rows_of_pages = PAGE // math.gcd(PAGE, row_size * dtype.itemsize)  # fill whole pages
+    step -= step % rows_of_pages if step > rows_of_pages else 0
     size = min(step, rows) * row_size
     fits = memory is not None and memory.nbytes >= size * dtype.itemsize
-    buffer = memory[: size * dtype.itemsize].view(dtype) if memory is not None and fits else np.empty(size, dtype)
+    buffer = (
+        memory[: size * dtype.itemsize].view(dtype)
+        if memory is not None and fits
+        else np.empty(size, dtype)
+    )
     for start in range(0, rows if view.size else 0, step):
         part = view[(slice(None),) * outer + (slice(start, start + step),)] if view.ndim else view
         piece = buffer[: part.size]
@@ -42,20 +49,28 @@ def pieces(
 
 
 def broadcast(move: Move, source: np.ndarray) -> np.ndarray:
-    """The source's share, axes in the target's order; an axis that the source lacks is repeated without a copy."""
+    """Return the source's share of a target, with axes in the target's order.
+
+    An axis that the source lacks is repeated without a copy.
+    """
     view, shape = move.source.view(source, move.order), share_shape(move)
     return np.broadcast_to(view, shape) if view.shape != shape else view
 
 
 def share_shape(move: Move) -> tuple[int, ...]:
-    """The shape of what a move fills, axes taken apart."""
-    return tuple(len(range(*part.indices(size))) for part, size in zip(move.target.take, move.target.split))
+    """Return the shape of the part of the target that a move fills, one dimension for each axis."""
+    return tuple(
+        len(range(*part.indices(size))) for part, size in zip(move.target.take, move.target.split)
+    )
 
 
 def assembled(
-    moves: Sequence[Move], arrays: Mapping[str, np.ndarray], spec: Spec, memory: np.ndarray | None = None
+    moves: Sequence[Move],
+    arrays: Mapping[str, np.ndarray],
+    spec: Spec,
+    memory: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A target put together from its sources, in ``memory`` if that is given; what none of them fills is zero."""
+    """Assemble a target from its sources, in ``memory`` if given; unfilled elements are zero."""
     if memory is None:
         whole = np.zeros(spec.shape, spec.dtype)
     else:
@@ -63,18 +78,22 @@ def assembled(
         if not moves[0].target.is_whole:
             whole[...] = 0
     for move in moves:
-        fill(move.target.view(whole, move.order), broadcast(move, arrays[move.source.name]), move.factor)
+        fill(
+            move.target.view(whole, move.order),
+            broadcast(move, arrays[move.source.name]),
+            move.factor,
+        )
     return whole
 
 
 def fill(target: np.ndarray, source: np.ndarray, factor: float) -> None:
-    """``target = source * factor`` for views of equal shape, rounded once, to the nearest."""
+    """Compute ``target = source * factor`` for views of equal shape, rounded once to the nearest."""
     if factor == 1.0 and source.dtype == target.dtype:
         copy_bits(target, source)
     elif factor == 1.0:
         contiguous = np.empty(source.shape, source.dtype)
         copy_bits(contiguous, source)
-        with np.errstate(over="ignore", invalid="ignore"):  # checks look at the result
+        with np.errstate(over="ignore", invalid="ignore"):  # the result is checked later
             target[...] = contiguous.astype(target.dtype)
     else:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -82,25 +101,30 @@ def fill(target: np.ndarray, source: np.ndarray, factor: float) -> None:
 
 
 def not_finite(values: np.ndarray) -> int:
-    """How many of a contiguous array's floats are infinite or NaN; 0 for other dtypes."""
+    """Count the infinite and NaN values of a contiguous array; 0 for dtypes other than floats."""
     if not is_float(values.dtype) or not values.size:
         return 0
     flat, limit = values.reshape(-1), _largest(values.dtype)
-    return sum(count_above(flat[i : i + PIECE_ELEMENTS], limit) for i in range(0, flat.size, PIECE_ELEMENTS))
+    return sum(
+        count_above(flat[i : i + PIECE_ELEMENTS], limit)
+        for i in range(0, flat.size, PIECE_ELEMENTS)
+    )
 
 
 def max_ulp(one: np.ndarray, two: np.ndarray) -> int:
-    """The largest distance of two arrays of one float dtype, in representable numbers between them."""
+    """Return the largest distance of two arrays of one float dtype, in representable numbers."""
     a, b = (_ordered(np.ascontiguousarray(x)) for x in (one, two))
     return int(np.abs(a - b).max()) if a.size else 0
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether the dtype is a floating-point one, ml_dtypes' included."""
+    """Return whether the dtype is a floating-point one, including those of ml_dtypes."""
     return dtype.kind == "f" or dtype in _EXTENDED
 
 
-_EXTENDED = {np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
+_EXTENDED = {
+    np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+}
 
 
 @functools.cache
@@ -109,6 +133,6 @@ def _largest(dtype: np.dtype) -> int:
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
-    """Integers that are ordered, and spaced by one, as the floats are."""
+    """Return integers that have the order of the floats, and are spaced by one."""
     bits = values.view(f"i{values.itemsize}").astype(np.int64)
     return np.where(bits < 0, np.int64(-(1 << (8 * values.itemsize - 1))) - bits, bits)

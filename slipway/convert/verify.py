@@ -36,7 +36,8 @@ class _Comparing:
     """A writer that compares what it is given with the tensors of ``source``."""
 
     def __init__(self, source: Source):
-        self._source, self._lock = source, threading.Lock()
+        self._source = source
+        self._lock = threading.Lock()
         self.compared: list[Compared] = []
 
     def write(self, name: str, pieces: Pieces) -> None:
@@ -48,7 +49,9 @@ class _Comparing:
                 held = flat[first : first + piece.size]
                 if not np.array_equal(held.view(np.uint8), piece.view(np.uint8)):
                     differing += int(np.count_nonzero(held != piece))
-                    ulp = max(ulp, transfer.max_ulp(held, piece) if transfer.is_float(held.dtype) else 1)
+                    ulp = max(
+                        ulp, transfer.max_ulp(held, piece) if transfer.is_float(held.dtype) else 1
+                    )
         with self._lock:
             self.compared.append(Compared(name, differing, ulp))
 
@@ -84,14 +87,18 @@ def verify(conversion: Conversion, written: Sequence[Written], directory: Path) 
     ]
     if problems:
         raise CheckpointError(directory, problems)
-    execute(back, made, comparing, Options(dtypes))
+    execute(back, made, comparing, options=Options(dtypes))
     noted = {name for w in written if w.notes for name in w.sources}
     bounds: dict[str, int] = {}
     for name, ulp in ((name, w.max_ulp) for w in written for name in w.sources):
         bounds[name] = max(ulp, bounds.get(name, 0))
     tied = {pair[0].source.name for pair in conversion.options.tied.values()}
     for entry in comparing.compared:
-        if entry.differing and entry.name not in noted and entry.max_ulp > bounds.get(entry.name, 0):
+        if (
+            entry.differing
+            and entry.name not in noted
+            and entry.max_ulp > bounds.get(entry.name, 0)
+        ):
             problems.append(
                 f"{entry.name}: {entry.differing} numbers come back differently, by up to {entry.max_ulp} ulp"
             )
@@ -115,7 +122,10 @@ def _constants(conversion: Conversion, made: Source) -> Iterator[str]:
 
 
 def report(
-    conversion: Conversion, written: Sequence[Written], compared: Sequence[Compared], logits: Mapping[str, Any] | None
+    conversion: Conversion,
+    written: Sequence[Written],
+    compared: Sequence[Compared],
+    logits: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that is known of a conversion, as JSON."""
     return {
@@ -142,14 +152,21 @@ def explain(conversion: Conversion) -> str:
                 f"{held.source.name} {source.dtype}{list(source.shape)} -> {name} {spec.dtype}{list(spec.shape)}"
                 f"  {spec.nbytes:,} B\n    {held.rule.axes}{f'  {held.rule.scale}' if held.rule.scale else ''}"
             )
-    lines += [f"{name}: must equal what it is tied to, not written" for name in conversion.options.tied]
+    lines += [
+        f"{name}: must equal what it is tied to, not written" for name in conversion.options.tied
+    ]
     lines += [f"{name}: no weight, left out" for name in plan.ignored]
     if plan.mapping.note:
         lines.append(plan.mapping.note)
     total = sum(spec.nbytes for spec in conversion.targets.values())
-    lines.append(f"mapping {plan.mapping.name!r}: {len(conversion.targets)} tensors, {total:,} bytes")
+    lines.append(
+        f"mapping {plan.mapping.name!r}: {len(conversion.targets)} tensors, {total:,} bytes"
+    )
     if conversion.problems:
-        lines += [f"{len(conversion.problems)} problems:", *(f"  - {problem}" for problem in conversion.problems)]
+        lines += [
+            f"{len(conversion.problems)} problems:",
+            *(f"  - {problem}" for problem in conversion.problems),
+        ]
     return "\n".join(lines)
 
 
@@ -167,7 +184,8 @@ def summary(
         "  (consistent with the mapping's rules, right or wrong: a wrong rule has a wrong inverse)",
     ]
     lines += [
-        f"  {w.name}: {w.source_dtype} -> {w.dtype}, back within {w.max_ulp} ulp {'; '.join(w.notes)}" for w in lossy
+        f"  {w.name}: {w.source_dtype} -> {w.dtype}, back within {w.max_ulp} ulp {'; '.join(w.notes)}"
+        for w in lossy
     ]
     if logits and logits["max_logprob_difference"] is not None:
         lines.append(

@@ -82,4 +82,8 @@ def bare(source: Source) -> RenamedSource | None:
 
 def _renamed(source: Source, found: Mapping[str, str]) -> RenamedSource | None:
     held = {new: old for old, new in found.items()}
-    return RenamedSource(source, held) if len(held) == len(found) and held.keys() != found.keys() else None
+    return (
+        RenamedSource(source, held)
+        if len(held) == len(found) and held.keys() != found.keys()
+        else None
+    )

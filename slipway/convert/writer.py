@@ -1,7 +1,12 @@
-"""Decides how converted tensors reach the disk: aside, flushed, renamed when all are whole. Knows no rules.
+"""Writer of converted safetensors directories: written aside, flushed, renamed when all files are
+whole.
 
-Everything is written below ``OUT/.slipway-convert`` first; ``finish`` moves it into place, ``abandon`` removes it.
-After a kill nothing in OUT bears a checkpoint's name, and the journal says which tensors are whole.
+Everything is written below ``OUT/.slipway-convert`` first; ``finish`` moves it into place,
+``abandon`` removes it. After a kill no file in OUT has the name of a checkpoint's file, and the
+journal lists the tensors that are whole.
+
+Not here: Orbax and .npz output (orbax.py, archives.py), the layout of a safetensors file
+(slipway/checkpoint/shards.py).
 """
 
 import contextlib
@@ -26,46 +31,64 @@ ASIDE = ".slipway-convert"
 JOURNAL = "journal.json"
 JOURNAL_EVERY_S = 5.0
 
-Facts = Mapping[str, Any]  # what JSON can hold
+Facts = Mapping[str, Any]  # of values that JSON can hold
 Pieces = Iterator[tuple[int, np.ndarray]]
 
 
 class Writer(Protocol):
-    """Where converted tensors go. Threads may write different tensors at a time."""
+    """Output of a conversion. Threads may write different tensors at a time."""
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """One tensor: (first element, numbers) in C order, which together are the whole."""
+        """Write one tensor: pieces (first element, numbers) in C order, which together are the
+        whole.
+        """
 
     def done(self) -> Mapping[str, Facts]:
-        """The tensors that an earlier run has left whole, with what it noted of each."""
+        """Return the tensors that an earlier run completed, with the facts that it recorded of
+        each.
+        """
 
     def mark(self, name: str, facts: Facts) -> None:
-        """This tensor is written: a later run may leave it out."""
+        """Record a tensor as written, so that a later run may leave it out."""
 
     def finish(self) -> None:
-        """Everything is written: put it into place."""
+        """Put the complete output into place."""
 
     def abandon(self) -> None:
-        """Remove all that was written."""
+        """Remove everything that was written."""
 
 
 class SafetensorsWriter:
-    """An HF directory's weights: preallocated shards, filled in any order.
+    """Writer of the weights of an HF directory: preallocated shards, filled in any order.
 
-    ``identity`` names the conversion: a journal of another one is not resumed.
+    ``identity`` names the conversion: the journal of another conversion is not resumed.
     """
 
-    def __init__(self, directory: Path, specs: Mapping[str, Spec], shard_size_bytes: int, identity: str, resume: bool):
-        self._directory, self._aside, self._specs = directory, directory / ASIDE, specs
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, Spec],
+        shard_size_bytes: int,
+        identity: str,
+        resume: bool,
+    ):
+        self._directory = directory
+        self._aside = directory / ASIDE
+        self._specs = specs
         self._shards = shards.plan_shards(specs, shard_size_bytes)
-        self._identity, self._lock, self._flushed_at = identity, threading.Lock(), time.monotonic()
+        self._identity = identity
+        self._lock = threading.Lock()
+        self._flushed_at = time.monotonic()
         self._done = journal(self._aside, identity) if resume else {}
         self._writing = threading.Lock()
         self._places: dict[str, tuple[str, int]] = {}  # name -> shard, first byte
         self._open_files()
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """One tensor into its shard: whole pages past the page cache where that can be, the rest through it."""
+        """Write one tensor into its shard.
+
+        Whole pages bypass the page cache where the file system allows it; the rest does not.
+        """
         shard, start = self._places[name]
         itemsize = self._specs[name].dtype.itemsize
         for first, piece in pieces:
@@ -74,12 +97,15 @@ class SafetensorsWriter:
                 array, offset = self._write_pages(shard, array, offset)
             if array.size:
                 file = self._files[shard]
-                with self._writing:  # two threads that write to one file at a time spin on its lock
+                # One at a time: two threads that write to one file spin on its lock.
+                with self._writing:
                     _write(file, array, offset)
                     start_writeback(file, offset, array.size)
 
     def _write_pages(self, shard: str, array: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
-        """Write the whole pages where the file system can do that without its cache; what is left."""
+        """Write the whole pages without the page cache, if possible; return the rest and its
+        offset.
+        """
         size = array.size - array.size % PAGE
         if not size or shard not in self._direct:
             return array, offset
@@ -88,15 +114,17 @@ class SafetensorsWriter:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return array, offset  # this file system wants more than pages
+            return array, offset  # this file system requires a larger alignment
         return array[size:], offset + size
 
     def done(self) -> Mapping[str, Facts]:
-        """The tensors that an earlier run has left whole, with what it noted of each."""
+        """Return the tensors that an earlier run completed, with the facts that it recorded of
+        each.
+        """
         return dict(self._done)
 
     def mark(self, name: str, facts: Facts) -> None:
-        """Note a tensor as written; every few seconds what is noted is made durable."""
+        """Record a tensor as written; the records become durable every few seconds."""
         with self._lock:
             self._done[name] = facts
             if time.monotonic() - self._flushed_at > JOURNAL_EVERY_S:
@@ -104,7 +132,7 @@ class SafetensorsWriter:
                 self._flushed_at = time.monotonic()
 
     def finish(self) -> None:
-        """Flush all shards, rename them and what lies beside them, write the index."""
+        """Flush and rename all shards and the files beside them, and write the index."""
         self._flush()
         for file in self._files.values():
             os.fsync(file)
@@ -112,19 +140,20 @@ class SafetensorsWriter:
         for path in sorted(self._aside.iterdir()):  # weights and what was put beside them
             if path.name != JOURNAL:
                 place = self._directory / path.name
-                if place.is_dir():  # a folder of templates, from a run that was cut off here
+                if place.is_dir():  # a folder of templates, from a run that was killed here
                     shutil.rmtree(place)
                 os.replace(path, place)
         if len(self._shards) > 1:
             weight_map = {name: shard for shard, names in self._shards.items() for name in names}
             total_size = sum(spec.nbytes for spec in self._specs.values())
             shards.write_json(
-                self._directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+                self._directory / INDEX,
+                {"metadata": {"total_size": total_size}, "weight_map": weight_map},
             )
         shutil.rmtree(self._aside)
 
     def abandon(self) -> None:
-        """Remove all that was written."""
+        """Remove everything that was written."""
         self._close()
         shutil.rmtree(self._aside)
 
@@ -133,16 +162,21 @@ class SafetensorsWriter:
             shutil.rmtree(self._aside)
         self._aside.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, int] = {}
-        self._direct: dict[str, int] = {}  # the same files, where they can be written past the page cache
+        # The same files, opened past the page cache where the file system allows it.
+        self._direct: dict[str, int] = {}
         for shard, names in self._shards.items():
             moved = self._directory / shard
-            if moved.exists() and not (self._aside / shard).exists() and self._done.keys() >= set(names):
+            is_moved = moved.exists() and not (self._aside / shard).exists()
+            if is_moved and self._done.keys() >= set(names):
                 continue  # the earlier run was killed between two renames
-            header, places = shards.header(self._directory / shard, {name: self._specs[name] for name in names})
+            header, places = shards.header(
+                self._directory / shard, {name: self._specs[name] for name in names}
+            )
             file = os.open(self._aside / shard, os.O_RDWR | os.O_CREAT, 0o644)
             self._files[shard] = file
             size = len(header) + sum(self._specs[name].nbytes for name in names)
-            os.ftruncate(file, size)  # sparse: writing into extents that were allocated ahead took ten times as long
+            # Sparse: writing into extents that were allocated ahead took ten times as long.
+            os.ftruncate(file, size)
             os.pwrite(file, header, 0)
             self._places |= {name: (shard, place) for name, place in places.items()}
             with contextlib.suppress(OSError, AttributeError):
@@ -167,7 +201,7 @@ def _write(file: int, array: np.ndarray, offset: int) -> None:
 
 
 def journal(aside: Path, identity: str) -> dict[str, Facts]:
-    """What a journal of this very conversion lists."""
+    """Return the entries of a journal, if it is of the same conversion; otherwise none."""
     try:
         journal: dict[str, Any] = json.loads((aside / JOURNAL).read_bytes())
     except (FileNotFoundError, ValueError):

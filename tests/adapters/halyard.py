@@ -31,10 +31,13 @@ class HalyardAttention(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5 * 1.5
-        heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        heads = config.num_attention_heads * config.head_dim
+        kv_heads = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
@@ -42,9 +45,11 @@ class HalyardAttention(nn.Module):
 
     def forward(self, x, angles, **kwargs):
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in projections)
+        q, k = rotate(q, angles), rotate(k, angles)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
-        out, _ = attend(self, rotate(q, angles), rotate(k, angles), v, None, scaling=self.scaling, **kwargs)
+        out, _ = attend(self, q, k, v, None, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
@@ -59,7 +64,8 @@ class HalyardLayer(nn.Module):
 
     def forward(self, x, angles, **kwargs):
         y = self.norm(x)
-        return x + self.gains[0] * self.attn(y, angles, **kwargs) + self.gains[1] * self.down(self.up(y).relu() ** 2)
+        attended = self.attn(y, angles, **kwargs)
+        return x + self.gains[0] * attended + self.gains[1] * self.down(self.up(y).relu() ** 2)
 
 
 class HalyardPreTrainedModel(PreTrainedModel):
@@ -73,7 +79,9 @@ class HalyardModel(HalyardPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HalyardLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            HalyardLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.LayerNorm(config.hidden_size)
         frequencies = 10000.0 ** -torch.linspace(0, 1, config.head_dim // 4)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -102,11 +110,12 @@ class HalyardForCausalLM(HalyardPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
         hidden = self.model(input_ids, **kwargs).last_hidden_state
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden))
+        hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
 
 def rotate(x, angles):
-    """Turn the first half of each head, pair by pair."""
+    """Rotate the first half of each head, pair by pair."""
     turned, kept = x.chunk(2, -1)
     a, b = turned.chunk(2, -1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

@@ -40,7 +40,9 @@ def stand_in_kernel(q_TNH, k_TKH, v_TKH, cache, where, *, scale, window, soft_ca
             slots = [(tables[row, t // PAGE], t % PAGE) for t in range(lengths[row])]
             for slot, key, value in zip(slots[first:], k[ids], v[ids]):
                 cache[slot][0::2, 0], cache[slot][1::2, 0] = key, value
-            keys, values = (np.stack([cache[slot][part::2, 0] for slot in slots]) for part in (0, 1))
+            keys, values = (
+                np.stack([cache[slot][part::2, 0] for slot in slots]) for part in (0, 1)
+            )
             keys, values = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (keys, values))
             scores = np.einsum("tnh,snh->nts", q[ids], keys) * scale
             seen = np.arange(lengths[row])[None] <= np.arange(first, lengths[row])[:, None]
@@ -65,10 +67,16 @@ CONFIGS = {
 def saved(request, tmp_path):
     """A random model of each architecture: its directory, transformers' own, and vLLM's configuration of it."""
     config = CONFIGS[request.param](
-        vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=request.param == "Qwen2ForCausalLM",
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=request.param == "Qwen2ForCausalLM",
         architectures=[request.param],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -87,7 +95,9 @@ def loaded(name, vllm_config, mesh):
     model.load_weights(jax.random.key(0))
     graph, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
-    return lambda method, *args: getattr(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), method)(*args)
+    return lambda method, *args: getattr(
+        nnx.merge(graph, jax.tree.unflatten(structure, leaves)), method
+    )(*args)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -98,7 +108,10 @@ def test_chunks_and_decoding_give_transformers_logits(saved, devices, monkeypatc
     call = loaded(name, vllm_config, mesh)
     heads, head_dim = max(2, devices), getattr(model.config, "head_dim", None) or 8
     split = NamedSharding(mesh, P("data", None, "model", None, None))
-    caches = [jax.device_put(jnp.zeros((1 + ROWS * PER_ROW, PAGE, 2 * heads, 1, head_dim)), split) for _ in range(2)]
+    caches = [
+        jax.device_put(jnp.zeros((1 + ROWS * PER_ROW, PAGE, 2 * heads, 1, head_dim)), split)
+        for _ in range(2)
+    ]
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 67, n).tolist() for n in (11, 3)]
     for chunks in (
@@ -117,15 +130,27 @@ def test_chunks_and_decoding_give_transformers_logits(saved, devices, monkeypatc
         where = fakes.AttentionMetadata(
             *(
                 jnp.array(x, jnp.int32)
-                for x in (positions + padding, 1 + np.arange(ROWS * PER_ROW), lengths, starts, [0, 0, len(chunks)])
+                for x in (
+                    positions + padding,
+                    1 + np.arange(ROWS * PER_ROW),
+                    lengths,
+                    starts,
+                    [0, 0, len(chunks)],
+                )
             )
         )
-        caches, hidden, auxiliary, experts = call("__call__", caches, jnp.array(ids + padding, jnp.int32), where)
+        caches, hidden, auxiliary, experts = call(
+            "__call__", caches, jnp.array(ids + padding, jnp.int32), where
+        )
         assert auxiliary == [] and experts is None and hidden.shape == (12, 32)
         found, at = np.asarray(call("compute_logits", hidden)), 0
         for row, (first, tokens) in enumerate(chunks):
             with torch.no_grad():
-                expected = model(torch.tensor([whole[row][: first + len(tokens)]])).logits[0, first:].numpy()
+                expected = (
+                    model(torch.tensor([whole[row][: first + len(tokens)]]))
+                    .logits[0, first:]
+                    .numpy()
+                )
             np.testing.assert_allclose(found[at : at + len(tokens)], expected, rtol=0, atol=2e-4)
             at += len(tokens)
 
@@ -177,7 +202,9 @@ def test_the_plugin_registers_every_architecture_and_maxtext(monkeypatch):
     loader = types.SimpleNamespace(register_model=registered.__setitem__)
     monkeypatch.setattr(adapter.importlib, "import_module", lambda name: loader)
     adapter.register()
-    names = {f"Slipway{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")}
+    names = {
+        f"Slipway{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    }
     assert registered.keys() == names | {"MaxTextForCausalLM"}
 
 

@@ -20,13 +20,16 @@ from tests.adapters import fakes
 
 
 def a_config(**fields):
-    text = types.SimpleNamespace(num_key_value_heads=8, hidden_size=6, num_hidden_layers=2, **fields)
+    text = types.SimpleNamespace(
+        num_key_value_heads=8, hidden_size=6, num_hidden_layers=2, **fields
+    )
     model = fakes.ModelConfig("somewhere", text, hf_config_path="somewhere")
     return fakes.VllmConfig(model, additional_config={"maxtext_config": {"model_name": "qwen3-8b"}})
 
 
 @pytest.mark.parametrize(
-    ("heads", "shards", "raised"), [(8, 8, 8), (8, 4, 8), (2, 8, 8), (1, 4, 4), (3, 8, 3), (8, 12, 8), (4, 12, 12)]
+    ("heads", "shards", "raised"),
+    [(8, 8, 8), (8, 4, 8), (2, 8, 8), (1, 4, 4), (3, 8, 3), (8, 12, 8), (4, 12, 12)],
 )
 def test_kv_heads_are_raised_to_a_multiple_that_is_the_shards(heads, shards, raised):
     assert maxtext.raised_kv_heads(heads, shards) == raised
@@ -34,7 +37,15 @@ def test_kv_heads_are_raised_to_a_multiple_that_is_the_shards(heads, shards, rai
 
 @pytest.mark.parametrize(
     ("size", "shards", "padded"),
-    [(768, 1, 768), (768, 4, 1024), (512, 4, 1024), (512, 8, 2048), (1536, 2, 1536), (1408, 1, 2048), (100, 1, 256)],
+    [
+        (768, 1, 768),
+        (768, 4, 1024),
+        (512, 4, 1024),
+        (512, 8, 2048),
+        (1536, 2, 1536),
+        (1408, 1, 2048),
+        (100, 1, 256),
+    ],
 )
 def test_experts_are_padded_to_powers_of_two_until_each_shard_is_aligned(size, shards, padded):
     assert maxtext.padded_moe_mlp_dim(size, shards) == padded
@@ -45,8 +56,11 @@ def test_overrides_are_the_users_and_what_the_shards_need(caplog):
     config = a_config(num_global_key_value_heads=4, moe_intermediate_size=512)
     config.sharding_config = fakes.ShardingConfig(tp_size=4, expert_size=4, attn_dp_size=2)
     assert maxtext.overrides(config) == {
-        "model_name": "qwen3-8b", "base_num_kv_heads": 16, "global_num_kv_heads": 16, "padded_base_moe_mlp_dim": 2048,
-    }  # fmt: skip
+        "model_name": "qwen3-8b",
+        "base_num_kv_heads": 16,
+        "global_num_kv_heads": 16,
+        "padded_base_moe_mlp_dim": 2048,
+    }
     assert "512 to 2048" in caplog.text
     nested = a_config()
     nested.model_config.hf_config = types.SimpleNamespace(text_config=nested.model_config.hf_config)
@@ -100,7 +114,10 @@ class Decoder(nnx.Module):
     ):
         for layer in range(len(kv_caches)):
             kv_caches[layer] = kv_caches[layer] + 10**layer
-        assert decoder_input_tokens.shape == decoder_positions.shape == (5, 1) and model_mode == "autoregressive"
+        assert (
+            decoder_input_tokens.shape == decoder_positions.shape == (5, 1)
+            and model_mode == "autoregressive"
+        )
         x_T1D = self.token_embedder(decoder_input_tokens)
         if decoder_input_embeddings is not None:
             x_T1D = decoder_input_embeddings
@@ -118,9 +135,15 @@ class Embedder(nnx.Module):
 def made_configuration(load_parameters_path="", model_name="default", rope_type="default", **sizes):
     """MaxText's, as far as it is read; its path is text, empty where there is none."""
     return types.SimpleNamespace(
-        logical_axis_rules=[("embed", None)], dtype=jnp.float32, load_parameters_path=load_parameters_path,
-        mesh_axes=["data", "model"], emb_dim=6, num_decoder_layers=2, model_name=model_name, rope_type=rope_type,
-    )  # fmt: skip
+        logical_axis_rules=[("embed", None)],
+        dtype=jnp.float32,
+        load_parameters_path=load_parameters_path,
+        mesh_axes=["data", "model"],
+        emb_dim=6,
+        num_decoder_layers=2,
+        model_name=model_name,
+        rope_type=rope_type,
+    )
 
 
 @pytest.fixture
@@ -157,12 +180,16 @@ def test_a_maxtext_model_is_called_as_tpu_inference_calls_models(fake_maxtext):
     ids = jnp.array([1, 2, 3, 4, 5])
     table = np.asarray(model.get_input_embeddings()[...])
     for metadata in (where, {"layer.0": where, "layer.1": where}):
-        caches, hidden, auxiliary, experts = model.forward([jnp.zeros(2)], ids, metadata, None, None, (("layer.0", 0),))
+        caches, hidden, auxiliary, experts = model.forward(
+            [jnp.zeros(2)], ids, metadata, None, None, (("layer.0", 0),)
+        )
         np.testing.assert_allclose(hidden, table[1:6] * np.arange(5)[:, None], rtol=1e-6)
         assert (np.asarray(caches[0]) == 1).all() and auxiliary == [] and experts is None
     _, hidden, *_ = model([jnp.zeros(2)], None, where, jnp.ones((5, 6)))
     np.testing.assert_allclose(hidden, np.ones((5, 6)) * np.arange(5)[:, None])
-    np.testing.assert_allclose(model.compute_logits(jnp.ones((3, 6))), np.ones((3, 6)) @ table.T, rtol=1e-5)
+    np.testing.assert_allclose(
+        model.compute_logits(jnp.ones((3, 6))), np.ones((3, 6)) @ table.T, rtol=1e-5
+    )
     np.testing.assert_array_equal(np.asarray(model.embed_input_ids(ids)), table[1:6])
 
 
@@ -175,9 +202,14 @@ def test_a_maxtext_model_is_called_as_tpu_inference_calls_models(fake_maxtext):
 def test_every_layer_has_the_cache_that_its_name_leads_to(fake_maxtext, places, left):
     model = maxtext.MaxTextForCausalLM(a_config(), jax.random.key(0), one_device())
     model.load_weights(jax.random.key(0))
-    names = (*((f"layer.{layer}", place) for layer, place in enumerate(places)), ("layer.0.state", 5))
+    names = (
+        *((f"layer.{layer}", place) for layer, place in enumerate(places)),
+        ("layer.0.state", 5),
+    )
     where = fakes.AttentionMetadata(jnp.arange(5), *(jnp.zeros(1, jnp.int32),) * 4)
-    caches, *_ = model([jnp.zeros((), jnp.int32) for _ in left], jnp.arange(5), where, None, None, names)
+    caches, *_ = model(
+        [jnp.zeros((), jnp.int32) for _ in left], jnp.arange(5), where, None, None, names
+    )
     assert [int(cache) for cache in caches] == left
 
 
@@ -217,7 +249,9 @@ def test_maxtexts_rotary_embedding_is_the_one_that_a_conversion_follows(
     model_type, model_name, rope_type, hf, is_right
 ):
     config = made_configuration(model_name=model_name, rope_type=rope_type)
-    described = types.SimpleNamespace(hidden_size=6, num_hidden_layers=2, model_type=model_type, **hf)
+    described = types.SimpleNamespace(
+        hidden_size=6, num_hidden_layers=2, model_type=model_type, **hf
+    )
     if is_right:
         maxtext.check(config, described, one_device())
         return

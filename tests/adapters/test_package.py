@@ -62,7 +62,9 @@ def saved(tmp_path):
 
 
 def save(directory, **config):
-    model = halyard.HalyardForCausalLM(halyard.HalyardConfig(architectures=["HalyardForCausalLM"], **config))
+    model = halyard.HalyardForCausalLM(
+        halyard.HalyardConfig(architectures=["HalyardForCausalLM"], **config)
+    )
     model.save_pretrained(directory)
     return directory
 
@@ -89,11 +91,16 @@ def fake(tmp_path, monkeypatch, architectures="{}"):
 def test_the_package_registers_the_twin(tmp_path, monkeypatch, capsys, saved, engine):
     out = tmp_path / "package"
     monkeypatch.setattr(
-        sys, "argv", ["slipway", "adapt", str(saved), "--for", engine, "--twin", str(TWIN), "--out", str(out)]
+        sys,
+        "argv",
+        ["slipway", "adapt", str(saved), "--for", engine, "--twin", str(TWIN), "--out", str(out)],
     )
     cli.main()
     said = capsys.readouterr().out
-    assert "22 tensors, a home for each" in said and f"{engine} is not installed here" in said
+    assert (
+        "22 tensors, each with a parameter in the twin" in said
+        and f"{engine} is not installed here" in said
+    )
     assert f"pip install --no-deps {out}" in said
     name = f"halyard_for_{engine}"
     points = tomllib.loads((out / "pyproject.toml").read_text())["project"]["entry-points"]
@@ -108,7 +115,9 @@ def test_the_package_registers_the_twin(tmp_path, monkeypatch, capsys, saved, en
     assert classes == ["HalyardConfig", "HalyardModel", "HalyardForCausalLM"]
     backend = "vllm.model_executor.models.transformers:TransformersForCausalLM"
     assert registered == ({"HalyardForCausalLM": backend} if engine == "vllm" else {})
-    assert entries == ({} if engine == "vllm" else {"HalyardForCausalLM": "sglang.srt.models.transformers"})
+    assert entries == (
+        {} if engine == "vllm" else {"HalyardForCausalLM": "sglang.srt.models.transformers"}
+    )
     assert (out / name / "twin.py").read_text() == TWIN.read_text()
 
 
@@ -120,13 +129,23 @@ def test_every_misfit_is_in_one_error_and_nothing_is_written(tmp_path, monkeypat
 
     edited(saved, change)
     out = tmp_path / "package"
-    words = ["slipway", "adapt", str(saved), "--for", "vllm", "--twin", f"{TWIN}:HalyardForCausalLM", "--out", str(out)]
+    words = [
+        "slipway",
+        "adapt",
+        str(saved),
+        "--for",
+        "vllm",
+        "--twin",
+        f"{TWIN}:HalyardForCausalLM",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and "3 problems" in err and not out.exists()
-    assert "model.layers.0.gate.weight: no home in the twin for a tensor (3, 4)" in err
+    assert "model.layers.0.gate.weight: the twin has no parameter for this tensor (3, 4)" in err
     assert "model.layers.0.up.weight: got (128, 192), the twin has (192, 128)" in err
     assert "model.layers.1.gains: no tensor for the twin's (2, 128)" in err
 
@@ -146,7 +165,9 @@ def test_tied_tables(tmp_path):
         tensors["lm_head.weight"][3, 4] += 1
 
     edited(saved, another)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight: differs from model.embed_tokens.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight: differs from model.embed_tokens.weight"
+    ):
         adapt(str(saved), str(TWIN), "sglang", tmp_path / "differs")
 
 
@@ -161,16 +182,22 @@ def test_a_tie_that_only_one_side_knows(tmp_path):
     ]
 
 
-HEADS = "q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))"
-CALL = "attend(self, rotate(q, angles), rotate(k, angles), v, None, scaling=self.scaling, **kwargs)"
+HEADS = "q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in projections)"
+CALL = "attend(self, q, k, v, None, scaling=self.scaling, **kwargs)"
 REPEATED = f"{HEADS}; k, v = (y.repeat_interleave(self.num_key_value_groups, 1) for y in (k, v))"
 LAYER_NORM = "self.norm = nn.LayerNorm(config.hidden_size, bias=False)"
 ROTATE = "\n\ndef rotate("
-RMS_NORM = "\n\nclass OddRMSNorm(nn.RMSNorm):\n    def forward(self, x):\n        return super().forward(x) * 2\n"
-NUMBERS = "self.config, self.layer_idx, self.head_dim = config, layer_idx"
+RMS_NORM = """
+
+class OddRMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+"""
+NUMBERS = "self.layer_idx = layer_idx"
 OWN = "out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)"
 NEW_HEAD = "self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)"
-UNLIKE = {  # what is changed in Halyard's file, the engines that would compute something else then, and what is said
+# What is changed in Halyard's file, the engines that would then compute something else, the error.
+UNLIKE = {
     "attention of its own": (
         [(f"out, _ = {CALL}", OWN)], ENGINES, "attention: layers [] called ALL_ATTENTION_FUNCTIONS",
     ),
@@ -188,7 +215,7 @@ UNLIKE = {  # what is changed in Halyard's file, the engines that would compute 
         [(CALL, CALL.replace("None,", "None, softcap=30.0,"))], ENGINES, "layer 0: softcap: got 30.0"
     ),
     "layers without numbers": (
-        [(NUMBERS, NUMBERS.replace("self.layer_idx", "self.number"))],
+        [(NUMBERS, "self.number = layer_idx")],
         ENGINES, "attention: layers [None, None]",
     ),
     "a scale that vLLM does not see": (
@@ -210,7 +237,7 @@ UNLIKE = {  # what is changed in Halyard's file, the engines that would compute 
     ),
     "logits made smaller": ([("logits=self", "logits=0.5 * self")], ENGINES, "logits: expected lm_head's"),
     "something in front of the head": (
-        [("else hidden)", "else hidden.relu())")], ENGINES, "lm_head: expected to be called once, with what `model`"
+        [("lm_head(hidden)", "lm_head(hidden.relu())")], ENGINES, "lm_head: expected to be called once, with what `model`"
     ),
     "an RMSNorm by name": (
         [(LAYER_NORM, "self.norm = OddRMSNorm(config.hidden_size)"), (ROTATE, RMS_NORM + ROTATE)],
@@ -225,7 +252,7 @@ UNLIKE = {  # what is changed in Halyard's file, the engines that would compute 
         ENGINES, "layers: outside of attention a token's result depends on its neighbours, or not on its position_ids",
     ),
     "a bias of the head": (
-        [(NEW_HEAD, NEW_HEAD.replace("False", "True"))], ("sglang",), "lm_head.bias: sglang has a home only"
+        [(NEW_HEAD, NEW_HEAD.replace("False", "True"))], ("sglang",), "lm_head.bias: sglang loads only tensors in"
     ),
 }  # fmt: skip
 
@@ -285,7 +312,11 @@ def test_what_is_no_twin_is_refused(tmp_path, saved, name):
 
 def test_the_line_of_the_twin_that_failed_is_named(tmp_path, saved):
     twin = twin_with(tmp_path, ("config.intermediate_size", "config.mlp_size"))
-    line = next(i for i, text in enumerate(Path(twin).read_text().splitlines(), 1) if "config.mlp_size" in text)
+    line = next(
+        i
+        for i, text in enumerate(Path(twin).read_text().splitlines(), 1)
+        if "config.mlp_size" in text
+    )
     with pytest.raises(InvalidConfig, match=f"twin.py:{line}'.*mlp_size"):
         adapt(str(saved), twin, "vllm", tmp_path / "package")
 
@@ -312,13 +343,15 @@ def test_a_model_type_of_transformers_is_not_taken_over(tmp_path, saved):
     twin = twin_with(tmp_path, ('"halyard"', '"llama"'))
     path = saved / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama"}))
-    with pytest.raises(UnsupportedModel, match="transformers has a model of this one"):
+    with pytest.raises(UnsupportedModel, match="transformers has a model of this model_type"):
         adapt(str(saved), twin, "vllm", tmp_path / "package")
 
 
 def test_an_installed_engine_is_asked(tmp_path, monkeypatch, saved):
     fake(tmp_path, monkeypatch, "{'LlamaForCausalLM': ''}")
-    assert "lacks HalyardForCausalLM" in adapt(str(saved), str(TWIN), "vllm", tmp_path / "lacks").asked
+    assert (
+        "lacks HalyardForCausalLM" in adapt(str(saved), str(TWIN), "vllm", tmp_path / "lacks").asked
+    )
     assert "could not be asked" in adapt(str(saved), str(TWIN), "sglang", tmp_path / "broken").asked
     fake(tmp_path, monkeypatch, "{'HalyardForCausalLM': ''}")
     with pytest.raises(UnsupportedModel, match=r"architectures.*lacks"):
@@ -345,7 +378,14 @@ def test_transformers_is_left_as_it_was(tmp_path, saved):
 def convert(tmp_path, monkeypatch, tensors, *flags):
     """`slipway convert` of a tree, by the command; the exit code."""
     np.savez(tmp_path / "tree.npz", **tensors)
-    words = ["convert", str(tmp_path / "tree.npz"), str(tmp_path / "out"), "--config", str(tmp_path / "model"), *flags]
+    words = [
+        "convert",
+        str(tmp_path / "tree.npz"),
+        str(tmp_path / "out"),
+        "--config",
+        str(tmp_path / "model"),
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", ["slipway", *words])
     try:
         cli.main()

@@ -30,7 +30,8 @@ def test_any_view_is_copied_as_numpy_copies_it(data):
             view = view[(*at, slice(1, None, 2))]
         elif kind == "repeated":
             view = np.broadcast_to(
-                view[(*at, slice(0, 1))], (*view.shape[:dim], min(1, view.shape[dim]) * 3, *view.shape[dim + 1 :])
+                view[(*at, slice(0, 1))],
+                (*view.shape[:dim], min(1, view.shape[dim]) * 3, *view.shape[dim + 1 :]),
             )
     target = np.zeros([2 * n for n in view.shape], dtype)[(*(slice(0, n) for n in view.shape), ...)]
     if data.draw(st.booleans()):

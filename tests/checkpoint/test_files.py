@@ -31,7 +31,11 @@ def write_raw(path: Path, header: object, data: bytes, length: int | None = None
 
 def entry(start: int, stop: int, shape=None, dtype="F32") -> dict:
     """A header entry; by default of a vector of floats that fits its place."""
-    return {"dtype": dtype, "shape": [(stop - start) // 4] if shape is None else shape, "data_offsets": [start, stop]}
+    return {
+        "dtype": dtype,
+        "shape": [(stop - start) // 4] if shape is None else shape,
+        "data_offsets": [start, stop],
+    }
 
 
 @pytest.fixture
@@ -76,9 +80,16 @@ def test_arrays_are_read_only_views_that_outlive_the_checkpoint(directory):
 
 
 def test_shards_are_joined_by_their_index(directory):
-    safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, directory / "model-00001-of-00002.safetensors")
-    safetensors.numpy.save_file({"b": np.zeros(2, np.float32)}, directory / "model-00002-of-00002.safetensors")
-    index(directory, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
+    safetensors.numpy.save_file(
+        {"a": np.ones(3, np.float32)}, directory / "model-00001-of-00002.safetensors"
+    )
+    safetensors.numpy.save_file(
+        {"b": np.zeros(2, np.float32)}, directory / "model-00002-of-00002.safetensors"
+    )
+    index(
+        directory,
+        {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    )
     (directory / "generation_config.json").write_text('{"eos_token_id": 7}')
     checkpoint = open_checkpoint(directory)
     assert checkpoint.array("a").tolist() == [1, 1, 1] and checkpoint.array("b").tolist() == [0, 0]
@@ -116,14 +127,24 @@ def test_a_single_file_has_one_name(directory):
 
 FILES = {
     "shorter than its length field": (b"", b"", 0, ""),
-    "header longer than the file": ({"a": entry(0, 8)}, bytes(8), 10**6, "claims a header of 1000000 bytes"),
+    "header longer than the file": (
+        {"a": entry(0, 8)},
+        bytes(8),
+        10**6,
+        "claims a header of 1000000 bytes",
+    ),
     "header over the limit": ({}, b"", MAX_HEADER_BYTES + 1, "claims a header"),
     "header not JSON": (b"{nonsense", b"", None, "not readable as JSON"),
     "header not text": (b"\xff\xfe\xfd", b"", None, "not readable as JSON"),
     "header not an object": ([1], b"", None, "header is list"),
     "a name twice": (b'{"a": 1, "a": 1}', b"", None, "'a' occurs twice"),
     "entry not an object": ({"a": 3}, b"", None, "a: expected dtype, shape and data_offsets"),
-    "entry lacks a field": ({"a": {"dtype": "F32", "shape": []}}, b"", None, "a: expected dtype, shape and"),
+    "entry lacks a field": (
+        {"a": {"dtype": "F32", "shape": []}},
+        b"",
+        None,
+        "a: expected dtype, shape and",
+    ),
     "unknown dtype": ({"a": entry(0, 8, dtype="F31")}, bytes(8), None, "dtype 'F31'"),
     "dtype not a string": ({"a": entry(0, 8, dtype=["F32"])}, bytes(8), None, "dtype ['F32']"),
     "negative shape": ({"a": entry(0, 8, [-1, -2])}, bytes(8), None, "shape [-1, -2]"),
@@ -131,12 +152,27 @@ FILES = {
     "boolean shape": ({"a": entry(0, 4, [True])}, bytes(4), None, "shape [True]"),
     "offsets reversed": ({"a": entry(8, 0, [2])}, bytes(8), None, "data_offsets [8, 0]"),
     "offsets negative": ({"a": entry(-8, 0, [2])}, bytes(8), None, "data_offsets [-8, 0]"),
-    "size and shape differ": ({"a": entry(0, 8, [3])}, bytes(8), None, "8 bytes, but F32 of shape (3,) takes 12"),
+    "size and shape differ": (
+        {"a": entry(0, 8, [3])},
+        bytes(8),
+        None,
+        "8 bytes, but F32 of shape (3,) takes 12",
+    ),
     "truncated": ({"a": entry(0, 8)}, bytes(7), None, "ends at byte 8 of 7"),
     "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), None, "b overlaps a by 4 bytes"),
     "nested": ({"a": entry(0, 12), "b": entry(4, 8)}, bytes(12), None, "b overlaps a by 8 bytes"),
-    "hole in front": ({"a": entry(4, 8)}, bytes(8), None, "a hole of 4 bytes between the header and a"),
-    "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12), None, "a hole of 4 bytes between a and b"),
+    "hole in front": (
+        {"a": entry(4, 8)},
+        bytes(8),
+        None,
+        "a hole of 4 bytes between the header and a",
+    ),
+    "hole": (
+        {"a": entry(0, 4), "b": entry(8, 12)},
+        bytes(12),
+        None,
+        "a hole of 4 bytes between a and b",
+    ),
     "trailing bytes": ({"a": entry(0, 8)}, bytes(9), None, "1 trailing bytes"),
 }
 
@@ -157,7 +193,9 @@ def test_every_problem_of_a_file_at_once(directory):
     assert [problem.split(": ")[1] for problem in problems(directory)] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/x.safetensors", "..", "a\\b.safetensors", "model.bin"])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/x.safetensors", "..", "a\\b.safetensors", "model.bin"]
+)
 def test_index_stays_in_its_directory(directory, name):
     index(directory, {"a": name})
     (problem,) = problems(directory)
@@ -172,11 +210,21 @@ def test_index_maps_names_to_files(directory, weight_map):
 
 
 def test_every_disagreement_of_index_and_shards_at_once(directory):
-    write_raw(directory / "1.safetensors", {"a": entry(0, 4), "twice": entry(4, 8), "extra": entry(8, 12)}, bytes(12))
+    write_raw(
+        directory / "1.safetensors",
+        {"a": entry(0, 4), "twice": entry(4, 8), "extra": entry(8, 12)},
+        bytes(12),
+    )
     write_raw(directory / "2.safetensors", {"twice": entry(0, 4)}, bytes(4))
-    index(directory, {
-        "a": "1.safetensors", "twice": "1.safetensors", "lost": "2.safetensors", "gone": "3.safetensors",
-    })  # fmt: skip
+    index(
+        directory,
+        {
+            "a": "1.safetensors",
+            "twice": "1.safetensors",
+            "lost": "2.safetensors",
+            "gone": "3.safetensors",
+        },
+    )
     assert problems(directory) == [
         "1.safetensors: holds extra, which the index does not name",
         f"{INDEX}: places lost in 2.safetensors, which does not hold it",
@@ -186,11 +234,15 @@ def test_every_disagreement_of_index_and_shards_at_once(directory):
 
 
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
-@pytest.mark.parametrize("opened", [open_checkpoint, open_tensors, open_without_weights, open_source])
+@pytest.mark.parametrize(
+    "opened", [open_checkpoint, open_tensors, open_without_weights, open_source]
+)
 def test_an_adapter_given_as_a_model(tmp_path, weights, opened):
     config = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file({"base_model.model.x.lora_A.weight": np.ones((1, 1), np.float32)}, tmp_path / weights)
+    safetensors.numpy.save_file(
+        {"base_model.model.x.lora_A.weight": np.ones((1, 1), np.float32)}, tmp_path / weights
+    )
     with pytest.raises(CheckpointError) as caught:
         opened(tmp_path)
     [problem] = caught.value.problems

@@ -12,7 +12,11 @@ from slipway.errors import CheckpointError, InvalidConfig
 
 pytestmark = pytest.mark.host
 SHA = "a" * 40
-REFUSALS = {"org/gated": (403, "GatedRepo"), "org/absent": (404, "RepoNotFound"), "org/broken": (500, "")}
+REFUSALS = {
+    "org/gated": (403, "GatedRepo"),
+    "org/absent": (404, "RepoNotFound"),
+    "org/broken": (500, ""),
+}
 FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
@@ -43,14 +47,21 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 return self._answer(200, json.dumps({"id": "org/model", "sha": SHA}).encode(), {})
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if "/tree/" in self.path:
-            files = [{"type": "file", "path": p, "size": len(b), "oid": p.encode().hex()} for p, b in FILES.items()]
+            files = [
+                {"type": "file", "path": p, "size": len(b), "oid": p.encode().hex()}
+                for p, b in FILES.items()
+            ]
             return self._answer(200, json.dumps(files).encode(), {})
         body = FILES[self.path.partition(f"/resolve/{SHA}/")[2]]
         return self._answer(200, body, {"ETag": f'"{len(body)}-etag"', "X-Repo-Commit": SHA})
 
     def _answer(self, status, body, headers):
         self.send_response(status)
-        for name, text in {**headers, "Content-Length": str(len(body)), "Content-Type": "application/json"}.items():
+        for name, text in {
+            **headers,
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+        }.items():
             self.send_header(name, text)
         self.end_headers()
         if self.command == "GET":
@@ -110,7 +121,9 @@ def test_a_model_has_a_name():
         resolve("")
 
 
-@pytest.mark.parametrize("model", ["/no/such", "./no", "../no", "~/no-such", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize(
+    "model", ["/no/such", "./no", "../no", "~/no-such", "~nobody-of-this-name/x"]
+)
 def test_a_path_is_not_looked_for_on_the_hub(model):
     assert problem(model) == "no such directory"
 
@@ -132,7 +145,9 @@ def test_a_cached_snapshot_serves_offline(cache):
     (repository / "refs" / "main").write_text(SHA)
     snapshot = repository / "snapshots" / SHA
     snapshot.mkdir(parents=True)
-    assert resolve("org/name") == resolve("org/name", "main") == resolve("org/name", SHA) == snapshot
+    assert (
+        resolve("org/name") == resolve("org/name", "main") == resolve("org/name", SHA) == snapshot
+    )
 
 
 def test_what_is_not_cached_is_refused_offline(cache):

@@ -8,7 +8,12 @@ from slipway.checkpoint import files, names
 from slipway.errors import CheckpointError
 
 pytestmark = pytest.mark.host
-WANTED = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"}
+WANTED = {
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +33,9 @@ def test_wrappers_around_a_name(name):
     assert names.plain([name], WANTED) == {name: "model.layers.0.self_attn.q_proj.weight"}
 
 
-@pytest.mark.parametrize("name", ["params.layers.q.kernel", "decoder.norm.scale", "layer.lora_a", "module.other"])
+@pytest.mark.parametrize(
+    "name", ["params.layers.q.kernel", "decoder.norm.scale", "layer.lora_a", "module.other"]
+)
 def test_other_names_stay(name):
     assert names.plain([name], WANTED) == {name: name}
 
@@ -45,13 +52,20 @@ def test_an_adapter_that_is_not_merged_is_refused(part):
 def test_two_names_of_one_tensor():
     with pytest.raises(CheckpointError) as caught:
         names.plain(["norm.weight", "model.norm.weight"], WANTED)
-    assert caught.value.problems == ["norm.weight and model.norm.weight: two names of model.norm.weight"]
+    assert caught.value.problems == [
+        "norm.weight and model.norm.weight: two names of model.norm.weight"
+    ]
 
 
 def test_a_checkpoint_under_plain_names(tmp_path):
-    arrays = {"embed_tokens.weight": np.ones((2, 3), np.float32), "rotary.inv": np.zeros(2, np.float32)}
+    arrays = {
+        "embed_tokens.weight": np.ones((2, 3), np.float32),
+        "rotary.inv": np.zeros(2, np.float32),
+    }
     safetensors.numpy.save_file(arrays, tmp_path / files.SINGLE)
     checkpoint = names.unwrapped(files.open_tensors(tmp_path), WANTED)
     assert set(checkpoint.tensors) == {"model.embed_tokens.weight", "rotary.inv"}
     assert all(checkpoint.tensors[name].name == name for name in checkpoint.tensors)
-    np.testing.assert_array_equal(checkpoint.array("model.embed_tokens.weight"), arrays["embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        checkpoint.array("model.embed_tokens.weight"), arrays["embed_tokens.weight"]
+    )

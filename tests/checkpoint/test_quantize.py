@@ -30,9 +30,14 @@ def weights(dtype=np.float32):
 
 def numbers(words, scales, bits):
     """What packed words mean, from the format's description."""
-    stored = [[(int(word) >> (bits * i)) % 2**bits for word in row for i in range(32 // bits)] for row in words]
+    stored = [
+        [(int(word) >> (bits * i)) % 2**bits for word in row for i in range(32 // bits)]
+        for row in words
+    ]
     whole = np.array(stored, np.float32) - 2.0 ** (bits - 1)
-    return (whole.reshape(*scales.shape, -1) * scales.astype(np.float32)[..., None]).reshape(whole.shape)
+    return (whole.reshape(*scales.shape, -1) * scales.astype(np.float32)[..., None]).reshape(
+        whole.shape
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -41,11 +46,16 @@ def test_numbers_come_back_within_half_a_step(scheme, dtype):
     w = weights(dtype)
     words, scales = quantize.quantize(w, scheme, np.dtype(dtype))
     assert words.dtype == np.int32 and words.shape == (40, 256 * scheme.bits // 32)
-    assert scales.dtype == dtype and scales.shape == (40, 256 // scheme.group if scheme.group else 1)
+    assert scales.dtype == dtype and scales.shape == (
+        40,
+        256 // scheme.group if scheme.group else 1,
+    )
     back = numbers(words.view(np.uint32), scales, scheme.bits)
     steps = np.abs(np.repeat(scales.astype(np.float32), 256 // scales.shape[1], axis=1))
     off = np.abs(back - w.astype(np.float32))
-    ends = np.abs(back) >= steps * (2 ** (scheme.bits - 1) - 1)  # clipped: the largest number may lie beyond
+    ends = np.abs(back) >= steps * (
+        2 ** (scheme.bits - 1) - 1
+    )  # clipped: the largest number may lie beyond
     assert (off <= 0.5001 * steps)[~ends].all()
     assert (off <= (0.51 if scheme.bits == 8 else 1.75) * steps).all()
     assert not back[5].any()
@@ -54,10 +64,16 @@ def test_numbers_come_back_within_half_a_step(scheme, dtype):
 def test_four_bits_lose_less_than_the_plain_way():
     w = weights()
     back = numbers(
-        *(x.view(np.uint32) if x.dtype == np.int32 else x for x in quantize.quantize(w, SCHEMES[1], BF16)), 4
+        *(
+            x.view(np.uint32) if x.dtype == np.int32 else x
+            for x in quantize.quantize(w, SCHEMES[1], BF16)
+        ),
+        4,
     )
     scale = np.abs(w.reshape(40, -1, 32)).max(-1, keepdims=True) / 7
-    plain = (np.rint(w.reshape(40, -1, 32) / np.where(scale == 0, 1, scale)) * scale).reshape(w.shape)
+    plain = (np.rint(w.reshape(40, -1, 32) / np.where(scale == 0, 1, scale)) * scale).reshape(
+        w.shape
+    )
     usual = [0, 1, 2, 4, *range(7, 40)]
     assert np.square(back - w)[usual].sum() < 0.9 * np.square(plain - w)[usual].sum()
 
@@ -73,7 +89,9 @@ def test_without_a_compiler_the_numbers_are_as_good(scheme, monkeypatch):
         np.square(numbers(words.view(np.uint32), scales, scheme.bits) - weights()).sum()
         for words, scales in (compiled, portable)
     ]
-    assert off[0] == pytest.approx(off[1], rel=1e-3)  # sums in another order choose another of two equal scales
+    assert off[0] == pytest.approx(
+        off[1], rel=1e-3
+    )  # sums in another order choose another of two equal scales
     assert (compiled[0] == portable[0]).mean() > 0.98
 
 
@@ -98,13 +116,18 @@ def test_a_number_that_is_not_finite_shows_in_its_scale(scheme, portable, bad, m
 )
 def test_what_is_no_float_matrix_is_left_to_the_check_of_tensors(array, tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {"a.weight": array})
-    view = quantize.packed_view(open_tensors(tmp_path), {"a.weight_packed": (4, 16), "a.weight_scale": (4, 1)})
+    view = quantize.packed_view(
+        open_tensors(tmp_path), {"a.weight_packed": (4, 16), "a.weight_scale": (4, 1)}
+    )
     assert list(view.tensors) == ["a.weight"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_config_says_what_the_scheme_is(scheme):
-    assert quantize.read_scheme(json.loads(json.dumps({quantize.FIELD: quantize.config_of(scheme)}))) == scheme
+    assert (
+        quantize.read_scheme(json.loads(json.dumps({quantize.FIELD: quantize.config_of(scheme)})))
+        == scheme
+    )
 
 
 def test_a_float_model_has_no_scheme():

@@ -47,7 +47,13 @@ def test_saving_inverts_loading(declaration, tensors, source, tmp_path, tensor, 
 
 
 def test_shards_hold_what_fits_and_the_index_names_them(declaration, source, tmp_path):
-    save(declaration, load(declaration, source, make_mesh(), BF16), {}, tmp_path / "copy", shard_size_bytes=300)
+    save(
+        declaration,
+        load(declaration, source, make_mesh(), BF16),
+        {},
+        tmp_path / "copy",
+        shard_size_bytes=300,
+    )
     index = json.loads((tmp_path / "copy" / INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "copy").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
@@ -66,7 +72,11 @@ def test_saving_again_leaves_no_file_of_the_former_checkpoint(declaration, sourc
     for shard_size_bytes in (300, 500, 10**9, 300, 10**9):
         save(declaration, arrays, {}, directory, shard_size_bytes)
         assert open_checkpoint(directory).tensors.keys() == source.tensors.keys()
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", SINGLE, "tokenizer.json"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "config.json",
+        SINGLE,
+        "tokenizer.json",
+    ]
 
 
 def test_a_checkpoint_may_be_saved_over_the_one_in_use(declaration, tensors, source):
@@ -88,7 +98,11 @@ ARRAYS = st.sampled_from(list(DTYPES.values())).flatmap(
 )
 
 
-@given(tensors=st.dictionaries(st.text(min_size=1).filter(lambda name: name != "__metadata__"), ARRAYS, max_size=6))
+@given(
+    tensors=st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name != "__metadata__"), ARRAYS, max_size=6
+    )
+)
 def test_the_library_reads_what_we_write(tmp_path_factory, tensors):
     directory = tmp_path_factory.mktemp("any")
     (directory / "config.json").write_text("{}")
@@ -98,7 +112,10 @@ def test_the_library_reads_what_we_write(tmp_path_factory, tensors):
     assert theirs.keys() == ours.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert same_bits(ours.array(name), tensor)
-        assert (tuple(theirs[name]["shape"]), bytes(theirs[name]["data"])) == (tensor.shape, tensor.tobytes())
+        assert (tuple(theirs[name]["shape"]), bytes(theirs[name]["data"])) == (
+            tensor.shape,
+            tensor.tobytes(),
+        )
     with safetensors.safe_open(directory / SINGLE, "np") as f:
         assert f.metadata() == {"format": "pt"}  # transformers refuses a file without it
 

@@ -71,7 +71,9 @@ def test_every_source_of_hf_names_gives_what_loading_gives(tiny, mode, tensor, s
         "an iterator": iter(arrays.items()),
         "on one device": {name: jnp.asarray(x) for name, x in arrays.items()},
         "on eight devices": {name: jax.device_put(x, whole) for name, x in arrays.items()},
-        "in another dtype": {name: x.astype(np.float64).astype(np.float32) for name, x in arrays.items()},
+        "in another dtype": {
+            name: x.astype(np.float64).astype(np.float32) for name, x in arrays.items()
+        },
     }
     target = weights(tiny, 1, tensor, stacked, dummy=True)
     for version, source in sources.items():
@@ -89,7 +91,9 @@ def test_resharding_from_mesh_to_mesh_and_back(tiny, stacked):
     for data, tensor in [(1, 1), (1, 4), (2, 4), (1, 2), (1, 1)]:
         target = weights(tiny, data, tensor, stacked, dummy=True)
         source = weights(tiny, stacked=stacked) if before is None else before
-        exchange(target, source if tensor != 2 else jax.tree.unflatten(_structure(source), source.arrays))
+        exchange(
+            target, source if tensor != 2 else jax.tree.unflatten(_structure(source), source.arrays)
+        )
         assert_equal(target, weights(tiny, data, tensor, stacked))
         source.delete()  # the caller's to free: nothing of it is used any more
         assert not any(array.is_deleted() for array in target.arrays)
@@ -103,7 +107,11 @@ def _structure(of):
 @pytest.mark.parametrize("on_devices", [False, True])
 @pytest.mark.parametrize(
     ("tree_of", "twin"),
-    [("qwen3_scan_orbax", "hf_qwen3"), ("qwen3_unscan_orbax", "hf_qwen3"), ("llama_scan_orbax", "hf_llama")],
+    [
+        ("qwen3_scan_orbax", "hf_qwen3"),
+        ("qwen3_unscan_orbax", "hf_qwen3"),
+        ("llama_scan_orbax", "hf_llama"),
+    ],
 )
 def test_maxtext_trees_give_what_their_conversion_gives(tree_of, twin, on_devices):
     source = open_source(DATA / tree_of / "0" / "items")
@@ -116,7 +124,9 @@ def test_maxtext_trees_give_what_their_conversion_gives(tree_of, twin, on_device
     for leaf, a, b in zip(target.leaves, target.arrays, loaded.arrays, strict=True):
         # MaxText's Llama holds queries scaled by 1/sqrt(head_dim): docs/convert.md
         limit = 2**-22 if twin == "hf_llama" and "q_proj" in leaf.keys[()] else 0
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=limit, atol=0, err_msg=str(leaf.keys))
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=limit, atol=0, err_msg=str(leaf.keys)
+        )
 
 
 def _arrays(source):
@@ -134,7 +144,12 @@ def test_maxtexts_default_rope_is_pushed_by_the_rule_of_its_conversion(mapping, 
     source = open_source(DATA / "llama3_default_rope_orbax")
     given = json.loads((DATA / "llama3_default_rope_orbax" / "config.json").read_text())
     halves = mapping != "maxtext-interleaved"
-    convert(source, tmp_path / "hf", ConvertConfig(mapping="maxtext-halves" if halves else mapping), given)
+    convert(
+        source,
+        tmp_path / "hf",
+        ConvertConfig(mapping="maxtext-halves" if halves else mapping),
+        given,
+    )
     loaded, target = weights(tmp_path / "hf"), weights(tmp_path / "hf", dummy=True)
     exchange(target, _nested(_arrays(source)), mapping=mapping)
     assert_equal(loaded, target)
@@ -143,7 +158,9 @@ def test_maxtexts_default_rope_is_pushed_by_the_rule_of_its_conversion(mapping, 
 def test_a_rope_that_does_not_tell_maxtexts_rotation_is_asked_for(tmp_path):
     source = open_source(DATA / "llama3_default_rope_orbax")
     given = json.loads((DATA / "llama3_default_rope_orbax" / "config.json").read_text())
-    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    yarn = {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    }
     convert(source, tmp_path / "hf", ConvertConfig(mapping="maxtext-halves"), given | yarn)
     target = weights(tmp_path / "hf", dummy=True)
     with pytest.raises(CheckpointError, match="maxtext-interleaved"):
@@ -182,7 +199,9 @@ def test_a_scanned_stack_on_devices_is_transformed_by_one_program(monkeypatch):
     target.replace(values, "1", "inplace")
     families = {leaf.keys[()].replace(".0.", ".N.").replace(".1.", ".N.") for leaf in target.leaves}
     assert checked <= len(families) and len(made) - checked <= len(families) < len(target.leaves)
-    assert values._tensors._made == {} and values._tensors._counts == {}, "nothing of it stays on the devices"
+    assert values.tensors.computed == {} and values.tensors.counts == {}, (
+        "nothing of it stays on the devices"
+    )
 
 
 def test_an_nnx_module_is_a_source():
@@ -192,16 +211,24 @@ def test_an_nnx_module_is_a_source():
     from training.model import Model, ModelConfig
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        shape = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
+        shape = ModelConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16
+        )
         one, two = (Model(shape, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     config = model_json(shape)
     declaration, mesh = tree.separate(models.declare(config)), meshes.make_mesh()
-    target = Weights(declaration, mesh, np.float32, tensor_reader.dummy(declaration, mesh, np.float32), config)
+    target = Weights(
+        declaration, mesh, np.float32, tensor_reader.dummy(declaration, mesh, np.float32), config
+    )
     for version, module in (("1", one), ("2", two)):
         exchange(target, module, version)
-        held = {key: x for leaf, x in zip(target.leaves, target.arrays) for key in leaf.keys.values()}
+        held = {
+            key: x for leaf, x in zip(target.leaves, target.arrays) for key in leaf.keys.values()
+        }
         kernel = np.asarray(module.layers[1].mlp.up_proj.kernel[...])
-        np.testing.assert_array_equal(np.asarray(held["model.layers.1.mlp.up_proj.weight"]), kernel.T)
+        np.testing.assert_array_equal(
+            np.asarray(held["model.layers.1.mlp.up_proj.weight"]), kernel.T
+        )
 
 
 def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
@@ -209,8 +236,12 @@ def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
     before = [np.array(array) for array in target.arrays]
     wrong = dict(arrays)
     del wrong["model.norm.weight"]
-    wrong["model.layers.0.mlp.up_proj.weight"] = arrays["model.layers.0.mlp.up_proj.weight"].T.copy()
-    wrong["model.layers.1.mlp.up_proj.weight"] = arrays["model.layers.1.mlp.up_proj.weight"].astype(np.int32)
+    wrong["model.layers.0.mlp.up_proj.weight"] = arrays[
+        "model.layers.0.mlp.up_proj.weight"
+    ].T.copy()
+    wrong["model.layers.1.mlp.up_proj.weight"] = arrays["model.layers.1.mlp.up_proj.weight"].astype(
+        np.int32
+    )
     wrong["lm_head.weight"] = arrays["lm_head.weight"].copy()
     wrong["lm_head.weight"][3, 5] = np.nan
     wrong["extra"] = np.zeros(3, np.float32)
@@ -218,11 +249,18 @@ def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
         with pytest.raises(CheckpointError) as error:
             exchange(target, source)
         assert len(error.value.problems) == 5
-        for part in ("norm.weight: missing", "0.mlp.up_proj.weight: shape", "1.mlp.up_proj.weight: dtype", "extra"):
+        for part in (
+            "norm.weight: missing",
+            "0.mlp.up_proj.weight: shape",
+            "1.mlp.up_proj.weight: dtype",
+            "extra",
+        ):
             assert part in str(error.value)
         assert "lm_head.weight: 1 values are not finite" in str(error.value)
     sharded = NamedSharding(meshes.make_mesh(1, 8), PartitionSpec())
-    with pytest.raises(CheckpointError, match=r"lm_head.weight: 1 values are not finite as float32"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight: 1 values are not finite as float32"
+    ):
         exchange(target, {name: jax.device_put(x, sharded) for name, x in wrong.items()})
     assert target.version == "0" and target.whole
     for array, held in zip(target.arrays, before):
@@ -248,9 +286,16 @@ def test_arrays_made_beside_go_to_the_memory_of_those_before(tiny):
     target, arrays = weights(tiny), named(tiny)
     places = []
     for version in range(6):
-        exchange(target, {name: x + np.float32(version) for name, x in arrays.items()}, str(version), "atomic")
+        exchange(
+            target,
+            {name: x + np.float32(version) for name, x in arrays.items()},
+            str(version),
+            "atomic",
+        )
         places.append([array.unsafe_buffer_pointer() for array in target.arrays])
-        assert np.array_equal(np.asarray(target.arrays[0]), arrays["model.embed_tokens.weight"] + np.float32(version))
+        assert np.array_equal(
+            np.asarray(target.arrays[0]), arrays["model.embed_tokens.weight"] + np.float32(version)
+        )
     assert places[0] == places[2] == places[4] and places[1] == places[3] == places[5]
     assert not set(places[0]) & set(places[1])
 
@@ -283,7 +328,9 @@ def test_other_refusals(tiny, tmp_path):
 def test_a_directory_of_another_model_is_refused(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "other")
     config = (tmp_path / "other" / "config.json").read_text()
-    (tmp_path / "other" / "config.json").write_text(config.replace("{", '{"rope_theta": 12345.0,', 1))
+    (tmp_path / "other" / "config.json").write_text(
+        config.replace("{", '{"rope_theta": 12345.0,', 1)
+    )
     with pytest.raises(CheckpointError, match=r"rope_theta: got 12345.0, expected"):
         exchange(weights(tiny), tmp_path / "other")
 
@@ -292,7 +339,8 @@ class _Fails:
     """Values of which one leaf cannot be had."""
 
     def __init__(self, values, at):
-        self._values, self._at = values, at
+        self._values = values
+        self._at = at
 
     def check(self, target, mode="inplace"):
         self._values.check(target, mode)
@@ -327,14 +375,21 @@ def test_what_a_failure_leaves_beside_is_never_served(tiny):
     for version in ("1", "2"):
         exchange(target, arrays, version, "atomic")
     everywhere = NamedSharding(meshes.make_mesh(2, 4), PartitionSpec())
-    on_devices = weight_sources.values({name: jax.device_put(x * 2, everywhere) for name, x in arrays.items()}, target)
-    for source in (on_devices, weight_sources.values({name: x * 3 for name, x in arrays.items()}, target)):
+    on_devices = weight_sources.values(
+        {name: jax.device_put(x * 2, everywhere) for name, x in arrays.items()}, target
+    )
+    for source in (
+        on_devices,
+        weight_sources.values({name: x * 3 for name, x in arrays.items()}, target),
+    ):
         with pytest.raises(OSError, match="disk"):
             target.replace(_Fails(source, 20), "3", "atomic")
     for version in ("4", "5", "6"):
         more = {name: x + np.float32(version) for name, x in arrays.items()}
         exchange(target, more, version, "atomic")
-        back = dict(hf_tensors(target.declaration, jax.tree.unflatten(_structure(target), target.arrays)))
+        back = dict(
+            hf_tensors(target.declaration, jax.tree.unflatten(_structure(target), target.arrays))
+        )
         assert all(np.array_equal(back[name], x) for name, x in more.items())
 
 
@@ -345,7 +400,9 @@ def test_the_memory_of_the_old_arrays_holds_the_new_ones(tiny):
     places = [array.unsafe_buffer_pointer() for array in target.arrays]
     sources = {x.ctypes.data for x in arrays.values()}
     for version in range(5):
-        exchange(target, {name: x + np.float32(version) for name, x in arrays.items()}, str(version))
+        exchange(
+            target, {name: x + np.float32(version) for name, x in arrays.items()}, str(version)
+        )
         assert [array.unsafe_buffer_pointer() for array in target.arrays] == places
     assert not sources & set(places), "the caller's arrays stay the caller's"
 
@@ -383,7 +440,9 @@ def test_tensors_of_a_bare_directory_are_taken_by_name(tiny, tmp_path):
 def test_a_tensor_written_back_is_the_tensor_that_came(tiny):
     target, arrays = weights(tiny, 1, 4, dummy=True), named(tiny)
     exchange(target, arrays)
-    back = dict(hf_tensors(target.declaration, jax.tree.unflatten(_structure(target), target.arrays)))
+    back = dict(
+        hf_tensors(target.declaration, jax.tree.unflatten(_structure(target), target.arrays))
+    )
     assert back.keys() == arrays.keys()
     for name, x in arrays.items():
         np.testing.assert_array_equal(back[name], x)
@@ -400,4 +459,4 @@ def test_arrays_that_leave_the_devices_come_back(tiny):
 
 def test_unknown_dtypes_are_refused():
     with pytest.raises(CheckpointError, match="complex64, not a safetensors one"):
-        swap.ArrayCheckpoint({"a": np.zeros(2, np.complex64)})
+        swap.ArrayCheckpoint.of({"a": np.zeros(2, np.complex64)})

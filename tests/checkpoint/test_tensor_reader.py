@@ -68,7 +68,9 @@ def expected(tensors, tp: int):
 def test_every_device_holds_its_part(declaration, tensors, put, data, tensor):
     mesh = make_mesh(data, tensor)
     arrays = load(fit(declaration, mesh), put(tensors), mesh, BF16)
-    held = jax.tree.leaves((arrays.layers, arrays.embed_tokens, arrays.down, arrays.head, arrays.scale))
+    held = jax.tree.leaves(
+        (arrays.layers, arrays.embed_tokens, arrays.down, arrays.head, arrays.scale)
+    )
     for array, whole in zip(held, expected(tensors, tensor), strict=True):
         np.testing.assert_array_equal(host(array), whole)
     assert {len(array.sharding.device_set) for array in held} == {data * tensor}
@@ -87,7 +89,9 @@ def test_dtypes_convert(declaration, tensors, put, stored, wanted):
 def test_large_tensors_arrive_in_pieces(put):
     # 24 MB each: three pieces as they lie, and the transposed one through the same path.
     matrix = {"mlp": 4096 * 3, "embed": 1024}
-    weights = np.random.default_rng(0).standard_normal((4096 * 3, 1024), np.float32).astype(np.float16)
+    weights = (
+        np.random.default_rng(0).standard_normal((4096 * 3, 1024), np.float32).astype(np.float16)
+    )
     declaration = Two(Param("mlp embed", matrix), Param("embed mlp", matrix, hf="mlp embed"))
     arrays = load(declaration, put({"one": weights, "two": weights}), make_mesh(1, 2), BF16)
     np.testing.assert_array_equal(host(arrays.one), weights.astype(BF16))
@@ -114,9 +118,13 @@ def test_aligned_tensors_are_the_file_itself(put, tensor):
     arrays = load(Two(rows, VECTOR), checkpoint, make_mesh(1, tensor), BF16)
     start = checkpoint.array("one").ctypes.data
     step = 8 * 64 * 2 // tensor
-    assert [address(shard) for shard in arrays.one.addressable_shards] == [start + step * i for i in range(tensor)]
+    assert [address(shard) for shard in arrays.one.addressable_shards] == [
+        start + step * i for i in range(tensor)
+    ]
     # The vector is not split: every device uses the same memory.
-    assert {address(shard) for shard in arrays.two.addressable_shards} == {checkpoint.array("two").ctypes.data}
+    assert {address(shard) for shard in arrays.two.addressable_shards} == {
+        checkpoint.array("two").ctypes.data
+    }
 
 
 def test_the_file_stays_mapped_as_long_as_an_array_uses_it(put):
@@ -144,7 +152,11 @@ def write_misaligned(directory, tensors):
     header, end = {}, 0
     for name, tensor in tensors.items():
         dtype = {BF16: "BF16", np.dtype(np.float32): "F32"}[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [end, end := end + tensor.nbytes]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": tensor.shape,
+            "data_offsets": [end, end := end + tensor.nbytes],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64 + 1)
     directory.mkdir(exist_ok=True)
@@ -187,12 +199,17 @@ print(sum(array.nbytes for array in load_model(1024)), peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak"
+)
 @pytest.mark.parametrize("stored, wanted", [(np.float32, "bfloat16"), (BF16, "bfloat16")])
 def test_host_memory_stays_within_a_tenth_of_the_weights(tmp_path, stored, wanted):
     for width in (64, 1024):
         tensors = {f"layers.{i}": np.full((width, width), i, stored) for i in range(32)}
-        tensors |= {"table": np.ones((16 * width, width), stored), "turned": np.ones((2 * width, width), stored)}
+        tensors |= {
+            "table": np.ones((16 * width, width), stored),
+            "turned": np.ones((2 * width, width), stored),
+        }
         write_misaligned(tmp_path / str(width), tensors)
     command = [sys.executable, "-W", "ignore", "-c", PEAK, tmp_path, wanted]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -231,7 +248,9 @@ def test_every_misfit_at_once(declaration, tensors, put):
     assert misfits(declaration, checkpoint, ignore=["*rotary_emb.inv_freq"]) == everything
     with pytest.raises(CheckpointError) as caught:
         load(declaration, checkpoint, make_mesh(), BF16)
-    assert sorted(caught.value.problems) == sorted([*everything, "layers.0.rotary_emb.inv_freq: unexpected"])
+    assert sorted(caught.value.problems) == sorted(
+        [*everything, "layers.0.rotary_emb.inv_freq: unexpected"]
+    )
 
 
 def test_an_equal_alias_is_no_misfit(declaration, tensors, put):
@@ -254,7 +273,9 @@ def test_values_must_be_finite_as_the_dtype_that_they_become(put, stored, wanted
     check(Single(Param("embed", {"embed": x.size})), put({"x": x}), wanted)
     x[200_001], x[299_999] = -np.inf, np.nan
     (problem,) = misfits(Single(Param("embed", {"embed": x.size})), put({"x": x}), wanted)
-    assert problem == f"x: 2 values are not finite as {np.dtype(wanted)}, the first -inf at (200001,)"
+    assert (
+        problem == f"x: 2 values are not finite as {np.dtype(wanted)}, the first -inf at (200001,)"
+    )
 
 
 def test_values_above_the_dtypes_largest_are_refused(put):
@@ -283,7 +304,9 @@ def test_dummy_weights_do_not_depend_on_the_mesh_or_on_stacking(declaration):
     for array, whole in zip(held, expected(tensors, 4), strict=True):
         np.testing.assert_array_equal(host(array), whole)
     apart = separate(declaration)
-    for leaf, array in zip(tree.leaves(apart), jax.tree.leaves(dummy(apart, make_mesh(), BF16, seed=3))):
+    for leaf, array in zip(
+        tree.leaves(apart), jax.tree.leaves(dummy(apart, make_mesh(), BF16, seed=3))
+    ):
         np.testing.assert_array_equal(leaf.param.write(host(array)), tensors[leaf.keys[()]])
 
 
@@ -292,11 +315,16 @@ def test_dummy_weights_are_uniform_and_differ_by_tensor_and_seed():
     declaration = Chain([stack(Two(square, square), 2)])
     leaves = jax.tree.leaves(dummy(declaration, make_mesh(), np.float32, seed=0))
     draws = [np.asarray(array[i]) for array in leaves for i in range(2)]
-    draws.append(np.asarray(jax.tree.leaves(dummy(declaration, make_mesh(), np.float32, seed=1))[0][0]))
+    draws.append(
+        np.asarray(jax.tree.leaves(dummy(declaration, make_mesh(), np.float32, seed=1))[0][0])
+    )
     for x in draws:
         assert abs(x.mean()) < 4 * DUMMY_STD / 512 and abs(x.std() / DUMMY_STD - 1) < 0.01
         assert abs(x).max() <= DUMMY_STD * 3**0.5
-        lines = [np.corrcoef(x[:-1].ravel(), x[1:].ravel()), np.corrcoef(x[:, :-1].ravel(), x[:, 1:].ravel())]
+        lines = [
+            np.corrcoef(x[:-1].ravel(), x[1:].ravel()),
+            np.corrcoef(x[:, :-1].ravel(), x[:, 1:].ravel()),
+        ]
         assert all(abs(line[0, 1]) < 0.01 for line in lines)
     correlations = np.corrcoef([x.ravel() for x in draws])
     assert abs(correlations - np.eye(len(draws))).max() < 0.01

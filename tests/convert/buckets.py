@@ -25,7 +25,11 @@ Objects = dict[str, bytes]
 
 def files(directory: Path, prefix: str) -> Objects:
     """Every file below a directory, under the name that it has in a bucket."""
-    return {f"{prefix}/{p.relative_to(directory)}": p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        f"{prefix}/{p.relative_to(directory)}": p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
 
 
 @contextlib.contextmanager
@@ -65,13 +69,16 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, buckets: Mapping[str, Objects], asked: list[str]):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.buckets, self.asked = buckets, asked
+        self.buckets = buckets
+        self.asked = asked
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: "_Server"
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet: apart, each answer waits 40 ms for an acknowledgement
+    wbufsize = (
+        -1
+    )  # head and body in one packet: apart, each answer waits 40 ms for an acknowledgement
 
     def do_GET(self) -> None:
         buckets = self.server.buckets
@@ -80,13 +87,18 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"/storage/v1/b/([^/]+)/o(?:/([^/]+))?", url.path)
         assert found, self.path
         if self.headers["authorization"] != f"Bearer {TOKEN}":
-            self.answer(401, json.dumps({"error": {"code": 401, "message": "Invalid Credentials"}}).encode())
+            self.answer(
+                401, json.dumps({"error": {"code": 401, "message": "Invalid Credentials"}}).encode()
+            )
         elif found[1] not in buckets or (found[2] and unquote(found[2]) not in buckets[found[1]]):
             self.answer(404, json.dumps({"error": {"code": 404, "message": "Not Found"}}).encode())
         elif found[2]:
             self.get(buckets[found[1]][unquote(found[2])])
         else:
-            self.list(sorted(buckets[found[1]]), {key: value[0] for key, value in parse_qs(url.query).items()})
+            self.list(
+                sorted(buckets[found[1]]),
+                {key: value[0] for key, value in parse_qs(url.query).items()},
+            )
 
     def list(self, names: list[str], query: Mapping[str, str]) -> None:
         first, end = query.get("startOffset", ""), query.get("endOffset")

@@ -43,11 +43,15 @@ def specs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Spec]:
     return {name: Spec(array.dtype, array.shape) for name, array in arrays.items()}
 
 
-def planned(mapping: TreeMapping, direction: Direction, arrays: Mapping[str, np.ndarray], **known: int) -> Plan:
+def planned(
+    mapping: TreeMapping, direction: Direction, arrays: Mapping[str, np.ndarray], **known: int
+) -> Plan:
     return resolve(mapping, direction, specs_of(arrays), known)
 
 
-def moved(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Written]]:
+def moved(
+    plan: Plan, arrays: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[Written]]:
     """The plan's targets, each in its source's dtype."""
     assert plan.fits, (plan.unmatched, plan.problems)
     writer = MemoryWriter(plan.targets)
@@ -55,7 +59,9 @@ def moved(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.nd
     return writer.arrays, execute(plan, MemorySource(arrays), writer, options)
 
 
-def forth_and_back(mapping: TreeMapping, arrays: Mapping[str, np.ndarray], **known: int) -> dict[str, np.ndarray]:
+def forth_and_back(
+    mapping: TreeMapping, arrays: Mapping[str, np.ndarray], **known: int
+) -> dict[str, np.ndarray]:
     """``arrays``, a JAX tree, to HF tensors and back; the HF tensors are the second result."""
     plan = planned(mapping, "to_hf", arrays, **known)
     tensors, _ = moved(plan, arrays)

@@ -47,8 +47,12 @@ def test_what_maxtext_made_of_a_model_is_that_model_again(tree, twin, _, tmp_pat
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / twin))
     assert all(w.lossless for w in written)  # head_dim 16: the queries' factor is a power of two
     compared = verify(conversion, written, tmp_path / "out")
-    assert {c.name for c in compared} == source.specs.keys() - {"step"} and not any(c.differing for c in compared)
-    made, wanted = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", MAXTEXT / twin))
+    assert {c.name for c in compared} == source.specs.keys() - {"step"} and not any(
+        c.differing for c in compared
+    )
+    made, wanted = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", MAXTEXT / twin)
+    )
     assert made == wanted | {k: v for k, v in made.items() if k not in wanted}
     assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
         MAXTEXT / twin / "generation_config.json"
@@ -59,7 +63,10 @@ def test_what_maxtext_made_of_a_model_is_that_model_again(tree, twin, _, tmp_pat
 def test_the_way_back_gives_orbax_the_identical_tree(tree, twin, kind, tmp_path):
     options = ConvertConfig(to="maxtext", scan_layers=kind == "scanned")
     conversion, written = convert(open_source(MAXTEXT / twin), tmp_path / "out", options)
-    made, wanted = restored(tmp_path / "out" / "0" / "items"), restored(MAXTEXT / tree / "0" / "items")
+    made, wanted = (
+        restored(tmp_path / "out" / "0" / "items"),
+        restored(MAXTEXT / tree / "0" / "items"),
+    )
     assert made["step"] == wanted["step"] and made["opt_state"] == wanted["opt_state"] == {}
     assert made.keys() == wanted.keys()
     assert_same(*(flatten_dict(t["params"], sep="/") for t in (made, wanted)))
@@ -74,13 +81,21 @@ def test_queries_of_head_dim_128_come_back_within_an_ulp_and_the_report_says_so(
     original = {name: np.array(x) for name, x in tensors(MAXTEXT / "hf_llama").items()}
     for i in range(2):
         for name, shape in (("q", (512, 64)), ("k", (256, 64)), ("v", (256, 64)), ("o", (64, 512))):
-            original[f"model.layers.{i}.self_attn.{name}_proj.weight"] = rng.standard_normal(shape).astype(BF16)
-    there, written = convert(MemorySource(original), tmp_path / "jax", ConvertConfig(to="maxtext"), given=config)
+            original[f"model.layers.{i}.self_attn.{name}_proj.weight"] = rng.standard_normal(
+                shape
+            ).astype(BF16)
+    there, written = convert(
+        MemorySource(original), tmp_path / "jax", ConvertConfig(to="maxtext"), given=config
+    )
     lossy = [w.name for w in written if not w.lossless]
     assert lossy == ["params.params.decoder.layers.self_attention.query.kernel"]
     assert "back within 1 ulp" in summary(written, verify(there, written, tmp_path / "jax"), None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    convert(open_source(tmp_path / "jax"), tmp_path / "hf", ConvertConfig(config=tmp_path / "config.json"))
+    convert(
+        open_source(tmp_path / "jax"),
+        tmp_path / "hf",
+        ConvertConfig(config=tmp_path / "config.json"),
+    )
     made = tensors(tmp_path / "hf")
     queries = [name for name in made if "q_proj" in name]
     assert_same(*({n: x for n, x in t.items() if n not in queries} for t in (made, original)))
@@ -90,10 +105,17 @@ def test_queries_of_head_dim_128_come_back_within_an_ulp_and_the_report_says_so(
 
 def test_nano_from_its_training_checkpoint(tmp_path):
     options = ConvertConfig(config=NANO, tokenizer=NANO)
-    conversion, written = convert(open_source(Path("training/checkpoint")), tmp_path / "out", options)
+    conversion, written = convert(
+        open_source(Path("training/checkpoint")), tmp_path / "out", options
+    )
     assert_same(tensors(tmp_path / "out"), tensors(NANO))
     assert not any(c.differing for c in verify(conversion, written, tmp_path / "out"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (NANO / name).read_bytes()
 
 
@@ -107,7 +129,9 @@ def test_shards_and_their_index(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_another_dtype(dtype, tmp_path):
     options = ConvertConfig(config=MAXTEXT / "hf_qwen3", dtype=dtype)
-    conversion, written = convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", options)
+    conversion, written = convert(
+        open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", options
+    )
     wanted = {name: x.astype(dtype) for name, x in tensors(MAXTEXT / "hf_qwen3").items()}
     assert_same(tensors(tmp_path / "out"), wanted)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
@@ -116,21 +140,32 @@ def test_another_dtype(dtype, tmp_path):
 
 def test_an_adapter_is_added(tmp_path):
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((4, 64)).astype(np.float32), rng.standard_normal((32, 4)).astype(np.float32)
+    a, b = (
+        rng.standard_normal((4, 64)).astype(np.float32),
+        rng.standard_normal((32, 4)).astype(np.float32),
+    )
     key, adapter = "model.layers.1.self_attn.v_proj", tmp_path / "adapter"
     adapter.mkdir()
     shards.write_safetensors(
         adapter / "adapter_model.safetensors",
         {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b},
     )
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["v_proj"],
+        "bias": "none",
+    }
     config |= {"layers_to_transform": [1]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     options = ConvertConfig(config=MAXTEXT / "hf_qwen3", merge_lora=adapter)
     _, written = convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", options)
     wanted = tensors(MAXTEXT / "hf_qwen3")
     weight = wanted[f"{key}.weight"]
-    wanted[f"{key}.weight"] = (weight.astype(np.float32) + np.float32(2) * (b @ a)).astype(weight.dtype)
+    wanted[f"{key}.weight"] = (weight.astype(np.float32) + np.float32(2) * (b @ a)).astype(
+        weight.dtype
+    )
     assert_same(tensors(tmp_path / "out"), wanted)
     assert [w.name for w in written if not w.lossless] == [f"{key}.weight"]
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
@@ -153,7 +188,9 @@ def problems_of(source, options, given=None) -> str:
 def test_a_config_that_the_tensors_contradict_is_named(field, value):
     config = json.loads((MAXTEXT / "hf_qwen3" / "config.json").read_text()) | {field: value}
     told = problems_of(open_source(MAXTEXT / "qwen3_scan_orbax"), ConvertConfig(), config)
-    assert f"{field}: got {value!r}" in told or (field == "vocab_size" and "vocab_size is 1000" in told), told
+    assert f"{field}: got {value!r}" in told or (
+        field == "vocab_size" and "vocab_size is 1000" in told
+    ), told
 
 
 def test_what_no_tensor_tells_must_be_given():
@@ -161,7 +198,9 @@ def test_what_no_tensor_tells_must_be_given():
     for field in ("rope_theta", "rms_norm_eps", "max_position_embeddings"):
         assert f"{field}: missing" in told
     given = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-    conversion = prepare(open_source(MAXTEXT / "qwen3_scan_orbax"), ConvertConfig(mapping="maxtext"), given)
+    conversion = prepare(
+        open_source(MAXTEXT / "qwen3_scan_orbax"), ConvertConfig(mapping="maxtext"), given
+    )
     assert not conversion.problems and conversion.config["num_key_value_heads"] == 2
 
 
@@ -199,14 +238,23 @@ def test_a_number_that_the_dtype_cannot_hold(tmp_path):
     tree = flax_tree("hf_qwen3", tmp_path / "flax")
     tree["norm"]["scale"][0] = 1e30
     options = ConvertConfig(config=MAXTEXT / "hf_qwen3", mapping="nnx", dtype="float16")
-    with pytest.raises(errors.CheckpointError, match=r"model.norm.weight: 1 values are not finite as float16"):
+    with pytest.raises(
+        errors.CheckpointError, match=r"model.norm.weight: 1 values are not finite as float16"
+    ):
         convert(MemorySource(flatten(tree)), tmp_path / "out", options)
 
 
 def test_an_nnx_state_in_memory(tmp_path):
-    model = Model(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=16), nnx.Rngs(0))
+    model = Model(
+        ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=16), nnx.Rngs(0)
+    )
     given = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 1024}
-    convert(MemorySource(flatten(nnx.state(model))), tmp_path / "out", ConvertConfig(mapping="nnx"), given)
+    convert(
+        MemorySource(flatten(nnx.state(model))),
+        tmp_path / "out",
+        ConvertConfig(mapping="nnx"),
+        given,
+    )
     kernel = np.asarray(model.layers[1].mlp.up_proj.kernel[...])
     assert np.array_equal(tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"], kernel.T)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
@@ -220,13 +268,18 @@ def test_a_tied_head_may_be_there_if_it_is_equal(tmp_path):
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
     verify(conversion, written, tmp_path / "out")
     tree["lm_head"]["kernel"][1, 2] += 1
-    with pytest.raises(errors.CheckpointError, match=r"lm_head.kernel: 1 numbers differ from embed_tokens.embedding"):
+    with pytest.raises(
+        errors.CheckpointError,
+        match=r"lm_head.kernel: 1 numbers differ from embed_tokens.embedding",
+    ):
         convert(MemorySource(flatten(tree)), tmp_path / "out2", options)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary():
     options = ConvertConfig(config=MAXTEXT / "hf_qwen3", tokenizer=NANO)
-    assert "id 4095, but the vocabulary has 512" in problems_of(open_source(MAXTEXT / "qwen3_scan_orbax"), options)
+    assert "id 4095, but the vocabulary has 512" in problems_of(
+        open_source(MAXTEXT / "qwen3_scan_orbax"), options
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +312,11 @@ def test_a_disk_that_is_full_is_told_and_nothing_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr("slipway.convert.writer.os.pwrite", full)
     with pytest.raises(errors.CheckpointError, match="No space left"):
-        convert(open_source(MAXTEXT / "qwen3_scan_orbax"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+        convert(
+            open_source(MAXTEXT / "qwen3_scan_orbax"),
+            tmp_path / "out",
+            ConvertConfig(config=MAXTEXT / "hf_qwen3"),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -294,7 +351,9 @@ def test_a_killed_conversion_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.undo()
     opened = []
     original = type(source).open
-    monkeypatch.setattr(type(source), "open", lambda self, name: opened.append(name) or original(self, name))
+    monkeypatch.setattr(
+        type(source), "open", lambda self, name: opened.append(name) or original(self, name)
+    )
     conversion, written = convert(source, out, dataclasses.replace(options, resume=True))
     assert 0 < len(set(opened)) < 12  # what was written is not read again
     monkeypatch.undo()
@@ -315,7 +374,9 @@ def test_another_conversion_is_not_gone_on_with(tmp_path):
 
 def test_verification_finds_a_changed_number(tmp_path):
     source = open_source(MAXTEXT / "qwen3_scan_orbax")
-    conversion, written = convert(source, tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    conversion, written = convert(
+        source, tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3")
+    )
     path = tmp_path / "out" / "model.safetensors"
     changed = bytearray(path.read_bytes())
     changed[-9] ^= 1
@@ -334,10 +395,14 @@ def test_explain_reads_nothing(monkeypatch):
 
 def test_the_report_is_json(tmp_path):
     source = open_source(MAXTEXT / "qwen3_scan_orbax")
-    conversion, written = convert(source, tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    conversion, written = convert(
+        source, tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3")
+    )
     compared = verify(conversion, written, tmp_path / "out")
     content = json.loads(json.dumps(report(conversion, written, compared, None)))
-    assert len(content["tensors"]) == 24 and all(tensor["lossless"] for tensor in content["tensors"])
+    assert len(content["tensors"]) == 24 and all(
+        tensor["lossless"] for tensor in content["tensors"]
+    )
     assert content["mapping"] == "maxtext qwen3, scanned"
 
 
@@ -350,7 +415,10 @@ def test_the_memory_gate_lets_one_too_large_pass_alone():
 
 
 def test_what_lies_otherwise_in_its_files_is_not_gone_on_with(monkeypatch):
-    source, options = open_source(MAXTEXT / "llama_scan_orbax"), ConvertConfig(config=MAXTEXT / "hf_llama")
+    source, options = (
+        open_source(MAXTEXT / "llama_scan_orbax"),
+        ConvertConfig(config=MAXTEXT / "hf_llama"),
+    )
     conversion = conversion_module.prepare(source, options)
     before = conversion_module._identity(conversion, options)
     monkeypatch.setattr(conversion_module.shards, "PAGE", 64)
@@ -373,13 +441,21 @@ def test_constants_of_the_hf_side_are_verified_and_left_out_on_the_way_back(tmp_
     conversion, written = convert(MemorySource(tree), tmp_path / "out", options, given)
     assert {c.name for c in verify(conversion, written, tmp_path / "out")} == tree.keys()
     back = dataclasses.replace(options, to="npz")
-    conversion_back, written_back = convert(open_source(tmp_path / "out"), tmp_path / "npz", back, given)
+    conversion_back, written_back = convert(
+        open_source(tmp_path / "out"), tmp_path / "npz", back, given
+    )
     verify(conversion_back, written_back, tmp_path / "npz")
     with np.load(tmp_path / "npz" / "params.npz") as archive:
         assert_same({name: archive[name] for name in archive.files}, tree)
     held = {name: np.array(x) for name, x in tensors(tmp_path / "out").items()}
     for count in (3, None):
-        held.pop("bn.num_batches_tracked") if count is None else held.update({"bn.num_batches_tracked": np.int64(3)})
-        shards.write_safetensors(tmp_path / "out" / "model.safetensors", {n: np.asarray(x) for n, x in held.items()})
-        with pytest.raises(errors.CheckpointError, match=r"bn.num_batches_tracked: (got 3, expected 7|missing)"):
+        held.pop("bn.num_batches_tracked") if count is None else held.update(
+            {"bn.num_batches_tracked": np.int64(3)}
+        )
+        shards.write_safetensors(
+            tmp_path / "out" / "model.safetensors", {n: np.asarray(x) for n, x in held.items()}
+        )
+        with pytest.raises(
+            errors.CheckpointError, match=r"bn.num_batches_tracked: (got 3, expected 7|missing)"
+        ):
             verify(conversion, written, tmp_path / "out")

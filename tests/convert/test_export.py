@@ -11,7 +11,16 @@ from transformers import AutoModelForCausalLM
 
 import slipway
 from slipway.errors import CheckpointError, InvalidConfig
-from tests.convert.torch_twins import RNG, Holder, Twin, assert_twins, exported, images, randomized, rngs
+from tests.convert.torch_twins import (
+    RNG,
+    Holder,
+    Twin,
+    assert_twins,
+    exported,
+    images,
+    randomized,
+    rngs,
+)
 from training.model import Embed, Linear, Model, ModelConfig, RMSNorm
 
 
@@ -20,8 +29,12 @@ class VGG(nnx.Module):
 
     def __init__(self):
         r = rngs()
-        self.features = nnx.List([nnx.Conv(3, 8, (3, 3), padding=1, rngs=r), nnx.Conv(8, 6, (3, 3), padding=1, rngs=r)])
-        self.norms = nnx.data({"0": nnx.BatchNorm(8, use_running_average=True, rngs=r)})  # a plain dict
+        self.features = nnx.List(
+            [nnx.Conv(3, 8, (3, 3), padding=1, rngs=r), nnx.Conv(8, 6, (3, 3), padding=1, rngs=r)]
+        )
+        self.norms = nnx.data(
+            {"0": nnx.BatchNorm(8, use_running_average=True, rngs=r)}
+        )  # a plain dict
         self.drop = nnx.Dropout(0.5, deterministic=True, rngs=r)
         self.fc1 = nnx.Linear(4 * 5 * 6, 10, rngs=r)
         self.fc2 = nnx.Linear(10, 4, rngs=r)
@@ -35,9 +48,12 @@ class VGG(nnx.Module):
 class VGGTwin(nn.Module):
     def __init__(self):
         super().__init__()
-        self.features = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)])
+        self.features = nn.ModuleList(
+            [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)]
+        )
         self.norms = nn.ModuleDict({"0": nn.BatchNorm2d(8)})
-        self.fc1, self.fc2 = nn.Linear(120, 10), nn.Linear(10, 4)
+        self.fc1 = nn.Linear(120, 10)
+        self.fc2 = nn.Linear(10, 4)
 
     def forward(self, x):
         x = self.norms["0"](self.features[0](x)).relu()
@@ -46,7 +62,14 @@ class VGGTwin(nn.Module):
 
 
 def test_a_vgg_like_network(tmp_path):
-    assert_twins(randomized(VGG()), VGGTwin(), images(2, 8, 10, 3), tmp_path, True, flatten={"fc1": (4, 5, 6)})
+    assert_twins(
+        randomized(VGG()),
+        VGGTwin(),
+        images(2, 8, 10, 3),
+        tmp_path,
+        True,
+        flatten={"fc1": (4, 5, 6)},
+    )
 
 
 class Block(nnx.Module):
@@ -82,7 +105,8 @@ class BlockTwin(nn.Module):
     def __init__(self, into: int, out: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(into, out, 3, stride, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.bn2 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.downsample = nn.Conv2d(into, out, 1, stride, bias=False)
 
@@ -105,8 +129,14 @@ class ResNetTwin(nn.Module):
 
 
 def test_a_resnet_like_network(tmp_path):
-    renames = {"blocks": "layer", "blocks.0.down": "layer.0.downsample", "blocks.1.down": "layer.1.downsample"}
-    assert_twins(randomized(ResNet()), ResNetTwin(), images(2, 9, 8, 3), tmp_path, True, renames=renames)
+    renames = {
+        "blocks": "layer",
+        "blocks.0.down": "layer.0.downsample",
+        "blocks.1.down": "layer.1.downsample",
+    }
+    assert_twins(
+        randomized(ResNet()), ResNetTwin(), images(2, 9, 8, 3), tmp_path, True, renames=renames
+    )
 
 
 @pytest.mark.parametrize("kind", ["around", "inside"])
@@ -148,7 +178,9 @@ class MLPBlock(nnx.Module):
 class ScannedTwin(nn.Module):
     def __init__(self, n: int):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4)}) for _ in range(n))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4)}) for _ in range(n)
+        )
         self.head = nn.Linear(4, 2)
 
     def forward(self, x):
@@ -163,7 +195,9 @@ def test_a_scanned_stack(rank, tmp_path):
 
 
 def test_layers_of_ones_own_and_a_transformer(tmp_path):
-    config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16
+    )
     model = randomized(Model(config, nnx.Rngs(0)))
     own = {
         Linear: [("kernel", "weight", "into out -> out into")],
@@ -181,7 +215,10 @@ def test_layers_of_ones_own_and_a_transformer(tmp_path):
     ids = RNG.integers(0, 64, (2, 20))
     with torch.inference_mode():
         wanted = twin(torch.from_numpy(ids)).logits.numpy()
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the user's code, not ours
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # the user's code, not ours
         made = np.asarray(model(ids))
     np.testing.assert_allclose(made, wanted, atol=1e-4)
 
@@ -202,8 +239,13 @@ def test_all_that_is_not_understood_is_listed(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         slipway.export(Odd(), {}, tmp_path / "out")
     told = "\n".join(caught.value.problems)
-    for part in ("token: a variable of no known layer", "per_head: LinearGeneral: batch_axis", "outer: Einsum: einsum",
-                 "fc: its 32 inputs look like a flattened feature map", "adapter: LoRA without a layer"):  # fmt: skip
+    for part in (
+        "token: a variable of no known layer",
+        "per_head: LinearGeneral: batch_axis",
+        "outer: Einsum: einsum",
+        "fc: its 32 inputs look like a flattened feature map",
+        "adapter: LoRA without a layer",
+    ):
         assert part in told, told
     assert not (tmp_path / "out").exists()
 
@@ -220,7 +262,9 @@ def test_a_bare_variable_with_a_rule_of_its_own(tmp_path):
 @pytest.mark.parametrize("shape", [(4, 5, 7), (120,)])
 def test_a_flatten_that_does_not_fit_is_refused(shape, tmp_path):
     if shape == (120,):
-        slipway.export(VGG(), {}, tmp_path / "out", flatten={"fc1": shape})  # one axis: nothing to permute
+        slipway.export(
+            VGG(), {}, tmp_path / "out", flatten={"fc1": shape}
+        )  # one axis: nothing to permute
         return
     with pytest.raises(InvalidConfig, match="flatten") as caught:
         slipway.export(VGG(), {}, tmp_path / "out", flatten={"fc1": shape})

@@ -165,12 +165,18 @@ def test_a_generator_with_norms_on_both_sides_of_its_reshape(tmp_path):
 
     net = Net(
         lambda m, z: m.up(m.norm2(nnx.relu(m.norm1(m.fc(z))).reshape(-1, 2, 3, 6))),
-        fc=linear(5, 36), norm1=norm(36), norm2=norm(6), up=up(),
-    )  # fmt: skip
+        fc=linear(5, 36),
+        norm1=norm(36),
+        norm2=norm(6),
+        up=up(),
+    )
     twin = Twin(
         lambda m, z: m.up(m.norm2(m.norm1(m.fc(z)).relu().view(-1, 6, 2, 3))).permute(0, 2, 3, 1),
-        fc=nn.Linear(5, 36), norm1=nn.BatchNorm1d(36), norm2=nn.BatchNorm2d(6), up=nn.ConvTranspose2d(6, 3, 2, 2),
-    )  # fmt: skip
+        fc=nn.Linear(5, 36),
+        norm1=nn.BatchNorm1d(36),
+        norm2=nn.BatchNorm2d(6),
+        up=nn.ConvTranspose2d(6, 3, 2, 2),
+    )
     z = images(4, 5)
     net = randomized(net)
     assert_twins(net, twin, z, tmp_path / "seen", example=z)
@@ -194,7 +200,9 @@ def test_halves_of_a_linear_become_two_maps(tmp_path):
 
     z = images(3, 5)
     net = randomized(Net(run, fc=linear(5, 48), conv=conv(4, 2, 1)))
-    assert_twins(net, Twin(run_twin, fc=nn.Linear(5, 48), conv=nn.Conv2d(4, 2, 1)), z, tmp_path, example=z)
+    assert_twins(
+        net, Twin(run_twin, fc=nn.Linear(5, 48), conv=nn.Conv2d(4, 2, 1)), z, tmp_path, example=z
+    )
 
 
 def test_lora_beside_a_flatten_is_reordered_too(tmp_path):
@@ -203,7 +211,9 @@ def test_lora_beside_a_flatten_is_reordered_too(tmp_path):
         conv=conv(3, 4),
         fc=nnx.LoRALinear(32, 5, lora_rank=2, rngs=rngs()),
     )
-    twin = Twin(lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5))
+    twin = Twin(
+        lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5)
+    )
     x, net = images(2, 4, 6, 3), randomized(net)
     assert_twins(net, twin, x, tmp_path / "seen", True, example=x)
     assert_twins(net, twin, x, tmp_path / "told", True, flatten={"fc": (2, 4, 4)})
@@ -212,10 +222,18 @@ def test_lora_beside_a_flatten_is_reordered_too(tmp_path):
 @pytest.mark.parametrize(
     ("run", "layers", "part"),
     [
-        (lambda m, x: m.fc(flat(x)), lambda: {"fc": linear(72, 5)}, "axes of the module's input, (4, 6, 3)"),
+        (
+            lambda m, x: m.fc(flat(x)),
+            lambda: {"fc": linear(72, 5)},
+            "axes of the module's input, (4, 6, 3)",
+        ),
         (
             lambda m, x: m.fc(m.groups(flat(m.conv(x)))),
-            lambda: {"conv": conv(3, 4), "groups": nnx.GroupNorm(32, 4, rngs=rngs()), "fc": linear(32, 5)},
+            lambda: {
+                "conv": conv(3, 4),
+                "groups": nnx.GroupNorm(32, 4, rngs=rngs()),
+                "fc": linear(32, 5),
+            },
             "groups: GroupNorm of a flattened map",
         ),
         (
@@ -239,7 +257,9 @@ def test_lora_beside_a_flatten_is_reordered_too(tmp_path):
             "cannot be followed through the operation slice",
         ),
         (
-            lambda m, x: m.fc(m.conv(x).reshape(-1, 1, 2, 2, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 2, 16)),
+            lambda m, x: m.fc(
+                m.conv(x).reshape(-1, 1, 2, 2, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 2, 16)
+            ),
             lambda: {"conv": conv(3, 4), "fc": linear(16, 5)},
             "no whole feature map",
         ),
@@ -256,10 +276,14 @@ def test_what_does_not_follow_from_an_example_is_asked(run, layers, part, tmp_pa
 
 
 def test_a_layer_that_the_example_does_not_use_is_asked_for(tmp_path):
-    net = Net(lambda m, x: m.fc(flat(m.conv(x))), conv=conv(3, 4), fc=linear(32, 5), other=linear(32, 6))
+    net = Net(
+        lambda m, x: m.fc(flat(m.conv(x))), conv=conv(3, 4), fc=linear(32, 5), other=linear(32, 6)
+    )
     with pytest.raises(CheckpointError, match="1 problem\n  - other: its 32 inputs look like"):
         slipway.export(net, {}, tmp_path / "out", example=images(2, 4, 6, 3))
-    made = slipway.export(net, {}, tmp_path / "out", example=images(2, 4, 6, 3), flatten={"other": None})
+    made = slipway.export(
+        net, {}, tmp_path / "out", example=images(2, 4, 6, 3), flatten={"other": None}
+    )
     assert "other: not used by the example" in str(made.report)
 
 
@@ -307,7 +331,9 @@ def test_stacks_on_any_axis(axes, tmp_path):
 
 def test_a_stack_axis_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        slipway.export(Stack(3, (1, 0)), {}, tmp_path / "out", stack_axes={"layers.kernel": 0, "else": 1})
+        slipway.export(
+            Stack(3, (1, 0)), {}, tmp_path / "out", stack_axes={"layers.kernel": 0, "else": 1}
+        )
     told = "\n".join(caught.value.problems)
     assert "layers.kernel of shape (4, 3, 4) cannot be stacked on it" in told
     assert "stack_axes: else is no stacked layer" in told
@@ -315,10 +341,15 @@ def test_a_stack_axis_that_cannot_be_is_refused(tmp_path):
 
 def test_the_report_and_the_example_are_kept(tmp_path):
     x = images(2, 4, 6, 3)
-    net = randomized(Net(
-        lambda m, x: m.fc(nnx.gelu(m.norm(flat(m.conv(x))))),
-        conv=conv(3, 4), norm=nnx.LayerNorm(32, rngs=rngs()), fc=linear(32, 5), unused=nnx.RMSNorm(3, rngs=rngs()),
-    ))  # fmt: skip
+    net = randomized(
+        Net(
+            lambda m, x: m.fc(nnx.gelu(m.norm(flat(m.conv(x))))),
+            conv=conv(3, 4),
+            norm=nnx.LayerNorm(32, rngs=rngs()),
+            fc=linear(32, 5),
+            unused=nnx.RMSNorm(3, rngs=rngs()),
+        )
+    )
     made = slipway.export(net, {}, tmp_path / "out", example=x)
     assert {entry.name for entry in made} >= {"fc.weight", "norm.bias"}
     text = (tmp_path / "out" / "report.txt").read_text()
@@ -329,19 +360,27 @@ def test_the_report_and_the_example_are_kept(tmp_path):
     assert "RMSNorm" not in text
     assert text.rstrip().splitlines()[-1].startswith("not compared with the original's logits")
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "example_input_0.npy"), x)
-    np.testing.assert_allclose(np.load(tmp_path / "out" / "example_output_0.npy"), net(jnp.asarray(x)), rtol=1e-5)
-    without = slipway.export(net, {}, tmp_path / "plain", flatten={"fc": (2, 4, 4), "norm": (2, 4, 4)})
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out" / "example_output_0.npy"), net(jnp.asarray(x)), rtol=1e-5
+    )
+    without = slipway.export(
+        net, {}, tmp_path / "plain", flatten={"fc": (2, 4, 4), "norm": (2, 4, 4)}
+    )
     assert "not looked at without example=" in str(without.report)
 
 
 def test_arguments_of_an_example(tmp_path):
     net = Net(lambda m, x: m.fc(x[0] + x[1]), fc=linear(3, 2))
     net.__class__ = type(
-        "Two", (Net,), {"__call__": lambda self, a, *, b, double: self.fc(a + b * (2 if double else 1))}
+        "Two",
+        (Net,),
+        {"__call__": lambda self, a, *, b, double: self.fc(a + b * (2 if double else 1))},
     )
     a, b = images(2, 3), images(2, 3)
     made = slipway.export(net, {}, tmp_path / "out", example={"a": a, "b": b, "double": True})
-    np.testing.assert_allclose(made.report.outputs[0], np.asarray(net.fc(jnp.asarray(a + 2 * b))), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        made.report.outputs[0], np.asarray(net.fc(jnp.asarray(a + 2 * b))), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_map_told_for_what_has_no_such_axis_is_refused(tmp_path):
@@ -352,10 +391,16 @@ def test_a_map_told_for_what_has_no_such_axis_is_refused(tmp_path):
 
 def test_an_extra_rule_of_a_flattening_matrix_is_reordered(tmp_path):
     x = images(2, 4, 6, 3)
-    net = Net(lambda m, x: flat(m.conv(x)) @ m.w[...], conv=conv(3, 4), w=nnx.Param(jnp.zeros((32, 5))))
+    net = Net(
+        lambda m, x: flat(m.conv(x)) @ m.w[...], conv=conv(3, 4), w=nnx.Param(jnp.zeros((32, 5)))
+    )
     rows = [("w", "fc.weight", "i o -> o i")]
     net = randomized(net)
-    twin = Twin(lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5, bias=False))
+    twin = Twin(
+        lambda m, x: m.fc(m.conv(x).flatten(1)),
+        conv=nn.Conv2d(3, 4, 3),
+        fc=nn.Linear(32, 5, bias=False),
+    )
     assert_twins(net, twin, x, tmp_path, True, example=x, extra=rows)
     tensors = exported(net, tmp_path / "plain", extra=rows)
     assert torch.equal(tensors["fc.weight"], torch.from_numpy(np.array(net.w[...]).T))

@@ -44,7 +44,9 @@ def assert_twin(module, twin, x, folder, *, kwargs=None, **options):
     kwargs = kwargs or {}
     variables = drawn(module, x, **kwargs)
     example = (x, *kwargs.values()) if kwargs else x
-    made = slipway.export(module, {}, folder / "out", variables=variables, example=example, **options)
+    made = slipway.export(
+        module, {}, folder / "out", variables=variables, example=example, **options
+    )
     twin.load_state_dict(load_file(folder / "out" / "model.safetensors"), strict=True)
     theirs = np.moveaxis(x, -1, 1).copy() if x.ndim == 4 else x
     with torch.inference_mode():
@@ -93,14 +95,20 @@ def cnn_twin():
 
 def test_an_mlp_under_other_names(tmp_path):
     module = linen.Sequential([linen.Dense(7), linen.relu, linen.Dense(3, use_bias=False)])
-    twin = Twin(lambda m, x: m.last(m.first(x).relu()), first=nn.Linear(4, 7), last=nn.Linear(7, 3, bias=False))
+    twin = Twin(
+        lambda m, x: m.last(m.first(x).relu()),
+        first=nn.Linear(4, 7),
+        last=nn.Linear(7, 3, bias=False),
+    )
     renames = {"layers_0": "first", "layers_2": "last"}
     assert_twin(module, twin, images(2, 4), tmp_path, renames=renames)
 
 
 def test_a_cnn_with_a_flatten_and_running_averages(tmp_path):
     made = assert_twin(Cnn(), cnn_twin(), images(2, 8, 10, 3), tmp_path, kwargs={"train": False})
-    assert "head: inputs are a map 2 x 3 x 2 x 4 in Flax, 2 x 4 x 2 x 3 in torch" in str(made.report)
+    assert "head: inputs are a map 2 x 3 x 2 x 4 in Flax, 2 x 4 x 2 x 3 in torch" in str(
+        made.report
+    )
     assert "momentum 0.99" in str(made.report)
 
 
@@ -108,7 +116,9 @@ def test_statistics_of_the_batch_are_refused(tmp_path):
     x = images(2, 8, 10, 3)
     variables = drawn(Cnn(), x, train=False)
     with pytest.raises(InvalidConfig, match="BatchNorm_0 computes the statistics of the batch"):
-        slipway.export(Cnn(), {}, tmp_path / "out", variables=variables, example={"x": x, "train": True})
+        slipway.export(
+            Cnn(), {}, tmp_path / "out", variables=variables, example={"x": x, "train": True}
+        )
 
 
 class Block(linen.Module):
@@ -117,7 +127,9 @@ class Block(linen.Module):
     @linen.compact
     def __call__(self, x):
         mask = linen.make_causal_mask(x[..., 0])
-        x = x + linen.MultiHeadDotProductAttention(2, name="attn")(linen.RMSNorm(name="norm1")(x), mask=mask)
+        x = x + linen.MultiHeadDotProductAttention(2, name="attn")(
+            linen.RMSNorm(name="norm1")(x), mask=mask
+        )
         y = linen.Dense(16, name="up")(linen.LayerNorm(epsilon=1e-5, name="norm2")(x))
         return x + linen.Dense(8, name="down")(linen.gelu(y))
 
@@ -129,7 +141,10 @@ class Attention(nn.Module):
             self.add_module(name, nn.Linear(8, 8))
 
     def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (2, 4)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -169,7 +184,11 @@ def test_a_tied_embedding(tmp_path):
             table = linen.Embed(11, 4, name="table")
             return table.attend(linen.Dense(4, name="fc")(table(ids)))
 
-    twin = Twin(lambda m, x: m.fc(m.table(x)) @ m.table.weight.T, table=nn.Embedding(11, 4), fc=nn.Linear(4, 4))
+    twin = Twin(
+        lambda m, x: m.fc(m.table(x)) @ m.table.weight.T,
+        table=nn.Embedding(11, 4),
+        fc=nn.Linear(4, 4),
+    )
     assert_twin(Tied(), twin, RNG.integers(0, 11, (2, 5)), tmp_path)
 
 
@@ -179,7 +198,9 @@ def test_a_decoder_from_a_vector_to_a_map(turned, tmp_path):
         @linen.compact
         def __call__(self, z):
             x = linen.relu(linen.Dense(2 * 3 * 4, name="fc")(z)).reshape(-1, 2, 3, 4)
-            x = linen.ConvTranspose(5, (3, 3), (2, 2), "VALID", transpose_kernel=turned, name="up")(x)
+            x = linen.ConvTranspose(5, (3, 3), (2, 2), "VALID", transpose_kernel=turned, name="up")(
+                x
+            )
             return linen.Conv(3, (1, 1), name="out")(x)
 
     def run(m, z):
@@ -196,7 +217,11 @@ def test_matrices_over_several_axes(tmp_path):
             x = linen.DenseGeneral((2, 3), name="split")(x)
             return linen.DenseGeneral(5, axis=(-2, -1), use_bias=False, name="join")(jnp.tanh(x))
 
-    twin = Twin(lambda m, x: m.join(m.split(x).tanh()), split=nn.Linear(4, 6), join=nn.Linear(6, 5, bias=False))
+    twin = Twin(
+        lambda m, x: m.join(m.split(x).tanh()),
+        split=nn.Linear(4, 6),
+        join=nn.Linear(6, 5, bias=False),
+    )
     assert_twin(Heads(), twin, images(2, 4), tmp_path)
 
 
@@ -211,14 +236,20 @@ def test_a_convolution_of_one_or_three_axes(rank, tmp_path):
     kind = {1: nn.Conv1d, 3: nn.Conv3d}[rank]
     x = images(2, 3, 4, 5, 2) if rank == 3 else images(2, 5, 2)
     outputs = 4 * int(np.prod([size - 1 for size in x.shape[1:-1]]))
-    twin = Twin(lambda m, x: m.fc(m.conv(x.movedim(-1, 1)).flatten(1)), conv=kind(2, 4, 2), fc=nn.Linear(outputs, 5))
+    twin = Twin(
+        lambda m, x: m.fc(m.conv(x.movedim(-1, 1)).flatten(1)),
+        conv=kind(2, 4, 2),
+        fc=nn.Linear(outputs, 5),
+    )
     assert_twin(Net(), twin, x, tmp_path)
 
 
 class Step(linen.Module):
     @linen.compact
     def __call__(self, x, _):
-        return jnp.tanh(linen.Dense(x.shape[-1], name="fc")(linen.LayerNorm(epsilon=1e-5, name="norm")(x))), None
+        return jnp.tanh(
+            linen.Dense(x.shape[-1], name="fc")(linen.LayerNorm(epsilon=1e-5, name="norm")(x))
+        ), None
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -228,7 +259,9 @@ def test_a_scanned_stack(axis, lift, tmp_path):
         @linen.compact
         def __call__(self, x):
             axes = {"params": axis}
-            x, _ = linen.scan(lift(Step), axes, split_rngs={"params": True}, length=4)(name="layers")(x, None)
+            x, _ = linen.scan(lift(Step), axes, split_rngs={"params": True}, length=4)(
+                name="layers"
+            )(x, None)
             return linen.Dense(3, name="head")(x)
 
     def run(m, x):
@@ -245,7 +278,9 @@ def test_a_stack_whose_axis_the_run_does_not_tell_is_asked_for(tmp_path):
         @linen.compact
         def __call__(self, x):
             axes = {"params": 1}
-            kind = linen.vmap(linen.Dense, variable_axes=axes, split_rngs={"params": True}, in_axes=0, out_axes=0)
+            kind = linen.vmap(
+                linen.Dense, variable_axes=axes, split_rngs={"params": True}, in_axes=0, out_axes=0
+            )
             return kind(4, name="experts")(x)
 
     x = images(4, 2, 4)
@@ -263,14 +298,19 @@ class Offset(linen.Module):
 
     @linen.compact
     def __call__(self, x):
-        return linen.Dense(4, name="fc")(x) + self.param("offset", linen.initializers.zeros, (4,))[None]
+        return (
+            linen.Dense(4, name="fc")(x)
+            + self.param("offset", linen.initializers.zeros, (4,))[None]
+        )
 
 
 def test_a_parameter_of_a_module_is_refused_and_extra_takes_it(tmp_path):
     assert "offset: a variable of no known layer" in refused(Offset(), images(2, 4), tmp_path)
     twin = Twin(lambda m, x: m.fc(x) + m.shift, fc=nn.Linear(4, 4))
     twin.shift = nn.Parameter(torch.zeros(4))
-    assert_twin(Offset(), twin, images(2, 4), tmp_path, extra=[("offset", "shift", "features -> features")])
+    assert_twin(
+        Offset(), twin, images(2, 4), tmp_path, extra=[("offset", "shift", "features -> features")]
+    )
 
 
 class Doubled(linen.Dense):
@@ -351,7 +391,9 @@ def test_a_class_of_ones_own_is_told(tmp_path):
 def test_variables_that_the_run_does_not_reach_are_refused(tmp_path):
     variables = drawn(Square(), images(2, 4))
     variables["params"]["unused"] = {"kernel": images(4, 4)}
-    assert "unused.kernel: a variable of no known layer" in refused(Square(), images(2, 4), tmp_path, variables)
+    assert "unused.kernel: a variable of no known layer" in refused(
+        Square(), images(2, 4), tmp_path, variables
+    )
 
 
 def test_what_a_linen_module_needs(tmp_path):

@@ -36,35 +36,61 @@ def write_flax(flat: dict, form: str, path: Path) -> Path:
 
     match form:
         case "pairs":
-            pairs = [(("params", *name.split(".")), serialization.to_bytes(x)) for name, x in flat.items()]
+            pairs = [
+                (("params", *name.split(".")), serialization.to_bytes(x))
+                for name, x in flat.items()
+            ]
             path.write_bytes(b"".join(map(msgpack.packb, pairs)))
         case "pairs of paths":
-            pairs = [(name.replace(".", "/"), serialization.to_bytes(x)) for name, x in flat.items()]
+            pairs = [
+                (name.replace(".", "/"), serialization.to_bytes(x)) for name, x in flat.items()
+            ]
             path.write_bytes(b"".join(map(msgpack.packb, pairs)))
         case "numbered files":
             path.mkdir()
             for step, factor in ((9, 0), (10, 1)):
-                held = {"params": scaled(factor), "step": step, "epoch": np.int32(2), "rate": np.float32(0.5)}
+                held = {
+                    "params": scaled(factor),
+                    "step": step,
+                    "epoch": np.int32(2),
+                    "rate": np.float32(0.5),
+                }
                 (path / f"checkpoint_{step}").write_bytes(serialization.msgpack_serialize(held))
         case "numbered aggregates":
             for step, factor in ((9, 0), (10, 1)):
                 (path / f"checkpoint_{step}").mkdir(parents=True)
                 file = path / f"checkpoint_{step}" / "checkpoint"
-                file.write_bytes(serialization.msgpack_serialize({"params": scaled(factor), "step": step}))
+                file.write_bytes(
+                    serialization.msgpack_serialize({"params": scaled(factor), "step": step})
+                )
         case "aggregate beside arrays":
             large = {name: x for name, x in flat.items() if x.ndim > 1}
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)) as checkpointer:
-                checkpointer.save(path.absolute(), {f"params.{name}": x for name, x in large.items()})
+            with ocp.Checkpointer(
+                ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
+            ) as checkpointer:
+                checkpointer.save(
+                    path.absolute(), {f"params.{name}": x for name, x in large.items()}
+                )
             (path / "_METADATA").unlink()
-            named = {name: f"PLACEHOLDER://params.{name}" if name in large else x for name, x in flat.items()}
-            (path / "checkpoint").write_bytes(serialization.msgpack_serialize({"params": nested(named)}))
+            named = {
+                name: f"PLACEHOLDER://params.{name}" if name in large else x
+                for name, x in flat.items()
+            }
+            (path / "checkpoint").write_bytes(
+                serialization.msgpack_serialize({"params": nested(named)})
+            )
         case "shards":
             path.mkdir()
-            files = {name: f"flax_model-{i % 2 + 1:05d}-of-00002.msgpack" for i, name in enumerate(flat)}
+            files = {
+                name: f"flax_model-{i % 2 + 1:05d}-of-00002.msgpack" for i, name in enumerate(flat)
+            }
             for file in set(files.values()):
                 part = {name: x for name, x in flat.items() if files[name] == file}
                 (path / file).write_bytes(serialization.to_bytes(nested(part)))
-            index = {"metadata": {}, "weight_map": {name.replace(".", "/"): file for name, file in files.items()}}
+            index = {
+                "metadata": {},
+                "weight_map": {name.replace(".", "/"): file for name, file in files.items()},
+            }
             (path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
     return path
 
@@ -77,7 +103,9 @@ def write(tree: dict, form: str, folder: Path) -> Path:
             np.savez(folder / "t.npz", **flat)
             return folder / "t.npz"
         case "npz compressed":
-            np.savez_compressed(folder / "t.npz", **{name.replace(".", "/"): x for name, x in flat.items()})
+            np.savez_compressed(
+                folder / "t.npz", **{name.replace(".", "/"): x for name, x in flat.items()}
+            )
             return folder / "t.npz"
         case "msgpack":
             (folder / "t.msgpack").write_bytes(serialization.msgpack_serialize({"params": tree}))
@@ -86,12 +114,23 @@ def write(tree: dict, form: str, folder: Path) -> Path:
             shards.write_safetensors(folder / "t.safetensors", flat)
             return folder / "t.safetensors"
         case (
-            "pairs" | "pairs of paths" | "numbered files" | "numbered aggregates" | "aggregate beside arrays" | "shards"
+            "pairs"
+            | "pairs of paths"
+            | "numbered files"
+            | "numbered aggregates"
+            | "aggregate beside arrays"
+            | "shards"
         ):
             return write_flax(flat, form, folder / "t")
         case "orbax scalars":
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                held = {"params": tree, "epoch": np.int32(3), "rate": 0.5, "step": 7, "best": {"loss": np.float32(1.5)}}
+                held = {
+                    "params": tree,
+                    "epoch": np.int32(3),
+                    "rate": 0.5,
+                    "step": 7,
+                    "best": {"loss": np.float32(1.5)},
+                }
                 checkpointer.save((folder / "t").absolute(), held)
             return folder / "t"
         case "orbax standard":
@@ -99,18 +138,27 @@ def write(tree: dict, form: str, folder: Path) -> Path:
                 checkpointer.save((folder / "t").absolute(), tree)
             return folder / "t"
         case "orbax without ocdbt":
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)) as checkpointer:
+            with ocp.Checkpointer(
+                ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
+            ) as checkpointer:
                 checkpointer.save((folder / "t").absolute(), tree)
             return folder / "t"
         case "orbax zarr3":
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
+            with ocp.Checkpointer(
+                ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+            ) as checkpointer:
                 checkpointer.save((folder / "t").absolute(), {"params": tree})
             return folder / "t"
         case _:
             with ocp.CheckpointManager((folder / "t").absolute()) as manager:
                 for step, factor in ((9, 0), (10, 1)):
-                    scaled = {name: (x.astype(np.float32) * factor).astype(x.dtype) for name, x in flat.items()}
-                    nested = unflatten_dict({tuple(name.split(".")): x for name, x in scaled.items()})
+                    scaled = {
+                        name: (x.astype(np.float32) * factor).astype(x.dtype)
+                        for name, x in flat.items()
+                    }
+                    nested = unflatten_dict(
+                        {tuple(name.split(".")): x for name, x in scaled.items()}
+                    )
                     manager.save(step, args=ocp.args.StandardSave(nested))
             (folder / "t" / "11.orbax-checkpoint-tmp-1").mkdir()
             return folder / "t"
@@ -141,7 +189,10 @@ def test_flax_pieces_of_large_arrays(tmp_path, monkeypatch):
 
 def test_keras_weights(tmp_path):
     rng = np.random.default_rng(0)
-    kernel, bias = rng.standard_normal((3, 5)).astype(np.float32), rng.standard_normal(5).astype(np.float32)
+    kernel, bias = (
+        rng.standard_normal((3, 5)).astype(np.float32),
+        rng.standard_normal(5).astype(np.float32),
+    )
     with h5py.File(tmp_path / "m.weights.h5", "w") as file:
         file["layers/dense/vars/0"] = kernel
         file.create_dataset("layers/dense/vars/1", data=bias, chunks=(5,), compression="gzip")
@@ -149,8 +200,14 @@ def test_keras_weights(tmp_path):
         "rules:\n  - [layers.dense.vars.0, fc.weight, into out -> out into]\n"
         "  - [layers.dense.vars.1, fc.bias, out -> out]\nconfig: {model_type: mine}\n"
     )
-    convert(open_source(tmp_path / "m.weights.h5"), tmp_path / "out", ConvertConfig(mapping=str(tmp_path / "m.yaml")))
-    assert_same(tensors(tmp_path / "out"), {"fc.weight": np.ascontiguousarray(kernel.T), "fc.bias": bias})
+    convert(
+        open_source(tmp_path / "m.weights.h5"),
+        tmp_path / "out",
+        ConvertConfig(mapping=str(tmp_path / "m.yaml")),
+    )
+    assert_same(
+        tensors(tmp_path / "out"), {"fc.weight": np.ascontiguousarray(kernel.T), "fc.bias": bias}
+    )
 
 
 def test_orbax_metadata_that_is_no_json(tmp_path):
@@ -169,7 +226,11 @@ def test_a_torn_orbax_store(torn, tmp_path):
         else:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(errors.CheckpointError):
-        convert(open_source(tmp_path / "torn"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+        convert(
+            open_source(tmp_path / "torn"),
+            tmp_path / "out",
+            ConvertConfig(config=MAXTEXT / "hf_qwen3"),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -187,9 +248,14 @@ def test_a_truncated_file(form, share, tmp_path):
 def test_a_steps_one_item_is_read_whatever_its_name(item, tmp_path):
     tree = flax_tree("hf_qwen3", tmp_path / "flax")
     with ocp.CheckpointManager((tmp_path / "t").absolute()) as manager:
-        items = {item: ocp.args.PyTreeSave(tree), "optimizer_state": ocp.args.PyTreeSave({"m": np.ones(3)})}
+        items = {
+            item: ocp.args.PyTreeSave(tree),
+            "optimizer_state": ocp.args.PyTreeSave({"m": np.ones(3)}),
+        }
         manager.save(1, args=ocp.args.Composite(**items))
-    convert(open_source(tmp_path / "t"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    convert(
+        open_source(tmp_path / "t"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3")
+    )
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
 
 
@@ -208,14 +274,18 @@ def test_several_items_are_listed_and_one_is_taken_by_its_path(tmp_path):
 @pytest.mark.parametrize("file", ["flax_model.msgpack", "model.npz"])
 def test_a_directory_with_one_archive_whose_norms_are_called_weight(file, tmp_path):
     tree = flax_tree("hf_qwen3", tmp_path / "flax")
-    flat = {"model." + name.replace("norm.scale", "norm.weight"): x for name, x in flatten(tree).items()}
+    flat = {
+        "model." + name.replace("norm.scale", "norm.weight"): x for name, x in flatten(tree).items()
+    }
     (tmp_path / "t").mkdir()
     if file == "model.npz":
         np.savez(tmp_path / "t" / file, **flat)
     else:
         nested = unflatten_dict({tuple(name.split(".")): x for name, x in flat.items()})
         (tmp_path / "t" / file).write_bytes(serialization.msgpack_serialize(nested))
-    convert(open_source(tmp_path / "t"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
+    convert(
+        open_source(tmp_path / "t"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3")
+    )
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
 
 
@@ -227,7 +297,11 @@ def test_random_number_state_in_a_maxtext_tree_is_left_out(root, tmp_path):
         if name.startswith("params.params."):
             with source.open(name) as array:
                 arrays[root + name.removeprefix("params.params.")] = np.array(array)
-    for name in ("dropout.rngs.params.key", "layers.dropout.rngs.dropout.count", "dropout.rngs.aqt.key"):
+    for name in (
+        "dropout.rngs.params.key",
+        "layers.dropout.rngs.dropout.count",
+        "dropout.rngs.aqt.key",
+    ):
         arrays[f"{root}decoder.{name}"] = np.zeros(2, np.uint32)
     convert(MemorySource(arrays), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_qwen3"))
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / "hf_qwen3"))
@@ -241,7 +315,10 @@ PAIR = msgpack.packb((["a"], serialization.to_bytes(np.ones(2))))
     [
         (msgpack.packb((["a"], b"")), "not Flax msgpack"),
         (PAIR * 2, "named twice"),
-        (msgpack.packb((["a"], serialization.to_bytes(np.ones(2)) + b"\x01")), "more than one array"),
+        (
+            msgpack.packb((["a"], serialization.to_bytes(np.ones(2)) + b"\x01")),
+            "more than one array",
+        ),
         (msgpack.packb((["a"], "text")), "no bytes"),
         (PAIR + msgpack.packb(7), "no pair"),
         (PAIR[:-3], "not Flax msgpack"),
@@ -264,7 +341,9 @@ def test_parts_that_are_missing_are_named(tmp_path):
             (path / "flax_model-00002-of-00002.msgpack").unlink()
             told = "flax_model-00002-of-00002.msgpack: missing"
         else:
-            with pytest.raises(errors.CheckpointError, match="beside this file: give the directory"):
+            with pytest.raises(
+                errors.CheckpointError, match="beside this file: give the directory"
+            ):
                 open_source(path / "checkpoint")
             shutil.rmtree(path / "params.embed_tokens.embedding")
             told = r"params\.embed_tokens\.embedding: checkpoint names it"

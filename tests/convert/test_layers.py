@@ -53,7 +53,9 @@ LAYERS = {
         True,
     ),
     "ConvTranspose, transpose_kernel": (
-        lambda: nnx.ConvTranspose(3, 5, (3, 2), strides=(2, 1), padding="VALID", transpose_kernel=True, rngs=rngs()),
+        lambda: nnx.ConvTranspose(
+            3, 5, (3, 2), strides=(2, 1), padding="VALID", transpose_kernel=True, rngs=rngs()
+        ),
         lambda: nn.ConvTranspose2d(3, 5, (3, 2), stride=(2, 1)),
         (2, 4, 5, 3),
         True,
@@ -114,7 +116,9 @@ def test_an_embedding(tmp_path):
 def test_a_map_of_several_axes_is_one_matrix(layer, x, tmp_path):
     module, x = randomized(Holder(layer())), images(*x)
     tensors = exported(module, tmp_path)
-    y = torch.from_numpy(x.reshape(7, -1)) @ tensors["layer.weight"].T + tensors.get("layer.bias", torch.zeros(1))
+    y = torch.from_numpy(x.reshape(7, -1)) @ tensors["layer.weight"].T + tensors.get(
+        "layer.bias", torch.zeros(1)
+    )
     np.testing.assert_allclose(np.asarray(module(x)).reshape(7, -1), y, atol=1e-5)
 
 
@@ -126,6 +130,9 @@ def test_attention(tmp_path):
     def project(name, y):
         return y @ tensors[f"layer.{name}.weight"].T + tensors[f"layer.{name}.bias"]
 
-    q, k, v = (project(n, torch.from_numpy(x[0])).view(5, 2, 4).transpose(0, 1) for n in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (
+        project(n, torch.from_numpy(x[0])).view(5, 2, 4).transpose(0, 1)
+        for n in ("q_proj", "k_proj", "v_proj")
+    )
     mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(5, 8)
     np.testing.assert_allclose(np.asarray(module(x))[0], project("out_proj", mixed), atol=1e-5)

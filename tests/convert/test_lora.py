@@ -30,7 +30,9 @@ PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 def qwen2(tied=False):
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=tied))
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, tie_word_embeddings=tied)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.data.normal_()
@@ -58,7 +60,9 @@ def bases(tmp_path_factory):
 
 def train(model, root, **fields):
     """Save an adapter whose numbers are random, as PEFT saves it, and return the merged model's tensors."""
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**PLAIN | {"task_type": "CAUSAL_LM"} | fields))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(**PLAIN | {"task_type": "CAUSAL_LM"} | fields)
+    )
     generator = torch.Generator().manual_seed(1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -127,7 +131,10 @@ HONOURED = {
 def test_equal_to_peft(case, bases, tmp_path):
     kind, fields = HONOURED[case]
     wanted = train(MODELS[kind](), tmp_path, **fields)
-    ours, base = merged_by_us(bases / kind, tmp_path), safetensors.load_file(bases / kind / "model.safetensors")
+    ours, base = (
+        merged_by_us(bases / kind, tmp_path),
+        safetensors.load_file(bases / kind / "model.safetensors"),
+    )
     assert ours.keys() == base.keys()
     for name, array in ours.items():
         np.testing.assert_allclose(array, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -137,7 +144,11 @@ def test_equal_to_peft(case, bases, tmp_path):
 def test_fan_in_fan_out_means_nothing_to_a_linear_layer(bases, tmp_path):
     wanted = train(qwen2(), tmp_path)
     edit(tmp_path, fan_in_fan_out=True)
-    loaded = peft.PeftModel.from_pretrained(qwen2(), tmp_path / "adapter").merge_and_unload().state_dict()
+    loaded = (
+        peft.PeftModel.from_pretrained(qwen2(), tmp_path / "adapter")
+        .merge_and_unload()
+        .state_dict()
+    )
     ours = merged_by_us(bases / "qwen2", tmp_path)
     for name, array in ours.items():
         np.testing.assert_allclose(array, wanted[name], rtol=1e-5, atol=1e-6)
@@ -156,7 +167,9 @@ def test_what_changed_the_base_is_refused_until_it_is_converted(kind, bases, tmp
     model.save_pretrained(tmp_path / "adapter")
     [problem] = refusal(bases / "qwen2", tmp_path)
     assert "init_lora_weights" in problem and kind in problem
-    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    model.save_pretrained(
+        tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
     ours = merged_by_us(bases / "qwen2", tmp_path)
     wanted = model.merge_and_unload().state_dict()
     for name, array in ours.items():
@@ -182,7 +195,9 @@ def test_refused_by_name(fields, bases, tmp_path):
     edit(tmp_path, **fields)
     field = next(iter(fields))
     told = refusal(bases / "qwen2", tmp_path)
-    assert any(field in problem or "regular" in problem or "unterminated" in problem for problem in told), told
+    assert any(
+        field in problem or "regular" in problem or "unterminated" in problem for problem in told
+    ), told
 
 
 def test_every_field_of_peft_is_accounted_for(bases, tmp_path):
@@ -193,7 +208,9 @@ def test_every_field_of_peft_is_accounted_for(bases, tmp_path):
             continue
         edit(tmp_path, **{field.name: "set"})
         told = refusal(bases / "qwen2", tmp_path)
-        assert any(problem.startswith(f"adapter_config.json: {field.name}: got 'set'") for problem in told), field.name
+        assert any(
+            problem.startswith(f"adapter_config.json: {field.name}: got 'set'") for problem in told
+        ), field.name
         edit(tmp_path, **{field.name: None})
 
 
@@ -203,8 +220,14 @@ def test_every_field_of_peft_is_accounted_for(bases, tmp_path):
         ({"target_modules": ["q_proj"]}, "does not name model.layers.0.self_attn.v_proj"),
         ({"exclude_modules": ["v_proj"]}, "does not name model.layers.0.self_attn.v_proj"),
         ({"layers_to_transform": [0]}, "does not name model.layers.1.self_attn.q_proj"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "target_modules names model.layers.0.self_attn.o_proj"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight: missing, though modules_to_save names it"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+            "target_modules names model.layers.0.self_attn.o_proj",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "lm_head.weight: missing, though modules_to_save names it",
+        ),
         ({"r": 8}, "rank 4, but adapter_config.json says 8"),
         ({"rank_pattern": {"q_proj": 2}}, "rank 4, but adapter_config.json says 2"),
     ],
@@ -228,7 +251,9 @@ def test_tensors_that_nothing_names(bases, tmp_path):
     rewrite(tmp_path, lambda tensors: tensors | more)
     told = refusal(bases / "qwen2", tmp_path)
     missing = f"{prefix}o_proj.lora_A.weight"
-    assert all(any(problem.startswith(name) for problem in told) for name in [*list(more)[:3], missing]), told
+    assert all(
+        any(problem.startswith(name) for problem in told) for name in [*list(more)[:3], missing]
+    ), told
 
 
 def test_embeddings_of_a_tied_model(bases, tmp_path):
@@ -240,7 +265,9 @@ def test_embeddings_of_a_tied_model(bases, tmp_path):
 
 def test_a_pickled_adapter_and_a_config_that_is_none(bases, tmp_path):
     train(qwen2(), tmp_path)
-    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(
+        tmp_path / "adapter" / "adapter_model.bin"
+    )
     assert "adapter_model.safetensors: missing" in refusal(bases / "qwen2", tmp_path)[0]
     (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
     assert "expected a JSON object" in refusal(bases / "qwen2", tmp_path)[0]

@@ -17,9 +17,15 @@ from slipway.errors import InvalidConfig
 from tests.convert.twins import assert_same, tensors
 
 SHAPE = dict(
-    vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=48,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+)
 QWEN_OR_LLAMA = [
     ("llama", {"tie_word_embeddings": False}),
     ("qwen2", {"tie_word_embeddings": True}),
@@ -72,7 +78,9 @@ def test_layers_stacked_as_scan_leaves_them(inside, tmp_path):
     stacked = {name: x for name, x in tree.items() if not name.startswith("layers.")}
     for name in {name.split(".", 2)[2] for name in tree if name.startswith("layers.")}:
         stacked[f"layers.{name}"] = np.stack([tree[f"layers.{i}.{name}"] for i in range(2)])
-    named = {name if name.startswith("lm_head") else inside + name: x for name, x in stacked.items()}
+    named = {
+        name if name.startswith("lm_head") else inside + name: x for name, x in stacked.items()
+    }
     convert(MemorySource(named), tmp_path / "out", ConvertConfig(config=directory))
     assert_same(tensors(tmp_path / "out"), original(directory))
 
@@ -106,7 +114,11 @@ def gemma_logits(tree: dict, ids: np.ndarray) -> np.ndarray:
         angle = np.arange(len(x))[:, None, None] / 10000.0 ** (np.arange(half) / half)
         first, second = x[..., :half], x[..., half:]
         return np.concatenate(
-            [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], -1
+            [
+                first * np.cos(angle) - second * np.sin(angle),
+                second * np.cos(angle) + first * np.sin(angle),
+            ],
+            -1,
         )
 
     table = tree["embedder"]["input_embedding"].astype(np.float64)
@@ -145,8 +157,13 @@ def test_names_of_hugging_face_are_themselves(tmp_path):
     tree = {f"params.{name}": x for name, x in tensors(directory).items()}
     convert(MemorySource(tree), tmp_path / "out", ConvertConfig(config=directory))
     assert_same(tensors(tmp_path / "out"), tensors(directory))
-    conversion = prepare(MemorySource(tree | {"params.more": np.zeros(3, np.float32)}), ConvertConfig(config=directory))
-    assert len(conversion.problems) == 1 and conversion.problems[0].startswith("params.more: no rule")
+    conversion = prepare(
+        MemorySource(tree | {"params.more": np.zeros(3, np.float32)}),
+        ConvertConfig(config=directory),
+    )
+    assert len(conversion.problems) == 1 and conversion.problems[0].startswith(
+        "params.more: no rule"
+    )
 
 
 YAML = """
@@ -206,7 +223,11 @@ def test_a_mapping_of_ones_own(tmp_path):
     }
     (tmp_path / "mine.yaml").write_text(YAML)
     source = MemorySource({f"params.{name}": np.ascontiguousarray(x) for name, x in tree.items()})
-    convert(source, tmp_path / "out", ConvertConfig(config=directory, mapping=str(tmp_path / "mine.yaml")))
+    convert(
+        source,
+        tmp_path / "out",
+        ConvertConfig(config=directory, mapping=str(tmp_path / "mine.yaml")),
+    )
     assert_same(tensors(tmp_path / "out"), hf)
 
 

@@ -32,7 +32,9 @@ def logits(directory) -> np.ndarray:
     """Of the converted directory in transformers, for MaxText's ids."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.inference_mode():
-        return model.eval()(torch.from_numpy(np.load(HALVES / "ids.npy").astype(np.int64))).logits.numpy()
+        return model.eval()(
+            torch.from_numpy(np.load(HALVES / "ids.npy").astype(np.int64))
+        ).logits.numpy()
 
 
 @pytest.mark.parametrize(
@@ -41,16 +43,24 @@ def logits(directory) -> np.ndarray:
         {},
         {"rope_scaling": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {
+            "rope_scaling": {"rope_type": "default"},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
     ],
     ids=["nothing", "null", "rope_parameters", "both"],
 )
 def test_maxtexts_default_rope_gives_maxtexts_logits(rope, tmp_path):
-    conversion, written = convert(open_source(HALVES), tmp_path / "out", ConvertConfig(), GIVEN | rope)
+    conversion, written = convert(
+        open_source(HALVES), tmp_path / "out", ConvertConfig(), GIVEN | rope
+    )
     np.testing.assert_allclose(logits(tmp_path / "out"), np.load(HALVES / "logits.npy"), atol=2e-5)
     told = "rotary embedding: halves, as MaxText has it for config.json's rope_type 'default'"
     assert told in explain(conversion)
-    assert told in report(conversion, written, verify(conversion, written, tmp_path / "out"), None)["note"]
+    assert (
+        told
+        in report(conversion, written, verify(conversion, written, tmp_path / "out"), None)["note"]
+    )
 
 
 def test_interleaved_is_taken_by_name_and_then_the_logits_are_others(tmp_path):
@@ -58,8 +68,12 @@ def test_interleaved_is_taken_by_name_and_then_the_logits_are_others(tmp_path):
     conversion, _ = convert(open_source(HALVES), tmp_path / "out", options, GIVEN)
     assert np.abs(logits(tmp_path / "out") - np.load(HALVES / "logits.npy")).max() > 1
     assert "interleaved, as --mapping maxtext-interleaved says" in explain(conversion)
-    convert(open_source(HALVES), tmp_path / "halves", ConvertConfig(mapping="maxtext-halves"), GIVEN)
-    np.testing.assert_allclose(logits(tmp_path / "halves"), np.load(HALVES / "logits.npy"), atol=2e-5)
+    convert(
+        open_source(HALVES), tmp_path / "halves", ConvertConfig(mapping="maxtext-halves"), GIVEN
+    )
+    np.testing.assert_allclose(
+        logits(tmp_path / "halves"), np.load(HALVES / "logits.npy"), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -99,7 +113,9 @@ def test_rope_scaling_counts_before_rope_parameters():
 @pytest.mark.parametrize("rope_type", ["yarn", "longrope"])
 def test_where_config_json_does_not_tell_the_user_is_asked(rope_type, tmp_path):
     given = GIVEN | {"rope_scaling": {"type": rope_type, "factor": 4.0}}
-    with pytest.raises(errors.CheckpointError, match=f"'{rope_type}' does not tell.*maxtext-interleaved.*halves"):
+    with pytest.raises(
+        errors.CheckpointError, match=f"'{rope_type}' does not tell.*maxtext-interleaved.*halves"
+    ):
         convert(open_source(HALVES), tmp_path / "out", ConvertConfig(), given)
     assert not (tmp_path / "out").exists()
     assert not prepare(open_source(HALVES), ConvertConfig(mapping="maxtext-halves"), given).problems
@@ -121,7 +137,11 @@ def test_qwen3_has_no_other_rotation_and_refuses_the_name():
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
 def test_other_families_go_to_maxtext_and_back(model_type, scan_layers, tmp_path):
     torch.manual_seed(0)
-    shape = {name: GIVEN[name] for name in GIVEN if name not in ("architectures", "model_type", "rope_theta")}
+    shape = {
+        name: GIVEN[name]
+        for name in GIVEN
+        if name not in ("architectures", "model_type", "rope_theta")
+    }
     if model_type == "qwen2":
         shape |= {"hidden_size": 64}  # head_dim is hidden_size / heads
     config = transformers.AutoConfig.for_model(model_type, **shape)
@@ -134,5 +154,7 @@ def test_other_families_go_to_maxtext_and_back(model_type, scan_layers, tmp_path
     specs = open_source(tmp_path / "back").specs
     if scan_layers and model_type == "qwen2":
         assert specs["params.params.decoder.layers.self_attention.query.bias"].shape == (4, 2, 16)
-    convert(open_source(tmp_path / "back"), tmp_path / "again", ConvertConfig(config=tmp_path / "hf"))
+    convert(
+        open_source(tmp_path / "back"), tmp_path / "again", ConvertConfig(config=tmp_path / "hf")
+    )
     assert_same(tensors(tmp_path / "again"), tensors(tmp_path / "hf"))

@@ -47,7 +47,9 @@ def hf_shapes() -> dict[str, Spec]:
         key = f"model.layers.{i}"
         shapes |= {f"{key}.self_attn.{name}_proj.weight": shape for name, shape in inner.items()}
         shapes |= {f"{key}.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
-        shapes |= {f"{key}.{name}_layernorm.weight": (EMBED,) for name in ("input", "post_attention")}
+        shapes |= {
+            f"{key}.{name}_layernorm.weight": (EMBED,) for name in ("input", "post_attention")
+        }
         shapes |= {f"{key}.mlp.{name}_proj.weight": (MLP, EMBED) for name in ("gate", "up")}
         shapes[f"{key}.mlp.down_proj.weight"] = (EMBED, MLP)
     return {name: Spec(bf16, shape) for name, shape in shapes.items()}
@@ -76,8 +78,14 @@ def test_peak_memory_follows_the_largest_tensor(to, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     source = source if to != "hf" else source / "model.safetensors"
     words = [str(source), str(tmp_path / "out"), str(tmp_path / "config.json"), to, kind]
-    done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *words], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    largest = MLP * EMBED * 2 * (LAYERS if to == "maxtext" else 1)  # MaxText's tensor is the stack of all layers
+    largest = (
+        MLP * EMBED * 2 * (LAYERS if to == "maxtext" else 1)
+    )  # MaxText's tensor is the stack of all layers
     bound, peak = 2 * largest + 200e6, int(done.stdout) * 1024
-    assert size > 450e6 and peak < bound, f"{peak / 1e6:.0f} MB for tensors of {largest / 1e6:.0f} MB"
+    assert size > 450e6 and peak < bound, (
+        f"{peak / 1e6:.0f} MB for tensors of {largest / 1e6:.0f} MB"
+    )

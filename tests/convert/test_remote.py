@@ -31,10 +31,16 @@ def held() -> dict[str, buckets.Objects]:
     objects |= buckets.files(step, "runs of may/qwen3_unscan_orbax/7")
     objects["runs of may/qwen3_unscan_orbax/9/items/_METADATA"] = b"{}"
     llama = buckets.files(MAXTEXT / "llama_scan_orbax", "torn")
-    objects |= {name: body[: len(body) // 2] if "/d/" in name else body for name, body in llama.items()}
+    objects |= {
+        name: body[: len(body) // 2] if "/d/" in name else body for name, body in llama.items()
+    }
     objects |= buckets.files(MAXTEXT / "llama_scan_orbax", "copy")
-    objects["runs of may/hf_llama/special_tokens_map.json"] = b"{}"  # shorter than a safetensors file's first field
-    objects["short/model.safetensors"] = (MAXTEXT / "hf_qwen3" / "model.safetensors").read_bytes()[:-100]
+    objects["runs of may/hf_llama/special_tokens_map.json"] = (
+        b"{}"  # shorter than a safetensors file's first field
+    )
+    objects["short/model.safetensors"] = (MAXTEXT / "hf_qwen3" / "model.safetensors").read_bytes()[
+        :-100
+    ]
     objects["odd/model.safetensors"] = b"\x03\0\0\0\0\0\0\0[1]"
     return {"a-bucket": objects}
 
@@ -51,23 +57,33 @@ def scheme(request, held, asked, tmp_path_factory) -> Iterator[str]:
     none = str(tmp_path_factory.mktemp("aws") / "none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", buckets.TOKEN)
-        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        for name, value in (
+            ("ACCESS_KEY_ID", "key"),
+            ("SECRET_ACCESS_KEY", "secret"),
+            ("DEFAULT_REGION", "us-east-1"),
+        ):
             patch.setenv(f"AWS_{name}", value)
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             patch.setenv(name, none)
         with buckets.gcs(held, asked) if request.param == "gs" else buckets.s3(held) as url:
-            patch.setenv("TENSORSTORE_GCS_HTTP_URL" if request.param == "gs" else "AWS_ENDPOINT_URL", url)
+            patch.setenv(
+                "TENSORSTORE_GCS_HTTP_URL" if request.param == "gs" else "AWS_ENDPOINT_URL", url
+            )
             yield request.param
 
 
-@pytest.mark.parametrize(("tree", "below"), [("llama_scan_orbax", ""), ("qwen3_unscan_orbax", "/7/items/")])
+@pytest.mark.parametrize(
+    ("tree", "below"), [("llama_scan_orbax", ""), ("qwen3_unscan_orbax", "/7/items/")]
+)
 def test_orbax_in_a_bucket_is_orbax_on_the_disk(scheme, tree, below, tmp_path):
     options = ConvertConfig(config=MAXTEXT / TREES[tree])
     address = f"{scheme}://a-bucket/runs of may/{tree}{below}"
     convert(open_source(address), tmp_path / "there", options)
     convert(open_source(MAXTEXT / tree), tmp_path / "here", options)
     assert_same(tensors(tmp_path / "there"), tensors(tmp_path / "here"))
-    assert (tmp_path / "there/config.json").read_text() == (tmp_path / "here/config.json").read_text()
+    assert (tmp_path / "there/config.json").read_text() == (
+        tmp_path / "here/config.json"
+    ).read_text()
 
 
 def test_the_newest_complete_step_is_read(scheme, asked):
@@ -81,7 +97,9 @@ def test_an_hf_directory_in_a_bucket_goes_the_way_back(scheme, tmp_path, monkeyp
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(remote, "_PIECE_BYTES", 1000)
     source = open_source(f"{scheme}://a-bucket/runs of may/hf_llama/")
-    convert(source, tmp_path / "there", ConvertConfig(to="maxtext"))  # config.json is the directory's own
+    convert(
+        source, tmp_path / "there", ConvertConfig(to="maxtext")
+    )  # config.json is the directory's own
     convert(open_source(MAXTEXT / "hf_llama"), tmp_path / "here", ConvertConfig(to="maxtext"))
     there, here = open_source(tmp_path / "there"), open_source(tmp_path / "here")
     assert_same(arrays(there), arrays(here))
@@ -128,17 +146,27 @@ def test_what_is_not_there_or_not_read(scheme, address, told, tmp_path, monkeypa
 
 def test_a_torn_store(scheme, tmp_path):
     with pytest.raises(errors.CheckpointError):
-        convert(open_source(f"{scheme}://a-bucket/torn"), tmp_path / "out", ConvertConfig(config=MAXTEXT / "hf_llama"))
+        convert(
+            open_source(f"{scheme}://a-bucket/torn"),
+            tmp_path / "out",
+            ConvertConfig(config=MAXTEXT / "hf_llama"),
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_without_permission_the_store_says_so(tmp_path, held):
     """In a process of its own: tensorstore keeps a token for as long as it runs."""
     with buckets.gcs(held, []) as url:
-        told = command("gs://a-bucket/torn", tmp_path, GOOGLE_AUTH_TOKEN_FOR_TESTING="x", TENSORSTORE_GCS_HTTP_URL=url)
+        told = command(
+            "gs://a-bucket/torn",
+            tmp_path,
+            GOOGLE_AUTH_TOKEN_FOR_TESTING="x",
+            TENSORSTORE_GCS_HTTP_URL=url,
+        )
     assert told.returncode == 2
     assert (
-        "slipway: CheckpointError: gs://a-bucket/torn: 1 problem\n  - cannot be read: PERMISSION_DENIED" in told.stderr
+        "slipway: CheckpointError: gs://a-bucket/torn: 1 problem\n  - cannot be read: PERMISSION_DENIED"
+        in told.stderr
     )
     assert "Traceback" not in told.stderr
 
@@ -163,14 +191,24 @@ def test_nothing_is_written_to_buckets(out, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("address", ["http://host/x", "hdfs://host/x", "gcs://a-bucket/x"])
 def test_other_addresses(address):
-    with pytest.raises(errors.CheckpointError, match="expected a local path, gs://bucket/path or s3://bucket/path"):
+    with pytest.raises(
+        errors.CheckpointError, match="expected a local path, gs://bucket/path or s3://bucket/path"
+    ):
         open_source(address)
 
 
 def command(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """`slipway convert` in a process of its own."""
-    call = [sys.executable, "-c", "from slipway.cli import main; main()", "convert", *map(str, words)]
-    return subprocess.run(call, capture_output=True, text=True, env=os.environ | variables, check=False)
+    call = [
+        sys.executable,
+        "-c",
+        "from slipway.cli import main; main()",
+        "convert",
+        *map(str, words),
+    ]
+    return subprocess.run(
+        call, capture_output=True, text=True, env=os.environ | variables, check=False
+    )
 
 
 def arrays(source: Source) -> dict[str, np.ndarray]:

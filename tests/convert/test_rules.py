@@ -27,7 +27,9 @@ def mapping(*rows, **fields) -> TreeMapping:
 
 def test_a_kernel_is_transposed():
     x = numbers(3, 5)
-    tensors = forth_and_back(mapping(("a.kernel", "a.weight", "into out -> out into")), {"a.kernel": x})
+    tensors = forth_and_back(
+        mapping(("a.kernel", "a.weight", "into out -> out into")), {"a.kernel": x}
+    )
     assert np.array_equal(tensors["a.weight"], x.T)
 
 
@@ -35,18 +37,30 @@ def test_a_kernel_is_transposed():
 def test_layers_and_experts_are_stacked_along_any_axis(axis):
     axes = ["experts", "embed", "mlp"]
     axes.insert(axis, "layers")
-    rule = ("w", "layers.{layers}.experts.{experts}.w", f"{' '.join(axes)} -> layers experts mlp embed")
+    rule = (
+        "w",
+        "layers.{layers}.experts.{experts}.w",
+        f"{' '.join(axes)} -> layers experts mlp embed",
+    )
     sizes = {"layers": 3, "experts": 2, "embed": 4, "mlp": 5}
     x = numbers(*(sizes[a] for a in axes))
     tensors = forth_and_back(mapping(rule), {"w": x})
     assert len(tensors) == 6
     whole = x.transpose([axes.index(a) for a in ("layers", "experts", "mlp", "embed")])
-    assert all(np.array_equal(tensors[f"layers.{i}.experts.{j}.w"], whole[i, j]) for i in range(3) for j in range(2))
+    assert all(
+        np.array_equal(tensors[f"layers.{i}.experts.{j}.w"], whole[i, j])
+        for i in range(3)
+        for j in range(2)
+    )
 
 
 def test_layers_one_by_one_need_no_other_pattern():
-    trees = {f"layers_{i}.w": numbers(3, 4) + np.array(i, BF16) for i in range(11)}  # two digits: order is by number
-    tensors = forth_and_back(mapping(("layers_{layers}.w", "l.{layers}.w", "a layers b -> layers b a")), trees)
+    trees = {
+        f"layers_{i}.w": numbers(3, 4) + np.array(i, BF16) for i in range(11)
+    }  # two digits: order is by number
+    tensors = forth_and_back(
+        mapping(("layers_{layers}.w", "l.{layers}.w", "a layers b -> layers b a")), trees
+    )
     assert all(np.array_equal(tensors[f"l.{i}.w"], trees[f"layers_{i}.w"].T) for i in range(11))
 
 
@@ -63,8 +77,16 @@ def test_a_fused_tensor_is_split_into_parts_of_unlike_size():
 def test_a_fused_tensor_may_lie_on_the_other_side_and_by_groups():
     """Each key-value head's queries, key and value in a row, as GPT-NeoX and Bailing fuse them."""
     parts = {"qkv": {"query": "group", "key": 1, "value": 1}}
-    rule = ("{qkv}.kernel", "qkv.weight", "embed kv_heads qkv head_dim -> (kv_heads qkv head_dim) embed")
-    tree = {"query.kernel": numbers(6, 2, 3, 4), "key.kernel": numbers(6, 2, 4), "value.kernel": numbers(6, 2, 4)}
+    rule = (
+        "{qkv}.kernel",
+        "qkv.weight",
+        "embed kv_heads qkv head_dim -> (kv_heads qkv head_dim) embed",
+    )
+    tree = {
+        "query.kernel": numbers(6, 2, 3, 4),
+        "key.kernel": numbers(6, 2, 4),
+        "value.kernel": numbers(6, 2, 4),
+    }
     tree |= {name: x[:, :, None] for name, x in tree.items() if x.ndim == 3}
     fused = mapping(rule, parts=parts, fields={"group": "g"})
     tensors = forth_and_back(fused, tree, group=3)
@@ -188,8 +210,13 @@ def trees(draw):
         names = "".join(f".{{{axis}}}" for axis in (*sorted(stacked), *(["part"] if fused else [])))
         leading = " ".join(sorted(stacked))
         rows.append((f"t{i}", f"t{i}{names}", f"{flipped(draw, ours)} -> {leading} {theirs}"))
-        shape = [int(np.prod([full[axis] for axis in group.strip("()").split()])) for group in groups_of(ours)]
-        arrays[f"t{i}"] = np.random.default_rng(i).integers(0, 65536, shape).astype(np.uint16).view(BF16)
+        shape = [
+            int(np.prod([full[axis] for axis in group.strip("()").split()]))
+            for group in groups_of(ours)
+        ]
+        arrays[f"t{i}"] = (
+            np.random.default_rng(i).integers(0, 65536, shape).astype(np.uint16).view(BF16)
+        )
     everything = mapping(*rows, parts=parts, sizes=sizes)
     return everything, arrays
 
@@ -220,6 +247,12 @@ def flipped(draw, axes: str) -> str:
 @given(trees())
 def test_back_of_forth_is_the_same_bit_for_bit(tree):
     everything, arrays = tree
-    finite = {name: np.where(np.isfinite(x.astype(np.float32)), x, np.array(1, BF16)) for name, x in arrays.items()}
+    finite = {
+        name: np.where(np.isfinite(x.astype(np.float32)), x, np.array(1, BF16))
+        for name, x in arrays.items()
+    }
     forth_and_back(everything, finite)
-    forth_and_back(dataclasses.replace(everything, roots=("params.",)), {f"params.{n}": x for n, x in finite.items()})
+    forth_and_back(
+        dataclasses.replace(everything, roots=("params.",)),
+        {f"params.{n}": x for n, x in finite.items()},
+    )

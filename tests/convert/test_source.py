@@ -16,7 +16,10 @@ ATTENTION = {"attn": {"query": X, "key": X + 1, "value": X + 2}, "critic": {"val
 
 
 def write_npz(directory):
-    np.savez(directory / "tree.npz", **{f"{a}/{b}": x for a, leaves in ATTENTION.items() for b, x in leaves.items()})
+    np.savez(
+        directory / "tree.npz",
+        **{f"{a}/{b}": x for a, leaves in ATTENTION.items() for b, x in leaves.items()},
+    )
     return directory / "tree.npz"
 
 
@@ -48,7 +51,9 @@ def test_a_tree_that_wraps_every_leaf_loses_the_wrappers(wrapper):
 def test_a_wrapped_state_may_lie_beside_plain_leaves():
     state = {f"layer{i}": {"kernel": {"value": X}, "bias": {"value": X}} for i in range(3)}
     flat = flatten({"model": state, "schedule": {"rate": np.float32(1)}})
-    assert set(flat) == {f"model.layer{i}.{leaf}" for i in range(3) for leaf in ("kernel", "bias")} | {"schedule.rate"}
+    assert set(flat) == {
+        f"model.layer{i}.{leaf}" for i in range(3) for leaf in ("kernel", "bias")
+    } | {"schedule.rate"}
 
 
 @pytest.mark.parametrize("write", [write_npz, write_msgpack, write_h5])
@@ -89,4 +94,6 @@ def test_random_number_state_is_no_array_of_a_source(pure):
     state = nnx.state(Net())
     specs = MemorySource(flatten(nnx.to_pure_dict(state) if pure else state)).specs
     assert "drop.rngs.key" not in specs and {"fc.kernel", "fc.bias"} <= set(specs)
-    assert ("drop.rngs.count" in specs) == pure  # a plain whole number, which only its name could tell
+    assert (
+        "drop.rngs.count" in specs
+    ) == pure  # a plain whole number, which only its name could tell

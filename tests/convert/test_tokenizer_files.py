@@ -25,8 +25,13 @@ NO_TOKENIZER = ["config.json", "modeling.py", "tokenization_x.py", "model.safete
 def names_of_transformers() -> set[str]:
     """Every file name that a tokenizer of transformers states as one of its vocabulary's."""
     sources = Path(transformers.__file__).parent.glob("models/*/tokenization*.py")
-    tables = (re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL) for path in sources)
-    return {name for found in tables for table in found for name in re.findall(r':\s*"([^"]+)"', table)}
+    tables = (
+        re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL)
+        for path in sources
+    )
+    return {
+        name for found in tables for table in found for name in re.findall(r':\s*"([^"]+)"', table)
+    }
 
 
 def test_all_files_that_belong_to_a_tokenizer_are_copied(tmp_path):
@@ -55,7 +60,11 @@ def templated(tmp_path) -> Path:
 def test_named_templates_go_along(templated, tmp_path):
     before = AutoTokenizer.from_pretrained(templated).chat_template
     assert sorted(before) == ["default", "tool_use"]
-    convert(open_source(NANO), tmp_path / "out", ConvertConfig(config=NANO, tokenizer=templated, mapping="hf"))
+    convert(
+        open_source(NANO),
+        tmp_path / "out",
+        ConvertConfig(config=NANO, tokenizer=templated, mapping="hf"),
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == before
     quantize_directory(str(templated), tmp_path / "packed", Scheme(8, 0))
     assert AutoTokenizer.from_pretrained(tmp_path / "packed").chat_template == before

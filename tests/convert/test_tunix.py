@@ -14,8 +14,18 @@ from slipway.errors import CheckpointError
 from tests.convert.twins import assert_same
 
 DATA = Path(__file__).parent.parent / "data" / "tunix"
-SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-LLAMA = {"model_type": "llama", **SHAPE, "rms_norm_eps": 1e-5, "rope_theta": 1e6}  # whatever ModelConfig says
+SHAPE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+LLAMA = {
+    "model_type": "llama",
+    **SHAPE,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}  # whatever ModelConfig says
 QWEN2 = LLAMA | {"model_type": "qwen2", "rope_theta": 1e4}
 QWEN3 = LLAMA | {"model_type": "qwen3"}
 MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts_per_tok": 2}
@@ -23,7 +33,12 @@ GEMMA = {
     "model_type": "gemma", **SHAPE, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
     "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4,
 }  # fmt: skip
-GEMMA_2 = GEMMA | {"model_type": "gemma2", "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "sliding_window": 4}
+GEMMA_2 = GEMMA | {
+    "model_type": "gemma2",
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,
+}
 GEMMA_3 = GEMMA_2 | {
     "model_type": "gemma3_text",
     "num_key_value_heads": 1,
@@ -51,14 +66,20 @@ CASES = {
 
 def made(case: str) -> tuple[dict[str, np.ndarray], expected_logits.Expected]:
     with np.load(DATA / f"{case}.npz") as archive:
-        tree = {name.removeprefix("tree/"): archive[name] for name in archive.files if name.startswith("tree/")}
+        tree = {
+            name.removeprefix("tree/"): archive[name]
+            for name in archive.files
+            if name.startswith("tree/")
+        }
         return tree, expected_logits.Expected(archive["ids"].astype(np.int64), archive["logits"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_tree_converts_by_its_names_to_tunixs_logits_and_back(case, tmp_path):
     tree, expected = made(case)
-    conversion, written = convert(MemorySource(tree), tmp_path / "out", ConvertConfig(), CASES[case])
+    conversion, written = convert(
+        MemorySource(tree), tmp_path / "out", ConvertConfig(), CASES[case]
+    )
     verify(conversion, written, tmp_path / "out")
     found = expected_logits.compare(tmp_path / "out", expected, 1e-4)
     assert found.program.startswith("transformers") and found.quantity == "logits"
@@ -73,7 +94,10 @@ def test_theta_that_tunix_ignores_is_kept_and_told(case, tmp_path):
     tree, expected = made(case)
     given = CASES[case] | {"rope_theta": 5e5}
     conversion, _ = convert(MemorySource(tree), tmp_path / "out", ConvertConfig(), given)
-    assert "theta 1,000,000 whatever its ModelConfig says; config.json's 500000.0 is kept" in explain(conversion)
+    assert (
+        "theta 1,000,000 whatever its ModelConfig says; config.json's 500000.0 is kept"
+        in explain(conversion)
+    )
     with pytest.raises(CheckpointError, match="differ from the original's"):
         expected_logits.compare(tmp_path / "out", expected, 1e-4)
 
@@ -81,14 +105,23 @@ def test_theta_that_tunix_ignores_is_kept_and_told(case, tmp_path):
 @pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
 def test_scaled_rotation_that_tunix_lacks_is_told(where):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    given = {name: value for name, value in QWEN2.items() if name != "rope_theta"} | {where: rope, "rope_theta": 1e4}
+    given = {name: value for name, value in QWEN2.items() if name != "rope_theta"} | {
+        where: rope,
+        "rope_theta": 1e4,
+    }
     conversion = prepare(MemorySource(made("qwen2")[0]), ConvertConfig(), given)
-    assert "tunix 0.1.7 scales no rotary embedding; config.json's rope_type 'linear' is kept" in explain(conversion)
+    assert (
+        "tunix 0.1.7 scales no rotary embedding; config.json's rope_type 'linear' is kept"
+        in explain(conversion)
+    )
 
 
 def test_nothing_is_told_where_tunix_computes_what_config_says():
     for case in ("llama", "qwen2", "gemma"):
-        assert prepare(MemorySource(made(case)[0]), ConvertConfig(), CASES[case]).plan.mapping.note == ""
+        assert (
+            prepare(MemorySource(made(case)[0]), ConvertConfig(), CASES[case]).plan.mapping.note
+            == ""
+        )
 
 
 def test_lora_leaves_are_refused_by_name():

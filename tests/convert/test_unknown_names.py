@@ -87,11 +87,18 @@ def test_a_tensor_that_is_missing_or_new_or_of_another_shape_is_named(name, to, 
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("mapping", [None, "hf"])
-def test_a_foreign_tree_is_refused_with_the_nearest_mapping_and_three_differences(name, mapping, tmp_path):
+def test_a_foreign_tree_is_refused_with_the_nearest_mapping_and_three_differences(
+    name, mapping, tmp_path
+):
     model_class = getattr(transformers, name)
     given = model_class.config_class(**CLASSES[name]).to_dict() | {"architectures": [name]}
     with pytest.raises(errors.CheckpointError, match="the nearest is ") as caught:
-        convert(MemorySource(FOREIGN), tmp_path / "out", ConvertConfig(mapping=mapping), json.loads(json.dumps(given)))
+        convert(
+            MemorySource(FOREIGN),
+            tmp_path / "out",
+            ConvertConfig(mapping=mapping),
+            json.loads(json.dumps(given)),
+        )
     told = str(caught.value)
     assert sum(key in told for key in FOREIGN) <= 3
     assert not (tmp_path / "out").exists()
@@ -109,11 +116,17 @@ def test_a_tree_in_jax_names_of_a_declared_architecture_names_three_differences_
     [
         ({}, "architectures: got None"),
         ({"model_type": "mine"}, "architectures: got None"),
-        ({"model_type": "mine", "architectures": ["MineForCausalLM"]}, "has no class MineForCausalLM"),
+        (
+            {"model_type": "mine", "architectures": ["MineForCausalLM"]},
+            "has no class MineForCausalLM",
+        ),
         ({"architectures": ["pipeline"]}, "has no class pipeline"),
         ({"architectures": ["BertModel", "BertForMaskedLM"]}, "the name of one class"),
         ({"architectures": "BertModel"}, "the name of one class"),
-        ({"architectures": ["BertModel"], "hidden_size": 25, "num_attention_heads": 4}, "cannot make BertModel"),
+        (
+            {"architectures": ["BertModel"], "hidden_size": 25, "num_attention_heads": 4},
+            "cannot make BertModel",
+        ),
     ],
 )
 @pytest.mark.parametrize("to", ["hf", "npz", "orbax"])
@@ -130,7 +143,9 @@ def test_the_flag_takes_names_as_they_are_and_the_report_says_so(mapping, tmp_pa
     tree = {"decoder.kernel": numbers(2, 3), "decoder.bias": numbers(3)}
     options = ConvertConfig(mapping=mapping, allow_unknown_names=True)
     given = {"model_type": "mine", "architectures": ["MineForCausalLM"]}
-    conversion, _ = convert(MemorySource({f"params.{k}": x for k, x in tree.items()}), tmp_path / "out", options, given)
+    conversion, _ = convert(
+        MemorySource({f"params.{k}": x for k, x in tree.items()}), tmp_path / "out", options, given
+    )
     assert_same(tensors(tmp_path / "out"), tree)
     assert "unchecked" in conversion.plan.mapping.note
 
@@ -144,15 +159,22 @@ def test_the_flag_is_refused_where_it_would_do_nothing(other):
 
 def test_the_flag_does_not_keep_a_mapping_from_being_taken():
     options = ConvertConfig(allow_unknown_names=True, config=MAXTEXT / "hf_qwen3")
-    assert prepare(open_source(MAXTEXT / "qwen3_scan_orbax"), options).plan.mapping.name == "maxtext qwen3, scanned"
+    assert (
+        prepare(open_source(MAXTEXT / "qwen3_scan_orbax"), options).plan.mapping.name
+        == "maxtext qwen3, scanned"
+    )
 
 
 @pytest.mark.parametrize("package", hf_classes.NEEDED)
 def test_without_transformers_the_error_says_what_is_not_installed(package, monkeypatch, tmp_path):
     directory = saved("BertModel", tmp_path / "hf")
     find = hf_classes.importlib.util.find_spec
-    monkeypatch.setattr(hf_classes.importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(errors.CheckpointError, match=f"BertModel are not known here: {package} not installed"):
+    monkeypatch.setattr(
+        hf_classes.importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(
+        errors.CheckpointError, match=f"BertModel are not known here: {package} not installed"
+    ):
         convert(open_source(directory), tmp_path / "out", ConvertConfig())
     convert(open_source(directory), tmp_path / "out", ConvertConfig(allow_unknown_names=True))
     assert_same(tensors(tmp_path / "out"), tensors(directory))
@@ -163,8 +185,14 @@ def test_scalars_beside_the_weights_are_left_out(root, tmp_path):
     directory = saved("BertForMaskedLM", tmp_path / "hf")
     tree = {root + name: x for name, x in tensors(directory).items()}
     beside = {"epoch": np.int32(3), "best.loss": np.float32(0.5)}
-    conversion, _ = convert(MemorySource(tree | beside), tmp_path / "out", ConvertConfig(config=directory))
+    conversion, _ = convert(
+        MemorySource(tree | beside), tmp_path / "out", ConvertConfig(config=directory)
+    )
     assert_same(tensors(tmp_path / "out"), tensors(directory))
     assert {"epoch", "best.loss"} <= set(conversion.plan.ignored)
     with pytest.raises(errors.CheckpointError, match=r"best\.loss"):
-        convert(MemorySource(tree | {"best.loss": numbers(2)}), tmp_path / "more", ConvertConfig(config=directory))
+        convert(
+            MemorySource(tree | {"best.loss": numbers(2)}),
+            tmp_path / "more",
+            ConvertConfig(config=directory),
+        )

@@ -31,7 +31,9 @@ def put(name: str, wrapper: str) -> str:
 def test_a_declared_decoder_below_its_wrappers(wrapper, tied, tmp_path):
     directory = made("llama", tmp_path / "hf", tie_word_embeddings=tied)
     tree = {put(name, wrapper): x for name, x in tensors(directory).items()}
-    conversion, written = convert(MemorySource(tree), tmp_path / "out", ConvertConfig(config=directory))
+    conversion, written = convert(
+        MemorySource(tree), tmp_path / "out", ConvertConfig(config=directory)
+    )
     verify(conversion, written, tmp_path / "out")
     assert_same(tensors(tmp_path / "out"), tensors(directory))
     assert put("model.norm.weight", wrapper).split(".")[0] in explain(conversion)
@@ -50,7 +52,10 @@ def test_a_wrapped_directory_on_its_way_to_jax(to, tmp_path):
     directory = made("qwen3", tmp_path / "hf")
     plain = tensors(directory)
     (tmp_path / "wrapped").mkdir()
-    save_file({f"module.{name}": x for name, x in plain.items()}, tmp_path / "wrapped" / "model.safetensors")
+    save_file(
+        {f"module.{name}": x for name, x in plain.items()},
+        tmp_path / "wrapped" / "model.safetensors",
+    )
     (tmp_path / "wrapped" / "config.json").write_text((directory / "config.json").read_text())
     trees = {}
     for source in ("hf", "wrapped"):
@@ -75,7 +80,11 @@ def test_names_that_transformers_class_loads_without_their_wrapper(tmp_path):
 def test_an_adapter_beside_its_base_and_two_names_of_one_tensor_are_refused(tmp_path):
     directory = made("llama", tmp_path / "hf", tie_word_embeddings=False)
     tree = {f"base_model.model.{name}": x for name, x in tensors(directory).items()}
-    adapted = tree | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": np.zeros((2, 24), "f4")}
+    adapted = tree | {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": np.zeros(
+            (2, 24), "f4"
+        )
+    }
     with pytest.raises(errors.CheckpointError, match="LoRA adapter that is not merged"):
         convert(MemorySource(adapted), tmp_path / "out", ConvertConfig(config=directory))
     twice = tree | {"model.norm.weight": np.ones(24, "f4")}

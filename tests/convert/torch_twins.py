@@ -35,7 +35,9 @@ def exported(module: nnx.Module, folder, **options) -> dict[str, torch.Tensor]:
     slipway.export(module, {"model_type": "mine"}, folder / "out", **options)
     assert json.loads((folder / "out" / "config.json").read_text())["model_type"] == "mine"
     example = options.pop("example", None)
-    derived = derive(module, Options(**options), None if example is None else trace_nnx(module, example))
+    derived = derive(
+        module, Options(**options), None if example is None else trace_nnx(module, example)
+    )
     if not derived.adapter.pairs:  # the derived rules lead back, bit for bit
         arrays = {name: np.ascontiguousarray(x) for name, x in derived.arrays.items()}
         plan = planned(derived.mapping, "to_hf", arrays)
@@ -44,7 +46,9 @@ def exported(module: nnx.Module, folder, **options) -> dict[str, torch.Tensor]:
     return load_file(folder / "out" / "model.safetensors")
 
 
-def assert_twins(module, twin: nn.Module, x: np.ndarray, folder, channels_last: bool = False, **options) -> None:
+def assert_twins(
+    module, twin: nn.Module, x: np.ndarray, folder, channels_last: bool = False, **options
+) -> None:
     """The twin loads the export strictly and computes the same; images are NHWC here and NCHW there."""
     twin.load_state_dict(exported(module, folder, **options), strict=True)
     theirs = np.moveaxis(x, -1, 1).copy() if channels_last else x

@@ -32,4 +32,6 @@ def flax_tree(twin: str, folder: Path, mapping: str = "nnx") -> dict:
     convert(open_source(MAXTEXT / twin), folder, ConvertConfig(to="npz", mapping=mapping))
     with np.load(folder / "params.npz") as archive:
         flat = {tuple(name.split(".")): archive[name] for name in archive.files}
-    return unflatten_dict({path: x.view(BF16) if x.dtype.kind == "V" else x for path, x in flat.items()})
+    return unflatten_dict(
+        {path: x.view(BF16) if x.dtype.kind == "V" else x for path, x in flat.items()}
+    )

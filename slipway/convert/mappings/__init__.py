@@ -53,7 +53,11 @@ def find(name: str | None, given: Mapping[str, Any]) -> list[TreeMapping]:
     if name in (None, "tunix"):
         found = tunix.noted(found, given)
     stated = given.get("model_type")
-    return [mapping for mapping in found if stated is not None and mapping.config["model_type"] == stated] or found
+    return [
+        mapping
+        for mapping in found
+        if stated is not None and mapping.config["model_type"] == stated
+    ] or found
 
 
 def read_file(path: Path) -> TreeMapping:
@@ -70,7 +74,9 @@ def read_file(path: Path) -> TreeMapping:
         spec.loader.exec_module(module)
         mapping = vars(module).get("MAPPING")
         if not isinstance(mapping, TreeMapping):
-            raise InvalidConfig("mapping", str(path), "a Python file that defines MAPPING, a slipway TreeMapping")
+            raise InvalidConfig(
+                "mapping", str(path), "a Python file that defines MAPPING, a slipway TreeMapping"
+            )
     else:
         mapping = _from_yaml(path)
     try:
@@ -93,8 +99,16 @@ def _from_yaml(path: Path) -> TreeMapping:
     if unknown := sorted(content.keys() - {"rules", *_FIELDS}):
         raise InvalidConfig("mapping", f"{path}: {unknown[0]}", f"rules | {' | '.join(_FIELDS)}")
     for row in content["rules"]:
-        if not isinstance(row, list) or len(row) not in (3, 4) or not all(isinstance(item, str) for item in row):
-            raise InvalidConfig("mapping", f"{path}: {row}", "[JAX name, HF key, pattern] or with a scale as a fourth")
+        if (
+            not isinstance(row, list)
+            or len(row) not in (3, 4)
+            or not all(isinstance(item, str) for item in row)
+        ):
+            raise InvalidConfig(
+                "mapping",
+                f"{path}: {row}",
+                "[JAX name, HF key, pattern] or with a scale as a fourth",
+            )
     extra = {field: content[field] for field in _FIELDS if field in content}
     for field in ("required", "roots", "ignored"):
         if field in extra:

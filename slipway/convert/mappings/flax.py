@@ -38,16 +38,24 @@ _LINEAR = {  # module: out, in
 FAMILIES: dict[str, tuple[tuple[str, ...], bool, dict[str, object]]] = {
     "qwen3": ((), True, {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False}),
     "qwen2": (("q", "k", "v"), False, {"architectures": ["Qwen2ForCausalLM"]}),
-    "llama": ((), False, {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False}),
+    "llama": (
+        (),
+        False,
+        {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False},
+    ),
 }
 
 
-def decoder_layer(biases: tuple[str, ...], normalized: bool, stacked: str, kernel: str, scale: str) -> list[_Row]:
+def decoder_layer(
+    biases: tuple[str, ...], normalized: bool, stacked: str, kernel: str, scale: str
+) -> list[_Row]:
     """The rules of one layer, or of all where ``stacked`` is ``"layers "``; ``kernel`` and ``scale`` are leaf names."""
     rows = []
     for module, (out, into) in _LINEAR.items():
         ours = f"{out} {into}" if kernel == "weight" else f"{into} {out}"
-        rows.append((f"{module}.{kernel}", f"{module}.weight", f"{stacked}{ours} -> {stacked}{out} {into}"))
+        rows.append(
+            (f"{module}.{kernel}", f"{module}.weight", f"{stacked}{ours} -> {stacked}{out} {into}")
+        )
     for name in biases:
         out = _LINEAR[f"self_attn.{name}_proj"][0]
         module = f"self_attn.{name}_proj"
@@ -56,7 +64,9 @@ def decoder_layer(biases: tuple[str, ...], normalized: bool, stacked: str, kerne
     if normalized:
         norms |= {"self_attn.q_norm": "head_dim", "self_attn.k_norm": "head_dim"}
     for module, axis in norms.items():
-        rows.append((f"{module}.{scale}", f"{module}.weight", f"{stacked}{axis} -> {stacked}{axis}"))
+        rows.append(
+            (f"{module}.{scale}", f"{module}.weight", f"{stacked}{axis} -> {stacked}{axis}")
+        )
     return rows
 
 
@@ -69,11 +79,17 @@ def _mapping(model_type: str, inside: str, is_scanned: bool, scale: str = "scale
     biases, normalized, config = FAMILIES[model_type]
     layers = f"{inside}layers." if is_scanned else f"{inside}layers.{{layers}}."
     outside = (
-        (f"{inside}embed_tokens.embedding", "model.embed_tokens.weight", "vocab+pad embed -> vocab embed"),
+        (
+            f"{inside}embed_tokens.embedding",
+            "model.embed_tokens.weight",
+            "vocab+pad embed -> vocab embed",
+        ),
         (f"{inside}norm.{scale}", "model.norm.weight", "embed -> embed"),
         ("lm_head.kernel?", "lm_head.weight", "embed vocab+pad -> vocab embed"),
     )
-    layer = decoder_layer(biases, normalized, "layers " if is_scanned else "", "kernel", scale)
+    layer = decoder_layer(
+        biases, normalized, "layers " if is_scanned else "", kernel="kernel", scale=scale
+    )
     return TreeMapping(
         name=f"{model_type} in Flax, {inside}layers {'stacked' if is_scanned else 'one by one'}"
         + ("" if scale == "scale" else f", norms' {scale}"),

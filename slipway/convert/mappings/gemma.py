@@ -16,11 +16,21 @@ _OUTSIDE = (
     ("final_norm.scale", "model.norm.weight", "embed -> embed"),
 )
 _SEPARATE = (
-    ("attn.q_einsum.w", "self_attn.q_proj.weight", "heads embed head_dim -> (heads head_dim) embed"),
+    (
+        "attn.q_einsum.w",
+        "self_attn.q_proj.weight",
+        "heads embed head_dim -> (heads head_dim) embed",
+    ),
     ("attn.kv_einsum.w", "self_attn.{kv}_proj.weight", _KV),
 )
 _FUSED = (("attn.qkv_einsum.w", "self_attn.{qkv}_proj.weight", _QKV),)
-_OUT = (("attn.attn_vec_einsum.w", "self_attn.o_proj.weight", "heads head_dim embed -> embed (heads head_dim)"),)
+_OUT = (
+    (
+        "attn.attn_vec_einsum.w",
+        "self_attn.o_proj.weight",
+        "heads head_dim embed -> embed (heads head_dim)",
+    ),
+)
 _NORMS = {
     "gemma": (
         ("pre_attention_norm.scale", "input_layernorm.weight", "embed -> embed"),
@@ -42,16 +52,24 @@ _LINEN_MLP = (
     ("mlp.gating_einsum", "mlp.{gate_up}_proj.weight", "gate_up embed mlp -> gate_up mlp embed"),
     ("mlp.linear", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
 )
-_ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+_ARCHITECTURES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 
 
-def _mapping(kind: str, model_type: str, layers: str, mlp: tuple, fused: bool, post_attention: str) -> TreeMapping:
+def _mapping(
+    kind: str, model_type: str, layers: str, mlp: tuple, fused: bool, post_attention: str
+) -> TreeMapping:
     rows = (*(_FUSED if fused else _SEPARATE), *_OUT, *_NORMS[model_type], *mlp)
     rows = tuple((row[0].replace("{post_attention}", post_attention), *row[1:]) for row in rows)
     return TreeMapping(
         name=f"{model_type} in {kind}{', qkv fused' if fused else ''}",
         rules=rules(_OUTSIDE + within(layers, "model.layers.{layers}.", rows)),
-        fields={axis: field for axis, field in FIELDS.items() if not (fused and axis == "kv_heads")},
+        fields={
+            axis: field for axis, field in FIELDS.items() if not (fused and axis == "kv_heads")
+        },
         parts=_PARTS,
         config={"model_type": model_type, "architectures": [_ARCHITECTURES[model_type]]},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
@@ -67,15 +85,22 @@ NNX = tuple(
         "NNX",
         model_type,
         "layers.{layers}.",
-        MLP_KERNELS,
-        is_fused,
-        "post_attention_norm" if model_type == "gemma3_text" else "post_attn_norm",
+        mlp=MLP_KERNELS,
+        fused=is_fused,
+        post_attention="post_attention_norm" if model_type == "gemma3_text" else "post_attn_norm",
     )
     for model_type in _ARCHITECTURES
     for is_fused in _EITHER
 )
 LINEN = tuple(
-    _mapping("Linen", model_type, "layer_{layers}.", _LINEN_MLP, is_fused, "post_attention_norm")
+    _mapping(
+        "Linen",
+        model_type,
+        "layer_{layers}.",
+        mlp=_LINEN_MLP,
+        fused=is_fused,
+        post_attention="post_attention_norm",
+    )
     for model_type in ("gemma", "gemma2")
     for is_fused in _EITHER
 )

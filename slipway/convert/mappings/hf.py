@@ -20,11 +20,15 @@ _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 def _decoder(model_type: str) -> TreeMapping:
     biases, normalized, config = FAMILIES[model_type]
     outside = (
-        ("model.embed_tokens.weight", "model.embed_tokens.weight", "vocab+pad embed -> vocab embed"),
+        (
+            "model.embed_tokens.weight",
+            "model.embed_tokens.weight",
+            "vocab+pad embed -> vocab embed",
+        ),
         ("model.norm.weight", "model.norm.weight", "embed -> embed"),
         ("lm_head.weight?", "lm_head.weight", "vocab+pad embed -> vocab embed"),
     )
-    layer = decoder_layer(biases, normalized, "", "weight", "weight")
+    layer = decoder_layer(biases, normalized, "", kernel="weight", scale="weight")
     return TreeMapping(
         name=f"{model_type} in Hugging Face's layout",
         rules=rules(outside + within("model.layers.{layers}.", "model.layers.{layers}.", layer)),
@@ -53,8 +57,14 @@ class DeclaredNames:
     """What tensors of the declared decoder of a config.json may be called, those that hold no weights included."""
 
     def __init__(self, config: Mapping[str, Any]):
-        found = [mapping for mapping in DECODERS if mapping.config["model_type"] == config.get("model_type")]
-        self._sides = [(theirs, mapping.parts) for mapping in found for _, _, theirs in mapping.sides()]
+        found = [
+            mapping
+            for mapping in DECODERS
+            if mapping.config["model_type"] == config.get("model_type")
+        ]
+        self._sides = [
+            (theirs, mapping.parts) for mapping in found for _, _, theirs in mapping.sides()
+        ]
         self._ignored = [glob for mapping in found for glob in mapping.ignored]
 
     def __contains__(self, name: object) -> bool:
@@ -75,7 +85,9 @@ def identity(specs: Mapping[str, Spec], note: str) -> TreeMapping:
     }
     return TreeMapping(
         name="hf",
-        rules=tuple(Rule(key, key, f"{axes} -> {axes}", optional=True) for key, axes in keys.items()),
+        rules=tuple(
+            Rule(key, key, f"{axes} -> {axes}", optional=True) for key, axes in keys.items()
+        ),
         roots=(root,),
         tied={head: table for head, table in _TIED.items() if {head, table} <= keys.keys()},
         note=note,

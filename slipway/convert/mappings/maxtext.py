@@ -29,8 +29,16 @@ _OUTSIDE = (
     ("decoder.logits_dense.kernel?", "lm_head.weight", "embed vocab+pad -> vocab embed"),
 )
 _COMMON = (
-    ("pre_self_attention_layer_norm.scale", "input_layernorm.weight", "embed layers -> layers embed"),
-    ("post_self_attention_layer_norm.scale", "post_attention_layernorm.weight", "embed layers -> layers embed"),
+    (
+        "pre_self_attention_layer_norm.scale",
+        "input_layernorm.weight",
+        "embed layers -> layers embed",
+    ),
+    (
+        "post_self_attention_layer_norm.scale",
+        "post_attention_layernorm.weight",
+        "embed layers -> layers embed",
+    ),
     (
         "self_attention.value.kernel",
         "self_attn.v_proj.weight",
@@ -56,15 +64,35 @@ _DIVIDED = "* head_dim ** 0.5"  # queries; not with normalized ones, and not in 
 _NORMALIZED = (
     _QUERY,
     _KEY,
-    ("self_attention.query_norm.scale", "self_attn.q_norm.weight", "head_dim layers -> layers head_dim"),
-    ("self_attention.key_norm.scale", "self_attn.k_norm.weight", "head_dim layers -> layers head_dim"),
+    (
+        "self_attention.query_norm.scale",
+        "self_attn.q_norm.weight",
+        "head_dim layers -> layers head_dim",
+    ),
+    (
+        "self_attention.key_norm.scale",
+        "self_attn.k_norm.weight",
+        "head_dim layers -> layers head_dim",
+    ),
 )
 _BIASED = (
     _QUERY,
     _KEY,
-    ("self_attention.query.bias", "self_attn.q_proj.bias", "heads layers head_dim -> layers (heads head_dim)"),
-    ("self_attention.key.bias", "self_attn.k_proj.bias", "kv_heads layers head_dim -> layers (kv_heads head_dim)"),
-    ("self_attention.value.bias", "self_attn.v_proj.bias", "kv_heads layers head_dim -> layers (kv_heads head_dim)"),
+    (
+        "self_attention.query.bias",
+        "self_attn.q_proj.bias",
+        "heads layers head_dim -> layers (heads head_dim)",
+    ),
+    (
+        "self_attention.key.bias",
+        "self_attn.k_proj.bias",
+        "kv_heads layers head_dim -> layers (kv_heads head_dim)",
+    ),
+    (
+        "self_attention.value.bias",
+        "self_attn.v_proj.bias",
+        "kv_heads layers head_dim -> layers (kv_heads head_dim)",
+    ),
 )
 _HALVES = ((*_QUERY, _DIVIDED), _KEY)
 _INTERLEAVED = (
@@ -98,7 +126,9 @@ _EXPERTS = (
 )
 
 
-def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) -> tuple[TreeMapping, TreeMapping]:
+def _family(
+    name: str, layer: tuple, sizes: dict, fields: dict, config: dict
+) -> tuple[TreeMapping, TreeMapping]:
     """Return the mapping of a family's scanned trees and that of its unscanned ones."""
     scanned = TreeMapping(
         name=f"maxtext {name}, scanned",
@@ -123,8 +153,16 @@ def _family(name: str, layer: tuple, sizes: dict, fields: dict, config: dict) ->
 def _rotated(name: str, config: dict) -> dict[Rotation, tuple[TreeMapping, TreeMapping]]:
     """Return a family's mappings for both rotary embeddings."""
     return {
-        "halves": _family(f"{name} (halves)", _COMMON + _HALVES + _MLP, {}, FIELDS, config),
-        "interleaved": _family(f"{name} (interleaved)", _COMMON + _INTERLEAVED + _MLP, {"two": 2}, FIELDS, config),
+        "halves": _family(
+            f"{name} (halves)", _COMMON + _HALVES + _MLP, {}, fields=FIELDS, config=config
+        ),
+        "interleaved": _family(
+            f"{name} (interleaved)",
+            _COMMON + _INTERLEAVED + _MLP,
+            {"two": 2},
+            fields=FIELDS,
+            config=config,
+        ),
     }
 
 
@@ -142,21 +180,29 @@ _EITHER = (
 )
 _QWEN = (
     *_family(
-        "qwen2", _COMMON + _BIASED + _MLP, {}, FIELDS, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+        "qwen2",
+        _COMMON + _BIASED + _MLP,
+        {},
+        fields=FIELDS,
+        config={"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     ),
     *_family(
         "qwen3",
         _COMMON + _NORMALIZED + _MLP,
         {},
-        FIELDS,
-        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False},
+        fields=FIELDS,
+        config={
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+        },
     ),
     *_family(
         "qwen3_moe",
         _COMMON + _NORMALIZED + _EXPERTS,
         {},
-        EXPERT_FIELDS,
-        {
+        fields=EXPERT_FIELDS,
+        config={
             "model_type": "qwen3_moe",
             "architectures": ["Qwen3MoeForCausalLM"],
             "attention_bias": False,
@@ -165,7 +211,8 @@ _QWEN = (
     ),
 )
 BY_ROTATION: Mapping[Rotation, tuple[TreeMapping, ...]] = {
-    rotation: tuple(mapping for family in _EITHER for mapping in family[rotation]) for rotation in ROTATIONS
+    rotation: tuple(mapping for family in _EITHER for mapping in family[rotation])
+    for rotation in ROTATIONS
 }
 MAPPINGS = (*BY_ROTATION["halves"], *BY_ROTATION["interleaved"], *_QWEN)
 
@@ -200,7 +247,9 @@ def chosen(found: Iterable[TreeMapping], config: Mapping[str, Any]) -> list[Tree
     )
     rotated = (*BY_ROTATION["halves"], *BY_ROTATION["interleaved"])
     return [
-        dataclasses.replace(mapping, note=note if decided else "", undecided="" if decided else undecided)
+        dataclasses.replace(
+            mapping, note=note if decided else "", undecided="" if decided else undecided
+        )
         if mapping in rotated
         else mapping
         for mapping in found

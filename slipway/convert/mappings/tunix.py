@@ -21,8 +21,16 @@ _ATTENTION = (
     ("input_layernorm.w", "input_layernorm.weight", "embed -> embed"),
     ("post_attention_layernorm.w", "post_attention_layernorm.weight", "embed -> embed"),
     ("attn.q_proj.w", "self_attn.q_proj.weight", "embed heads head_dim -> (heads head_dim) embed"),
-    ("attn.k_proj.w", "self_attn.k_proj.weight", "embed kv_heads head_dim -> (kv_heads head_dim) embed"),
-    ("attn.v_proj.w", "self_attn.v_proj.weight", "embed kv_heads head_dim -> (kv_heads head_dim) embed"),
+    (
+        "attn.k_proj.w",
+        "self_attn.k_proj.weight",
+        "embed kv_heads head_dim -> (kv_heads head_dim) embed",
+    ),
+    (
+        "attn.v_proj.w",
+        "self_attn.v_proj.weight",
+        "embed kv_heads head_dim -> (kv_heads head_dim) embed",
+    ),
     ("attn.o_proj.w", "self_attn.o_proj.weight", "heads head_dim embed -> embed (heads head_dim)"),
 )
 _NORMALIZED = (
@@ -39,16 +47,24 @@ _EXPERTS = (
     ("mlp.router.kernel", "mlp.gate.weight", "embed experts -> experts embed"),
     ("mlp.gate_proj", "mlp.experts.{experts}.gate_proj.weight", _INTO_EXPERT),
     ("mlp.up_proj", "mlp.experts.{experts}.up_proj.weight", _INTO_EXPERT),
-    ("mlp.down_proj", "mlp.experts.{experts}.down_proj.weight", "experts moe_mlp embed -> experts embed moe_mlp"),
+    (
+        "mlp.down_proj",
+        "mlp.experts.{experts}.down_proj.weight",
+        "experts moe_mlp embed -> experts embed moe_mlp",
+    ),
 )
 _THETA = 1_000_000  # of tunix's Llama and Qwen3, whose attention passes no rope_theta on (0.1.7)
 _FIXED_THETA = ("llama", "qwen3", "qwen3_moe")
 
 
-def _family(model_type: str, layer: tuple, fields: Mapping[str, str], config: Mapping[str, object]) -> TreeMapping:
+def _family(
+    model_type: str, layer: tuple, fields: Mapping[str, str], config: Mapping[str, object]
+) -> TreeMapping:
     return TreeMapping(
         name=f"tunix {model_type}",
-        rules=rules(_OUTSIDE + within("layers.{layers}.", "model.layers.{layers}.", _ATTENTION + layer)),
+        rules=rules(
+            _OUTSIDE + within("layers.{layers}.", "model.layers.{layers}.", _ATTENTION + layer)
+        ),
         fields=fields,
         config={"model_type": model_type, "hidden_act": "silu", **config},
         required=("rms_norm_eps", "rope_theta", "max_position_embeddings"),
@@ -86,9 +102,15 @@ def noted(found: Iterable[TreeMapping], config: Mapping[str, Any]) -> list[TreeM
 
     def note(model_type: object) -> str:
         notes = [scaled] if kind != "default" else []
-        return "; ".join([*notes, turned] if model_type in _FIXED_THETA and theta not in (None, _THETA) else notes)
+        return "; ".join(
+            [*notes, turned]
+            if model_type in _FIXED_THETA and theta not in (None, _THETA)
+            else notes
+        )
 
     return [
-        dataclasses.replace(mapping, note=note(mapping.config["model_type"])) if mapping in MAPPINGS else mapping
+        dataclasses.replace(mapping, note=note(mapping.config["model_type"]))
+        if mapping in MAPPINGS
+        else mapping
         for mapping in found
     ]
