@@ -1,6 +1,7 @@
 """Names of the fields that the adapters read from objects of vLLM and tpu-inference.
 
-Not here: the adapters that read them (vllm.py, maxtext.py), fakes with these fields (tests/adapters/fakes.py).
+Not here: the adapters that read them (vllm.py, maxtext.py), fakes with these fields
+(tests/adapters/fakes.py).
 """
 
 # vllm.config has the first three classes. ShardingConfig is tpu_inference's ShardingConfigManager:

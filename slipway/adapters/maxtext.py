@@ -308,9 +308,8 @@ class MaxTextForCausalLM(nnx.Module):
         model = self._made()
         with self._rules():
             head = model.decoder.apply_output_head
-            return head(model.token_embedder, hidden_states[:, None], True, self._maxtext.mode)[
-                :, 0
-            ]
+            inputs = model.token_embedder, hidden_states[:, None], True, self._maxtext.mode
+            return head(*inputs)[:, 0]
 
     def embed_input_ids(self, input_ids: jax.Array, *_: Any, **__: Any) -> jax.Array:
         """Return embeddings [T, embed] of token ids [T]."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from slipway.adapters import check, twin
 from slipway.adapters.twin import Engine, Twin
 from slipway.checkpoint import files, hub
-from slipway.convert.conversion import new_directory
+from slipway.convert.writer import new_directory
 from slipway.errors import CheckpointError, UnsupportedModel
 
 GROUPS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
@@ -179,7 +179,7 @@ _INIT = '''\
 
 
 def register():
-    """Register the twin with transformers. The engine calls this in each process, perhaps repeatedly."""
+    """Register the twin with transformers; the engine may call this repeatedly in each process."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from {module}.twin import {names}

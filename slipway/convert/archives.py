@@ -1,6 +1,7 @@
-"""NumPy's .npz, Flax's msgpack and HDF5 (Keras): decides where in a file each array lies. Knows no rules.
+"""Arrays in NumPy's .npz, Flax's msgpack and HDF5 (Keras) files, and the writer of .npz files.
 
-What lies in one piece and uncompressed is a view of the file; pickles are refused.
+An array that is contiguous and uncompressed in the file is read as a view of it; pickles are
+refused. Not here: the choice of a reader (formats.py), Orbax (orbax.py).
 """
 
 import contextlib
@@ -27,21 +28,20 @@ from slipway.errors import CheckpointError
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NPZ = "params.npz"
 _CHUNKED = "__msgpack_chunked_array__"
-_ELSEWHERE = (
-    "PLACEHOLDER://",
-    "//GDAPlaceholder:",
-    "//MPAArrayPlaceholder:",
-)  # in old trees of Orbax and of Flax
+# Values of leaves in old trees of Orbax and of Flax that have their arrays in other files.
+_ELSEWHERE = ("PLACEHOLDER://", "//GDAPlaceholder:", "//MPAArrayPlaceholder:")
 KeyPath = tuple[str, ...]  # the keys that lead to an array
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """One array: bytes of the file, in one piece or in several that follow each other in C order."""
+    """Place of one array: bytes of the file, in one piece or in several that follow each other in C
+    order.
+    """
 
     spec: Spec
     starts: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = ()  # in bytes; none: not to be mapped, ``load`` reads it
+    sizes: tuple[int, ...] = ()  # in bytes; empty: cannot be mapped, ``load`` names it
     load: str = ""
 
 
@@ -52,25 +52,25 @@ class ArchiveSource:
     path: Path
     regions: Mapping[str, Region]
     buffer: mmap.mmap
-    read: Any = None  # name in the file -> array, for those that cannot be mapped
-    elsewhere: tuple[str, ...] = ()  # leaves that the file names, and that lie beside it
+    read: Any = None  # name in the file -> array, for arrays that cannot be mapped
+    elsewhere: tuple[str, ...] = ()  # leaves that the file names and that are in other files
 
     mapped = True
     stamp = ""
 
     @property
     def location(self) -> str:
-        """The file."""
+        """Path of the file."""
         return str(self.path)
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every array's dtype and shape."""
+        """Dtype and shape of every array."""
         return {name: region.spec for name, region in self.regions.items()}
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
-        """A view of the file where the array lies in one piece, else a copy."""
+        """Yield a view of the file where the array is contiguous, else a copy."""
         region = self.regions[name]
         try:
             if len(region.starts) == 1:
@@ -82,7 +82,7 @@ class ArchiveSource:
                 )
             elif region.starts:
                 parts = [
-                    np.frombuffer(self.buffer, np.uint8, size, start)
+                    np.frombuffer(self.buffer, np.uint8, count=size, offset=start)
                     for start, size in zip(region.starts, region.sizes)
                 ]
                 yield np.concatenate(parts).view(region.spec.dtype).reshape(region.spec.shape)
@@ -92,7 +92,7 @@ class ArchiveSource:
             self.drop(name)
 
     def drop(self, name: str) -> None:
-        """Unmap the pages read so far."""
+        """Unmap the pages of the array that were read so far."""
         for start, size in zip(self.regions[name].starts, self.regions[name].sizes):
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             if size:
@@ -107,9 +107,10 @@ class ArchiveSource:
 
 
 def open_npz(path: Path) -> ArchiveSource:
-    """An .npz; ``a/b`` and ``a.b`` are both dotted names, and 2-byte voids are bfloat16, which NumPy writes so.
+    """Open an .npz file.
 
-    Raises CheckpointError, listing every member that cannot be read.
+    Both ``a/b`` and ``a.b`` are dotted names. Voids of 2 bytes are read as bfloat16, which NumPy
+    writes so. Raises CheckpointError, listing every member that cannot be read.
     """
     regions: dict[KeyPath, Region] = {}
     problems: list[str] = []
@@ -141,7 +142,9 @@ def _named(regions: Mapping[KeyPath, Region]) -> dict[str, Region]:
 
 
 def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: int) -> Region:
-    """Where one member's array lies. Raises ValueError for what is no array of numbers."""
+    """Return the place of one member's array. Raises ValueError for other content than an array of
+    numbers.
+    """
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         reader = (
@@ -163,17 +166,21 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: 
     start = info.header_offset + 30 + name_size + extra_size + header_size
     if info.file_size - header_size != spec.nbytes or start + spec.nbytes > file_size:
         raise ValueError(
-            f"{info.file_size - header_size} bytes, but {dtype} of shape {shape} takes {spec.nbytes}"
+            f"{info.file_size - header_size} bytes, but {dtype} of shape {shape} takes "
+            f"{spec.nbytes}"
         )
     return Region(spec, (start,), (spec.nbytes,))
 
 
 def open_msgpack(path: Path) -> ArchiveSource:
-    """What ``flax.serialization.to_bytes`` and ``msgpack_serialize`` write; their lists have string keys.
+    """Open a file of ``flax.serialization.to_bytes`` or ``msgpack_serialize``, or a stream of
+    EasyLM.
 
-    Or a stream of pairs: the keys that lead to an array, and its bytes as ``to_bytes`` writes them (EasyLM).
-    Format: https://github.com/msgpack/msgpack/blob/master/spec.md; Flax's extension 1 is an array as (shape, dtype,
-    bytes), 3 a NumPy scalar, and arrays above 1 GB are mappings of pieces. Raises CheckpointError.
+    In Flax's files, lists have string keys. EasyLM writes a stream of pairs: the keys that lead to
+    an array, and its bytes as from ``to_bytes``. Format:
+    https://github.com/msgpack/msgpack/blob/master/spec.md; Flax's extension 1 is an array as
+    (shape, dtype, bytes), 3 a NumPy scalar, and arrays above 1 GB are mappings of pieces. Raises
+    CheckpointError.
     """
     buffer = _map(path)
     regions: dict[KeyPath, Region] = {}
@@ -193,33 +200,38 @@ def open_msgpack(path: Path) -> ArchiveSource:
     elsewhere = tuple(name for name, region in named.items() if region.load.startswith(_ELSEWHERE))
     held = {name: region for name, region in named.items() if name not in elsewhere}
     return ArchiveSource(
-        path, held, buffer, read=lambda number: np.asarray(int(number)), elsewhere=elsewhere
-    )  # a Python integer
+        path,
+        held,
+        buffer,
+        read=lambda number: np.asarray(int(number)),  # a Python integer
+        elsewhere=elsewhere,
+    )
 
 
 _SIZED = {  # first byte: kind, struct of the size
-    0xC4: ("bin", ">B"), 0xC5: ("bin", ">H"), 0xC6: ("bin", ">I"), 0xC7: ("ext", ">B"), 0xC8: ("ext", ">H"),
-    0xC9: ("ext", ">I"), 0xD9: ("str", ">B"), 0xDA: ("str", ">H"), 0xDB: ("str", ">I"), 0xDC: ("array", ">H"),
-    0xDD: ("array", ">I"), 0xDE: ("map", ">H"), 0xDF: ("map", ">I"),
+    0xC4: ("bin", ">B"), 0xC5: ("bin", ">H"), 0xC6: ("bin", ">I"), 0xC7: ("ext", ">B"),
+    0xC8: ("ext", ">H"), 0xC9: ("ext", ">I"), 0xD9: ("str", ">B"), 0xDA: ("str", ">H"),
+    0xDB: ("str", ">I"), 0xDC: ("array", ">H"), 0xDD: ("array", ">I"), 0xDE: ("map", ">H"),
+    0xDF: ("map", ">I"),
 }  # fmt: skip
 _NUMBERS = {
-    0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i",
-    0xD3: ">q",
+    0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b",
+    0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
 }  # fmt: skip
 
 
 def _head(buffer: Any, at: int) -> tuple[str, Any, int]:
-    """Kind of the item at ``at``, its size (or value), and where its content starts (an ext's: at its type byte)."""
+    """Return kind and size (or value) of the item at ``at``, and the offset of its content.
+
+    For an extension that is the offset of its type byte.
+    """
     byte = buffer[at]
     if byte in _SIZED:
         kind, code = _SIZED[byte]
         return kind, struct.unpack_from(code, buffer, at + 1)[0], at + 1 + struct.calcsize(code)
     if byte in _NUMBERS:
-        return (
-            "value",
-            struct.unpack_from(_NUMBERS[byte], buffer, at + 1)[0],
-            at + 1 + struct.calcsize(_NUMBERS[byte]),
-        )
+        code = _NUMBERS[byte]
+        return "value", struct.unpack_from(code, buffer, at + 1)[0], at + 1 + struct.calcsize(code)
     if byte <= 0x7F or byte >= 0xE0:
         return "value", byte if byte <= 0x7F else byte - 256, at + 1
     if byte <= 0x8F:
@@ -230,15 +242,11 @@ def _head(buffer: Any, at: int) -> tuple[str, Any, int]:
         return "str", byte & 31, at + 1
     if 0xD4 <= byte <= 0xD8:
         return "ext", 1 << (byte - 0xD4), at + 1
-    return (
-        "value",
-        {0xC0: None, 0xC2: False, 0xC3: True}[byte] if byte in (0xC0, 0xC2, 0xC3) else None,
-        at + 1,
-    )
+    return "value", {0xC2: False, 0xC3: True}.get(byte), at + 1
 
 
 def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -> int:
-    """Note the arrays of the item at ``at``; where the next item starts."""
+    """Record the arrays of the item at ``at``; return the offset of the next item."""
     kind, size, start = _head(buffer, at)
     if kind == "map":
         held: dict[KeyPath, Region] = {}
@@ -251,7 +259,7 @@ def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -
         return start
     if kind == "ext":
         if start + 1 + size > len(buffer):
-            raise ValueError("an array ends behind the file's end")
+            raise ValueError("an array extends beyond the end of the file")
         if buffer[start] in (1, 3):
             regions[path] = _array(buffer, start + 1)
         return start + 1 + size
@@ -269,7 +277,7 @@ def _walk(buffer: Any, at: int, path: KeyPath, regions: dict[KeyPath, Region]) -
 
 
 def _walk_pair(buffer: Any, at: int, regions: dict[KeyPath, Region]) -> int:
-    """Note the array of one pair of a stream; where the next pair starts."""
+    """Record the array of one pair of a stream; return the offset of the next pair."""
     kind, size, start = _head(buffer, at)
     if (kind, size) != ("array", 2):
         raise ValueError(f"no pair of keys and bytes at byte {at}")
@@ -317,7 +325,10 @@ def _array(buffer: Any, at: int) -> Region:
 
 
 def _joined(held: Mapping[KeyPath, Region]) -> Region:
-    """An array that Flax has written in pieces: ``shape`` and ``chunks``, each keyed by its number."""
+    """Return the region of an array that Flax has written in pieces.
+
+    Its ``shape`` and ``chunks`` are each keyed by number.
+    """
     shape = tuple(
         int(held[name].load) for name in sorted((n for n in held if n[0] == "shape"), key=_number)
     )
@@ -336,12 +347,12 @@ def _number(path: KeyPath) -> int:
 
 
 def open_h5(path: Path) -> ArchiveSource:
-    """HDF5, as Keras's ``.weights.h5``: every dataset of numbers under its path.
+    """Open an HDF5 file, such as Keras's ``.weights.h5``: every dataset of numbers under its path.
 
-    Raises CheckpointError if it is none, or h5py is missing.
+    Raises CheckpointError for another file, or without h5py.
     """
     try:
-        import h5py  # an extra: only those who have such files need it
+        import h5py  # an optional dependency, for these files only
     except ModuleNotFoundError as error:
         raise CheckpointError(path, ["HDF5 files need h5py: pip install slipway[keras]"]) from error
     regions: dict[KeyPath, Region] = {}
@@ -368,7 +379,10 @@ def open_h5(path: Path) -> ArchiveSource:
 
 
 class NpzWriter:
-    """``params.npz``: members uncompressed, one after another. A half-written archive is not gone on with."""
+    """Writer of ``params.npz``: uncompressed members, one after another.
+
+    An incomplete archive cannot be resumed.
+    """
 
     def __init__(self, directory: Path, specs: Mapping[str, Spec]):
         self._directory = directory
@@ -381,7 +395,7 @@ class NpzWriter:
         self._lock = threading.Lock()
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """One member."""
+        """Write one member."""
         spec = self._specs[name]
         with self._lock, self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
             description = np.lib.format.dtype_to_descr(
@@ -393,11 +407,11 @@ class NpzWriter:
                 member.write(piece.reshape(-1).view(np.uint8).data)
 
     def done(self) -> Mapping[str, Facts]:
-        """Nothing."""
+        """Return no tensors: an incomplete archive cannot be resumed."""
         return {}
 
     def mark(self, name: str, facts: Facts) -> None:
-        """Nothing to note."""
+        """Do nothing: there is no journal."""
 
     def finish(self) -> None:
         """Flush the archive and rename it."""
@@ -408,7 +422,7 @@ class NpzWriter:
         shutil.rmtree(self._aside)
 
     def abandon(self) -> None:
-        """Remove all that was written."""
+        """Remove everything that was written."""
         self._archive.close()
         shutil.rmtree(self._aside)
 

@@ -1,8 +1,8 @@
-"""Axes of traced arrays as products of atoms, from which follows what a flatten has merged.
+"""Axes of traced arrays as products of atoms; they show which axes a flatten has merged.
 
-An axis is a tuple of atoms, the slowest first; None is an axis along which an array is constant. Two arrays that meet
-in an elementwise operation have the same atoms. A convolution tells which atoms are space and which are channels.
-Not here: which operation does what to axes (dataflow.py).
+An axis is a tuple of atoms, the slowest first; None is an axis along which an array is constant.
+Two arrays in one elementwise operation have the same atoms. A convolution determines which atoms
+are space and which are channels. Not here: the effect of each operation on axes (dataflow.py).
 """
 
 import math
@@ -12,11 +12,15 @@ import numpy as np
 
 
 class Unclear(ValueError):
-    """An axis whose order in torch does not follow from what was traced."""
+    """An axis with an order in torch that does not follow from the traced operations."""
 
 
 class Atom:
-    """A factor of an axis. It may turn out to be equal to another one, a product of smaller ones, or a row of parts."""
+    """A factor of an axis.
+
+    It may turn out to be equal to another one, a product of smaller ones, or a concatenation of
+    parts.
+    """
 
     def __init__(self, size: int, kind: str = "", index: int = -1, births: Iterable[str] = ()):
         self.size = size
@@ -26,8 +30,8 @@ class Atom:
         self.same: Atom | None = None
         self.factors: list[Atom] = []
         self.parts: list[Axis] = []
-        self.origin: Atom | None = None  # of which it is a factor
-        self.lost = ""  # the operation behind which its order is unknown
+        self.origin: Atom | None = None  # the atom of which it is a factor
+        self.lost = ""  # the operation after which its order is unknown
         self.is_tokens = False  # space that was merged into one axis, beside channels
         self.is_scanned = False
         self.is_used = False
@@ -77,7 +81,7 @@ def size_of(axis: Axis) -> int:
 
 
 def split(atom: Atom, size: int) -> list[Atom]:
-    """Make ``atom`` a product whose last factor has ``size``; return the two factors."""
+    """Make ``atom`` a product with a last factor of ``size``; return the two factors."""
     factors = [
         Atom(n, atom.kind, atom.index, births=atom.births) for n in (atom.size // size, size)
     ]
@@ -95,7 +99,7 @@ def split(atom: Atom, size: int) -> list[Atom]:
 
 
 def unify(one: Axis, other: Axis) -> Axis:
-    """Note that two axes are the same, and return it."""
+    """Record that two axes are the same, and return it."""
     if one is None or other is None:
         return other if one is None else one
     a, b = leaves(one), leaves(other)
@@ -140,7 +144,7 @@ def _merge(x: Atom, y: Atom) -> None:
 
 
 def mark(axis: Axis, kind: str, index: int = -1, birth: str = "") -> None:
-    """Say what an axis is, where that is not known yet."""
+    """Set the kind of an axis where it is not known yet."""
     for leaf in everything(axis):
         if birth:
             leaf.births.add(birth)
@@ -150,7 +154,7 @@ def mark(axis: Axis, kind: str, index: int = -1, birth: str = "") -> None:
 
 
 def lose(axis: Axis, why: str) -> None:
-    """Say behind which operation an axis has an unknown order."""
+    """Record the operation after which the order of an axis is unknown."""
     for leaf in everything(axis):
         leaf.lost = leaf.lost or why
 
@@ -187,9 +191,9 @@ def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis] | None:
 
 
 def torch_order(atoms: Sequence[Atom]) -> list[int] | None:
-    """Return the positions of a merged axis's atoms in torch's order, None for the order that they have.
+    """Return the positions of a merged axis's atoms in torch's order, None for their own order.
 
-    In torch, a feature map's channels stand before its space. Raises Unclear.
+    In torch, the channels of a feature map come before its space. Raises Unclear.
     """
     lost = next((atom.lost for atom in atoms if atom.lost), "")
     if lost:
@@ -202,7 +206,7 @@ def torch_order(atoms: Sequence[Atom]) -> list[int] | None:
         if sum("input" in atom.births for atom in atoms) > 2:
             sizes = tuple(atom.size for atom in atoms)
             raise Unclear(
-                f"it takes axes of the module's input, {sizes}, whose order in the twin is not known"
+                f"it takes axes of the module's input, {sizes}; their order in the twin is unknown"
             )
         return None
     if any(atom.births - {"input"} for atom in untyped) or kinds.lstrip("U") != kinds.replace(
@@ -215,28 +219,33 @@ def torch_order(atoms: Sequence[Atom]) -> list[int] | None:
         raise Unclear(f"it takes {_described(atoms)}, which is no whole feature map in its order")
     if "SC" not in rest:
         return None
+    # True for a vector that was reshaped to a map.
     one_origin = all(
         atom.origin and _root(atom) is _root(atoms[0]) and "conv" not in atom.births
         for atom in atoms
-    )  # a vector that was reshaped to a map
+    )
     tokenwise = any("linear" in atom.births for atom in atoms if atom.kind == "channel")
     if not one_origin and (tokenwise or any(atom.is_tokens for atom in atoms)):
         raise Unclear(
-            f"it takes {_described(atoms)}; torch may hold them as (tokens, channels) or the other way round"
+            f"it takes {_described(atoms)}; torch may hold them as (tokens, "
+            f"channels) or the other way round"
         )
     space = rest.index("C")
     return [*range(at), *range(at + space, len(atoms)), *range(at, at + space)]
 
 
 def _root(atom: Atom) -> Atom:
-    """The atom of which ``atom`` is a factor at last."""
+    """Return the original atom of which ``atom`` is a factor."""
     while atom.origin is not None:
         atom = atom.origin
     return atom
 
 
 def _complete(atoms: Sequence[Atom]) -> bool:
-    """Whether factors of space stand together, all of them, in their order; those of one whole axis may be a map."""
+    """Return whether factors of space are together, all of them, in their order.
+
+    The factors of one whole axis may be a map.
+    """
     ids = [id(atom) for atom in atoms]
     for atom in atoms:
         at = atom.origin
@@ -250,14 +259,14 @@ def _complete(atoms: Sequence[Atom]) -> bool:
 
 def _described(atoms: Sequence[Atom]) -> str:
     return " x ".join(
-        f"{atom.size} ({atom.kind or 'of a kind that no convolution tells'})" for atom in atoms
+        f"{atom.size} ({atom.kind or 'of a kind that no convolution shows'})" for atom in atoms
     )
 
 
 def index_order(axis: Sequence[Atom]) -> np.ndarray | None:
-    """Return, for each position in torch, that in JAX, for an axis that holds concatenations; None if all are equal.
+    """Return, for each position in torch, that in JAX, for an axis with concatenations.
 
-    Raises Unclear.
+    None if all positions are equal. Raises Unclear.
     """
     atoms = list(axis)
     if len(atoms) == 1 and atoms[0].parts:

@@ -7,7 +7,6 @@ Not here: meaning of rules (rules.py), the plan (plan.py), execution (executor.p
 afterwards (verify.py).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +29,6 @@ from slipway.convert.lora import Merge, read_adapter
 from slipway.convert.mappings import hf
 from slipway.convert.orbax import OrbaxWriter
 from slipway.convert.plan import Direction, Move, Plan, resolve
-from slipway.convert.remote import is_address
 from slipway.convert.rules import TreeMapping
 from slipway.convert.source import Source, fingerprint
 from slipway.convert.tokenizer import (
@@ -39,7 +37,7 @@ from slipway.convert.tokenizer import (
     generation_file,
     tokenizer_problems,
 )
-from slipway.convert.writer import ASIDE, SafetensorsWriter, Writer
+from slipway.convert.writer import ASIDE, SafetensorsWriter, Writer, new_directory
 from slipway.errors import CheckpointError, InvalidConfig
 
 DTYPES = {
@@ -215,7 +213,7 @@ def read_config(path: Path | None, source: Path | None) -> dict[str, Any]:
 
 
 def size_bytes(text: str) -> int:
-    """Parse a size such as ``"5GB"``, with decimal units as in Hugging Face's ``max_shard_size``."""
+    """Parse a size such as ``"5GB"``, in decimal units, as Hugging Face's ``max_shard_size``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if size < 1:
@@ -473,33 +471,3 @@ def _write_extras(aside: Path, conversion: Conversion, options: ConvertConfig) -
     if (generation := generation_file(options.config, conversion.source.path)) is not None:
         shutil.copyfile(generation, aside / GENERATION)
     copy_tokenizer(options.tokenizer, aside)
-
-
-@contextlib.contextmanager
-def new_directory(directory: Path, resume: bool) -> Iterator[None]:
-    """Make ``directory`` for the output; remove it if the context fails and it did not exist
-    before.
-    """
-    if is_address(directory):
-        raise InvalidConfig(
-            "out_dir",
-            str(directory),
-            "a local directory: gs:// and s3:// have no rename and no fsync",
-        )
-    existed = directory.exists()
-    # A conversion to resume may have put some of its files into place already.
-    is_begun = resume and (directory / ASIDE).is_dir()
-    if existed and not is_begun and not _is_empty(directory):
-        raise InvalidConfig("out_dir", str(directory), "a new or an empty directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:  # after an interruption, too, nothing stays
-        if not existed:
-            shutil.rmtree(directory)
-        raise
-
-
-def _is_empty(directory: Path) -> bool:
-    """Return whether a directory holds nothing but an unfinished conversion."""
-    return directory.is_dir() and all(path.name == ASIDE for path in directory.iterdir())

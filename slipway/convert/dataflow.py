@@ -1,7 +1,8 @@
 """Axes of a module's variables, followed through its traced operations (a jaxpr).
 
-Each array is a list of axes (axes.py). An operation that keeps axes passes them on; one that breaks them is noted, and
-whatever was a merged feature map before or behind it is then unknown. Nothing is computed.
+Each array is a list of axes (axes.py). An operation that keeps axes passes them on; one that breaks
+them is recorded, and the order of a merged feature map before or after it is then unknown. Nothing
+is computed. Not here: the run of the module (tracing.py).
 """
 
 import dataclasses
@@ -27,124 +28,33 @@ from slipway.convert.axes import (
 
 Axes = list[Axis]
 
-ELEMENTWISE = frozenset(
-    {
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "atan2",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "device_put",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "imag",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "digamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "optimization_barrier",
-        "or",
-        "population_count",
-        "pow",
-        "pvary",
-        "real",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sharding_constraint",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-        "asin",
-        "acos",
-        "atan",
-        "asinh",
-        "acosh",
-        "atanh",
-        "reshard",
-        "mesh_cast",
-    }
-)
+ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type",
+    "copy", "copy_p", "cos", "cosh", "device_put", "div", "eq", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma",
+    "digamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
+    "not", "optimization_barrier", "or", "population_count", "pow", "pvary", "real",
+    "reduce_precision", "rem", "round", "rsqrt", "select_n", "sharding_constraint",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
+    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "asin", "acos", "atan",
+    "asinh", "acosh", "atanh", "reshard", "mesh_cast",
+}  # fmt: skip
 COMPUTING = frozenset(("dot_general", "conv_general_dilated", "gather"))
-_REDUCTIONS = frozenset(
-    {
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_and",
-        "reduce_or",
-        "reduce_xor",
-        "argmax",
-        "argmin",
-    }
-)
-_ALONG = frozenset(
-    {
-        "cumsum",
-        "cumprod",
-        "cummax",
-        "cummin",
-        "cumlogsumexp",
-    }
-)
-_NEW = frozenset(
-    {
-        "iota",
-        "random_bits",
-        "random_wrap",
-        "random_unwrap",
-        "random_seed",
-        "random_fold_in",
-        "random_split",
-        "threefry2x32",
-    }
-)
+_REDUCTIONS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
+    "reduce_xor", "argmax", "argmin",
+}  # fmt: skip
+_ALONG = {
+    "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",
+}  # fmt: skip
+_NEW = {
+    "iota", "random_bits", "random_wrap", "random_unwrap", "random_seed", "random_fold_in",
+    "random_split", "threefry2x32",
+}  # fmt: skip
 
 
 def follow(closed: core.ClosedJaxpr, births: Sequence[str]) -> list[Axes]:
-    """Return the axes of the jaxpr's arguments; ``births`` says which are "param" and which "input"."""
+    """Return the axes of the jaxpr's arguments; ``births`` marks each as "param" or "input"."""
     flow = _Flow()
     avals: list[Any] = [var.aval for var in closed.jaxpr.invars]
     arguments = [[fresh(size, birth) for size in aval.shape] for aval, birth in zip(avals, births)]
@@ -159,11 +69,10 @@ def _constant(const: Any) -> Axes:
 
 @dataclasses.dataclass
 class _Flow:
-    """The interpretation of one jaxpr, with those inside it."""
+    """Interpretation of one jaxpr and those inside it."""
 
-    broken: list[tuple[str, Axes, Axes]] = dataclasses.field(
-        default_factory=list
-    )  # operation, axes before, behind
+    # (operation, axes before it, axes after it)
+    broken: list[tuple[str, Axes, Axes]] = dataclasses.field(default_factory=list)
 
     def run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Axes], arguments: Sequence[Axes]
@@ -185,7 +94,7 @@ class _Flow:
         return [read(var) for var in jaxpr.outvars]
 
     def settle(self) -> None:
-        """Carry over broken operations what is a merged feature map on one side."""
+        """Carry merged feature maps on one side of a broken operation over to the other side."""
         changed = True
         while changed:
             changed = False
@@ -234,7 +143,9 @@ class _Flow:
     def _unknown(
         self, name: str, known: Sequence[Axes], shapes: Sequence[tuple[int, ...]]
     ) -> list[Axes]:
-        """Results of an operation of which nothing is known; sizes that were there before are the same direction."""
+        """Return the results of an operation without a rule; equal sizes are taken as the same
+        direction.
+        """
         made = []
         for shape in shapes:
             before = next((axes for axes in known if len(axes) == len(shape)), [])
@@ -257,7 +168,10 @@ class _Flow:
         return made
 
     def _derived(self, name: str, axis: Axis, size: int) -> Axis:
-        """The axis of a slice, a pool, a pad: of one atom the same direction, of a merged one unknown."""
+        """Return the axis of a slice, pool or pad.
+
+        It has the same direction for one atom, and is unknown for merged ones.
+        """
         if size == 1 or axis is None:
             return axis if axis is None else ()
         found = leaves(axis)
@@ -273,7 +187,7 @@ class _Flow:
         made: Axes = [None if size != 1 else () for size in shapes[0]]
         for axes in known:
             for i, axis in enumerate(axes if len(axes) == len(made) else ()):
-                if axis:  # neither of size 1, which is spread, nor constant
+                if axis:  # not of size 1, which is broadcast, and not constant
                     made[i] = unify(made[i], axis)
         return [made]
 
@@ -324,9 +238,8 @@ class _Flow:
                 for leaf in leaves(axis):
                     if not leaf.births - {"param"} and is_tokenwise[side]:
                         leaf.births.add("linear")
-                if (
-                    len(summed) == 1 and summed[0].kind == "space" and len(axes) == 1
-                ):  # a map along that direction
+                # A map along the direction of the summed axis.
+                if len(summed) == 1 and summed[0].kind == "space" and len(axes) == 1:
                     mark(axis, "space", summed[0].index)
         for i, j in zip(*contract):
             unify(left[i], right[j])
@@ -389,7 +302,10 @@ class _Flow:
         return made
 
     def _part(self, axis: Axis, start: int, size: int) -> Axis:
-        """The rows of one part of a concatenation; an axis of one atom without kind is cut. None otherwise."""
+        """Return the rows of one part of a concatenation; None if the axis has none.
+
+        An axis of one atom without kind is cut.
+        """
         found = leaves(axis)
         if len(found) != 1 or found[0].kind == "space":
             return None
@@ -516,9 +432,8 @@ class _Flow:
         return [made]
 
     def _scan(self, eqn: Any, known: list[Axes], shapes: Any) -> list[Axes]:
-        body = eqn.params[
-            "jaxpr"
-        ].jaxpr  # its parameters' names differ between JAX's versions, ranks do not
+        # The names of a scan's parameters differ between versions of JAX; ranks do not.
+        body = eqn.params["jaxpr"].jaxpr
         carries, whole = _unstacked(eqn.outvars, body.outvars), _unstacked(eqn.invars, body.invars)
         consts, over = whole - carries, known[whole:]
         for axes in over:
@@ -547,7 +462,7 @@ class _Flow:
 
 
 def _unstacked(around: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many of a scan's variables are whole in each turn: the first ones."""
+    """Return how many of a scan's variables are whole in each turn: the first ones."""
     return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(around, inside))
 
 
@@ -562,7 +477,10 @@ def _unified(one: Axes, other: Axes) -> Axes:
 
 
 def _is_merged(axis: Axis, count_lost: bool) -> bool:
-    """Whether torch's order of an axis is another one, or unknown; what is lost counts behind its operation only."""
+    """Return whether torch's order of an axis is different, or unknown.
+
+    A lost order counts only after its operation.
+    """
     found = leaves(axis)
     if not count_lost and any(leaf.lost for leaf in found):
         return False

@@ -1,6 +1,7 @@
-"""Defaults of Flax that are not torch's: what the twin of an exported module must be given.
+"""Defaults of Flax that differ from torch's: settings that the twin of an exported module needs.
 
-Nothing here changes an array. Layers are looked at always, traced operations where there is an example.
+Layers are always examined; traced operations only where there is an example. No array is changed
+here. Not here: the export itself (export.py).
 """
 
 import math
@@ -12,10 +13,11 @@ from jax.extend import core
 from slipway.convert.layers import Layer
 
 _TORCH_EPSILON = 1e-5
-_GELU = 0.044715  # the factor of the tanh approximation, Hendrycks and Gimpel, arXiv:1606.08415
+_GELU = 0.044715  # factor of the tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415)
 NOT_TRACED = (
-    "not looked at without example=: activations and pools. jax.nn.gelu is the tanh approximation by default, torch's "
-    "GELU is not (approximate='tanh'); pools with padding 'SAME' pad otherwise than torch's"
+    "not examined without example=: activations and pools. jax.nn.gelu is the tanh approximation "
+    "by default, torch's GELU is not (approximate='tanh'); pools with padding 'SAME' pad "
+    "differently from torch's"
 )
 
 
@@ -41,7 +43,10 @@ def of_operations(closed: core.ClosedJaxpr) -> list[str]:
             lines[f"a pool pads unevenly, {eqn.params['padding']}: in torch pad first"] = None
         elif name == "reduce_window_sum" and any(low for low, _ in eqn.params["padding"]):
             lines[
-                "an average pool pads: nnx.avg_pool and torch count the padding unless told otherwise"
+                (
+                    "an average pool pads: nnx.avg_pool and torch count the padding unless told "
+                    "otherwise"
+                )
             ] = None
         is_plain = name == "conv_general_dilated" and set(eqn.params["lhs_dilation"]) == {1}
         if is_plain and any(low != high for low, high in eqn.params["padding"]):
@@ -54,18 +59,27 @@ def of_operations(closed: core.ClosedJaxpr) -> list[str]:
 
 def _norm(kind: str, facts: Mapping[str, Any]) -> Iterator[str]:
     epsilon = facts.get("epsilon")
-    if epsilon is None:  # a class of the user's own
+    if epsilon is None:  # a class that the user has defined
         return
     if kind == "RMSNorm":
-        yield f"epsilon is {epsilon:g}: torch.nn.RMSNorm's default is that of the dtype, so give eps={epsilon:g}"
+        yield (
+            f"epsilon is {epsilon:g}: torch.nn.RMSNorm's default is that of the dtype, "
+            f"so give eps={epsilon:g}"
+        )
     elif (
         kind in ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm")
         and epsilon != _TORCH_EPSILON
     ):
-        yield f"epsilon is {epsilon:g}, torch's default {_TORCH_EPSILON:g}: give the twin eps={epsilon:g}"
+        yield (
+            f"epsilon is {epsilon:g}, torch's default {_TORCH_EPSILON:g}: "
+            f"give the twin eps={epsilon:g}"
+        )
     if kind == "BatchNorm" and "momentum" in facts:
         momentum = facts["momentum"]
-        yield f"momentum {momentum:g} is the share that is kept: torch's is {1 - momentum:g} (only for training)"
+        yield (
+            f"momentum {momentum:g} is the share that is kept: "
+            f"torch's is {1 - momentum:g} (only for training)"
+        )
     if kind == "InstanceNorm":
         yield "scale and bias are learned: torch's InstanceNorm needs affine=True"
 
@@ -81,14 +95,26 @@ def _conv(layer: Layer) -> Iterator[str]:
         yield "the input is dilated, which torch's convolutions cannot: insert the zeros first"
     if not isinstance(padding, str):
         if layer.kind == "ConvTranspose" and padding is not None:
-            yield f"padding {padding!r} is around the dilated input: torch's is dilation * (kernel - 1) less Flax's"
+            yield (
+                f"padding {padding!r} is around the dilated input: "
+                f"torch's is dilation * (kernel - 1) less Flax's"
+            )
         return
     if layer.kind == "ConvTranspose" and padding in ("SAME", "CIRCULAR"):
-        yield f"padding {padding!r} of a transposed convolution: torch needs padding= and output_padding=, or a crop"
+        yield (
+            f"padding {padding!r} of a transposed convolution: "
+            f"torch needs padding= and output_padding=, or a crop"
+        )
     elif padding == "SAME" and any(n != 1 for n in strides):
-        yield f"padding 'SAME' with strides {strides}: Flax pads by the input's size, torch evenly; pad first in torch"
+        yield (
+            f"padding 'SAME' with strides {strides}: Flax pads by the input's size, "
+            f"torch evenly; pad first in torch"
+        )
     elif padding == "SAME" and any((size - 1) * d % 2 for size, d in zip(kernel, dilation)):
-        yield f"padding 'SAME' of a kernel {kernel} pads unevenly: in torch padding='same' does, a number does not"
+        yield (
+            f"padding 'SAME' of a kernel {kernel} pads unevenly: in torch padding='same' does, "
+            f"a number does not"
+        )
     elif padding == "CIRCULAR":
         yield "padding 'CIRCULAR': in torch padding_mode='circular'"
     elif padding == "REFLECT":
@@ -98,7 +124,7 @@ def _conv(layer: Layer) -> Iterator[str]:
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
-    """A number for each axis."""
+    """Return one number for each axis."""
     if value is None:
         return (1,) * count
     return (value,) * count if isinstance(value, int) else tuple(value)
@@ -120,7 +146,7 @@ def _operations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _is_literal(atom: Any, value: float) -> bool:
-    """Whether an operand is a number, up to the rounding of bfloat16."""
+    """Return whether an operand is a constant number, up to the rounding of bfloat16."""
     held = getattr(atom, "val", None)
     return (
         held is not None

@@ -1,7 +1,8 @@
-"""`slipway.export`: a Flax module written in torch's layout, by its layers.
+"""Execution of `slipway.export`: a Flax module written in torch's layout, layer by layer.
 
-What cannot be known from the layers is asked for, or follows from an example. What is not understood is refused, all
-of it at once. Not here: which layers become what (layers.py), and which must be asked for (questions.py).
+Facts that do not follow from the layers must be given by the user, or follow from an example.
+Everything that cannot be interpreted is refused, in one error. Not here: the torch form of each
+layer (layers.py), the questions to the user (questions.py).
 """
 
 import dataclasses
@@ -36,12 +37,15 @@ from slipway.convert.tracing import Trace, trace_nnx
 from slipway.errors import CheckpointError, InvalidConfig
 
 Flatten = Mapping[str, Sequence[int] | None]
-NO_EXAMPLE = "reshapes are known from the layers' sizes and what was told only; example= follows each of them"
+NO_EXAMPLE = (
+    "reshapes are known only from the layers' sizes and given options; "
+    "example= follows each of them"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a user has told of a module, as in ``export``."""
+    """Facts about a module that the user has given, as in ``export``."""
 
     flatten: Flatten = dataclasses.field(default_factory=dict)
     unflatten: Flatten = dataclasses.field(default_factory=dict)
@@ -53,7 +57,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """The mapping that follows from a module, its arrays by attribute path, what LoRA adds to which key, the report."""
+    """Mapping of a module, its arrays by attribute path, what LoRA adds to each key, and the
+    report.
+    """
 
     mapping: TreeMapping
     arrays: Mapping[str, Any]
@@ -77,20 +83,23 @@ def export(
     dtype: Dtype | None = None,
     shard_size: str = "5GB",
 ) -> Exported:
-    """Write ``module`` as safetensors in torch's layout, with ``config`` as config.json, into a new directory.
+    """Write ``module`` as safetensors in torch's layout into a new directory, with a config.json.
 
-    ``variables``: a Linen module's collections, as its ``init`` returns them; it needs an example, too.
-    ``example``: an input of the module, a tuple of its arguments or a mapping of its keyword arguments. The module is
-    run on it, and every flatten, reshape and scan follows from the run. ``flatten``: for each layer whose inputs, or
-    norm whose features, are a flattened feature map, the map's (height, width, channels); None where there is none.
-    ``unflatten``: the same for layers whose outputs are reshaped to a map. ``stack_axes``: prefixes of attribute paths
-    and the axis, or the axes, on which the arrays below are stacked. ``renames``: prefixes of attribute paths and what
-    they become, "" for all. ``layers``: for classes of your own, rows of (attribute, name, pattern), or the class of
-    Flax's whose rows are theirs. ``extra``: such rows, with whole paths, for variables that no layer holds.
+    ``variables``: a Linen module's collections, as its ``init`` returns them; Linen also needs an
+    example. ``example``: an input of the module, a tuple of its arguments or a mapping of its
+    keyword arguments. The module runs on it, and every flatten, reshape and scan follows from the
+    run. ``flatten``: for each layer with inputs (or norm with features) that are a flattened
+    feature map, the map's (height, width, channels); None where there is none. ``unflatten``: the
+    same for layers with outputs that are reshaped to a map. ``stack_axes``: prefixes of attribute
+    paths, and the axis or axes on which the arrays below are stacked. ``renames``: prefixes of
+    attribute paths and their new text, "" for all. ``layers``: for user-defined classes, rows of
+    (attribute, name, pattern), or the class of Flax with the same rows. ``extra``: such rows, with
+    whole paths, for variables outside of layers.
 
-    Returns the tensors that were written; ``.report``, which is in OUT/report.txt too, has the defaults of Flax that
-    the twin must be given. The example's inputs and outputs are written beside it as .npy files.
-    Raises CheckpointError, listing all that is not understood, and InvalidConfig for an option that does not fit.
+    Return the tensors that were written. Their ``.report``, which is also in OUT/report.txt, lists
+    the defaults of Flax that the twin needs. The example's inputs and outputs are written beside it
+    as .npy files. Raises CheckpointError, listing everything that cannot be interpreted, and
+    InvalidConfig for an option that does not fit.
     """
     options = Options(
         flatten=flatten or {},
@@ -114,7 +123,10 @@ def export(
 def derive(
     module: Any, options: Options, trace: Trace | None = None, found: Found | None = None
 ) -> Derived:
-    """Return the mapping that ``export`` uses; ``found`` are a Linen module's layers. Raises as ``export`` does."""
+    """Return the mapping that ``export`` uses. Raises as ``export`` does.
+
+    ``found``: the layers of a Linen module.
+    """
     writer = _Writer(
         nnx_walk.walk(module, options.layers) if found is None else found, options, trace
     )
@@ -133,7 +145,9 @@ def derive(
 def _read(
     module: Any, variables: Any, options: Options, example: Any
 ) -> tuple[Trace | None, Found | None]:
-    """Run a module on an example, if there is one; Linen's layers are found by that run."""
+    """Run a module on an example, if there is one; this run also finds the layers of a Linen
+    module.
+    """
     if isinstance(module, linen.Module):
         found, trace = linen_walk.walk(module, variables, options.layers, example=example)
         return trace, found
@@ -145,7 +159,7 @@ def _read(
 
 
 def _report(name: str, writer: "_Writer") -> Report:
-    """The report of what was written."""
+    """Return the report of the export."""
     trace = writer.trace
     found = differences.of_layers(
         [each for each in writer.found.layers if each.dotted not in writer.unreached]
@@ -165,7 +179,7 @@ def _report(name: str, writer: "_Writer") -> Report:
 
 
 class _Writer:
-    """Turns layers into rules and arrays, and collects problems."""
+    """Conversion of layers to rules and arrays; it collects problems."""
 
     def __init__(self, found: Found, options: Options, trace: Trace | None):
         self.found = found
@@ -183,7 +197,9 @@ class _Writer:
         self._stacks = self._find_stacks()
 
     def write(self) -> None:
-        """Collect rules and arrays. Raises CheckpointError for whatever is not understood."""
+        """Collect rules and arrays. Raises CheckpointError, listing everything that cannot be
+        interpreted.
+        """
         orders = {layer.path: self._orders(layer) for layer in self.found.layers}
         for layer in self.found.layers:
             self._write(layer, orders[layer.path])
@@ -195,9 +211,8 @@ class _Writer:
         self._problems += open_questions(
             layers, options.flatten, options.unflatten, followed=reached
         )
-        self.unreached = (
-            [layer.dotted for layer in layers if layer.dotted not in reached] if self.trace else []
-        )
+        if self.trace:
+            self.unreached = [each.dotted for each in layers if each.dotted not in reached]
         for field, told in (("flatten", options.flatten), ("unflatten", options.unflatten)):
             for unknown in told.keys() - {layer.dotted for layer in layers}:
                 self._problems.append(f"{field}: {unknown} is no layer")
@@ -216,7 +231,10 @@ class _Writer:
         return found
 
     def _axes(self, layer: Layer) -> dict[str, Any] | None:
-        """The traced axes of a layer's arrays, without those of its stack; None where the example has not used it."""
+        """Return the traced axes of a layer's arrays, without those of its stack.
+
+        None where the example has not used the layer.
+        """
         made = {}
         for attribute, variable in layer.variables.items():
             axes = self.trace.of(variable) if self.trace else None
@@ -227,7 +245,10 @@ class _Writer:
         return made
 
     def _orders(self, layer: Layer) -> Orders:
-        """Orders of the layer's dimensions that are flattened maps: what was told counts before what was traced."""
+        """Return the orders of the layer's dimensions that are flattened maps.
+
+        Orders that the user gives take precedence over traced ones.
+        """
         told = told_orders(layer, self.options.flatten, self.options.unflatten)
         orders: Orders = {}
         axes = self._axes(layer)
@@ -247,8 +268,8 @@ class _Writer:
         orders |= told
         if orders and layer.kind == "GroupNorm" and layer.facts.get("num_groups") != 1:
             self._problems.append(
-                f"{layer.dotted}: GroupNorm of a flattened map: its groups hold other features in torch's order; "
-                "normalize before the flatten, or use LayerNorm"
+                f"{layer.dotted}: GroupNorm of a flattened map: its groups hold other features "
+                "in torch's order; normalize before the flatten, or use LayerNorm"
             )
         self.followed += described(layer, orders)
         return orders
@@ -260,12 +281,16 @@ class _Writer:
         field = "unflatten" if role_of(dimensions(pattern)[int(dim)][0]) == "out" else "flatten"
         path = layer.dotted
         return (
-            f"{path}: {attribute}: {why}; give {field}={{{path!r}: (height, width, channels)}} if the twin flattens "
-            f"such a map with channels first, or {field}={{{path!r}: None}} if it keeps the order"
+            f"{path}: {attribute}: {why}; give {field}={{{path!r}: (height, width, channels)}} "
+            f"if the twin flattens such a map with channels first, "
+            f"or {field}={{{path!r}: None}} if it keeps the order"
         )
 
     def _write(self, layer: Layer, orders: Orders) -> None:
-        """Add the rules of one layer; a stack's index stands behind the outermost attribute that is stacked."""
+        """Add the rules of one layer.
+
+        A stack's index comes after the outermost attribute that is stacked.
+        """
         if layer.stacked and any((layer.path, a) not in self._stacks.axes for a in layer.variables):
             return
         prefix = self._prefix(layer.path, layer.name, layer)
@@ -288,7 +313,9 @@ class _Writer:
                 self.constants[key] = 0
 
     def _write_extra(self) -> None:
-        """Add the rules that a user has given for variables of no layer, and refuse those variables that have none."""
+        """Add the rules that the user has given for variables of no layer; refuse variables without
+        one.
+        """
         bare = dict(self.found.bare)
         for row in self.options.extra:
             jax = row[0].removesuffix("?")
@@ -321,12 +348,13 @@ class _Writer:
             parts = tuple(row[1].split("."))
             self.rows.append((row[0], self._prefix(parts, parts, None), pattern))
         self._problems += [
-            f"{name}: a variable of no known layer; name its rule in extra=, or its class in layers="
+            f"{name}: a variable of no known layer; "
+            "name its rule in extra=, or its class in layers="
             for name in sorted(bare)
         ]
 
     def _keys(self, layer: Layer, template: str) -> Iterator[str]:
-        """``template`` at every index of the layer's stack."""
+        """Yield ``template`` for every index of the layer's stack."""
         attribute = layer.rows[0][0]
         shape = layer.variables[attribute].shape
         counts = [shape[axis] for axis in self._stacks.of(layer, attribute)]
@@ -364,7 +392,10 @@ class _Writer:
             self.pairs[key] = into, out
 
     def _prefix(self, path: Sequence[str], name: Sequence[str], layer: Layer | None) -> str:
-        """The name in torch, with the stack's indices as placeholders, and its longest known prefix renamed."""
+        """Return the name in torch, with placeholders for the stack's indices.
+
+        Its longest known prefix is renamed.
+        """
         levels = list(zip(path, name))
         if layer is not None and layer.stacked:
             depth = self._stacks.depths[layer.path]
@@ -381,7 +412,7 @@ class _Writer:
 
 
 def _stacked(pattern: str, axes: Sequence[int]) -> str:
-    """A pattern with axes for a stack: at ``axes`` of the array, in front in torch."""
+    """Return a pattern with axes for a stack: at ``axes`` of the array, in front in torch."""
     ours, _, theirs = pattern.partition("->")
     groups = re.findall(r"\([^)]*\)|\S+", ours)
     names = [f"stack{i}" for i in range(len(axes))]

@@ -1,4 +1,8 @@
-"""Report of one export: reshapes that were followed, Flax's defaults that are not torch's, what was not checked."""
+"""Report of one export: reshapes, Flax defaults that differ from torch's, and parts that were not
+checked.
+
+Not here: the export (export.py), the differences (differences.py).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,10 +17,11 @@ FILE = "report.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is known of an export beside its tensors.
+    """Facts about an export beside its tensors.
 
-    ``reshapes``: maps that were told or followed. ``differences``: what the twin must be given. ``unchecked``: what
-    was not looked at. ``inputs`` and ``outputs``: the example's, one array for each.
+    ``reshapes``: flattened maps that were given or traced. ``differences``: settings that the twin
+    needs. ``unchecked``: parts that were not examined. ``inputs`` and ``outputs``: those of the
+    example, one array each.
     """
 
     name: str
@@ -27,7 +32,7 @@ class Report:
     outputs: Sequence[np.ndarray] = ()
 
     def __str__(self) -> str:
-        """The report as text."""
+        """Return the report as text."""
         sections = (
             ("Flattened maps and reshapes to maps:", self.reshapes or ["none"]),
             (
@@ -41,7 +46,8 @@ class Report:
             lines += [title, *(f"  {line}" for line in held)]
         if self.outputs:
             lines.append(
-                "The module's outputs for the example are in example_output_N.npy, its inputs in example_input_N.npy."
+                "The module's outputs for the example are in example_output_N.npy, "
+                "its inputs in example_input_N.npy."
             )
         lines.append(
             "not compared with the original's logits: run the torch twin on the example's inputs"
@@ -50,7 +56,7 @@ class Report:
 
 
 class Exported(list[Written]):
-    """The tensors that were written, and the report."""
+    """List of the tensors that were written, with the report."""
 
     def __init__(self, written: Sequence[Written], report: Report):
         super().__init__(written)
@@ -62,7 +68,6 @@ def save(report: Report, directory: Path) -> None:
     (directory / FILE).write_text(f"{report}\n")
     for what, arrays in (("input", report.inputs), ("output", report.outputs)):
         for i, array in enumerate(arrays):
-            kept = (
-                array if array.dtype.kind in "biufc" else array.astype(np.float32)
-            )  # bfloat16 is none of NumPy's
+            # NumPy has no bfloat16.
+            kept = array if array.dtype.kind in "biufc" else array.astype(np.float32)
             np.save(directory / f"example_{what}_{i}.npy", kept)

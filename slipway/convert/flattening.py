@@ -1,7 +1,8 @@
-"""Feature maps that a module flattens, or makes of a vector: what they change in the rows of layers beside them.
+"""Effect of flattened feature maps, and of maps made from vectors, on the rows of adjacent layers.
 
-Flax's maps are (height, width, channels), torch's (channels, height, width). What a user tells (``flatten``,
-``unflatten``) counts first, then what was traced (dataflow.py). Not here: what must be asked (questions.py).
+Flax's maps are (height, width, channels), torch's (channels, height, width). Orders that a user
+gives (``flatten``, ``unflatten``) take precedence over traced ones (dataflow.py). Not here:
+questions to the user (questions.py).
 """
 
 import dataclasses
@@ -21,10 +22,11 @@ _TOKEN = re.compile(r"[()]|[^\s()]+")
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How one dimension of a torch tensor is made of its axes in JAX.
+    """Composition of one dimension of a torch tensor of its axes in JAX.
 
-    ``sizes``: for each axis the sizes of its factors. ``order``: the factors' positions in torch's order. Where
-    ``index`` is given the only axis has no such factors, and its entry i is the place in JAX of torch's entry i.
+    ``sizes``: for each axis the sizes of its factors. ``order``: the factors' positions in torch's
+    order. If ``index`` is given, the only axis has no such factors, and entry i of ``index`` is the
+    place in JAX of torch's entry i.
     """
 
     sizes: tuple[tuple[int, ...], ...]
@@ -58,7 +60,9 @@ def dimensions(pattern: str) -> list[list[str]]:
 
 
 def told_orders(layer: Layer, flatten: Told, unflatten: Told) -> Orders:
-    """Return the orders that a user has given for a layer. Raises InvalidConfig for one that does not fit."""
+    """Return the orders that a user has given for a layer. Raises InvalidConfig for one that does
+    not fit.
+    """
     made: Orders = {}
     for field, told, roles in (
         ("flatten", flatten, ("into", "features")),
@@ -75,10 +79,8 @@ def told_orders(layer: Layer, flatten: Told, unflatten: Told) -> Orders:
             )
         for attribute, _, pattern in layer.rows:
             for dim, axes in enumerate(dimensions(pattern)):
-                if (
-                    not all(role_of(axis) in roles for axis in axes)
-                    or attribute not in layer.shapes
-                ):
+                in_role = all(role_of(axis) in roles for axis in axes)
+                if not in_role or attribute not in layer.shapes:
                     continue
                 sizes = [layer.shapes[attribute][axes_of(pattern).index(axis)] for axis in axes]
                 made[attribute, dim] = _told_order(layer, field, tuple(shape), sizes=sizes)
@@ -86,7 +88,7 @@ def told_orders(layer: Layer, flatten: Told, unflatten: Told) -> Orders:
 
 
 def _told_order(layer: Layer, field: str, shape: tuple[int, ...], sizes: Sequence[int]) -> Order:
-    """The order of a map of ``shape``, channels last, that axes of ``sizes`` hold."""
+    """Return the order of a map of ``shape``, channels last, in axes of ``sizes``."""
     rest, factors = list(shape), []
     for size in sizes:
         taken: list[int] = []
@@ -99,15 +101,16 @@ def _told_order(layer: Layer, field: str, shape: tuple[int, ...], sizes: Sequenc
         raise InvalidConfig(
             f"{field}[{layer.dotted!r}]",
             shape,
-            f"(..., channels) whose product is the {what} of the layer, {held}",
+            f"(..., channels) with a product equal to the {what} of the layer, {held}",
         )
     return Order(tuple(factors), (len(shape) - 1, *range(len(shape) - 1)))
 
 
 def traced_orders(layer: Layer, axes: Mapping[str, Sequence[Axis]]) -> tuple[Orders, list[str]]:
-    """Return the orders that follow from traced axes of the layer's arrays, and what does not follow.
+    """Return the orders that follow from traced axes of the layer's arrays, and the reasons for
+    others.
 
-    ``axes``: by attribute, without those of stacks.
+    ``axes``: by attribute, without axes of stacks.
     """
     made: Orders = {}
     reasons: list[str] = []
@@ -132,9 +135,11 @@ def traced_orders(layer: Layer, axes: Mapping[str, Sequence[Axis]]) -> tuple[Ord
 
 
 def reordered(pattern: str, orders: Mapping[int, Order], first: int) -> tuple[str, dict[str, int]]:
-    """Return a pattern whose torch dimensions have the given orders, and the sizes of the axes that it has more.
+    """Return a pattern with torch dimensions in the given orders, and the sizes of its additional
+    axes.
 
-    ``first``: the number of the first of those axes. Orders by index are left out: permute the array for them.
+    ``first``: the number of the first additional axis. Orders by index are left out: permute the
+    array for them.
     """
     ours = pattern.partition("->")[0]
     sizes: dict[str, int] = {}
@@ -165,12 +170,15 @@ def described(layer: Layer, orders: Orders) -> Iterable[str]:
         if role in seen:
             continue
         seen.add(role)
-        what = {"into": "inputs", "out": "outputs", "features": "features"}.get(
-            role, dimensions(pattern)[dim][0]
-        )
+        names = {"into": "inputs", "out": "outputs", "features": "features"}
+        what = names.get(role, dimensions(pattern)[dim][0])
         if order.index is not None:
-            yield f"{layer.dotted}: {what} hold a concatenation with a flattened map; channels first in torch"
+            yield (
+                f"{layer.dotted}: {what} hold a concatenation with a flattened map; "
+                "channels first in torch"
+            )
         else:
             flat = [size for axis in order.sizes for size in axis]
             torch = " x ".join(str(flat[i]) for i in order.order)
-            yield f"{layer.dotted}: {what} are a map {' x '.join(map(str, flat))} in Flax, {torch} in torch"
+            flax = " x ".join(map(str, flat))
+            yield f"{layer.dotted}: {what} are a map {flax} in Flax, {torch} in torch"

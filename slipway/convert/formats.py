@@ -1,4 +1,7 @@
-"""Decides which format a path holds, by what lies there, not by its name alone. Knows the readers, no rules."""
+"""Detection of a checkpoint's format, by the contents of a path and not only by its name.
+
+Not here: the readers (archives.py, orbax.py, source.py), buckets (remote.py).
+"""
 
 import json
 import re
@@ -15,20 +18,19 @@ from slipway.convert.source import JoinedSource, SafetensorsSource, Source
 from slipway.errors import CheckpointError
 
 _ARCHIVES = ("params.npz", "model.npz", "flax_model.msgpack")  # in a directory
-_INDEX = (
-    "flax_model.msgpack.index.json"  # of a model that transformers' Flax classes saved in shards
-)
-_AGGREGATE = (
-    "checkpoint"  # Flax's and Orbax's file of a tree, as far as its arrays do not lie beside it
-)
+# Index of a model that transformers' Flax classes saved in shards.
+_INDEX = "flax_model.msgpack.index.json"
+# Flax's and Orbax's file of a tree, except for arrays in separate files beside it.
+_AGGREGATE = "checkpoint"
 _NUMBERED = re.compile(r"checkpoint_(\d+)")
 _HDF5, _ZIP = b"\x89HDF", b"PK\x03\x04"
 
 
 def open_source(location: str | Path) -> Source:
-    """The checkpoint at a path, or at a ``gs://`` or ``s3://`` address that holds an Orbax tree or an HF directory.
+    """Open the checkpoint at a path or at a ``gs://`` or ``s3://`` address.
 
-    Raises CheckpointError for what is none, listing everything wrong with what is one.
+    An address must hold an Orbax tree or an HF directory. Raises CheckpointError where there is no
+    checkpoint, or listing every problem of one.
     """
     if remote.is_address(location):
         return _open_remote(str(location))
@@ -59,21 +61,24 @@ def open_source(location: str | Path) -> Source:
 
 
 def _open_remote(address: str) -> Source:
-    """Orbax is read where it lies; safetensors are copied, and the copy lives as long as the source."""
+    """Open an Orbax tree in place, or a copy of safetensors that lives as long as the source."""
     place = remote.find(address)
     if any(path.name.endswith(".safetensors") for path in place.iterdir()):
         directory = Path(tempfile.mkdtemp(prefix="slipway-"))
         try:
             remote.copy_safetensors(place, directory)
             source = SafetensorsSource(files.open_tensors(directory), address)
-        except BaseException:  # an interruption, too, leaves nothing behind
+        except BaseException:  # after an interruption, too, nothing stays
             shutil.rmtree(directory)
             raise
         weakref.finalize(source, shutil.rmtree, directory, ignore_errors=True)
         return source
     if is_orbax(place):
         return open_orbax(place)
-    expected = "an Orbax checkpoint or an HF directory of safetensors; copy anything else to a local directory first"
+    expected = (
+        "an Orbax checkpoint or an HF directory of safetensors; "
+        "copy anything else to a local directory first"
+    )
     raise CheckpointError(address, [f"no checkpoint found at this address; expected {expected}"])
 
 
@@ -88,15 +93,19 @@ def _open_file(path: Path) -> Source:
         return open_npz(path)
     archive = open_msgpack(path)
     if archive.elsewhere:
-        more = (
-            f"{archive.elsewhere[0]} and {len(archive.elsewhere) - 1} others lie beside this file"
+        others = len(archive.elsewhere) - 1
+        problem = (
+            f"{archive.elsewhere[0]} and {others} others lie beside this file: "
+            "give the directory, as it was written"
         )
-        raise CheckpointError(path, [f"{more}: give the directory, as it was written"])
+        raise CheckpointError(path, [problem])
     return archive
 
 
 def _open_shards(path: Path) -> Source:
-    """Open the shards of transformers' Flax classes, which the index lists. Raises CheckpointError."""
+    """Open the shards of transformers' Flax classes, which the index lists. Raises
+    CheckpointError.
+    """
     try:
         files_of = json.loads((path / _INDEX).read_bytes())["weight_map"]
         names = {key.replace("/", "."): str(file) for key, file in files_of.items()}
@@ -121,9 +130,10 @@ def _open_shards(path: Path) -> Source:
 
 
 def _newest(path: Path) -> Path | None:
-    """Return what ``flax.training.checkpoints`` and old releases of Orbax left: a file, or a folder with an aggregate.
+    """Return the newest file or folder of ``flax.training.checkpoints`` or old releases of Orbax.
 
-    ``path`` is that folder, or holds numbered ones; None for anything else.
+    A folder contains an aggregate file. ``path`` is such a folder, or contains numbered ones; None
+    for anything else.
     """
     if (path / _AGGREGATE).is_file():
         return path
@@ -137,7 +147,10 @@ def _newest(path: Path) -> Path | None:
 
 
 def _open_aggregate(folder: Path) -> Source:
-    """Open an aggregate, and the arrays that it only names. Raises CheckpointError, listing those that are missing."""
+    """Open an aggregate, and the arrays that it only names.
+
+    Raises CheckpointError, listing those that are missing.
+    """
     archive = open_msgpack(folder / _AGGREGATE)
     if not archive.elsewhere:
         return archive

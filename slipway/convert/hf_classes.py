@@ -1,7 +1,8 @@
 """Comparison of tensor names with those that transformers' class of an architecture loads.
 
-Nothing of the model's size is allocated: the class is made on torch's meta device, and its own loader is given meta
-tensors. Not here: rules between names (mappings/), architectures that Slipway declares itself (models/).
+No memory of the model's size is allocated: the class is made on torch's meta device, and its own
+loader is given meta tensors. Not here: rules between names (mappings/), architectures that Slipway
+declares (slipway/models).
 """
 
 import contextlib
@@ -13,11 +14,8 @@ from typing import Any
 from slipway.checkpoint.shards import Spec
 from slipway.convert.plan import alternating
 
-NEEDED = (
-    "torch",
-    "transformers",
-    "accelerate",
-)  # accelerate: for transformers' loader on the meta device
+# transformers' loader needs accelerate for the meta device.
+NEEDED = ("torch", "transformers", "accelerate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +24,18 @@ class Comparison:
 
     class_name: str = ""
     differences: tuple[str, ...] = ()
-    """One sentence for each tensor that the class does not know, lacks, or has in another shape."""
+    """One sentence for each tensor that the class does not have, lacks, or has in another shape."""
     unknown: str = ""
-    """Why there is no class to compare with; empty where there is one."""
+    """Reason for which there is no class to compare with; empty where there is one."""
 
 
 def compare(
     config: Mapping[str, Any], specs: Mapping[str, Spec], model_class: Any = None
 ) -> Comparison:
-    """Compare tensors with ``model_class``, else the class that config.json's ``architectures`` names, by its loader.
+    """Compare tensors with the names that a class's loader accepts.
 
-    The loader's renamings of published checkpoints (experts one by one, old names of norms) count as its names.
+    ``model_class``: by default the class in config.json's ``architectures``. The loader's renamings
+    of published checkpoints (experts one by one, old names of norms) count as its names.
     """
     if model_class is not None:
         return _compared(model_class, f"the twin {model_class.__name__}", config, specs=specs)
@@ -47,9 +46,12 @@ def compare(
         )
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         return Comparison(
-            unknown=f"the names of {names[0]} are not known here: {' and '.join(missing)} not installed"
+            unknown=(
+                f"the names of {names[0]} are not known here: {' and '.join(missing)} not installed"
+            )
         )
-    import transformers  # optional and slow to import: only for architectures that no mapping declares
+    # Optional and slow to import: only for architectures that no mapping declares.
+    import transformers
 
     model_class = getattr(transformers, names[0], None)
     if not isinstance(model_class, type) or not issubclass(
@@ -69,7 +71,9 @@ def _compared(
     except _failures() as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         return Comparison(
-            unknown=f"transformers cannot make {model_class.__name__} from this config.json: {reason}"
+            unknown=(
+                f"transformers cannot make {model_class.__name__} from this config.json: {reason}"
+            )
         )
     return Comparison(shown, tuple(_differences(shown, info, specs)))
 
@@ -95,7 +99,7 @@ def _load(model_class: Any, config: Mapping[str, Any], specs: Mapping[str, Spec]
 def _differences(
     class_name: str, info: Mapping[str, Any], specs: Mapping[str, Spec]
 ) -> Iterator[str]:
-    """Sentences about the loader's report, unexpected and missing names by turns."""
+    """Yield sentences about the loader's report, unexpected and missing names alternating."""
     unexpected = [
         f"{name}: {class_name} has no such tensor (shape {specs[name].shape})"
         if name in specs
@@ -126,7 +130,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """Exceptions of a configuration or model class that refuses config.json."""
+    """Return the exceptions of a configuration or model class that refuses config.json."""
     from huggingface_hub.errors import StrictDataclassError  # imported late: it takes half a second
 
     return (

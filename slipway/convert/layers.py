@@ -1,8 +1,9 @@
-"""What the arrays of one Flax layer become in torch's layout, from the layer's class and attributes.
+"""Form of one Flax layer's arrays in torch's layout, from the layer's class and attributes.
 
-Rows are (attribute, torch's name, pattern) as in rules.py; an attribute that ends in ``?`` may be None. In patterns,
-axes named ``into...`` are contracted with the layer's input, ``out...`` are its output, ``features`` are both.
-Not here: how layers are found (nnx_walk.py, linen_walk.py), and what surrounds them (flattening.py, dataflow.py).
+Rows are (attribute, torch's name, pattern) as in rules.py; an attribute that ends in ``?`` may be
+None. In patterns, axes named ``into...`` are contracted with the layer's input, ``out...`` are its
+output, ``features`` are both. Not here: the search for layers (nnx_walk.py, linen_walk.py),
+adjacent reshapes (flattening.py, dataflow.py).
 """
 
 import dataclasses
@@ -20,18 +21,29 @@ Row = tuple[str, str, str]
 Shape = tuple[int, ...]
 SPATIAL = ("depth", "height", "width")
 FACTS = (
-    "epsilon", "padding", "strides", "kernel_size", "kernel_dilation", "input_dilation", "feature_group_count",
-    "transpose_kernel", "num_groups", "momentum", "axis", "use_bias", "use_scale",
-)  # fmt: skip
+    "epsilon",
+    "padding",
+    "strides",
+    "kernel_size",
+    "kernel_dilation",
+    "input_dilation",
+    "feature_group_count",
+    "transpose_kernel",
+    "num_groups",
+    "momentum",
+    "axis",
+    "use_bias",
+    "use_scale",
+)
 
 
 class NotLinear(ValueError):
-    """A layer of a known class whose configuration has no counterpart in torch."""
+    """A layer of a known class with a configuration that has no counterpart in torch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The rows of a layer, and the shape of each array of one unstacked layer as far as it is known."""
+    """Rows of a layer, and the shape of each array of one unstacked layer where it is known."""
 
     rows: tuple[Row, ...]
     shapes: Mapping[str, Shape]
@@ -41,8 +53,9 @@ class Form:
 class Layer:
     """One layer that was found in a module.
 
-    ``name`` has one entry for each of ``path``, "" where torch has no such level. ``variables`` and ``shapes`` are by
-    attribute. ``facts`` are attributes of the layer that matter beside its arrays.
+    ``name`` has one entry for each of ``path``, "" where torch has no such level. ``variables`` and
+    ``shapes`` are by attribute. ``facts`` are relevant attributes of the layer other than its
+    arrays.
     """
 
     path: tuple[str, ...]
@@ -56,7 +69,7 @@ class Layer:
 
     @property
     def dotted(self) -> str:
-        """The path as text."""
+        """Path as text."""
         return ".".join(self.path)
 
     @property
@@ -71,14 +84,14 @@ class Layer:
 
     @property
     def stacked(self) -> int:
-        """The number of axes that a stack has added to each array."""
+        """Number of axes that a stack has added to each array."""
         return max(
             (self.variables[a].ndim - len(axes_of(pattern)) for a, _, pattern in self.rows),
             default=0,
         )
 
     def sizes(self, role: str) -> Shape:
-        """The sizes of the axes of ``role``: "into", "out" or "features"."""
+        """Return the sizes of the axes of ``role``: "into", "out" or "features"."""
         for attribute, _, pattern in self.rows:
             axes = [axis for axis in axes_of(pattern) if role_of(axis) == role]
             shape = self.shapes.get(attribute)
@@ -87,22 +100,22 @@ class Layer:
         return ()
 
     def total(self, role: str) -> int:
-        """The number of inputs, outputs or features; 0 if the layer has none."""
+        """Return the number of inputs, outputs or features; 0 if the layer has none."""
         sizes = self.sizes(role)
         groups = self.facts.get("feature_group_count", 1) if role == "into" else 1
         return math.prod(sizes) * groups if sizes else 0
 
 
 def facts_of(layer: Any) -> dict[str, Any]:
-    """Return the settings of a layer that matter beside its arrays; each class has some of FACTS."""
+    """Return the relevant settings of a layer; each class has some of FACTS."""
     return {fact: getattr(layer, fact) for fact in FACTS if hasattr(layer, fact)}
 
 
 def fitted(form: Form, held: Mapping[str, Any]) -> tuple[tuple[Row, ...], dict[str, Any]]:
-    """Return the rows of a form whose arrays a layer holds, and these arrays by attribute.
+    """Return the rows of a form for the arrays that a layer holds, and these arrays by attribute.
 
-    ``held``: the layer's arrays by attribute. Raises NotLinear where an array is missing, or has too few axes, or where
-    some arrays have more axes than others beside those of their patterns.
+    ``held``: the layer's arrays by attribute. Raises NotLinear where an array is missing or has too
+    few axes, or where the numbers of additional axes, beside those of the patterns, differ.
     """
     rows = tuple(
         (a.removesuffix("?"), name, pattern)
@@ -155,7 +168,10 @@ def linear(into: Sequence[int], out: Sequence[int]) -> Form:
 
 
 def einsum(spec: str, kernel_shape: Shape, bias_shape: Shape | None) -> Form:
-    """Return the form of an einsum: axes shared with the input are summed over, the others are outputs."""
+    """Return the form of an einsum.
+
+    Axes that the kernel shares with the input are summed over, the others are outputs.
+    """
     inputs, _, output = spec.replace(" ", "").partition("->")
     x, _, kernel = inputs.partition(",")
     into = [axis for axis in x if axis in kernel and axis not in output]
@@ -177,7 +193,10 @@ def einsum(spec: str, kernel_shape: Shape, bias_shape: Shape | None) -> Form:
 
 
 def conv(kernel_shape: Shape) -> Form:
-    """Return the form of a convolution: HWIO -> OIHW; with groups, ``into`` is each group's share."""
+    """Return the form of a convolution: HWIO -> OIHW.
+
+    With groups, ``into`` is the share of each group.
+    """
     space = " ".join(_spatial(len(kernel_shape) - 2))
     rows = (
         ("kernel", "weight", f"{space} into out -> out into {space}"),
@@ -187,7 +206,10 @@ def conv(kernel_shape: Shape) -> Form:
 
 
 def conv_transpose(kernel_shape: Shape, transpose_kernel: bool) -> Form:
-    """Return the form of a transposed convolution; torch's kernel is turned round unless Flax's is, too."""
+    """Return the form of a transposed convolution.
+
+    The kernel is reversed for torch, unless Flax also reverses it.
+    """
     space = _spatial(len(kernel_shape) - 2)
     ours = "out into" if transpose_kernel else "into out"
     turned = " ".join(space if transpose_kernel else [f"-{axis}" for axis in space])
@@ -232,7 +254,7 @@ def _linear_general(layer: nnx.LinearGeneral) -> Form:
 
 
 def _layer_norm(layer: Any) -> Form:
-    """A norm over the last axis."""
+    """Return the form of a norm over the last axis."""
     for field in ("feature_axes", "reduction_axes"):
         axes = getattr(layer, field, -1)
         if axes not in (-1, (-1,), [-1]):
@@ -251,7 +273,8 @@ def _instance_norm(layer: nnx.InstanceNorm) -> Form:
 def _batch_norm(layer: nnx.BatchNorm) -> Form:
     if layer.axis != -1:
         raise NotLinear(
-            f"axis={layer.axis!r}: expected -1; name its rows in layers= if they are right as they are"
+            f"axis={layer.axis!r}: expected -1; name its rows in layers= if they are right "
+            f"as they are"
         )
     return norm(layer.num_features, running=True)
 
@@ -259,7 +282,8 @@ def _batch_norm(layer: nnx.BatchNorm) -> Form:
 def _group_norm(layer: nnx.GroupNorm) -> Form:
     if layer.reduction_axes is not None:
         raise NotLinear(
-            f"reduction_axes={layer.reduction_axes!r}: torch's GroupNorm reduces all axes but the batch"
+            f"reduction_axes={layer.reduction_axes!r}: "
+            f"torch's GroupNorm reduces all axes but the batch"
         )
     return norm(layer.num_groups * layer.group_size)
 
@@ -279,7 +303,7 @@ NNX_FORMS: Mapping[type, Callable[[Any], Form]] = {
 }
 
 
-# Linen's layers, of which the arrays tell the sizes.
+# Linen's layers; their sizes follow from the arrays.
 
 
 def _dense_general(layer: linen.DenseGeneral, shapes: Mapping[str, Shape]) -> Form:
@@ -293,7 +317,7 @@ def _dense_general(layer: linen.DenseGeneral, shapes: Mapping[str, Shape]) -> Fo
 
 
 def _linen_norm(running: bool = False) -> Callable[[Any, Mapping[str, Shape]], Form]:
-    """The function that returns a norm's form, with running statistics or without."""
+    """Return a function that makes the form of a norm, with running statistics or without."""
 
     def form(layer: Any, shapes: Mapping[str, Shape]) -> Form:
         for field in ("axis", "feature_axes", "reduction_axes"):
@@ -326,9 +350,9 @@ LINEN_FORMS: Mapping[type, Callable[[Any, Mapping[str, Shape]], Form]] = {
     linen.GroupNorm: _linen_norm(),
     linen.InstanceNorm: _linen_norm(),
 }
-# Modules that compute something else with the arrays of the layer that they hold.
+# Modules that contain a layer and compute something else with its arrays.
 REPARAMETRIZED = (nnx.WeightNorm, nnx.SpectralNorm)
-# Attributes that have another name in torch's and Hugging Face's models.
+# Attributes with another name in torch's and Hugging Face's models.
 ATTENTION_NAMES = {
     "query": "q_proj",
     "key": "k_proj",
@@ -339,7 +363,7 @@ ATTENTION_NAMES = {
 }
 # Variables that are no weights.
 STATE = (nnx.RngState, nnx.Cache, nnx.Intermediate)
-# Functions that a layer may be given, and the defaults with which it computes what its class says.
+# Functions that a layer may take, and the defaults with which it computes what its class states.
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "dot_general": (None, jax.lax.dot_general),
     "dot_general_cls": (None,),
@@ -351,13 +375,15 @@ _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 
 
 def deviations(layer: Any, known: type) -> Iterator[str]:
-    """Yield what makes a layer compute something other than its known class does."""
+    """Yield reasons for which a layer computes something other than its known class does."""
     kind = type(layer)
     package = "nnx" if issubclass(known, nnx.Module) else "linen"
     if kind.__call__ is not known.__call__:
         yield (
-            f"{kind.__name__} computes in a __call__ of its own, so its arrays may mean something else; give "
-            f"layers={{{kind.__name__}: {package}.{known.__name__}}} if they mean the same, or its own rows"
+            f"{kind.__name__} computes in a __call__ of its own, "
+            f"so its arrays may mean something else; give "
+            f"layers={{{kind.__name__}: {package}.{known.__name__}}} "
+            "if they mean the same, or its own rows"
         )
     for field, defaults in _DEFAULTS.items():
         if (given := getattr(layer, field, defaults[0])) not in defaults:

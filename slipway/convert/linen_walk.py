@@ -1,8 +1,9 @@
-"""The layers of a Flax Linen module, found by running the module on an example.
+"""Layers of a Flax Linen module, found by running the module on an example.
 
-A Linen module has no layers until it runs. Each call of a layer is intercepted, and gives the layer's class,
-its attributes, its path among the variables, and the shapes of the arrays that one layer of a stack sees.
-Not here: what a layer's arrays become (layers.py), and how layers are found in NNX modules (nnx_walk.py).
+A Linen module has no layers until it runs. Each call of a layer is intercepted; it shows the
+layer's class, its attributes, its path among the variables, and the shapes of the arrays that one
+layer of a stack sees. Not here: the torch form of a layer's arrays (layers.py), the layers of NNX
+modules (nnx_walk.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +39,8 @@ _STATE = ("cache", "intermediates", "perturbations")  # collections that hold no
 def walk(module: linen.Module, variables: Any, own: Own, example: Any) -> tuple[Found, Trace]:
     """Run ``module`` on an example and return its layers and the trace.
 
-    ``own``: rows, or the class whose rows count, for a user's classes.
-    Raises InvalidConfig if the module does not run with these variables on this example.
+    ``own``: for user-defined classes, rows, or the class with the same rows. Raises InvalidConfig
+    if the module does not run with these variables on this example.
     """
     if example is None:
         raise InvalidConfig(
@@ -79,7 +80,7 @@ def walk(module: linen.Module, variables: Any, own: Own, example: Any) -> tuple[
 
 
 class _Recorder:
-    """Layers, as one run of a module calls them."""
+    """Layers that one run of a module has called."""
 
     def __init__(self, weights: Mapping[Path, np.ndarray], own: Own):
         self.own = own
@@ -95,9 +96,10 @@ class _Recorder:
         kwargs: dict[str, Any],
         context: linen.module.InterceptorContext,
     ) -> Any:
-        """Note the module whose method is called, then call the method."""
+        """Record the module of an intercepted method, then call the method."""
         node = context.module
-        # A lifted class (nn.scan, nn.remat) calls a wrapper without a name first, then the class's own method.
+        # A lifted class (nn.scan, nn.remat) calls a wrapper without a name first, then the class's
+        # own method.
         if (
             context.method_name != "setup"
             and hasattr(type(node), context.method_name)
@@ -109,7 +111,7 @@ class _Recorder:
         return method(*args, **kwargs)
 
     def finish(self) -> Found:
-        """Return what was found; variables that no layer has taken are ``bare``."""
+        """Return the layers; variables that no layer has taken are ``bare``."""
         for path, array in self.weights.items():
             if path in self.claimed:
                 continue
@@ -122,11 +124,12 @@ class _Recorder:
         return self.found
 
     def _visit(self, node: linen.Module, method: str) -> None:
-        """Note the layer that ``node`` is; whatever is no layer is left to the calls inside it."""
+        """Record ``node`` if it is a layer; of other modules, inner calls record the layers."""
         try:
             if isinstance(node, _REPARAMETRIZED):
                 raise NotLinear(
-                    "computes another kernel from the one that it holds; fold it into the layer first"
+                    "computes another kernel from the one that it holds; "
+                    "fold it into the layer first"
                 )
             told = next((told for kind, told in self.own.items() if isinstance(node, kind)), None)
             known = next((kind for kind in type(node).__mro__ if kind in LINEN_FORMS), None)
@@ -141,17 +144,20 @@ class _Recorder:
                     )
             if isinstance(told, type) and (told not in LINEN_FORMS or not isinstance(node, told)):
                 raise NotLinear(
-                    f"layers={{{type(node).__name__}: {told.__name__}}}: expected a class of Flax's that it extends"
+                    f"layers={{{type(node).__name__}: {told.__name__}}}: "
+                    f"expected a class of Flax's that it extends"
                 )
             before = self.seen.setdefault(node.path, node)
             if type(before) is not type(node) or facts_of(before) != facts_of(node):
                 raise NotLinear(
-                    f"another layer, {type(before).__name__}, has the same variables and other settings"
+                    f"another layer, {type(before).__name__}, "
+                    f"has the same variables and other settings"
                 )
             held = _held(node)
             if any(_is_computed(x) for x in held.values()):
                 raise NotLinear(
-                    "its arrays are computed from the variables (nn.map_variables); store what it computes"
+                    "its arrays are computed from the variables (nn.map_variables); "
+                    "store what it computes"
                 )
             if not any(layer.path == node.path for layer in self.found.layers):
                 self._note(node, told if told is not None else known, held)
@@ -187,7 +193,7 @@ class _Recorder:
         self.claimed |= {stored[a] for a in variables}
 
     def _refuse(self, node: linen.Module, reason: str) -> None:
-        """Note a problem once; the layer's variables need no problem of their own."""
+        """Record a problem once; the layer's variables then need no further problem."""
         problem = f"{'.'.join(node.path) or 'the module'}: {type(node).__name__}: {reason}"
         if problem not in self.found.problems:
             self.found.problems.append(problem)
@@ -195,7 +201,9 @@ class _Recorder:
 
 
 def _held(node: linen.Module) -> dict[str, Any]:
-    """The arrays right below a module, as one call sees them: in a stack, those of one layer."""
+    """Return the arrays directly below a module as one call sees them: in a stack, those of one
+    layer.
+    """
     return {
         name: x
         for collection, held in node.variables.items()
@@ -206,16 +214,17 @@ def _held(node: linen.Module) -> dict[str, Any]:
 
 
 def _is_computed(value: Any) -> bool:
-    """Return whether a traced array is the result of an operation instead of an input of the trace."""
+    """Return whether a traced array is the result of an operation, not an input of the trace."""
     while hasattr(value, "batch_dim"):  # under vmap: the array that is mapped
         value = value.val
-    return (
-        getattr(value, "parent", None) is not None
-    )  # other tracers, as remat's, were seen in the first run
+    # Other tracers, such as those of remat, were seen in the first run.
+    return getattr(value, "parent", None) is not None
 
 
 def _check_parents(x: Any) -> Any:
-    """Raise an error, when traced, where this JAX does not hold what ``_is_computed`` reads: it is not public."""
+    """Raise an error, when traced, if this JAX lacks the private attribute that ``_is_computed``
+    reads.
+    """
     if x.parent is not None or (x + 1).parent is None:
         raise RuntimeError(
             f"JAX {jax.__version__} traces otherwise than Slipway's export of Linen modules knows"
@@ -224,18 +233,19 @@ def _check_parents(x: Any) -> Any:
 
 
 def _check_running(node: linen.BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise InvalidConfig for a BatchNorm that would compute the statistics of the example's batch."""
+    """Raise InvalidConfig for a BatchNorm that would compute statistics of the example's batch."""
     given = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
     if not (node.use_running_average if given is None else given):
         raise InvalidConfig(
             "example",
             f"{'.'.join(node.path)} computes the statistics of the batch",
-            "arguments with which every BatchNorm uses its running averages, such as {'x': x, 'train': False}",
+            "arguments with which every BatchNorm uses its running averages, such as {'x': "
+            "x, 'train': False}",
         )
 
 
 def _groups(node: linen.Module, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The number of groups of a GroupNorm, which may be told by their size."""
+    """Return the number of groups of a GroupNorm, which may be given by their size."""
     features = next((shape[0] for shape in shapes.values()), 0)
     if isinstance(node, linen.GroupNorm) and node.num_groups is None and node.group_size:
         return {"num_groups": features // node.group_size}
@@ -243,7 +253,7 @@ def _groups(node: linen.Module, shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def _name(node: linen.Module) -> Path:
-    """The path with torch's names for the projections of an attention."""
+    """Return the path with torch's names for the projections of an attention."""
     if isinstance(node.parent, linen.MultiHeadDotProductAttention):
         return (*node.path[:-1], ATTENTION_NAMES.get(node.path[-1], node.path[-1]))
     return node.path

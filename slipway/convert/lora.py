@@ -1,8 +1,9 @@
-"""PEFT adapters of type LoRA: what merging one changes in each HF tensor.
+"""PEFT adapters of type LoRA: the change of each HF tensor by a merge.
 
-``W + scale * B @ A`` (Hu et al., 2021, arXiv:2106.09685) for each adapted tensor, and full tensors that the adapter
-holds in place of the base model's. Every field of adapter_config.json is read here, has no part in the merged weights,
-or is refused. Not here: how a change is applied to the pieces of a tensor (executor.py).
+The change is ``W + scale * B @ A`` (Hu et al., 2021, arXiv:2106.09685) for each adapted tensor, and
+full tensors that replace those of the base model. Every field of adapter_config.json is read here,
+has no part in the merged weights, or is refused. Not here: application of a change to the pieces of
+a tensor (executor.py).
 """
 
 import dataclasses
@@ -24,27 +25,28 @@ from slipway.errors import CheckpointError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Fields without a part in the merged weights: names and versions, training, and how A and B were drawn at first.
+# Fields without a part in the merged weights: names and versions, training, and the initial
+# distribution of A and B.
 _INERT = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
-    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
+    "eva_config", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-# What an adapter began with that left the base model's weights as they are; any other name is refused.
+# Initializations of an adapter that do not change the base model's weights; others are refused.
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
-# transformers' architectures whose projections are Conv1D modules, which store W as (in, out); all of them, or some.
+# transformers' architectures in which all projections, or some, are Conv1D modules, which store W
+# as (in, out).
 _CONV1D, _SOME_CONV1D = ("gpt2", "openai-gpt", "imagegpt"), ("decision_transformer", "clvp", None)
 _TABLES = ("embed_tokens", "lm_head")  # PEFT saves these whole beside an adapter of them
-_NOT_LINEAR = re.compile(
-    r"(.*\.)?([^.]*emb[^.]*|wte|wpe|shared|lm_head|score|classifier)"
-)  # for "all-linear"
+# Modules that "all-linear" leaves out.
+_NOT_LINEAR = re.compile(r"(.*\.)?([^.]*emb[^.]*|wte|wpe|shared|lm_head|score|classifier)")
 
 
 _Rank = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class _Config(msgspec.Struct):
-    """The fields that decide the merged weights, as PEFT's LoraConfig has them."""
+    """Fields of PEFT's LoraConfig that determine the merged weights."""
 
     r: _Rank
     lora_alpha: float
@@ -73,7 +75,10 @@ class _Config(msgspec.Struct):
         return _matches(self.target_modules, module) and self._in_layers(module)
 
     def saves(self, module: str) -> bool:
-        """Return whether ``module`` is one of ``modules_to_save``, or is part of one: PEFT compares ends of paths."""
+        """Return whether ``module`` is in ``modules_to_save``, or below one of them.
+
+        PEFT compares ends of paths.
+        """
         parts = module.split(".")
         paths = [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
         return any(path.endswith(name) for path in paths for name in self.modules_to_save or ())
@@ -113,26 +118,31 @@ class _Config(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A pair of matrices for each adapted tensor, and what their product is multiplied by."""
+    """A pair of matrices for each adapted tensor, and the factor of their product."""
 
     pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]
     scale: float
 
     def deltas(self) -> dict[str, Delta]:
-        """What to add to a range of elements of each adapted tensor."""
+        """Return functions of a range of elements, by adapted tensor, that compute its change."""
         return {key: product(a, b, self.scale) for key, (a, b) in self.pairs.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """What to add to HF tensors, and tensors to write in place of the base model's before that."""
+    """Changes of HF tensors, and tensors that replace those of the base model before the
+    changes.
+    """
 
     deltas: dict[str, Delta] = dataclasses.field(default_factory=dict)
     replaced: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def product(a: np.ndarray, b: np.ndarray, scale: float) -> Delta:
-    """Return the change ``scale * b @ a``, computed in float32 for the rows that a range of elements touches."""
+    """Return the change ``scale * b @ a`` as a function of a range of elements.
+
+    It is computed in float32, for the rows that the range touches.
+    """
 
     def delta(start: int, stop: int) -> np.ndarray:
         columns = a.shape[1]
@@ -146,9 +156,10 @@ def product(a: np.ndarray, b: np.ndarray, scale: float) -> Delta:
 def read_adapter(
     directory: Path, targets: Mapping[str, Spec], model_config: Mapping[str, Any]
 ) -> Merge:
-    """Read the adapter in ``directory``, for the HF tensors ``targets`` of a model with this config.json.
+    """Read the adapter in ``directory``, for the HF tensors ``targets`` of a model with this
+    config.json.
 
-    Raises CheckpointError, listing every part that is not understood or does not fit.
+    Raises CheckpointError, listing every part that is unsupported or does not fit.
     """
     try:
         raw = json.loads((directory / CONFIG).read_bytes())
@@ -178,26 +189,33 @@ def read_adapter(
 
 
 def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with each field by itself."""
+    """Yield the problems of each field by itself."""
     if raw.get("peft_type") != "LORA":
-        yield f"peft_type: got {raw.get('peft_type')!r}, expected 'LORA'; adapters of other types cannot be merged here"
+        yield (
+            f"peft_type: got {raw.get('peft_type')!r}, expected 'LORA'; "
+            f"adapters of other types cannot be merged here"
+        )
         return
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _KEEPS_BASE:
         yield (
-            f"init_lora_weights: got {init!r}, with which training began on changed base weights, so that the adapter "
-            "does not fit the base model; convert the adapter with PEFT's save_pretrained(..., "
+            f"init_lora_weights: got {init!r}, with which training began on changed base "
+            "weights, so that the adapter does not fit the base model; "
+            "convert the adapter with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), which sets init_lora_weights to true"
         )
     if raw.get("bias") not in (None, "none", "all", "lora_only"):
         yield f"bias: got {raw['bias']!r}, expected 'none', 'all' or 'lora_only'"
     for field, value in raw.items():
         if value and field not in _INERT and field not in _Config.__struct_fields__:
-            yield f"{field}: got {value!r}, which cannot be merged here; merge with PEFT's merge_and_unload() instead"
+            yield (
+                f"{field}: got {value!r}, which cannot be merged here; "
+                f"merge with PEFT's merge_and_unload() instead"
+            )
 
 
 class _Reading:
-    """One pass over an adapter's tensors: the changes found so far, and the problems."""
+    """One pass over an adapter's tensors: the changes and problems found so far."""
 
     def __init__(
         self,
@@ -215,10 +233,11 @@ class _Reading:
         self.problems: list[str] = []
 
     def all(self) -> None:
-        """Read every tensor, and note what the configuration names and no tensor holds."""
+        """Read every tensor; record modules in the configuration without a tensor."""
         if self.config.fan_in_fan_out and self.model_type in _SOME_CONV1D:
             self.problems.append(
-                f"{CONFIG}: fan_in_fan_out: got True, which a model_type {self.model_type!r} leaves open"
+                f"{CONFIG}: fan_in_fan_out: got True, which a model_type "
+                f"{self.model_type!r} leaves open"
             )
         for name in self.checkpoint.tensors:
             module, _, part = name.removeprefix(PREFIX).partition(".lora_")
@@ -239,7 +258,7 @@ class _Reading:
         self._tables()
 
     def _pair(self, name: str, module: str, part: str) -> None:
-        """Note what A and its B add to the module's weight."""
+        """Record the change of the module's weight by A and its B."""
         key, other = f"{module}.weight", name.removesuffix(part) + part.replace("A", "B")
         if other not in self.checkpoint.tensors:
             self.problems.append(f"{other}: missing")
@@ -274,7 +293,7 @@ class _Reading:
             self.merge.deltas[key] = product(left, right, self.config.scale(module))
 
     def _whole(self, name: str, key: str) -> None:
-        """Note a tensor that stands in place of the base model's."""
+        """Record a tensor that replaces that of the base model."""
         key = key.replace(".base_layer.", ".")
         module = key.rpartition(".")[0]
         is_bias = key.endswith(".bias") and self.config.bias != "none"
@@ -285,13 +304,14 @@ class _Reading:
         elif key in self.targets and self.checkpoint.tensors[name].shape != self.targets[key].shape:
             shape = self.checkpoint.tensors[name].shape
             self.problems.append(
-                f"{name}: shape {shape}, but {key} of the converted model has {self.targets[key].shape}"
+                f"{name}: shape {shape}, but {key} of the converted model has "
+                f"{self.targets[key].shape}"
             )
         else:
             self.merge.replaced[key] = self.checkpoint.array(name)
 
     def _complete(self) -> None:
-        """Note modules that the configuration names and no tensor adapts."""
+        """Record modules that the configuration names and no tensor adapts."""
         for key, spec in self.targets.items():
             module, _, kind = key.rpartition(".")
             if self.config.saves(module) and key not in self.merge.replaced:
@@ -307,7 +327,9 @@ class _Reading:
                 )
 
     def _tables(self) -> None:
-        """Refuse a change of one of two tied tables; drop a head that is saved beside an equal table."""
+        """Refuse a change of one of two tied tables; drop a head that is saved beside an equal
+        table.
+        """
         if not self.tied:
             return
         replaced = self.merge.replaced
@@ -321,7 +343,8 @@ class _Reading:
             del replaced[heads[0]]
             return
         self.problems += [
-            f"{PREFIX}{key}: input and output embeddings of the base model are one table (tie_word_embeddings), "
+            f"{PREFIX}{key}: input and output embeddings of the base model are one table "
+            "(tie_word_embeddings), "
             "and the adapter changes one use of it; merge with PEFT's merge_and_unload() instead"
             for key in dict.fromkeys((*heads, *tables, *adapted))
         ]

@@ -1,6 +1,7 @@
-"""The layers of a Flax NNX module, found by walking its attributes.
+"""Layers of a Flax NNX module, found by walking its attributes.
 
-Not here: what a layer's arrays become (layers.py), and how layers are found in Linen modules (linen_walk.py).
+Not here: the torch form of a layer's arrays (layers.py), the layers of Linen modules
+(linen_walk.py).
 """
 
 import dataclasses
@@ -30,9 +31,10 @@ _KNOWN = (*NNX_FORMS, nnx.LoRALinear)
 
 @dataclasses.dataclass
 class Found:
-    """What was found in a module: layers, variables that no layer holds, LoRA matrices by the layer's name, problems.
+    """Contents of a module: layers, variables outside of layers, LoRA matrices by layer name,
+    problems.
 
-    Variables are NNX variables or arrays; ``bare`` and the layers' are by attribute path.
+    Variables are NNX variables or arrays; ``bare`` and the layers' variables are by attribute path.
     """
 
     layers: list[Layer] = dataclasses.field(default_factory=list)
@@ -42,7 +44,10 @@ class Found:
 
 
 def walk(module: nnx.Module, own: Own) -> Found:
-    """Return the layers of ``module``; ``own`` has rows, or the class whose rows count, for a user's classes."""
+    """Return the layers of ``module``.
+
+    ``own``: for user-defined classes, rows, or the class with the same rows.
+    """
     walker = _Walker(own)
     walker.visit(module, (), (), is_attention=False)
     return walker.found
@@ -58,7 +63,7 @@ class _Walker:
     def visit(
         self, node: Any, path: tuple[str, ...], name: tuple[str, ...], is_attention: bool
     ) -> None:
-        """Note the layers at and below ``node``; ``name`` is what torch calls ``path``."""
+        """Record the layers at and below ``node``; ``name`` is torch's name of ``path``."""
         if isinstance(node, nnx.LoRA):
             self._visit_lora(node, path, name)
             return
@@ -87,7 +92,7 @@ class _Walker:
                 self.found.bare[".".join((*path, key))] = child
 
     def _form(self, node: Any) -> Form | None:
-        """The layer's form; None for what is no known layer. Raises NotLinear."""
+        """Return the layer's form; None for an unknown class. Raises NotLinear."""
         told = next((told for kind, told in self.own.items() if isinstance(node, kind)), None)
         if told is None:
             known = next((kind for kind in type(node).__mro__ if kind in _KNOWN), None)
@@ -99,7 +104,8 @@ class _Walker:
         if isinstance(told, type):
             if told not in NNX_FORMS or not isinstance(node, told):
                 raise NotLinear(
-                    f"layers={{{type(node).__name__}: {told.__name__}}}: expected a class of Flax's that it extends"
+                    f"layers={{{type(node).__name__}: {told.__name__}}}: "
+                    f"expected a class of Flax's that it extends"
                 )
             return NNX_FORMS[told](node)
         return own_form(told, {})
@@ -159,14 +165,17 @@ class _Walker:
 
 
 def _torch_names(node: Any) -> Mapping[str, str]:
-    """What torch calls attributes of a module that has a counterpart there; "" for a level that it lacks."""
+    """Return torch's names of the attributes of a module, if it has a counterpart there.
+
+    The name is "" for a level that torch lacks.
+    """
     if isinstance(node, nnx.MultiHeadAttention):
         return ATTENTION_NAMES
     return {"layers": ""} if isinstance(node, nnx.Sequential) else {}
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the modules, containers and variables right below ``node``, with their keys."""
+    """Yield the modules, containers and variables directly below ``node``, with their keys."""
     if isinstance(node, Mapping):
         items = [(str(key), child) for key, child in node.items()]
     elif isinstance(node, list | tuple | nnx.List):

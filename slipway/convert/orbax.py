@@ -1,7 +1,8 @@
-"""Orbax checkpoints, read and written through tensorstore: decides where a tree lies below a directory and how its
-leaves are named. Knows no rules; needs no Orbax.
+"""Orbax checkpoints, read and written through tensorstore, without Orbax.
 
-Format: https://orbax.readthedocs.io (``_METADATA`` and one zarr array for each leaf, in OCDBT or in folders).
+Here are the place of a tree below a directory and the names of its leaves. Format:
+https://orbax.readthedocs.io (``_METADATA`` and one zarr array for each leaf, in OCDBT or in
+folders). Not here: buckets (remote.py), rules between names (mappings/).
 """
 
 import contextlib
@@ -27,23 +28,18 @@ from slipway.convert.writer import ASIDE, JOURNAL, Facts, Pieces, journal
 from slipway.errors import CheckpointError
 
 METADATA = "_METADATA"
-_ITEMS = (
-    "default",
-    "items",
-    "state",
-    "params",
-    "model",
-)  # folders in which Orbax's managers put a tree
+# Folders in which Orbax's managers put a tree.
+_ITEMS = ("default", "items", "state", "params", "model")
 _STEP = re.compile(r"(?:.*[_-])?(\d+)")
 _NO_ARRAYS = ("Dict", "List", "Tuple", "NamedTuple", "None", "string")
 _ARRAY_FILES = ("zarr.json", ".zarray")
-_CHUNK_BYTES = 1 << 26  # of one chunk that is written: what is encoded at a time
+_CHUNK_BYTES = 1 << 26  # of one written chunk, which is encoded at a time
 Place = Path | RemotePath
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of the store: its key there, and what tensorstore has opened."""
+    """One array of the store: its key, and the object that tensorstore has opened."""
 
     key: str
     spec: Spec
@@ -63,26 +59,26 @@ class OrbaxSource:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every leaf's dtype and shape."""
+        """Dtype and shape of every leaf."""
         return {name: leaf.spec for name, leaf in self.leaves.items()}
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
-        """The whole leaf, read into memory."""
+        """Yield the whole leaf, read into memory."""
         leaf = self.leaves[name]
         with refused(self.location, f"{name}: cannot be read"):
             array = leaf.store.read(order="C").result()
         yield np.asarray(array, leaf.spec.dtype)
 
     def drop(self, name: str) -> None:
-        """Nothing: a leaf is in memory until it is closed."""
+        """Do nothing: a leaf is in memory until it is closed."""
 
 
 def open_orbax(place: Place) -> OrbaxSource:
-    """The tree in a directory, or in a folder of a bucket.
+    """Open the tree in a directory, or in a folder of a bucket.
 
-    A directory of steps stands for its newest complete one. Raises CheckpointError for anything else, and for leaves
-    of which data is missing.
+    Of a directory of steps, the newest complete one is opened. Raises CheckpointError for anything
+    else, and for leaves with missing data.
     """
     ts, base = remote.tensorstore(str(place)), _find_tree(place)
     if isinstance(base, Path):
@@ -95,7 +91,10 @@ def open_orbax(place: Place) -> OrbaxSource:
 
 
 def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf]:
-    """Every array below ``root``; CheckpointError lists those that cannot be opened or are not whole."""
+    """Open every array below ``root``.
+
+    Raises CheckpointError, listing the arrays that cannot be opened or are incomplete.
+    """
     context = remote.context(ts)
     with refused(location, "the store cannot be read"):
         files = ts.KvStore.open(root, context=context).result()
@@ -151,7 +150,7 @@ def _open_leaves(ts: Any, location: str, root: dict[str, Any]) -> dict[str, Leaf
 
 
 def is_orbax(path: Place) -> bool:
-    """Whether a directory looks like an Orbax checkpoint, or like steps of some."""
+    """Return whether a directory looks like an Orbax checkpoint, or like steps of one."""
     try:
         _find_tree(path)
     except _SeveralItems:  # open_orbax lists them
@@ -162,11 +161,11 @@ def is_orbax(path: Place) -> bool:
 
 
 class OrbaxWriter:
-    """A tree written as Orbax's PyTree handler would write it: zarr3 in OCDBT, uncompressed.
+    """Writer of a tree in the form of Orbax's PyTree handler: zarr3 in OCDBT, uncompressed.
 
-    Compressing bf16 weights with zstd saves about a fifth of the size and takes several times as long.
-    ``item`` is the folder of the tree below ``directory`` (MaxText's ``0/items``), ``constants`` are whole numbers that
-    are leaves too, ``empties`` empty dictionaries.
+    Compressing bf16 weights with zstd saves about a fifth of the size and takes several times as
+    long. ``item`` is the folder of the tree below ``directory`` (MaxText's ``0/items``),
+    ``constants`` are integers that are leaves too, ``empties`` empty dictionaries.
     """
 
     def __init__(
@@ -195,11 +194,11 @@ class OrbaxWriter:
         self._kvstore = {"driver": "ocdbt", "base": f"file://{self._tree.absolute()}/"}
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """One leaf, put together in memory."""
+        """Write one leaf, assembled in memory."""
         spec = self._specs[name]
         whole: np.ndarray | None = None
         for first, piece in pieces:
-            if piece.size == math.prod(spec.shape):  # put together already
+            if piece.size == math.prod(spec.shape):  # assembled already
                 whole = piece
                 continue
             if whole is None:
@@ -210,11 +209,11 @@ class OrbaxWriter:
         )
 
     def done(self) -> Mapping[str, Facts]:
-        """The leaves that an earlier run has left whole, with what it noted of each."""
+        """Return the leaves that an earlier run completed, with the facts that it recorded."""
         return dict(self._done)
 
     def mark(self, name: str, facts: Facts) -> None:
-        """Note a leaf as written; tensorstore has made it durable."""
+        """Record a leaf as written; tensorstore has made it durable."""
         with self._lock:
             self._done[name] = facts
             shards.write_json(
@@ -254,7 +253,7 @@ class OrbaxWriter:
         shutil.rmtree(self._aside)
 
     def abandon(self) -> None:
-        """Remove all that was written."""
+        """Remove everything that was written."""
         shutil.rmtree(self._aside)
 
     def _put(self, name: str, array: np.ndarray) -> None:
@@ -282,9 +281,8 @@ class OrbaxWriter:
         store = self._ts.open(spec, create=True, delete_existing=True).result()
         if not array.ndim:
             store.write(array).result()
-        for start in range(
-            0, array.shape[0] if array.ndim else 0, rows
-        ):  # one chunk at a time is encoded
+        # One chunk at a time is encoded.
+        for start in range(0, array.shape[0] if array.ndim else 0, rows):
             part = array[start : start + rows]
             store[start : start + len(part)].write(
                 part, can_reference_source_data_indefinitely=True
@@ -292,11 +290,13 @@ class OrbaxWriter:
 
 
 class _SeveralItems(CheckpointError):
-    """More than one item of a step may hold the model."""
+    """Several items of a step may be the model."""
 
 
 def _find_tree(path: Place) -> Place:
-    """The directory that holds the tree itself: ``path``, a folder of it, or that of its newest complete step."""
+    """Return the directory with the tree itself: ``path``, a folder of it, or of its newest
+    step.
+    """
     if _is_tree(path):
         return path
     held = [path / item for item in _ITEMS if _is_tree(path / item)]
@@ -322,9 +322,10 @@ def _find_tree(path: Place) -> Place:
 
 
 def _items(path: Place) -> Place | None:
-    """Return the one tree below a step's directory, whatever its name; optimizer state does not count.
+    """Return the only tree below a step's directory, whatever its name, without optimizer state.
 
-    Raises _SeveralItems, listing the items, where several remain: one of them must be given by its path.
+    Raises _SeveralItems, listing the items, where several remain: one of them must be given by its
+    path.
     """
     folders = [
         folder
@@ -366,7 +367,7 @@ def _named(metadata: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str, 
 
 
 def _chunk_counts(keys: list[str]) -> dict[str, int]:
-    """For every array the number of chunks that the store holds."""
+    """Return the number of chunks that the store holds of every array."""
     counts: dict[str, int] = {}
     for key in keys:
         folder, _, rest = key.partition("/")

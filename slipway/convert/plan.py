@@ -1,7 +1,9 @@
-"""Decides which tensors of a source become which of a target: rules resolved against names and shapes, before any value
-is read. Knows no files; either side may be the source.
+"""Plan of a conversion: a mapping's rules, resolved against names and shapes before any value is
+read.
 
-Every mismatch is collected. A plan that has none accounts for each source tensor exactly once.
+Either side may be the source. Every mismatch is collected. A plan without mismatches accounts for
+each source tensor exactly once. Not here: the meaning of a rule (rules.py), its execution
+(executor.py).
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ Labels = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """One tensor's share in a move: its axes taken apart, and the part of each that takes part."""
+    """One tensor's share in a move: its axes taken apart, and the range of each that takes part."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,7 +35,7 @@ class End:
 
     @property
     def filled(self) -> int:
-        """The number of elements in the share."""
+        """Number of elements in the share."""
         return math.prod(
             len(range(*part.indices(size))) for part, size in zip(self.take, self.split)
         )
@@ -46,8 +48,8 @@ class End:
         )
 
     def view(self, array: Any, order: tuple[str, ...]) -> Any:
-        """The share as a view of ``array``, axes in ``order``; an axis that this end lacks has size 1."""
-        taken: Any = (*self.take, ...)  # with the ellipsis a view, even of a scalar
+        """Return the share as a view of ``array``, axes in ``order``; a missing axis has size 1."""
+        taken: Any = (*self.take, ...)  # the ellipsis makes a view, even of a scalar
         atoms = array.reshape(self.split)[taken]
         kept = [axis for axis in order if axis in self.axes]
         dropped = [axis for axis in self.axes if axis not in order]
@@ -59,7 +61,7 @@ class End:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """Numbers that lie in ``source`` and shall lie in ``target``, multiplied by ``factor``."""
+    """Numbers to copy from ``source`` to ``target``, multiplied by ``factor``."""
 
     rule: Rule
     source: End
@@ -68,40 +70,43 @@ class Move:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The axes in the order in which the target holds them."""
+        """Axes in the order in which the target holds them."""
         return self.target.axes
 
     @property
     def copies(self) -> tuple[str, ...]:
-        """Axes along which the source holds the same numbers again."""
+        """Axes along which the source repeats the same numbers."""
         return tuple(axis for axis in self.source.axes if axis not in self.target.axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of every tensor. ``moves`` are grouped by target, in the target's order of writing."""
+    """Targets of all tensors. ``moves`` are grouped by target, in the order of writing."""
 
     mapping: TreeMapping
     direction: Direction
     root: str
     sizes: Sizes
-    local_sizes: tuple[Sizes, ...]  # for each rule, of the axes that only it has
+    local_sizes: tuple[Sizes, ...]  # for each rule, of the axes that only this rule has
     moves: Mapping[str, tuple[Move, ...]]
     targets: Mapping[str, Spec]
     sources: Mapping[str, Spec]
     ignored: tuple[str, ...]
-    unmatched: tuple[
-        str, ...
-    ]  # problems: tensors that no rule names, and tensors that a rule needs and are missing
-    problems: tuple[str, ...]  # all others
+    # Problems of names: tensors that no rule names, and missing tensors that a rule needs.
+    unmatched: tuple[str, ...]
+    problems: tuple[str, ...]  # all other problems
 
     @property
     def fits(self) -> bool:
-        """Whether every tensor of the source has its place, and every tensor that a rule needs is there."""
+        """Whether every tensor of the source has a target, and every tensor that a rule needs
+        exists.
+        """
         return not self.unmatched and not self.problems
 
     def jobs(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Sources and targets in the smallest groups that can be read and written each by itself."""
+        """Yield sources and targets in the smallest groups that can be read and written
+        independently.
+        """
         group_of: dict[str, list[str]] = {}
         for target, moves in self.moves.items():
             groups = {
@@ -129,10 +134,11 @@ def resolve(
     sources: Mapping[str, Spec],
     known: Mapping[str, int],
 ) -> Plan:
-    """Resolve every rule against the source's tensors; ``known`` are axis sizes that a configuration states.
+    """Resolve every rule against the source's tensors.
 
-    Where tensors contradict it, the tensors count; unless they then contradict each other, and do so less with it.
-    Nothing is raised: what does not fit is in the plan's ``problems``.
+    ``known``: axis sizes that a configuration states. Where tensors contradict it, the tensors take
+    precedence, unless they then contradict each other, and do so less with it. Nothing is raised:
+    mismatches are in the plan's ``problems``.
     """
     root = _root(mapping, sources) if direction == "to_hf" else mapping.roots[0]
     local: tuple[Sizes, ...] = ({},) * len(mapping.rules)
@@ -146,7 +152,9 @@ def resolve(
 
 
 def inverse(plan: Plan, sources: Mapping[str, Spec]) -> Plan:
-    """The way back from ``sources``, tensors that ``plan`` has written, to where its own lay."""
+    """Return the plan from ``sources``, tensors that ``plan`` has written, back to its own
+    sources.
+    """
     back: Direction = "to_jax" if plan.direction == "to_hf" else "to_hf"
     return _resolve(
         plan.mapping,
@@ -171,9 +179,8 @@ def _resolve(
     constants = mapping.jax_constants if direction == "to_hf" else mapping.hf_constants
 
     def is_ignored(name: str, spec: Spec) -> bool:
-        is_beside = (
-            direction == "to_hf" and spec.shape == () and not name.startswith(root)
-        )  # a step or a rate
+        # A scalar beside the tree, such as a step or a rate.
+        is_beside = direction == "to_hf" and spec.shape == () and not name.startswith(root)
         return (
             is_beside
             or name in constants
@@ -218,13 +225,13 @@ def _resolve(
 
 
 def alternating(one: Sequence[str], two: Sequence[str]) -> tuple[str, ...]:
-    """Return the items of both by turns, so that the first few show both."""
+    """Return the items of both alternately, so that the first few show both."""
     pairs = itertools.zip_longest(one, two)
     return tuple(item for pair in pairs for item in pair if item is not None)
 
 
 def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
-    """The first root under which any rule finds a tensor."""
+    """Return the first root under which any rule finds a tensor."""
     names = list(sources)
     for root in mapping.roots:
         held = [name.removeprefix(root) for name in names if name.startswith(root)]
@@ -239,7 +246,9 @@ def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
 
 @dataclasses.dataclass
 class _Rule:
-    """A rule, its sides in the direction of travel, what it matched and the sizes that only it uses."""
+    """A rule, its sides in the direction of the conversion, its matches, and the sizes of its own
+    axes.
+    """
 
     rule: Rule
     source: Side
@@ -249,7 +258,7 @@ class _Rule:
 
 
 class _Resolver:
-    """Collects sizes and problems over all rules."""
+    """Collection of sizes and problems over all rules."""
 
     def __init__(self, mapping: TreeMapping, rules: list[_Rule], sizes: Sizes):
         self.mapping = mapping
@@ -260,7 +269,9 @@ class _Resolver:
         self.missing: list[str] = []
 
     def match(self, sources: Mapping[str, Spec], prefix: str) -> None:
-        """Give each source tensor to the first rule that names it, and count the indices in the names."""
+        """Give each source tensor to the first rule that names it; count the indices in the
+        names.
+        """
         indices: dict[str, set[int]] = {}
         for name, spec in sorted(sources.items()):
             for rule in self.rules:
@@ -277,14 +288,17 @@ class _Resolver:
                     break
             else:
                 self.unnamed.append(
-                    f"{name}: no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})"
+                    f"{name}: no rule of mapping {self.mapping.name!r} names it (shape "
+                    f"{spec.shape})"
                 )
         for axis, numbers in indices.items():
             self._settle(axis, max(numbers) + 1, "the names' indices")
 
     def solve(self, then: Mapping[str, int]) -> None:
-        """Infer axis sizes from shapes until nothing more follows; with the sizes of ``then`` that are still open; at
-        last padded axes that nothing else settled.
+        """Infer axis sizes from shapes until nothing more follows.
+
+        Then use the sizes of ``then`` that are still open, and last the padded axes that nothing
+        else determined.
         """
         for more, final in (({}, False), (then, False), ({}, True)):
             self.sizes = {**more, **self.sizes}
@@ -296,7 +310,7 @@ class _Resolver:
         self.problems = list(dict.fromkeys(self.problems))
 
     def complete(self, prefix: str) -> None:
-        """Note every tensor that a rule needs and the source lacks."""
+        """Record every tensor that a rule needs and the source lacks."""
         for rule in self.rules:
             if rule.rule.optional and not rule.found:
                 continue
@@ -306,7 +320,7 @@ class _Resolver:
                     self.missing.append(f"{name}: missing")
 
     def moves(self, source_prefix: str, target_prefix: str) -> dict[str, tuple[Move, ...]]:
-        """Every move, by target; none of a rule whose tensors did not fit."""
+        """Return every move, by target; none of a rule with tensors that did not fit."""
         moves: dict[str, list[Move]] = {}
         for rule in self.rules:
             sizes = self.sizes | rule.local
@@ -332,7 +346,7 @@ class _Resolver:
                     )
                     break
                 if source.shape != rule.found[name][1].shape:
-                    continue  # solve() has said so
+                    continue  # solve() has recorded it
                 moves.setdefault(target.name, []).append(
                     Move(rule.rule, source, target, factor=self._factor(rule, sizes))
                 )
@@ -393,13 +407,14 @@ class _Resolver:
         held = self.sizes.setdefault(axis, size)
         if size < held:
             self.problems.append(
-                f"{name}: axis {axis} has size {size}, but {self.mapping.fields.get(axis, axis)} is {held}"
+                f"{name}: axis {axis} has size {size}, but "
+                f"{self.mapping.fields.get(axis, axis)} is {held}"
             )
         else:
             self._settle(pad, size - held, name)
 
     def _combinations(self, axes: tuple[str, ...]) -> Iterator[Labels]:
-        """Every combination of labels; none where an axis's size is unknown."""
+        """Return every combination of labels; none where an axis's size is unknown."""
         if all(axis in self.mapping.parts or axis in self.sizes for axis in axes):
             labels = [
                 list(self.mapping.parts[a])
@@ -417,7 +432,10 @@ class _Resolver:
         sizes: Sizes,
         flipped: frozenset[str] = frozenset(),
     ) -> End:
-        """One tensor's share in the move at ``labels``. Raises KeyError for an axis of unknown size."""
+        """Return one tensor's share in the move at ``labels``.
+
+        Raises KeyError for an axis of unknown size.
+        """
         held, take, data = {}, {}, {}
         for axis in layout.parse(side.axes).axes:
             start, stop = 0, None
@@ -448,7 +466,10 @@ class _Resolver:
     def _part(
         self, axis: str, label: str | None, sizes: Sizes, own: bool
     ) -> tuple[int, int, int | None]:
-        """The axis's size in a tensor, and the rows of the part ``label`` in it; ``own``: it holds that part alone."""
+        """Return the axis's size in a tensor, and the rows of the part ``label`` in it.
+
+        ``own``: the tensor holds only that part.
+        """
         counts = {
             k: v if isinstance(v, int) else sizes[v] for k, v in self.mapping.parts[axis].items()
         }
@@ -467,7 +488,7 @@ def _backwards(part: slice) -> slice:
 
 
 def _gaps(moves: Mapping[str, tuple[Move, ...]], sources: Mapping[str, Spec]) -> Iterator[str]:
-    """Targets of which the moves fill more or less than the whole, or that tensors of unlike dtype fill."""
+    """Yield targets that are filled incompletely or twice, or from tensors of different dtypes."""
     for name, group in moves.items():
         filled, size = sum(move.target.filled for move in group), group[0].target.data_size
         if filled != size:

@@ -13,9 +13,9 @@ import numpy as np
 from slipway.checkpoint import files, hub, quantize
 from slipway.checkpoint.quantize import PACKED, SHAPE, Scheme
 from slipway.checkpoint.shards import Spec, write_json
-from slipway.convert.conversion import new_directory, size_bytes
+from slipway.convert.conversion import size_bytes
 from slipway.convert.tokenizer import GENERATION, copy_tokenizer, generation_file
-from slipway.convert.writer import ASIDE, SafetensorsWriter
+from slipway.convert.writer import ASIDE, SafetensorsWriter, new_directory
 from slipway.errors import CheckpointError, InvalidConfig
 
 

@@ -1,7 +1,10 @@
-"""Questions that the layers of a module leave open: which of them stand beside a flatten or a reshape to a map.
+"""Questions that the layers of a module leave open: which layers are next to a flatten or a reshape
+to a map.
 
-A missed flatten loads in torch and computes wrong numbers, so what may be one is asked for. Layers are read in the
-order of their attributes. What decides: convolutions' channels that divide a layer's inputs or outputs.
+If a flatten is missed, the weights load in torch and compute wrong numbers. So every possible
+flatten leads to a question. Layers are read in the order of their attributes. The criterion:
+channels of convolutions that divide a layer's inputs or outputs. Not here: the orders of known
+flattens (flattening.py).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +18,7 @@ _EXAMPLE = "or example=, an input of the module, from which every reshape follow
 def open_questions(
     layers: Sequence[Layer], flatten: Told, unflatten: Told, followed: Collection[str]
 ) -> list[str]:
-    """Return one question for each layer that may stand beside a reshape and of which nothing is known.
+    """Return one question for each layer that may be next to an unknown reshape.
 
     ``followed``: paths of layers that an example has reached.
     """
@@ -29,7 +32,7 @@ def open_questions(
 
 
 class _Reader:
-    """The layers of a module in the order of their attributes."""
+    """Layers of a module in the order of their attributes."""
 
     def __init__(self, layers: Sequence[Layer], flatten: Told, unflatten: Told, is_followed: bool):
         self.layers = layers
@@ -48,7 +51,7 @@ class _Reader:
         )
 
     def inputs(self, at: int) -> Iterator[str]:
-        """Ask for the flatten before a layer."""
+        """Return a question about a flatten before a layer."""
         layer = self.layers[at]
         size = layer.total("into") or layer.total("features")
         if not size or layer.dotted in self.flatten:
@@ -77,7 +80,7 @@ class _Reader:
             )
 
     def outputs(self, at: int) -> Iterator[str]:
-        """Ask for the reshape to a feature map behind a layer."""
+        """Return a question about a reshape to a feature map after a layer."""
         layer = self.layers[at]
         size = layer.total("out")
         if (
@@ -110,11 +113,13 @@ class _Reader:
         )
 
     def _before(self, at: int) -> Layer | None:
-        """The last layer before one that makes other features."""
+        """Return the last layer before ``at`` that makes other features."""
         return next((layer for layer in reversed(self.layers[:at]) if layer.total("out")), None)
 
     def _follows_conv(self, at: int) -> bool:
-        """Whether a layer takes the channels of the convolution before it: after a pool, or along them."""
+        """Return whether a layer takes the channels of the convolution before it: after a pool, or
+        along them.
+        """
         layer, before = self.layers[at], self._before(at)
         size = layer.total("into") or layer.total("features")
         if layer.is_conv or before is None or not before.is_conv or size != before.total("out"):
@@ -122,7 +127,7 @@ class _Reader:
         return layer.is_norm or not any(size % c == 0 and c < size for c in self._last_channels())
 
     def _is_clear(self, at: int, size: int) -> bool:
-        """Whether the layers beside a layer tell that it follows no flatten."""
+        """Return whether adjacent layers show that a layer follows no flatten."""
         layer, before = self.layers[at], self._before(at)
         if self._follows_conv(at):
             return True
@@ -139,7 +144,7 @@ class _Reader:
         return self.has_junction or not divides
 
     def _is_before_map(self, at: int, size: int) -> bool:
-        """Whether a norm stands between a layer and the reshape of its outputs to a map."""
+        """Return whether a norm is between a layer and the reshape of its outputs to a map."""
         before = self._before(at)
         if before is None or before.is_conv or before.total("out") != size:
             return False
@@ -147,7 +152,9 @@ class _Reader:
         return told is not None or any(self._may_feed(at, conv, size) for conv in self.convs)
 
     def _channels_before(self, at: int) -> set[int]:
-        """Channels that a layer may take: of convolutions before it, and of later ones that no layer may feed."""
+        """Return channels that a layer may take: of earlier convolutions, and of later ones without
+        a feeding layer.
+        """
         return {
             self.layers[conv].total("out")
             for conv in self.convs
@@ -161,7 +168,7 @@ class _Reader:
         }
 
     def _last_channels(self) -> set[int]:
-        """Channels of convolutions that no other convolution takes."""
+        """Return the channels of convolutions that no other convolution takes."""
         taken = [(conv, self.layers[conv].total("into")) for conv in self.convs]
         return {
             self.layers[conv].total("out")
@@ -172,7 +179,7 @@ class _Reader:
         }
 
     def _may_feed(self, at: int, conv: int, size: int) -> bool:
-        """Whether a convolution may take a layer's outputs as a map."""
+        """Return whether a convolution may take a layer's outputs as a map."""
         into = self.layers[conv].total("into")
         if size % into or size == into:
             return False

@@ -1,9 +1,9 @@
-"""Decides what an address at ``gs://`` or ``s3://`` means, and how what lies there is listed, read and copied.
+"""Addresses at ``gs://`` and ``s3://``: their contents listed, read and copied through tensorstore.
 
-All of it through tensorstore, with the credentials that it finds. Knows no formats but a safetensors file's length.
-
-Nothing is written to such addresses: what a conversion promises (nothing bears its name before it is whole and on the
-disk) rests on rename and fsync, which they do not have.
+tensorstore finds the credentials. Nothing is written to such addresses: a conversion guarantees
+that no file has its name before it is whole and on the disk, which needs rename and fsync, and
+buckets have neither. Not here: formats (formats.py, orbax.py), except the length of a safetensors
+file.
 """
 
 import collections
@@ -24,15 +24,19 @@ from slipway.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
-_RETRIES = 6  # of a request, after 1, 2, 4, ... seconds: a minute in all; tensorstore's own 32 are a quarter of an hour
-_PIECE_BYTES, _PIECES = 1 << 26, 4  # what is fetched in one request, and how many at a time
+# Of a request, after 1, 2, 4, ... seconds: a minute in all; tensorstore's default of 32 takes a
+# quarter of an hour.
+_RETRIES = 6
+_PIECE_BYTES, _PIECES = 1 << 26, 4  # of one request, and number of requests at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class RemotePath:
-    """A file or a folder of a bucket, with those methods of pathlib.Path that finding a checkpoint takes.
+    """A file or a folder of a bucket, with the methods of pathlib.Path that finding a checkpoint
+    needs.
 
-    ``held``: what the bucket was found to hold, as paths from here on; the empty one is a file of this very name.
+    ``held``: contents of the bucket, as paths from here on; the empty path is a file of exactly
+    this name.
     """
 
     scheme: str
@@ -42,12 +46,12 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last part of the path."""
         return self.key.rpartition("/")[2]
 
     @property
     def kvstore(self) -> dict[str, Any]:
-        """tensorstore's name for what lies below a folder."""
+        """Specification for tensorstore of the contents of a folder."""
         return _spec(self.scheme, self.bucket, f"{self.key}/" if self.key else "")
 
     def __str__(self) -> str:
@@ -60,7 +64,7 @@ class RemotePath:
         return dataclasses.replace(self, key=f"{self.key}/{name}".lstrip("/"), held=below)
 
     def iterdir(self) -> Iterator["RemotePath"]:
-        """What lies directly below."""
+        """Return the files and folders directly below."""
         children: dict[str, set[str]] = {}
         for key in self.held - {""}:
             name, _, rest = key.partition("/")
@@ -71,29 +75,32 @@ class RemotePath:
             )
 
     def is_file(self) -> bool:
-        """Whether an object has this very name."""
+        """Return whether an object has exactly this name."""
         return "" in self.held
 
     def is_dir(self) -> bool:
-        """Whether objects lie below."""
+        """Return whether there are objects below."""
         return bool(self.held - {""})
 
     def exists(self) -> bool:
-        """Whether it is either."""
+        """Return whether this is a file or a folder."""
         return bool(self.held)
 
 
 def is_address(location: object) -> bool:
-    """Whether it names a place that is no path, as text or as a path into which somebody made it."""
+    """Return whether ``location`` is an address and no path, as text or as an address made into a
+    Path.
+    """
     return "://" in str(location) or str(location).partition("/")[0] in {
         f"{scheme}:" for scheme in _DRIVERS
     }
 
 
 def find(address: str) -> RemotePath:
-    """What lies at an address, every name below it listed.
+    """Return the file or folder at an address, with every name below it listed.
 
-    Raises CheckpointError where nothing does, where it cannot be listed, and for an address of another kind.
+    Raises CheckpointError if there is none, if it cannot be listed, and for an address of another
+    kind.
     """
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
@@ -117,9 +124,10 @@ def find(address: str) -> RemotePath:
 
 
 def copy_safetensors(folder: RemotePath, directory: Path) -> None:
-    """Copy the files of an HF directory, of its top level and no pickles; nothing else of the folder.
+    """Copy the files of an HF directory: of its top level, without pickles and other files.
 
-    Files get a time that changes with the object, so that `--resume` knows them again. Raises CheckpointError.
+    Files get a time that changes with the object, so that `--resume` recognizes them. Raises
+    CheckpointError.
     """
     files = [path for path in folder.iterdir() if path.is_file() and _is_wanted(path.name)]
     _log.info("%s: %d files are copied to %s", folder, len(files), directory)
@@ -136,7 +144,7 @@ def copy_safetensors(folder: RemotePath, directory: Path) -> None:
 
 
 def stamp(folder: RemotePath, names: Sequence[str]) -> str:
-    """The generations of some files, which change when they are written again."""
+    """Return the generations of some files, which change when they are written again."""
     ts = tensorstore(str(folder))
     with refused(str(folder), "cannot be read"):
         store = ts.KvStore.open(folder.kvstore, context=context(ts)).result()
@@ -147,16 +155,18 @@ def stamp(folder: RemotePath, names: Sequence[str]) -> str:
 
 
 def context(ts: Any) -> Any:
-    """What stores opened together share: tensorstore's connections, and how often a request is tried again."""
+    """Return the context that stores share: tensorstore's connections, and the number of
+    retries.
+    """
     return ts.Context(
         {f"{driver}_request_retries": {"max_retries": _RETRIES} for driver in _DRIVERS.values()}
     )
 
 
 def tensorstore(location: str) -> Any:
-    """The library, or the CheckpointError that says how to install it."""
+    """Return the library. Raises CheckpointError with the way to install it."""
     try:
-        import tensorstore as library  # an extra: only those who have Orbax checkpoints need it
+        import tensorstore as library  # an optional dependency, for Orbax and buckets
     except ModuleNotFoundError as error:
         needed = "Orbax checkpoints, gs:// and s3:// need tensorstore: pip install slipway[orbax]"
         raise CheckpointError(location, [needed]) from error
@@ -165,10 +175,10 @@ def tensorstore(location: str) -> Any:
 
 @contextlib.contextmanager
 def refused(location: str, what: str) -> Iterator[None]:
-    """tensorstore's errors, and the disk's, as one CheckpointError."""
+    """Convert errors of tensorstore and of the disk to one CheckpointError."""
     try:
         yield
-    except CheckpointError:  # a ValueError too, but it says already what it is
+    except CheckpointError:  # also a ValueError, but it has its message already
         raise
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(
@@ -190,9 +200,10 @@ def _spec(scheme: str, bucket: str, path: str) -> dict[str, Any]:
 
 
 def _is_object(ts: Any, place: RemotePath) -> bool:
-    """Whether an object has this very name.
+    """Return whether an object has exactly this name.
 
-    By reading it: where listing is not allowed, GCS's list is empty for tensorstore, but a read tells why.
+    It is read for that: where listing is not allowed, tensorstore gets an empty list from GCS, but
+    a read states the reason.
     """
     with refused(str(place), "cannot be read"):
         store = ts.KvStore.open(_spec(place.scheme, place.bucket, ""), context=context(ts)).result()
@@ -206,7 +217,10 @@ def _is_wanted(name: str) -> bool:
 
 
 def _size(store: Any, name: str, head: bytes) -> int:
-    """Where a safetensors file's last tensor ends: tensorstore tells no sizes. The reader checks the rest."""
+    """Return the end of a safetensors file's last tensor: tensorstore does not return sizes.
+
+    The reader checks the rest of the header.
+    """
     length = int.from_bytes(head, "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"claims a header of {length} bytes (not safetensors)")
@@ -219,7 +233,7 @@ def _size(store: Any, name: str, head: bytes) -> int:
 
 
 def _pieces(store: Any, name: str, head: bytes) -> Iterator[bytes]:
-    """A safetensors file from its beginning, the next pieces already asked for."""
+    """Yield a safetensors file from its beginning, with the next pieces already requested."""
     stop = _size(store, name, head)
     asked: collections.deque[Any] = collections.deque()
     for start in range(0, stop, _PIECE_BYTES):

@@ -1,14 +1,17 @@
-"""Decides what one rule means: which tensors of a JAX tree and of an HF directory hold the same numbers, and how they
-lie. Knows no files, no values and no particular model; the way back is the same rule read from right to left.
+"""Rules of a conversion: tensors of a JAX tree and of an HF directory with the same numbers.
 
 A rule is three strings: ``("layers.attn.q.kernel", "model.layers.{layers}.q_proj.weight",
-"embed layers heads head_dim -> layers (heads head_dim) embed")``. In addition to layout.py's axis notation:
+"embed layers heads head_dim -> layers (heads head_dim) embed")``. The inverse is the same rule read
+from right to left. In addition to layout.py's axis notation:
 
 ``{layers}`` in a name      one tensor per index of that axis, which the tensor itself then lacks
-``{qkv}``, a part axis      one tensor per named part of that axis: ``parts={"qkv": {"q": "heads", "k": ...}}``
+``{qkv}``, a part axis      one tensor per named part of that axis:
+                            ``parts={"qkv": {"q": "heads", "k": ...}}``
 ``-h``                      the axis runs backwards
 ``vocab+pad``               the axis has ``pad`` more rows at its end, which hold nothing
 an axis on one side only    that side holds the same numbers once per index
+
+Not here: files and values (executor.py), rules of particular models (mappings/).
 """
 
 import dataclasses
@@ -23,9 +26,8 @@ _TOKEN = re.compile(r"[()]|[^\s()]+")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _SCALE = re.compile(r"\* (\w+|\d+\.?\d*)(?: \*\* (-?\d+\.?\d*))?")
 
-Parts = Mapping[
-    str, Mapping[str, int | str]
-]  # of an axis: each part's label and size, a number or another axis
+# Parts of an axis: label and size of each; the size is a number or another axis.
+Parts = Mapping[str, Mapping[str, int | str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +41,15 @@ class Side:
 
     @property
     def indices(self) -> tuple[str, ...]:
-        """The axes of which every index, or part, has a tensor of its own."""
+        """Axes that have a tensor for every index, or part."""
         return tuple(_PLACEHOLDER.findall(self.name))
 
     def format(self, labels: Mapping[str, str]) -> str:
-        """The tensor's name at one label for each of ``indices``."""
+        """Return the tensor's name for one label of each of ``indices``."""
         return _PLACEHOLDER.sub(lambda found: labels[found[1]], self.name)
 
     def match(self, name: str, parts: Parts) -> dict[str, str] | None:
-        """The labels at which ``format`` gives ``name``; None if it never does."""
+        """Return the labels for which ``format`` gives ``name``; None if there are none."""
         found = _pattern(
             self.name, tuple((axis, tuple(labels)) for axis, labels in parts.items())
         ).fullmatch(name)
@@ -71,8 +73,8 @@ def _pattern(template: str, parts: tuple[tuple[str, tuple[str, ...]], ...]) -> r
 class Rule:
     """One tensor, or one family of tensors, on both sides.
 
-    ``scale`` is what the HF side is multiplied by, ``"* head_dim ** 0.5"`` or ``"* 2.0"``, computed in float32.
-    An ``optional`` rule may match nothing.
+    ``scale`` is the factor of the HF side, ``"* head_dim ** 0.5"`` or ``"* 2.0"``, computed in
+    float32. An ``optional`` rule may match nothing.
     """
 
     jax: str
@@ -82,7 +84,7 @@ class Rule:
     optional: bool = False
 
     def sides(self, parts: Parts) -> tuple[Side, Side]:
-        """The JAX side and the HF side.
+        """Return the JAX side and the HF side.
 
         Raises ValueError if the pattern cannot be read or the two sides do not fit together.
         """
@@ -94,7 +96,7 @@ class Rule:
         return _side(self.jax, ours, parts), _side(self.hf, theirs, parts)
 
     def factor(self, sizes: Mapping[str, int]) -> float:
-        """What the HF side is multiplied by."""
+        """Return the factor of the HF side."""
         if not self.scale:
             return 1.0
         found = _SCALE.fullmatch(self.scale)
@@ -127,21 +129,22 @@ def _side(name: str, text: str, parts: Parts) -> Side:
 
 
 def _vanishes(axis: str, parts: Parts) -> bool:
-    """Whether a tensor that holds one index of the axis has no dimension for it."""
+    """Return whether a tensor with one index of the axis has no dimension for it."""
     return axis not in parts or all(size == 1 for size in parts[axis].values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TreeMapping:
-    """All rules of one family of trees, and what else must be known of it.
+    """All rules of one family of trees, and further facts about it.
 
-    ``fields`` names the config.json field that states an axis's size, ``config`` the fields that the tree itself
-    settles, ``required`` those that nothing in the tree can tell. ``roots`` are prefixes under which the tree may
-    lie, the one that is written first; ``ignored`` are globs of names, roots included, that hold no weights. ``tied``
-    maps an HF key to the key it repeats where ``tie_word_embeddings`` is true. ``jax_constants`` and ``hf_constants``
-    are what only one side has, by its whole name: integers, or empty mappings. ``note`` is printed and reported with
-    every conversion: which of several possible rules were taken, and why. ``undecided`` is a problem of its own: what
-    has to be given before the rules can be trusted.
+    ``fields`` names the config.json field that states an axis's size, ``config`` the fields that
+    the tree itself determines, ``required`` the fields that do not follow from the tree. ``roots``
+    are prefixes that the tree may have; the first is written. ``ignored`` are globs of names, roots
+    included, without weights. ``tied`` maps an HF key to the key that it repeats where
+    ``tie_word_embeddings`` is true. ``jax_constants`` and ``hf_constants`` exist on one side only,
+    by their whole names: integers, or empty mappings. ``note`` is printed and reported with every
+    conversion: the choice between several possible rules, and its reason. ``undecided`` is a
+    problem by itself: an option that must be given before the rules can be trusted.
     """
 
     name: str
@@ -160,12 +163,15 @@ class TreeMapping:
     undecided: str = ""
 
     def sides(self) -> Iterator[tuple[Rule, Side, Side]]:
-        """Every rule with its JAX and its HF side."""
+        """Return every rule with its JAX and its HF side."""
         for rule in self.rules:
             yield rule, *rule.sides(self.parts)
 
     def is_global(self, axis: str) -> bool:
-        """Whether the axis means the same in every rule; any other name means something in its own rule only."""
+        """Return whether the axis has the same meaning in every rule.
+
+        Any other name has a meaning only in its own rule.
+        """
         return (
             axis in self.fields or axis in self.sizes or axis in self.parts or axis in self._indices
         )
@@ -178,7 +184,10 @@ class TreeMapping:
 
 
 def rules(rows: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
-    """Rules from rows of (JAX name, HF key, pattern[, scale]); a JAX name that ends in ``?`` is optional."""
+    """Return rules from rows of (JAX name, HF key, pattern[, scale]).
+
+    A JAX name that ends in ``?`` is optional.
+    """
     return tuple(
         Rule(
             row[0].removesuffix("?"),
@@ -192,5 +201,5 @@ def rules(rows: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
 
 
 def within(jax: str, hf: str, rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """The rows with a prefix to their JAX names and one to their HF keys."""
+    """Return the rows with a prefix to their JAX names and one to their HF keys."""
     return tuple((f"{jax}{row[0]}", f"{hf}{row[1]}", *row[2:]) for row in rows)

@@ -1,7 +1,7 @@
 """Checkpoints as named arrays that are opened one at a time.
 
-Names are dotted paths in which list indices are numbers, without the ``.value`` that NNX wraps around leaves.
-Not here: which formats there are (formats.py), and what becomes of an array (rules.py).
+Names are dotted paths in which list indices are numbers, without the ``.value`` that NNX wraps
+around leaves. Not here: detection of formats (formats.py), conversion of an array (rules.py).
 """
 
 import contextlib
@@ -21,61 +21,66 @@ WRAPPERS = ("value", "raw_value")  # keys under which NNX may hold a leaf
 
 
 class Source(Protocol):
-    """A checkpoint that has been opened but not read."""
+    """A checkpoint that is open; no values have been read."""
 
     @property
     def path(self) -> Path | None:
-        """Where it lies on this machine; None elsewhere and in memory."""
+        """Path on this machine; None for remote sources and sources in memory."""
 
     @property
     def location(self) -> str:
-        """Where it was found, for errors and reports."""
+        """Location for errors and reports."""
 
     @property
     def stamp(self) -> str:
-        """What changes when it is written anew, beside the times of the files at ``path``."""
+        """Text that changes when the source is rewritten, in addition to the times of the files at
+        ``path``.
+        """
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every tensor's dtype and shape."""
+        """Dtype and shape of every tensor."""
 
     @property
     def mapped(self) -> bool:
         """Whether ``open`` gives views of files, which take no memory of their own."""
 
     def open(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
-        """One tensor, C-contiguous, read-only, valid inside the context; leaving it frees what it took.
+        """Open one tensor, C-contiguous and read-only, for the duration of a context.
 
-        Threads may open different tensors at a time. Raises CheckpointError where the file does not hold it.
+        Leaving the context frees its memory. Threads may open different tensors at a time. Raises
+        CheckpointError where the file does not hold it.
         """
 
     def drop(self, name: str) -> None:
-        """Give back what reading an open tensor has made resident; it stays valid."""
+        """Give back memory that reading an open tensor has made resident; the tensor stays
+        valid.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsSource:
-    """safetensors: an HF directory, or one file."""
+    """Tensors of an HF directory, or of one safetensors file."""
 
     checkpoint: files.Checkpoint
-    address: str = ""  # of what it is a copy
+    address: str = ""  # of the original, if this is a copy
 
     mapped = True
     stamp = ""
 
     @property
     def path(self) -> Path:
-        """The directory or file."""
+        """Path of the directory or file."""
         return self.checkpoint.directory
 
     @property
     def location(self) -> str:
-        """The address, or the path."""
+        """Address if there is one, else the path."""
         return self.address or str(self.path)
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every tensor's dtype and shape."""
+        """Dtype and shape of every tensor."""
         return {
             name: Spec(files.DTYPES[t.dtype], t.shape)
             for name, t in self.checkpoint.tensors.items()
@@ -83,20 +88,23 @@ class SafetensorsSource:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
-        """A view of the file, whose pages are given back afterwards."""
+        """Yield a view of the file; its pages are given back afterwards."""
         try:
             yield self.checkpoint.array(name)
         finally:
             self.checkpoint.drop(name)
 
     def drop(self, name: str) -> None:
-        """Unmap the pages read so far."""
+        """Unmap the pages that were read so far."""
         self.checkpoint.drop(name)
 
 
 @dataclasses.dataclass(frozen=True)
 class MemorySource:
-    """A pytree of NumPy or JAX arrays: nested mappings, sequences and NNX states, or a flat mapping of dotted names."""
+    """A pytree of NumPy or JAX arrays.
+
+    It has nested mappings, sequences and NNX states, or is a flat mapping of dotted names.
+    """
 
     arrays: Mapping[str, Any]
 
@@ -107,7 +115,7 @@ class MemorySource:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Return every array's dtype and shape, without random-number state."""
+        """Dtype and shape of every array, without random-number state."""
         return {
             name: Spec(np.dtype(x.dtype), tuple(x.shape))
             for name, x in self.arrays.items()
@@ -116,27 +124,27 @@ class MemorySource:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
-        """The array itself where it is a NumPy array, else a copy on the host."""
+        """Yield the array itself if it is a NumPy array, else a copy on the host."""
         yield np.ascontiguousarray(np.asarray(self.arrays[name])).reshape(
             np.shape(self.arrays[name])
         )
 
     def drop(self, name: str) -> None:
-        """Nothing: the arrays are the caller's."""
+        """Do nothing: the caller owns the arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinedSource:
-    """Several sources that hold parts of one tree, which lies at ``path``."""
+    """Several sources with parts of one tree, which is at ``path``."""
 
     path: Path
-    parts: Mapping[str, Source]  # each tensor's own
+    parts: Mapping[str, Source]  # by name of the tensor
 
     stamp = ""
 
     @staticmethod
     def of(path: Path, sources: Iterable[Source]) -> "JoinedSource":
-        """Raises CheckpointError for a tensor that two of them hold."""
+        """Join sources. Raises CheckpointError for a tensor that two of them hold."""
         parts: dict[str, Source] = {}
         for source in sources:
             if twice := sorted(parts.keys() & source.specs.keys()):
@@ -147,7 +155,7 @@ class JoinedSource:
 
     @property
     def location(self) -> str:
-        """The path."""
+        """Path of the tree."""
         return str(self.path)
 
     @property
@@ -157,23 +165,23 @@ class JoinedSource:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every tensor's dtype and shape."""
+        """Dtype and shape of every tensor."""
         specs = {id(source): source.specs for source in self.parts.values()}
         return {name: specs[id(source)][name] for name, source in self.parts.items()}
 
     def open(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
-        """Open the tensor where it lies."""
+        """Open the tensor in the part that holds it."""
         return self.parts[name].open(name)
 
     def drop(self, name: str) -> None:
-        """Give back what reading has made resident."""
+        """Give back memory that reading has made resident."""
         self.parts[name].drop(name)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Return the leaves of nested mappings, sequences and NNX states under dotted names, without Nones.
+    """Return the leaves of nested mappings, sequences and NNX states under dotted names.
 
-    Raises CheckpointError if two leaves have the same dotted name.
+    Nones are left out. Raises CheckpointError if two leaves have the same dotted name.
     """
     leaves: dict[tuple[str, ...], Any] = {}
 
@@ -203,9 +211,9 @@ def is_random_state(leaf: Any) -> bool:
 def dotted_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Return the dotted name of every leaf of a tree, given the paths of all of them.
 
-    NNX wraps each leaf in a mapping with the only key ``value`` (or ``raw_value``). Such wrappers are
-    removed if most leaves below the top have one: a tree may hold an NNX state beside plain leaves.
-    In any other tree, ``value`` is a name like any other.
+    NNX wraps each leaf in a mapping with the only key ``value`` (or ``raw_value``). Such wrappers
+    are removed if most leaves below the top have one: a tree may hold an NNX state beside plain
+    leaves. In any other tree, ``value`` is a name like any other.
 
     Raises CheckpointError if two paths have the same name.
     """
@@ -236,7 +244,10 @@ def _joined(path: tuple[str, ...]) -> str:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of what the source says it holds and of its stamp, its files' sizes and times: equal if unchanged."""
+    """Return a hash of the source's specs, its stamp, and sizes and times of its files.
+
+    It is equal if the source is unchanged.
+    """
     specs = sorted((n, str(s.dtype), s.shape) for n, s in source.specs.items())
     digest = hashlib.sha256(repr((specs, source.stamp)).encode())
     if source.path is not None:

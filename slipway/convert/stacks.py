@@ -1,6 +1,8 @@
-"""Which axis of each array counts the layers of a stack, as nnx.vmap and nn.scan make them.
+"""Stack axes of arrays: the axes that count the layers of a stack, as nnx.vmap and nn.scan make
+them.
 
-A layer's class tells the shape of one layer's array; where that leaves several axes, metadata or the user decides.
+A layer's class determines the shape of one layer's array; where that leaves several axes, metadata
+or the user decides. Not here: the search for layers (nnx_walk.py, linen_walk.py).
 """
 
 import dataclasses
@@ -18,14 +20,14 @@ _METADATA = ("out_sharding", "sharding_names", "sharding")  # of NNX variables, 
 
 @dataclasses.dataclass(frozen=True)
 class Stacks:
-    """The stack axes of each layer's arrays, by (path, attribute), and which path level each stack belongs to."""
+    """Stack axes of each layer's arrays by (path, attribute), and the path level of each stack."""
 
     axes: Mapping[tuple[tuple[str, ...], str], Axes]
     depths: Mapping[tuple[str, ...], int]
     problems: list[str]
 
     def of(self, layer: Layer, attribute: str) -> Axes:
-        """The array's stack axes, outermost first."""
+        """Return the array's stack axes, outermost first."""
         return self.axes.get((layer.path, attribute), ())
 
 
@@ -36,8 +38,8 @@ def find(
 ) -> Stacks:
     """Return the stack axes of all layers.
 
-    ``told``: prefixes of attribute paths, and the axes that the user has given for what is below. ``seen``: the axes
-    over which the module was seen to scan.
+    ``told``: prefixes of attribute paths, and the axes that the user has given for the arrays
+    below. ``seen``: the axes over which the module was seen to scan.
     """
     axes: dict[tuple[tuple[str, ...], str], Axes] = {}
     problems: list[str] = []
@@ -60,8 +62,9 @@ def find(
                 if chosen not in [p for axes_ in fitting for p in itertools.permutations(axes_)]:
                     shape = tuple(layer.variables[attribute].shape)
                     problems.append(
-                        f"stack_axes[{prefix!r}]={given!r}: {path} of shape {shape} cannot be stacked on it; its class "
-                        f"says {layer.shapes.get(attribute, 'nothing')} for one layer"
+                        f"stack_axes[{prefix!r}]={given!r}: {path} of shape {shape} cannot be "
+                        f"stacked on it; one layer of its class has the shape "
+                        f"{layer.shapes.get(attribute, 'of no array')}"
                     )
                     continue
                 axes[key] = chosen
@@ -81,7 +84,10 @@ def find(
 
 
 def _fitting(layer: Layer, attribute: str) -> list[Axes]:
-    """The axes without which the array has the shape of one layer's; the first ones of a class of the user's own."""
+    """Return the axes without which the array has the shape of one layer's array.
+
+    For a user-defined class these are the first axes.
+    """
     shape, one = tuple(layer.variables[attribute].shape), layer.shapes.get(attribute)
     if one is None:
         return [tuple(range(layer.stacked))]
@@ -93,7 +99,9 @@ def _fitting(layer: Layer, attribute: str) -> list[Axes]:
 
 
 def _by_metadata(layer: Layer, attribute: str, fitting: list[Axes]) -> list[Axes]:
-    """Those axes that the array's partition names call layers, where it has such names."""
+    """Return the axes of ``fitting`` that the array's partition names call layers, if it has such
+    names.
+    """
     variable = layer.variables[attribute]
     metadata = variable.get_metadata() if isinstance(variable, nnx.Variable) else {}
     names: Any = next((n for field in _METADATA if (n := metadata.get(field)) is not None), None)
@@ -114,7 +122,10 @@ def _question(layer: Layer, attribute: str, fitting: list[Axes]) -> str:
     shape, path = tuple(layer.variables[attribute].shape), f"{layer.dotted}.{attribute}"
     one = layer.shapes.get(attribute)
     if not fitting:
-        return f"{path}: shape {shape} holds no stack of arrays of shape {one}, which {layer.kind} says"
+        return (
+            f"{path}: shape {shape} is no stack of arrays of shape {one}, "
+            f"the shape of one {layer.kind}"
+        )
     choice = " or ".join(str(axes[0] if len(axes) == 1 else axes) for axes in fitting)
     example = fitting[0][0] if layer.stacked == 1 else fitting[0]
     what = "the axis that counts the layers (nnx.vmap's out_axes for it)"
@@ -122,12 +133,15 @@ def _question(layer: Layer, attribute: str, fitting: list[Axes]) -> str:
         what = "the axes that count the layers, the outermost stack's first"
     return (
         f"{path}: an array of shape {shape} may be stacked on axis {choice}; give {what} in "
-        f"stack_axes={{{layer.path[0]!r}: {example!r}}}, or for this array alone, {{{path!r}: {example!r}}}"
+        f"stack_axes={{{layer.path[0]!r}: {example!r}}}, "
+        f"or only for this array, {{{path!r}: {example!r}}}"
     )
 
 
 def _depth(layer: Layer, layers: Sequence[Layer]) -> int:
-    """How many of the path's levels lie outside the stack: the fewest under which every layer is stacked."""
+    """Return the number of path levels outside the stack: the fewest below which every layer is
+    stacked.
+    """
     if layer.stacked:
         for depth in range(1, len(layer.path) + 1):
             beside = [other for other in layers if other.path[:depth] == layer.path[:depth]]
@@ -139,7 +153,7 @@ def _depth(layer: Layer, layers: Sequence[Layer]) -> int:
 def _unequal(
     layers: Sequence[Layer], axes: Mapping, depths: Mapping[tuple[str, ...], int]
 ) -> list[str]:
-    """Stacks whose arrays count different numbers of layers."""
+    """Return problems of stacks with arrays that count different numbers of layers."""
     counts: dict[tuple[str, ...], dict[Axes, str]] = {}
     for layer in layers:
         for attribute, variable in layer.variables.items():
@@ -149,7 +163,8 @@ def _unequal(
                 counts.setdefault(stack, {}).setdefault(count, f"{layer.dotted}.{attribute}")
     return [
         f"{'.'.join(stack)}: a stack of unequal arrays: "
-        f"{', '.join(f'{name} has {count} layers' for count, name in held.items())}; give their axes in stack_axes="
+        f"{', '.join(f'{name} has {count} layers' for count, name in held.items())}; "
+        "give their axes in stack_axes="
         for stack, held in counts.items()
         if len(held) > 1
     ]

@@ -1,4 +1,8 @@
-"""Decides which files belong to a tokenizer and whether its ids fit a vocabulary; knows no weights."""
+"""Tokenizer files of a model: which files these are, their copies, and checks against the
+vocabulary.
+
+Not here: tokenization (slipway/codec/tokenizer.py).
+"""
 
 import json
 import shutil
@@ -9,9 +13,11 @@ from typing import Any
 GENERATION = "generation_config.json"
 # The files that transformers, mistral-common and tiktoken read; no code.
 PATTERNS = (
-    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab-*.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json",
-    "entity_vocab.json", "target_vocab.json", "normalizer.json", "word_shape.json",
+    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab-*.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt",
+    "emoji.json", "byte_maps.json", "entity_vocab.json", "target_vocab.json", "normalizer.json",
+    "word_shape.json",
     "word_pronunciation.json", "prophetnet.tokenizer",
     "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "tekken.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
@@ -29,7 +35,9 @@ def tokenizer_files(directory: Path | None) -> list[Path]:
 
 
 def copy_tokenizer(directory: Path | None, target: Path) -> None:
-    """Copy the tokenizer's files, chat templates in their folder included, from ``directory`` to ``target``."""
+    """Copy the tokenizer's files from ``directory`` to ``target``, with the folder of chat
+    templates.
+    """
     for path in tokenizer_files(directory):
         assert directory is not None
         copy = target / path.relative_to(directory)
@@ -38,7 +46,9 @@ def copy_tokenizer(directory: Path | None, target: Path) -> None:
 
 
 def generation_file(config: Path | None, source: Path | None) -> Path | None:
-    """generation_config.json beside the config.json that is used, where there is one."""
+    """Return the path of generation_config.json beside the config.json that is used, if it
+    exists.
+    """
     directory = config or source
     return (
         directory / GENERATION
@@ -50,7 +60,7 @@ def generation_file(config: Path | None, source: Path | None) -> Path | None:
 def tokenizer_problems(
     directory: Path | None, generation: Path | None, config: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What does not fit the vocabulary: ids beyond it, a directory without a tokenizer."""
+    """Yield ids beyond the vocabulary, and a directory without a tokenizer."""
     vocab_size = config.get("vocab_size")
     if directory is not None:
         if not tokenizer_files(directory):

@@ -19,7 +19,7 @@ Axes = Sequence[Axis]
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a run has shown. ``axes`` are by the identity of the variable, or of the array."""
+    """Result of a run. ``axes`` are by the identity of the variable, or of the array."""
 
     axes: Mapping[int, Axes]
     jaxpr: Any
@@ -27,7 +27,7 @@ class Trace:
     outputs: Sequence[np.ndarray]
 
     def of(self, variable: Any) -> Axes | None:
-        """The axes of a variable that the run has used."""
+        """Return the axes of a variable that the run has used; None for another one."""
         axes = self.axes.get(id(variable))
         if axes is None:
             return None
@@ -35,7 +35,7 @@ class Trace:
         return axes if not found or any(leaf.is_used for leaf in found) else None
 
     def scanned(self, variable: Any) -> tuple[int, ...]:
-        """The axes over which the run has scanned."""
+        """Return the axes over which the run has scanned."""
         axes = self.axes.get(id(variable), ())
         return tuple(
             i for i, axis in enumerate(axes) if any(leaf.is_scanned for leaf in leaves(axis))
@@ -43,7 +43,7 @@ class Trace:
 
 
 def trace_nnx(module: nnx.Module, example: Any) -> Trace:
-    """Run ``module``, as ``module.eval()`` leaves it, on an example."""
+    """Run ``module`` on an example, in the state of ``module.eval()``."""
     graph, state = nnx.split(module)
     held = list(nnx.to_flat_state(state))
     variables = {
@@ -66,7 +66,10 @@ def trace(
     ids: Sequence[int],
     example: Any,
 ) -> Trace:
-    """Run ``call`` on variables' values and an example: an array, a tuple of arguments or a mapping of keyword ones."""
+    """Run ``call`` on variables' values and an example.
+
+    ``example``: an array, a tuple of arguments or a mapping of keyword arguments.
+    """
     args, kwargs = arguments(example)
     given, structure = jax.tree.flatten((args, kwargs))
     at = [i for i, leaf in enumerate(given) if isinstance(leaf, np.ndarray | jax.Array)]

@@ -87,7 +87,9 @@ def assembled(
 
 
 def fill(target: np.ndarray, source: np.ndarray, factor: float) -> None:
-    """Compute ``target = source * factor`` for views of equal shape, rounded once to the nearest."""
+    """Compute ``target = source * factor``, rounded once to the nearest, for views of equal
+    shape.
+    """
     if factor == 1.0 and source.dtype == target.dtype:
         copy_bits(target, source)
     elif factor == 1.0:

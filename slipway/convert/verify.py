@@ -1,6 +1,7 @@
-"""Decides whether a converted checkpoint holds what its source holds: the way back, compared number by number.
+"""Verification of a conversion: the result is converted back and compared with the source.
 
-Knows no formats. What may differ, and by how much, is what the conversion reported while it wrote.
+Only the differences that the conversion reported while it wrote are allowed. Here are also the
+reports. Not here: comparison of logits (slipway/parity.py, slipway/expected_logits.py).
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ NOT_COMPARED = "not compared with the original's logits"
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """How one source tensor compares with what the way back gives."""
+    """Differences of one source tensor from the result of the inverse conversion."""
 
     name: str
     differing: int
@@ -33,7 +34,7 @@ class Compared:
 
 
 class _Comparing:
-    """A writer that compares what it is given with the tensors of ``source``."""
+    """Writer that compares the tensors that it gets with those of ``source``."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -69,10 +70,11 @@ class _Comparing:
 
 
 def verify(conversion: Conversion, written: Sequence[Written], directory: Path) -> list[Compared]:
-    """Read ``directory`` anew and compare every source tensor with what the inverse of its rule gives.
+    """Read ``directory`` anew and compare every source tensor with the result of its rule's
+    inverse.
 
-    Raises CheckpointError, listing every tensor that differs by more than its conversion reported, or that nothing
-    in ``directory`` gives back.
+    Raises CheckpointError, listing every tensor that differs by more than its conversion reported,
+    or that does not follow from ``directory``.
     """
     plan, source = conversion.plan, conversion.source
     made = open_source(directory)
@@ -94,23 +96,21 @@ def verify(conversion: Conversion, written: Sequence[Written], directory: Path) 
         bounds[name] = max(ulp, bounds.get(name, 0))
     tied = {pair[0].source.name for pair in conversion.options.tied.values()}
     for entry in comparing.compared:
-        if (
-            entry.differing
-            and entry.name not in noted
-            and entry.max_ulp > bounds.get(entry.name, 0)
-        ):
+        is_noted = entry.name in noted or entry.max_ulp <= bounds.get(entry.name, 0)
+        if entry.differing and not is_noted:
             problems.append(
-                f"{entry.name}: {entry.differing} numbers come back differently, by up to {entry.max_ulp} ulp"
+                f"{entry.name}: {entry.differing} numbers differ after the inverse, "
+                f"by up to {entry.max_ulp} ulp"
             )
     missing = plan.sources.keys() - {entry.name for entry in comparing.compared} - tied
-    problems += [f"{name}: nothing gives it back" for name in sorted(missing)]
+    problems += [f"{name}: does not follow from the result" for name in sorted(missing)]
     if problems:
         raise CheckpointError(directory, problems)
     return sorted(comparing.compared, key=lambda c: c.name)
 
 
 def _constants(conversion: Conversion, made: Source) -> Iterator[str]:
-    """What was written of the mapping's constants and is not their value."""
+    """Yield the mapping's constants that were written with another value."""
     mapping, to_hf = conversion.plan.mapping, conversion.plan.direction == "to_hf"
     for name, value in mapping.hf_constants.items() if to_hf else ():
         if name not in made.specs:
@@ -127,7 +127,7 @@ def report(
     compared: Sequence[Compared],
     logits: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything that is known of a conversion, as JSON."""
+    """Return all facts about a conversion, as JSON."""
     return {
         "source": conversion.source.location,
         "mapping": conversion.plan.mapping.name,
@@ -142,15 +142,20 @@ def report(
 
 
 def explain(conversion: Conversion) -> str:
-    """Every tensor's rule, shapes before and after and bytes, and what stands in the way; nothing is read."""
+    """Return text with every tensor's rule, shapes, dtypes and bytes, and all problems.
+
+    No values are read.
+    """
     plan, lines = conversion.plan, []
     for name, moves in plan.moves.items():
         spec = conversion.targets[name]
         for held in moves:
             source = plan.sources[held.source.name]
+            scale = f"  {held.rule.scale}" if held.rule.scale else ""
             lines.append(
-                f"{held.source.name} {source.dtype}{list(source.shape)} -> {name} {spec.dtype}{list(spec.shape)}"
-                f"  {spec.nbytes:,} B\n    {held.rule.axes}{f'  {held.rule.scale}' if held.rule.scale else ''}"
+                f"{held.source.name} {source.dtype}{list(source.shape)} -> "
+                f"{name} {spec.dtype}{list(spec.shape)}  {spec.nbytes:,} B\n"
+                f"    {held.rule.axes}{scale}"
             )
     lines += [
         f"{name}: must equal what it is tied to, not written" for name in conversion.options.tied
@@ -176,28 +181,34 @@ def summary(
     logits: Mapping[str, Any] | None,
     original: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the report that a person reads; ``original``: the comparison with the original model's logits."""
+    """Return the report for a person.
+
+    ``original``: the comparison with the original model's logits.
+    """
     lossy = [w for w in written if not w.lossless]
     lines = [
-        f"{len(compared)} source tensors compared through the inverse: {len(written) - len(lossy)} of "
-        f"{len(written)} written ones are bit for bit",
+        f"{len(compared)} source tensors compared through the inverse: "
+        f"{len(written) - len(lossy)} of {len(written)} written ones are bit for bit",
         "  (consistent with the mapping's rules, right or wrong: a wrong rule has a wrong inverse)",
     ]
     lines += [
-        f"  {w.name}: {w.source_dtype} -> {w.dtype}, back within {w.max_ulp} ulp {'; '.join(w.notes)}"
+        f"  {w.name}: {w.source_dtype} -> {w.dtype}, "
+        f"back within {w.max_ulp} ulp {'; '.join(w.notes)}"
         for w in lossy
     ]
     if logits and logits["max_logprob_difference"] is not None:
         lines.append(
-            f"{' and '.join(logits['programs'])} agree on {logits['tokens']} tokens of the converted model: "
+            f"{' and '.join(logits['programs'])} agree on {logits['tokens']} tokens "
+            f"of the converted model: "
             f"log-probabilities differ by at most {logits['max_logprob_difference']:.1e}"
         )
     lines += [f"not run: {reason}" for reason in (logits or {}).get("not_run", ())]
     if original is None:
         return "\n".join([*lines, NOT_COMPARED])
     lines.append(
-        f"the original's {original['quantity']} against the converted model's in {original['program']}: at most "
-        f"{original['max_difference']:.1e} apart ({original['tolerance']:.1e} allowed), likeliest token the same at "
+        f"the original's {original['quantity']} against the converted model's in "
+        f"{original['program']}: at most {original['max_difference']:.1e} apart "
+        f"({original['tolerance']:.1e} allowed), likeliest token the same at "
         f"{original['same_argmax']:.1%} of {original['positions']} positions"
     )
     return "\n".join(lines)

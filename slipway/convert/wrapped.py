@@ -1,6 +1,6 @@
-"""Sources whose names are Hugging Face's below the wrappers that training code puts around a model.
+"""Sources that read tensors without the names of wrappers that training code puts around a model.
 
-Not here: which wrappers there are (checkpoint/names.py).
+Not here: the list of wrappers (slipway/checkpoint/names.py).
 """
 
 import contextlib
@@ -17,24 +17,24 @@ from slipway.convert.source import Source
 
 @dataclasses.dataclass(frozen=True)
 class RenamedSource:
-    """A source whose tensors are read under other names."""
+    """A source that reads tensors under other names."""
 
     source: Source
-    held: Mapping[str, str]  # new name -> the source's own
+    held: Mapping[str, str]  # new name -> name in the source
 
     @property
     def path(self) -> Path | None:
-        """Where the source lies."""
+        """Path of the source on this machine, if any."""
         return self.source.path
 
     @property
     def location(self) -> str:
-        """Where the source was found."""
+        """Location of the source, for errors and reports."""
         return self.source.location
 
     @property
     def stamp(self) -> str:
-        """The source's own."""
+        """Stamp of the source."""
         return self.source.stamp
 
     @property
@@ -44,29 +44,30 @@ class RenamedSource:
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Every tensor's dtype and shape, under its new name."""
+        """Dtype and shape of every tensor, by new name."""
         specs = self.source.specs
         return {new: specs[old] for new, old in self.held.items()}
 
     def open(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
-        """The tensor of this new name."""
+        """Open the tensor with this new name."""
         return self.source.open(self.held[name])
 
     def drop(self, name: str) -> None:
-        """Give back what reading has made resident."""
+        """Give back memory that reading has made resident."""
         self.source.drop(self.held[name])
 
     @property
     def note(self) -> str:
-        """Which names are read as which, by an example."""
+        """Description of the renaming, by an example."""
         new, old = next((new, old) for new, old in self.held.items() if new != old)
-        return f"names: without what training code puts around a model: {old} is {new}"
+        return f"names: without the wrappers of training code: {old} is {new}"
 
 
 def declared(source: Source, wanted: Container[str]) -> RenamedSource | None:
-    """Return the source under the ``wanted`` names below its wrappers; None if it has these already, or has others.
+    """Return the source under the ``wanted`` names, without wrappers.
 
-    Raises CheckpointError for tensors of an adapter that is not merged, and for two names of one tensor.
+    None if it has these names already, or other ones. Raises CheckpointError for tensors of an
+    adapter that is not merged, and for two names of one tensor.
     """
     own = source.specs.keys()
     if all(name in wanted for name in own):
@@ -76,7 +77,10 @@ def declared(source: Source, wanted: Container[str]) -> RenamedSource | None:
 
 
 def bare(source: Source) -> RenamedSource | None:
-    """Return the source under its names without any wrapper; None where none has one, or two names become the same."""
+    """Return the source under its names without any wrapper.
+
+    None where no name has a wrapper, or two names become the same.
+    """
     return _renamed(source, {name: names.bare(name) for name in source.specs})
 
 

@@ -1,5 +1,4 @@
-"""Writer of converted safetensors directories: written aside, flushed, renamed when all files are
-whole.
+"""Writer of converted safetensors directories: written aside, flushed, and renamed when complete.
 
 Everything is written below ``OUT/.slipway-convert`` first; ``finish`` moves it into place,
 ``abandon`` removes it. After a kill no file in OUT has the name of a checkpoint's file, and the
@@ -26,6 +25,8 @@ from slipway.checkpoint import shards
 from slipway.checkpoint.copying import start_writeback
 from slipway.checkpoint.files import INDEX
 from slipway.checkpoint.shards import PAGE, Spec
+from slipway.convert.remote import is_address
+from slipway.errors import InvalidConfig
 
 ASIDE = ".slipway-convert"
 JOURNAL = "journal.json"
@@ -207,3 +208,33 @@ def journal(aside: Path, identity: str) -> dict[str, Facts]:
     except (FileNotFoundError, ValueError):
         return {}
     return journal["done"] if journal.get("identity") == identity else {}
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path, resume: bool) -> Iterator[None]:
+    """Make ``directory`` for the output; remove it if the context fails and it did not exist
+    before.
+    """
+    if is_address(directory):
+        raise InvalidConfig(
+            "out_dir",
+            str(directory),
+            "a local directory: gs:// and s3:// have no rename and no fsync",
+        )
+    existed = directory.exists()
+    # A conversion to resume may have put some of its files into place already.
+    is_begun = resume and (directory / ASIDE).is_dir()
+    if existed and not is_begun and not _is_empty(directory):
+        raise InvalidConfig("out_dir", str(directory), "a new or an empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:  # after an interruption, too, nothing stays
+        if not existed:
+            shutil.rmtree(directory)
+        raise
+
+
+def _is_empty(directory: Path) -> bool:
+    """Return whether a directory holds nothing but an unfinished conversion."""
+    return directory.is_dir() and all(path.name == ASIDE for path in directory.iterdir())

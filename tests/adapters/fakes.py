@@ -1,7 +1,8 @@
-"""Fakes of the objects of vLLM and tpu-inference that the adapters read, for tests without either package.
+"""Fakes of the objects of vLLM and tpu-inference that the adapters read, for tests without either
+package.
 
-Not here: the list of fields that the adapters read (slipway/adapters/engine_fields.py), which the adapters benchmark
-checks against the real objects.
+Not here: the list of fields that the adapters read (slipway/adapters/engine_fields.py), which the
+adapters benchmark checks against the real objects.
 """
 
 import dataclasses

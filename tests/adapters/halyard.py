@@ -1,7 +1,7 @@
 """Halyard, an architecture that no engine has, as a user of `slipway adapt` writes its torch twin.
 
-Attention and feed-forward read the same normed input, with a gain per channel for each; squared ReLU; half of every
-head is rotated, and the softmax is sharper than usual.
+Attention and feed-forward read the same normed input, with a gain per channel for each; squared
+ReLU; half of every head is rotated, and the softmax is sharper than usual.
 """
 
 from typing import ClassVar

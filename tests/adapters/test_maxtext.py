@@ -214,7 +214,9 @@ def test_every_layer_has_the_cache_that_its_name_leads_to(fake_maxtext, places, 
 
 
 def test_a_decoder_that_drops_a_cache_is_refused():
-    """MaxText's Llama gives None for it where a checkpoint's layers are scanned, and skips attention at None."""
+    """MaxText's Llama gives None for it where a checkpoint's layers are scanned, and skips
+    attention at None.
+    """
     caches = maxtext.ByLayer([jnp.zeros(2)], {0: 0})
     with pytest.raises(InvalidConfig, match="scan_layers=False"):
         caches[0] = None

@@ -1,4 +1,6 @@
-"""`slipway adapt`: packages that stand-ins for the engines load, and every way in which a twin is refused."""
+"""`slipway adapt`: packages that stand-ins for the engines load, and every way in which a twin is
+refused.
+"""
 
 import json
 import os
@@ -45,13 +47,16 @@ package, name, value, directory = sys.argv[1:]
 for _ in range(2):  # engines may ask twice in a process
     EntryPoint(name, value, "").load()()
 config = AutoConfig.from_pretrained(directory)
-classes = [type(config), type(AutoModel.from_config(config)), type(AutoModelForCausalLM.from_config(config))]
+models = AutoModel.from_config(config), AutoModelForCausalLM.from_config(config)
+classes = [type(each) for each in (config, *models)]
 found = pkgutil.iter_modules([f"{package}/{name}"])
 modules = [importlib.import_module(f"{name}.{module.name}") for module in found]
 # hasattr: the modules of configs name no class
-entries = {m.EntryClass.__name__: m.EntryClass.__mro__[1].__module__ for m in modules if hasattr(m, "EntryClass")}
+found = [module.EntryClass for module in modules if hasattr(module, "EntryClass")]
+entries = {kind.__name__: kind.__mro__[1].__module__ for kind in found}
 vllm = sys.modules.get("vllm")
-print(json.dumps([[c.__name__ for c in classes], entries, dict(vllm.ModelRegistry.models) if vllm else {}]))
+registered = dict(vllm.ModelRegistry.models) if vllm else {}
+print(json.dumps([[kind.__name__ for kind in classes], entries, registered]))
 """
 
 
@@ -199,62 +204,97 @@ NEW_HEAD = "self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias
 # What is changed in Halyard's file, the engines that would then compute something else, the error.
 UNLIKE = {
     "attention of its own": (
-        [(f"out, _ = {CALL}", OWN)], ENGINES, "attention: layers [] called ALL_ATTENTION_FUNCTIONS",
+        [(f"out, _ = {CALL}", OWN)],
+        ENGINES,
+        "attention: layers [] called ALL_ATTENTION_FUNCTIONS",
     ),
     "a mask": (
         [(CALL, CALL.replace("None", "angles"))],
-        ENGINES, "layer 1: attention_mask: got a mask of the twin's own",
+        ENGINES,
+        "layer 1: attention_mask: got a mask of the twin's own",
     ),
-    "keys repeated for every head": ([(HEADS, REPEATED)], ENGINES, "layer 0: key: got (1, 4, 5, 64)"),
-    "no causal attention": ([("is_causal = True", "is_causal = False")], ENGINES, "layer 0: is_causal: got False"),
+    "keys repeated for every head": (
+        [(HEADS, REPEATED)],
+        ENGINES,
+        "layer 0: key: got (1, 4, 5, 64)",
+    ),
+    "no causal attention": (
+        [("is_causal = True", "is_causal = False")],
+        ENGINES,
+        "layer 0: is_causal: got False",
+    ),
     "a window that config.json does not have": (
         [(CALL, CALL.replace("None,", "None, sliding_window=8,"))],
-        ENGINES, "layer 0: sliding_window: got 8",
+        ENGINES,
+        "layer 0: sliding_window: got 8",
     ),
     "a cap on the scores": (
-        [(CALL, CALL.replace("None,", "None, softcap=30.0,"))], ENGINES, "layer 0: softcap: got 30.0"
+        [(CALL, CALL.replace("None,", "None, softcap=30.0,"))],
+        ENGINES,
+        "layer 0: softcap: got 30.0",
     ),
     "layers without numbers": (
         [(NUMBERS, "self.number = layer_idx")],
-        ENGINES, "attention: layers [None, None]",
+        ENGINES,
+        "attention: layers [None, None]",
     ),
     "a scale that vLLM does not see": (
         [(CALL, CALL.replace("scaling=self.scaling", '**{"scaling": self.scaling}'))],
-        ("vllm",), "layer 0: scaling: vLLM reads it in forward's source",
+        ("vllm",),
+        "layer 0: scaling: vLLM reads it in forward's source",
     ),
     "keywords that end in the model": (
         [("x = layer(x, angles, **kwargs)", "x = layer(x, angles)")],
-        ("sglang",), "layer 0: **kwargs: forward's must reach",
+        ("sglang",),
+        "layer 0: **kwargs: forward's must reach",
     ),
-    "no position_ids": ([("position_ids=None, ", "")], ENGINES, "HalyardModel.forward: position_ids: no such"),
+    "no position_ids": (
+        [("position_ids=None, ", "")],
+        ENGINES,
+        "HalyardModel.forward: position_ids: no such",
+    ),
     "two results first": (
         [("last_hidden_state=self.norm(x))", "last_hidden_state=self.norm(x)[0])")],
-        ENGINES, "HalyardModel.forward: got (5, 128) first, expected (1, 5, 128)",
+        ENGINES,
+        "HalyardModel.forward: got (5, 128) first, expected (1, 5, 128)",
     ),
     "an embedding of its own": (
         [("nn.Embedding(", "Table("), (ROTATE, f"\n\nclass Table(nn.Embedding): ...\n{ROTATE}")],
-        ENGINES, "input embedding: got Table, expected nn.Embedding",
+        ENGINES,
+        "input embedding: got Table, expected nn.Embedding",
     ),
-    "logits made smaller": ([("logits=self", "logits=0.5 * self")], ENGINES, "logits: expected lm_head's"),
+    "logits made smaller": (
+        [("logits=self", "logits=0.5 * self")],
+        ENGINES,
+        "logits: expected lm_head's",
+    ),
     "something in front of the head": (
-        [("lm_head(hidden)", "lm_head(hidden.relu())")], ENGINES, "lm_head: expected to be called once, with what `model`"
+        [("lm_head(hidden)", "lm_head(hidden.relu())")],
+        ENGINES,
+        "lm_head: expected to be called once, with what `model`",
     ),
     "an RMSNorm by name": (
         [(LAYER_NORM, "self.norm = OddRMSNorm(config.hidden_size)"), (ROTATE, RMS_NORM + ROTATE)],
-        ("sglang",), "OddRMSNorm: SGLang takes it by its name for an RMSNorm",
+        ("sglang",),
+        "OddRMSNorm: SGLang takes it by its name for an RMSNorm",
     ),
     "a look at the token before": (
         [("for layer in self.layers:", "x = x + x.roll(1, 1)\n        for layer in self.layers:")],
-        ENGINES, "layers: outside of attention a token's result depends on its neighbours",
+        ENGINES,
+        "layers: outside of attention a token's result depends on its neighbours",
     ),
     "positions of its own": (
         [("if position_ids is None:", "if True:")],
-        ENGINES, "layers: outside of attention a token's result depends on its neighbours, or not on its position_ids",
+        ENGINES,
+        "layers: outside of attention a token's result depends on its neighbours, "
+        "or not on its position_ids",
     ),
     "a bias of the head": (
-        [(NEW_HEAD, NEW_HEAD.replace("False", "True"))], ("sglang",), "lm_head.bias: sglang loads only tensors in"
+        [(NEW_HEAD, NEW_HEAD.replace("False", "True"))],
+        ("sglang",),
+        "lm_head.bias: sglang loads only tensors in",
     ),
-}  # fmt: skip
+}
 
 
 def twin_with(tmp_path, *changes):
@@ -285,20 +325,33 @@ def test_what_an_engine_would_compute_otherwise_is_refused(tmp_path, saved, name
 
 
 NO_TWINS = {  # what is changed, and the field that the error names
-    "not transformers'": ([("PreTrainedModel(PreTrainedModel)", "PreTrainedModel(nn.Module)")], "twin"),
-    "another prefix": ([('_prefix = "model"', '_prefix = "trunk"')], "HalyardForCausalLM.base_model_prefix"),
+    "not transformers'": (
+        [("PreTrainedModel(PreTrainedModel)", "PreTrainedModel(nn.Module)")],
+        "twin",
+    ),
+    "another prefix": (
+        [('_prefix = "model"', '_prefix = "trunk"')],
+        "HalyardForCausalLM.base_model_prefix",
+    ),
     "no head": ([(NEW_HEAD, "self.lm_head = nn.Identity()")], "HalyardForCausalLM.lm_head"),
     "another model_type": ([('"halyard"', '"halyards"')], "HalyardConfig.model_type"),
     "a field that config.json lacks": ([("config.intermediate_size", "config.mlp_size")], "twin"),
     "a field of another type": (
-        [("class HalyardConfig", "@strict\nclass HalyardConfig"), ("head_dim: int = 64", "head_dim: str = 'x'"),
-         ("import torch\n", "import torch\nfrom huggingface_hub.dataclasses import strict\n")], "twin",
+        [
+            ("class HalyardConfig", "@strict\nclass HalyardConfig"),
+            ("head_dim: int = 64", "head_dim: str = 'x'"),
+            ("import torch\n", "import torch\nfrom huggingface_hub.dataclasses import strict\n"),
+        ],
+        "twin",
     ),
     "a module that is not here": ([("import torch\n", "import torch\nimport not_here\n")], "twin"),
     "no Python": ([("import torch\n", "import torch\nthis is\n")], "twin"),
-    "a value that is read": ([("x = self.embed_tokens", "int(input_ids[0, 0]); x = self.embed_tokens")], "twin"),
+    "a value that is read": (
+        [("x = self.embed_tokens", "int(input_ids[0, 0]); x = self.embed_tokens")],
+        "twin",
+    ),
     "another class": ([("HalyardForCausalLM", "SomethingForCausalLM")], "twin"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NO_TWINS)

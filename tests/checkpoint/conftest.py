@@ -39,7 +39,9 @@ class Model:
 
 @pytest.fixture
 def declaration() -> Model:
-    """Identity and transposed layouts, merged axes, a repeated and a padded axis, two stacks, an alias, a scalar."""
+    """Identity and transposed layouts, merged axes, a repeated and a padded axis, two stacks, an
+    alias, a scalar.
+    """
     layer = Layer(
         Attention(
             param("(heads head_dim) embed"),

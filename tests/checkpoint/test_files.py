@@ -1,4 +1,6 @@
-"""A sound directory opens as views of its files; each way of being unsound is named, and all of them at once."""
+"""A sound directory opens as views of its files; each way of being unsound is named, and all of
+them at once.
+"""
 
 import gc
 import json

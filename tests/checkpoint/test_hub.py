@@ -1,4 +1,6 @@
-"""A name is a directory or a hub id; what the hub refuses becomes one CheckpointError. The hub here is a fake one."""
+"""A name is a directory or a hub id; what the hub refuses becomes one CheckpointError. The hub here
+is a fake one.
+"""
 
 import http.server
 import json

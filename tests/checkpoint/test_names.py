@@ -19,16 +19,19 @@ WANTED = {
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_proj.weight",
-        "module.model.layers.0.self_attn.q_proj.weight", "_orig_mod.model.layers.0.self_attn.q_proj.weight",
-        "module._orig_mod.layers.0.self_attn.q_proj.weight", "model.layers.0._orig_mod.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "layers.0.self_attn.q_proj.weight",
+        "module.model.layers.0.self_attn.q_proj.weight",
+        "_orig_mod.model.layers.0.self_attn.q_proj.weight",
+        "module._orig_mod.layers.0.self_attn.q_proj.weight",
+        "model.layers.0._orig_mod.self_attn.q_proj.weight",
         "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.self_attn.q_proj.weight",
         "model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.q_proj.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
         "_fsdp_wrapped_module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
     ],
-)  # fmt: skip
+)
 def test_wrappers_around_a_name(name):
     assert names.plain([name], WANTED) == {name: "model.layers.0.self_attn.q_proj.weight"}
 

@@ -1,4 +1,6 @@
-"""Rounding to 4 and 8 bits, and what config.json says of it: against plain NumPy, and with every fault refused."""
+"""Rounding to 4 and 8 bits, and what config.json says of it: against plain NumPy, and with every
+fault refused.
+"""
 
 import dataclasses
 import json

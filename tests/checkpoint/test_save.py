@@ -1,4 +1,6 @@
-"""What is saved is what was loaded, bit for bit, in files that the safetensors library and transformers accept."""
+"""What is saved is what was loaded, bit for bit, in files that the safetensors library and
+transformers accept.
+"""
 
 import json
 

@@ -1,5 +1,5 @@
-"""New weights: what is served after an exchange is bit for bit what loading them would have given, from every kind of
-source; what does not fit changes nothing.
+"""New weights: what is served after an exchange is bit for bit what loading them would have given,
+from every kind of source; what does not fit changes nothing.
 """
 
 import json
@@ -86,7 +86,9 @@ def test_every_source_of_hf_names_gives_what_loading_gives(tiny, mode, tensor, s
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_resharding_from_mesh_to_mesh_and_back(tiny, stacked):
-    """KV heads are repeated for four devices, and the odd vocabulary padded; the way back undoes both."""
+    """KV heads are repeated for four devices, and the odd vocabulary padded; the way back undoes
+    both.
+    """
     before = None
     for data, tensor in [(1, 1), (1, 4), (2, 4), (1, 2), (1, 1)]:
         target = weights(tiny, data, tensor, stacked, dummy=True)
@@ -268,7 +270,9 @@ def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
 
 
 def test_numbers_that_are_not_finite_roll_back_what_is_made_beside(tiny):
-    """They are looked at while they are copied; then the error says the same as the check before would have."""
+    """They are looked at while they are copied; then the error says the same as the check before
+    would have.
+    """
     target, arrays = weights(tiny), named(tiny)
     exchange(target, arrays, "1", "atomic")
     wrong = {name: x.copy() for name, x in arrays.items()}
@@ -370,7 +374,9 @@ def test_a_failure_half_way_rolls_back_or_says_so(tiny):
 
 
 def test_what_a_failure_leaves_beside_is_never_served(tiny):
-    """Arrays from devices take the place of spare blocks; if the rest cannot be had, neither is used again."""
+    """Arrays from devices take the place of spare blocks; if the rest cannot be had, neither is
+    used again.
+    """
     target, arrays = weights(tiny), named(tiny)
     for version in ("1", "2"):
         exchange(target, arrays, version, "atomic")
@@ -394,7 +400,9 @@ def test_what_a_failure_leaves_beside_is_never_served(tiny):
 
 
 def test_the_memory_of_the_old_arrays_holds_the_new_ones(tiny):
-    """On a CPU an exchange in place takes no memory: the first one leaves the file's mapping, later ones stay."""
+    """On a CPU an exchange in place takes no memory: the first one leaves the file's mapping, later
+    ones stay.
+    """
     target, arrays = weights(tiny), named(tiny)
     exchange(target, arrays)
     places = [array.unsafe_buffer_pointer() for array in target.arrays]

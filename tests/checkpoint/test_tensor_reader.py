@@ -1,4 +1,6 @@
-"""Loading on 1, 2 and 4 devices, without copies where there need be none; every misfit of a checkpoint at once."""
+"""Loading on 1, 2 and 4 devices, without copies where there need be none; every misfit of a
+checkpoint at once.
+"""
 
 import gc
 import json
@@ -36,7 +38,9 @@ def put(tmp_path):
 
 
 def host(array) -> np.ndarray:
-    """The whole array, put together from the devices' parts, which must agree where they overlap."""
+    """The whole array, put together from the devices' parts, which must agree where they
+    overlap.
+    """
     out, seen = np.zeros(array.shape, array.dtype), np.zeros(array.shape, bool)
     for shard in array.addressable_shards:
         part, known = np.asarray(shard.data), seen[shard.index]
@@ -191,7 +195,8 @@ def load_model(width):
     table = Param("vocab embed", {"vocab": 16 * width, "embed": width})
     turned = Param("embed mlp", {"embed": width, "mlp": 2 * width}, hf="mlp embed")
     checkpoint = open_checkpoint(pathlib.Path(sys.argv[1], str(width)))
-    return jax.tree.leaves(load(Model(stack(layer, 32), table, turned), checkpoint, make_mesh(), sys.argv[2]))
+    model = Model(stack(layer, 32), table, turned)
+    return jax.tree.leaves(load(model, checkpoint, make_mesh(), sys.argv[2]))
 
 load_model(64)  # code and threads take memory of their own, the first time
 before = peak()

@@ -1,7 +1,9 @@
-"""Buckets on 127.0.0.1: Google's JSON API as far as tensorstore asks for it, and moto's S3. Knows no checkpoints.
+"""Buckets on 127.0.0.1: Google's JSON API as far as tensorstore asks for it, and moto's S3. Knows
+no checkpoints.
 
-https://cloud.google.com/storage/docs/json_api/v1/objects: ``list`` with startOffset, endOffset and pageToken, ``get``
-with alt=media and a range. Without the right token every answer is 401, and there are two names to a page.
+https://cloud.google.com/storage/docs/json_api/v1/objects: ``list`` with startOffset, endOffset and
+pageToken, ``get`` with alt=media and a range. Without the right token every answer is 401, and
+there are two names to a page.
 """
 
 import contextlib

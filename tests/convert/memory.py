@@ -1,4 +1,6 @@
-"""Conversions between trees in memory, for tests: a writer that keeps arrays, and both ways in one call."""
+"""Conversions between trees in memory, for tests: a writer that keeps arrays, and both ways in one
+call.
+"""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,5 @@
-"""Whole conversions: MaxText's own checkpoints to their Hugging Face twins and back, nano's path, options and errors.
+"""Whole conversions: MaxText's own checkpoints to their Hugging Face twins and back, nano's path,
+options and errors.
 
 tests/data/maxtext holds trees that MaxText made from the hf_* directories beside them.
 """
@@ -180,11 +181,18 @@ def problems_of(source, options, given=None) -> str:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_attention_heads", 8), ("num_key_value_heads", 4), ("hidden_act", "gelu"), ("tie_word_embeddings", False),
-        ("vocab_size", 1000), ("num_hidden_layers", 3), ("intermediate_size", 64), ("head_dim", 32),
-        ("attention_bias", True), ("hidden_size", 128),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", False),
+        ("vocab_size", 1000),
+        ("num_hidden_layers", 3),
+        ("intermediate_size", 64),
+        ("head_dim", 32),
+        ("attention_bias", True),
+        ("hidden_size", 128),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_the_tensors_contradict_is_named(field, value):
     config = json.loads((MAXTEXT / "hf_qwen3" / "config.json").read_text()) | {field: value}
     told = problems_of(open_source(MAXTEXT / "qwen3_scan_orbax"), ConvertConfig(), config)
@@ -285,12 +293,17 @@ def test_a_tokenizer_larger_than_the_vocabulary():
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"mapping": "keras"}, "mapping"), ({"mapping": "none.yaml"}, "mapping"), ({"shard_size": "5"}, "shard_size"),
-        ({"scan_layers": False}, "scan_layers"), ({"to": "npz", "tokenizer": NANO}, "tokenizer"),
-        ({"to": "npz", "resume": True}, "resume"), ({"to": "maxtext", "shard_size": "1GB"}, "shard_size"),
-        ({"to": "maxtext", "mapping": "nnx"}, "mapping"), ({"config": Path("nowhere.json")}, "config"),
+        ({"mapping": "keras"}, "mapping"),
+        ({"mapping": "none.yaml"}, "mapping"),
+        ({"shard_size": "5"}, "shard_size"),
+        ({"scan_layers": False}, "scan_layers"),
+        ({"to": "npz", "tokenizer": NANO}, "tokenizer"),
+        ({"to": "npz", "resume": True}, "resume"),
+        ({"to": "maxtext", "shard_size": "1GB"}, "shard_size"),
+        ({"to": "maxtext", "mapping": "nnx"}, "mapping"),
+        ({"config": Path("nowhere.json")}, "config"),
     ],
-)  # fmt: skip
+)
 def test_an_option_that_cannot_be_honoured(options, field):
     with pytest.raises(errors.InvalidConfig) as caught:
         prepare(open_source(MAXTEXT / "hf_qwen3"), ConvertConfig(**options))
@@ -381,7 +394,7 @@ def test_verification_finds_a_changed_number(tmp_path):
     changed = bytearray(path.read_bytes())
     changed[-9] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(errors.CheckpointError, match="come back differently"):
+    with pytest.raises(errors.CheckpointError, match="differ after the inverse"):
         verify(conversion, written, tmp_path / "out")
 
 

@@ -205,11 +205,21 @@ def test_layers_of_ones_own_and_a_transformer(tmp_path):
         Embed: [("embedding", "weight", "vocab embed -> vocab embed")],
     }
     fields = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32,
-        "head_dim": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
-        "hidden_act": "silu", "max_position_embeddings": 128,
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+    }
     slipway.export(model, fields, tmp_path / "out", layers=own, renames={"": "model"})
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = RNG.integers(0, 64, (2, 20))

@@ -1,4 +1,6 @@
-"""slipway.export with an example: reshapes and scans that follow from one run, against torch twins."""
+"""slipway.export with an example: reshapes and scans that follow from one run, against
+torch twins.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -56,100 +58,150 @@ def norm(features, **options):
 NETS = {
     "a flatten of a map of one axis": (
         lambda: Net(lambda m, x: m.fc(flat(m.conv(x))), conv=conv(3, 4, rank=1), fc=linear(24, 5)),
-        lambda: Twin(lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv1d(3, 4, 3), fc=nn.Linear(24, 5)),
+        lambda: Twin(
+            lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv1d(3, 4, 3), fc=nn.Linear(24, 5)
+        ),
         (2, 8, 3),
     ),
     "a flatten of a map of three axes": (
-        lambda: Net(lambda m, x: m.fc(flat(m.conv(x))), conv=conv(2, 3, 2, rank=3), fc=linear(2 * 3 * 4 * 3, 5)),
-        lambda: Twin(lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv3d(2, 3, 2), fc=nn.Linear(72, 5)),
+        lambda: Net(
+            lambda m, x: m.fc(flat(m.conv(x))),
+            conv=conv(2, 3, 2, rank=3),
+            fc=linear(2 * 3 * 4 * 3, 5),
+        ),
+        lambda: Twin(
+            lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv3d(2, 3, 2), fc=nn.Linear(72, 5)
+        ),
         (2, 3, 4, 5, 2),
     ),
     "a flatten behind a depthwise convolution and a pool": (
         lambda: Net(
             lambda m, x: m.fc(flat(nnx.max_pool(nnx.relu(m.conv(x)), (2, 2), (2, 2)))),
-            conv=conv(3, 6, feature_group_count=3), fc=linear(2 * 3 * 6, 36),
+            conv=conv(3, 6, feature_group_count=3),
+            fc=linear(2 * 3 * 6, 36),
         ),
         lambda: Twin(
             lambda m, x: m.fc(nn.functional.max_pool2d(m.conv(x).relu(), 2).flatten(1)),
-            conv=nn.Conv2d(3, 6, 3, groups=3), fc=nn.Linear(36, 36),
+            conv=nn.Conv2d(3, 6, 3, groups=3),
+            fc=nn.Linear(36, 36),
         ),
         (2, 6, 8, 3),
     ),
     "a flatten into two heads of its own size, one behind a norm": (
         lambda: Net(
             lambda m, x: m.mean(flat(m.conv(x))) * m.spread(m.norm(flat(m.conv(x)))),
-            conv=conv(3, 4), mean=linear(32, 32), spread=linear(32, 32),
+            conv=conv(3, 4),
+            mean=linear(32, 32),
+            spread=linear(32, 32),
             norm=nnx.LayerNorm(32, epsilon=1e-5, rngs=rngs()),
         ),
         lambda: Twin(
             lambda m, x: m.mean(m.conv(x).flatten(1)) * m.spread(m.norm(m.conv(x).flatten(1))),
-            conv=nn.Conv2d(3, 4, 3), mean=nn.Linear(32, 32), spread=nn.Linear(32, 32), norm=nn.LayerNorm(32),
+            conv=nn.Conv2d(3, 4, 3),
+            mean=nn.Linear(32, 32),
+            spread=nn.Linear(32, 32),
+            norm=nn.LayerNorm(32),
         ),
         (2, 4, 6, 3),
     ),
     "two flattens, of two maps": (
         lambda: Net(
             lambda m, x: m.fc1(flat(m.conv1(x))) + m.fc2(flat(m.conv2(m.conv1(x)))),
-            conv1=conv(3, 4), conv2=conv(4, 6), fc1=linear(4 * 6 * 4, 5), fc2=linear(2 * 4 * 6, 5),
+            conv1=conv(3, 4),
+            conv2=conv(4, 6),
+            fc1=linear(4 * 6 * 4, 5),
+            fc2=linear(2 * 4 * 6, 5),
         ),
         lambda: Twin(
             lambda m, x: m.fc1(m.conv1(x).flatten(1)) + m.fc2(m.conv2(m.conv1(x)).flatten(1)),
-            conv1=nn.Conv2d(3, 4, 3), conv2=nn.Conv2d(4, 6, 3), fc1=nn.Linear(96, 5), fc2=nn.Linear(48, 5),
+            conv1=nn.Conv2d(3, 4, 3),
+            conv2=nn.Conv2d(4, 6, 3),
+            fc1=nn.Linear(96, 5),
+            fc2=nn.Linear(48, 5),
         ),
         (2, 6, 8, 3),
     ),
     "a flatten of a sum of two branches": (
         lambda: Net(
             lambda m, x: m.fc(flat(m.skip(x) + m.conv2(nnx.relu(m.conv1(x))))),
-            conv1=conv(3, 3, 1), conv2=conv(3, 4), skip=conv(3, 4), fc=linear(32, 5),
+            conv1=conv(3, 3, 1),
+            conv2=conv(3, 4),
+            skip=conv(3, 4),
+            fc=linear(32, 5),
         ),
         lambda: Twin(
             lambda m, x: m.fc((m.skip(x) + m.conv2(m.conv1(x).relu())).flatten(1)),
-            conv1=nn.Conv2d(3, 3, 1), conv2=nn.Conv2d(3, 4, 3), skip=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5),
+            conv1=nn.Conv2d(3, 3, 1),
+            conv2=nn.Conv2d(3, 4, 3),
+            skip=nn.Conv2d(3, 4, 3),
+            fc=nn.Linear(32, 5),
         ),
         (2, 4, 6, 3),
     ),
     "a flattened map beside a vector": (
         lambda: Net(
             lambda m, x: m.fc(jnp.concatenate([m.time(x.mean((1, 2))), flat(m.conv(x))], -1)),
-            conv=conv(3, 4), time=linear(3, 7), fc=linear(39, 5),
+            conv=conv(3, 4),
+            time=linear(3, 7),
+            fc=linear(39, 5),
         ),
         lambda: Twin(
             lambda m, x: m.fc(torch.cat([m.time(x.mean((2, 3))), m.conv(x).flatten(1)], -1)),
-            conv=nn.Conv2d(3, 4, 3), time=nn.Linear(3, 7), fc=nn.Linear(39, 5),
+            conv=nn.Conv2d(3, 4, 3),
+            time=nn.Linear(3, 7),
+            fc=nn.Linear(39, 5),
         ),
         (2, 4, 6, 3),
     ),
     "channels moved first in JAX": (
-        lambda: Net(lambda m, x: m.fc(flat(jnp.moveaxis(m.conv(x), -1, 1))), conv=conv(3, 4), fc=linear(32, 5)),
-        lambda: Twin(lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5)),
+        lambda: Net(
+            lambda m, x: m.fc(flat(jnp.moveaxis(m.conv(x), -1, 1))),
+            conv=conv(3, 4),
+            fc=linear(32, 5),
+        ),
+        lambda: Twin(
+            lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5)
+        ),
         (2, 4, 6, 3),
     ),
     "columns of a map as steps": (
         lambda: Net(
             lambda m, x: m.fc(m.conv(x).transpose(0, 2, 1, 3).reshape(x.shape[0], 4, 8)).mean(1),
-            conv=conv(3, 4), fc=linear(8, 5),
+            conv=conv(3, 4),
+            fc=linear(8, 5),
         ),
         lambda: Twin(
             lambda m, x: m.fc(m.conv(x).permute(0, 3, 1, 2).reshape(x.shape[0], 4, 8)).mean(1),
-            conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(8, 5),
+            conv=nn.Conv2d(3, 4, 3),
+            fc=nn.Linear(8, 5),
         ),
         (2, 4, 6, 3),
     ),
     "a mean over a map that was made tokens": (
-        lambda: Net(lambda m, x: m.fc(m.conv(x).reshape(x.shape[0], 8, 4).mean(1)), conv=conv(3, 4), fc=linear(4, 8)),
-        lambda: Twin(lambda m, x: m.fc(m.conv(x).flatten(2).mean(2)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(4, 8)),
+        lambda: Net(
+            lambda m, x: m.fc(m.conv(x).reshape(x.shape[0], 8, 4).mean(1)),
+            conv=conv(3, 4),
+            fc=linear(4, 8),
+        ),
+        lambda: Twin(
+            lambda m, x: m.fc(m.conv(x).flatten(2).mean(2)),
+            conv=nn.Conv2d(3, 4, 3),
+            fc=nn.Linear(4, 8),
+        ),
         (2, 4, 6, 3),
     ),
     "an einsum over a whole map": (
         lambda: Net(
             lambda m, x: m.fc(m.conv(x)),
-            conv=conv(3, 4), fc=nnx.Einsum("bhwc,hwcd->bd", (2, 4, 4, 5), (5,), rngs=rngs()),
+            conv=conv(3, 4),
+            fc=nnx.Einsum("bhwc,hwcd->bd", (2, 4, 4, 5), (5,), rngs=rngs()),
         ),
-        lambda: Twin(lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5)),
+        lambda: Twin(
+            lambda m, x: m.fc(m.conv(x).flatten(1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(32, 5)
+        ),
         (2, 4, 6, 3),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NETS)

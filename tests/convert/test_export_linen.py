@@ -1,4 +1,6 @@
-"""slipway.export of Flax Linen modules: CNNs, attention, decoders and stacks against torch twins, and refusals."""
+"""slipway.export of Flax Linen modules: CNNs, attention, decoders and stacks against torch twins,
+and refusals.
+"""
 
 import flax
 import jax
@@ -29,7 +31,9 @@ class Twin(nn.Module):
 
 
 def drawn(module, *args, **kwargs):
-    """The module's variables, with every weight and statistic drawn anew: zeros and ones would hide a swap."""
+    """The module's variables, with every weight and statistic drawn anew: zeros and ones would hide
+    a swap.
+    """
 
     def draw(path, x):
         x = RNG.standard_normal(np.shape(x)).astype(np.float32) * 0.3
@@ -40,7 +44,9 @@ def drawn(module, *args, **kwargs):
 
 
 def assert_twin(module, twin, x, folder, *, kwargs=None, **options):
-    """The twin loads the export strictly and computes the same; maps are NHWC in Flax, NCHW in torch."""
+    """The twin loads the export strictly and computes the same; maps are NHWC in Flax, NCHW in
+    torch.
+    """
     kwargs = kwargs or {}
     variables = drawn(module, x, **kwargs)
     example = (x, *kwargs.values()) if kwargs else x
@@ -356,22 +362,42 @@ class Around(linen.Module):
 
 
 REFUSED = {
-    "a call of its own": (lambda: Doubled(4, name="fc"), "fc: Doubled: Doubled computes in a __call__ of its own"),
+    "a call of its own": (
+        lambda: Doubled(4, name="fc"),
+        "fc: Doubled: Doubled computes in a __call__ of its own",
+    ),
     "another product": (
-        lambda: linen.Dense(4, name="fc", dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k) * 2),
+        lambda: linen.Dense(
+            4, name="fc", dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k) * 2
+        ),
         "dot_general=",
     ),
     "a method of its own": (Output, "table: Lookup: computes in a method of its own, logits"),
-    "a mask": (lambda: linen.Conv(4, (1,), mask=jnp.ones((1, 4, 4)), name="conv"), "mask: the kernel is multiplied"),
-    "normed weights": (lambda: linen.WeightNorm(linen.Dense(4)), "WeightNorm: computes another kernel"),
-    "mapped variables": (Mapped, "twice.Dense_0: Dense: its arrays are computed from the variables"),
-    "a matrix for each index": (lambda: linen.DenseGeneral(4, batch_dims=(0,), name="fc"), "batch_dims=(0,)"),
+    "a mask": (
+        lambda: linen.Conv(4, (1,), mask=jnp.ones((1, 4, 4)), name="conv"),
+        "mask: the kernel is multiplied",
+    ),
+    "normed weights": (
+        lambda: linen.WeightNorm(linen.Dense(4)),
+        "WeightNorm: computes another kernel",
+    ),
+    "mapped variables": (
+        Mapped,
+        "twice.Dense_0: Dense: its arrays are computed from the variables",
+    ),
+    "a matrix for each index": (
+        lambda: linen.DenseGeneral(4, batch_dims=(0,), name="fc"),
+        "batch_dims=(0,)",
+    ),
     "a norm over two axes": (
         lambda: linen.LayerNorm(reduction_axes=(-2, -1), feature_axes=(-2, -1), name="n"),
         "torch's norms have the last axis",
     ),
-    "no counterpart": (lambda: linen.ConvLocal(4, (1,), name="local"), "local.kernel: a variable of no known layer"),
-}  # fmt: skip
+    "no counterpart": (
+        lambda: linen.ConvLocal(4, (1,), name="local"),
+        "local.kernel: a variable of no known layer",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -26,10 +26,7 @@ pytestmark = pytest.mark.host
 
 
 def write_flax(flat: dict, form: str, path: Path) -> Path:
-    """What Flax's own tools, transformers' Flax classes and others' streams leave at a path."""
-
-    def nested(arrays):
-        return unflatten_dict({tuple(name.split(".")): x for name, x in arrays.items()})
+    """Files of Flax's own tools, of transformers' Flax classes and of streams, at a path."""
 
     def scaled(factor):
         return nested({name: x * x.dtype.type(factor) for name, x in flat.items()})
@@ -80,19 +77,25 @@ def write_flax(flat: dict, form: str, path: Path) -> Path:
                 serialization.msgpack_serialize({"params": nested(named)})
             )
         case "shards":
-            path.mkdir()
-            files = {
-                name: f"flax_model-{i % 2 + 1:05d}-of-00002.msgpack" for i, name in enumerate(flat)
-            }
-            for file in set(files.values()):
-                part = {name: x for name, x in flat.items() if files[name] == file}
-                (path / file).write_bytes(serialization.to_bytes(nested(part)))
-            index = {
-                "metadata": {},
-                "weight_map": {name.replace(".", "/"): file for name, file in files.items()},
-            }
-            (path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+            write_shards(flat, path)
     return path
+
+
+def write_shards(flat: dict, path: Path) -> None:
+    """Shards and index, as transformers' Flax classes write them."""
+    path.mkdir()
+    files = {name: f"flax_model-{i % 2 + 1:05d}-of-00002.msgpack" for i, name in enumerate(flat)}
+    for file in set(files.values()):
+        part = {name: x for name, x in flat.items() if files[name] == file}
+        (path / file).write_bytes(serialization.to_bytes(nested(part)))
+    weight_map = {name.replace(".", "/"): file for name, file in files.items()}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+
+
+def nested(arrays: dict) -> dict:
+    """Nested dictionaries of arrays with dotted names."""
+    return unflatten_dict({tuple(name.split(".")): x for name, x in arrays.items()})
 
 
 def write(tree: dict, form: str, folder: Path) -> Path:
@@ -113,15 +116,15 @@ def write(tree: dict, form: str, folder: Path) -> Path:
         case "safetensors":
             shards.write_safetensors(folder / "t.safetensors", flat)
             return folder / "t.safetensors"
-        case (
-            "pairs"
-            | "pairs of paths"
-            | "numbered files"
-            | "numbered aggregates"
-            | "aggregate beside arrays"
-            | "shards"
-        ):
+        case _ if form.startswith("orbax"):
+            return write_orbax(tree, form, folder / "t")
+        case _:
             return write_flax(flat, form, folder / "t")
+
+
+def write_orbax(tree: dict, form: str, path: Path) -> Path:
+    """The tree in a directory of Orbax, by Orbax's own handlers."""
+    match form:
         case "orbax scalars":
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 held = {
@@ -131,44 +134,49 @@ def write(tree: dict, form: str, folder: Path) -> Path:
                     "step": 7,
                     "best": {"loss": np.float32(1.5)},
                 }
-                checkpointer.save((folder / "t").absolute(), held)
-            return folder / "t"
+                checkpointer.save(path.absolute(), held)
         case "orbax standard":
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((folder / "t").absolute(), tree)
-            return folder / "t"
+                checkpointer.save(path.absolute(), tree)
         case "orbax without ocdbt":
             with ocp.Checkpointer(
                 ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
             ) as checkpointer:
-                checkpointer.save((folder / "t").absolute(), tree)
-            return folder / "t"
+                checkpointer.save(path.absolute(), tree)
         case "orbax zarr3":
             with ocp.Checkpointer(
                 ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
             ) as checkpointer:
-                checkpointer.save((folder / "t").absolute(), {"params": tree})
-            return folder / "t"
+                checkpointer.save(path.absolute(), {"params": tree})
         case _:
-            with ocp.CheckpointManager((folder / "t").absolute()) as manager:
+            with ocp.CheckpointManager(path.absolute()) as manager:
                 for step, factor in ((9, 0), (10, 1)):
                     scaled = {
                         name: (x.astype(np.float32) * factor).astype(x.dtype)
-                        for name, x in flat.items()
+                        for name, x in flatten(tree).items()
                     }
-                    nested = unflatten_dict(
-                        {tuple(name.split(".")): x for name, x in scaled.items()}
-                    )
-                    manager.save(step, args=ocp.args.StandardSave(nested))
-            (folder / "t" / "11.orbax-checkpoint-tmp-1").mkdir()
-            return folder / "t"
+                    manager.save(step, args=ocp.args.StandardSave(nested(scaled)))
+            (path / "11.orbax-checkpoint-tmp-1").mkdir()
+    return path
 
 
 FORMS = [
-    "npz", "npz compressed", "msgpack", "safetensors", "orbax standard", "orbax without ocdbt", "orbax zarr3",
-    "orbax manager", "orbax scalars", "pairs", "pairs of paths", "numbered files", "numbered aggregates",
-    "aggregate beside arrays", "shards",
-]  # fmt: skip
+    "npz",
+    "npz compressed",
+    "msgpack",
+    "safetensors",
+    "orbax standard",
+    "orbax without ocdbt",
+    "orbax zarr3",
+    "orbax manager",
+    "orbax scalars",
+    "pairs",
+    "pairs of paths",
+    "numbered files",
+    "numbered aggregates",
+    "aggregate beside arrays",
+    "shards",
+]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,4 +1,6 @@
-"""`--merge-lora` beside PEFT's own merge, for every field of adapter_config.json that PEFT knows."""
+"""`--merge-lora` beside PEFT's own merge, for every field of adapter_config.json that PEFT
+knows.
+"""
 
 import dataclasses
 import json
@@ -22,9 +24,14 @@ pytestmark = [
     pytest.mark.xdist_group("peft"),
 ]
 SIZES = {
-    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -59,7 +66,9 @@ def bases(tmp_path_factory):
 
 
 def train(model, root, **fields):
-    """Save an adapter whose numbers are random, as PEFT saves it, and return the merged model's tensors."""
+    """Save an adapter whose numbers are random, as PEFT saves it, and return the merged model's
+    tensors.
+    """
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(**PLAIN | {"task_type": "CAUSAL_LM"} | fields)
     )
@@ -97,7 +106,10 @@ def refusal(base, root):
 HONOURED = {
     "plain": ("qwen2", {}),
     "rslora": ("qwen2", {"use_rslora": True}),
-    "a regular expression": ("qwen2", {"target_modules": r".*\.(0|2)\.(mlp|self_attn)\.(up|q)_proj"}),
+    "a regular expression": (
+        "qwen2",
+        {"target_modules": r".*\.(0|2)\.(mlp|self_attn)\.(up|q)_proj"},
+    ),
     "all linear": ("qwen2", {"target_modules": "all-linear"}),
     "full names": ("qwen2", {"target_modules": ["model.layers.1.mlp.down_proj", "lm_head"]}),
     "excluded": ("qwen2", {"exclude_modules": ["layers.1.self_attn.q_proj", "lm_head"]}),
@@ -105,10 +117,14 @@ HONOURED = {
     "a layer": ("qwen2", {"layers_to_transform": 1}),
     "layers": ("qwen2", {"layers_to_transform": [0, 2]}),
     "layers of a pattern": ("qwen2", {"layers_to_transform": [0, 2], "layers_pattern": "layers"}),
-    "layers of patterns": ("qwen2", {"layers_to_transform": [2], "layers_pattern": ["h", "layers"]}),
+    "layers of patterns": (
+        "qwen2",
+        {"layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+    ),
     "ranks": ("qwen2", {"rank_pattern": {"layers.1.self_attn.q_proj": 2, "q_proj": 8}}),
     "ranks and alphas": (
-        "qwen2", {"rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {"v_proj": 3.5}, "use_rslora": True},
+        "qwen2",
+        {"rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {"v_proj": 3.5}, "use_rslora": True},
     ),
     "a partial name is no pattern": ("qwen2", {"alpha_pattern": {"_proj": 30, "layers.1": 30}}),
     "saved modules": ("qwen2", {"modules_to_save": ["lm_head", "embed_tokens"]}),
@@ -124,7 +140,7 @@ HONOURED = {
     "W stored as (in, out), a square one too": ("gpt2", {"target_modules": ["c_proj", "c_attn"]}),
     "fan_in_fan_out given": ("gpt2", {"target_modules": ["c_proj"], "fan_in_fan_out": True}),
     "a tied model": ("tied", {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HONOURED)
@@ -179,17 +195,38 @@ def test_what_changed_the_base_is_refused_until_it_is_converted(kind, bases, tmp
 @pytest.mark.parametrize(
     "fields",
     [
-        {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "lora_ga"},
-        {"init_lora_weights": "OLoRA"}, {"init_lora_weights": "something newer"},
-        {"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [1]}, {"target_parameters": ["x"]},
-        {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 2]]}, {"megatron_config": {"x": 1}},
-        {"use_qalora": True}, {"use_bdlora": {}  | {"x": 1}}, {"arrow_config": {"x": 1}}, {"kasa_config": {"beta": 1}},
-        {"velora_config": {"x": 1}}, {"monteclora_config": {"x": 1}}, {"a_field_of_next_year": "x"},
-        {"bias": "some"}, {"r": "4"}, {"r": 0}, {"lora_alpha": [1]}, {"target_modules": None}, {"rank_pattern": [1]},
-        {"target_modules": "(q_proj"}, {"peft_type": "ADALORA"}, {"peft_type": "IA3"}, {"peft_type": None},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "lora_ga"},
+        {"init_lora_weights": "OLoRA"},
+        {"init_lora_weights": "something newer"},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"trainable_token_indices": [1]},
+        {"target_parameters": ["x"]},
+        {"alora_invocation_tokens": [1]},
+        {"layer_replication": [[0, 2]]},
+        {"megatron_config": {"x": 1}},
+        {"use_qalora": True},
+        {"use_bdlora": {} | {"x": 1}},
+        {"arrow_config": {"x": 1}},
+        {"kasa_config": {"beta": 1}},
+        {"velora_config": {"x": 1}},
+        {"monteclora_config": {"x": 1}},
+        {"a_field_of_next_year": "x"},
+        {"bias": "some"},
+        {"r": "4"},
+        {"r": 0},
+        {"lora_alpha": [1]},
+        {"target_modules": None},
+        {"rank_pattern": [1]},
+        {"target_modules": "(q_proj"},
+        {"peft_type": "ADALORA"},
+        {"peft_type": "IA3"},
+        {"peft_type": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refused_by_name(fields, bases, tmp_path):
     train(qwen2(), tmp_path)
     edit(tmp_path, **fields)
@@ -201,7 +238,9 @@ def test_refused_by_name(fields, bases, tmp_path):
 
 
 def test_every_field_of_peft_is_accounted_for(bases, tmp_path):
-    """What this version of PEFT knows is read, without a part in the merge, or refused where it is set."""
+    """What this version of PEFT knows is read, without a part in the merge, or refused where it is
+    set.
+    """
     train(qwen2(), tmp_path)
     for field in dataclasses.fields(peft.LoraConfig):
         if field.name in _Config.__struct_fields__ or field.name in _INERT:

@@ -1,4 +1,6 @@
-"""Built-in mappings against transformers: every naming there and back, and Gemma computed from its Linen tree."""
+"""Built-in mappings against transformers: every naming there and back, and Gemma computed from its
+Linen tree.
+"""
 
 import json
 from pathlib import Path

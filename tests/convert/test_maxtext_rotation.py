@@ -1,7 +1,8 @@
-"""Rotary embeddings of MaxText's Llama: pairs or halves, by config.json or by name, both ways, against logits.
+"""Rotary embeddings of MaxText's Llama: pairs or halves, by config.json or by name, both ways,
+against logits.
 
-tests/data/maxtext/llama3_default_rope_orbax was written by MaxText itself (model_name llama3-8b, cut down), with its
-logits; llama_scan_orbax by MaxText's converter for llama3.1.
+tests/data/maxtext/llama3_default_rope_orbax was written by MaxText itself (model_name llama3-8b,
+cut down), with its logits; llama_scan_orbax by MaxText's converter for llama3.1.
 """
 
 import json
@@ -55,7 +56,7 @@ def test_maxtexts_default_rope_gives_maxtexts_logits(rope, tmp_path):
         open_source(HALVES), tmp_path / "out", ConvertConfig(), GIVEN | rope
     )
     np.testing.assert_allclose(logits(tmp_path / "out"), np.load(HALVES / "logits.npy"), atol=2e-5)
-    told = "rotary embedding: halves, as MaxText has it for config.json's rope_type 'default'"
+    told = "rotary embedding: halves, as in MaxText for config.json's rope_type 'default'"
     assert told in explain(conversion)
     assert (
         told
@@ -84,7 +85,9 @@ def test_interleaved_is_taken_by_name_and_then_the_logits_are_others(tmp_path):
     ids=["default", "linear", "llama3"],
 )
 def test_the_way_to_maxtext_follows_config_json(rope, is_interleaved, field, scan_layers, tmp_path):
-    """By hand: of head_dim 16, row 1 of a head holds pair (0, 8)'s second number where neighbours are turned."""
+    """By hand: of head_dim 16, row 1 of a head holds pair (0, 8)'s second number where neighbours
+    are turned.
+    """
     convert(open_source(HALVES), tmp_path / "hf", ConvertConfig(), GIVEN)
     given = GIVEN | {field: rope}
     conversion, _ = convert(

@@ -1,4 +1,6 @@
-"""Memory of a conversion: bounded by its largest tensors, not by the model. Half a gigabyte of zeros, both ways."""
+"""Memory of a conversion: bounded by its largest tensors, not by the model. Half a gigabyte of
+zeros, both ways.
+"""
 
 import json
 import subprocess
@@ -17,11 +19,21 @@ from slipway.convert.plan import resolve
 pytestmark = pytest.mark.host
 EMBED, MLP, LAYERS, HEAD_DIM = 2048, 4096, 8, 128
 CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "vocab_size": 1024,
-    "hidden_size": EMBED, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-    "max_position_embeddings": 512, "tie_word_embeddings": True,
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "vocab_size": 1024,
+    "hidden_size": EMBED,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD_DIM,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 CHILD = """
 import sys
 from pathlib import Path

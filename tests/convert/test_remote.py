@@ -1,4 +1,6 @@
-"""Checkpoints at gs:// and s3:// addresses, from servers on 127.0.0.1: the same bits as from the disk, or one error."""
+"""Checkpoints at gs:// and s3:// addresses, from servers on 127.0.0.1: the same bits as from the
+disk, or one error.
+"""
 
 import gc
 import os
@@ -165,9 +167,9 @@ def test_without_permission_the_store_says_so(tmp_path, held):
         )
     assert told.returncode == 2
     assert (
-        "slipway: CheckpointError: gs://a-bucket/torn: 1 problem\n  - cannot be read: PERMISSION_DENIED"
-        in told.stderr
-    )
+        "slipway: CheckpointError: gs://a-bucket/torn: 1 problem\n  - cannot be read: "
+        "PERMISSION_DENIED"
+    ) in told.stderr
     assert "Traceback" not in told.stderr
 
 

@@ -1,4 +1,6 @@
-"""Rules: each named transform against the formula that it stands for, and random trees there and back, bit for bit."""
+"""Rules: each named transform against the formula that it stands for, and random trees there and
+back, bit for bit.
+"""
 
 import dataclasses
 import re
@@ -195,7 +197,9 @@ AXES = ("a", "b", "c", "d")
 
 @st.composite
 def trees(draw):
-    """A tree of a few rules with random axis orders, groups, stackings and fusings, and its mapping."""
+    """A tree of a few rules with random axis orders, groups, stackings and fusings, and its
+    mapping.
+    """
     sizes = {axis: draw(st.integers(1, 4)) for axis in (*AXES, "layers", "experts")}
     rows, arrays = [], {}
     parts = {"part": {"p": 1, "q": draw(st.integers(1, 3)), "r": "a"}}

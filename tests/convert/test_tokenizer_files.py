@@ -1,4 +1,6 @@
-"""Which files belong to a tokenizer, against the names that transformers' tokenizers read, and how they are copied."""
+"""Which files belong to a tokenizer, against the names that transformers' tokenizers read, and how
+they are copied.
+"""
 
 import re
 import shutil
@@ -15,11 +17,28 @@ from slipway.convert.quantize_directory import quantize_directory
 from slipway.convert.tokenizer import copy_tokenizer, tokenizer_files
 from tests.convert.twins import NANO
 
-OTHERS = ["tokenizer.model.v3", "tekken.json", "tiktoken.model", "qwen.tiktoken", "tokenizer.4.0.0.json",
-          "processor_config.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja",
-          "additional_chat_templates/rag.jinja"]  # fmt: skip
-NO_TOKENIZER = ["config.json", "modeling.py", "tokenization_x.py", "model.safetensors", "pytorch_model.bin",
-                "additional_chat_templates/x.py", "onnx/tokenizer.json", "README.md"]  # fmt: skip
+OTHERS = [
+    "tokenizer.model.v3",
+    "tekken.json",
+    "tiktoken.model",
+    "qwen.tiktoken",
+    "tokenizer.4.0.0.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/rag.jinja",
+]
+NO_TOKENIZER = [
+    "config.json",
+    "modeling.py",
+    "tokenization_x.py",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "additional_chat_templates/x.py",
+    "onnx/tokenizer.json",
+    "README.md",
+]
 
 
 def names_of_transformers() -> set[str]:

@@ -1,4 +1,6 @@
-"""Trees that tunix 0.1.7 made (tests/data/tunix), and its logits for them against those of the converted directory."""
+"""Trees that tunix 0.1.7 made (tests/data/tunix), and its logits for them against those of the
+converted directory.
+"""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Trees that no mapping knows: names are kept only where they are known to be the architecture's, else nothing is
-written. transformers is the oracle of names.
+"""Trees that no mapping knows: names are kept only where they are known to be the architecture's,
+else nothing is written. transformers is the oracle of names.
 """
 
 import json
@@ -20,18 +20,52 @@ SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 CLASSES = {
     "BertForMaskedLM": {**SMALL, "intermediate_size": 40, "max_position_embeddings": 32},
     "BertModel": {**SMALL, "intermediate_size": 40, "max_position_embeddings": 32},
-    "T5ForConditionalGeneration": {"vocab_size": 48, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2,
-                                   "num_heads": 4},
-    "GPT2LMHeadModel": {"vocab_size": 48, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1,
-                        "eos_token_id": 2},
-    "MistralForCausalLM": {**SMALL, "intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 6},
+    "T5ForConditionalGeneration": {
+        "vocab_size": 48,
+        "d_model": 24,
+        "d_kv": 6,
+        "d_ff": 40,
+        "num_layers": 2,
+        "num_heads": 4,
+    },
+    "GPT2LMHeadModel": {
+        "vocab_size": 48,
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "MistralForCausalLM": {
+        **SMALL,
+        "intermediate_size": 40,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+    },
     "OlmoForCausalLM": {**SMALL, "intermediate_size": 40, "eos_token_id": 2},
     "Olmo2ForCausalLM": {**SMALL, "intermediate_size": 40, "eos_token_id": 2},
-    "LlamaForSequenceClassification": {**SMALL, "intermediate_size": 40, "num_labels": 3, "pad_token_id": 0},
-    "MixtralForCausalLM": {**SMALL, "intermediate_size": 40, "num_key_value_heads": 2, "num_local_experts": 2},
-    "ViTForImageClassification": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                  "intermediate_size": 40, "image_size": 16, "patch_size": 8},
-}  # fmt: skip
+    "LlamaForSequenceClassification": {
+        **SMALL,
+        "intermediate_size": 40,
+        "num_labels": 3,
+        "pad_token_id": 0,
+    },
+    "MixtralForCausalLM": {
+        **SMALL,
+        "intermediate_size": 40,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+    },
+    "ViTForImageClassification": {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+}
 
 
 def saved(name, folder):

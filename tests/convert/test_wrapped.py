@@ -1,4 +1,6 @@
-"""Names below the wrappers of torch and PEFT: read as Hugging Face's, both ways, or refused by what they are."""
+"""Names below the wrappers of torch and PEFT: read as Hugging Face's, both ways, or refused by what
+they are.
+"""
 
 import numpy as np
 import pytest
@@ -14,9 +16,13 @@ from tests.convert.test_unknown_names import saved
 from tests.convert.twins import assert_same, tensors
 
 WRAPPED = [
-    "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_fsdp_wrapped_module.{}", "base_model.model.{}",
+    "module.{}",
+    "_orig_mod.{}",
+    "module._orig_mod.{}",
+    "_fsdp_wrapped_module.{}",
+    "base_model.model.{}",
     "{}_checkpoint_wrapped_module",
-]  # fmt: skip
+]
 
 
 def put(name: str, wrapper: str) -> str:
@@ -37,7 +43,7 @@ def test_a_declared_decoder_below_its_wrappers(wrapper, tied, tmp_path):
     verify(conversion, written, tmp_path / "out")
     assert_same(tensors(tmp_path / "out"), tensors(directory))
     assert put("model.norm.weight", wrapper).split(".")[0] in explain(conversion)
-    assert "without what training code puts around a model" in explain(conversion)
+    assert "without the wrappers of training code" in explain(conversion)
 
 
 def test_a_base_model_that_was_saved_alone(tmp_path):

@@ -1,4 +1,6 @@
-"""Exported modules and their torch twins: drawn weights, a strict load, and the comparison of what both compute."""
+"""Exported modules and their torch twins: drawn weights, a strict load, and the comparison of what
+both compute.
+"""
 
 import json
 
@@ -49,7 +51,9 @@ def exported(module: nnx.Module, folder, **options) -> dict[str, torch.Tensor]:
 def assert_twins(
     module, twin: nn.Module, x: np.ndarray, folder, channels_last: bool = False, **options
 ) -> None:
-    """The twin loads the export strictly and computes the same; images are NHWC here and NCHW there."""
+    """The twin loads the export strictly and computes the same; images are NHWC here and NCHW
+    there.
+    """
     twin.load_state_dict(exported(module, folder, **options), strict=True)
     theirs = np.moveaxis(x, -1, 1).copy() if channels_last else x
     with torch.inference_mode():

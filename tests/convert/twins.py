@@ -1,4 +1,6 @@
-"""What the tests of whole conversions share: MaxText's files, Flax trees made of them, exact comparison."""
+"""What the tests of whole conversions share: MaxText's files, Flax trees made of them, exact
+comparison.
+"""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """Table of built-in mappings, and mappings from a user's file.
 
-Not here: trees whose names are Hugging Face's own beyond the declared decoders (conversion.py, hf_classes.py).
+Not here: trees with Hugging Face's names of undeclared architectures (conversion.py,
+hf_classes.py).
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ BUILT_IN: Mapping[str, Sequence[TreeMapping]] = {
     "linen": (*flax.MAPPINGS, *gemma.LINEN),
     "hf": hf.DECODERS,
 }
-_TRIED = ("maxtext", "tunix", "nnx", "linen", "hf")  # where the user names none
+_TRIED = ("maxtext", "tunix", "nnx", "linen", "hf")  # if the user names no mapping
 _FIELDS = (
     "sizes",
     "parts",
@@ -39,8 +40,8 @@ _FIELDS = (
 def find(name: str | None, given: Mapping[str, Any]) -> list[TreeMapping]:
     """Return the mappings that ``name`` stands for, all built-in ones if it is None.
 
-    Those of another model_type than ``given`` states are left out, unless none is left. Raises InvalidConfig for an
-    unknown name or a file that holds no mapping.
+    Mappings of another model_type than ``given`` states are left out, unless none is left. Raises
+    InvalidConfig for an unknown name or a file without a mapping.
     """
     if name is not None and name.endswith((".py", ".yaml", ".yml")):
         return [read_file(Path(name))]
@@ -61,7 +62,8 @@ def find(name: str | None, given: Mapping[str, Any]) -> list[TreeMapping]:
 
 
 def read_file(path: Path) -> TreeMapping:
-    """The mapping in a Python file (``MAPPING``, a TreeMapping) or a YAML file (docs/convert.md).
+    """Return the mapping in a Python file (``MAPPING``, a TreeMapping) or a YAML file
+    (docs/convert.md).
 
     Raises InvalidConfig for anything else.
     """
@@ -88,7 +90,7 @@ def read_file(path: Path) -> TreeMapping:
 
 
 def _from_yaml(path: Path) -> TreeMapping:
-    import yaml  # only for those who bring such a file
+    import yaml  # only needed for such a file
 
     try:
         content = yaml.safe_load(path.read_text())
@@ -99,16 +101,10 @@ def _from_yaml(path: Path) -> TreeMapping:
     if unknown := sorted(content.keys() - {"rules", *_FIELDS}):
         raise InvalidConfig("mapping", f"{path}: {unknown[0]}", f"rules | {' | '.join(_FIELDS)}")
     for row in content["rules"]:
-        if (
-            not isinstance(row, list)
-            or len(row) not in (3, 4)
-            or not all(isinstance(item, str) for item in row)
-        ):
-            raise InvalidConfig(
-                "mapping",
-                f"{path}: {row}",
-                "[JAX name, HF key, pattern] or with a scale as a fourth",
-            )
+        is_list = isinstance(row, list) and len(row) in (3, 4)
+        if not is_list or not all(isinstance(item, str) for item in row):
+            expected = "[JAX name, HF key, pattern] or with a scale as a fourth"
+            raise InvalidConfig("mapping", f"{path}: {row}", expected)
     extra = {field: content[field] for field in _FIELDS if field in content}
     for field in ("required", "roots", "ignored"):
         if field in extra:

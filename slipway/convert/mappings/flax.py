@@ -1,7 +1,8 @@
-"""Decoders in Flax, NNX or Linen, whose modules bear Hugging Face's names: kernels are (in, out), norms have a scale.
+"""Mappings of decoders in Flax, NNX or Linen, with module names of Hugging Face.
 
-Llama, Qwen2 and Qwen3, with or without ``model.`` in front; layers one by one, or stacked along the first axis as
-``nn.scan`` and ``nnx.scan`` leave them. Decides names and axes only.
+Kernels are (in, out), norms have a scale. Llama, Qwen2 and Qwen3, with or without ``model.`` in
+front; layers one by one, or stacked along the first axis as by ``nn.scan`` and ``nnx.scan``. Not
+here: Gemma (gemma.py).
 """
 
 from slipway.convert.rules import TreeMapping, rules, within
@@ -20,7 +21,8 @@ EXPERT_FIELDS = {axis: field for axis, field in FIELDS.items() if axis != "mlp"}
     "experts": "num_experts",
     "moe_mlp": "moe_intermediate_size",
 }
-MLP_KERNELS = (  # of trees whose feed-forward layer alone is made of Flax's Linear
+# For trees in which only the feed-forward layer is made of Flax's Linear.
+MLP_KERNELS = (
     ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "embed mlp -> mlp embed"),
     ("mlp.up_proj.kernel", "mlp.up_proj.weight", "embed mlp -> mlp embed"),
     ("mlp.down_proj.kernel", "mlp.down_proj.weight", "mlp embed -> embed mlp"),
@@ -34,7 +36,8 @@ _LINEAR = {  # module: out, in
     "mlp.up_proj": ("mlp", "embed"),
     "mlp.down_proj": ("embed", "mlp"),
 }
-# model_type: projections with a bias, whether query and key heads are normalized, what config.json says
+# model_type: projections with a bias, whether query and key heads are normalized, config.json
+# fields
 FAMILIES: dict[str, tuple[tuple[str, ...], bool, dict[str, object]]] = {
     "qwen3": ((), True, {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False}),
     "qwen2": (("q", "k", "v"), False, {"architectures": ["Qwen2ForCausalLM"]}),
@@ -49,7 +52,10 @@ FAMILIES: dict[str, tuple[tuple[str, ...], bool, dict[str, object]]] = {
 def decoder_layer(
     biases: tuple[str, ...], normalized: bool, stacked: str, kernel: str, scale: str
 ) -> list[_Row]:
-    """The rules of one layer, or of all where ``stacked`` is ``"layers "``; ``kernel`` and ``scale`` are leaf names."""
+    """Return the rules of one layer, or of all if ``stacked`` is ``"layers "``.
+
+    ``kernel`` and ``scale`` are names of leaves.
+    """
     rows = []
     for module, (out, into) in _LINEAR.items():
         ours = f"{out} {into}" if kernel == "weight" else f"{into} {out}"
@@ -73,8 +79,8 @@ def decoder_layer(
 def _mapping(model_type: str, inside: str, is_scanned: bool, scale: str = "scale") -> TreeMapping:
     """Return the mapping of one naming.
 
-    ``inside`` is ``"model."`` where the tree has such a level, ``scale`` the leaf of norms: Flax's, or ``"weight"`` in
-    the Flax classes of transformers 4.
+    ``inside`` is ``"model."`` where the tree has such a level, ``scale`` the leaf of norms: Flax's,
+    or ``"weight"`` in the Flax classes of transformers 4.
     """
     biases, normalized, config = FAMILIES[model_type]
     layers = f"{inside}layers." if is_scanned else f"{inside}layers.{{layers}}."
@@ -104,7 +110,7 @@ def _mapping(model_type: str, inside: str, is_scanned: bool, scale: str = "scale
 
 
 MAPPINGS = tuple(
-    _mapping(model_type, inside, is_scanned, scale)
+    _mapping(model_type, inside, is_scanned, scale=scale)
     for scale in ("scale", "weight")
     for model_type in FAMILIES
     for inside in ("", "model.")

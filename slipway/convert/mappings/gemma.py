@@ -1,8 +1,9 @@
-"""Gemma in the naming of Flax's public examples: examples/gemma (NNX), as in tunix, and the Linen trees that it reads.
+"""Mappings of Gemma in the naming of Flax's public examples.
 
-Decides names and axes only. Both store ``scale`` of a norm as Hugging Face does: what is multiplied is ``1 + scale``.
-Gemma 1 and 2, and tunix's Gemma 3 for text; queries, keys and values are fused where heads and kv_heads are equal, keys
-and values otherwise.
+These are examples/gemma (NNX), as in tunix, and the Linen trees that it reads. Both store ``scale``
+of a norm as Hugging Face does: the factor is ``1 + scale``. Gemma 1 and 2, and tunix's Gemma 3 for
+text; queries, keys and values are fused where heads and kv_heads are equal, keys and values
+otherwise. Not here: other decoders of tunix (tunix.py).
 """
 
 from slipway.convert.mappings.flax import FIELDS, MLP_KERNELS
@@ -79,7 +80,7 @@ def _mapping(
     )
 
 
-_EITHER = (True, False)  # equal heads are fused; unequal ones do not fit the first
+_EITHER = (True, False)  # equal heads are fused; a fused mapping does not fit unequal ones
 NNX = tuple(
     _mapping(
         "NNX",

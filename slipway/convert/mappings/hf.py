@@ -1,7 +1,8 @@
-"""Mappings of trees whose names and layouts are Hugging Face's own.
+"""Mappings of trees with Hugging Face's own names and layouts.
 
-Decoders that Slipway declares are held against config.json; of any other model each tensor is itself. Not here:
-whether the names are those of the architecture (conversion.py, hf_classes.py).
+Decoders that Slipway declares are compared with config.json; for any other model each tensor is
+mapped to itself. Not here: comparison of the names with the architecture (conversion.py,
+hf_classes.py).
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ DECODERS = tuple(_decoder(model_type) for model_type in FAMILIES)
 
 
 def is_declared(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is of one of ``DECODERS``; its architectures may be left out."""
+    """Return whether config.json is of one of ``DECODERS``; its architectures may be left out."""
     return any(
         config.get("model_type") == mapping.config["model_type"]
         and config.get("architectures") in (None, mapping.config["architectures"])
@@ -54,7 +55,9 @@ def is_declared(config: Mapping[str, Any]) -> bool:
 
 
 class DeclaredNames:
-    """What tensors of the declared decoder of a config.json may be called, those that hold no weights included."""
+    """Names that tensors of a config.json's declared decoder may have, including tensors without
+    weights.
+    """
 
     def __init__(self, config: Mapping[str, Any]):
         found = [
@@ -75,7 +78,10 @@ class DeclaredNames:
 
 
 def identity(specs: Mapping[str, Spec], note: str) -> TreeMapping:
-    """Return one rule for each tensor under the root that all share; scalars beside that root have none."""
+    """Return one rule for each tensor under the root that all share.
+
+    Scalars beside that root have none.
+    """
     arrays = [name for name, spec in specs.items() if spec.shape] or list(specs)
     root = next(root for root in reversed(_ROOTS) if all(name.startswith(root) for name in arrays))
     keys = {

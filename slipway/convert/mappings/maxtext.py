@@ -1,10 +1,12 @@
 """Mappings of MaxText's trees, scanned or not: Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE.
 
-A scanned tree stacks its layers along axis 1. Llama and Mistral store queries divided by sqrt(head_dim). With MaxText's
-``rope_type: llama3.1`` their rotary embedding turns neighbouring pairs, where Hugging Face turns the two halves of a
-head: the axis ``half`` lies before ``two`` here and behind it there. With MaxText's default rotary embedding (llama2,
-llama3, mistral) it turns halves, too. Names and shapes are the same, so config.json decides, or the user does.
-Compared with checkpoints and logits that MaxText wrote (tests/data/maxtext).
+A scanned tree stacks its layers along axis 1. Llama and Mistral store queries divided by
+sqrt(head_dim). With MaxText's ``rope_type: llama3.1`` their rotary embedding rotates adjacent
+pairs, where Hugging Face rotates the two halves of a head: the axis ``half`` is before ``two`` here
+and after it there. With MaxText's default rotary embedding (llama2, llama3, mistral) it also
+rotates halves. Names and shapes are the same, so config.json decides, or the user does. Compared
+with checkpoints and logits that MaxText wrote (tests/data/maxtext). Not here: MaxText models under
+vLLM (slipway/adapters/maxtext.py).
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from slipway.convert.mappings.flax import EXPERT_FIELDS, FIELDS
 from slipway.convert.rules import TreeMapping, rules, within
 
 Rotation = Literal["interleaved", "halves"]
-ROTATED = ("llama", "mistral")  # model_types whose rotary embedding MaxText has in both forms
+ROTATED = ("llama", "mistral")  # model_types with a rotary embedding in both forms in MaxText
 ROTATIONS: tuple[Rotation, ...] = ("interleaved", "halves")
 _ROTATION_OF: Mapping[str, Rotation] = {
     "default": "halves",
@@ -60,7 +62,7 @@ _KEY = (
     "self_attn.k_proj.weight",
     "embed layers kv_heads head_dim -> layers (kv_heads head_dim) embed",
 )
-_DIVIDED = "* head_dim ** 0.5"  # queries; not with normalized ones, and not in Qwen2
+_DIVIDED = "* head_dim ** 0.5"  # of queries, except normalized ones and those of Qwen2
 _NORMALIZED = (
     _QUERY,
     _KEY,
@@ -218,7 +220,10 @@ MAPPINGS = (*BY_ROTATION["halves"], *BY_ROTATION["interleaved"], *_QWEN)
 
 
 def rope_type(config: Mapping[str, Any]) -> str:
-    """Return config.json's type of rotary embedding: ``rope_scaling`` counts before ``rope_parameters``."""
+    """Return config.json's type of rotary embedding.
+
+    ``rope_scaling`` takes precedence over ``rope_parameters``.
+    """
     for field in ("rope_scaling", "rope_parameters"):
         rope = config.get(field)
         if isinstance(rope, Mapping) and rope:
@@ -227,23 +232,29 @@ def rope_type(config: Mapping[str, Any]) -> str:
 
 
 def rotation(config: Mapping[str, Any]) -> Rotation | None:
-    """Return how MaxText's Llama and Mistral turn heads for this config.json; None where that does not follow.
+    """Return the rotation of MaxText's Llama and Mistral for this config.json; None if it does not
+    follow.
 
-    MaxText has three types: default, llama3.1 and yarn. yarn turns pairs or halves as its ``rope_interleave`` says.
+    MaxText has three types: default, llama3.1 and yarn. yarn rotates pairs or halves, depending on
+    its ``rope_interleave``.
     """
     return _ROTATION_OF.get(rope_type(config))
 
 
 def chosen(found: Iterable[TreeMapping], config: Mapping[str, Any]) -> list[TreeMapping]:
-    """Return ``found`` without the rotary embedding that config.json rules out; mappings that remain say why."""
+    """Return ``found`` without the rotary embedding that config.json rules out.
+
+    The notes of the remaining mappings state the reason.
+    """
     kind, decided = rope_type(config), rotation(config)
     other: Rotation = "interleaved" if decided == "halves" else "halves"
     dropped = BY_ROTATION[other] if decided else BY_ROTATION["interleaved"]
-    note = f"rotary embedding: {decided}, as MaxText has it for config.json's rope_type {kind!r}; "
+    note = f"rotary embedding: {decided}, as in MaxText for config.json's rope_type {kind!r}; "
     note += f"--mapping maxtext-{other} takes the other one"
     undecided = (
-        f"config.json: rope_type: {kind!r} does not tell which rotary embedding MaxText's tree has; give "
-        "--mapping maxtext-interleaved (neighbouring pairs) or --mapping maxtext-halves"
+        f"config.json: rope_type: {kind!r} does not determine which rotary embedding "
+        "MaxText's tree has; give --mapping maxtext-interleaved (neighbouring pairs) "
+        "or --mapping maxtext-halves"
     )
     rotated = (*BY_ROTATION["halves"], *BY_ROTATION["interleaved"])
     return [

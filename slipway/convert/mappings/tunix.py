@@ -1,8 +1,8 @@
-"""Mappings of tunix's trees: Llama, Qwen2, Qwen3 and Qwen3-MoE. (Its Gemma trees are those of gemma.py.)
+"""Mappings of tunix's trees: Llama, Qwen2, Qwen3 and Qwen3-MoE.
 
-Projections keep heads and head_dim as axes, biases are flat, experts are stacked along the first axis. Rotary
-embeddings turn halves of a head, as Hugging Face's do. Compared with trees and logits that tunix 0.1.7 made
-(tests/data/tunix).
+Projections keep heads and head_dim as axes, biases are flat, experts are stacked along the first
+axis. Rotary embeddings rotate halves of a head, as Hugging Face's do. Compared with trees and
+logits of tunix 0.1.7 (tests/data/tunix). Not here: Gemma (gemma.py).
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ _EXPERTS = (
         "experts moe_mlp embed -> experts embed moe_mlp",
     ),
 )
-_THETA = 1_000_000  # of tunix's Llama and Qwen3, whose attention passes no rope_theta on (0.1.7)
+_THETA = 1_000_000  # of tunix's Llama and Qwen3: their attention passes no rope_theta on (0.1.7)
 _FIXED_THETA = ("llama", "qwen3", "qwen3_moe")
 
 
@@ -75,14 +75,14 @@ def _family(
 
 
 MAPPINGS = (
-    _family("qwen3", _NORMALIZED + MLP_KERNELS, FIELDS, FAMILIES["qwen3"][2]),
-    _family("qwen2", _BIASED + MLP_KERNELS, FIELDS, FAMILIES["qwen2"][2]),
-    _family("llama", MLP_KERNELS, FIELDS, FAMILIES["llama"][2]),
+    _family("qwen3", _NORMALIZED + MLP_KERNELS, FIELDS, config=FAMILIES["qwen3"][2]),
+    _family("qwen2", _BIASED + MLP_KERNELS, FIELDS, config=FAMILIES["qwen2"][2]),
+    _family("llama", MLP_KERNELS, FIELDS, config=FAMILIES["llama"][2]),
     _family(
         "qwen3_moe",
         _NORMALIZED + _EXPERTS,
         EXPERT_FIELDS,
-        {
+        config={
             "architectures": ["Qwen3MoeForCausalLM"],
             "attention_bias": False,
             "decoder_sparse_step": 1,
@@ -93,12 +93,15 @@ MAPPINGS = (
 
 
 def noted(found: Iterable[TreeMapping], config: Mapping[str, Any]) -> list[TreeMapping]:
-    """Return ``found``; tunix's mappings say where tunix rotates otherwise than config.json states."""
+    """Return ``found``, with notes where tunix rotates differently from config.json."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = config.get("rope_theta", parameters.get("rope_theta"))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     scaled = f"tunix 0.1.7 scales no rotary embedding; config.json's rope_type {kind!r} is kept"
-    turned = f"tunix 0.1.7 rotates with theta {_THETA:,} whatever its ModelConfig says; config.json's {theta} is kept"
+    turned = (
+        f"tunix 0.1.7 rotates with theta {_THETA:,}, whatever its ModelConfig states; "
+        f"config.json's {theta} is kept"
+    )
 
     def note(model_type: object) -> str:
         notes = [scaled] if kind != "default" else []
