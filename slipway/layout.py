@@ -1,8 +1,11 @@
-"""Decides how an array under one axis string becomes the array under another; knows no models, no files, no JAX.
+"""Layouts of arrays as axis strings, and the rearrangement from one layout to another.
 
-An axis string names an array's axes in einops notation: ``"(heads head_dim) embed"`` is a matrix whose rows run over
-heads, and within a head over its dimensions. Two strings over the same axes determine a split, a permutation and a
-merge; the way back follows by swapping the two. Nothing is ever reshaped freely, so an error of equal size cannot hide.
+An axis string names the axes of an array in einops notation: in ``"(heads head_dim) embed"``, the
+rows of a matrix run over heads, and within a head over its dimensions. Two strings over the same
+axes determine a split, a permutation and a merge; swapping the strings gives the inverse. There is
+no free reshape, so an error that keeps the size cannot stay hidden.
+
+Not here: axes of traced arrays (slipway/convert/axes.py).
 """
 
 import dataclasses
@@ -22,20 +25,21 @@ class Layout:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Every axis, in memory order, groups taken apart."""
+        """Every axis in memory order, with groups taken apart."""
         return tuple(axis for group in self.groups for axis in group)
 
     @property
     def text(self) -> str:
-        """The axis string."""
-        return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.groups)
+        """Axis string of this layout."""
+        texts = (" ".join(group) for group in self.groups)
+        return " ".join(t if len(g) == 1 else f"({t})" for t, g in zip(texts, self.groups))
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """The shape of an array of this layout; an empty group has size 1."""
+        """Return the shape of an array of this layout; an empty group has size 1."""
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
 
     def split(self, sizes: Sizes) -> tuple[int, ...]:
-        """The shape with every group taken apart into its axes."""
+        """Return the shape with every group taken apart into its axes."""
         return tuple(sizes[axis] for axis in self.axes)
 
 
@@ -43,7 +47,7 @@ class Layout:
 def parse(axes: str) -> Layout:
     """Read an axis string.
 
-    Raises ValueError if parentheses do not match, an axis occurs twice or a name is not an identifier.
+    Raises ValueError for unmatched parentheses, an axis that occurs twice, or an invalid name.
     """
     tokens = re.findall(r"\([^()]*\)|[^\s()]+|[()]", axes)
     groups = tuple(tuple(token.strip("()").split()) for token in tokens)
@@ -59,18 +63,23 @@ def parse(axes: str) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Rearrange:
-    """The way from one layout to another at given sizes: reshape, transpose, reshape."""
+    """Conversion of arrays from one layout to another at given sizes: reshape, transpose,
+    reshape.
+    """
 
     split: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
     def __call__(self, x):
-        """Rearrange ``x``, a NumPy or JAX array; of NumPy a view wherever one exists."""
+        """Rearrange a NumPy or JAX array; of a NumPy array, return a view where possible."""
         return self.atoms(x).reshape(self.shape)
 
     def atoms(self, x):
-        """``x`` with every group taken apart, axes in the target's order: always a view of a C-ordered array."""
+        """Return ``x`` with every group taken apart, axes in the target's order.
+
+        The result is always a view of a C-ordered array.
+        """
         return x.reshape(self.split).transpose(self.order)
 
 
@@ -83,7 +92,7 @@ def _order(source: str, target: str) -> tuple[int, ...]:
 
 
 def rearrange(source: str, target: str, sizes: Sizes) -> Rearrange:
-    """The way from ``source`` to ``target``; swap the two for the inverse.
+    """Return the conversion from ``source`` to ``target``; swap the two for the inverse.
 
     Raises ValueError if they do not name the same axes.
     """
@@ -91,34 +100,38 @@ def rearrange(source: str, target: str, sizes: Sizes) -> Rearrange:
 
 
 def solve_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, int]:
-    """``known`` and every further axis size that an array of ``shape`` settles: one unknown in its group.
+    """Return ``known`` with all axis sizes that follow from an array of ``shape``.
 
-    Raises ValueError if a group does not divide, or the number of dimensions differs.
+    A size follows if it is the only unknown one in its group. Raises ValueError if a group does not
+    divide, or the number of dimensions differs.
     """
     layout, sizes = parse(axes), dict(known)
     if len(layout.groups) != len(shape):
-        raise ValueError(f"{axes!r} has {len(layout.groups)} dimensions, the array {len(shape)}: {shape}")
+        dimensions = f"{len(layout.groups)} dimensions, the array {len(shape)}"
+        raise ValueError(f"{axes!r} has {dimensions}: {shape}")
     for group, size in zip(layout.groups, shape):
         unknown = [axis for axis in group if axis not in sizes]
         held = math.prod(sizes[axis] for axis in group if axis in sizes)
         if (held and size % held) or (not unknown and size != held):
-            raise ValueError(f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {_named(group, sizes)}")
+            raise ValueError(_mismatch(axes, group, size, sizes=sizes))
         if len(unknown) == 1 and held:
             sizes[unknown[0]] = size // held
     return sizes
 
 
 def infer_sizes(axes: str, shape: tuple[int, ...], known: Sizes) -> dict[str, int]:
-    """The size of every axis of an array of ``shape``, at most one axis per group being unknown.
+    """Return the size of every axis of an array of ``shape``; one axis per group may be unknown.
 
-    Raises ValueError if a group does not divide, has two unknown axes, or the number of dimensions differs.
+    Raises ValueError if a group does not divide, has two unknown axes, or the number of dimensions
+    differs.
     """
     sizes = solve_sizes(axes, shape, known)
     for group, size in zip(parse(axes).groups, shape):
         if not sizes.keys() >= set(group):
-            raise ValueError(f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {_named(group, sizes)}")
+            raise ValueError(_mismatch(axes, group, size, sizes=sizes))
     return sizes
 
 
-def _named(group: tuple[str, ...], sizes: Sizes) -> str:
-    return ", ".join(f"{axis} {sizes.get(axis, '?')}" for axis in group)
+def _mismatch(axes: str, group: tuple[str, ...], size: int, sizes: Sizes) -> str:
+    named = ", ".join(f"{axis} {sizes.get(axis, '?')}" for axis in group)
+    return f"{axes!r}: ({' '.join(group)}) cannot have size {size} with {named}"

@@ -1,6 +1,8 @@
-"""Decides whether two programs compute the same from one HF directory: our engine and, where installed, transformers.
+"""Comparison of two programs on one HF directory: Slipway's engine and, where installed,
+transformers.
 
-Random prompts are completed greedily in float32; the other program then judges the same tokens. Knows no conversion.
+Random prompts are completed greedily in float32; the other program then computes the same tokens.
+Not here: the original model's logits (expected_logits.py).
 """
 
 import dataclasses
@@ -15,13 +17,17 @@ from slipway.engine.request import RequestOutput
 from slipway.errors import CheckpointError, UnsupportedModel
 from slipway.llm import LLM
 
-TOLERANCE = 1e-3  # of a log-probability; float32 against float32 comes to some 1e-5
+TOLERANCE = 1e-3  # of a log-probability; float32 against float32 differs by about 1e-5
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 24, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """What was compared. ``not_run`` says why a program took no part; the numbers are None if one stood alone."""
+    """Result of a comparison.
+
+    ``not_run`` lists reasons for which a program was not compared; the numbers are None if fewer
+    than two were.
+    """
 
     programs: tuple[str, ...]
     not_run: tuple[str, ...]
@@ -41,7 +47,7 @@ def compare(directory: Path, vocab_size: int, seed: int = 0) -> Parity:
         outputs = _complete(directory, prompts)
     except UnsupportedModel as error:
         return Parity((), (f"slipway: {error}",))
-    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+    if any(importlib.util.find_spec(package) is None for package in ("transformers", "torch")):
         return Parity(("slipway",), ("transformers: not installed",))
     differences, same = [], True
     for output, theirs in zip(outputs, _judge(directory, outputs)):
@@ -49,11 +55,19 @@ def compare(directory: Path, vocab_size: int, seed: int = 0) -> Parity:
         assert sample.logprobs is not None
         ours = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs)]
         differences += [abs(a - b[token]) for a, b, token in zip(ours, theirs, sample.token_ids)]
-        same &= all(float(b.max()) - float(b[token]) <= TOLERANCE for b, token in zip(theirs, sample.token_ids))
+        chosen = zip(theirs, sample.token_ids)
+        same &= all(float(b.max()) - float(b[token]) <= TOLERANCE for b, token in chosen)
     worst = float(max(differences))
     if worst > TOLERANCE or not same:
-        raise CheckpointError(directory, [f"slipway and transformers differ by {worst:.2g} in a log-probability"])
-    return Parity(("slipway", "transformers"), (), len(differences), worst, same)
+        problem = f"slipway and transformers differ by {worst:.2g} in a log-probability"
+        raise CheckpointError(directory, [problem])
+    return Parity(
+        ("slipway", "transformers"),
+        (),
+        tokens=len(differences),
+        max_logprob_difference=worst,
+        same_choices=same,
+    )
 
 
 def _complete(directory: Path, prompts: list[list[int]]) -> list[RequestOutput]:
@@ -71,7 +85,9 @@ def _complete(directory: Path, prompts: list[list[int]]) -> list[RequestOutput]:
 
 
 def _judge(directory: Path, outputs: list[RequestOutput]) -> list[np.ndarray]:
-    """transformers' log-probabilities [new tokens, vocabulary] of every position that an output has chosen."""
+    """Return transformers' log-probabilities [new tokens, vocabulary] of every generated
+    position.
+    """
     import torch  # optional, like transformers: neither is needed to convert or to serve
     from transformers import AutoModelForCausalLM
 

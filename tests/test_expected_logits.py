@@ -1,4 +1,4 @@
-"""Logits of the original given as files: what is read, and both programs that compute the converted model's."""
+"""Files with the original model's logits, and both programs that compare with them."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,10 @@ from slipway.errors import CheckpointError, InvalidConfig
 
 DATA = Path(__file__).parent / "data" / "maxtext" / "llama3_default_rope_orbax"
 IDS, LOGITS = np.load(DATA / "ids.npy"), np.load(DATA / "logits.npy")
-READ = expected_logits.Expected(np.atleast_2d(IDS).astype(np.int64), LOGITS.reshape(-1, IDS.shape[-1], 96))
+READ = expected_logits.Expected(
+    ids=np.atleast_2d(IDS).astype(np.int64),
+    logits=LOGITS.reshape(-1, IDS.shape[-1], 96),
+)
 
 
 def files(folder, ids, logits):
@@ -41,7 +44,8 @@ def converted(mapping, folder):
 
 @pytest.mark.host
 def test_one_row_of_ids_and_bfloat16_are_read(tmp_path):
-    found = expected_logits.read(*files(tmp_path, READ.ids[0], READ.logits[0].astype(ml_dtypes.bfloat16)))
+    logits = READ.logits[0].astype(ml_dtypes.bfloat16)
+    found = expected_logits.read(*files(tmp_path, READ.ids[0], logits))
     assert found.ids.shape == READ.ids[:1].shape and found.logits.dtype == np.float32
     np.testing.assert_allclose(found.logits, READ.logits[:1], rtol=2**-8)
 

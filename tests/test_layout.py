@@ -35,11 +35,12 @@ def test_swapping_the_strings_inverts(source, target, sizes):
 
 @given(axis_strings(), axis_strings(), SIZES)
 def test_each_element_keeps_its_place_on_every_axis(source, target, sizes):
-    # One array per axis that holds its own index: after the move, it must hold the index on that axis there.
+    # One array per axis holds its own index: afterwards it must hold the index on the moved axis.
     def indices(axes, axis):
         names = layout.parse(axes).axes
         ones = [-1 if name == axis else 1 for name in names]
-        split = np.broadcast_to(np.arange(sizes[axis]).reshape(ones), [sizes[name] for name in names])
+        index = np.arange(sizes[axis]).reshape(ones)
+        split = np.broadcast_to(index, [sizes[name] for name in names])
         return split.reshape(layout.parse(axes).shape(sizes))
 
     move = layout.rearrange(source, target, sizes)
@@ -55,7 +56,8 @@ def test_infer_sizes_finds_one_unknown_axis(axes, sizes, unknown):
 
 def test_equal_order_is_a_view():
     x = np.zeros((6, 5))
-    y = layout.rearrange("(heads head_dim) embed", "heads head_dim embed", {"heads": 2, "head_dim": 3, "embed": 5})(x)
+    sizes = {"heads": 2, "head_dim": 3, "embed": 5}
+    y = layout.rearrange("(heads head_dim) embed", "heads head_dim embed", sizes)(x)
     assert y.shape == (2, 3, 5) and np.shares_memory(x, y)
 
 
@@ -65,7 +67,10 @@ def test_empty_group_has_size_one():
     np.testing.assert_array_equal(y, x[:, 0].T)
 
 
-@pytest.mark.parametrize("axes", ["(heads embed", "heads) embed", "embed embed", "(embed) embed", "2heads", "a-b"])
+MALFORMED = ["(heads embed", "heads) embed", "embed embed", "(embed) embed", "2heads", "a-b"]
+
+
+@pytest.mark.parametrize("axes", MALFORMED)
 def test_malformed_strings_are_refused(axes):
     with pytest.raises(ValueError, match="axis string"):
         layout.parse(axes)

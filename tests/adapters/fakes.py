@@ -31,7 +31,7 @@ class LoadConfig:
 
 @dataclasses.dataclass
 class ShardingConfig:
-    """Fake of tpu_inference's ShardingConfigManager, whose fields are properties."""
+    """Fake of tpu_inference's ShardingConfigManager; there the fields are properties."""
 
     tp_size: int = 1
     expert_size: int = 1

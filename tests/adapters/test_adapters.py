@@ -1,4 +1,4 @@
-"""Our classes for vLLM on TPU, called as it calls them, with stand-ins for its objects and its
+"""Slipway's classes for vLLM on TPU, called as vLLM calls them, with fakes of its objects and
 kernel.
 
 `python -m benchmarks.adapters` does the same with the real ones.
@@ -29,8 +29,9 @@ ROWS, PAGE, PER_ROW = 3, 4, 8
 
 
 def stand_in_kernel(q_TNH, k_TKH, v_TKH, cache, where, *, scale, window, soft_cap, sinks_N):
-    """tpu-inference's ragged paged attention in loops; its cache as [pages, page_size, 2 K,
-    1, H].
+    """tpu-inference's ragged paged attention in loops.
+
+    The cache is [pages, page_size, 2 K, 1, H].
     """
 
     def on_host(*arrays):
@@ -68,9 +69,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS)
 def saved(request, tmp_path):
-    """A random model of each architecture: its directory, transformers' own, and vLLM's
-    configuration of it.
-    """
+    """A random model of each architecture: directory, transformers' model, vLLM's configuration."""
     config = CONFIGS[request.param](
         vocab_size=67,
         hidden_size=32,
@@ -94,9 +93,7 @@ def saved(request, tmp_path):
 
 
 def loaded(name, vllm_config, mesh):
-    """As tpu-inference makes a model: its shapes first, then its weights, then a graph and
-    arrays.
-    """
+    """Make a model as tpu-inference does: shapes first, then weights, then a graph and arrays."""
     kind = adapter.served(name)
     model = nnx.eval_shape(lambda: kind(vllm_config, jax.random.key(0), mesh))
     model.load_weights(jax.random.key(0))
@@ -228,8 +225,6 @@ def test_fakes_have_the_fields_that_the_adapters_read(kind):
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_adapters_read_every_declared_field(kind):
-    """A declared field that no adapter reads would be one that the adapters benchmark need not
-    check.
-    """
+    """Fields that no adapter reads need no check by the adapters benchmark."""
     source = Path(adapter.__file__).read_text() + Path(maxtext.__file__).read_text()
     assert not [field for field in FIELDS[kind] if field not in source]

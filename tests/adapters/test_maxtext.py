@@ -1,4 +1,4 @@
-"""MaxText's models for vLLM on TPU, with stand-ins for MaxText.
+"""MaxText's models for vLLM on TPU, with fakes of MaxText.
 
 `python -m benchmarks.adapters --maxtext` does the same with the real one.
 """
@@ -93,7 +93,7 @@ def one_device():
 
 
 class Decoder(nnx.Module):
-    """What is called of MaxText's."""
+    """The part of MaxText's decoder that is called."""
 
     def __init__(self):
         self.token_embedder = Embedder()
@@ -133,7 +133,10 @@ class Embedder(nnx.Module):
 
 
 def made_configuration(load_parameters_path="", model_name="default", rope_type="default", **sizes):
-    """MaxText's, as far as it is read; its path is text, empty where there is none."""
+    """Return the part of MaxText's configuration that is read.
+
+    Its path is text, empty where there is none.
+    """
     return types.SimpleNamespace(
         logical_axis_rules=[("embed", None)],
         dtype=jnp.float32,
@@ -148,7 +151,7 @@ def made_configuration(load_parameters_path="", model_name="default", rope_type=
 
 @pytest.fixture
 def fake_maxtext(monkeypatch):
-    """MaxText's four functions; what they were called with."""
+    """Fakes of MaxText's four functions; the value is their arguments."""
     calls = []
 
     def initialize(argv, **overrides):
@@ -214,8 +217,9 @@ def test_every_layer_has_the_cache_that_its_name_leads_to(fake_maxtext, places, 
 
 
 def test_a_decoder_that_drops_a_cache_is_refused():
-    """MaxText's Llama gives None for it where a checkpoint's layers are scanned, and skips
-    attention at None.
+    """MaxText's Llama returns None for a cache where a checkpoint's layers are scanned.
+
+    It skips attention at None.
     """
     caches = maxtext.ByLayer([jnp.zeros(2)], {0: 0})
     with pytest.raises(InvalidConfig, match="scan_layers=False"):

@@ -1,6 +1,4 @@
-"""`slipway adapt`: packages that stand-ins for the engines load, and every way in which a twin is
-refused.
-"""
+"""`slipway adapt`: packages that fakes of the engines load, and every refusal of a twin."""
 
 import json
 import os
@@ -62,7 +60,7 @@ print(json.dumps([[kind.__name__ for kind in classes], entries, registered]))
 
 @pytest.fixture
 def saved(tmp_path):
-    """A random Halyard, as `slipway convert` would leave it."""
+    """A random Halyard, in the form of `slipway convert`."""
     return save(tmp_path / "model")
 
 
@@ -83,7 +81,7 @@ def edited(directory, change):
 
 
 def fake(tmp_path, monkeypatch, architectures="{}"):
-    """Stand-ins for both engines, first on the path of this process and its children."""
+    """Write fakes of both engines, first on the path of this process and its children."""
     for name, text in FAKES.items():
         path = tmp_path / "fakes" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +296,7 @@ UNLIKE = {
 
 
 def twin_with(tmp_path, *changes):
-    """Halyard's file, changed."""
+    """Write Halyard's file with changes."""
     text = TWIN.read_text()
     for old, new in changes:
         assert old in text, old
@@ -429,7 +427,7 @@ def test_transformers_is_left_as_it_was(tmp_path, saved):
 
 
 def convert(tmp_path, monkeypatch, tensors, *flags):
-    """`slipway convert` of a tree, by the command; the exit code."""
+    """Run the command `slipway convert` on a tree; return the exit code."""
     np.savez(tmp_path / "tree.npz", **tensors)
     words = [
         "convert",

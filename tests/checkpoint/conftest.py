@@ -39,8 +39,10 @@ class Model:
 
 @pytest.fixture
 def declaration() -> Model:
-    """Identity and transposed layouts, merged axes, a repeated and a padded axis, two stacks, an
-    alias, a scalar.
+    """Declaration with every kind of tensor.
+
+    It has identity and transposed layouts, merged axes, a repeated and a padded axis, two stacks,
+    an alias and a scalar.
     """
     layer = Layer(
         Attention(

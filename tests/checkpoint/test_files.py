@@ -1,5 +1,6 @@
-"""A sound directory opens as views of its files; each way of being unsound is named, and all of
-them at once.
+"""Directories of safetensors: valid ones open as views of their files.
+
+Every fault is named, all of them in one error.
 """
 
 import gc
@@ -26,13 +27,16 @@ pytestmark = pytest.mark.host
 
 
 def write_raw(path: Path, header: object, data: bytes, length: int | None = None) -> None:
-    """A file of these very bytes, however wrong: ``length`` is what it claims of its header."""
+    """Write a file of these bytes, however wrong.
+
+    ``length``: the header's length that the file states.
+    """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
 def entry(start: int, stop: int, shape=None, dtype="F32") -> dict:
-    """A header entry; by default of a vector of floats that fits its place."""
+    """Return a header entry; by default of a vector of floats that fits its place."""
     return {
         "dtype": dtype,
         "shape": [(stop - start) // 4] if shape is None else shape,

@@ -1,5 +1,6 @@
-"""A name is a directory or a hub id; what the hub refuses becomes one CheckpointError. The hub here
-is a fake one.
+"""Model names as directories or hub ids, with a fake hub.
+
+Every refusal of the hub becomes one CheckpointError.
 """
 
 import http.server
@@ -35,7 +36,7 @@ FILES = {
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """One good repository, org/model, at one revision, and some that refuse."""
+    """Hub with one good repository, org/model, at one revision, and some that refuse."""
 
     def do_HEAD(self):
         self.do_GET()
@@ -75,7 +76,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and a hub out of reach."""
+    """An empty cache without a reachable hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -83,7 +84,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(cache, monkeypatch):
-    """The fake hub, in reach."""
+    """The fake hub, reachable."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"

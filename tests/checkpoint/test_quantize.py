@@ -1,6 +1,4 @@
-"""Rounding to 4 and 8 bits, and what config.json says of it: against plain NumPy, and with every
-fault refused.
-"""
+"""Rounding to 4 and 8 bits against plain NumPy, and the scheme in config.json."""
 
 import dataclasses
 import json
@@ -22,7 +20,7 @@ SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 128), Scheme(4, 0), Scheme(8, 
 
 
 def weights(dtype=np.float32):
-    """Rows unlike each other: one far larger, one of zeros, one with a single number."""
+    """Return unequal rows: one far larger, one of zeros, one with a single number."""
     w = np.random.default_rng(0).normal(size=(40, 256)) * 0.02
     w[3] *= 100
     w[5] = 0
@@ -31,7 +29,7 @@ def weights(dtype=np.float32):
 
 
 def numbers(words, scales, bits):
-    """What packed words mean, from the format's description."""
+    """Return the numbers of packed words, by the format's description."""
     stored = [
         [(int(word) >> (bits * i)) % 2**bits for word in row for i in range(32 // bits)]
         for row in words

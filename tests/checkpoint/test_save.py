@@ -1,5 +1,6 @@
-"""What is saved is what was loaded, bit for bit, in files that the safetensors library and
-transformers accept.
+"""Saved checkpoints: equal to the loaded ones bit for bit.
+
+The safetensors library and transformers accept the files.
 """
 
 import json

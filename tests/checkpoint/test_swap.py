@@ -1,5 +1,6 @@
-"""New weights: what is served after an exchange is bit for bit what loading them would have given,
-from every kind of source; what does not fit changes nothing.
+"""New weights from every kind of source: after the exchange equal to loading them, bit for bit.
+
+Weights that do not fit change nothing.
 """
 
 import json
@@ -27,7 +28,7 @@ DATA = Path(__file__).parents[1] / "data" / "maxtext"
 
 
 def weights(directory, data=1, tensor=1, stacked=False, dtype=np.float32, dummy=False):
-    """A model's weights on a mesh, loaded from its directory."""
+    """Load a model's weights onto a mesh."""
     checkpoint = files.open_checkpoint(directory)
     declaration, mesh = models.declare(checkpoint.config), meshes.make_mesh(data, tensor)
     declaration = meshes.fit(declaration if stacked else tree.separate(declaration), mesh)
@@ -39,7 +40,7 @@ def weights(directory, data=1, tensor=1, stacked=False, dtype=np.float32, dummy=
 
 
 def named(directory):
-    """A directory's tensors in memory."""
+    """Return a directory's tensors in memory."""
     checkpoint = files.open_checkpoint(directory)
     return {name: np.array(checkpoint.array(name)) for name in checkpoint.tensors}
 
@@ -86,9 +87,7 @@ def test_every_source_of_hf_names_gives_what_loading_gives(tiny, mode, tensor, s
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_resharding_from_mesh_to_mesh_and_back(tiny, stacked):
-    """KV heads are repeated for four devices, and the odd vocabulary padded; the way back undoes
-    both.
-    """
+    """KV heads are repeated for four devices, and the odd vocabulary padded; back undoes both."""
     before = None
     for data, tensor in [(1, 1), (1, 4), (2, 4), (1, 2), (1, 1)]:
         target = weights(tiny, data, tensor, stacked, dummy=True)
@@ -132,7 +131,7 @@ def test_maxtext_trees_give_what_their_conversion_gives(tree_of, twin, on_device
 
 
 def _arrays(source):
-    """Everything but the optimizer's state, in memory."""
+    """Return all arrays except the optimizer's state."""
     arrays = {}
     for name in source.specs:
         if not name.startswith("opt_state"):
@@ -270,9 +269,7 @@ def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
 
 
 def test_numbers_that_are_not_finite_roll_back_what_is_made_beside(tiny):
-    """They are looked at while they are copied; then the error says the same as the check before
-    would have.
-    """
+    """The numbers are checked while they are copied; the error is that of the check before."""
     target, arrays = weights(tiny), named(tiny)
     exchange(target, arrays, "1", "atomic")
     wrong = {name: x.copy() for name, x in arrays.items()}
@@ -340,7 +337,7 @@ def test_a_directory_of_another_model_is_refused(tiny, tmp_path):
 
 
 class _Fails:
-    """Values of which one leaf cannot be had."""
+    """Values with one leaf that raises an error."""
 
     def __init__(self, values, at):
         self._values = values
@@ -374,9 +371,7 @@ def test_a_failure_half_way_rolls_back_or_says_so(tiny):
 
 
 def test_what_a_failure_leaves_beside_is_never_served(tiny):
-    """Arrays from devices take the place of spare blocks; if the rest cannot be had, neither is
-    used again.
-    """
+    """Arrays from devices replace spare blocks; after a later error neither is used again."""
     target, arrays = weights(tiny), named(tiny)
     for version in ("1", "2"):
         exchange(target, arrays, version, "atomic")
@@ -400,8 +395,9 @@ def test_what_a_failure_leaves_beside_is_never_served(tiny):
 
 
 def test_the_memory_of_the_old_arrays_holds_the_new_ones(tiny):
-    """On a CPU an exchange in place takes no memory: the first one leaves the file's mapping, later
-    ones stay.
+    """On a CPU an exchange in place takes no memory.
+
+    The first one leaves the file's mapping, later ones stay.
     """
     target, arrays = weights(tiny), named(tiny)
     exchange(target, arrays)

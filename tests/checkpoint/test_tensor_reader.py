@@ -1,5 +1,6 @@
-"""Loading on 1, 2 and 4 devices, without copies where there need be none; every misfit of a
-checkpoint at once.
+"""Loading on 1, 2 and 4 devices, without needless copies.
+
+Every mismatch of a checkpoint is in one error.
 """
 
 import gc
@@ -27,7 +28,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 @pytest.fixture
 def put(tmp_path):
-    """A function that writes tensors as a checkpoint and opens it."""
+    """Function that writes tensors as a checkpoint and opens it."""
 
     def write(tensors):
         (tmp_path / "config.json").write_text("{}")
@@ -38,9 +39,7 @@ def put(tmp_path):
 
 
 def host(array) -> np.ndarray:
-    """The whole array, put together from the devices' parts, which must agree where they
-    overlap.
-    """
+    """Return the whole array, from the devices' parts, which must agree where they overlap."""
     out, seen = np.zeros(array.shape, array.dtype), np.zeros(array.shape, bool)
     for shard in array.addressable_shards:
         part, known = np.asarray(shard.data), seen[shard.index]
@@ -51,7 +50,7 @@ def host(array) -> np.ndarray:
 
 
 def expected(tensors, tp: int):
-    """What each leaf must hold, spelled out with nothing of slipway.tree."""
+    """Return the expected value of each leaf, written out without slipway.tree."""
     t, repeat = tensors, max(1, tp // 2)
     vocab = -(-10 // tp) * tp
     for layers in ([0, 1], [2]):
@@ -152,7 +151,7 @@ def test_misaligned_tensors_are_copied(tmp_path):
 
 
 def write_misaligned(directory, tensors):
-    """A checkpoint whose data starts on an odd address."""
+    """Write a checkpoint with data that begins on an odd address."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         dtype = {BF16: "BF16", np.dtype(np.float32): "F32"}[tensor.dtype]

@@ -1,9 +1,8 @@
-"""Buckets on 127.0.0.1: Google's JSON API as far as tensorstore asks for it, and moto's S3. Knows
-no checkpoints.
+"""Fake buckets on 127.0.0.1: the part of Google's JSON API that tensorstore uses, and moto's S3.
 
 https://cloud.google.com/storage/docs/json_api/v1/objects: ``list`` with startOffset, endOffset and
-pageToken, ``get`` with alt=media and a range. Without the right token every answer is 401, and
-there are two names to a page.
+pageToken, ``get`` with alt=media and a range. Without the right token every answer is 401; a page
+has two names. Not here: checkpoints (test_remote.py).
 """
 
 import contextlib
@@ -26,7 +25,7 @@ Objects = dict[str, bytes]
 
 
 def files(directory: Path, prefix: str) -> Objects:
-    """Every file below a directory, under the name that it has in a bucket."""
+    """Return every file below a directory, under its name in a bucket."""
     return {
         f"{prefix}/{p.relative_to(directory)}": p.read_bytes()
         for p in directory.rglob("*")
@@ -36,7 +35,10 @@ def files(directory: Path, prefix: str) -> Objects:
 
 @contextlib.contextmanager
 def gcs(buckets: Mapping[str, Objects], asked: list[str]) -> Iterator[str]:
-    """The address of a server that has ``buckets`` and notes in ``asked`` what it was asked for."""
+    """Run a server that has ``buckets``; yield its address.
+
+    Requested paths are appended to ``asked``.
+    """
     with _Server(buckets, asked) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -45,7 +47,10 @@ def gcs(buckets: Mapping[str, Objects], asked: list[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def s3(buckets: Mapping[str, Objects]) -> Iterator[str]:
-    """The address of a moto server that has ``buckets``; the environment names key and secret."""
+    """Run a moto server that has ``buckets``; yield its address.
+
+    The environment has key and secret.
+    """
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -58,7 +63,7 @@ def s3(buckets: Mapping[str, Objects]) -> Iterator[str]:
 
 
 def put_s3(url: str, bucket: str, objects: Objects) -> None:
-    """Write objects, into a bucket that is made if need be."""
+    """Write objects into a bucket, which is made if needed."""
     client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
     client.create_bucket(Bucket=bucket)
     for name, body in objects.items():
@@ -67,7 +72,7 @@ def put_s3(url: str, bucket: str, objects: Objects) -> None:
 
 
 class _Server(ThreadingHTTPServer):
-    """What its handlers know."""
+    """Data shared by the server's handlers."""
 
     def __init__(self, buckets: Mapping[str, Objects], asked: list[str]):
         super().__init__(("127.0.0.1", 0), _Handler)

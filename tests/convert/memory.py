@@ -1,6 +1,4 @@
-"""Conversions between trees in memory, for tests: a writer that keeps arrays, and both ways in one
-call.
-"""
+"""Conversions between trees in memory, for tests: a writer that keeps arrays, and a round trip."""
 
 from collections.abc import Mapping
 
@@ -15,7 +13,7 @@ from slipway.convert.writer import Pieces
 
 
 class MemoryWriter:
-    """Keeps what it is given; remembers whether it was abandoned."""
+    """Writer that keeps the arrays, and whether it was abandoned."""
 
     def __init__(self, specs: Mapping[str, Spec]):
         self.arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
@@ -54,7 +52,7 @@ def planned(
 def moved(
     plan: Plan, arrays: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[Written]]:
-    """The plan's targets, each in its source's dtype."""
+    """Return the plan's targets, each in the dtype of its source."""
     assert plan.fits, (plan.unmatched, plan.problems)
     writer = MemoryWriter(plan.targets)
     options = Options({name: spec.dtype for name, spec in plan.targets.items()}, workers=1)
@@ -64,7 +62,10 @@ def moved(
 def forth_and_back(
     mapping: TreeMapping, arrays: Mapping[str, np.ndarray], **known: int
 ) -> dict[str, np.ndarray]:
-    """``arrays``, a JAX tree, to HF tensors and back; the HF tensors are the second result."""
+    """Convert a JAX tree to HF tensors and back.
+
+    Return the tree, and the HF tensors.
+    """
     plan = planned(mapping, "to_hf", arrays, **known)
     tensors, _ = moved(plan, arrays)
     back, _ = moved(inverse(plan, specs_of(tensors)), tensors)

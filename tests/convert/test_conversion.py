@@ -1,5 +1,4 @@
-"""Whole conversions: MaxText's own checkpoints to their Hugging Face twins and back, nano's path,
-options and errors.
+"""Whole conversions: MaxText's checkpoints to Hugging Face and back, nano, options and errors.
 
 tests/data/maxtext holds trees that MaxText made from the hf_* directories beside them.
 """
@@ -341,7 +340,7 @@ def test_an_hf_directory_in_another_dtype(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing is cleaned up behind it."""
+    """Exception in place of kill -9: nothing is cleaned up after it."""
 
 
 def test_a_killed_conversion_is_gone_on_with(tmp_path, monkeypatch):

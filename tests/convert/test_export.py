@@ -1,4 +1,6 @@
-"""slipway.export: CNNs, LoRA, stacks and a transformer against torch twins, and every refusal."""
+"""Tests of slipway.export: CNNs, LoRA, stacks and a transformer against torch twins, and
+refusals.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +150,7 @@ def test_lora_is_merged(kind, tmp_path):
 
 
 class Scanned(nnx.Module):
-    """Equal blocks in one, their arrays stacked in front."""
+    """Equal blocks with arrays stacked in front."""
 
     def __init__(self, n: int, rank: int = 0):
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -234,7 +236,7 @@ def test_layers_of_ones_own_and_a_transformer(tmp_path):
 
 
 class Odd(nnx.Module):
-    """What cannot be exported as it is."""
+    """Module with parts that cannot be exported as they are."""
 
     def __init__(self):
         self.token = nnx.Param(jnp.ones(3))

@@ -340,7 +340,7 @@ def test_a_layer_that_the_example_does_not_use_is_asked_for(tmp_path):
 
 
 class Stack(nnx.Module):
-    """Linears of one size whose kernels and biases are stacked on different axes, run by a scan."""
+    """Linears of one size, run by a scan; kernels and biases are stacked on different axes."""
 
     def __init__(self, count, axes):
         self.axes = nnx.StateAxes({nnx.PathContains("bias"): axes[1], nnx.Param: axes[0], ...: 0})

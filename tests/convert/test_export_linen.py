@@ -1,5 +1,6 @@
-"""slipway.export of Flax Linen modules: CNNs, attention, decoders and stacks against torch twins,
-and refusals.
+"""slipway.export of Flax Linen modules: CNNs, attention, decoders, stacks and refusals.
+
+The reference is a torch twin.
 """
 
 import flax
@@ -18,7 +19,7 @@ from tests.convert.torch_twins import RNG, images
 
 
 class Twin(nn.Module):
-    """Layers by the names that Linen gives them, and a function that runs them."""
+    """Layers under Linen's names, and a function that runs them."""
 
     def __init__(self, run, **layers):
         super().__init__()
@@ -31,8 +32,9 @@ class Twin(nn.Module):
 
 
 def drawn(module, *args, **kwargs):
-    """The module's variables, with every weight and statistic drawn anew: zeros and ones would hide
-    a swap.
+    """Return the module's variables with new random weights and statistics.
+
+    Zeros and ones would hide a swap.
     """
 
     def draw(path, x):
@@ -44,8 +46,9 @@ def drawn(module, *args, **kwargs):
 
 
 def assert_twin(module, twin, x, folder, *, kwargs=None, **options):
-    """The twin loads the export strictly and computes the same; maps are NHWC in Flax, NCHW in
-    torch.
+    """Check that the twin loads the export strictly and computes the same.
+
+    Maps are NHWC in Flax, NCHW in torch.
     """
     kwargs = kwargs or {}
     variables = drawn(module, x, **kwargs)
@@ -332,7 +335,7 @@ class Square(linen.Module):
 
 
 class Mapped(linen.Module):
-    """A layer that sees twice the array that is stored."""
+    """Layer with a transformed variable: it sees twice the stored array."""
 
     @linen.compact
     def __call__(self, x):

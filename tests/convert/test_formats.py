@@ -1,6 +1,7 @@
-"""Every format that is read: the same model from each, by the format's own writer, and each torn.
+"""Every format that can be read: the same model from each, written by the format's own writer.
 
-tests/data/maxtext holds trees that MaxText made from the hf_* directories beside them.
+Torn files are also read. tests/data/maxtext holds trees that MaxText made from the hf_* directories
+beside them.
 """
 
 import json
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.host
 
 
 def write_flax(flat: dict, form: str, path: Path) -> Path:
-    """Files of Flax's own tools, of transformers' Flax classes and of streams, at a path."""
+    """Write a tree as Flax, transformers' Flax classes or EasyLM do."""
 
     def scaled(factor):
         return nested({name: x * x.dtype.type(factor) for name, x in flat.items()})
@@ -82,7 +83,7 @@ def write_flax(flat: dict, form: str, path: Path) -> Path:
 
 
 def write_shards(flat: dict, path: Path) -> None:
-    """Shards and index, as transformers' Flax classes write them."""
+    """Write shards and index as transformers' Flax classes do."""
     path.mkdir()
     files = {name: f"flax_model-{i % 2 + 1:05d}-of-00002.msgpack" for i, name in enumerate(flat)}
     for file in set(files.values()):
@@ -94,12 +95,12 @@ def write_shards(flat: dict, path: Path) -> None:
 
 
 def nested(arrays: dict) -> dict:
-    """Nested dictionaries of arrays with dotted names."""
+    """Return nested dictionaries of arrays with dotted names."""
     return unflatten_dict({tuple(name.split(".")): x for name, x in arrays.items()})
 
 
 def write(tree: dict, form: str, folder: Path) -> Path:
-    """The tree in a file or directory of some format, by the format's own writer."""
+    """Write a tree to a file or directory in some format, by the format's own writer."""
     flat = flatten(tree)
     match form:
         case "npz":
@@ -123,7 +124,7 @@ def write(tree: dict, form: str, folder: Path) -> Path:
 
 
 def write_orbax(tree: dict, form: str, path: Path) -> Path:
-    """The tree in a directory of Orbax, by Orbax's own handlers."""
+    """Write a tree by Orbax's own handlers."""
     match form:
         case "orbax scalars":
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

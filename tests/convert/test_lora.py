@@ -1,6 +1,4 @@
-"""`--merge-lora` beside PEFT's own merge, for every field of adapter_config.json that PEFT
-knows.
-"""
+"""Tests of `--merge-lora` against PEFT's own merge, for every field of adapter_config.json."""
 
 import dataclasses
 import json
@@ -58,7 +56,7 @@ MODELS = {"qwen2": qwen2, "tied": lambda: qwen2(True), "gpt2": gpt2}
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """The directories of the base models."""
+    """Directories of the base models."""
     root = tmp_path_factory.mktemp("bases")
     for name, make in MODELS.items():
         make().save_pretrained(root / name)
@@ -66,9 +64,7 @@ def bases(tmp_path_factory):
 
 
 def train(model, root, **fields):
-    """Save an adapter whose numbers are random, as PEFT saves it, and return the merged model's
-    tensors.
-    """
+    """Save a random adapter as PEFT saves it; return the merged model's tensors."""
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(**PLAIN | {"task_type": "CAUSAL_LM"} | fields)
     )
@@ -238,9 +234,7 @@ def test_refused_by_name(fields, bases, tmp_path):
 
 
 def test_every_field_of_peft_is_accounted_for(bases, tmp_path):
-    """What this version of PEFT knows is read, without a part in the merge, or refused where it is
-    set.
-    """
+    """Every field of PEFT's config is read, irrelevant to the merge, or refused if set."""
     train(qwen2(), tmp_path)
     for field in dataclasses.fields(peft.LoraConfig):
         if field.name in _Config.__struct_fields__ or field.name in _INERT:

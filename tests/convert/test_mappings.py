@@ -1,5 +1,6 @@
-"""Built-in mappings against transformers: every naming there and back, and Gemma computed from its
-Linen tree.
+"""Built-in mappings against transformers: every naming in both directions.
+
+Gemma's logits are computed from its Linen tree.
 """
 
 import json
@@ -36,7 +37,7 @@ QWEN_OR_LLAMA = [
 
 
 def made(model_type: str, folder: Path, **fields) -> Path:
-    """A random model that transformers has saved."""
+    """Save a random model with transformers."""
     torch.manual_seed(0)
     shape = SHAPE | fields
     if model_type == "qwen2":
@@ -56,7 +57,7 @@ def flax_tree(directory: Path, folder: Path, mapping: str) -> dict[str, np.ndarr
 
 
 def original(directory: Path) -> dict[str, np.ndarray]:
-    """The directory's tensors; transformers may have left a tied head in it."""
+    """Return the directory's tensors; transformers may have left a tied head in it."""
     return {name: x for name, x in tensors(directory).items()}
 
 
@@ -106,7 +107,7 @@ def test_gemma_in_the_naming_of_flax(model_type, mapping, kv_heads, tmp_path):
 
 
 def gemma_logits(tree: dict, ids: np.ndarray) -> np.ndarray:
-    """Gemma 1 as Flax's example computes it (einsums over its own layouts), float64."""
+    """Compute Gemma 1 as Flax's example does (einsums over its own layouts), in float64."""
 
     def norm(x, scale):
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * (1 + scale)

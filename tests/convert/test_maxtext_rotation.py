@@ -1,8 +1,8 @@
-"""Rotary embeddings of MaxText's Llama: pairs or halves, by config.json or by name, both ways,
-against logits.
+"""Rotary embeddings of MaxText's Llama: pairs or halves, by config.json or by name.
 
-tests/data/maxtext/llama3_default_rope_orbax was written by MaxText itself (model_name llama3-8b,
-cut down), with its logits; llama_scan_orbax by MaxText's converter for llama3.1.
+Both directions are compared with logits. tests/data/maxtext/llama3_default_rope_orbax was written
+by MaxText itself (model_name llama3-8b, cut down), with its logits; llama_scan_orbax by MaxText's
+converter for llama3.1.
 """
 
 import json
@@ -30,7 +30,7 @@ LLAMA_31 = {
 
 
 def logits(directory) -> np.ndarray:
-    """Of the converted directory in transformers, for MaxText's ids."""
+    """Return the converted directory's logits in transformers, for MaxText's ids."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.inference_mode():
         return model.eval()(
@@ -85,8 +85,8 @@ def test_interleaved_is_taken_by_name_and_then_the_logits_are_others(tmp_path):
     ids=["default", "linear", "llama3"],
 )
 def test_the_way_to_maxtext_follows_config_json(rope, is_interleaved, field, scan_layers, tmp_path):
-    """By hand: of head_dim 16, row 1 of a head holds pair (0, 8)'s second number where neighbours
-    are turned.
+    """Computed by hand: for head_dim 16 and rotated adjacent pairs, row 1 of a head holds the
+    second number of pair (0, 8).
     """
     convert(open_source(HALVES), tmp_path / "hf", ConvertConfig(), GIVEN)
     given = GIVEN | {field: rope}

@@ -1,5 +1,6 @@
-"""Memory of a conversion: bounded by its largest tensors, not by the model. Half a gigabyte of
-zeros, both ways.
+"""Memory of a conversion: bounded by its largest tensors, not by the model.
+
+Half a gigabyte of zeros is converted in both directions.
 """
 
 import json
@@ -68,7 +69,7 @@ def hf_shapes() -> dict[str, Spec]:
 
 
 def sparse(path: Path, specs: dict[str, Spec]) -> int:
-    """A safetensors file of zeros that takes no disk; its size."""
+    """Write a safetensors file of zeros that takes no disk space; return its size."""
     header, places = shards.header(path, specs)
     size = max(start + specs[name].nbytes for name, start in places.items())
     with path.open("wb") as file:

@@ -1,5 +1,6 @@
-"""Checkpoints at gs:// and s3:// addresses, from servers on 127.0.0.1: the same bits as from the
-disk, or one error.
+"""Checkpoints at gs:// and s3:// addresses, on servers of 127.0.0.1.
+
+They give the same bits as on the disk, or one error.
 """
 
 import gc
@@ -25,7 +26,7 @@ TREES = {"llama_scan_orbax": "hf_llama", "qwen3_unscan_orbax": "hf_qwen3"}
 
 @pytest.fixture(scope="module")
 def held() -> dict[str, buckets.Objects]:
-    """What both kinds of bucket hold."""
+    """Contents of both kinds of bucket."""
     objects: buckets.Objects = {"runs of may/": b"", "runs of mayhem/x": b"x", "plain.npz": b"PK"}
     for name in (*TREES, *TREES.values()):
         objects |= buckets.files(MAXTEXT / name, f"runs of may/{name}")
@@ -49,13 +50,13 @@ def held() -> dict[str, buckets.Objects]:
 
 @pytest.fixture(scope="module")
 def asked() -> list[str]:
-    """What the GCS server was asked for."""
+    """Requests that the GCS server received."""
     return []
 
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def scheme(request, held, asked, tmp_path_factory) -> Iterator[str]:
-    """A server of one kind, which the environment names as it would any other."""
+    """Address scheme of a running server, to which the environment points."""
     none = str(tmp_path_factory.mktemp("aws") / "none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", buckets.TOKEN)
@@ -157,7 +158,7 @@ def test_a_torn_store(scheme, tmp_path):
 
 
 def test_without_permission_the_store_says_so(tmp_path, held):
-    """In a process of its own: tensorstore keeps a token for as long as it runs."""
+    """Run in a process of its own: tensorstore keeps a token as long as it runs."""
     with buckets.gcs(held, []) as url:
         told = command(
             "gs://a-bucket/torn",
@@ -200,7 +201,7 @@ def test_other_addresses(address):
 
 
 def command(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`slipway convert` in a process of its own."""
+    """Run `slipway convert` in a process of its own."""
     call = [
         sys.executable,
         "-c",
@@ -214,7 +215,7 @@ def command(*words: object, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def arrays(source: Source) -> dict[str, np.ndarray]:
-    """Everything that a source holds."""
+    """Return all arrays of a source."""
     held = {}
     for name in source.specs:
         with source.open(name) as array:

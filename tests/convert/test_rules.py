@@ -1,6 +1,4 @@
-"""Rules: each named transform against the formula that it stands for, and random trees there and
-back, bit for bit.
-"""
+"""Rules: each named transform against its formula, and round trips of random trees, bit for bit."""
 
 import dataclasses
 import re
@@ -77,7 +75,7 @@ def test_a_fused_tensor_is_split_into_parts_of_unlike_size():
 
 
 def test_a_fused_tensor_may_lie_on_the_other_side_and_by_groups():
-    """Each key-value head's queries, key and value in a row, as GPT-NeoX and Bailing fuse them."""
+    """Queries, key and value of each key-value head in a row, as in GPT-NeoX and Bailing."""
     parts = {"qkv": {"query": "group", "key": 1, "value": 1}}
     rule = (
         "{qkv}.kernel",
@@ -227,7 +225,7 @@ def trees(draw):
 
 @st.composite
 def grouped(draw, order, alone):
-    """The axes of ``order`` with neighbours put in parentheses at random."""
+    """Return the axes of ``order``, with random neighbours in parentheses."""
     groups: list[list[str]] = []
     for axis in order:
         if groups and axis not in alone and groups[-1][0] not in alone and draw(st.booleans()):
@@ -242,7 +240,7 @@ def groups_of(axes: str) -> list[str]:
 
 
 def flipped(draw, axes: str) -> str:
-    """Some axis of those in no stack runs backwards."""
+    """Reverse some axis that is in no stack."""
     axis = draw(st.sampled_from(AXES))
     return re.sub(rf"\b{axis}\b", f"-{axis}", axes)
 

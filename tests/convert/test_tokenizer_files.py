@@ -1,6 +1,4 @@
-"""Which files belong to a tokenizer, against the names that transformers' tokenizers read, and how
-they are copied.
-"""
+"""Tokenizer files: names that transformers' tokenizers read, and copies."""
 
 import re
 import shutil
@@ -42,7 +40,7 @@ NO_TOKENIZER = [
 
 
 def names_of_transformers() -> set[str]:
-    """Every file name that a tokenizer of transformers states as one of its vocabulary's."""
+    """Return every file name that a tokenizer of transformers lists."""
     sources = Path(transformers.__file__).parent.glob("models/*/tokenization*.py")
     tables = (
         re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL)
@@ -69,7 +67,7 @@ def test_all_files_that_belong_to_a_tokenizer_are_copied(tmp_path):
 
 @pytest.fixture
 def templated(tmp_path) -> Path:
-    """nano with named templates."""
+    """A copy of nano with named templates."""
     folder = Path(shutil.copytree(NANO, tmp_path / "templated"))
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")

@@ -1,5 +1,5 @@
-"""Trees that tunix 0.1.7 made (tests/data/tunix), and its logits for them against those of the
-converted directory.
+"""Trees that tunix 0.1.7 made (tests/data/tunix), and its logits against the converted
+directory's.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Trees that no mapping knows: names are kept only where they are known to be the architecture's,
-else nothing is written. transformers is the oracle of names.
+"""Trees without a mapping: names are kept only if they are those of the architecture.
+
+Otherwise nothing is written. transformers is the reference for names.
 """
 
 import json
@@ -69,7 +70,7 @@ CLASSES = {
 
 
 def saved(name, folder):
-    """A random model of a transformers class, as save_pretrained leaves it."""
+    """Save a random model of a transformers class with save_pretrained."""
     model_class = getattr(transformers, name)
     torch.manual_seed(0)
     model_class(model_class.config_class(**CLASSES[name])).save_pretrained(folder)

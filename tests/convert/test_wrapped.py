@@ -1,5 +1,6 @@
-"""Names below the wrappers of torch and PEFT: read as Hugging Face's, both ways, or refused by what
-they are.
+"""Tensor names with wrappers of torch and PEFT: read as Hugging Face's names, or refused.
+
+Both directions are tested.
 """
 
 import numpy as np

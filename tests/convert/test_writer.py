@@ -1,4 +1,4 @@
-"""What reaches the files: the same bytes with the page cache and past it."""
+"""Bytes that reach the files: the same with the page cache and without it."""
 
 import errno
 import os

@@ -1,5 +1,5 @@
-"""Exported modules and their torch twins: drawn weights, a strict load, and the comparison of what
-both compute.
+"""Exported modules and their torch twins: random weights, a strict load, a comparison of
+outputs.
 """
 
 import json
@@ -21,7 +21,10 @@ RNG = np.random.default_rng(0)
 
 
 def randomized(module: nnx.Module) -> nnx.Module:
-    """The module with every weight and statistic drawn anew: zeros and ones would hide a swap."""
+    """Return the module with new random weights and statistics.
+
+    Zeros and ones would hide a swap.
+    """
 
     def draw(path, variable):
         if isinstance(variable, nnx.RngState):
@@ -51,8 +54,9 @@ def exported(module: nnx.Module, folder, **options) -> dict[str, torch.Tensor]:
 def assert_twins(
     module, twin: nn.Module, x: np.ndarray, folder, channels_last: bool = False, **options
 ) -> None:
-    """The twin loads the export strictly and computes the same; images are NHWC here and NCHW
-    there.
+    """Check that the twin loads the export strictly and computes the same.
+
+    Images are NHWC in Flax and NCHW in torch.
     """
     twin.load_state_dict(exported(module, folder, **options), strict=True)
     theirs = np.moveaxis(x, -1, 1).copy() if channels_last else x
@@ -65,7 +69,7 @@ def assert_twins(
 
 
 class Holder(nnx.Module):
-    """One layer under the name that a torch twin gives it."""
+    """One layer, under its name in a torch twin."""
 
     def __init__(self, layer):
         self.layer = layer

@@ -1,6 +1,4 @@
-"""What the tests of whole conversions share: MaxText's files, Flax trees made of them, exact
-comparison.
-"""
+"""Shared parts of the tests of whole conversions: MaxText's files, Flax trees, exact comparison."""
 
 from pathlib import Path
 
@@ -30,7 +28,7 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
 
 
 def flax_tree(twin: str, folder: Path, mapping: str = "nnx") -> dict:
-    """The nested Flax tree of an HF directory."""
+    """Return the nested Flax tree of an HF directory."""
     convert(open_source(MAXTEXT / twin), folder, ConvertConfig(to="npz", mapping=mapping))
     with np.load(folder / "params.npz") as archive:
         flat = {tuple(name.split(".")): archive[name] for name in archive.files}
