@@ -410,7 +410,7 @@ def _values(conversion: Conversion) -> Iterator[str]:
 
 
 def _writer(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Writer:
-    identity = _identity(conversion, options)
+    identity = conversion_identity(conversion, options)
     mapping = conversion.plan.mapping
     match options.to:
         case "hf":
@@ -448,7 +448,7 @@ def _writer(conversion: Conversion, out_dir: Path, options: ConvertConfig) -> Wr
             )
 
 
-def _identity(conversion: Conversion, options: ConvertConfig) -> str:
+def conversion_identity(conversion: Conversion, options: ConvertConfig) -> str:
     """Return a text that is equal for two runs exactly if they would write the same."""
     adapter = options.merge_lora and [
         (p.name, p.stat().st_mtime_ns) for p in sorted(options.merge_lora.iterdir())

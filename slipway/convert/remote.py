@@ -27,7 +27,7 @@ _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # Of a request, after 1, 2, 4, ... seconds: a minute in all; tensorstore's default of 32 takes a
 # quarter of an hour.
 _RETRIES = 6
-_PIECE_BYTES, _PIECES = 1 << 26, 4  # of one request, and number of requests at a time
+PIECE_BYTES, _PIECES = 1 << 26, 4  # of one request, and number of requests at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RemotePath:
     @property
     def kvstore(self) -> dict[str, Any]:
         """Specification for tensorstore of the contents of a folder."""
-        return _spec(self.scheme, self.bucket, f"{self.key}/" if self.key else "")
+        return store_spec(self.scheme, self.bucket, f"{self.key}/" if self.key else "")
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
@@ -186,15 +186,15 @@ def refused(location: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _spec(scheme: str, bucket: str, path: str) -> dict[str, Any]:
+def store_spec(scheme: str, bucket: str, path: str) -> dict[str, Any]:
+    """Return tensorstore's specification of a bucket, with endpoint and credentials."""
     spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
     if scheme == "s3":
         # A variable of AWS's own libraries that tensorstore does not read.
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
             spec["endpoint"] = endpoint.rstrip("/")
-        if os.environ.get(
-            "AWS_ACCESS_KEY_ID"
-        ):  # first by default, too, but with complaints that ~/.aws is not there
+        # Also the first choice by default, but then with warnings that ~/.aws does not exist.
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
             spec["aws_credentials"] = {"type": "environment"}
     return spec
 
@@ -206,7 +206,9 @@ def _is_object(ts: Any, place: RemotePath) -> bool:
     a read states the reason.
     """
     with refused(str(place), "cannot be read"):
-        store = ts.KvStore.open(_spec(place.scheme, place.bucket, ""), context=context(ts)).result()
+        store = ts.KvStore.open(
+            store_spec(place.scheme, place.bucket, ""), context=context(ts)
+        ).result()
         return (
             store.read(place.key or "_METADATA", byte_range=slice(0, 1)).result().state == "value"
         )
@@ -236,8 +238,8 @@ def _pieces(store: Any, name: str, head: bytes) -> Iterator[bytes]:
     """Yield a safetensors file from its beginning, with the next pieces already requested."""
     stop = _size(store, name, head)
     asked: collections.deque[Any] = collections.deque()
-    for start in range(0, stop, _PIECE_BYTES):
-        asked.append(store.read(name, byte_range=slice(start, min(stop, start + _PIECE_BYTES))))
+    for start in range(0, stop, PIECE_BYTES):
+        asked.append(store.read(name, byte_range=slice(start, min(stop, start + PIECE_BYTES))))
         if len(asked) == _PIECES:
             yield asked.popleft().result().value
     for read in asked:

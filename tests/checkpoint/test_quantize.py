@@ -53,9 +53,8 @@ def test_numbers_come_back_within_half_a_step(scheme, dtype):
     back = numbers(words.view(np.uint32), scales, scheme.bits)
     steps = np.abs(np.repeat(scales.astype(np.float32), 256 // scales.shape[1], axis=1))
     off = np.abs(back - w.astype(np.float32))
-    ends = np.abs(back) >= steps * (
-        2 ** (scheme.bits - 1) - 1
-    )  # clipped: the largest number may lie beyond
+    # Clipped: the largest number may lie beyond.
+    ends = np.abs(back) >= steps * (2 ** (scheme.bits - 1) - 1)
     assert (off <= 0.5001 * steps)[~ends].all()
     assert (off <= (0.51 if scheme.bits == 8 else 1.75) * steps).all()
     assert not back[5].any()
@@ -89,9 +88,8 @@ def test_without_a_compiler_the_numbers_are_as_good(scheme, monkeypatch):
         np.square(numbers(words.view(np.uint32), scales, scheme.bits) - weights()).sum()
         for words, scales in (compiled, portable)
     ]
-    assert off[0] == pytest.approx(
-        off[1], rel=1e-3
-    )  # sums in another order choose another of two equal scales
+    # A different order of the sums may choose another of two equal scales.
+    assert off[0] == pytest.approx(off[1], rel=1e-3)
     assert (compiled[0] == portable[0]).mean() > 0.98
 
 

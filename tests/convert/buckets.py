@@ -83,9 +83,8 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: "_Server"
     protocol_version = "HTTP/1.1"
-    wbufsize = (
-        -1
-    )  # head and body in one packet: apart, each answer waits 40 ms for an acknowledgement
+    # Head and body in one packet; in two, each answer waits 40 ms for an acknowledgement.
+    wbufsize = -1
 
     def do_GET(self) -> None:
         buckets = self.server.buckets

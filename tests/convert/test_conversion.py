@@ -15,9 +15,8 @@ from flax.traverse_util import flatten_dict
 
 from slipway import errors
 from slipway.checkpoint import shards
-from slipway.convert import conversion as conversion_module
 from slipway.convert import executor
-from slipway.convert.conversion import ConvertConfig, convert, prepare
+from slipway.convert.conversion import ConvertConfig, conversion_identity, convert, prepare
 from slipway.convert.formats import open_source
 from slipway.convert.source import MemorySource, flatten
 from slipway.convert.transfer import max_ulp
@@ -431,10 +430,10 @@ def test_what_lies_otherwise_in_its_files_is_not_gone_on_with(monkeypatch):
         open_source(MAXTEXT / "llama_scan_orbax"),
         ConvertConfig(config=MAXTEXT / "hf_llama"),
     )
-    conversion = conversion_module.prepare(source, options)
-    before = conversion_module._identity(conversion, options)
-    monkeypatch.setattr(conversion_module.shards, "PAGE", 64)
-    assert conversion_module._identity(conversion, options) != before
+    conversion = prepare(source, options)
+    before = conversion_identity(conversion, options)
+    monkeypatch.setattr(shards, "PAGE", 64)
+    assert conversion_identity(conversion, options) != before
 
 
 BATCH_NORM = """

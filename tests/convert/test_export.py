@@ -34,9 +34,8 @@ class VGG(nnx.Module):
         self.features = nnx.List(
             [nnx.Conv(3, 8, (3, 3), padding=1, rngs=r), nnx.Conv(8, 6, (3, 3), padding=1, rngs=r)]
         )
-        self.norms = nnx.data(
-            {"0": nnx.BatchNorm(8, use_running_average=True, rngs=r)}
-        )  # a plain dict
+        # A plain dict.
+        self.norms = nnx.data({"0": nnx.BatchNorm(8, use_running_average=True, rngs=r)})
         self.drop = nnx.Dropout(0.5, deterministic=True, rngs=r)
         self.fc1 = nnx.Linear(4 * 5 * 6, 10, rngs=r)
         self.fc2 = nnx.Linear(10, 4, rngs=r)
@@ -227,10 +226,11 @@ def test_layers_of_ones_own_and_a_transformer(tmp_path):
     ids = RNG.integers(0, 64, (2, 20))
     with torch.inference_mode():
         wanted = twin(torch.from_numpy(ids)).logits.numpy()
+    # The user's code, which need not follow the strict settings of the tests.
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
-    ):  # the user's code, not ours
+    ):
         made = np.asarray(model(ids))
     np.testing.assert_allclose(made, wanted, atol=1e-4)
 
@@ -274,9 +274,8 @@ def test_a_bare_variable_with_a_rule_of_its_own(tmp_path):
 @pytest.mark.parametrize("shape", [(4, 5, 7), (120,)])
 def test_a_flatten_that_does_not_fit_is_refused(shape, tmp_path):
     if shape == (120,):
-        slipway.export(
-            VGG(), {}, tmp_path / "out", flatten={"fc1": shape}
-        )  # one axis: nothing to permute
+        # One axis: nothing to permute.
+        slipway.export(VGG(), {}, tmp_path / "out", flatten={"fc1": shape})
         return
     with pytest.raises(InvalidConfig, match="flatten") as caught:
         slipway.export(VGG(), {}, tmp_path / "out", flatten={"fc1": shape})

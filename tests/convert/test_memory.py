@@ -95,9 +95,8 @@ def test_peak_memory_follows_the_largest_tensor(to, tmp_path):
         [sys.executable, "-c", CHILD, *words], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    largest = (
-        MLP * EMBED * 2 * (LAYERS if to == "maxtext" else 1)
-    )  # MaxText's tensor is the stack of all layers
+    # MaxText's tensor is the stack of all layers.
+    largest = MLP * EMBED * 2 * (LAYERS if to == "maxtext" else 1)
     bound, peak = 2 * largest + 200e6, int(done.stdout) * 1024
     assert size > 450e6 and peak < bound, (
         f"{peak / 1e6:.0f} MB for tensors of {largest / 1e6:.0f} MB"

@@ -98,11 +98,10 @@ def test_the_newest_complete_step_is_read(scheme, asked):
 
 def test_an_hf_directory_in_a_bucket_goes_the_way_back(scheme, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(remote, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
     source = open_source(f"{scheme}://a-bucket/runs of may/hf_llama/")
-    convert(
-        source, tmp_path / "there", ConvertConfig(to="maxtext")
-    )  # config.json is the directory's own
+    # config.json is that of the directory.
+    convert(source, tmp_path / "there", ConvertConfig(to="maxtext"))
     convert(open_source(MAXTEXT / "hf_llama"), tmp_path / "here", ConvertConfig(to="maxtext"))
     there, here = open_source(tmp_path / "there"), open_source(tmp_path / "here")
     assert_same(arrays(there), arrays(here))
@@ -225,6 +224,6 @@ def arrays(source: Source) -> dict[str, np.ndarray]:
 
 def test_an_empty_access_key_counts_as_unset(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
-    assert "aws_credentials" not in remote._spec("s3", "bucket", "")
+    assert "aws_credentials" not in remote.store_spec("s3", "bucket", "")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA")
-    assert remote._spec("s3", "bucket", "")["aws_credentials"] == {"type": "environment"}
+    assert remote.store_spec("s3", "bucket", "")["aws_credentials"] == {"type": "environment"}

@@ -55,9 +55,8 @@ def test_layers_and_experts_are_stacked_along_any_axis(axis):
 
 
 def test_layers_one_by_one_need_no_other_pattern():
-    trees = {
-        f"layers_{i}.w": numbers(3, 4) + np.array(i, BF16) for i in range(11)
-    }  # two digits: order is by number
+    # Two digits: order is by number.
+    trees = {f"layers_{i}.w": numbers(3, 4) + np.array(i, BF16) for i in range(11)}
     tensors = forth_and_back(
         mapping(("layers_{layers}.w", "l.{layers}.w", "a layers b -> layers b a")), trees
     )

@@ -22,12 +22,13 @@ SHAPE = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
+# tunix rotates with a theta of its own, whatever its ModelConfig states.
 LLAMA = {
     "model_type": "llama",
     **SHAPE,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-}  # whatever ModelConfig says
+}
 QWEN2 = LLAMA | {"model_type": "qwen2", "rope_theta": 1e4}
 QWEN3 = LLAMA | {"model_type": "qwen3"}
 MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts_per_tok": 2}
