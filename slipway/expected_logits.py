@@ -29,8 +29,9 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Result of a comparison. ``quantity``: logits, or log-probabilities of the likeliest
-    tokens.
+    """Result of a comparison.
+
+    ``quantity``: logits, or log-probabilities of the likeliest tokens.
     """
 
     program: str
@@ -44,8 +45,9 @@ class Agreement:
 
 
 def read(ids_file: Path, logits_file: Path) -> Expected:
-    """Read two .npy files. Raises InvalidConfig if they are not ids and logits of the same
-    shape.
+    """Read two .npy files.
+
+    Raises InvalidConfig if they are not ids and logits of the same shape.
     """
     ids, logits = _array(ids_file), _array(logits_file)
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
@@ -133,8 +135,9 @@ def _by_transformers(
 
 
 def _by_engine(directory: Path, expected: Expected, tolerance: float) -> Agreement:
-    """Compare log-probabilities of the likeliest tokens of each position. Raises
-    UnsupportedModel.
+    """Compare log-probabilities of the likeliest tokens of each position.
+
+    Raises UnsupportedModel.
     """
     rows, length = expected.ids.shape
     llm = LLM(

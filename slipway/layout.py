@@ -63,8 +63,9 @@ def parse(axes: str) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Rearrange:
-    """Conversion of arrays from one layout to another at given sizes: reshape, transpose,
-    reshape.
+    """Conversion of arrays from one layout to another at given sizes.
+
+    It is a reshape, a transpose and a reshape.
     """
 
     split: tuple[int, ...]

@@ -1,5 +1,4 @@
-"""Comparison of two programs on one HF directory: Slipway's engine and, where installed,
-transformers.
+"""Comparison of Slipway's engine with transformers on one HF directory.
 
 Random prompts are completed greedily in float32; the other program then computes the same tokens.
 Not here: the original model's logits (expected_logits.py).
@@ -85,8 +84,9 @@ def _complete(directory: Path, prompts: list[list[int]]) -> list[RequestOutput]:
 
 
 def _judge(directory: Path, outputs: list[RequestOutput]) -> list[np.ndarray]:
-    """Return transformers' log-probabilities [new tokens, vocabulary] of every generated
-    position.
+    """Return transformers' log-probabilities of every generated position.
+
+    Each array is [new tokens, vocabulary].
     """
     import torch  # optional, like transformers: neither is needed to convert or to serve
     from transformers import AutoModelForCausalLM

@@ -38,8 +38,7 @@ class Call:
 
 
 def misfits(twin: Twin, engine: Engine) -> list[str]:
-    """Return everything in the twin that the engine would compute differently, or could not
-    compute.
+    """Return everything that the engine would compute differently, or could not compute.
 
     Raises InvalidConfig if the code of the twin fails.
     """

@@ -1,5 +1,4 @@
-"""MaxText models inside vLLM on TPU: configuration, caches and decoder of a model class for
-tpu-inference.
+"""MaxText models inside vLLM on TPU: a model class for tpu-inference and its configuration.
 
 The contract for model classes is in docs/adapters.md. MaxText is optional, needs Python 3.12, and
 is imported when a model is made.

@@ -32,8 +32,9 @@ _EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A package that was written. ``asked`` states whether the engine could be asked for its
-    architectures.
+    """A package that was written.
+
+    ``asked`` states whether the engine could be asked for its architectures.
     """
 
     directory: Path
@@ -121,11 +122,11 @@ def contents(found: Twin, engine: Engine, module: str) -> dict[str, str]:
 
 
 def _ask(engine: Engine, architecture: str) -> str:
-    """Ask the engine for its architectures; return a sentence that states whether that was
-    possible.
+    """Ask the engine for its architectures.
 
-    Raises UnsupportedModel if the engine has this one. It is asked in a process of its own:
-    importing an engine takes seconds, and may start what must not be started here.
+    Return a sentence that states whether that was possible. Raises UnsupportedModel if the engine
+    has this one. It is asked in a process of its own: importing an engine takes seconds, and may
+    start what must not be started here.
     """
     if importlib.util.find_spec(engine) is None:
         return f"{engine} is not installed here: it is unknown whether it has {architecture}"

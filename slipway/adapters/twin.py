@@ -46,25 +46,27 @@ class Twin:
     raw_config: Mapping[str, Any]
 
     def config(self) -> Any:
-        """Return a new object of ``config_class``. Raises InvalidConfig if its code rejects
-        config.json.
+        """Return a new object of ``config_class``.
+
+        Raises InvalidConfig if its code rejects config.json.
         """
         with running(self.path, f"that makes {self.config_class.__name__} from config.json"):
             return self.config_class.from_dict(dict(self.raw_config))
 
     def whole(self) -> Any:
-        """Return the model with its head on the meta device. Raises InvalidConfig if its code
-        fails.
+        """Return the model with its head on the meta device.
+
+        Raises InvalidConfig if its code fails.
         """
         return _on_meta(self.path, self.model_class, self.config())
 
 
 @contextlib.contextmanager
 def running(path: Path, what: str) -> Iterator[None]:
-    """Convert errors of the twin's own code to InvalidConfig, with the last line of the file that
-    ran.
+    """Convert errors of the twin's own code to InvalidConfig.
 
-    ``what``: a clause that describes the code, for the error.
+    The error names the last line of the file that ran. ``what``: a clause that describes the code,
+    for the error.
     """
     try:
         yield
@@ -103,11 +105,10 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def load(twin: str, raw_config: Mapping[str, Any]) -> Twin:
-    """Load the twin ``FILE`` or ``FILE:CLASS`` for a config.json; its architecture is the default
-    class.
+    """Load the twin ``FILE`` or ``FILE:CLASS`` for a config.json.
 
-    Raises UnsupportedModel for fields of config.json that are missing or in use, InvalidConfig for
-    a file that is no twin.
+    Its architecture is the default class. Raises UnsupportedModel for fields of config.json that
+    are missing or in use, InvalidConfig for a file that is no twin.
     """
     architecture, model_type = _named(raw_config)
     if missing := [

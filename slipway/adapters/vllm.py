@@ -1,5 +1,4 @@
-"""Slipway's architectures inside vLLM on TPU: model classes over tpu-inference's caches and
-metadata.
+"""Slipway's architectures inside vLLM on TPU, over tpu-inference's caches and metadata.
 
 The contract is tpu-inference 0.32's (docs/adapters.md). The model classes are nnx modules, which
 that engine splits into a graph and arrays. Inside is a Slipway tree, under ``shard_map`` over the

@@ -1,5 +1,6 @@
-"""Fast copies and scans of arrays and files, by the compiled csrc/copy.cc or, where it was not
-built, by NumPy.
+"""Fast copies and scans of arrays and files.
+
+The compiled csrc/copy.cc does them or, where it was not built, NumPy.
 
 Not here: the loader of the compiled library (slipway/native.py), copies that also convert or scale
 (slipway/convert/transfer.py).
@@ -40,11 +41,11 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def stream(target: np.ndarray, source: np.ndarray, limit: int | None = None) -> int:
-    """Copy ``source`` to ``target`` past the CPU cache; both are contiguous and of equal size in
-    bytes.
+    """Copy ``source`` to ``target`` past the CPU cache.
 
-    Meant for targets that are not read again soon. With ``limit``, return the number of source
-    items above it, as ``count_above`` counts them, found in the same pass; without it, return 0.
+    Both are contiguous and of equal size in bytes. Meant for targets that are not read again soon.
+    With ``limit``, return the number of source items above it, as ``count_above`` counts them,
+    found in the same pass; without it, return 0.
     """
     assert (
         target.nbytes == source.nbytes and target.flags.c_contiguous and source.flags.c_contiguous
@@ -113,11 +114,11 @@ def read(file: int, offset: int, target: np.ndarray) -> None:
 
 
 def count_above(values: np.ndarray, limit: int) -> int:
-    """Count the items of a contiguous array that exceed ``limit`` as unsigned integers without
-    their highest bit.
+    """Count items of a contiguous array above ``limit``.
 
-    For floats that bit is the sign: with the bits of a magnitude as ``limit``, this counts larger
-    magnitudes, infinities and NaN.
+    They are compared as unsigned integers without their highest bit. For floats that bit is the
+    sign: with the bits of a magnitude as ``limit``, this counts larger magnitudes, infinities and
+    NaN.
     """
     library = load_library()
     if library is not None and values.itemsize in (2, 4, 8):

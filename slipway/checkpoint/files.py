@@ -79,20 +79,18 @@ class Checkpoint:
     )
 
     def array(self, name: str) -> np.ndarray:
-        """Return the tensor as a read-only view of its file, at whatever alignment the file gives
-        it.
-        """
+        """Return the tensor as a read-only view of its file, with any alignment."""
         tensor = self.tensors[name]
         return np.ndarray(
             tensor.shape, DTYPES[tensor.dtype], buffer=self._map(tensor.file), offset=tensor.start
         )
 
     def copy(self, name: str, target: np.ndarray, limit: int | None = None) -> int:
-        """Read the tensor into ``target``, a contiguous array of its size, without making file
-        pages resident.
+        """Read the tensor into ``target``, a contiguous array of its size.
 
-        With ``limit``, return the number of items above it, as ``copying.stream`` does; without it,
-        return 0. Raises OSError if the file has become shorter.
+        No pages of the file become resident. With ``limit``, return the number of items above it,
+        as ``copying.stream`` does; without it, return 0. Raises OSError if the file has become
+        shorter.
         """
         tensor = self.tensors[name]
         with tensor.file.open("rb", buffering=0) as file:
@@ -118,11 +116,10 @@ class Checkpoint:
             )
 
     def drop(self, name: str) -> None:
-        """Give the resident pages of the tensor back to the system; a view that is used again reads
-        them anew.
+        """Give the resident pages of the tensor back to the system.
 
-        The range is extended to whole huge pages: touching the edge of a tensor can map that much
-        of its neighbours.
+        A view that is used again reads them anew. The range is extended to whole huge pages:
+        touching the edge of a tensor can map that much of its neighbours.
         """
         tensor = self.tensors[name]
         first = tensor.start // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES

@@ -97,10 +97,10 @@ def config_of(scheme: Scheme) -> dict[str, Any]:
 
 
 def packed_view(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """Return the checkpoint with the float tensors packed that ``wanted`` (name -> shape) wants
-    packed.
+    """Return the checkpoint with those float tensors packed that ``wanted`` has packed.
 
-    A tensor of a shape that fits neither form stays as it is: the check of all tensors reports it.
+    ``wanted``: name -> shape. A tensor of a shape that fits neither form stays as it is: the check
+    of all tensors reports it.
     """
     tensors = dict(checkpoint.tensors)
     views: dict[str, tuple[_Pair, int]] = {}

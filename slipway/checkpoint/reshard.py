@@ -1,8 +1,8 @@
-"""Conversion of arrays on devices to the arrays of a declaration, by compiled programs without the
-host.
+"""Conversion of arrays on devices to the arrays of a declaration, without the host.
 
-The sources are HF tensors on devices, or the arrays of another mesh. Not here: tensors in files
-(tensor_reader.py), the exchange of a running model's arrays (swap.py).
+It is done by compiled programs. The sources are HF tensors on devices, or the arrays of another
+mesh. Not here: tensors in files (tensor_reader.py), the exchange of a running model's arrays
+(swap.py).
 """
 
 import functools
@@ -18,12 +18,11 @@ from slipway import layout, tree
 
 
 def owned(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return the array on the devices of ``sharding``, sharing no memory that its owner may delete
-    or donate.
+    """Return the array on the devices of ``sharding``, sharing no memory with its owner.
 
-    ``device_put`` does not copy an array that is on the right device already, with
-    ``may_alias=False`` or without, and jit returns inputs that it need not compute. So the array is
-    copied first where it shares a device.
+    The owner may delete or donate the original. ``device_put`` does not copy an array that is on
+    the right device already, with ``may_alias=False`` or without, and jit returns inputs that it
+    need not compute. So the array is copied first where it shares a device.
     """
     shared = array.devices() & sharding.device_set
     return jax.device_put(jnp.copy(array) if shared else array, sharding)
@@ -82,8 +81,7 @@ def relaid(recipe: Recipe, dtype: np.dtype) -> Callable[..., jax.Array]:
 
 
 def grown(param: tree.Param, shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
-    """Return (size in the checkpoint, size in the array) of the outer axis of each unstacked
-    dimension.
+    """Return the outer axis's size of each unstacked dimension, in the checkpoint and in the array.
 
     None if an array of ``shape`` is no form of the parameter.
     """

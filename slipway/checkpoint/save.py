@@ -23,10 +23,10 @@ def save(
     directory: Path,
     shard_size_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write ``config.json`` and the weights: ``arrays`` is the tree that ``load`` makes of
-    ``declaration``.
+    """Write ``config.json`` and the weights of a declaration.
 
-    One tensor is in host memory at a time. A checkpoint that was in ``directory`` is replaced.
+    ``arrays`` is the tree that ``load`` makes of ``declaration``. One tensor is in host memory at a
+    time. A checkpoint that was in ``directory`` is replaced.
     """
     directory.mkdir(parents=True, exist_ok=True)
     specs = {
@@ -58,11 +58,10 @@ def save(
 
 
 def hf_tensors(declaration: Any, arrays: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every HF key and its tensor, one at a time; a view of the array where the layouts allow
-    it.
+    """Yield every HF key and its tensor, one at a time.
 
-    ``arrays`` may hold JAX or NumPy arrays; each shard of them must be addressable from this
-    process.
+    A tensor is a view of the array where the layouts allow it. ``arrays`` may hold JAX or NumPy
+    arrays; each shard of them must be addressable from this process.
     """
     for leaf, array in zip(tree.leaves(declaration), jax.tree.leaves(arrays), strict=True):
         for at, key in leaf.keys.items():

@@ -1,5 +1,6 @@
-"""Replacement of the arrays of a running model: checked first, then exchanged leaf by leaf or all
-at once.
+"""Replacement of the arrays of a running model, leaf by leaf or all at once.
+
+Everything is checked first.
 
 Not here: the sources of new values (slipway/convert/weight_sources.py), the moment of the exchange
 (slipway/engine/updates.py).
@@ -138,11 +139,10 @@ class Weights:
         return backend.of(self.mesh.devices.flat[0].platform).uses_host_memory
 
     def refilled(self, at: int, memory: dict[tensor_reader.Bounds, np.ndarray]) -> jax.Array:
-        """Return the leaf ``at`` after its blocks were written: on one device the same array, if it
-        is their view.
+        """Return the leaf ``at`` after its blocks were written.
 
-        For an array on several devices JAX keeps a copy that it has gathered for the host, so a new
-        array is needed.
+        On one device it is the same array, if that is a view of the blocks. For an array on several
+        devices JAX keeps a copy that it has gathered for the host, so a new array is needed.
         """
         shape, sharding = self.arrays[at].shape, self.shardings[at]
         if len(sharding.device_set) == 1:
@@ -220,8 +220,9 @@ class FromTensors:
         self.tensors = tensors
 
     def check(self, weights: Weights, mode: Mode = "inplace") -> None:
-        """Check every key, shape, dtype and value, except values that are checked while they are
-        copied.
+        """Check every key, shape, dtype and value.
+
+        Values that are checked while they are copied are left out.
         """
         later = mode == "atomic" and not self._on_devices(*self.tensors.tensors)
         tensor_reader.check(
@@ -320,8 +321,9 @@ class FromTree:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayCheckpoint(Checkpoint):
-    """NumPy or JAX arrays, on any devices, presented as the tensors of a checkpoint under HF
-    keys.
+    """NumPy or JAX arrays on any devices, presented as the tensors of a checkpoint.
+
+    Their names are HF keys.
     """
 
     arrays: Mapping[str, Any]

@@ -169,9 +169,7 @@ def overflow(key: str, checkpoint: Checkpoint, dtype: np.dtype) -> str:
 
 @functools.cache
 def _limit(source: np.dtype, target: np.dtype) -> int:
-    """Return the bits of the largest ``source`` number that does not exceed the largest of
-    ``target``.
-    """
+    """Return the bits of the largest ``source`` number not above the largest of ``target``."""
     largest = float(ml_dtypes.finfo(target).max)
     nearest = np.asarray(min(largest, float(ml_dtypes.finfo(source).max))).astype(source)
     return int(nearest.view(f"u{source.itemsize}")) - (float(nearest) > largest)

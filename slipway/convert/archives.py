@@ -35,8 +35,9 @@ KeyPath = tuple[str, ...]  # the keys that lead to an array
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Place of one array: bytes of the file, in one piece or in several that follow each other in C
-    order.
+    """Place of one array in a file.
+
+    It has one piece, or several that follow each other in C order.
     """
 
     spec: Spec
@@ -142,8 +143,9 @@ def _named(regions: Mapping[KeyPath, Region]) -> dict[str, Region]:
 
 
 def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: int) -> Region:
-    """Return the place of one member's array. Raises ValueError for other content than an array of
-    numbers.
+    """Return the place of one member's array.
+
+    Raises ValueError for other content than an array of numbers.
     """
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
@@ -173,11 +175,11 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Any, file_size: 
 
 
 def open_msgpack(path: Path) -> ArchiveSource:
-    """Open a file of ``flax.serialization.to_bytes`` or ``msgpack_serialize``, or a stream of
-    EasyLM.
+    """Open a msgpack file of Flax, or a stream of EasyLM.
 
-    In Flax's files, lists have string keys. EasyLM writes a stream of pairs: the keys that lead to
-    an array, and its bytes as from ``to_bytes``. Format:
+    Flax writes the file by ``flax.serialization.to_bytes`` or ``msgpack_serialize``. In Flax's
+    files, lists have string keys. EasyLM writes a stream of pairs: the keys that lead to an array,
+    and its bytes as from ``to_bytes``. Format:
     https://github.com/msgpack/msgpack/blob/master/spec.md; Flax's extension 1 is an array as
     (shape, dtype, bytes), 3 a NumPy scalar, and arrays above 1 GB are mappings of pieces. Raises
     CheckpointError.

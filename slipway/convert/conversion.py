@@ -110,14 +110,14 @@ def convert(
     on_start: Callable[[int], None] = lambda size_bytes: None,
     progress: Callable[[int], None] = lambda size_bytes: None,
 ) -> tuple[Conversion, list[Written]]:
-    """Convert ``source`` into ``out_dir``, which must be new, empty, or hold a conversion to
-    resume.
+    """Convert ``source`` into ``out_dir``.
 
-    ``given``: fields of config.json that are not from ``options.config``. ``candidates``: mappings
-    to use instead of the built-in ones. ``deltas``: what to add to a target. ``twin``: a torch
-    class (a transformers PreTrainedModel) with the names of the source. ``on_start`` is called with
-    the number of bytes to write, ``progress`` with the bytes of each tensor written. Raises
-    InvalidConfig for an option, and CheckpointError for all other problems, listing all of them.
+    The directory must be new, empty, or hold a conversion to resume. ``given``: fields of
+    config.json that are not from ``options.config``. ``candidates``: mappings to use instead of the
+    built-in ones. ``deltas``: what to add to a target. ``twin``: a torch class (a transformers
+    PreTrainedModel) with the names of the source. ``on_start`` is called with the number of bytes
+    to write, ``progress`` with the bytes of each tensor written. Raises InvalidConfig for an
+    option, and CheckpointError for all other problems, listing all of them.
     """
     conversion = prepare(source, options, given, candidates=candidates, deltas=deltas, twin=twin)
     if conversion.problems:
@@ -252,10 +252,10 @@ def _plan(
     candidates: Sequence[TreeMapping] | None,
     twin: Any,
 ) -> tuple[Plan, Source]:
-    """Return the plan of the mapping that leaves the fewest tensors without a counterpart, and the
-    source.
+    """Return the plan of the mapping that fits best, and the source.
 
-    The source may be one that reads tensors under other names.
+    It leaves the fewest tensors without a counterpart. The source may be one that reads tensors
+    under other names.
     """
     backward = options.to != "hf"
     name = options.mapping or {"hf": None, "maxtext": "maxtext"}.get(options.to, "hf")

@@ -143,8 +143,9 @@ class _Flow:
     def _unknown(
         self, name: str, known: Sequence[Axes], shapes: Sequence[tuple[int, ...]]
     ) -> list[Axes]:
-        """Return the results of an operation without a rule; equal sizes are taken as the same
-        direction.
+        """Return the results of an operation without a rule.
+
+        Equal sizes are taken as the same direction.
         """
         made = []
         for shape in shapes:

@@ -57,8 +57,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """Mapping of a module, its arrays by attribute path, what LoRA adds to each key, and the
-    report.
+    """Mapping of a module with its arrays, LoRA changes and report.
+
+    ``arrays`` are by attribute path, ``adapter`` by key.
     """
 
     mapping: TreeMapping
@@ -145,8 +146,9 @@ def derive(
 def _read(
     module: Any, variables: Any, options: Options, example: Any
 ) -> tuple[Trace | None, Found | None]:
-    """Run a module on an example, if there is one; this run also finds the layers of a Linen
-    module.
+    """Run a module on an example, if there is one.
+
+    This run also finds the layers of a Linen module.
     """
     if isinstance(module, linen.Module):
         found, trace = linen_walk.walk(module, variables, options.layers, example=example)
@@ -197,8 +199,9 @@ class _Writer:
         self._stacks = self._find_stacks()
 
     def write(self) -> None:
-        """Collect rules and arrays. Raises CheckpointError, listing everything that cannot be
-        interpreted.
+        """Collect rules and arrays.
+
+        Raises CheckpointError, listing everything that cannot be interpreted.
         """
         orders = {layer.path: self._orders(layer) for layer in self.found.layers}
         for layer in self.found.layers:
@@ -313,8 +316,9 @@ class _Writer:
                 self.constants[key] = 0
 
     def _write_extra(self) -> None:
-        """Add the rules that the user has given for variables of no layer; refuse variables without
-        one.
+        """Add the rules that the user has given for variables of no layer.
+
+        Refuse variables without one.
         """
         bare = dict(self.found.bare)
         for row in self.options.extra:

@@ -1,5 +1,4 @@
-"""Report of one export: reshapes, Flax defaults that differ from torch's, and parts that were not
-checked.
+"""Report of one export: reshapes, differing defaults, and parts that were not checked.
 
 Not here: the export (export.py), the differences (differences.py).
 """

@@ -60,8 +60,9 @@ def dimensions(pattern: str) -> list[list[str]]:
 
 
 def told_orders(layer: Layer, flatten: Told, unflatten: Told) -> Orders:
-    """Return the orders that a user has given for a layer. Raises InvalidConfig for one that does
-    not fit.
+    """Return the orders that a user has given for a layer.
+
+    Raises InvalidConfig for one that does not fit.
     """
     made: Orders = {}
     for field, told, roles in (
@@ -107,10 +108,10 @@ def _told_order(layer: Layer, field: str, shape: tuple[int, ...], sizes: Sequenc
 
 
 def traced_orders(layer: Layer, axes: Mapping[str, Sequence[Axis]]) -> tuple[Orders, list[str]]:
-    """Return the orders that follow from traced axes of the layer's arrays, and the reasons for
-    others.
+    """Return the orders that follow from traced axes of the layer's arrays.
 
-    ``axes``: by attribute, without axes of stacks.
+    The second result has the reasons for orders that do not follow. ``axes``: by attribute, without
+    axes of stacks.
     """
     made: Orders = {}
     reasons: list[str] = []
@@ -135,11 +136,10 @@ def traced_orders(layer: Layer, axes: Mapping[str, Sequence[Axis]]) -> tuple[Ord
 
 
 def reordered(pattern: str, orders: Mapping[int, Order], first: int) -> tuple[str, dict[str, int]]:
-    """Return a pattern with torch dimensions in the given orders, and the sizes of its additional
-    axes.
+    """Return a pattern with torch dimensions in the given orders.
 
-    ``first``: the number of the first additional axis. Orders by index are left out: permute the
-    array for them.
+    The second result has the sizes of its additional axes. ``first``: the number of the first
+    additional axis. Orders by index are left out: permute the array for them.
     """
     ours = pattern.partition("->")[0]
     sizes: dict[str, int] = {}

@@ -103,8 +103,9 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_shards(path: Path) -> Source:
-    """Open the shards of transformers' Flax classes, which the index lists. Raises
-    CheckpointError.
+    """Open the shards of transformers' Flax classes, which the index lists.
+
+    Raises CheckpointError.
     """
     try:
         files_of = json.loads((path / _INDEX).read_bytes())["weight_map"]

@@ -201,8 +201,9 @@ class _Recorder:
 
 
 def _held(node: linen.Module) -> dict[str, Any]:
-    """Return the arrays directly below a module as one call sees them: in a stack, those of one
-    layer.
+    """Return the arrays directly below a module as one call sees them.
+
+    In a stack, these are the arrays of one layer.
     """
     return {
         name: x
@@ -222,8 +223,9 @@ def _is_computed(value: Any) -> bool:
 
 
 def _check_parents(x: Any) -> Any:
-    """Raise an error, when traced, if this JAX lacks the private attribute that ``_is_computed``
-    reads.
+    """Raise an error, when traced, if this JAX lacks the attribute of ``_is_computed``.
+
+    That attribute is private.
     """
     if x.parent is not None or (x + 1).parent is None:
         raise RuntimeError(

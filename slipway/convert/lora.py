@@ -130,8 +130,9 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Changes of HF tensors, and tensors that replace those of the base model before the
-    changes.
+    """Changes of HF tensors by an adapter, and tensors that replace those of the base model.
+
+    Replacement comes before the changes.
     """
 
     deltas: dict[str, Delta] = dataclasses.field(default_factory=dict)
@@ -156,10 +157,10 @@ def product(a: np.ndarray, b: np.ndarray, scale: float) -> Delta:
 def read_adapter(
     directory: Path, targets: Mapping[str, Spec], model_config: Mapping[str, Any]
 ) -> Merge:
-    """Read the adapter in ``directory``, for the HF tensors ``targets`` of a model with this
-    config.json.
+    """Read the adapter in ``directory`` for a model with this config.json.
 
-    Raises CheckpointError, listing every part that is unsupported or does not fit.
+    ``targets``: the HF tensors of the model. Raises CheckpointError, listing every part that is
+    unsupported or does not fit.
     """
     try:
         raw = json.loads((directory / CONFIG).read_bytes())
@@ -327,8 +328,9 @@ class _Reading:
                 )
 
     def _tables(self) -> None:
-        """Refuse a change of one of two tied tables; drop a head that is saved beside an equal
-        table.
+        """Refuse a change of one of two tied tables.
+
+        Drop a head that is saved beside an equal table.
         """
         if not self.tied:
             return

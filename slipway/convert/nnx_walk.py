@@ -31,10 +31,10 @@ _KNOWN = (*NNX_FORMS, nnx.LoRALinear)
 
 @dataclasses.dataclass
 class Found:
-    """Contents of a module: layers, variables outside of layers, LoRA matrices by layer name,
-    problems.
+    """Contents of a module: layers, other variables, LoRA matrices, problems.
 
-    Variables are NNX variables or arrays; ``bare`` and the layers' variables are by attribute path.
+    LoRA matrices are by layer name. Variables are NNX variables or arrays; ``bare`` and the layers'
+    variables are by attribute path.
     """
 
     layers: list[Layer] = dataclasses.field(default_factory=list)

@@ -294,8 +294,9 @@ class _SeveralItems(CheckpointError):
 
 
 def _find_tree(path: Place) -> Place:
-    """Return the directory with the tree itself: ``path``, a folder of it, or of its newest
-    step.
+    """Return the directory with the tree itself.
+
+    It is ``path``, a folder of it, or a folder of its newest step.
     """
     if _is_tree(path):
         return path

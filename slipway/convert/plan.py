@@ -1,5 +1,4 @@
-"""Plan of a conversion: a mapping's rules, resolved against names and shapes before any value is
-read.
+"""Plan of a conversion: rules resolved against names and shapes, before values are read.
 
 Either side may be the source. Every mismatch is collected. A plan without mismatches accounts for
 each source tensor exactly once. Not here: the meaning of a rule (rules.py), its execution
@@ -98,15 +97,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every tensor of the source has a target, and every tensor that a rule needs
-        exists.
-        """
+        """Whether every source tensor has a target, and every required tensor exists."""
         return not self.unmatched and not self.problems
 
     def jobs(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Yield sources and targets in the smallest groups that can be read and written
-        independently.
-        """
+        """Yield sources and targets in the smallest groups that are independent of each other."""
         group_of: dict[str, list[str]] = {}
         for target, moves in self.moves.items():
             groups = {
@@ -152,9 +147,7 @@ def resolve(
 
 
 def inverse(plan: Plan, sources: Mapping[str, Spec]) -> Plan:
-    """Return the plan from ``sources``, tensors that ``plan`` has written, back to its own
-    sources.
-    """
+    """Return the plan from ``sources``, written by ``plan``, back to its own sources."""
     back: Direction = "to_jax" if plan.direction == "to_hf" else "to_hf"
     return _resolve(
         plan.mapping,
@@ -246,8 +239,9 @@ def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
 
 @dataclasses.dataclass
 class _Rule:
-    """A rule, its sides in the direction of the conversion, its matches, and the sizes of its own
-    axes.
+    """A rule with its matches, and the sizes of its own axes.
+
+    Its sides are in the direction of the conversion.
     """
 
     rule: Rule
@@ -269,8 +263,9 @@ class _Resolver:
         self.missing: list[str] = []
 
     def match(self, sources: Mapping[str, Spec], prefix: str) -> None:
-        """Give each source tensor to the first rule that names it; count the indices in the
-        names.
+        """Give each source tensor to the first rule that names it.
+
+        Count the indices in the names.
         """
         indices: dict[str, set[int]] = {}
         for name, spec in sorted(sources.items()):

@@ -1,5 +1,4 @@
-"""Questions that the layers of a module leave open: which layers are next to a flatten or a reshape
-to a map.
+"""Questions about layers that may be next to a flatten or a reshape to a map.
 
 If a flatten is missed, the weights load in torch and compute wrong numbers. So every possible
 flatten leads to a question. Layers are read in the order of their attributes. The criterion:
@@ -117,8 +116,9 @@ class _Reader:
         return next((layer for layer in reversed(self.layers[:at]) if layer.total("out")), None)
 
     def _follows_conv(self, at: int) -> bool:
-        """Return whether a layer takes the channels of the convolution before it: after a pool, or
-        along them.
+        """Return whether a layer takes the channels of the convolution before it.
+
+        It does so after a pool, or along them.
         """
         layer, before = self.layers[at], self._before(at)
         size = layer.total("into") or layer.total("features")
@@ -152,8 +152,9 @@ class _Reader:
         return told is not None or any(self._may_feed(at, conv, size) for conv in self.convs)
 
     def _channels_before(self, at: int) -> set[int]:
-        """Return channels that a layer may take: of earlier convolutions, and of later ones without
-        a feeding layer.
+        """Return channels that a layer may take.
+
+        These are channels of earlier convolutions, and of later ones without a feeding layer.
         """
         return {
             self.layers[conv].total("out")

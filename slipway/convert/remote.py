@@ -32,11 +32,10 @@ PIECE_BYTES, _PIECES = 1 << 26, 4  # of one request, and number of requests at a
 
 @dataclasses.dataclass(frozen=True)
 class RemotePath:
-    """A file or a folder of a bucket, with the methods of pathlib.Path that finding a checkpoint
-    needs.
+    """A file or a folder of a bucket.
 
-    ``held``: contents of the bucket, as paths from here on; the empty path is a file of exactly
-    this name.
+    It has the methods of pathlib.Path that finding a checkpoint needs. ``held``: contents of the
+    bucket, as paths from here on; the empty path is a file of exactly this name.
     """
 
     scheme: str
@@ -88,9 +87,7 @@ class RemotePath:
 
 
 def is_address(location: object) -> bool:
-    """Return whether ``location`` is an address and no path, as text or as an address made into a
-    Path.
-    """
+    """Return whether ``location`` is an address, as text or made into a Path."""
     return "://" in str(location) or str(location).partition("/")[0] in {
         f"{scheme}:" for scheme in _DRIVERS
     }
@@ -155,9 +152,7 @@ def stamp(folder: RemotePath, names: Sequence[str]) -> str:
 
 
 def context(ts: Any) -> Any:
-    """Return the context that stores share: tensorstore's connections, and the number of
-    retries.
-    """
+    """Return the context that stores share: connections, and the number of retries."""
     return ts.Context(
         {f"{driver}_request_retries": {"max_retries": _RETRIES} for driver in _DRIVERS.values()}
     )

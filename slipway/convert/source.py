@@ -33,8 +33,9 @@ class Source(Protocol):
 
     @property
     def stamp(self) -> str:
-        """Text that changes when the source is rewritten, in addition to the times of the files at
-        ``path``.
+        """Text that changes when the source is rewritten.
+
+        It complements the times of the files at ``path``.
         """
 
     @property
@@ -53,8 +54,9 @@ class Source(Protocol):
         """
 
     def drop(self, name: str) -> None:
-        """Give back memory that reading an open tensor has made resident; the tensor stays
-        valid.
+        """Give back memory that reading an open tensor has made resident.
+
+        The tensor stays valid.
         """
 
 

@@ -1,5 +1,4 @@
-"""Stack axes of arrays: the axes that count the layers of a stack, as nnx.vmap and nn.scan make
-them.
+"""Stack axes of arrays, which count the layers of a stack of nnx.vmap or nn.scan.
 
 A layer's class determines the shape of one layer's array; where that leaves several axes, metadata
 or the user decides. Not here: the search for layers (nnx_walk.py, linen_walk.py).
@@ -99,9 +98,7 @@ def _fitting(layer: Layer, attribute: str) -> list[Axes]:
 
 
 def _by_metadata(layer: Layer, attribute: str, fitting: list[Axes]) -> list[Axes]:
-    """Return the axes of ``fitting`` that the array's partition names call layers, if it has such
-    names.
-    """
+    """Return the axes of ``fitting`` that the array's partition names call layers."""
     variable = layer.variables[attribute]
     metadata = variable.get_metadata() if isinstance(variable, nnx.Variable) else {}
     names: Any = next((n for field in _METADATA if (n := metadata.get(field)) is not None), None)
@@ -139,8 +136,9 @@ def _question(layer: Layer, attribute: str, fitting: list[Axes]) -> str:
 
 
 def _depth(layer: Layer, layers: Sequence[Layer]) -> int:
-    """Return the number of path levels outside the stack: the fewest below which every layer is
-    stacked.
+    """Return the number of path levels outside the stack.
+
+    It is the smallest number below which every layer is stacked.
     """
     if layer.stacked:
         for depth in range(1, len(layer.path) + 1):

@@ -1,5 +1,4 @@
-"""Tokenizer files of a model: which files these are, their copies, and checks against the
-vocabulary.
+"""Tokenizer files of a model: names, copies, and checks against the vocabulary.
 
 Not here: tokenization (slipway/codec/tokenizer.py).
 """
@@ -35,9 +34,7 @@ def tokenizer_files(directory: Path | None) -> list[Path]:
 
 
 def copy_tokenizer(directory: Path | None, target: Path) -> None:
-    """Copy the tokenizer's files from ``directory`` to ``target``, with the folder of chat
-    templates.
-    """
+    """Copy the tokenizer's files and chat templates from ``directory`` to ``target``."""
     for path in tokenizer_files(directory):
         assert directory is not None
         copy = target / path.relative_to(directory)
@@ -46,9 +43,7 @@ def copy_tokenizer(directory: Path | None, target: Path) -> None:
 
 
 def generation_file(config: Path | None, source: Path | None) -> Path | None:
-    """Return the path of generation_config.json beside the config.json that is used, if it
-    exists.
-    """
+    """Return the path of the generation_config.json that belongs to the config.json, if any."""
     directory = config or source
     return (
         directory / GENERATION

@@ -87,8 +87,9 @@ def assembled(
 
 
 def fill(target: np.ndarray, source: np.ndarray, factor: float) -> None:
-    """Compute ``target = source * factor``, rounded once to the nearest, for views of equal
-    shape.
+    """Compute ``target = source * factor`` for views of equal shape.
+
+    Each number is rounded once, to the nearest.
     """
     if factor == 1.0 and source.dtype == target.dtype:
         copy_bits(target, source)

@@ -70,8 +70,7 @@ class _Comparing:
 
 
 def verify(conversion: Conversion, written: Sequence[Written], directory: Path) -> list[Compared]:
-    """Read ``directory`` anew and compare every source tensor with the result of its rule's
-    inverse.
+    """Read ``directory`` anew, apply the inverse, and compare every source tensor.
 
     Raises CheckpointError, listing every tensor that differs by more than its conversion reported,
     or that does not follow from ``directory``.

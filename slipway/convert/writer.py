@@ -40,14 +40,10 @@ class Writer(Protocol):
     """Output of a conversion. Threads may write different tensors at a time."""
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """Write one tensor: pieces (first element, numbers) in C order, which together are the
-        whole.
-        """
+        """Write one tensor from pieces (first element, numbers) in C order."""
 
     def done(self) -> Mapping[str, Facts]:
-        """Return the tensors that an earlier run completed, with the facts that it recorded of
-        each.
-        """
+        """Return the tensors that an earlier run completed, with their recorded facts."""
 
     def mark(self, name: str, facts: Facts) -> None:
         """Record a tensor as written, so that a later run may leave it out."""
@@ -104,8 +100,9 @@ class SafetensorsWriter:
                     start_writeback(file, offset, array.size)
 
     def _write_pages(self, shard: str, array: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
-        """Write the whole pages without the page cache, if possible; return the rest and its
-        offset.
+        """Write the whole pages without the page cache, if possible.
+
+        Return the rest and its offset.
         """
         size = array.size - array.size % PAGE
         if not size or shard not in self._direct:
@@ -119,9 +116,7 @@ class SafetensorsWriter:
         return array[size:], offset + size
 
     def done(self) -> Mapping[str, Facts]:
-        """Return the tensors that an earlier run completed, with the facts that it recorded of
-        each.
-        """
+        """Return the tensors that an earlier run completed, with their recorded facts."""
         return dict(self._done)
 
     def mark(self, name: str, facts: Facts) -> None:
@@ -212,8 +207,9 @@ def journal(aside: Path, identity: str) -> dict[str, Facts]:
 
 @contextlib.contextmanager
 def new_directory(directory: Path, resume: bool) -> Iterator[None]:
-    """Make ``directory`` for the output; remove it if the context fails and it did not exist
-    before.
+    """Make ``directory`` for the output.
+
+    Remove it if the context fails and it did not exist before.
     """
     if is_address(directory):
         raise InvalidConfig(

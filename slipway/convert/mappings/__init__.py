@@ -62,10 +62,10 @@ def find(name: str | None, given: Mapping[str, Any]) -> list[TreeMapping]:
 
 
 def read_file(path: Path) -> TreeMapping:
-    """Return the mapping in a Python file (``MAPPING``, a TreeMapping) or a YAML file
-    (docs/convert.md).
+    """Return the mapping in a Python or YAML file.
 
-    Raises InvalidConfig for anything else.
+    A Python file defines ``MAPPING``, a TreeMapping; docs/convert.md describes YAML files. Raises
+    InvalidConfig for anything else.
     """
     if not path.is_file():
         raise InvalidConfig("mapping", str(path), "a file that exists")

@@ -55,8 +55,9 @@ def is_declared(config: Mapping[str, Any]) -> bool:
 
 
 class DeclaredNames:
-    """Names that tensors of a config.json's declared decoder may have, including tensors without
-    weights.
+    """Names that tensors of a config.json's declared decoder may have.
+
+    Tensors without weights are included.
     """
 
     def __init__(self, config: Mapping[str, Any]):

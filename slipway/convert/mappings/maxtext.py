@@ -232,11 +232,10 @@ def rope_type(config: Mapping[str, Any]) -> str:
 
 
 def rotation(config: Mapping[str, Any]) -> Rotation | None:
-    """Return the rotation of MaxText's Llama and Mistral for this config.json; None if it does not
-    follow.
+    """Return the rotation of MaxText's Llama and Mistral for this config.json.
 
-    MaxText has three types: default, llama3.1 and yarn. yarn rotates pairs or halves, depending on
-    its ``rope_interleave``.
+    None if it does not follow. MaxText has three types: default, llama3.1 and yarn. yarn rotates
+    pairs or halves, depending on its ``rope_interleave``.
     """
     return _ROTATION_OF.get(rope_type(config))
 
