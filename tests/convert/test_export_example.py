@@ -418,7 +418,7 @@ def test_the_report_and_the_example_are_kept(tmp_path):
     without = slipway.export(
         net, {}, tmp_path / "plain", flatten={"fc": (2, 4, 4), "norm": (2, 4, 4)}
     )
-    assert "not looked at without example=" in str(without.report)
+    assert "not examined without example=" in str(without.report)
 
 
 def test_arguments_of_an_example(tmp_path):

@@ -98,7 +98,7 @@ def test_theta_that_tunix_ignores_is_kept_and_told(case, tmp_path):
     given = CASES[case] | {"rope_theta": 5e5}
     conversion, _ = convert(MemorySource(tree), tmp_path / "out", ConvertConfig(), given)
     assert (
-        "theta 1,000,000 whatever its ModelConfig says; config.json's 500000.0 is kept"
+        "theta 1,000,000, whatever its ModelConfig states; config.json's 500000.0 is kept"
         in explain(conversion)
     )
     with pytest.raises(CheckpointError, match="differ from the original's"):
