@@ -46,7 +46,8 @@ def converted(mapping, folder):
 def test_one_row_of_ids_and_bfloat16_are_read(tmp_path):
     logits = READ.logits[0].astype(ml_dtypes.bfloat16)
     found = expected_logits.read(*files(tmp_path, READ.ids[0], logits))
-    assert found.ids.shape == READ.ids[:1].shape and found.logits.dtype == np.float32
+    assert found.ids.shape == READ.ids[:1].shape
+    assert found.logits.dtype == np.float32
     np.testing.assert_allclose(found.logits, READ.logits[:1], rtol=2**-8)
 
 
@@ -73,7 +74,9 @@ def test_both_programs_see_the_wrong_rule(program, right, wrong, monkeypatch):
     if program == "slipway":
         monkeypatch.setattr(expected_logits.importlib.util, "find_spec", lambda name: None)
     found = expected_logits.compare(right, READ, 1e-4)
-    assert found.program == program and found.max_difference < 1e-4 and found.same_argmax == 1
+    assert found.program == program
+    assert found.max_difference < 1e-4
+    assert found.same_argmax == 1
     with pytest.raises(CheckpointError, match=f"in {program} differ from the original's"):
         expected_logits.compare(wrong, READ, 1e-3)
 

@@ -58,7 +58,8 @@ def test_equal_order_is_a_view():
     x = np.zeros((6, 5))
     sizes = {"heads": 2, "head_dim": 3, "embed": 5}
     y = layout.rearrange("(heads head_dim) embed", "heads head_dim embed", sizes)(x)
-    assert y.shape == (2, 3, 5) and np.shares_memory(x, y)
+    assert y.shape == (2, 3, 5)
+    assert np.shares_memory(x, y)
 
 
 def test_empty_group_has_size_one():

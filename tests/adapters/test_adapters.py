@@ -146,7 +146,9 @@ def test_chunks_and_decoding_give_transformers_logits(saved, devices, monkeypatc
         caches, hidden, auxiliary, experts = call(
             "__call__", caches, jnp.array(ids + padding, jnp.int32), where
         )
-        assert auxiliary == [] and experts is None and hidden.shape == (12, 32)
+        assert auxiliary == []
+        assert experts is None
+        assert hidden.shape == (12, 32)
         found, at = np.asarray(call("compute_logits", hidden)), 0
         for row, (first, tokens) in enumerate(chunks):
             with torch.no_grad():

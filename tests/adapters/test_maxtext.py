@@ -100,7 +100,9 @@ class Decoder(nnx.Module):
         self.decoder = types.SimpleNamespace(apply_output_head=self.head)
 
     def head(self, embedder, x_T1D, deterministic, mode):
-        assert deterministic and mode == "autoregressive" and embedder is self.token_embedder
+        assert deterministic
+        assert mode == "autoregressive"
+        assert embedder is self.token_embedder
         return x_T1D @ embedder.embedding[...].T
 
     def __call__(
@@ -114,10 +116,8 @@ class Decoder(nnx.Module):
     ):
         for layer in range(len(kv_caches)):
             kv_caches[layer] = kv_caches[layer] + 10**layer
-        assert (
-            decoder_input_tokens.shape == decoder_positions.shape == (5, 1)
-            and model_mode == "autoregressive"
-        )
+        assert decoder_input_tokens.shape == decoder_positions.shape == (5, 1)
+        assert model_mode == "autoregressive"
         x_T1D = self.token_embedder(decoder_input_tokens)
         if decoder_input_embeddings is not None:
             x_T1D = decoder_input_embeddings
@@ -187,7 +187,9 @@ def test_a_maxtext_model_is_called_as_tpu_inference_calls_models(fake_maxtext):
             [jnp.zeros(2)], ids, metadata, None, None, (("layer.0", 0),)
         )
         np.testing.assert_allclose(hidden, table[1:6] * np.arange(5)[:, None], rtol=1e-6)
-        assert (np.asarray(caches[0]) == 1).all() and auxiliary == [] and experts is None
+        assert (np.asarray(caches[0]) == 1).all()
+        assert auxiliary == []
+        assert experts is None
     _, hidden, *_ = model([jnp.zeros(2)], None, where, jnp.ones((5, 6)))
     np.testing.assert_allclose(hidden, np.ones((5, 6)) * np.arange(5)[:, None])
     np.testing.assert_allclose(

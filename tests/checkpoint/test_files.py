@@ -66,7 +66,8 @@ def test_reads_what_the_library_writes(directory):
     tensors |= {"scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 4), np.float16)}
     safetensors.numpy.save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
     checkpoint = open_checkpoint(directory)
-    assert checkpoint.config == {"model_type": "tiny"} and checkpoint.generation_config == {}
+    assert checkpoint.config == {"model_type": "tiny"}
+    assert checkpoint.generation_config == {}
     assert checkpoint.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert checkpoint.array(name).dtype == tensor.dtype
@@ -78,7 +79,8 @@ def test_arrays_are_read_only_views_that_outlive_the_checkpoint(directory):
     safetensors.numpy.save_file({"x": x}, directory / SINGLE)
     checkpoint = open_checkpoint(directory)
     one, two = checkpoint.array("x"), checkpoint.array("x")
-    assert np.shares_memory(one, two) and not one.flags.writeable
+    assert np.shares_memory(one, two)
+    assert not one.flags.writeable
     checkpoint.drop("x")
     del checkpoint, two
     gc.collect()
@@ -98,7 +100,8 @@ def test_shards_are_joined_by_their_index(directory):
     )
     (directory / "generation_config.json").write_text('{"eos_token_id": 7}')
     checkpoint = open_checkpoint(directory)
-    assert checkpoint.array("a").tolist() == [1, 1, 1] and checkpoint.array("b").tolist() == [0, 0]
+    assert checkpoint.array("a").tolist() == [1, 1, 1]
+    assert checkpoint.array("b").tolist() == [0, 0]
     assert checkpoint.generation_config == {"eos_token_id": 7}
 
 
@@ -190,7 +193,8 @@ def test_unsound_file(directory, header, data, length, expected):
         (directory / SINGLE).write_bytes(b"1234567")
         expected = "truncated"
     (problem,) = problems(directory)
-    assert problem.startswith(f"{SINGLE}: ") and expected in problem
+    assert problem.startswith(f"{SINGLE}: ")
+    assert expected in problem
 
 
 def test_every_problem_of_a_file_at_once(directory):
@@ -205,7 +209,8 @@ def test_every_problem_of_a_file_at_once(directory):
 def test_index_stays_in_its_directory(directory, name):
     index(directory, {"a": name})
     (problem,) = problems(directory)
-    assert repr(name) in problem and "refused" in problem
+    assert repr(name) in problem
+    assert "refused" in problem
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": ["x"]}])
@@ -252,7 +257,8 @@ def test_an_adapter_given_as_a_model(tmp_path, weights, opened):
     with pytest.raises(CheckpointError) as caught:
         opened(tmp_path)
     [problem] = caught.value.problems
-    assert "LORA adapter of the model org/base" in problem and f"--merge-lora {tmp_path}" in problem
+    assert "LORA adapter of the model org/base" in problem
+    assert f"--merge-lora {tmp_path}" in problem
 
 
 def test_a_model_beside_an_adapter_is_a_model(directory):

@@ -45,8 +45,10 @@ def numbers(words, scales, bits):
 def test_numbers_come_back_within_half_a_step(scheme, dtype):
     w = weights(dtype)
     words, scales = quantize.quantize(w, scheme, np.dtype(dtype))
-    assert words.dtype == np.int32 and words.shape == (40, 256 * scheme.bits // 32)
-    assert scales.dtype == dtype and scales.shape == (
+    assert words.dtype == np.int32
+    assert words.shape == (40, 256 * scheme.bits // 32)
+    assert scales.dtype == dtype
+    assert scales.shape == (
         40,
         256 // scheme.group if scheme.group else 1,
     )

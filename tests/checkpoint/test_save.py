@@ -45,7 +45,8 @@ def test_saving_inverts_loading(declaration, tensors, source, tmp_path, tensor, 
     grown = fit(declaration, mesh)
     save(grown, load(grown, source, mesh, BF16), source.config, tmp_path / "copy", shard_size_bytes)
     copy = open_checkpoint(tmp_path / "copy")
-    assert copy.config == source.config and copy.tensors.keys() == tensors.keys()
+    assert copy.config == source.config
+    assert copy.tensors.keys() == tensors.keys()
     assert all(same_bits(copy.array(key), tensor) for key, tensor in tensors.items())
 
 
@@ -59,7 +60,8 @@ def test_shards_hold_what_fits_and_the_index_names_them(declaration, source, tmp
     )
     index = json.loads((tmp_path / "copy" / INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "copy").glob("*.safetensors"))
-    assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
+    assert files == sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     held = [safetensors.numpy.load_file(tmp_path / "copy" / file) for file in files]
     sizes = [sum(x.nbytes for x in tensors.values()) for tensors in held]
@@ -164,4 +166,5 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     path.write_bytes(b"old")
     with pytest.raises(FullDisk):
         write_safetensors(path, Failing(armed=np.zeros(2, np.float32), x=np.zeros(2, np.float32)))
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

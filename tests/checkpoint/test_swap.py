@@ -199,7 +199,8 @@ def test_a_scanned_stack_on_devices_is_transformed_by_one_program(monkeypatch):
     checked = len(made)
     target.replace(values, "1", "inplace")
     families = {leaf.keys[()].replace(".0.", ".N.").replace(".1.", ".N.") for leaf in target.leaves}
-    assert checked <= len(families) and len(made) - checked <= len(families) < len(target.leaves)
+    assert checked <= len(families)
+    assert len(made) - checked <= len(families) < len(target.leaves)
     assert values.tensors.computed == {} and values.tensors.counts == {}, (
         "nothing of it stays on the devices"
     )
@@ -263,7 +264,8 @@ def test_all_that_does_not_fit_is_one_error_and_changes_nothing(tiny):
         CheckpointError, match=r"lm_head.weight: 1 values are not finite as float32"
     ):
         exchange(target, {name: jax.device_put(x, sharded) for name, x in wrong.items()})
-    assert target.version == "0" and target.whole
+    assert target.version == "0"
+    assert target.whole
     for array, held in zip(target.arrays, before):
         np.testing.assert_array_equal(np.asarray(array), held)
 
@@ -278,8 +280,10 @@ def test_numbers_that_are_not_finite_roll_back_what_is_made_beside(tiny):
     for source in (wrong, half, {name: x.astype(np.float16) for name, x in wrong.items()}):
         with pytest.raises(CheckpointError) as error:
             exchange(target, source, "2", "atomic")
-        assert len(error.value.problems) == 2 and "at (2, 1)" in str(error.value)
-        assert target.version == "1" and target.whole
+        assert len(error.value.problems) == 2
+        assert "at (2, 1)" in str(error.value)
+        assert target.version == "1"
+        assert target.whole
         assert_equal(target, weights(tiny))
 
 
@@ -297,7 +301,8 @@ def test_arrays_made_beside_go_to_the_memory_of_those_before(tiny):
         assert np.array_equal(
             np.asarray(target.arrays[0]), arrays["model.embed_tokens.weight"] + np.float32(version)
         )
-    assert places[0] == places[2] == places[4] and places[1] == places[3] == places[5]
+    assert places[0] == places[2] == places[4]
+    assert places[1] == places[3] == places[5]
     assert not set(places[0]) & set(places[1])
 
 
@@ -359,7 +364,8 @@ def test_a_failure_half_way_rolls_back_or_says_so(tiny):
     zeros = weight_sources.values({name: np.zeros_like(x) for name, x in arrays.items()}, target)
     with pytest.raises(OSError, match="disk"):
         target.replace(_Fails(zeros, 5), "2", "atomic")
-    assert target.whole and target.version == "1"
+    assert target.whole
+    assert target.version == "1"
     for array, held in zip(target.arrays, before):
         np.testing.assert_array_equal(np.asarray(array), held)
     with pytest.raises(WeightsLost, match="disk"):

@@ -46,9 +46,8 @@ def test_what_maxtext_made_of_a_model_is_that_model_again(tree, twin, _, tmp_pat
     assert_same(tensors(tmp_path / "out"), tensors(MAXTEXT / twin))
     assert all(w.lossless for w in written)  # head_dim 16: the queries' factor is a power of two
     compared = verify(conversion, written, tmp_path / "out")
-    assert {c.name for c in compared} == source.specs.keys() - {"step"} and not any(
-        c.differing for c in compared
-    )
+    assert {c.name for c in compared} == source.specs.keys() - {"step"}
+    assert not any(c.differing for c in compared)
     made, wanted = (
         json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", MAXTEXT / twin)
     )
@@ -66,7 +65,8 @@ def test_the_way_back_gives_orbax_the_identical_tree(tree, twin, kind, tmp_path)
         restored(tmp_path / "out" / "0" / "items"),
         restored(MAXTEXT / tree / "0" / "items"),
     )
-    assert made["step"] == wanted["step"] and made["opt_state"] == wanted["opt_state"] == {}
+    assert made["step"] == wanted["step"]
+    assert made["opt_state"] == wanted["opt_state"] == {}
     assert made.keys() == wanted.keys()
     assert_same(*(flatten_dict(t["params"], sep="/") for t in (made, wanted)))
     verify(conversion, written, tmp_path / "out")
@@ -207,7 +207,8 @@ def test_what_no_tensor_tells_must_be_given():
     conversion = prepare(
         open_source(MAXTEXT / "qwen3_scan_orbax"), ConvertConfig(mapping="maxtext"), given
     )
-    assert not conversion.problems and conversion.config["num_key_value_heads"] == 2
+    assert not conversion.problems
+    assert conversion.config["num_key_value_heads"] == 2
 
 
 def test_every_problem_in_one_error_and_nothing_left(tmp_path):
@@ -369,7 +370,8 @@ def test_a_killed_conversion_is_gone_on_with(tmp_path, monkeypatch):
     assert 0 < len(set(opened)) < 12  # what was written is not read again
     monkeypatch.undo()
     assert_same(tensors(out), tensors(MAXTEXT / "hf_llama"))
-    assert len(written) == 21 and not (out / ASIDE).exists()
+    assert len(written) == 21
+    assert not (out / ASIDE).exists()
     verify(conversion, written, out)
 
 
@@ -400,8 +402,10 @@ def test_explain_reads_nothing(monkeypatch):
     source = open_source(MAXTEXT / "llama_scan_orbax")
     monkeypatch.setattr(type(source), "open", lambda self, name: pytest.fail("read"))
     text = explain(prepare(source, ConvertConfig(config=MAXTEXT / "hf_llama")))
-    assert "model.layers.1.self_attn.q_proj.weight" in text and "* head_dim ** 0.5" in text
-    assert "21 tensors" in text and "step: no weight" in text
+    assert "model.layers.1.self_attn.q_proj.weight" in text
+    assert "* head_dim ** 0.5" in text
+    assert "21 tensors" in text
+    assert "step: no weight" in text
 
 
 def test_the_report_is_json(tmp_path):
@@ -411,9 +415,8 @@ def test_the_report_is_json(tmp_path):
     )
     compared = verify(conversion, written, tmp_path / "out")
     content = json.loads(json.dumps(report(conversion, written, compared, None)))
-    assert len(content["tensors"]) == 24 and all(
-        tensor["lossless"] for tensor in content["tensors"]
-    )
+    assert len(content["tensors"]) == 24
+    assert all(tensor["lossless"] for tensor in content["tensors"])
     assert content["mapping"] == "maxtext qwen3, scanned"
 
 

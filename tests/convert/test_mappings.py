@@ -164,9 +164,8 @@ def test_names_of_hugging_face_are_themselves(tmp_path):
         MemorySource(tree | {"params.more": np.zeros(3, np.float32)}),
         ConvertConfig(config=directory),
     )
-    assert len(conversion.problems) == 1 and conversion.problems[0].startswith(
-        "params.more: no rule"
-    )
+    assert len(conversion.problems) == 1
+    assert conversion.problems[0].startswith("params.more: no rule")
 
 
 YAML = """

@@ -117,7 +117,8 @@ def test_rope_scaling_counts_before_rope_parameters():
 def test_where_config_json_does_not_tell_the_user_is_asked(rope_type, tmp_path):
     given = GIVEN | {"rope_scaling": {"type": rope_type, "factor": 4.0}}
     with pytest.raises(
-        errors.CheckpointError, match=f"'{rope_type}' does not determine.*maxtext-interleaved.*halves"
+        errors.CheckpointError,
+        match=f"'{rope_type}' does not determine.*maxtext-interleaved.*halves",
     ):
         convert(open_source(HALVES), tmp_path / "out", ConvertConfig(), given)
     assert not (tmp_path / "out").exists()

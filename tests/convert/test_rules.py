@@ -158,7 +158,8 @@ def test_an_error_of_equal_size_cannot_hide():
     rule = ("q", "q", "embed (heads head_dim) -> (heads head_dim) embed")
     square = mapping(rule, fields={"embed": "hidden_size", "heads": "n", "head_dim": "d"})
     plan = planned(square, "to_hf", {"q": numbers(8, 32)}, embed=32, heads=4, head_dim=2)
-    assert len(plan.problems) == 1 and "q: shape (8, 32)" in plan.problems[0]
+    assert len(plan.problems) == 1
+    assert "q: shape (8, 32)" in plan.problems[0]
 
 
 def test_every_problem_is_listed():

@@ -85,7 +85,8 @@ def test_a_tree_converts_by_its_names_to_tunixs_logits_and_back(case, tmp_path):
     )
     verify(conversion, written, tmp_path / "out")
     found = expected_logits.compare(tmp_path / "out", expected, 1e-4)
-    assert found.program.startswith("transformers") and found.quantity == "logits"
+    assert found.program.startswith("transformers")
+    assert found.quantity == "logits"
     options = ConvertConfig(to="npz", mapping="tunix")
     convert(open_source(tmp_path / "out"), tmp_path / "back", options)
     with np.load(tmp_path / "back" / "params.npz") as archive:
