@@ -61,7 +61,7 @@ struct Job {
 
 // Where a helper waits a little for the next call, before it goes back to the pool: a step's calls lie some microseconds
 // apart, and to wake a thread costs who wakes it up to 60 on a virtual machine.
-class Lounge {
+class IdleWorkers {
  public:
   // Hands the job to up to `most` of those who wait, and says to how many.
   int64_t give(const std::shared_ptr<Job>& job, int64_t most) {
@@ -118,7 +118,7 @@ class Lounge {
 
   Place places_[64];
 };
-Lounge lounge;
+IdleWorkers idle_workers;
 
 // XLA's threads and the caller share the items; the caller waits for items that somebody runs, never for a thread to start. A
 // thread that comes late finds no item, and touches nothing that the caller owned.
@@ -140,9 +140,9 @@ class PoolTeam final : public slipway::Team {
     auto job = std::make_shared<Job>();
     job->items = items, job->share = 2 * (helpers + 1), job->together = together, job->bytes = bytes;
     job->body = body, job->context = context;
-    for (int64_t i = lounge.give(job, helpers); i < helpers; ++i)
+    for (int64_t i = idle_workers.give(job, helpers); i < helpers; ++i)
       pool_.Schedule([job]() mutable {
-        for (; job; job = lounge.wait()) job->work();
+        for (; job; job = idle_workers.wait()) job->work();
       });
     job->work();
     for (int turns = 0; job->done.load(std::memory_order_acquire) < items; ++turns)

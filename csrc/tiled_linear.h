@@ -45,11 +45,11 @@ struct Tiled {
 };
 
 // A thread's own memory.
-struct Own {
+struct Scratch {
   uint8_t* tiles;               // a slice of a panel, or two chunks
   float *held, *scales, *sums;  // scales [group][row]; sums [panel][column][tile][16][16]
 
-  Own(const Tiled& call, void* memory) : tiles(static_cast<uint8_t*>(memory)) {
+  Scratch(const Tiled& call, void* memory) : tiles(static_cast<uint8_t*>(memory)) {
     held = reinterpret_cast<float*>(tiles + kSlice * kTiles), scales = held + kHeld, sums = scales + call.scales();
   }
   static int64_t bytes(const Tiled& call) { return kSlice * kTiles + 4 * (kHeld + call.scales() + call.sums()); }
@@ -126,7 +126,7 @@ struct Pass {
   int64_t width, distance;  // of a column; units between columns
   float* sums;              // [column][tile][16][16]
   bool fresh;               // they are written, not added to
-  float* held;              // these as Own's
+  float* held;              // these as Scratch's
   const float* scales;
   int shift;  // as Tiled's
 };
@@ -235,13 +235,13 @@ void finish_column(const Tiled& call, const Band::Member& member, int64_t column
 // Steps of a member times the columns from `begin` on. Many columns pass a slice that is laid out as tiles before; few pass
 // the panel as it lies, or as it is unpacked: with each step a part of the chunk behind it.
 template <class From, bool kGrouped>
-void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first, int64_t count, const Own& own,
+void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first, int64_t count, const Scratch& scratch,
                float* sums, Fetch& fetch) {
   const int64_t columns = least(kColumns, call.columns - begin), distance = call.steps * kSide * call.width;
   const uint32_t* x = call.x + begin * distance + first * kSide * call.width;
-  Pass p{own.tiles, own.tiles + kTiles / 2, kLine, kTiles, -1, count, x, call.width, distance, sums, first == 0,
-         own.held, own.scales, call.shift};
-  if (kGrouped) read_scales(call, member, first, count, own.scales);
+  Pass p{scratch.tiles, scratch.tiles + kTiles / 2, kLine, kTiles, -1, count, x, call.width, distance, sums, first == 0,
+         scratch.held, scratch.scales, call.shift};
+  if (kGrouped) read_scales(call, member, first, count, scratch.scales);
   const auto pass = [&](auto before, auto begun) {
     for (int64_t c = 0; c < columns; c += 2, p.x += 2 * distance, p.sums += 2 * kSums) {
       begun();
@@ -251,7 +251,7 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
   const auto fetching = [&](int64_t) { fetch.step(); };
   if (!call.few) {
     for (int64_t t = 0; t < count; t += kChunk)
-      unpack<From, false>(member, 0, kWidth, first + t, least(kChunk, count - t), own.tiles + t * kTiles);
+      unpack<From, false>(member, 0, kWidth, first + t, least(kChunk, count - t), scratch.tiles + t * kTiles);
     pass(fetching, [] {});
   } else if (From::kBits == 16 && member.whole && member.row_bytes % kLine == 0) {
     p.low = member.weights.rows[0], p.high = member.weights.rows[kHalf], p.apart = member.row_bytes, p.step = kLine;
@@ -259,7 +259,7 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
   } else {
     constexpr int64_t ring = 2 * kChunk, part = kWidth / kChunk;
     const auto unpacked = [&](int64_t row, int64_t rows, int64_t t) {
-      if (t < count) unpack<From, true>(member, row, rows, t, least(kChunk, count - t), own.tiles + t % ring * kTiles);
+      if (t < count) unpack<From, true>(member, row, rows, t, least(kChunk, count - t), scratch.tiles + t % ring * kTiles);
     };
     p.ring = ring - 1;
     const auto part_of_next = [&](int64_t t) { unpacked(t % kChunk * part, part, t / kChunk * kChunk + kChunk); };
@@ -269,7 +269,7 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
 
 // A band times the columns from `begin` on, up to kColumns.
 template <class From, bool kGrouped>
-void band_of(const Tiled& call, const Band& band, int64_t begin, const Own& own) {
+void band_of(const Tiled& call, const Band& band, int64_t begin, const Scratch& scratch) {
   const int64_t columns = least(kColumns, call.columns - begin), slice = call.slice();
   for (int64_t first = 0; first < call.steps; first += slice) {
     const int64_t count = least(slice, call.steps - first), then = first + count == call.steps ? 0 : first + count;
@@ -279,11 +279,11 @@ void band_of(const Tiled& call, const Band& band, int64_t begin, const Own& own)
     const int64_t ahead = then == 0 && begin + columns == call.columns;  // this thread probably takes the next band
     Fetch fetch{band, ahead, then * step, lines, wait, (all + turns - wait - 1) / (turns - wait)};
     for (int64_t i = 0; i < band.count; ++i)
-      member_of<From, kGrouped>(call, band.members[i], begin, first, count, own, own.sums + i * columns * kSums, fetch);
+      member_of<From, kGrouped>(call, band.members[i], begin, first, count, scratch, scratch.sums + i * columns * kSums, fetch);
   }
   for (int64_t c = 0; c < columns; ++c)  // a token's outputs of all panels lie side by side
     for (int64_t i = 0; i < band.count; ++i)
-      finish_column<From::kBits < 16 && !kGrouped>(call, band.members[i], begin + c, own.sums + (i * columns + c) * kSums);
+      finish_column<From::kBits < 16 && !kGrouped>(call, band.members[i], begin + c, scratch.sums + (i * columns + c) * kSums);
 }
 
 template <class From, bool kGrouped>
@@ -302,15 +302,15 @@ void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
     one(&call, 0, nullptr);
   else
     team.run(columns, 4, 0, one, &call);
-  team.run(call.bands(), kTogether, Own::bytes(call),
+  team.run(call.bands(), kTogether, Scratch::bytes(call),
            [](const void* context, int64_t item, void* memory) {
              const Tiled& call = *static_cast<const Tiled*>(context);
              const Tiles registers(kSide, kSide, call.width);
-             const Own own(call, memory);
+             const Scratch scratch(call, memory);
              Band band;
              find_band<From, kGrouped>(call, item, band);
              for (int64_t begin = 0; begin < call.columns; begin += kColumns)
-               band_of<From, kGrouped>(call, band, begin, own);
+               band_of<From, kGrouped>(call, band, begin, scratch);
            },
            &call);
 }

@@ -193,7 +193,8 @@ parts:
   qkv: {q: heads, k: kv_heads, v: kv_heads}
   gate_up: {gate: 1, up: 1}
 fields: {vocab: vocab_size, embed: hidden_size, layers: num_hidden_layers,
-         heads: num_attention_heads, kv_heads: num_key_value_heads, head_dim: head_dim, mlp: intermediate_size}
+         heads: num_attention_heads, kv_heads: num_key_value_heads, head_dim: head_dim,
+         mlp: intermediate_size}
 config: {model_type: llama, architectures: [LlamaForCausalLM], hidden_act: silu}
 required: [rms_norm_eps, rope_theta, max_position_embeddings]
 tied: {lm_head.weight: model.embed_tokens.weight}
