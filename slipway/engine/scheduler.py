@@ -1,13 +1,26 @@
-"""Which sequences compute which tokens in the next step; knows pages and the prefix tree, and no JAX.
+"""Scheduler: which sequences run, and which tokens each of them computes in the next step.
 
-Who runs goes first, so that a prompt never holds up those that decode: each gets a token, and what is left of the
-step's budget goes to prompts, in chunks. Where all only decode and nobody waits, several steps may go in one call.
-Steps run on the device in the order in which they are scheduled, so what one has been asked to compute counts as
-computed for all later ones, and within a step for the other rows: pages go into the prefix tree at once.
+Not here: the pages of sequences and of cached prefixes (paging.py), the arrays of a step
+(batch.py), its dispatch (pipeline.py). Nothing here imports JAX.
 
-Waiting requests come by priority, then by arrival; of the first few equals, the one with the longest cached prefix goes
-first, but nobody is overtaken more than MAX_OVERTAKEN times. When pages run out, unlocked pages of the tree go, then
-the last of those that run is preempted: it waits again, at the head of its equals, and computes anew what was lost.
+A step. Every step computes a chunk of tokens for each of some sequences, at most ``max_num_tokens``
+tokens in all. Running sequences are served before waiting ones are admitted, so a new prompt never
+stops a sequence that decodes: one token is reserved for each running sequence, and the rest of the
+budget goes to prompts, in chunks. If every running sequence decodes and none waits, the engine may
+make several decode steps in one call of the device (``spare_steps``, ``repeat``).
+
+Computed tokens. The device runs steps in the order in which they were scheduled. A token therefore
+counts as computed as soon as its chunk is scheduled: later steps, and the other rows of the same
+step, may read its keys and values. For the same reason a full page enters the prefix tree at once,
+before the device has written it.
+
+Order of waiting sequences. By priority, then by arrival. Among the first LOOKAHEAD sequences of
+equal priority, the one with the longest cached prefix is admitted first; a sequence that was
+overtaken MAX_OVERTAKEN times goes first anyway.
+
+Shortage of pages. First, pages of the tree that no sequence reads are evicted. If that is not
+enough, the last running sequence is preempted: it gives its pages back, waits at the head of the
+sequences of its priority, and later computes its lost tokens again.
 """
 
 import bisect
@@ -17,20 +30,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slipway.cache.pages import Pages
-from slipway.cache.radix import Node, RadixTree
-from slipway.cache.windows import FREED, WindowPages
+from slipway.engine.paging import Paging
 from slipway.engine.request import Sequence
 
-LOOKAHEAD = 8  # waiting sequences whose cached prefixes are compared
+LOOKAHEAD = 8  # the number of waiting sequences among which the longest cached prefix is chosen
 MAX_OVERTAKEN = 16
 
 
 class Chunk(NamedTuple):
-    """``num_tokens`` tokens of a sequence from position ``start`` on.
+    """``num_tokens`` tokens of one sequence, from position ``start`` on, that one step computes.
 
-    ``samples``: the last of them is the sequence's last, so the step chooses the next. ``scored``: the positions
-    of those whose results say how likely the prompt's next token is.
+    ``samples``: the chunk ends with the last token of the sequence, so the step samples the next
+    token. ``scored``: positions of prompt tokens after which the log probability of the next prompt
+    token is reported.
     """
 
     sequence: Sequence
@@ -41,13 +53,18 @@ class Chunk(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of results."""
+        """Rows of results: one for each scored position, and one for the sampled token."""
         return len(self.scored) + self.samples
 
 
 @dataclasses.dataclass
 class Counts:
-    """Sums since the start. Tokens asked of the tree, and found there, are those of prompts when they first run."""
+    """Sums since the start.
+
+    ``queried_tokens``: prompt tokens of sequences that were admitted for the first time.
+    ``cached_tokens``: tokens of prompts that did not have to be computed because the prefix tree
+    held them.
+    """
 
     queried_tokens: int = 0
     cached_tokens: int = 0
@@ -56,7 +73,11 @@ class Counts:
 
 
 class Scheduler:
-    """The waiting and the running sequences of one copy of the weights, and the pages that they own."""
+    """Waiting and running sequences of one copy of the weights, and the pages that they own.
+
+    A sequence is added once, runs when it has a slot (its row of the page tables), may be preempted
+    and admitted again, and is released once.
+    """
 
     def __init__(
         self,
@@ -69,45 +90,63 @@ class Scheduler:
         prefix_caching: bool = True,
         windows: Iterable[tuple[int, int]] = (),
     ):
-        """``windows``: for each numbering of pages for a sliding window, the window and the number of pages."""
-        self.pages = Pages(num_pages)
-        self.windows = [
-            WindowPages(count, window=window, page_size=page_size, numbering=numbering)
-            for numbering, (window, count) in enumerate(windows)
-        ]
-        self.tree = RadixTree(self._forget)
+        """Create an empty scheduler.
+
+        ``table_width``: the most pages of one sequence. ``windows``: (window in positions, number
+        of pages) for each sliding window of the model; each has a pool of its own.
+        """
+        self._paging = Paging(
+            num_pages=num_pages,
+            page_size=page_size,
+            table_width=table_width,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+            windows=windows,
+        )
+        # Parts of the paging: pools, prefix tree, and the page tables that batch.py reads.
+        self.pages = self._paging.pages
+        self.windows = self._paging.windows
+        self.tree = self._paging.tree
+        self.page_tables = self._paging.page_tables
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
-        # One for each numbering, the windows' after the first. Entries of pages before a window are stale.
-        self.page_tables = [np.zeros((max_num_seqs, table_width), np.int32) for _ in range(1 + len(self.windows))]
         self._slots = list(range(max_num_seqs - 1, -1, -1))
-        self.waiting: list[Sequence] = []  # both in order of Sequence.order
+        # Both lists are sorted by Sequence.order.
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._held: list[Sequence] | None = None  # those that wait for ``resume``, where ``hold`` was called
-        self.load = 0  # tokens that its sequences may come to, at the most
+        # Between ``hold`` and ``resume``: the sequences that may not be admitted. None otherwise.
+        self._held: list[Sequence] | None = None
+        # Sum of the greatest lengths that the waiting and running sequences can reach.
+        self.load = 0
         self.counts = Counts()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; its pages must fit the pool."""
-        assert self._pages_for(sequence.max_length) <= self.pages.num_pages, "refused when the request came in"
+        """Queue a sequence; its ``max_length`` tokens must fit the pool (admission.py checks
+        it)."""
+        assert self._paging.num_for(sequence.max_length) <= self.pages.num_pages, (
+            "admission refuses a sequence that is larger than the pool"
+        )
         bisect.insort(self.waiting if self._held is None else self._held, sequence, key=_order)
         self.load += sequence.max_length
 
     def hold(self) -> None:
-        """Let nobody begin until ``resume``, but those whose request has begun."""
+        """Stop admitting sequences until ``resume``, except those of requests that have begun."""
         if self._held is None:
             self._held = [s for s in self.waiting if not s.request.has_begun]
             self.waiting = [s for s in self.waiting if s.request.has_begun]
 
     def resume(self) -> None:
-        """Undo ``hold``."""
+        """Admit all waiting sequences again, after ``hold``; without a ``hold`` nothing changes."""
         self.waiting = sorted(self.waiting + (self._held or []), key=_order)
         self._held = None
 
     def preempt_all(self) -> None:
-        """Let all that run wait, and compute anew what they had, prompts that are scored included."""
+        """Preempt every running sequence, so that all tokens are computed again.
+
+        Prompts with scored positions are scored again, from the start.
+        """
         for sequence in self.running.copy():
             self._preempt(sequence)
         for sequence in self.waiting:
@@ -115,19 +154,25 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait, or are held."""
+        """Number of sequences that wait, including those that ``hold`` keeps back."""
         return len(self.waiting) + len(self._held or [])
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks: one a sequence, at most ``max_num_tokens`` tokens; empty if nobody can move.
+        """Plan the next step: return a chunk for each sequence that takes part in it.
 
-        At the most one step may be on the device whose results the sequences have not been given.
+        The chunks have their pages and count as computed. At most ``max_num_tokens`` tokens and
+        ``max_num_seqs`` rows of results. Empty if no sequence can advance. The caller may have at
+        most one earlier step on the device that has not given its results to the sequences yet.
         """
         chunks: list[Chunk] = []
-        tokens, rows = self.max_num_tokens - len(self.running), self.max_num_seqs - len(self.running)
+        # What is left of the step, after one token and one row for each running sequence.
+        tokens = self.max_num_tokens - len(self.running)
+        rows = self.max_num_seqs - len(self.running)
         for sequence in self.running.copy():
+            # Skip a sequence that was preempted in this loop, or that waits for its last token from
+            # the device.
             if sequence.slot < 0 or sequence.length >= sequence.max_length:
-                continue  # preempted just now, or its last token is on the device
+                continue
             if sequence.num_tokens - sequence.num_computed > self.page_size:
                 self._adopt(sequence)
             chunk = self._chunk(sequence, tokens, rows)
@@ -136,37 +181,54 @@ class Scheduler:
                 tokens -= chunk.num_tokens - 1
                 if chunk.scored:
                     rows -= chunk.num_rows - 1
-        while self.waiting and self._slots and tokens > 0 and rows > 0 and (admitted := self._admit()) is not None:
+        while self.waiting and self._slots and tokens > 0 and rows > 0:
+            admitted = self._admit()
+            if admitted is None:
+                break
             chunk = self._chunk(admitted, tokens - 1, rows - 1)
             grown = self._grow(admitted, chunk)
-            assert grown, "its pages were there when it was admitted"
+            assert grown, "a sequence is admitted only if its pages are available"
             chunks.append(chunk)
-            tokens, rows = tokens - chunk.num_tokens, rows - max(1, chunk.num_rows)
+            tokens -= chunk.num_tokens
+            rows -= max(1, chunk.num_rows)
         return chunks
 
     def spare_steps(self, chunks: list[Chunk], most: int) -> int:
-        """How many steps more than the one of ``chunks`` may be one call with it: ``most``, or fewer, or none.
+        """Return how many decode steps may follow the step of ``chunks`` in the same device call.
 
-        None where someone waits, where a chunk is more than a token that gives the next, where what a row may say
-        depends on what it said, and where the pages could only be had by preempting; no more than a sequence may get.
+        At most ``most``, and at most the number of tokens that any of the sequences may still get.
+        0 if a sequence waits; if a chunk does anything but decode one token; if the logits of a row
+        depend on the tokens sampled before (penalties, grammars); or if the pages could only be had
+        by a preemption.
         """
         if self.waiting or not all(_only_decodes(chunk) for chunk in chunks):
             return 0
-        steps = min([most, *(chunk.sequence.max_length - chunk.sequence.length for chunk in chunks)])
-        return steps if self._missing(chunks, steps) <= self._num_available() else 0
+        steps = min(
+            [most, *(chunk.sequence.max_length - chunk.sequence.length for chunk in chunks)]
+        )
+        return steps if self._missing(chunks, steps) <= self._paging.num_available() else 0
 
     def repeat(self, chunks: list[Chunk], steps: int) -> None:
-        """Count as many tokens more of each chunk's sequence as computed and on the device: ``spare_steps`` of them."""
-        self._free(self._missing(chunks, steps))
+        """Add ``steps`` decode steps to the step of ``chunks``; at most ``spare_steps`` of them.
+
+        Each sequence gets the pages of its ``steps`` further tokens, which count as computed and
+        pending.
+        """
+        self._paging.make_free(self._missing(chunks, steps))
         for sequence, start, *_ in chunks:
-            self._slide(sequence, start)
+            self._paging.slide(sequence, start)
             sequence.num_computed += steps
             sequence.num_pending += steps
-            self._take(sequence, self._pages_for(sequence.num_computed) - len(sequence.pages))
+            needed = self._paging.num_for(sequence.num_computed) - len(sequence.pages)
+            self._paging.take(sequence, needed)
         self.counts.computed_tokens += steps * len(chunks)
 
     def release(self, sequence: Sequence) -> None:
-        """Drop a sequence that has ended or is aborted; what it computed stays in the tree. Its pages are free."""
+        """Remove a sequence that has ended or was aborted, waiting or running.
+
+        Its full pages stay in the prefix tree for other prompts; all its other pages are free
+        afterwards.
+        """
         if sequence.slot >= 0:
             self.running.remove(sequence)
             self._leave(sequence)
@@ -177,124 +239,92 @@ class Scheduler:
                 self.load -= sequence.max_length
 
     def cached(self, salt: str, prompt: np.ndarray) -> int:
-        """Return how many tokens of a prompt the cache holds."""
-        return self._match(salt, self._blocks(prompt, len(prompt) - 1)).depth * self.page_size
+        """Return how many tokens of a prompt are cached; ``salt``: the request's ``cache_salt``."""
+        blocks = self._paging.blocks(prompt, len(prompt) - 1)
+        return self._paging.match(salt, blocks).depth * self.page_size
 
     def _chunk(self, sequence: Sequence, spare_tokens: int, spare_rows: int) -> Chunk:
-        """What a sequence computes next, with as much beside its own token and row as is left."""
+        """Return the next chunk of a sequence.
+
+        ``spare_tokens`` and ``spare_rows``: what it may take of the step beside the one token and
+        the one row that are reserved for it.
+        """
         start = sequence.num_computed
+        # A decode step: nearly always.
         if start + 1 == sequence.length and not sequence.scores:
-            return Chunk(sequence, start, 1, True)  # decoding, nearly always
+            return Chunk(sequence, start, 1, samples=True)
         count = min(sequence.length - start, spare_tokens + 1)
         scored = range(0)
         if sequence.scores and sequence.num_scored < sequence.num_prompt - 1:
             count = min(count, spare_rows + 1)
-            scored = range(max(start, sequence.num_scored), min(start + count, sequence.num_prompt - 1))
+            scored = range(
+                max(start, sequence.num_scored), min(start + count, sequence.num_prompt - 1)
+            )
         elif start + count < sequence.length and count > self.page_size:
-            count -= (start + count) % self.page_size  # whole pages, so that others can go on from there
-        return Chunk(sequence, start, count, start + count == sequence.length, scored)
+            # End on a page boundary: other sequences can share full pages only.
+            count -= (start + count) % self.page_size
+        samples = start + count == sequence.length
+        return Chunk(sequence, start, count, samples=samples, scored=scored)
 
     def _grow(self, sequence: Sequence, chunk: Chunk) -> bool:
-        """Give a sequence the pages of its chunk and count that as computed; False if it was preempted instead."""
+        """Give a sequence the pages of its chunk and count the chunk as computed.
+
+        While pages are missing, the last running sequence is preempted. Returns False if that was
+        ``sequence`` itself.
+        """
         assert sequence.node is not None
         end = chunk.start + chunk.num_tokens
         if end > len(sequence.pages) * self.page_size:
-            self._slide(sequence, chunk.start)
-            needed = self._pages_for(end) - len(sequence.pages)
-            while needed > self._free(needed):
+            self._paging.slide(sequence, chunk.start)
+            needed = self._paging.num_for(end) - len(sequence.pages)
+            while needed > self._paging.make_free(needed):
                 last = self.running[-1]
                 self._preempt(last)
                 if last is sequence:
                     return False
-            self._take(sequence, needed)
+            self._paging.take(sequence, needed)
         sequence.num_computed = end
         sequence.num_pending += chunk.samples
         if chunk.scored:
             sequence.num_scored = chunk.scored.stop
         self.counts.computed_tokens += chunk.num_tokens
         if sequence.num_tokens >= (sequence.node.depth + 1) * self.page_size:
-            self._publish(sequence)
+            self._paging.publish(sequence)
         return True
 
     def _missing(self, chunks: list[Chunk], steps: int) -> int:
-        """The pages that ``steps`` more tokens of each chunk's sequence need beside those that it holds."""
+        """Return how many more pages the chunks' sequences need for ``steps`` tokens each."""
         sequences = [chunk.sequence for chunk in chunks]
-        return sum(self._pages_for(s.num_computed + steps) - len(s.pages) for s in sequences)
-
-    def _free(self, needed: int) -> int:
-        """Return how many pages of every numbering can be taken, after evicting those that are needed from the tree."""
-        if needed > self.pages.num_free:
-            self.tree.evict(needed - self.pages.num_free)
-        return min([self.pages.num_free, *(pool.num_available for pool in self.windows)])
-
-    def _num_available(self) -> int:
-        """Return how many pages of every numbering could be taken without a preemption."""
-        of_tree = self.pages.num_free + self.tree.num_unlocked
-        return min([of_tree, *(pool.num_available for pool in self.windows)])
-
-    def _take(self, sequence: Sequence, count: int) -> None:
-        """Give a sequence its next pages, of every numbering."""
-        taken = [self.pages.take(count), *(pool.take(count) for pool in self.windows)]
-        self._hold(sequence, taken)
-
-    def _slide(self, sequence: Sequence, position: int) -> None:
-        """Drop the pages that the tokens from ``position`` on no longer see."""
-        for pool, pages in zip(self.windows, sequence.window_pages):
-            for index in range(min(pool.first_seen(position), len(pages)) - 1, -1, -1):
-                if pages[index] == FREED:
-                    break  # as are all before it
-                pool.drop(pages[index])
-                pages[index] = FREED
-
-    def _forget(self, node: Node) -> None:
-        """Take back the pages of a node that leaves the tree."""
-        self.pages.give_back([node.page])
-        for pool in self.windows:
-            pool.forget(node)
-
-    def _match(self, salt: str, blocks: list[bytes]) -> Node:
-        """Return the deepest node on the path of ``blocks`` from which a sequence can go on."""
-        return self._usable(self.tree.match(salt, blocks))
-
-    def _usable(self, node: Node) -> Node:
-        """Return the deepest node, at or above ``node``, with every page that the token after it sees."""
-        while any(hole := pool.hole(node) for pool in self.windows):
-            assert hole is not None and hole.parent is not None
-            node = hole.parent
-        return node
-
-    def _pages_of(self, node: Node, first: int) -> list[list[int]]:
-        """Share the pages of the path to ``node`` from index ``first`` on, by numbering; FREED before a window."""
-        found = [self.tree.pages(node)[first:]]
-        for pool in self.windows:
-            pages = [FREED] * (node.depth - first)
-            for seen in pool.seen(node):
-                if seen.depth > first:
-                    pool.share(pool.page(seen))
-                    pages[seen.depth - 1 - first] = pool.page(seen)
-            found.append(pages)
-        return found
+        return sum(self._paging.num_for(s.num_computed + steps) - len(s.pages) for s in sequences)
 
     def _admit(self) -> Sequence | None:
-        """Let the next waiting sequence run, if pages for all its tokens are there beside what the others will need."""
+        """Move the next waiting sequence to the running ones; return it, or None if it must wait.
+
+        It must wait while there are too few pages for all its tokens beside those that running
+        sequences may still need. A sequence that would run alone is always admitted.
+        """
         sequence = self._next()
+        # It was preempted while several of its tokens were on the device: the host does not have
+        # them yet, so it cannot compute them again.
         if sequence.num_pending > 1:
-            return None  # preempted just now, and what it has to compute anew is not all known here yet
-        node = self._match(sequence.request.spec.cache_salt, self._matchable(sequence))
+            return None
+        node = self._paging.match(sequence.request.spec.cache_salt, self._matchable(sequence))
         self.tree.lock(node)
-        pages = self._pages_of(node, 0)
-        if self.running and not self._has_room(self._pages_for(sequence.num_tokens) - node.depth):
+        pages = self._paging.share(node, 0)
+        needed = self._paging.num_for(sequence.num_tokens) - node.depth
+        if self.running and not self._has_room(needed):
             self.tree.unlock(node)
-            self._drop_windows(pages[1:])
+            self._paging.drop_windows(pages[1:])
             return None
         if sequence is not self.waiting[0]:
             self.waiting[0].overtaken += 1
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_order)
-        sequence.slot, sequence.node = self._slots.pop(), node
+        sequence.slot = self._slots.pop()
+        sequence.node = node
         sequence.num_computed = node.depth * self.page_size
         sequence.window_pages = [[] for _ in self.windows]
-        self._hold(sequence, pages)
+        self._paging.hold(sequence, pages)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
             self.counts.queried_tokens += sequence.num_prompt
@@ -302,9 +332,13 @@ class Scheduler:
         return sequence
 
     def _has_room(self, needed: int) -> bool:
-        """Whether a sequence that needs so many pages can run beside what the running ones may still need."""
-        missing = [max(0, self._pages_for(s.num_tokens) - len(s.pages)) for s in self.running]
-        if needed + sum(1 + count for count in missing) > self.pages.num_free + self.tree.num_unlocked:
+        """Whether ``needed`` pages are available beside those reserved for running sequences.
+
+        Reserved for each of them are the missing pages of its tokens so far, and one page more.
+        """
+        missing = [max(0, self._paging.num_for(s.num_tokens) - len(s.pages)) for s in self.running]
+        available = self.pages.num_free + self.tree.num_unlocked
+        if needed + sum(1 + count for count in missing) > available:
             return False
         for pool in self.windows:
             span = pool.span(self.max_num_tokens)
@@ -313,102 +347,93 @@ class Scheduler:
                 return False
         return True
 
-    def _drop_windows(self, held: Iterable[list[int]]) -> None:
-        """Drop a sequence's pages of each sliding window."""
-        for pool, pages in zip(self.windows, held):
-            for page in pages:
-                if page != FREED:
-                    pool.drop(page)
-
     def _next(self) -> Sequence:
-        """Of the first few equals, who has most of its tokens in the tree, unless the first was overtaken enough."""
+        """Return the waiting sequence to admit next.
+
+        That is, among the first LOOKAHEAD with the priority of the first, the one with the longest
+        cached prefix; or the first itself, if it was overtaken MAX_OVERTAKEN times.
+        """
         first = self.waiting[0]
         if first.overtaken >= MAX_OVERTAKEN or not self.prefix_caching or len(self.waiting) == 1:
             return first
-        equals = [s for s in self.waiting[:LOOKAHEAD] if s.request.spec.priority == first.request.spec.priority]
-        return max(equals, key=lambda s: self._match(s.request.spec.cache_salt, self._matchable(s)).depth)
+        equals = [
+            s
+            for s in self.waiting[:LOOKAHEAD]
+            if s.request.spec.priority == first.request.spec.priority
+        ]
+        return max(
+            equals,
+            key=lambda s: self._paging.match(s.request.spec.cache_salt, self._matchable(s)).depth,
+        )
 
     def _preempt(self, sequence: Sequence) -> None:
+        """Move a running sequence back to the waiting ones, where no other one overtakes it."""
         self.running.remove(sequence)
         self._leave(sequence)
-        sequence.num_computed, sequence.overtaken = 0, MAX_OVERTAKEN
+        sequence.num_computed = 0
+        sequence.overtaken = MAX_OVERTAKEN
         bisect.insort(self.waiting, sequence, key=_order)
         self.counts.preemptions += 1
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take a running sequence's pages and slot; those that the tree holds stay there, unlocked."""
+        """Take pages and slot from a running sequence; its pages in the tree stay, unlocked."""
         assert sequence.node is not None
-        self._publish(sequence)
+        self._paging.publish(sequence)
         self.pages.give_back(sequence.pages[sequence.node.depth :] + sequence.duplicates)
-        self._drop_windows(sequence.window_pages)
+        self._paging.drop_windows(sequence.window_pages)
         self.tree.unlock(sequence.node)
         self._slots.append(sequence.slot)
-        sequence.pages, sequence.window_pages, sequence.duplicates = [], [], []
-        sequence.node, sequence.slot = None, -1
-
-    def _hold(self, sequence: Sequence, pages: list[list[int]]) -> None:
-        """Append pages to a sequence's own, of each numbering, and to its rows of the page tables."""
-        for held, table, more in zip([sequence.pages, *sequence.window_pages], self.page_tables, pages, strict=True):
-            table[sequence.slot, len(held) : len(held) + len(more)] = more
-            held += more
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Hand the pages to the tree that are full of tokens known here, and computed."""
-        node = sequence.node
-        assert node is not None
-        full = min(sequence.num_computed, sequence.num_tokens) // self.page_size
-        if full == node.depth or not self.prefix_caching:
-            return
-        for block in self._blocks(sequence.tokens, full * self.page_size, node.depth):
-            child, page = node.children.get(block), sequence.pages[node.depth]
-            if child is None:
-                node = self.tree.extend(node, block, page)
-                node.windows = [FREED] * len(self.windows)
-            else:  # another sequence computed the same; this one may be writing its own page yet, and keeps it
-                node = self.tree.descend(node, child)
-                sequence.duplicates.append(page)
-            for pool, pages in zip(self.windows, sequence.window_pages):
-                if pool.page(node) == FREED != pages[node.depth - 1]:
-                    pool.publish(pages[node.depth - 1], node)
-        sequence.node = node
+        sequence.pages = []
+        sequence.window_pages = []
+        sequence.duplicates = []
+        sequence.node = None
+        sequence.slot = -1
 
     def _adopt(self, sequence: Sequence) -> None:
-        """Go past pages that another sequence has computed since this one began."""
+        """Skip the tokens that other sequences have computed since this one was admitted.
+
+        The sequence shares their pages. Only for a sequence that stands at a page boundary and need
+        not compute every token of its prompt.
+        """
         node = sequence.node
         assert node is not None
         if sequence.needs_every_token or sequence.num_computed != node.depth * self.page_size:
-            return  # all must be computed, or it is in the midst of a page
+            return
         first, target = node.depth, node
-        for block in self._blocks(sequence.tokens, sequence.num_tokens - 1, first):
+        for block in self._paging.blocks(sequence.tokens, sequence.num_tokens - 1, first):
             if (child := target.children.get(block)) is None:
                 break
             target = child
-        target = self._usable(target)
+        target = self._paging.usable(target)
         if target.depth <= first:
             return
-        for block in self._blocks(sequence.tokens, target.depth * self.page_size, first):
+        for block in self._paging.blocks(sequence.tokens, target.depth * self.page_size, first):
             node = self.tree.descend(node, node.children[block])
         self.counts.cached_tokens += (node.depth - first) * self.page_size
-        self._slide(sequence, node.depth * self.page_size)
-        self._hold(sequence, self._pages_of(node, first))
-        sequence.node, sequence.num_computed = node, node.depth * self.page_size
+        self._paging.slide(sequence, node.depth * self.page_size)
+        self._paging.hold(sequence, self._paging.share(node, first))
+        sequence.node = node
+        sequence.num_computed = node.depth * self.page_size
 
     def _matchable(self, sequence: Sequence) -> list[bytes]:
-        """The pages that the tree may hold: not that of the last token, which gives the next, or of scored ones."""
+        """Return the blocks of the sequence to look up in the prefix tree.
+
+        The last token is left out: it must be computed to sample the next one. Empty if the
+        sequence must compute every token.
+        """
         if not self.prefix_caching or sequence.needs_every_token:
             return []
-        return self._blocks(sequence.tokens, sequence.num_tokens - 1)
-
-    def _blocks(self, tokens: np.ndarray, count: int, first: int = 0) -> list[bytes]:
-        size = self.page_size
-        return [tokens[page * size : (page + 1) * size].tobytes() for page in range(first, count // size)]
-
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        return self._paging.blocks(sequence.tokens, sequence.num_tokens - 1)
 
 
 def _only_decodes(chunk: Chunk) -> bool:
-    return chunk.num_tokens == 1 and chunk.samples and not chunk.scored and chunk.sequence.request.rules is None
+    """Whether a chunk is one token that samples the next, with no scores and no logit rules."""
+    return (
+        chunk.num_tokens == 1
+        and chunk.samples
+        and not chunk.scored
+        and chunk.sequence.request.rules is None
+    )
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
