@@ -1,4 +1,4 @@
-"""Caches of a model on a mesh: their shapes, and what their pages cost.
+"""Caches of a model on a mesh: their shapes, and the bytes of their pages.
 
 Not here: layouts of caches (ops/kv_cache.py), how many pages fit (memory.py).
 """
@@ -11,50 +11,67 @@ from jax.sharding import Mesh, NamedSharding
 
 from slipway import mesh as meshes
 from slipway.engine import memory
+from slipway.models.decoder import LanguageModel
 from slipway.ops import kv_cache
+from slipway.ops.kv_cache import AllocatedCache
 
 
 class Caches:
-    """The caches that a model declares, as shapes on a mesh."""
+    """Caches that a model declares, as shapes on a mesh."""
 
-    def __init__(self, declaration: Any, mesh: Mesh, dtype: Any, page_size: int):
+    def __init__(self, declaration: LanguageModel, mesh: Mesh, dtype: Any, page_size: int):
         self._specs = declaration.cache_specs
         self._windows = kv_cache.page_windows(self._specs)
         self._mesh = mesh
         self._dtype = dtype
         self._page_size = page_size
 
-    def costs(self, max_num_seqs: int, max_num_tokens: int, *, table_width: int) -> tuple[memory.PageCost, ...]:
-        """Return what a page of each numbering costs on one device, and how many are needed and useful.
+    def costs(
+        self, max_num_seqs: int, max_num_tokens: int, *, table_width: int
+    ) -> tuple[memory.PageCost, ...]:
+        """Return, for each pool of pages, the bytes of a page and the useful numbers of pages.
 
-        ``table_width``: the most pages of one sequence.
+        Pools are those of ``kv_cache.page_windows``; bytes are of one device. ``table_width``: the
+        most pages of one sequence.
         """
         sizes = [0] * len(self._windows)
         for cache in self._empty([1] * len(self._windows)):
-            sizes[cache.numbering] += cache.kv.size * cache.kv.dtype.itemsize // self._mesh.shape[meshes.TENSOR]
+            sizes[cache.numbering] += (
+                cache.kv.size * cache.kv.dtype.itemsize // self._mesh.shape[meshes.TENSOR]
+            )
         of_step = -(-max_num_tokens // self._page_size)
-
         useful = max_num_seqs * table_width
 
         def needed(window: int | None) -> int:
             seen = table_width if window is None else (window - 1) // self._page_size + 3
             return min(useful, max_num_seqs * seen + of_step)
 
-        return tuple(memory.PageCost(size, needed(window), useful) for size, window in zip(sizes, self._windows))
+        return tuple(
+            memory.PageCost(size, needed(window), useful)
+            for size, window in zip(sizes, self._windows)
+        )
 
-    def shapes(self, num_pages: tuple[int, ...], copies: int) -> tuple[Any, ...]:
-        """Return the model's caches as shapes with shardings, with the pages of all copies of the weights."""
+    def shapes(self, num_pages: tuple[int, ...], copies: int) -> tuple[AllocatedCache, ...]:
+        """Return the model's caches as shapes with shardings.
 
-        def placed(cache: Any) -> Any:
+        ``num_pages``: of each pool, for one of the ``copies`` of the weights.
+        """
+
+        def placed(cache: Any) -> AllocatedCache:
             sharding = NamedSharding(self._mesh, meshes.spec(cache.axes))
             kv = jax.ShapeDtypeStruct(cache.kv.shape, cache.kv.dtype, sharding=sharding)
             return dataclasses.replace(cache, kv=kv)
 
-        return tuple(placed(cache) for cache in self._empty([copies * count for count in num_pages]))
+        return tuple(
+            placed(cache) for cache in self._empty([copies * count for count in num_pages])
+        )
 
-    def _empty(self, num_pages: list[int]) -> tuple[Any, ...]:
+    def _empty(self, num_pages: list[int]) -> tuple[AllocatedCache, ...]:
+        """Return the caches of one copy of the weights, as shapes."""
         sizes = {"page_size": self._page_size, "tensor": self._mesh.shape[meshes.TENSOR]}
         platform = self._mesh.devices.flat[0].platform
         return jax.eval_shape(
-            lambda: kv_cache.allocate(self._specs, num_pages, platform=platform, dtype=self._dtype, **sizes)
+            lambda: kv_cache.allocate(
+                self._specs, num_pages, platform=platform, dtype=self._dtype, **sizes
+            )
         )

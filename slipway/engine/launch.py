@@ -1,7 +1,9 @@
-"""Launch of an engine from a model's name: files, declaration, cache sizes, weights, compiled programs.
+"""Launch of an engine from a model's name: files, declaration, cache sizes, weights, compiled
+programs.
 
-Not here: loading of any model (runtime/load.py), the programs (programs.py). Loading and compiling overlap: both need
-only the declaration.
+Not here: loading of any model (runtime/load.py), the programs (programs.py).
+
+Weights are loaded while programs compile: both need the declaration only.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from slipway.engine.config import EngineConfig
 from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
 from slipway.errors import InvalidConfig, UnsupportedModel
+from slipway.models.decoder import LanguageModel, ModelConfig
 from slipway.ops import backend, kv_cache
 from slipway.runtime import load, multihost
 from slipway.runtime.runner import Runner
@@ -35,14 +38,17 @@ from slipway.runtime.runner import Runner
 logger = logging.getLogger(__name__)
 
 SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
-# Several decode steps in a call: docs/log.md has what it gained, by size of the model and number of rows.
-SMALL_BYTES, MAX_REPEATED_ROWS = 32 * 2**20, 32
+# With decode_steps "auto", one call makes several decode steps if the weights take at most
+# SMALL_BYTES; and it does so for at most MAX_REPEATED_ROWS sequences. docs/log.md has the gain by
+# size of the model and number of rows.
+SMALL_BYTES = 32 * 2**20
+MAX_REPEATED_ROWS = 32
 NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model with arrays on its devices and compiled programs, and what its files state."""
+    """Model with arrays on its devices, compiled programs, and facts from its files."""
 
     runner: Runner
     weights: Weights
@@ -55,12 +61,15 @@ class Loaded:
 
 
 def launch(model: str, config: EngineConfig) -> Engine:
-    """Load ``model``, a directory or a hub id, and compile it.
+    """Load ``model``, a directory or a hub id, and compile its programs.
 
-    Raises CheckpointError, UnsupportedModel, InvalidConfig or OutOfMemory; nothing is held then.
+    Raises CheckpointError, UnsupportedModel, InvalidConfig or OutOfMemory, and then holds no
+    memory.
     """
     if config.node_rank:
-        raise InvalidConfig("node_rank", config.node_rank, "0 here; the other processes run `slipway follow`")
+        raise InvalidConfig(
+            "node_rank", config.node_rank, "0 here; the other processes run `slipway follow`"
+        )
     it = _load(model, config)
     leader = None
     if config.nnodes > 1:
@@ -80,7 +89,8 @@ def launch(model: str, config: EngineConfig) -> Engine:
 
 
 def follow(model: str, config: EngineConfig) -> None:
-    """Load this process's part of ``model`` and repeat the first process's steps until it closes its engine.
+    """Load this process's part of ``model`` and repeat the first process's steps until it closes
+    its engine.
 
     Raises as ``launch`` does.
     """
@@ -94,58 +104,134 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     started = time.perf_counter()
     multihost.join(config.nnodes, config.node_rank, config.dist_init_addr)
     kept = compile_cache.use(config.compilation_cache)
-    held = load.open_files(model, config.revision, config.hf_overrides, config.load_format == "dummy")
+    held = load.open_files(
+        model,
+        config.revision,
+        overrides=config.hf_overrides,
+        is_dummy=config.load_format == "dummy",
+    )
     checkpoint, raw = held.checkpoint, held.raw_config
     tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(checkpoint.directory)
     mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
     scheme = _scheme(config.quantization, raw)
-    declaration = models.declare({key: value for key, value in raw.items() if key != quantize.FIELD})
-    model_config, platform = declaration.config, mesh.devices.flat[0].platform
-    declaration = load.on_mesh(declaration, mesh, backend.of(platform).layer_form, scheme)
+    fields = {key: value for key, value in raw.items() if key != quantize.FIELD}
+    platform = mesh.devices.flat[0].platform
+    layer_form = backend.of(platform).layer_form
+    declaration: LanguageModel = load.on_mesh(
+        models.declare(fields), mesh, layer_form=layer_form, scheme=scheme
+    )
     dtype = _dtype(config.dtype, raw, checkpoint)
-    length = _max_model_len(config.max_model_len, model_config.max_context)
-    weights_of = None  # the checkpoint of the weights, checked before anything takes time
+    length = _max_model_len(config.max_model_len, declaration.config.max_context)
+    # Every tensor is checked here, before anything takes time.
+    weights_of = None
     if not held.is_dummy:
         weights_of = load.checked(declaration, checkpoint, dtype, scheme=scheme)
     shapes = buckets(config.max_num_seqs, config.max_num_batched_tokens)
-    repeats = _repeats(config, mesh, _weights_bytes(declaration, mesh, dtype), shapes)
+    weights_bytes = _weights_bytes(declaration, mesh, dtype)
+    repeats = _repeats(config, mesh, weights_bytes, shapes=shapes)
     runner, num_pages = _compiled(
         declaration, mesh, dtype, length=length, config=config, shapes=shapes, repeats=repeats
     )
+    wanted = programs.wanted(shapes, repeats)
+    weights = _load_weights(
+        declaration, weights_of, runner, dtype=dtype, raw=raw, config=config, wanted=wanted
+    )
+    limits = _limits(declaration, config, length=length, num_pages=num_pages, bodies=runner.bodies)
+    logger.info("%s with %s; compiled programs in %s", model, config, kept)
+    _announce(
+        platform,
+        np.dtype(dtype).name,
+        mesh,
+        limits=limits,
+        repeats=repeats,
+        seconds=time.perf_counter() - started,
+    )
+    return Loaded(
+        runner=runner,
+        weights=weights,
+        shapes=shapes,
+        repeats=repeats,
+        limits=limits,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(raw, checkpoint.generation_config, tokenizer),
+        defaults=generation_defaults(checkpoint.generation_config),
+    )
+
+
+def _load_weights(
+    declaration: LanguageModel,
+    checkpoint: files.Checkpoint | None,
+    runner: Runner,
+    *,
+    dtype: Any,
+    raw: dict[str, Any],
+    config: EngineConfig,
+    wanted: list[tuple[str, Bucket | int]],
+) -> Weights:
+    """Load the weights and allocate the device state, while the ``wanted`` programs compile."""
+    mesh = runner.mesh
 
     with ThreadPoolExecutor(1) as pool:
-        rest = pool.submit(runner.compile, programs.wanted(shapes, repeats))
-        params = load.arrays(declaration, weights_of, mesh, dtype, config.seed)
-        weights = Weights(declaration, mesh, dtype, params, raw, config.hf_overrides, load.IGNORED_TENSORS)
+        rest = pool.submit(runner.compile, wanted)
+        params = load.arrays(declaration, checkpoint, mesh, dtype=dtype, seed=config.seed)
+        weights = Weights(
+            declaration,
+            mesh,
+            dtype,
+            arrays=params,
+            config=raw,
+            overrides=config.hf_overrides,
+            ignored=load.IGNORED_TENSORS,
+        )
         runner.state[programs.WEIGHTS] = weights.arrays
         runner.allocate(programs.CACHES)
         runner.allocate(programs.NEWEST)
         rest.result()
-    limits = Limits(
-        vocab_size=model_config.vocab_size, max_model_len=length, max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size, num_pages=num_pages,
-        windows=kv_cache.page_windows(declaration.cache_specs), copies=config.data_parallel_size,
-        prefix_caching=_caches(config.enable_prefix_caching, model_config), stream_interval=config.stream_interval,
-        max_logprobs=config.max_logprobs, bodies=runner.bodies,
-    )  # fmt: skip
-    logger.info("%s with %s; compiled programs in %s", model, config, kept)
-    _announce(platform, np.dtype(dtype).name, mesh, limits, repeats, time.perf_counter() - started)
-    return Loaded(
-        runner, weights, shapes, repeats, limits, tokenizer, _eos_ids(raw, checkpoint.generation_config, tokenizer),
-        generation_defaults(checkpoint.generation_config),
-    )  # fmt: skip
+    return weights
+
+
+def _limits(
+    declaration: LanguageModel,
+    config: EngineConfig,
+    *,
+    length: int,
+    num_pages: tuple[int, ...],
+    bodies: dict[str, str],
+) -> Limits:
+    return Limits(
+        vocab_size=declaration.config.vocab_size,
+        max_model_len=length,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        windows=kv_cache.page_windows(declaration.cache_specs),
+        copies=config.data_parallel_size,
+        prefix_caching=_caches(config.enable_prefix_caching, declaration.config),
+        stream_interval=config.stream_interval,
+        max_logprobs=config.max_logprobs,
+        bodies=bodies,
+    )
 
 
 def _compiled(
-    declaration: Any, mesh: Mesh, dtype: Any, *, length: int, config: EngineConfig, shapes: list[Bucket],
+    declaration: LanguageModel,
+    mesh: Mesh,
+    dtype: Any,
+    *,
+    length: int,
+    config: EngineConfig,
+    shapes: list[Bucket],
     repeats: Repeat | None,
-) -> tuple[Runner, tuple[int, ...]]:  # fmt: skip
-    """Return the runner with its largest bucket compiled, and the pages of each numbering that fit beside it.
+) -> tuple[Runner, tuple[int, ...]]:
+    """Return the runner with its largest bucket compiled, and the pages of each pool that fit.
 
-    The caches' sizes are part of the program: it is first compiled as if it needed no temporaries, which is final where
-    the caches are as large as could be useful, and compiled once more with fewer pages where they do not fit.
+    The sizes of the caches are part of the programs, and the programs' temporaries limit the
+    caches. So the largest bucket is first compiled with the caches that fit without temporaries,
+    and again with fewer pages until everything fits. If the first caches are as large as could ever
+    be useful, all programs are compiled at once.
     """
-    caches = Caches(declaration, mesh, dtype, config.page_size)
+    caches = Caches(declaration, mesh, dtype, page_size=config.page_size)
     table_width = -(-length // config.page_size)
     mine = mesh.local_devices
     budget = memory.budget(
@@ -153,14 +239,23 @@ def _compiled(
         mine[0],
         len(mine),
         weights=_weights_bytes(declaration, mesh, dtype),
-        pages=caches.costs(config.max_num_seqs, config.max_num_batched_tokens, table_width=table_width),
+        pages=caches.costs(
+            config.max_num_seqs, config.max_num_batched_tokens, table_width=table_width
+        ),
     )
     budget = dataclasses.replace(budget, total=multihost.least(budget.total))
     vocab_size, temp = declaration.config.vocab_size, 0
     num_logprobs = vocab_size if config.max_logprobs < 0 else config.max_logprobs
     while True:
         num_pages = budget.fit(temp)
-        sizes = Sizes(config.page_size, num_pages, table_width, vocab_size, length, num_logprobs)
+        sizes = Sizes(
+            page_size=config.page_size,
+            num_pages=num_pages,
+            table_width=table_width,
+            vocab_size=vocab_size,
+            max_model_len=length,
+            num_logprobs=num_logprobs,
+        )
         runner = programs.runner(
             declaration,
             mesh,
@@ -170,24 +265,31 @@ def _compiled(
             max_rows=shapes[-1].num_rows,
             repeats=repeats,
         )
-        # memory is ample where the caches can be as large as useful: then all shapes compile at once
-        runner.compile(programs.wanted(shapes if num_pages == budget.useful else shapes[-1:], repeats))
+        is_ample = num_pages == budget.useful
+        runner.compile(programs.wanted(shapes if is_ample else shapes[-1:], repeats))
         temp = runner.temp_bytes()
         if budget.fit(temp) >= num_pages:
             return runner, num_pages
 
 
-def _repeats(config: EngineConfig, mesh: Mesh, weights_bytes: int, shapes: list[Bucket]) -> Repeat | None:
-    """Return how many decode steps one call may make, and its bucket: one for all, as padding rows cost little."""
+def _repeats(
+    config: EngineConfig, mesh: Mesh, weights_bytes: int, shapes: list[Bucket]
+) -> Repeat | None:
+    """Return the bucket and the number of decode steps of one call, None for single steps.
+
+    One bucket serves all numbers of sequences, as rows of padding cost little.
+    """
     steps = config.decode_steps
     if steps == "auto":
         is_small = mesh.size == 1 and weights_bytes <= SMALL_BYTES
         steps = backend.of(mesh.devices.flat[0].platform).decode_steps if is_small else 1
     rows = min(config.max_num_seqs, MAX_REPEATED_ROWS)
-    return Repeat(next(shape for shape in shapes if shape.num_tokens >= rows), steps) if steps > 1 else None
+    if steps <= 1:
+        return None
+    return Repeat(next(shape for shape in shapes if shape.num_tokens >= rows), steps)
 
 
-def _weights_bytes(declaration: Any, mesh: Mesh, dtype: Any) -> int:
+def _weights_bytes(declaration: LanguageModel, mesh: Mesh, dtype: Any) -> int:
     """Return the size of the weights on one device."""
 
     def size(param: tree.Param) -> int:
@@ -198,7 +300,10 @@ def _weights_bytes(declaration: Any, mesh: Mesh, dtype: Any) -> int:
 
 
 def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
-    """How the projections are packed: as the files are, or as asked."""
+    """Return the packing of the projections: that of the files, or the one asked for.
+
+    Raises InvalidConfig if the two differ.
+    """
     held = quantize.read_scheme(raw)
     if asked is None:
         return held
@@ -208,17 +313,23 @@ def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
     return SCHEMES[asked]
 
 
-def _caches(asked: bool, model: Any) -> bool:
-    """Whether equal prefixes may share pages: not where a token's keys depend on how long its prompt is."""
-    scaling = model.rope_scaling
+def _caches(asked: bool, config: ModelConfig) -> bool:
+    """Whether equal prefixes may share pages: not if keys depend on the length of the prompt."""
+    scaling = config.rope_scaling
     if asked and scaling is not None and scaling.rope_type == "dynamic":
-        logger.info("no prefix caching: dynamic rope scaling turns a prefix by the length of the whole prompt")
+        logger.info(
+            "prefix caching is off: with dynamic rope scaling, the keys of a prefix depend on the "
+            "length of the whole prompt"
+        )
         return False
     return asked
 
 
 def _dtype(name: str, raw: dict[str, Any], checkpoint: files.Checkpoint) -> Any:
-    """The option, else what config.json says, else what most tensors are."""
+    """Return the dtype ``name``; for "auto" that of config.json, else that of most tensors.
+
+    Raises UnsupportedModel if config.json has another dtype than those of NAMED_DTYPES.
+    """
     stated = raw.get("dtype") or raw.get("torch_dtype")
     if name == "auto" and stated is not None:
         if stated not in NAMED_DTYPES:
@@ -232,25 +343,47 @@ def _dtype(name: str, raw: dict[str, Any], checkpoint: files.Checkpoint) -> Any:
 
 def _max_model_len(asked: int | None, longest: int) -> int:
     if asked is not None and asked > longest:
-        raise InvalidConfig("max_model_len", asked, f"at most {longest}, what the model can read")
+        raise InvalidConfig("max_model_len", asked, f"at most {longest}, the model's context")
     return asked or longest
 
 
-def _eos_ids(raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Every token that ends an output: config.json's, generation_config.json's and the tokenizer's."""
-    stated = [raw.get("eos_token_id"), generation.get("eos_token_id")]
-    ids = [token for value in stated if value is not None for token in (value if isinstance(value, list) else [value])]
-    return frozenset(ids) | (frozenset() if tokenizer is None else tokenizer.eos_token_ids)
+def _eos_ids(
+    raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokenizer | None
+) -> frozenset[int]:
+    """Return the end tokens of config.json, generation_config.json and the tokenizer."""
+    ids: set[int] = set() if tokenizer is None else set(tokenizer.eos_token_ids)
+    for value in (raw.get("eos_token_id"), generation.get("eos_token_id")):
+        if value is not None:
+            ids.update(value if isinstance(value, list) else [value])
+    return frozenset(ids)
 
 
-def _announce(platform: str, dtype: str, mesh: Mesh, limits: Limits, repeats: Repeat | None, seconds: float) -> None:
-    """Log what runs where, and how much fits."""
-    logger.info("on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), limits.bodies)
-    logger.info("decode steps in one call: %s", "1" if repeats is None else f"up to {repeats.num_steps}")
+def _announce(
+    platform: str,
+    dtype: str,
+    mesh: Mesh,
+    *,
+    limits: Limits,
+    repeats: Repeat | None,
+    seconds: float,
+) -> None:
+    """Log platform, dtype, mesh, op bodies and sizes of the caches."""
+    logger.info(
+        "on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), limits.bodies
+    )
+    logger.info(
+        "decode steps in one call: %s", "1" if repeats is None else f"up to {repeats.num_steps}"
+    )
     tokens = limits.num_tokens
     logger.info(
-        "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); ready in %.1f s",
-        limits.num_pages[0], limits.page_size, tokens, tokens / limits.max_model_len, limits.max_model_len, seconds,
-    )  # fmt: skip
+        "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); "
+        "ready in %.1f s",
+        limits.num_pages[0],
+        limits.page_size,
+        tokens,
+        tokens / limits.max_model_len,
+        limits.max_model_len,
+        seconds,
+    )
     for window, num_pages in zip(limits.windows[1:], limits.num_pages[1:]):
-        logger.info("cache of layers that see %d positions: %d pages", window, num_pages)
+        logger.info("cache of layers with a window of %d positions: %d pages", window, num_pages)

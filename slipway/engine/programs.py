@@ -1,10 +1,12 @@
 """Programs of a language model: forward pass, sampler, and several decode steps in one call.
 
-Not here: how programs are compiled and called (runtime/runner.py), and which sequences run (scheduler.py).
+Not here: how programs are compiled and called (runtime/runner.py), and which sequences run
+(scheduler.py).
 
-A step's tokens stay on the device, where the next step finds them: it can be dispatched before the host has seen them.
-The forward pass is compiled for each bucket, the sampler for each number of rows. The third program, for small models,
-does both several times over for rows that only decode.
+The tokens that a step samples stay on the device, where the next step reads them, so the next step
+can be dispatched before the host has them. The forward pass is compiled for each bucket, the
+sampler for each number of rows. The third program, for small models, runs both several times, for
+rows that only decode.
 """
 
 import dataclasses
@@ -23,33 +25,46 @@ from slipway import tree
 from slipway.engine import batch, logit_rules, sample
 from slipway.engine.batch import Bucket, Repeat, Sampling, Sizes
 from slipway.engine.logit_rules import Edits
-from slipway.ops import StepInput
+from slipway.models.decoder import LanguageModel
+from slipway.ops import KVCache, PageMap, StepInput
 from slipway.runtime.runner import Program, Runner, Shapes
 
 FORWARD, SAMPLE, REPEAT = "forward", "sample", "repeat"
-# Device state: the model's arrays, flat; its caches; tokens and logits of the last step.
+# Names of device state: the model's arrays as a flat list, its caches, and the sampled tokens and
+# the logits of the last step.
 WEIGHTS, CACHES, NEWEST, LOGITS = "weights", "caches", "newest", "logits"
 
 
 def runner(
-    declaration: Any, mesh: Mesh, caches: Any, *, dtype: Any, sizes: Sizes, max_rows: int, repeats: Repeat | None
+    declaration: LanguageModel,
+    mesh: Mesh,
+    caches: tuple[KVCache, ...],
+    *,
+    dtype: Any,
+    sizes: Sizes,
+    max_rows: int,
+    repeats: Repeat | None,
 ) -> Runner:
-    """Return the runner of a model's programs, nothing compiled yet.
+    """Return the runner of a model's programs; no program is compiled yet.
 
-    ``caches``: the shapes of the model's caches, with shardings. ``max_rows``: of any bucket. ``repeats``: where one
-    call may make several decode steps.
+    ``caches``: the shapes of the model's caches, with shardings. ``max_rows``: the most rows of any
+    bucket. ``repeats``: set if one call may make several decode steps.
     """
     weights = jax.tree.map(
         lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=sharding),
-        declaration, meshes.shardings(declaration, mesh), is_leaf=tree.is_param,
-    )  # fmt: skip
+        declaration,
+        meshes.shardings(declaration, mesh),
+        is_leaf=tree.is_param,
+    )
     leaves, structure = jax.tree.flatten(weights)
     rows, copies = NamedSharding(mesh, P(meshes.DATA)), mesh.shape[meshes.DATA]
     newest = jax.ShapeDtypeStruct((copies * max_rows,), np.int32, sharding=rows)
 
     def logits(key: Bucket | int) -> jax.ShapeDtypeStruct:
         num_rows = key if isinstance(key, int) else key.num_rows
-        return jax.ShapeDtypeStruct((copies * num_rows, sizes.vocab_size), np.float32, sharding=rows)
+        return jax.ShapeDtypeStruct(
+            (copies * num_rows, sizes.vocab_size), np.float32, sharding=rows
+        )
 
     shapes: dict[str, Shapes] = {
         WEIGHTS: lambda _: leaves,
@@ -62,20 +77,29 @@ def runner(
         _sample_program(max_rows, sizes, copies),
     ]
     if repeats is not None:
-        programs.append(_repeat_program(structure, sizes, copies, max_rows=max_rows, max_steps=repeats.num_steps))
+        programs.append(
+            _repeat_program(
+                structure, sizes, copies, max_rows=max_rows, max_steps=repeats.num_steps
+            )
+        )
     return Runner(mesh, shapes, programs)
 
 
 def wanted(buckets: Sequence[Bucket], repeats: Repeat | None) -> list[tuple[str, Bucket | int]]:
-    """Return the programs that steps of these buckets call, each with its key."""
+    """Return (name, key) of every program that steps of these buckets call."""
     programs: list[tuple[str, Bucket | int]] = [(FORWARD, bucket) for bucket in buckets]
     programs += [(SAMPLE, num_rows) for num_rows in sorted({bucket.num_rows for bucket in buckets})]
-    return programs + ([(REPEAT, repeats.bucket)] if repeats is not None and repeats.bucket in buckets else [])
+    if repeats is not None and repeats.bucket in buckets:
+        programs.append((REPEAT, repeats.bucket))
+    return programs
 
 
-def _forward_program(structure: Any, mesh: Mesh, inputs: Callable[[Bucket], tuple[StepInput]]) -> Program:
-    """Declare the first half of a step: the result is its hidden states [T, embed]."""
-    # The first process pools the hidden states of all copies, so it needs those of other processes here.
+def _forward_program(
+    structure: Any, mesh: Mesh, inputs: Callable[[Bucket], tuple[StepInput]]
+) -> Program:
+    """Return the program of the forward pass; its result is the hidden states [T, embed]."""
+    # Process 0 pools the hidden states of all copies of the weights, so every device gets them if
+    # copies are on several processes.
     apart = len({device.process_index for device in mesh.devices[:, 0]}) > 1
     return Program(
         FORWARD,
@@ -89,7 +113,10 @@ def _forward_program(structure: Any, mesh: Mesh, inputs: Callable[[Bucket], tupl
 
 
 def _sample_program(max_rows: int, sizes: Sizes, copies: int) -> Program:
-    """Declare the second half of a step: the result is a token for each row, and the newest tokens stay there."""
+    """Return the program of the sampler; its result is a token for each row.
+
+    The tokens also stay on the device, as those of the last step.
+    """
 
     def inputs(num_rows: int) -> tuple[Sampling, Edits]:
         edits = logit_rules.empty(copies * num_rows, sizes.vocab_size, sizes.max_model_len)
@@ -106,12 +133,14 @@ def _sample_program(max_rows: int, sizes: Sizes, copies: int) -> Program:
     )
 
 
-def _repeat_program(structure: Any, sizes: Sizes, copies: int, *, max_rows: int, max_steps: int) -> Program:
-    """Declare several decode steps, each with the tokens of the one before.
+def _repeat_program(
+    structure: Any, sizes: Sizes, copies: int, *, max_rows: int, max_steps: int
+) -> Program:
+    """Return the program of several decode steps, each with the tokens of the one before.
 
-    Inputs: step input and sampling of the first step, one token a row, each of which samples, without edits; and the
-    number of steps. The rows' pages hold the tokens of all steps. Result: the rows of the first step, then of the
-    second, and so on.
+    Inputs: step input and sampling parameters of the first step, and the number of steps. Every row
+    is one token and samples, without edits of the logits. The pages of the rows hold the tokens of
+    all steps. Result: the rows of the first step, then those of the second, and so on.
     """
 
     def inputs(bucket: Bucket) -> tuple[StepInput, Sampling, np.ndarray]:
@@ -121,7 +150,7 @@ def _repeat_program(structure: Any, sizes: Sizes, copies: int, *, max_rows: int,
 
     return Program(
         REPEAT,
-        functools.partial(_repeat, structure, sizes, max_rows, max_steps),
+        functools.partial(_repeat, structure, sizes=sizes, max_rows=max_rows, max_steps=max_steps),
         inputs,
         reads=(WEIGHTS, CACHES, NEWEST),
         writes=(CACHES, NEWEST),
@@ -135,13 +164,18 @@ def _step_input(copies: int, sizes: Sizes, bucket: Bucket) -> tuple[StepInput]:
 
 
 def _forward(
-    structure: Any, apart: bool, leaves: list[jax.Array], caches: Any, newest_R: jax.Array, step: StepInput
-) -> tuple[Any, jax.Array, jax.Array]:
-    """Compute caches, logits of the sampled tokens and hidden states, as each device sees them.
+    structure: Any,
+    apart: bool,
+    leaves: list[jax.Array],
+    caches: tuple[KVCache, ...],
+    newest_R: jax.Array,
+    step: StepInput,
+) -> tuple[tuple[KVCache, ...], jax.Array, jax.Array]:
+    """Compute caches, logits of the rows of results, and hidden states; traced under shard_map.
 
-    ``apart``: hidden states of all copies of the weights, on every device.
+    ``apart``: return the hidden states of all copies of the weights, on every device.
     """
-    model = jax.tree.unflatten(structure, leaves)
+    model: LanguageModel = jax.tree.unflatten(structure, leaves)
     ids_T = jnp.where(step.ids_T < 0, newest_R[jnp.maximum(-1 - step.ids_T, 0)], step.ids_T)
     x_TD, caches = model(dataclasses.replace(step, ids_T=ids_T), caches)
     logits_BV = model.logits(x_TD[step.sample_at_B], step.num_samples_1[0])
@@ -149,15 +183,25 @@ def _forward(
 
 
 def _sample(
-    max_rows: int, num_logprobs: int, logits_BV: jax.Array, newest_R: jax.Array, sampling: Sampling,
+    max_rows: int,
+    num_logprobs: int,
+    logits_BV: jax.Array,
+    newest_R: jax.Array,
+    sampling: Sampling,
     edits: Edits | None,
-) -> tuple[jax.Array, sample.Sampled]:  # fmt: skip
-    """Choose a token for each row, as the next step reads it and for the host, with log probabilities where wanted."""
+) -> tuple[jax.Array, sample.Sampled]:
+    """Sample a token for each row: as the next step reads it, and as the host gets it.
+
+    The host's have log probabilities, if a row asks for them.
+    """
 
     def draw(logits_BV: jax.Array) -> jax.Array:
         return sample.sample(logits_BV, sampling)
 
-    token_B = draw(logits_BV) if edits is None else _edited(draw, logits_BV, newest_R, sampling=sampling, edits=edits)
+    if edits is None:
+        token_B = draw(logits_BV)
+    else:
+        token_B = _edited(draw, logits_BV, newest_R, sampling=sampling, edits=edits)
     newest_R = jnp.zeros(max_rows, jnp.int32).at[: token_B.shape[0]].set(token_B)
     token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
     num_top = min(num_logprobs, logits_BV.shape[1])
@@ -170,37 +214,60 @@ def _sample(
 
 
 def _edited(
-    draw: Callable[[jax.Array], jax.Array], logits_BV: jax.Array, newest_R: jax.Array, *, sampling: Sampling,
+    draw: Callable[[jax.Array], jax.Array],
+    logits_BV: jax.Array,
+    newest_R: jax.Array,
+    *,
+    sampling: Sampling,
     edits: Edits,
-) -> jax.Array:  # fmt: skip
-    """Draw tokens from logits that may be changed before."""
-    newest_B = jnp.where(sampling.last_B < 0, jnp.int32(-1), newest_R[jnp.maximum(sampling.last_B, 0)])
-    # drawn in both branches: logits that come out of a branch unchanged are copied, 2 ms for 16 rows
-    return jax.lax.cond(
-        edits.any_1[0],
-        lambda: draw(sample.edit(logits_BV, edits, position_B=sampling.position_B, newest_B=newest_B)),
-        lambda: draw(logits_BV),
+) -> jax.Array:
+    """Apply the edits to the logits, if any row has some, and draw the tokens."""
+    newest_B = jnp.where(
+        sampling.last_B < 0, jnp.int32(-1), newest_R[jnp.maximum(sampling.last_B, 0)]
     )
+
+    def draw_edited() -> jax.Array:
+        positions_B = sampling.position_B
+        return draw(sample.edit(logits_BV, edits, position_B=positions_B, newest_B=newest_B))
+
+    # Both branches draw: a branch that returns the logits unchanged copies them, 2 ms for 16 rows.
+    return jax.lax.cond(edits.any_1[0], draw_edited, lambda: draw(logits_BV))
 
 
 def _repeat(
-    structure: Any, sizes: Sizes, max_rows: int, max_steps: int, leaves: list[jax.Array], caches: Any,
-    newest_R: jax.Array, step: StepInput, sampling: Sampling, num_steps_1: jax.Array,
-) -> tuple[Any, jax.Array, sample.Sampled]:  # fmt: skip
-    """Compute decode steps one after the other: caches, newest tokens, and the results of each step."""
+    structure: Any,
+    leaves: list[jax.Array],
+    caches: tuple[KVCache, ...],
+    newest_R: jax.Array,
+    step: StepInput,
+    sampling: Sampling,
+    num_steps_1: jax.Array,
+    *,
+    sizes: Sizes,
+    max_rows: int,
+    max_steps: int,
+) -> tuple[tuple[KVCache, ...], jax.Array, sample.Sampled]:
+    """Compute decode steps one after the other: -> caches, newest tokens, results of all steps."""
     num_rows = jax.lax.axis_size(meshes.DATA) * len(sampling.seed_B)
 
     def body(index: jax.Array, carry: Any) -> Any:
         caches, newest_R, found = carry
         caches, logits_BV, _ = _forward(
-            structure, False, leaves, caches=caches, newest_R=newest_R, step=_advanced(step, index, sizes)
+            structure,
+            False,
+            leaves,
+            caches=caches,
+            newest_R=newest_R,
+            step=_advanced(step, index, sizes),
         )
         moved = dataclasses.replace(sampling, position_B=sampling.position_B + index)
         newest_R, sampled = _sample(
             max_rows, sizes.num_logprobs, logits_BV, newest_R=newest_R, sampling=moved, edits=None
         )
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * num_rows, axis=0)
-        return caches, newest_R, jax.tree.map(lambda found_B, sampled_B: put(found_B, sampled_B), found, sampled)
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=index * num_rows, axis=0
+        )
+        return caches, newest_R, jax.tree.map(put, found, sampled)
 
     tokens_B = jnp.zeros(max_steps * num_rows, jnp.int32)
     found = sample.without_logprobs(tokens_B, min(sizes.num_logprobs, sizes.vocab_size))
@@ -208,11 +275,14 @@ def _repeat(
 
 
 def _advanced(step: StepInput, index: jax.Array, sizes: Sizes) -> StepInput:
-    """Return the input of a decode step ``index`` steps later: each row one token further, that of the step before."""
+    """Return the input of the decode step ``index`` steps after ``step``.
+
+    Each row is ``index`` tokens further, and reads the token that the step before has sampled.
+    """
     is_used_T = jnp.arange(len(step.ids_T), dtype=jnp.int32) < step.num_tokens
     positions_T = step.positions_T + jnp.where(is_used_T, index, 0)
 
-    def advanced(pages: Any) -> Any:
+    def advanced(pages: PageMap) -> PageMap:
         page_T = pages.page_table_BM[step.row_T, positions_T // sizes.page_size]
         slots_T = page_T * sizes.page_size + positions_T % sizes.page_size
         return dataclasses.replace(pages, slots_T=jnp.where(is_used_T, slots_T, pages.slots_T))
