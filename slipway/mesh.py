@@ -1,8 +1,10 @@
-"""Decides which logical axis lives on which mesh axis, and makes a declaration fit; knows no layers and no files.
+"""Mesh of devices: the mesh axis of each logical axis, fitting of declarations, and collectives.
 
-One replica is a (data, model) grid of devices. The engine's step runs under ``shard_map``: every device sees its local
-arrays, and the two collectives that a layer needs are written where they happen (``psum`` after a linear whose input
-axis is split, ``all_gather`` of the logits).
+Not here: the tensors of a declaration (tree.py), the layers that call the collectives (nn/).
+
+One replica is a (data, model) grid of devices. The engine's step runs under ``shard_map``: every
+device sees its local arrays, and a layer calls the two collectives that it needs itself (``psum``
+after a linear layer with a split input axis, ``all_gather`` of the logits).
 """
 
 import dataclasses
@@ -16,14 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slipway import tree
 from slipway.errors import InvalidConfig
 
-MESH_AXES = {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model", "pages": "data"}
-DATA, TENSOR = "data", "model"  # axes that MESH_AXES does not name are whole
+DATA, TENSOR = "data", "model"
+# Logical axis -> mesh axis that splits it. All other logical axes are whole on every device.
+MESH_AXES = {"vocab": TENSOR, "heads": TENSOR, "kv_heads": TENSOR, "mlp": TENSOR, "pages": DATA}
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of ``data`` rows that each hold the weights once, split over ``tensor`` devices.
+    """Return a mesh of ``data`` rows of ``tensor`` devices; each row holds the weights once.
 
-    Raises InvalidConfig if there are fewer devices than that.
+    ``devices``: those to use, by default all. Raises InvalidConfig if there are too few.
     """
     devices = jax.devices() if devices is None else devices
     if data * tensor > len(devices):
@@ -33,25 +36,25 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
 
 
 def partition(param: tree.Param) -> PartitionSpec:
-    """How the mesh splits one tensor."""
+    """Return the PartitionSpec of a declared tensor."""
     return spec(param.shard_axes)
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """How the mesh splits an array with these logical axes."""
+    """Return the PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*(None if axis is None else MESH_AXES.get(axis) for axis in axes))
 
 
 def shardings(declaration: Any, mesh: Mesh) -> Any:
-    """The tree of NamedShardings of a declaration."""
+    """Return the tree of NamedShardings of a declaration."""
     return tree.map_params(lambda p: NamedSharding(mesh, partition(p)), declaration)
 
 
 def fit(declaration: Any, mesh: Mesh) -> Any:
-    """The declaration for a mesh that its axes need not divide.
+    """Return the declaration with axes that the mesh can split.
 
-    KV heads fewer than devices are held several times, the vocabulary is padded with zero rows. Any other axis that
-    does not divide raises InvalidConfig.
+    KV heads are repeated if they are fewer than the devices; the vocabulary is padded with rows of
+    zeros. Raises InvalidConfig if the mesh does not divide another axis.
     """
     n = mesh.shape[TENSOR]
 
@@ -73,25 +76,25 @@ def fit(declaration: Any, mesh: Mesh) -> Any:
 
 
 def splits(axis: str) -> bool:
-    """Whether several devices share ``axis``; asked where the step is traced."""
+    """Whether ``axis`` is split over several devices; only while a step is traced."""
     return MESH_AXES.get(axis) is not None and jax.lax.axis_size(MESH_AXES[axis]) > 1
 
 
 def psum(x, axis: str):
-    """Sum partial results over the devices that split ``axis``; the identity where none does."""
+    """Sum partial results over the devices that ``axis`` is split over, if it is split."""
     return jax.lax.psum(x, MESH_AXES[axis]) if splits(axis) else x
 
 
 def all_gather(x, axis: str):
-    """Join the last dimension, split along ``axis``, on every device."""
+    """Join the last dimension, which is split along ``axis``, on every device."""
     return jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True) if splits(axis) else x
 
 
 def all_rows(array):
-    """Join the first dimension, split over copies of the weights, on every device."""
+    """Join the first dimension, which is split over copies of the weights, on every device."""
     return jax.lax.all_gather(array, DATA, axis=0, tiled=True) if jax.lax.axis_size(DATA) > 1 else array
 
 
 def local_offset(axis: str, local_size: int):
-    """The global index at which this device's part of ``axis`` starts."""
+    """Return the global index at which this device's part of ``axis`` starts."""
     return 0 if MESH_AXES.get(axis) is None else jax.lax.axis_index(MESH_AXES[axis]) * local_size

@@ -1,1 +1,4 @@
-"""From requests to tokens: schedule, batch, step, sample; knows no text but through the codec, and no HTTP."""
+"""Engine: requests to tokens, by scheduling, batching, device steps and sampling.
+
+Not here: text (codec/), HTTP (server/), threads and processes around the engine (async_engine.py).
+"""

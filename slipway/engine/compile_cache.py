@@ -1,7 +1,10 @@
-"""Decides where compiled programs are kept between processes, and under which key; knows no model and no program.
+"""Directory in which JAX keeps compiled programs from one process to the next.
 
-JAX keeps them and keys each by its computation, compiler and options. What it does not know is which instructions this
-processor has: that is part of the directory's name, so that a home shared by unlike machines is safe.
+Not here: the programs (programs.py), their compilation (runtime/runner.py).
+
+JAX keys a program by its computation, compiler and options, but not by the instruction sets of the
+processor. The directory is therefore named after those, so that machines of different kinds may
+share one home directory.
 """
 
 import functools
@@ -16,20 +19,24 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
-_config: Any = jax.config  # its fields are made as it is imported
+_config: Any = jax.config  # JAX adds the fields while it is imported: no type has them
 
-# The oldest programs go first; with a bound JAX locks the directory, so several processes may share it.
+# Beyond it JAX removes the least recently used programs. With a bound JAX also locks the directory,
+# so that several processes may share it.
 MAX_BYTES = 2 << 30
 OFF = "off"
 
 
 def use(directory: str) -> Path | None:
-    """Keep compiled programs below ``directory``: a path, ``"auto"`` for the user's cache, ``"off"`` for nowhere.
+    """Keep compiled programs in a directory below ``directory``, and return that directory.
 
-    Returns where. A directory that JAX was told of already (JAX_COMPILATION_CACHE_DIR, say) stays.
+    ``directory``: a path, ``"auto"`` for the user's cache, ``"off"`` to keep nothing (returns
+    None). A directory that JAX was given otherwise (JAX_COMPILATION_CACHE_DIR, for example) stays
+    in use. Returns None with a warning if the directory cannot be written.
     """
     held = _config.jax_compilation_cache_dir
-    if held and held != _ours.get("path"):  # an empty variable is an unset one
+    # An empty variable counts as unset.
+    if held and held != _ours.get("path"):
         return Path(held)
     if directory == OFF:
         _tell(None)
@@ -41,13 +48,14 @@ def use(directory: str) -> Path | None:
         if not os.access(path, os.W_OK):
             raise PermissionError(f"{path} cannot be written")
     except OSError as error:
-        logger.warning("compiled programs are not kept: %s", error)
+        logger.warning("compiled programs are not kept for the next start: %s", error)
         return None
     _tell(str(path))
     return path
 
 
-_ours: dict[str, str | None] = {}  # the directory that JAX has from us
+# "path": the directory that ``use`` set in JAX.
+_ours: dict[str, str | None] = {}
 
 
 def _tell(path: str | None) -> None:
@@ -57,16 +65,18 @@ def _tell(path: str | None) -> None:
     _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _config.update("jax_compilation_cache_dir", path)
-    compilation_cache.reset_cache()  # it may have looked for a directory already, and found none
+    # JAX may have looked for a directory already, and found none.
+    compilation_cache.reset_cache()
     _ours["path"] = path
 
 
 @functools.cache
 def machine() -> str:
-    """A name for what programs compiled here can rely on: the processor's instructions."""
+    """Return a name of this processor's instruction sets, which compiled programs rely on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = sorted({word for line in lines if line.startswith(("flags", "Features")) for word in line.split()})
+        listed = [line for line in lines if line.startswith(("flags", "Features"))]
+        flags = sorted({word for line in listed for word in line.split()})
     except OSError:
         flags = [platform.processor()]
     return hashlib.sha256(" ".join([platform.machine(), *flags]).encode()).hexdigest()[:16]

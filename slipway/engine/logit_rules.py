@@ -1,6 +1,8 @@
-"""What changes a row's logits before a token is drawn: bans, biases, penalties; decides their arrays, applies nothing.
+"""Logit rules: the bans, biases and penalties of requests, and their arrays for a step.
 
-Most steps need none of it and pass arrays that lie on the device already. sample.py applies them.
+Not here: their application to the logits (sample.py), their ranges (params.py).
+
+Most steps change no logits: they pass arrays that lie on the device already.
 """
 
 from collections.abc import Sequence as Many
@@ -15,15 +17,17 @@ from slipway.engine.scheduler import Chunk
 from slipway.errors import InvalidRequest, Shown
 from slipway.tree import module
 
-Array = Any
+Array = Any  # a NumPy array on the host, a traced JAX array inside the step
 WORD_BITS = 32
 
 
 @module
 class Edits:
-    """Per row: allowed tokens as bits, biases, penalties, and the tokens so far, which penalties count.
+    """Changes to the logits of each row: allowed tokens, biases, penalties, and the tokens so far.
 
-    ``any_1``: whether any row has any of it. ``bias_id_BX`` is the vocabulary's size where a row has fewer.
+    ``any_1``: whether any row has any change. ``allowed_BW``: one bit for each token of the
+    vocabulary. ``bias_id_BX``: unused entries are the size of the vocabulary. ``history_BC``: the
+    tokens of the sequence, which the penalties count.
     """
 
     any_1: Array
@@ -38,21 +42,35 @@ class Edits:
 
 
 class Rules:
-    """What one request bans and adds; made once, when it comes in.
+    """Rules of one request: the tokens that it bans and the biases that it adds.
 
-    Raises InvalidRequest, naming the field, for token ids outside the vocabulary, for bad words without a tokenizer,
-    and where no token is left to choose.
+    Made once, when the request is admitted.
+
+    Raises InvalidRequest, naming the field, for token ids outside the vocabulary, for bad words
+    without a tokenizer, and where no token is left to choose.
     """
 
-    def __init__(self, params: SamplingParams, stop_ids: frozenset[int], tokenizer: Tokenizer | None, vocab_size: int):
-        self.params, self._stop_ids = params, np.array(sorted(t for t in stop_ids if t < vocab_size), np.int64)
-        for field, ids in (("allowed_token_ids", params.allowed_token_ids or ()), ("logit_bias", params.logit_bias)):
+    def __init__(
+        self,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+    ):
+        self.params = params
+        self._stop_ids = np.array(sorted(t for t in stop_ids if t < vocab_size), np.int64)
+        listed = {
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": params.logit_bias,
+        }
+        for field, ids in listed.items():
             if outside := [token for token in ids if token >= vocab_size]:
-                raise InvalidRequest(
-                    field, Shown(", ".join(map(str, outside))), f"token ids from 0 to {vocab_size - 1}"
-                )
+                got = Shown(", ".join(map(str, outside)))
+                raise InvalidRequest(field, got, f"token ids from 0 to {vocab_size - 1}")
         if params.bad_words and tokenizer is None:
-            raise InvalidRequest("bad_words", params.bad_words, "none without a tokenizer (skip_tokenizer_init)")
+            raise InvalidRequest(
+                "bad_words", params.bad_words, "none without a tokenizer (skip_tokenizer_init)"
+            )
         spelled = [ids for word in params.bad_words for ids in _spellings(word, tokenizer)]
         self._endings = [(ids[:-1], ids[-1]) for ids in spelled if len(ids) > 1]
         self._fixed = np.ones(-(-vocab_size // WORD_BITS) * WORD_BITS, bool)
@@ -62,11 +80,16 @@ class Rules:
             self._fixed[list(params.allowed_token_ids)] = True
         self._fixed[[ids[0] for ids in spelled if len(ids) == 1]] = False
         if not self._mask(params.min_tokens > 0).any():
-            raise InvalidRequest("allowed_token_ids", params.allowed_token_ids, "one that nothing else bans")
+            raise InvalidRequest(
+                "allowed_token_ids", params.allowed_token_ids, "one that nothing else bans"
+            )
         self._masks = {early: _bits(self._mask(early)) for early in {False, params.min_tokens > 0}}
 
     def allowed(self, sequence: Sequence, num_output: int) -> np.ndarray:
-        """The bits [W] of the tokens that may follow ``num_output`` tokens of output."""
+        """Return the bits [W] of the tokens that may follow ``num_output`` tokens of output.
+
+        Where the grammar and the other rules have no token in common, the grammar decides.
+        """
         bits = self._masks[num_output < self.params.min_tokens]
         banned = [last for prefix, last in self._endings if self._ends_with(sequence, prefix)]
         if banned:
@@ -75,10 +98,11 @@ class Rules:
                 bits[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
         if sequence.matcher is not None:
             grammatical = sequence.matcher.allowed()
-            bits = bits & grammatical if (bits & grammatical).any() else grammatical  # the grammar is never left
+            bits = bits & grammatical if (bits & grammatical).any() else grammatical
         return bits
 
     def _mask(self, early: bool) -> np.ndarray:
+        """Return which tokens the rules that never change allow; ``early``: before min_tokens."""
         mask = self._fixed.copy()
         if early:
             mask[self._stop_ids] = False
@@ -86,31 +110,42 @@ class Rules:
 
     def _ends_with(self, sequence: Sequence, prefix: list[int]) -> bool:
         end = sequence.num_tokens
-        return end - len(prefix) >= sequence.num_prompt and sequence.tokens[end - len(prefix) : end].tolist() == prefix
+        return (
+            end - len(prefix) >= sequence.num_prompt
+            and sequence.tokens[end - len(prefix) : end].tolist() == prefix
+        )
 
 
 def needed(params: SamplingParams) -> bool:
-    """Whether a request changes logits at all."""
+    """Whether any parameter of a request changes logits."""
     return bool(
-        params.penalizes or params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
+        params.penalizes
+        or params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
         or params.is_guided
-    )  # fmt: skip
+    )
 
 
 def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
-    """Rows that change nothing."""
+    """Return edits of ``num_rows`` rows that change nothing."""
     B, words = num_rows, -(-vocab_size // WORD_BITS)
     return Edits(
-        any_1=np.zeros(1, np.bool_), allowed_BW=np.full((B, words), 2**WORD_BITS - 1, np.uint32),
+        any_1=np.zeros(1, np.bool_),
+        allowed_BW=np.full((B, words), 2**WORD_BITS - 1, np.uint32),
         bias_id_BX=np.full((B, MAX_LOGIT_BIAS), vocab_size, np.int32),
-        bias_BX=np.zeros((B, MAX_LOGIT_BIAS), np.float32), repetition_B=np.ones(B, np.float32),
-        frequency_B=np.zeros(B, np.float32), presence_B=np.zeros(B, np.float32),
-        num_prompt_B=np.zeros(B, np.int32), history_BC=np.zeros((B, max_model_len), np.int32),
-    )  # fmt: skip
+        bias_BX=np.zeros((B, MAX_LOGIT_BIAS), np.float32),
+        repetition_B=np.ones(B, np.float32),
+        frequency_B=np.zeros(B, np.float32),
+        presence_B=np.zeros(B, np.float32),
+        num_prompt_B=np.zeros(B, np.int32),
+        history_BC=np.zeros((B, max_model_len), np.int32),
+    )
 
 
 def edited(chunks: Many[Many[Chunk]], num_rows: int) -> list[tuple[int, int, Sequence]]:
-    """Rows of results whose logits are changed: the row, the tokens before it, and whose it is."""
+    """Return (row of results, position of the token to sample, sequence) of each row with rules."""
     return [
         (rank * num_rows + chunk.sequence.last_row, chunk.start + chunk.num_tokens, chunk.sequence)
         for rank, of_rank in enumerate(chunks)
@@ -120,28 +155,35 @@ def edited(chunks: Many[Many[Chunk]], num_rows: int) -> list[tuple[int, int, Seq
 
 
 def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:
-    """Fill in rows of ``empty`` ones: (row, how many tokens precede the sampled one, sequence that samples there).
+    """Fill the ``rows`` of ``edited`` into empty ``edits`` and return these.
 
-    What a sequence may say next can depend on its newest token: the host knows it by now, or a penalty reads it there.
+    Bans and grammars may depend on the newest token of a sequence, so the host must have it;
+    penalties read that token on the device.
     """
     edits.any_1[:] = True
     for row, length, sequence in rows:
         rules = sequence.request.rules
         if rules is None or sequence.finish_reason is not None:
             continue
-        params, num_tokens = rules.params, sequence.num_tokens
+        params = rules.params
         edits.allowed_BW[row] = rules.allowed(sequence, length - sequence.num_prompt)
         edits.bias_id_BX[row, : len(params.logit_bias)] = list(params.logit_bias)
         edits.bias_BX[row, : len(params.logit_bias)] = list(params.logit_bias.values())
         if params.penalizes:
-            edits.repetition_B[row], edits.num_prompt_B[row] = params.repetition_penalty, sequence.num_prompt
-            edits.frequency_B[row], edits.presence_B[row] = params.frequency_penalty, params.presence_penalty
+            edits.repetition_B[row] = params.repetition_penalty
+            edits.frequency_B[row] = params.frequency_penalty
+            edits.presence_B[row] = params.presence_penalty
+            edits.num_prompt_B[row] = sequence.num_prompt
+            num_tokens = sequence.num_tokens
             edits.history_BC[row, :num_tokens] = sequence.tokens[:num_tokens]
     return edits
 
 
 def _spellings(word: str, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """The tokens of a word at the start of a text, and after a space where that is another word of as many tokens."""
+    """Return the token ids of a word: at the start of a text, and after a space.
+
+    The second is left out unless it has as many tokens and another first token.
+    """
     assert tokenizer is not None
     bare = tokenizer.encode(word.lstrip(), add_special_tokens=False)
     spaced = tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False)

@@ -1,14 +1,15 @@
 """Pipeline of steps: schedule, build, dispatch, and take the results of the step before.
 
-Not here: which sequences run (scheduler.py), the life of requests (engine.py), the programs (programs.py).
+Not here: which sequences run (scheduler.py), the life of requests (engine.py), the programs
+(programs.py).
 
-While the device computes a step, the host schedules, builds and dispatches the next one, then reads the results of the
-first.
+While the device computes a step, the host schedules, builds and dispatches the next one, then reads
+the results of the first.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -23,22 +24,34 @@ from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Stats
 from slipway.runtime.runner import Runner
 
-LONG = 100  # times the host's work: the host waits for such a step before it plans the next
-LONG_AT_AN_END = 10  # the same for a step that ends an output: its place is free, and often the next request comes
-Append = Callable[[Sequence, int, Sampled, int], None]
+# A step is long if it takes more than LONG times the host's work: the host then waits for its
+# results before it plans the next step.
+LONG = 100
+# The same bound for a step that ends an output: that frees a slot, and often the caller then sends
+# its next request.
+LONG_AT_AN_END = 10
+
+
+class Append(Protocol):
+    """Function that the pipeline calls for each token that a step sampled."""
+
+    def __call__(self, sequence: Sequence, token: int, sampled: Sampled, row: int) -> None:
+        """Append ``token``, from row ``row`` of ``sampled``, to a sequence, which may end it."""
 
 
 class Pipeline:
-    """Steps of one replica: at most one is on the device with results that the host has not taken.
-
-    ``append(sequence, token, sampled, row)`` is called for each token that a step found; ``row`` is its row of
-    ``sampled``. It may end the sequence.
-    """
+    """Steps of one replica, at most one of them with results that the host has not taken yet."""
 
     def __init__(
-        self, runner: Runner, schedulers: list[Scheduler], append: Append, *, shapes: list[Bucket],
-        repeats: Repeat | None, sizes: Sizes,
-    ):  # fmt: skip
+        self,
+        runner: Runner,
+        schedulers: list[Scheduler],
+        append: Append,
+        *,
+        shapes: list[Bucket],
+        repeats: Repeat | None,
+        sizes: Sizes,
+    ):
         self._runner = runner
         self._schedulers = schedulers
         self._append = append
@@ -47,19 +60,25 @@ class Pipeline:
         self.stats = Stats()
         self._builders = [batch.Builder(sizes, scheduler.page_tables) for scheduler in schedulers]
         self._dispatched: Dispatched | None = None
-        self._host_s = 0.0  # of a step, on average
-        self._taken_at = 0.0  # when the last results came
-        self._early = (0.0, 0.0)  # seconds of the host and of waiting, of a step taken by a call of its own
-        self._seconds: dict[tuple[Bucket, int], float] = {}  # how long the last call of each shape and length took
+        # Moving average of the host's work for a step, in seconds.
+        self._host_s = 0.0
+        # When the last results arrived, in seconds of time.perf_counter().
+        self._taken_at = 0.0
+        # Seconds of (host's work, waiting) of the last call, if it took the results of a long step.
+        self._early = (0.0, 0.0)
+        # Seconds that the last device call of each bucket and number of steps took.
+        self._seconds: dict[tuple[Bucket, int], float] = {}
 
     def advance(self, moved: dict[str, Request], started: float) -> None:
-        """Dispatch a step and take the one before; add the requests with new tokens to ``moved``.
+        """Dispatch a step and take the results of the one before.
 
-        A step that takes long is taken by a call of its own, before the next is planned: a request that arrives during
-        it, or on its results, is in time for the next. ``started``: when the host began to work, in seconds of
-        time.perf_counter().
+        Requests with new tokens are added to ``moved``. If the step before is long, its results are
+        taken and nothing is dispatched: the next call plans the next step, so a request that
+        arrives meanwhile can still be part of it. ``started``: when the host's work for this step
+        began, in seconds of time.perf_counter().
         """
-        before, self._dispatched = self._dispatched, None
+        before = self._dispatched
+        self._dispatched = None
         if before is not None and self._is_long(before):
             waited = self._take(before, moved)
             self._early = (time.perf_counter() - started - waited, waited)
@@ -71,8 +90,9 @@ class Pipeline:
         self._early = (0.0, 0.0)
 
     def drain(self, moved: dict[str, Request]) -> None:
-        """Take the step that is on the device, if there is one."""
-        before, self._dispatched = self._dispatched, None
+        """Take the results of the step that is on the device, if there is one."""
+        before = self._dispatched
+        self._dispatched = None
         if before is not None:
             self._take(before, moved)
 
@@ -81,12 +101,17 @@ class Pipeline:
         self._dispatched = None
 
     def _dispatch(self, before: Dispatched | None, moved: dict[str, Request]) -> float:
-        """Start what can run next and take the step before; return the seconds spent waiting for that."""
+        """Schedule and start the next step, if any sequence can run, and take the one before.
+
+        Returns the seconds spent waiting for results.
+        """
         waited = 0.0
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
             bucket, num_steps = self._shape(chunks)
-            built = batch.join([builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)])
+            built = batch.join(
+                [builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)]
+            )
             if num_steps > 1:
                 x_TD, steps = None, np.full(len(chunks), num_steps, np.int32)
                 (sampled,) = self._runner.call(REPEAT, bucket, built.step, built.sampling, steps)
@@ -94,20 +119,31 @@ class Pipeline:
                 (x_TD,) = self._runner.call(FORWARD, bucket, built.step)
                 edits = None
                 if rows := logit_rules.edited(chunks, bucket.num_rows):
-                    if before is not None:  # what these rows may say next depends on what they said last
+                    # The logits of these rows depend on the tokens that the step before sampled.
+                    if before is not None:
                         waited += self._take(before, moved)
                         before = None
                     _, unedited = self._runner.inputs(SAMPLE, bucket.num_rows)
                     edits = logit_rules.build(unedited, rows)
                 (sampled,) = self._runner.call(SAMPLE, bucket.num_rows, built.sampling, edits)
-            self._dispatched = Dispatched(chunks, bucket, num_steps, sampled, x_TD, time.perf_counter())
+            self._dispatched = Dispatched(
+                chunks,
+                bucket,
+                num_steps=num_steps,
+                sampled=sampled,
+                x_TD=x_TD,
+                at=time.perf_counter(),
+            )
             self._count(chunks)
         if before is not None:
             waited += self._take(before, moved)
         return waited
 
     def _shape(self, chunks: list[list[Chunk]]) -> tuple[Bucket, int]:
-        """Return the bucket of the next step, and how many steps go in one call: several where all only decode."""
+        """Return the bucket of the next step and the number of steps in its call.
+
+        Several if all sequences only decode.
+        """
         bucket, repeats = batch.choose(self._shapes, chunks), self._repeats
         if repeats is None or bucket.num_tokens > repeats.bucket.num_tokens:
             return bucket, 1
@@ -120,21 +156,24 @@ class Pipeline:
         return repeats.bucket, 1 + more
 
     def _count(self, chunks: list[list[Chunk]]) -> None:
-        """Count a step that was dispatched, and how long its new sequences had waited."""
+        """Count a dispatched step, and the queueing time of the sequences that run first in it."""
         self.stats.steps += 1
-        for sequence in (chunk.sequence for rank in chunks for chunk in rank if chunk.sequence.first_run):
+        for sequence in (
+            chunk.sequence for rank in chunks for chunk in rank if chunk.sequence.first_run
+        ):
             self.stats.queue.add(time.monotonic() - sequence.request.arrived_at)
             sequence.first_run = False
 
     def _take(self, step: Dispatched, moved: dict[str, Request]) -> float:
-        """Give the sequences what a step found; return the seconds that the results took to come."""
+        """Give the sequences the results of a step; return the seconds spent waiting for them."""
         started = time.perf_counter()
         asked = [chunk.sequence for rank in step.chunks for chunk in rank]
         sampled = step.sampled
         if any(sequence.wants_logprobs for sequence in asked):
             sampled = jax.tree.map(np.asarray, sampled)
         tokens = np.asarray(sampled.token_B).tolist()
-        x_TD = np.asarray(step.x_TD, np.float32) if any(s.request.spec.pooling for s in asked) else None
+        is_pooled = any(sequence.request.spec.pooling for sequence in asked)
+        x_TD = np.asarray(step.x_TD, np.float32) if is_pooled else None
         ended = time.perf_counter()
         self._seconds[step.shape] = ended - max(step.at, self._taken_at)
         self._taken_at = ended
@@ -147,26 +186,33 @@ class Pipeline:
                     if chunk.scored:
                         results.score(sequence.request, sampled, row, chunk=chunk)
                     if x_TD is not None and sequence.request.spec.pooling:
-                        results.pool(sequence, x_TD[first_token : first_token + chunk.num_tokens], chunk)
+                        x_CD = x_TD[first_token : first_token + chunk.num_tokens]
+                        results.pool(sequence, x_CD, chunk)
                     if chunk.samples:
                         moved[sequence.request.request_id] = sequence.request
                     only = (row + len(chunk.scored),) if chunk.samples else ()
                     for found in only if step.num_steps == 1 else step.rows(row, chunk):
-                        gaps[sequence.last_token_at] += 1  # one value for nearly all
+                        # Counted by time: nearly all sequences share one value.
+                        gaps[sequence.last_token_at] += 1
                         sequence.last_token_at = now
-                        self._append(sequence, tokens[found], sampled, found)
+                        self._append(sequence, tokens[found], sampled=sampled, row=found)
+                        # Tokens of the same call after the end of the output are dropped.
                         if sequence.finish_reason is not None:
-                            break  # what follows its end in the same call was computed for nothing
-                row, first_token = row + chunk.num_rows, first_token + chunk.num_tokens
+                            break
+                row += chunk.num_rows
+                first_token += chunk.num_tokens
         for at, times in gaps.items():
             if at:
                 self.stats.inter_token.add(now - at, times)
         return ended - started
 
     def _is_long(self, step: Dispatched) -> bool:
-        """Whether a step takes so much longer than the host's work that no new request should wait for two.
+        """Whether the host should wait for a step before it plans the next one.
 
-        What is dispatched ahead is decided ahead. On a CPU a prefill of 512 tokens may take 0.7 s, the host 2 ms.
+        A request that arrives while a step runs cannot join the next step if that was dispatched
+        ahead, so it waits for two. Where a step takes far longer than the host's work, dispatching
+        ahead gains too little for that: on a CPU a prefill of 512 tokens may take 0.7 s, the host's
+        work 2 ms.
         """
         times = self._seconds.get(step.shape, 0.0) / max(self._host_s, 1e-9)
         if not LONG_AT_AN_END < times <= LONG:

@@ -1,4 +1,7 @@
-"""What a step found, as requests are given it: log probabilities, a scored prompt, a pooled hidden state; no device."""
+"""Results of a step for its requests: log probabilities, scored prompts, pooled hidden states.
+
+Not here: the computation of the log probabilities (sample.py), sampled tokens (engine.py).
+"""
 
 import dataclasses
 
@@ -13,29 +16,37 @@ from slipway.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A step on the device: what each copy of the weights was asked, and where its results will be."""
+    """A step on the device: the chunks of each copy of the weights, and the results to come.
+
+    ``num_steps``: decode steps in its call; their results follow each other. ``x_TD``: the hidden
+    states, None if there are several steps. ``at``: when it was dispatched, in seconds of
+    time.perf_counter().
+    """
 
     chunks: list[list[Chunk]]
     bucket: Bucket
-    num_steps: int  # in one call; results of each, one after the other
+    num_steps: int
     sampled: Sampled
-    x_TD: jax.Array | None  # where there is one step
-    at: float  # seconds of time.perf_counter()
+    x_TD: jax.Array | None
+    at: float
 
     @property
     def shape(self) -> tuple[Bucket, int]:
-        """What its time depends on."""
+        """Bucket and number of steps, on which the time of the call depends."""
         return self.bucket, self.num_steps
 
     def rows(self, first: int, chunk: Chunk) -> range:
-        """The rows of results with the tokens that a chunk gives, one for each step; ``first``: its first row."""
+        """Return the rows of results with the sampled tokens of a chunk, one for each step.
+
+        ``first``: the chunk's first row of results. Empty if the chunk does not sample.
+        """
         stride = len(self.chunks) * self.bucket.num_rows
         start = first + len(chunk.scored)
         return range(start, start + self.num_steps * stride if chunk.samples else start, stride)
 
 
 def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
-    """Return the chosen token and the ``top`` likeliest, each with its rank; -1: all that there are."""
+    """Return the sampled token and the ``top`` likeliest, with ranks; ``top`` -1: all of them."""
     top = sampled.top_id_BX.shape[1] if top < 0 else top
     ids, values = sampled.top_id_BX[row, :top].tolist(), sampled.top_logprob_BX[row, :top].tolist()
     found = {token: Logprob(value, rank) for rank, (token, value) in enumerate(zip(ids, values), 1)}
@@ -44,18 +55,26 @@ def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:
 
 
 def score(request: Request, sampled: Sampled, row: int, chunk: Chunk) -> None:
-    """Log probabilities of the prompt's tokens that follow the scored ones."""
+    """Append the log probabilities of prompt tokens that a chunk scored to ``prompt_logprobs``.
+
+    ``row``: the chunk's first row of results.
+    """
     assert request.prompt_logprobs is not None and request.spec.params.prompt_logprobs is not None
     for index in range(len(chunk.scored)):
-        request.prompt_logprobs.append(logprobs(sampled, row + index, request.spec.params.prompt_logprobs))
+        request.prompt_logprobs.append(
+            logprobs(sampled, row + index, request.spec.params.prompt_logprobs)
+        )
 
 
 def pool(sequence: Sequence, x_CD: np.ndarray, chunk: Chunk) -> None:
-    """Take in the hidden states of a chunk of the prompt: of its last token, or the mean of all."""
+    """Add the hidden states [C, D] of a chunk to the request's pooled one.
+
+    Pooling is that of the request: the state of the last token, or the mean over the prompt.
+    """
     request = sequence.request
     if request.spec.pooling == "mean":
         before_1D = () if chunk.start == 0 or request.hidden is None else (request.hidden[None],)
-        # one token after the other, so that the sum does not depend on where the prompt is cut into chunks
+        # The sum takes one token after the other, so that it does not depend on the chunks.
         request.hidden = np.concatenate([*before_1D, x_CD]).sum(axis=0, dtype=np.float32)
         if chunk.samples:
             request.hidden = request.hidden / sequence.num_prompt

@@ -1,10 +1,12 @@
 """Sampling: logits to tokens, row by row, and log probabilities.
 
-Not here: the rules of a request that change logits (logit_rules.py), top_k and top_p themselves (ops/xla.py, csrc/).
+Not here: the rules of a request that change logits (logit_rules.py), top_k and top_p themselves
+(ops/xla.py, csrc/).
 
-Order, as in vLLM: tokens that are not allowed are ruled out, then biases, penalties, temperature, min_p, top_k, top_p,
-then a draw by one random number for the row (its seed, folded with the position): a row's token does not depend on the
-other rows of the batch. Log probabilities are those of the model, before all of that.
+The order is vLLM's: first tokens that are not allowed are excluded, then follow biases, penalties,
+temperature, min_p, top_k and top_p, then a draw by one random number for the row, made from its
+seed and position. So a row's token does not depend on the other rows of the batch. Log
+probabilities are those of the model, before all these changes.
 """
 
 from functools import partial
@@ -23,7 +25,8 @@ BANNED = -jnp.inf
 
 @module
 class Sampled:
-    """Tokens of one step, one a row; the other fields are zeros unless some row wants log probabilities."""
+    """Tokens of one step, one for each row; the other fields are zeros unless a row asks for
+    them."""
 
     token_B: jax.Array
     logprob_B: jax.Array
@@ -33,7 +36,7 @@ class Sampled:
 
 
 def sample(logits_BV, sampling: Sampling):
-    """Draw a token for each row; temperature 0: the likeliest."""
+    """Draw a token for each row: [B, V] -> [B]; temperature 0 takes the likeliest."""
     return ops.sample(
         logits_BV,
         sampling.num_rows_1[0],
@@ -48,7 +51,8 @@ def sample(logits_BV, sampling: Sampling):
 def edit(logits_BV, edits, position_B, newest_B):
     """Return the logits with the bans, biases and penalties of each row applied.
 
-    ``position_B``: how many tokens the row's sequence has; ``newest_B``: the last of them, or -1 if the history has it.
+    ``position_B``: the number of tokens of the row's sequence. ``newest_B``: the last of them, or
+    -1 if ``edits.history_BC`` has it already.
     """
     bits_W = jnp.arange(WORD_BITS, dtype=jnp.uint32)
     bits_BWX = (edits.allowed_BW[:, :, None] >> bits_W[None, None]) & jnp.uint32(1)
@@ -57,12 +61,15 @@ def edit(logits_BV, edits, position_B, newest_B):
     logits_BV = jnp.where(allowed_BV, logits_BV, BANNED)
     logits_BV = logits_BV.at[row_B1, edits.bias_id_BX].add(edits.bias_BX, mode="drop")
     penalizes_B = (edits.repetition_B != 1) | (edits.frequency_B != 0) | (edits.presence_B != 0)
-    penalized = partial(_penalized, logits_BV, edits, row_B1, position_B=position_B, newest_B=newest_B)
+    penalized = partial(
+        _penalized, logits_BV, edits, row_B1, position_B=position_B, newest_B=newest_B
+    )
     return lax.cond(jnp.any(penalizes_B), penalized, lambda: logits_BV)
 
 
 def _penalized(logits_BV, edits, row_B1, position_B, newest_B):
-    """Apply penalties: repetition (Keskar et al., CTRL, 2019, section 4.1), frequency and presence (OpenAI's API)."""
+    """Apply penalties: repetition (Keskar et al., CTRL, 2019, section 4.1), frequency and presence
+    (OpenAI's API)."""
     at_1C = jnp.arange(edits.history_BC.shape[1], dtype=jnp.int32)[None]
     is_newest_BC = (at_1C == position_B[:, None] - 1) & (newest_B >= 0)[:, None]
     history_BC = jnp.where(is_newest_BC, newest_B[:, None], edits.history_BC)
@@ -81,20 +88,32 @@ def _penalized(logits_BV, edits, row_B1, position_B, newest_B):
 def without_logprobs(token_B, num_top: int):
     """Return the tokens in the shape of ``logprobs``, with zeros for the rest."""
     rows_B, tops_BX = jnp.zeros(token_B.shape), jnp.zeros((*token_B.shape, num_top))
-    return Sampled(token_B, rows_B, rows_B.astype(jnp.int32), tops_BX.astype(jnp.int32), tops_BX)
+    return Sampled(
+        token_B=token_B,
+        logprob_B=rows_B,
+        rank_B=rows_B.astype(jnp.int32),
+        top_id_BX=tops_BX.astype(jnp.int32),
+        top_logprob_BX=tops_BX,
+    )
 
 
 def logprobs(logits_BV, num_rows, token_B, num_top: int):
-    """Return the log probability and rank of each row's token, and the ``num_top`` likeliest with theirs.
+    """Return log probability and rank of each row's token, and the ``num_top`` likeliest tokens.
 
-    A row's numbers have the same bits whatever other rows there are (ops.log_normalizer).
+    The numbers of a row have the same bits in every batch (ops.log_normalizer).
     """
     largest_B, log_sum_B = ops.log_normalizer(logits_BV, num_rows)
     all_BV = logits_BV - largest_B[:, None] - log_sum_B[:, None]
     chosen_B = jnp.take_along_axis(all_BV, token_B[:, None], axis=-1)
     rank_B = 1 + jnp.sum(all_BV > chosen_B, axis=-1).astype(jnp.int32)
     top_logprob_BX, top_id_BX = lax.top_k(all_BV, num_top)
-    return Sampled(token_B, chosen_B[:, 0], rank_B, top_id_BX.astype(jnp.int32), top_logprob_BX)
+    return Sampled(
+        token_B=token_B,
+        logprob_B=chosen_B[:, 0],
+        rank_B=rank_B,
+        top_id_BX=top_id_BX.astype(jnp.int32),
+        top_logprob_BX=top_logprob_BX,
+    )
 
 
 def _uniform(seed, position):

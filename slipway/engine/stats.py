@@ -1,7 +1,11 @@
-"""What the engine counts and times; decides the names and the bounds, prints and serves nothing."""
+"""Statistics of the engine: counters, histograms of times, and a snapshot of its state.
+
+Not here: their names and text for Prometheus (server/metrics.py).
+"""
 
 import bisect
 import dataclasses
+from typing import Any
 
 STEP_BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 WAIT_BOUNDS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -9,7 +13,10 @@ WAIT_BOUNDS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 1
 
 @dataclasses.dataclass
 class Histogram:
-    """How often a value fell up to each of ``bounds``, and beyond the last; with the sum of all."""
+    """Numbers of values by bucket, and their sum.
+
+    Bucket i counts values above bound i - 1 and at most bound i; the last, values above all bounds.
+    """
 
     bounds: tuple[float, ...]
     counts: list[int] = dataclasses.field(default_factory=list)
@@ -19,55 +26,68 @@ class Histogram:
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def add(self, value: float, times: int = 1) -> None:
-        """Count a value."""
+        """Count a value, ``times`` times."""
         self.counts[bisect.bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
     @property
     def count(self) -> int:
-        """How many values there were."""
+        """Number of values counted."""
         return sum(self.counts)
+
+
+def _histogram(bounds: tuple[float, ...]) -> Any:
+    """Return a dataclass field with an empty histogram as default."""
+    return dataclasses.field(default_factory=lambda: Histogram(bounds))
 
 
 @dataclasses.dataclass
 class Stats:
-    """Sums since the start. Seconds of the host are those of a step in which it did not wait for the device."""
+    """Sums and histograms since the start.
 
-    steps: int = 0  # several decode steps in one call count once, and so does their time
+    ``steps``: calls of the device; several decode steps in one call count once, and so does their
+    time. ``host_s``: seconds of the host's work, without those that it waited for the device
+    (``device_s``). ``finished``: sequences by finish_reason. Times run from the arrival of a
+    request to its first chunk (``queue``), first token (``first_token``) and end (``e2e``);
+    ``inter_token`` is the time between two tokens of a sequence.
+    """
+
+    steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     host_s: float = 0.0
     device_s: float = 0.0
-    finished: dict[str, int] = dataclasses.field(default_factory=dict)  # sequences, by finish_reason
-    step_host: Histogram = dataclasses.field(default_factory=lambda: Histogram(STEP_BOUNDS_S))
-    step_device: Histogram = dataclasses.field(default_factory=lambda: Histogram(STEP_BOUNDS_S))
-    queue: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to first chunk
-    first_token: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to there
-    e2e: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # arrival to its end
-    inter_token: Histogram = dataclasses.field(default_factory=lambda: Histogram(WAIT_BOUNDS_S))  # of one sequence
+    finished: dict[str, int] = dataclasses.field(default_factory=dict)
+    step_host: Histogram = _histogram(STEP_BOUNDS_S)
+    step_device: Histogram = _histogram(STEP_BOUNDS_S)
+    queue: Histogram = _histogram(WAIT_BOUNDS_S)
+    first_token: Histogram = _histogram(WAIT_BOUNDS_S)
+    e2e: Histogram = _histogram(WAIT_BOUNDS_S)
+    inter_token: Histogram = _histogram(WAIT_BOUNDS_S)
 
     def step(self, host_s: float, device_s: float) -> None:
-        """Count a step's time."""
+        """Add the seconds of the host's work and of waiting for the device, of one step."""
         self.host_s += host_s
         self.device_s += device_s
         self.step_host.add(host_s)
         self.step_device.add(device_s)
 
     def finish(self, reason: str, seconds: float) -> None:
-        """Count a sequence's end, and the time since its request came."""
+        """Count the end of a sequence, ``seconds`` after its request arrived."""
         self.e2e.add(seconds)
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The engine as it is now: gauges, and the sums since its start. Pages and tokens of all copies of the weights."""
+    """The engine as it is now: gauges, and the sums since its start. Pages and tokens of all copies
+    of the weights."""
 
     running: int
     waiting: int
     pages: int
     pages_free: int
-    pages_cached: int  # held by the tree, and nobody reads them
+    pages_cached: int  # held by the prefix tree, and by no running sequence
     queried_tokens: int
     cached_tokens: int
     computed_tokens: int

@@ -1,5 +1,7 @@
-"""Decides when what runs may be changed: new weights, sleep and waking lie between two steps, with nothing on the
-device. Knows the scheduler's queues; not where values come from.
+"""Queue of changes of the engine: new weights, sleep and waking, each made between two steps.
+
+Not here: the sources of new values (convert/weight_sources.py), their exchange
+(checkpoint/swap.py), the steps (pipeline.py). While a change is made, nothing runs on the device.
 """
 
 import collections
@@ -23,7 +25,7 @@ Policy = Literal["finish", "recompute", "continue"]
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Something to be done between two steps. ``future`` gets what ``apply`` returns, or raises."""
+    """A change to be made between two steps; ``future`` gets the result or error of ``apply``."""
 
     apply: Callable[[], Any]
     policy: Policy
@@ -31,17 +33,20 @@ class Change:
 
 
 class Updates:
-    """The changes that wait, in order, and whether there is something to serve with."""
+    """Changes that wait, in order, and whether the engine has weights to serve with."""
 
     def __init__(self, weights: Weights, schedulers: Sequence[Scheduler]):
-        self._weights, self._schedulers = weights, schedulers
+        self._weights = weights
+        self._schedulers = schedulers
         self._waiting: collections.deque[Change] = collections.deque()
-        self._kept: list[np.ndarray] | None = None  # the weights of a sleeping engine that left its devices
+        # The weights of a sleeping engine, in the host's memory, if they were taken off the
+        # devices.
+        self._kept: list[np.ndarray] | None = None
         self.sleep_level = 0
 
     @property
     def wait(self) -> bool:
-        """Whether a change does."""
+        """Whether a change is waiting to be applied."""
         return bool(self._waiting)
 
     @property
@@ -50,14 +55,14 @@ class Updates:
         return self._weights.whole and not self.sleep_level
 
     def check(self) -> None:
-        """Raises EngineBusy or WeightsLost where no request can be taken."""
+        """Raise EngineBusy or WeightsLost if the engine cannot accept requests."""
         if self.sleep_level:
             raise EngineBusy("the engine sleeps")
         if not self._weights.whole:
             raise WeightsLost("the engine holds no whole version of the weights: update them")
 
     def add(self, apply: Callable[[], Any], policy: Policy) -> Future[Any]:
-        """Queue a change; what it comes to."""
+        """Queue a change and return the future of its result. Raises InvalidRequest."""
         if policy not in get_args(Policy):
             raise InvalidRequest("policy", policy, " | ".join(get_args(Policy)))
         change = Change(apply, policy)
@@ -65,7 +70,11 @@ class Updates:
         return change.future
 
     def may_begin(self) -> bool:
-        """Whether all have ended that the first change lets finish; meanwhile nobody begins."""
+        """Whether the first change can be made now.
+
+        A change with the policy "finish" waits for the running requests; until then no other
+        request is admitted.
+        """
         if self._waiting[0].policy != "finish" or not self.serves:
             return True
         for scheduler in self._schedulers:
@@ -73,7 +82,10 @@ class Updates:
         return not any(scheduler.running or scheduler.waiting for scheduler in self._schedulers)
 
     def begin(self) -> bool:
-        """Make the first change; nothing may be on the device. False: it has cost the engine its weights."""
+        """Make the first change; nothing may be on the device.
+
+        Returns False if the change failed and left the engine without whole weights.
+        """
         change = self._waiting.popleft()
         try:
             if not change.future.set_running_or_notify_cancel():
@@ -83,8 +95,9 @@ class Updates:
                     scheduler.preempt_all()
             change.future.set_result(change.apply())
             return True
-        except Exception as error:  # the caller's to hear of; whether the engine can go on, its weights say
-            logger.exception("a change failed")
+        # The caller gets the error from the future. Only WeightsLost stops the engine.
+        except Exception as error:
+            logger.exception("a change of the engine failed")
             change.future.set_exception(error)
             return not isinstance(error, WeightsLost)
         finally:
@@ -92,26 +105,32 @@ class Updates:
                 scheduler.resume()
 
     def replace(self, values: Values, version: str, mode: Mode) -> str:
-        """Give the weights new values, and forget what was computed with the old ones."""
+        """Give the weights new values, and forget the prefixes computed with the old ones."""
         started = time.perf_counter()
         try:
             self._weights.replace(values, version, mode)
-            self._kept = None  # a sleeping engine wakes up with these
+            # A sleeping engine wakes up with the new values.
+            self._kept = None
         finally:
             for scheduler in self._schedulers:
                 scheduler.tree.flush()
         logger.info(
-            "weights %s: %d arrays in %.3f s", version, len(self._weights.arrays), time.perf_counter() - started
+            "weights %s: %d arrays in %.3f s",
+            version,
+            len(self._weights.arrays),
+            time.perf_counter() - started,
         )
         return version
 
     def sleep(self, level: int) -> None:
-        """Forget what is computed and let go of the devices' weights; those of a CPU stay where they are at level 1."""
+        """Forget what is computed and let go of the devices' weights; those of a CPU stay where
+        they are at level 1."""
         for scheduler in self._schedulers:
             scheduler.tree.flush()
         weights = self._weights
         if level == 2:
-            self._kept, weights.whole = None, False
+            self._kept = None
+            weights.whole = False
             weights.delete()
         elif weights.whole and not self.sleep_level and not weights.on_cpu:
             self._kept = weights.to_host()
@@ -119,12 +138,13 @@ class Updates:
         self.sleep_level = level
 
     def wake_up(self) -> None:
-        """Bring the weights back, where there are any."""
+        """End the sleep, and bring weights back that are in the host's memory."""
         if self._kept is not None:
             self._weights.from_host(self._kept)
-        self._kept, self.sleep_level = None, 0
+        self._kept = None
+        self.sleep_level = 0
 
     def fail(self, error: BaseException) -> None:
-        """End the changes that wait."""
+        """Give ``error`` to every change that waits, and drop them."""
         while self._waiting:
             self._waiting.popleft().future.set_exception(error)

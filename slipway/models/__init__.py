@@ -1,6 +1,7 @@
-"""Registry of architectures: config.json's ``architectures`` -> configuration class and declaration.
+"""Registry of architectures: config.json's ``architectures`` -> configuration class and
+declaration.
 
-Not here: layers (nn/) and files (checkpoint/).
+Not here: layers (nn/), files (checkpoint/).
 """
 
 import dataclasses
@@ -15,13 +16,16 @@ from slipway.models.decoder import CausalLM
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Registry entry: the class that parses config.json, and the function that declares one layer."""
+    """Registry entry: the class that parses config.json, and the function that declares a layer."""
 
     config_class: type[DenseConfig]
     declare_layer: Callable[[Any, int | None], Any]
 
     def declare(self, raw_config: Mapping[str, Any]) -> CausalLM:
-        """Declare the model of a config.json. Raises UnsupportedModel for a value that is not implemented."""
+        """Declare the model of a config.json.
+
+        Raises UnsupportedModel for a value that is not implemented.
+        """
         return CausalLM.declare(self.config_class.read(raw_config), self.declare_layer)
 
 

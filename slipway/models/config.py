@@ -1,6 +1,6 @@
-"""config.json as typed fields under HF's names, and which of their values are implemented.
+"""Configuration of a model: fields of config.json with types, and the values that are implemented.
 
-Not here: fields that no class below declares (reference.py), and layers.
+Not here: fields of config.json that no class below declares (reference.py), layers (nn/).
 """
 
 import dataclasses
@@ -19,19 +19,26 @@ _ROPE_FIELDS = (
     "partial_rotary_factor",
     "original_max_position_embeddings",
 )
-MAY_BE_ZERO = ("max_window_layers", "sliding_window", "num_key_value_heads", "head_dim", "mscale", "mscale_all_dim")
+MAY_BE_ZERO = (
+    "max_window_layers",
+    "sliding_window",
+    "num_key_value_heads",
+    "head_dim",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """What dense decoders share."""
+    """Fields that dense decoders share; names are those of config.json."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int = 0  # 0: as many as attention heads
+    num_key_value_heads: int = 0  # 0: num_attention_heads
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -42,37 +49,41 @@ class DenseConfig:
 
     @property
     def max_context(self) -> int:
-        """How many tokens the model can read, its position scaling included."""
+        """Longest context in tokens, scaling of positions included."""
         rope, stated = self.rope_scaling, self.max_position_embeddings
         if rope.rope_type in ("linear", "dynamic"):
             return int(stated * rope.factor)
-        return (
-            max(stated, int(rope.original_max_position_embeddings * rope.factor))
-            if rope.rope_type == "yarn"
-            else stated
-        )
+        if rope.rope_type == "yarn":
+            return max(stated, int(rope.original_max_position_embeddings * rope.factor))
+        return stated
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Each layer's sliding window, None where it sees everything."""
+        """Sliding window of each layer in positions, None for full attention."""
         return (None,) * self.num_hidden_layers
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Self:
         """Parse the content of a config.json.
 
-        Raises UnsupportedModel, naming the field, for a missing or impossible value, and for a field that transformers
-        computes with and no field of this class stands for.
+        Raises UnsupportedModel, naming the field, for a missing or impossible value, and for a
+        field that transformers computes with and this class does not have.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
-        values = {k: v for k, v in raw.items() if v is not None or (k in known and known[k].type == int | None)}
+        values = {
+            k: v
+            for k, v in raw.items()
+            if v is not None or (k in known and known[k].type == int | None)
+        }
         length = values.get("max_position_embeddings", known["max_position_embeddings"].default)
         reference.check_fields(values, {*known, *_ROPE_FIELDS})
         values |= _rope(values, length)
         for name, field in known.items():
             if name not in values and field.default is dataclasses.MISSING:
                 raise UnsupportedModel(f"config.json: {name}", None, "a value")
-        typed = {name: _typed(field, values[name]) for name, field in known.items() if name in values}
+        typed = {
+            name: _typed(field, values[name]) for name, field in known.items() if name in values
+        }
         config = cls(**typed)
         config = dataclasses.replace(
             config,
@@ -85,16 +96,26 @@ class DenseConfig:
         return config
 
     def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
-        """Yield (field, value, whether it is implemented, expected) for every field with a rule beyond its type."""
+        """Yield (field, value, is implemented, expected) of fields with a rule beyond their
+        type."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         yield "hidden_act", self.hidden_act, self.hidden_act == "silu", "silu"
-        yield "num_key_value_heads", kv_heads, heads % kv_heads == 0, f"a divisor of the {heads} attention heads"
+        yield (
+            "num_key_value_heads",
+            kv_heads,
+            heads % kv_heads == 0,
+            f"a divisor of the {heads} attention heads",
+        )
         yield "head_dim", self.head_dim, self.head_dim % 2 == 0, "an even number"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowedConfig(DenseConfig):
-    """Qwen's way to say which layers slide: ``layer_types``, or those from ``max_window_layers`` on."""
+    """Dense decoder of Qwen, with layers that have a sliding window.
+
+    These are the layers that ``layer_types`` names, or without it those from ``max_window_layers``
+    on.
+    """
 
     max_position_embeddings: int = 32768
     use_sliding_window: bool = False
@@ -104,7 +125,7 @@ class WindowedConfig(DenseConfig):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Each layer's sliding window, None where it sees everything."""
+        """Sliding window of each layer in positions, None for full attention."""
         if not self.use_sliding_window:
             return (None,) * self.num_hidden_layers
         full = [i < self.max_window_layers for i in range(self.num_hidden_layers)]
@@ -117,20 +138,24 @@ class WindowedConfig(DenseConfig):
         yield from super().checks()
         kinds, window = self.layer_types, self.sliding_window
         is_named = not kinds or (
-            len(kinds) == self.num_hidden_layers and set(kinds) <= {"full_attention", "sliding_attention"}
+            len(kinds) == self.num_hidden_layers
+            and set(kinds) <= {"full_attention", "sliding_attention"}
         )
         expected = f"{self.num_hidden_layers} times full_attention or sliding_attention"
         yield "layer_types", kinds, is_named, expected
         slides = self.use_sliding_window and "sliding_attention" in kinds
-        is_stated = not (self.use_sliding_window and window == 0) and not (slides and window is None)
-        yield "sliding_window", window, is_stated, "a number of positions, for the layers that slide"
+        is_zero = self.use_sliding_window and window == 0
+        is_missing = slides and window is None
+        expected = "a number of positions, for the layers that slide"
+        yield "sliding_window", window, not is_zero and not is_missing, expected
 
 
 def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Return ``rope_theta`` and a Scaling, from the fields by which config.json states them.
+    """Return ``rope_theta`` and ``rope_scaling``, from all fields that may hold them.
 
-    As in transformers: ``rope_scaling`` before ``rope_parameters``, a member before the field of the same name, but
-    ``original_max_position_embeddings`` of config.json before the member.
+    ``length``: max_position_embeddings. The precedence is that of transformers: ``rope_scaling``
+    before ``rope_parameters``, and a member of these before the field of the same name, except
+    ``original_max_position_embeddings``, where the field comes first.
     """
     for name in ("rope_scaling", "rope_parameters"):
         if values.get(name) is not None and not isinstance(values[name], Mapping):
@@ -140,14 +165,20 @@ def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
     rope_type = stated.pop("rope_type", stated.get("type", "default"))
     stated.pop("type", None)
     if rope_type not in ROPE_TYPES:
-        raise UnsupportedModel("config.json: rope_scaling.rope_type", rope_type, " | ".join(ROPE_TYPES))
+        raise UnsupportedModel(
+            "config.json: rope_scaling.rope_type", rope_type, " | ".join(ROPE_TYPES)
+        )
     thetas = [stated.pop("rope_theta", None), values.get("rope_theta")]
     thetas += [(values.get("rope_parameters") or {}).get("rope_theta")]
     theta = next((theta for theta in thetas if theta is not None), 10000.0)
     if values.get("rope_theta", theta) != theta:
-        raise UnsupportedModel("config.json: rope_theta", values["rope_theta"], f"{theta}, as its {name} say")
-    for part in (stated.pop("partial_rotary_factor", 1.0), values.get("partial_rotary_factor", 1.0)):
-        if part != 1.0:  # read for every rope type before transformers 5
+        raise UnsupportedModel(
+            "config.json: rope_theta", values["rope_theta"], f"{theta}, as its {name} say"
+        )
+    member = stated.pop("partial_rotary_factor", 1.0)
+    # Before version 5, transformers reads this field for every rope type.
+    for part in (member, values.get("partial_rotary_factor", 1.0)):
+        if part != 1.0:
             raise UnsupportedModel("config.json: partial_rotary_factor", part, "1.0")
     given = _members(rope_type, stated)
     if rope_type in ("yarn", "llama3") and "original_max_position_embeddings" in values:
@@ -158,34 +189,53 @@ def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
     if rope_type == "yarn" and "factor" not in given and isinstance(original, int) and original > 0:
         given["factor"] = length / original
     if "factor" not in given:
-        raise UnsupportedModel("config.json: rope_scaling.factor", None, f"a number, for {rope_type}")
+        raise UnsupportedModel(
+            "config.json: rope_scaling.factor", None, f"a number, for {rope_type}"
+        )
     fields = {field.name: field for field in dataclasses.fields(Scaling)}
     typed = {key: _typed(fields[key], value, "rope_scaling.") for key, value in given.items()}
     return {"rope_theta": theta, "rope_scaling": Scaling(rope_type=rope_type, **typed)}
 
 
 def _members(rope_type: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the members that transformers reads for this rope type; refuse parameters that differ between layers."""
+    """Return the members of ``stated`` that transformers reads for this rope type.
+
+    Raises UnsupportedModel for parameters that differ between layers.
+    """
     read = reference.ROPE_MEMBERS[rope_type]
     if nested := [member for member, value in stated.items() if isinstance(value, Mapping)]:
-        raise UnsupportedModel(f"config.json: rope_scaling.{nested[0]}", stated[nested[0]], "the same for all layers")
+        raise UnsupportedModel(
+            f"config.json: rope_scaling.{nested[0]}", stated[nested[0]], "the same for all layers"
+        )
     if unread := tuple(f"rope_scaling.{member}" for member in stated if member not in read):
         reference.warn_unread(unread)
     return {member: value for member, value in stated.items() if member in read}
 
 
 def _typed(field: dataclasses.Field, value: Any, prefix: str = "") -> Any:
-    """The value as the field's type, which a number that JSON wrote without a point may need."""
+    """Convert a value to the type of its field: lists to tuples, integers to floats.
+
+    Raises UnsupportedModel for another type, and for a number that is not positive.
+    """
     if isinstance(value, list):
         value = tuple(value)
-    kinds: dict[Any, type] = {int: int, float: float, bool: bool, str: str, Scaling: Scaling, int | None: int}
+    kinds: dict[Any, type] = {
+        int: int,
+        float: float,
+        bool: bool,
+        str: str,
+        Scaling: Scaling,
+        int | None: int,
+    }
     kind = (kinds | {float | None: float}).get(field.type, tuple)
     if value is None and field.type == int | None:
         return None
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UnsupportedModel(f"config.json: {prefix}{field.name}", value, f"a value of type {kind.__name__}")
+        raise UnsupportedModel(
+            f"config.json: {prefix}{field.name}", value, f"a value of type {kind.__name__}"
+        )
     number: Any = value
     if kind in (int, float) and not number > 0 and not (number == 0 and field.name in MAY_BE_ZERO):
         raise UnsupportedModel(f"config.json: {prefix}{field.name}", value, "a positive number")

@@ -1,4 +1,5 @@
-"""Llama 2 and 3 (Touvron et al., Llama 2, 2023; Grattafiori et al., The Llama 3 herd of models, 2024)."""
+"""Llama 2 and 3 (Touvron et al., Llama 2, 2023; Grattafiori et al., The Llama 3 herd of models,
+2024)."""
 
 import dataclasses
 
@@ -10,7 +11,7 @@ from slipway.nn.mlp import MLP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DenseConfig):
-    """config.json of a Llama."""
+    """Fields of a Llama; both kinds of layers may have biases."""
 
     attention_bias: bool = False
     mlp_bias: bool = False

@@ -10,10 +10,12 @@ from slipway.nn.mlp import MLP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2Config(WindowedConfig):
-    """config.json of a Qwen2: the projections of queries, keys and values always have a bias."""
+    """Fields of a Qwen2: the projections of queries, keys and values always have a bias."""
 
 
 def declare_layer(config: Qwen2Config, window: int | None) -> DecoderLayer:
     """Declare one layer; ``window`` is its sliding window in positions, None for full attention."""
     attention = Attention.declare(config, window, qkv_bias=True)
-    return DecoderLayer.declare(config, attention, MLP.declare(config.hidden_size, config.intermediate_size))
+    return DecoderLayer.declare(
+        config, attention, MLP.declare(config.hidden_size, config.intermediate_size)
+    )

@@ -10,7 +10,7 @@ from slipway.nn.mlp import MLP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3Config(WindowedConfig):
-    """config.json of a Qwen3: the queries and keys of each head are normalized."""
+    """Fields of a Qwen3: the queries and keys of each head are normalized."""
 
     head_dim: int = 128
     attention_bias: bool = False
@@ -20,4 +20,6 @@ def declare_layer(config: Qwen3Config, window: int | None) -> DecoderLayer:
     """Declare one layer; ``window`` is its sliding window in positions, None for full attention."""
     bias = config.attention_bias
     attention = Attention.declare(config, window, qkv_bias=bias, out_bias=bias, qk_norm=True)
-    return DecoderLayer.declare(config, attention, MLP.declare(config.hidden_size, config.intermediate_size))
+    return DecoderLayer.declare(
+        config, attention, MLP.declare(config.hidden_size, config.intermediate_size)
+    )

@@ -1,8 +1,10 @@
-"""Fields of a config.json that the reference implementation, transformers, reads for an architecture.
+"""Fields of a config.json that transformers, the reference implementation, reads.
 
-What transformers does not read cannot change a result: one warning names such fields. What it reads and Slipway does
-not implement is refused where it is set to anything but its default. The table, reference.json, is written by
-tools/config_fields.py from the source of transformers.
+Not here: the fields that Slipway implements (config.py).
+
+A field that transformers does not read cannot change a result: one warning names such fields. A
+field that it reads and Slipway does not implement is refused, unless it has its default value. The
+table, reference.json, is written by tools/config_fields.py from the source of transformers.
 """
 
 import functools
@@ -16,26 +18,32 @@ from slipway.errors import UnsupportedModel
 
 _log = logging.getLogger(__name__)
 _TABLE = json.loads(Path(__file__).with_name("reference.json").read_text())
-ROPE_MEMBERS: Mapping[str, Mapping[str, Any]] = _TABLE["rope"]  # of each rope type: member -> default
-# Read by transformers without a part in the logits, or read elsewhere in Slipway.
+ROPE_MEMBERS: Mapping[str, Mapping[str, Any]] = _TABLE[
+    "rope"
+]  # of each rope type: member -> default
+# Fields that transformers reads but that do not change the logits, or that other modules read.
 HARMLESS = {
     # names, versions and labels
-    "architectures", "id2label", "label2id", "model_type", "name_or_path", "num_labels", "problem_type",
-    # the dtype and special tokens: launch.py; padding changes gradients only
+    "architectures", "id2label", "label2id", "model_type", "name_or_path", "num_labels",
+    "problem_type",
+    # dtype and special tokens (engine/launch.py); padding changes gradients only
     "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "sep_token_id", "torch_dtype",
-    # training and first values
-    "attention_dropout", "gradient_checkpointing", "init_std", "initializer_factor", "initializer_range",
-    # how, where and in which form transformers computes
-    "attn_implementation", "base_model_pp_plan", "base_model_tp_plan", "distributed_config", "experts_implementation",
-    "fusion_config", "output_attentions", "output_hidden_states", "return_dict", "use_cache",
+    # training and initial values
+    "attention_dropout", "gradient_checkpointing", "init_std", "initializer_factor",
+    "initializer_range",
+    # the way in which transformers computes, and what it returns
+    "attn_implementation", "base_model_pp_plan", "base_model_tp_plan", "distributed_config",
+    "experts_implementation", "fusion_config", "output_attentions", "output_hidden_states",
+    "return_dict", "use_cache",
 }  # fmt: skip
 
 
 def check_fields(raw: Mapping[str, Any], implemented: Collection[str]) -> None:
-    """Compare the fields of a config.json, nulls left out, with ``implemented`` ones and the architecture's table.
+    """Check the fields of a config.json against ``implemented`` ones and the architecture's table.
 
-    Raises UnsupportedModel for the first field that transformers reads, Slipway does not implement, and that is set to
-    anything but its default. Warns once in a process of fields that nothing reads.
+    ``raw``: the fields without those that are null. Raises UnsupportedModel for the first field
+    that transformers reads, that Slipway does not implement, and that does not have its default
+    value. Warns once in a process of fields that nothing reads.
     """
     names = raw.get("architectures") or [None]
     architecture = names[0] if names[0] in _TABLE["architectures"] else None
@@ -62,19 +70,26 @@ def check_fields(raw: Mapping[str, Any], implemented: Collection[str]) -> None:
 def warn_unread(fields: tuple[str, ...]) -> None:
     """Log, once in a process, that nothing reads these fields."""
     _log.warning(
-        "config.json: %s: not read by transformers for this architecture, and without effect", ", ".join(fields)
+        "config.json: %s: not read by transformers for this architecture, and without effect",
+        ", ".join(fields),
     )
 
 
 @functools.cache
 def _fields(architecture: str | None) -> tuple[dict[str, Any], set[str]]:
-    """The fields that transformers reads, with defaults, and those that it declares; of all architectures for None."""
-    tables = [table for name, table in _TABLE["architectures"].items() if architecture in (name, None)]
+    """Return the fields that transformers reads, with their defaults, and those that it declares.
+
+    ``architecture`` None: the fields of all architectures.
+    """
+    tables = [
+        table for name, table in _TABLE["architectures"].items() if architecture in (name, None)
+    ]
     read = {field: default for table in tables for field, default in table["read"].items()}
     return read, {field for table in tables for field in table["declared"]}
 
 
 def _is_default(field: str, value: Any, default: Any) -> bool:
-    if field == "layer_types":  # what layers are without this field
+    # Without ``layer_types`` all layers have full attention.
+    if field == "layer_types":
         return isinstance(value, list | tuple) and set(value) <= {"full_attention"}
     return value == default and isinstance(value, bool) == isinstance(default, bool)

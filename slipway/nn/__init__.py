@@ -1,1 +1,4 @@
-"""Layers: a declaration of tensors and what is computed with them; knows no architecture, file or request."""
+"""Layers: declarations of tensors, and the computations with them.
+
+Not here: architectures (models/), the ops that layers call (ops/), files (checkpoint/).
+"""

@@ -13,9 +13,10 @@ from slipway.tree import module, static
 
 @module
 class Attention:
-    """Attention layer. ``q_norm`` and ``k_norm`` normalize each head, or are None.
+    """Attention layer; ``q_norm`` and ``k_norm`` normalize each head, or are None.
 
-    ``window``: how many positions a token sees, itself included; None: all. ``rope``: index into ``StepInput.angles``.
+    ``window``: the number of positions that a token sees, itself included; None: all. ``rope``:
+    index of the layer's angles in ``StepInput.angles``.
     """
 
     q_proj: Linear
@@ -30,18 +31,27 @@ class Attention:
 
     @staticmethod
     def declare(
-        config: Any, window: int | None = None, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+        config: Any,
+        window: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
     ) -> "Attention":
-        """Declare a layer; hidden_size and the number and size of heads are those of ``config``."""
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        kv = Linear.declare("(kv_heads head_dim)", "embed", sizes, qkv_bias)
+        """Declare a layer; ``hidden_size`` and number and size of heads are those of ``config``."""
+        head_dim = config.head_dim
+        sizes = {
+            "embed": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": head_dim,
+        }
+        kv = Linear.declare("(kv_heads head_dim)", "embed", sizes, bias=qkv_bias)
         norm = RMSNorm.declare("head_dim", head_dim, config.rms_norm_eps) if qk_norm else None
         return Attention(
-            q_proj=Linear.declare("(heads head_dim)", "embed", sizes, qkv_bias),
+            q_proj=Linear.declare("(heads head_dim)", "embed", sizes, bias=qkv_bias),
             k_proj=kv,
             v_proj=kv,
-            o_proj=Linear.declare("embed", "(heads head_dim)", sizes, out_bias),
+            o_proj=Linear.declare("embed", "(heads head_dim)", sizes, bias=out_bias),
             q_norm=norm,
             k_norm=norm,
             head_dim=head_dim,
@@ -49,13 +59,14 @@ class Attention:
         )
 
     def __call__(self, x_TD, kv: ops.KVCache, layer, step: ops.StepInput):
-        """[T, embed] -> ([T, embed], kv); ``layer`` is this layer's index in the cache."""
+        """Attend: [T, embed] -> ([T, embed], kv); ``layer``: the layer's index in the cache."""
         flat = together((self.q_proj, self.k_proj, self.v_proj), x_TD, step)
         q_TNH, k_TKH, v_TKH = (y_TO.reshape(x_TD.shape[0], -1, self.head_dim) for y_TO in flat)
 
         def rotated(x_TNH, norm: RMSNorm | None):
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return ops.rotate(x_TNH, weight, step.angles[self.rope], num_tokens=step.num_tokens, eps=eps)
+            angles = step.angles[self.rope]
+            return ops.rotate(x_TNH, weight, angles, num_tokens=step.num_tokens, eps=eps)
 
         q_TNH, k_TKH = rotated(q_TNH, self.q_norm), rotated(k_TKH, self.k_norm)
         options = {"scale": self.head_dim**-0.5, "window": self.window}

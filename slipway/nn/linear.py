@@ -1,7 +1,11 @@
-"""Linear layers, token embedding and output head: their declaration, packed weights, sums over devices."""
+"""Linear layers, token embedding and output head, with plain or packed weights.
+
+Not here: the multiplications (ops/), the packing of numbers (checkpoint/quantize.py).
+"""
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,26 +16,36 @@ from slipway.errors import InvalidConfig
 from slipway.ops.quantized import Quantized
 from slipway.tree import Param, Tensor, module, static
 
-TABLE_BITS = 8  # of embeddings and heads, one scale a row: 4 bits cost more there than they save
+# Bits of packed embeddings and heads, with one scale for each row: 4 bits cost more there than they
+# save.
+TABLE_BITS = 8
 
 
 @module
 class Linear:
-    """``x @ weight.T + bias``, the weight (out, in) as checkpoints hold it, or packed."""
+    """Linear layer ``x @ weight.T + bias``; the weight is (out, in), as in checkpoints, or packed.
+
+    A packed layer has ``weight_packed`` and ``weight_scale`` (ops/quantized.py) instead of
+    ``weight``. ``sums_over``: the input axis; where a mesh splits it, devices add partial sums.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
-    weight_packed: Tensor | None = None  # where weight is None, as ops.quantized says
+    weight_packed: Tensor | None = None
     weight_scale: Tensor | None = None
-    sums_over: str = static(default="")  # the input axis: where a mesh splits it, partial sums are added
+    sums_over: str = static(default="")
     bits: int = static(default=0)
     group: int = static(default=0)
 
     @staticmethod
     def declare(out: str, into: str, sizes: dict[str, int], bias: bool = False) -> "Linear":
-        """A projection from the axes ``into`` to the axes ``out``, each ``"embed"`` or ``"(heads head_dim)"``."""
+        """Declare a projection from the axes ``into`` to the axes ``out``.
+
+        Each is one axis or a group, such as ``"embed"`` or ``"(heads head_dim)"``.
+        """
+        weight = Param(f"{out} {into}", sizes)
         bias_param = Param(out, sizes, init="zeros") if bias else None
-        return Linear(Param(f"{out} {into}", sizes), bias_param, sums_over=into.strip("()").split()[0])
+        return Linear(weight, bias_param, sums_over=into.strip("()").split()[0])
 
     @property
     def matrix(self) -> Any:
@@ -40,7 +54,7 @@ class Linear:
         return Quantized(*packed, self.bits, self.group) if self.weight is None else self.weight
 
     def __call__(self, x_TD, step):
-        """[T, in] -> [T, out] in x's dtype; sums in f32, over devices too."""
+        """Multiply: [T, in] -> [T, out] in the dtype of x, with sums in f32, over devices too."""
         if not mesh.splits(self.sums_over):
             return ops.linear(x_TD, self.matrix, step.num_tokens, bias=self.bias, dtype=x_TD.dtype)
         y_TO = mesh.psum(ops.linear(x_TD, self.matrix, step.num_tokens), self.sums_over)
@@ -50,15 +64,18 @@ class Linear:
 
 
 def together(projections: Sequence[Linear], x_TD, step):
-    """Apply several projections to the same tokens in one op: [T, in] -> [T, out] each, in x's dtype."""
-    assert not any(mesh.splits(projection.sums_over) for projection in projections), "no partial sums"
+    """Apply several projections to the same tokens in one op: [T, in] -> [T, out] of each.
+
+    The results are in the dtype of x. The mesh must not split the input axis.
+    """
+    assert not any(mesh.splits(p.sums_over) for p in projections), "partial sums are not added"
     matrices, biases = ([getattr(p, name) for p in projections] for name in ("matrix", "bias"))
     return ops.linears(x_TD, matrices, step.num_tokens, biases=biases, dtype=x_TD.dtype)
 
 
 @module
 class Embedding:
-    """A table of rows, split by rows over the mesh, or packed; tied, it is the output head too."""
+    """Table of rows, plain or packed, split by rows over the mesh; a tied one is the head too."""
 
     weight: Tensor | None
     weight_packed: Tensor | None = None
@@ -66,7 +83,7 @@ class Embedding:
 
     @staticmethod
     def declare(vocab: int, embed: int, alias: str = "") -> "Embedding":
-        """A table of ``vocab`` rows; ``alias`` names the head's key where the two are tied."""
+        """Declare a table of ``vocab`` rows; ``alias``: the head's key, if the two are tied."""
         return Embedding(Param("vocab embed", {"vocab": vocab, "embed": embed}, alias=alias))
 
     @property
@@ -76,46 +93,63 @@ class Embedding:
         return Quantized(*packed, TABLE_BITS, 0) if self.weight is None else self.weight
 
     def __call__(self, ids_T, step):
-        """[T] token ids -> [T, embed]."""
+        """Look up rows: [T] token ids -> [T, embed]."""
         held = self.weight_packed if self.weight is None else self.weight
         first = mesh.local_offset("vocab", held.shape[0])
         return mesh.psum(ops.embed(ids_T - first, self.matrix, step.num_tokens), "vocab")
 
     def logits(self, x_BD, num_rows, vocab_size: int):
-        """[B, embed] -> f32 [B, vocab_size], whole on every device, the mesh's padding cut off."""
+        """Multiply by the rows: [B, embed] -> f32 [B, vocab_size], whole on every device.
+
+        Rows with which a mesh pads the vocabulary are cut off.
+        """
         logits_BV = ops.linear(x_BD, self.matrix, num_rows)
         return mesh.all_gather(logits_BV, "vocab")[:, :vocab_size]
 
 
 def quantize(declaration: Any, bits: int, group: int, tables: bool = True) -> Any:
-    """The declaration with packed weights: projections of ``bits`` with a scale for each ``group``, ``tables`` of 8.
+    """Return the declaration with packed weights.
 
-    Raises InvalidConfig where a row's innermost axis holds no whole words or groups.
+    Projections get ``bits`` and a scale for each ``group``; with ``tables``, embeddings and heads
+    get TABLE_BITS. Raises InvalidConfig if the innermost axis of a row is no multiple of a word or
+    a group.
     """
 
     def packed(node: Any) -> Any:
         if isinstance(node, Linear):
             words, scales = _packed(node.weight, bits, group)
-            return Linear(None, node.bias, words, scales, node.sums_over, bits, group)
-        return Embedding(None, *_packed(node.weight, TABLE_BITS, 0)) if isinstance(node, Embedding) and tables else node
+            return dataclasses.replace(
+                node,
+                weight=None,
+                weight_packed=words,
+                weight_scale=scales,
+                bits=bits,
+                group=group,
+            )
+        if isinstance(node, Embedding) and tables:
+            return Embedding(None, *_packed(node.weight, TABLE_BITS, 0))
+        return node
 
-    matrices = (Linear, Embedding)
-    return jax.tree.map(packed, declaration, is_leaf=lambda node: isinstance(node, matrices) or tree.is_param(node))
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, Linear | Embedding) or tree.is_param(node)
+
+    return jax.tree.map(packed, declaration, is_leaf=is_leaf)
 
 
 def _packed(weight: Any, bits: int, group: int) -> tuple[Param, Param]:
-    """Words and scales of a declared weight."""
+    """Declare the words and the scales of a weight."""
     *outer, last = layout.parse(weight.axes).groups
     axis, size = last[-1], weight.sizes[last[-1]]
     for name, unit in (("bits", 32 // bits), ("group", group)):
         if unit and size % unit:
             got = {"bits": bits, "group": group}[name]
-            raise InvalidConfig(f"quantization: {name}", got, f"rows of {axis} ({size}) in whole multiples of {unit}")
+            expected = f"rows of {axis} ({size}) in whole multiples of {unit}"
+            raise InvalidConfig(f"quantization: {name}", got, expected)
     words = weight.sizes | {axis: size * bits // 32}
     scales = weight.sizes | {axis: size // group} if group else weight.sizes | {"one": 1}
     scale_axes = weight.axes if group else layout.Layout((*outer, ("one",))).text
     alias = weight.alias
-    return (
-        dataclasses.replace(weight, sizes=words, init="bits", dtype="int32", alias=alias and f"{alias}_packed"),
-        dataclasses.replace(weight, sizes=scales, init="scale", axes=scale_axes, alias=alias and f"{alias}_scale"),
-    )
+    replaced = partial(dataclasses.replace, weight)
+    packed = replaced(sizes=words, init="bits", dtype="int32", alias=alias and f"{alias}_packed")
+    scale = replaced(sizes=scales, init="scale", axes=scale_axes, alias=alias and f"{alias}_scale")
+    return packed, scale

@@ -1,4 +1,4 @@
-"""Normalization layers."""
+"""Normalization of hidden states and heads."""
 
 from slipway import ops
 from slipway.tree import Param, Tensor, module, static
@@ -17,5 +17,8 @@ class RMSNorm:
         return RMSNorm(Param(axis, {axis: size}, init="ones"), eps)
 
     def __call__(self, x_TD, step):
-        """Normalize each row in f32; as in transformers, round to x's dtype before the weight is applied."""
+        """Normalize each row in f32: [T, D] -> [T, D].
+
+        As in transformers, the result is rounded to the dtype of x before the weight is applied.
+        """
         return ops.rms_norm(x_TD, self.weight, step.num_tokens, eps=self.eps)

@@ -1,7 +1,9 @@
 """Rotary position embedding: angles of positions, and their scalings.
 
-Su et al., RoFormer, 2021, in the half-split form: dimension i turns with i + head_dim / 2. Scalings follow
-transformers' ``modeling_rope_utils``, whose checkpoints name them.
+Not here: the rotation of heads by the angles (ops/).
+
+Su et al., RoFormer, 2021, in the half-split form: dimension i is paired with i + head_dim / 2. The
+scalings are those of ``modeling_rope_utils`` in transformers, and have the names used there.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """How a model stretches its positions; the fields are those of config.json's ``rope_scaling``, where it has them.
+    """Scaling of positions; the fields are the members of ``rope_scaling`` in config.json.
 
     ``rope_type``: default | linear | dynamic | yarn | llama3.
     """
@@ -33,16 +35,16 @@ class Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """The angles of one model: ``head_dim / 2`` frequencies, and a factor on their cosines and sines."""
+    """Angles of one model: ``head_dim / 2`` frequencies, and a factor on cosines and sines."""
 
     head_dim: int
     theta: float
     scaling: Scaling = Scaling()
 
     def __call__(self, positions_T, contexts_T):
-        """f32 cosines and sines [T, head_dim / 2] at ``positions_T``.
+        """Return cosines and sines at ``positions_T``: f32 [T, head_dim / 2] each.
 
-        ``contexts_T`` matters to dynamic scaling alone, whose frequencies follow the length of what is read.
+        ``contexts_T``: the length of each token's context; only dynamic scaling depends on it.
         """
         freqs_TH = jnp.asarray(self.frequencies())[None]
         if self.scaling.rope_type == "dynamic":
@@ -52,13 +54,18 @@ class Rope:
         return jnp.cos(angles_TH) * factor, jnp.sin(angles_TH) * factor
 
     def frequencies(self) -> np.ndarray:
-        """Radians per position, f32 [head_dim / 2]."""
-        freqs = 1.0 / self.theta ** (np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim)
-        scale = {"linear": self._linear, "yarn": self._yarn, "llama3": self._llama3}.get(self.scaling.rope_type)
+        """Return the frequencies in radians per position: f32 [head_dim / 2]."""
+        dims = np.arange(0, self.head_dim, 2, dtype=np.float32)
+        freqs = 1.0 / self.theta ** (dims / self.head_dim)
+        scales = {"linear": self._linear, "yarn": self._yarn, "llama3": self._llama3}
+        scale = scales.get(self.scaling.rope_type)
         return (freqs if scale is None else scale(freqs)).astype(np.float32)
 
     def attention_factor(self) -> float:
-        """The factor on cosines and sines: 1 but for YaRN (Peng et al., 2023, section 3.4)."""
+        """Return the factor on cosines and sines: 1 except for YaRN.
+
+        Peng et al., YaRN, 2023, section 3.4.
+        """
         s = self.scaling
         if s.rope_type != "yarn" or s.attention_factor is not None:
             return s.attention_factor or 1.0
@@ -71,33 +78,45 @@ class Rope:
         return magnitude(1.0)
 
     def _linear(self, freqs: np.ndarray) -> np.ndarray:
+        """Divide all frequencies by the factor."""
         return freqs / self.scaling.factor
 
     def _llama3(self, freqs: np.ndarray) -> np.ndarray:
-        """Long waves slowed by the factor, short ones kept, those between blended (Llama 3.1's own code)."""
+        """Divide low frequencies by the factor, keep high ones, and blend those between.
+
+        As in the code that came with Llama 3.1.
+        """
         s = self.scaling
         turns = s.original_max_position_embeddings * freqs / (2 * math.pi)
-        kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        share = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        kept = np.clip(share, 0.0, 1.0)
         return (1 - kept) * freqs / s.factor + kept * freqs
 
     def _yarn(self, freqs: np.ndarray) -> np.ndarray:
-        """Interpolated where a dimension turns less than beta_slow times in the original context, kept where more."""
+        """Divide low frequencies by the factor, keep high ones, and blend those between.
+
+        Low are those of dimensions with less than beta_slow turns in the original context, high
+        those with more than beta_fast.
+        """
         s, dim = self.scaling, self.head_dim
 
         def dimension(turns: float) -> float:
-            return (
-                dim * math.log(s.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-            )
+            ratio = s.original_max_position_embeddings / (turns * 2 * math.pi)
+            return dim * math.log(ratio) / (2 * math.log(self.theta))
 
         low, high = dimension(s.beta_fast), dimension(s.beta_slow)
         if s.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+        above_low = np.arange(dim // 2, dtype=np.float32) - low
+        ramp = np.clip(above_low / max(high - low, 0.001), 0.0, 1.0)
         return freqs / s.factor * ramp + freqs * (1 - ramp)
 
     def _dynamic(self, contexts_T):
-        """NTK-aware scaling: a larger base once more tokens are read than the model was trained on."""
+        """Return the frequencies of each token: [T, head_dim / 2], by NTK-aware scaling.
+
+        The base grows with contexts that are longer than those of the model's training.
+        """
         s, dim = self.scaling, self.head_dim
         length_T = jnp.maximum(contexts_T, s.original_max_position_embeddings).astype(jnp.float32)
         stretch_T = s.factor * length_T / s.original_max_position_embeddings - (s.factor - 1)

@@ -1,10 +1,12 @@
 """Ops: the computations of a model on one device's arrays, with one signature on every platform.
 
-Not here: which body computes an op where (backend.py), and attention over cached keys and values (kv_cache.py).
+Not here: the choice of the body that computes an op (backend.py), attention over cached keys and
+values (kv_cache.py).
 
-``num_tokens`` or ``num_rows`` is the number of leading rows that count; the other rows are padding: a body may skip
-them, and their results are undefined. Weights may be Picks, one of several arrays by a traced index; matrices may be
-Quantized. The ops run under shard_map and do not communicate between devices.
+``num_tokens`` or ``num_rows`` is the number of leading rows that count. The other rows are padding:
+a body may skip them, and their results are undefined. A weight may be a Pick: one of several
+arrays, chosen by a traced index. A matrix may be Quantized. The ops run under shard_map and do not
+communicate between devices.
 """
 
 import jax.numpy as jnp
@@ -14,9 +16,21 @@ from slipway.ops.kv_cache import BorrowedCache, CacheSpec, KVCache
 from slipway.ops.step_input import PageMap, StepInput
 
 __all__ = [
-    "BorrowedCache", "CacheSpec", "KVCache", "PageMap", "StepInput", "embed", "gated_linear", "linear", "linears",
-    "log_normalizer", "rms_norm", "rotate", "sample", "zeros",
-]  # fmt: skip
+    "BorrowedCache",
+    "CacheSpec",
+    "KVCache",
+    "PageMap",
+    "StepInput",
+    "embed",
+    "gated_linear",
+    "linear",
+    "linears",
+    "log_normalizer",
+    "rms_norm",
+    "rotate",
+    "sample",
+    "zeros",
+]
 
 backend.register_portable(xla.BODIES)
 backend.register(cpu.BACKEND)
@@ -24,17 +38,23 @@ backend.register(tpu.BACKEND)
 
 
 def embed(ids_T, table_VD, num_tokens):
-    """Look up rows of a table: [T] -> [T, D]. An id outside the table gives zeros."""
+    """Look up rows of a table: [T] -> [T, D]; an id outside the table gives zeros."""
     return backend.call("embed", ids_T, table_VD, num_tokens)
 
 
 def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
-    """Multiply by a matrix: [T, in] -> [T, out]. The weight is (out, in), as in checkpoints; sums are in f32."""
+    """Multiply by a matrix: [T, in] -> [T, out], with sums in f32.
+
+    The weight is (out, in), as in checkpoints.
+    """
     return linears(x_TD, (weight,), num_tokens, biases=(bias,), dtype=dtype)[0]
 
 
 def linears(x_TD, weights, num_tokens, biases, dtype=jnp.float32):
-    """Multiply the same tokens by several matrices, all of them packed alike or none: a tuple of [T, out]."""
+    """Multiply the same tokens by several matrices: [T, in] -> a tuple of [T, out].
+
+    Either all matrices are packed in the same way, or none is.
+    """
     return backend.call("linear", x_TD, weights, num_tokens, biases, dtype=dtype)
 
 
@@ -44,21 +64,28 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):
-    """Divide each row by its root mean square, in f32, and multiply by a weight: [T, D] -> [T, D]."""
+    """Divide each row by its root mean square, in f32, and multiply by a weight: [T, D] -> [T,
+    D]."""
     return backend.call("rms_norm", x_TD, weight, num_tokens, eps=eps)
 
 
 def rotate(x_TNH, weight, angles, num_tokens, eps=0.0):
     """Rotate each pair (i, i + H/2) of every head by its angle: [T, N, H] -> [T, N, H].
 
-    ``angles``: cosines and sines, [T, H/2] each. With a weight [H] the heads are normalized first, as in ``rms_norm``.
+    ``angles``: cosines and sines, [T, H/2] each. With a weight [H] the heads are normalized first,
+    as in ``rms_norm``.
     """
     return backend.call("rotate", x_TNH, weight, angles, num_tokens, eps=eps)
 
 
 def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
-    """Draw a token for each row by its random number in [0, 1): [B, V] -> [B]. Temperature 0: the likeliest token."""
-    return backend.call("sample", logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
+    """Draw a token for each row: [B, V] -> [B]; temperature 0 takes the likeliest.
+
+    ``uniform_B``: a random number in [0, 1) for each row.
+    """
+    return backend.call(
+        "sample", logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B
+    )
 
 
 def log_normalizer(logits_BV, num_rows):
@@ -70,5 +97,6 @@ def log_normalizer(logits_BV, num_rows):
 
 
 def zeros(shape, dtype):
-    """Return an array of zeros; on a CPU the system provides its memory when it is first written."""
+    """Return an array of zeros; on a CPU the system provides its memory when it is first
+    written."""
     return backend.call("zeros", shape=shape, dtype=dtype)

@@ -1,6 +1,8 @@
-"""Registry of platforms: bodies of ops, form of layers, compiler options and memory share of each.
+"""Registry of platforms: for each the bodies of ops, form of layers, compiler options, memory
+share.
 
-Not here: the bodies (cpu.py, tpu.py, and xla.py for every platform), the ops (__init__.py), the caches (kv_cache.py).
+Not here: the bodies (cpu.py, tpu.py, and xla.py for every platform), the ops (__init__.py), the
+caches (kv_cache.py).
 """
 
 import contextlib
@@ -17,7 +19,8 @@ from jax import lax
 class Body:
     """Implementation of one op on one platform.
 
-    ``unsupported`` takes the arguments of ``call`` and returns why ``call`` does not serve them, "" if it does.
+    ``unsupported`` takes the arguments of ``call`` and returns the reason why ``call`` cannot
+    compute them, "" if it can.
     """
 
     call: Callable[..., Any]
@@ -28,16 +31,19 @@ class Body:
 class Backend:
     """Everything that differs between platforms.
 
-    ``platform``: the name that JAX gives its devices. ``lowers_for``: the names under which XLA compiles for them.
-    ``cache_class``: the KVCache for heads of a number of elements; None: the portable one. ``layer_form``: how stacked
-    layers are taken apart; None: they stay stacked and are scanned. ``decode_steps``: how many decode steps one call
-    makes for a small model on one device.
+    ``platform``: the name that JAX gives its devices. ``lowers_for``: the names under which XLA
+    compiles for them. ``label``: returns a name of the bodies, which is logged at start.
+    ``cache_class``: returns the class of the KVCache for a ``head_dim``; None: the portable one.
+    ``layer_form``: function that takes stacked layers apart; None: they stay stacked and are
+    scanned. ``memory_fraction``: the default share of free memory that the engine uses.
+    ``uses_host_memory``: the devices share the memory of the host. ``decode_steps``: the number of
+    decode steps in one call for a small model on one device.
     """
 
     platform: str
     lowers_for: tuple[str, ...]
     bodies: Mapping[str, Body] = dataclasses.field(default_factory=dict)
-    label: Callable[[], str] = lambda: "xla"  # of the bodies, printed at start
+    label: Callable[[], str] = lambda: "xla"
     cache_class: Callable[[int], type] | None = None
     layer_form: Callable[[Any], Any] | None = None
     compiler_options: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
@@ -48,8 +54,10 @@ class Backend:
 
 _backends: dict[str, Backend] = {}
 _portable: dict[str, Callable[..., Any]] = {}
-# The recording that runs in this thread: platform, and body of each op.
-_record: contextvars.ContextVar[tuple[str, dict[str, str]] | None] = contextvars.ContextVar("record", default=None)
+# The recording that runs in this thread: its platform, and the body of each op.
+_record: contextvars.ContextVar[tuple[str, dict[str, str]] | None] = contextvars.ContextVar(
+    "record", default=None
+)
 
 
 def register(backend: Backend) -> None:
@@ -58,19 +66,19 @@ def register(backend: Backend) -> None:
 
 
 def register_portable(bodies: Mapping[str, Callable[..., Any]]) -> None:
-    """Add the bodies that serve an op where no platform's own does."""
+    """Add the bodies that compute an op for which a platform has no body of its own."""
     _portable.update(bodies)
 
 
 def of(platform: str) -> Backend:
-    """Return the backend of a platform: ``mesh.devices.flat[0].platform``, or a device's."""
+    """Return the backend of a platform, as JAX names it (``device.platform``)."""
     return _backends.get(platform) or Backend(platform, (platform,))
 
 
 def call(op: str, *args: Any, **static: Any) -> Any:
-    """Call the body of an op: that of the platform for which the step is lowered, else the portable one.
+    """Call the body of an op: that of the platform being compiled for, or else the portable one.
 
-    ``static`` are values that are known while tracing.
+    ``static``: arguments with values at trace time.
     """
     portable = partial(_portable[op], **static)
     served: dict[str, Callable[..., Any]] = {}
@@ -86,7 +94,10 @@ def call(op: str, *args: Any, **static: Any) -> Any:
 
 
 def record(op: str, body: str, platform: str | None = None) -> None:
-    """Note which body serves an op, if a recording runs for ``platform`` (None: for any) and has no body yet."""
+    """Note the body of an op in the recording of this thread, unless it has one for that op.
+
+    ``platform``: the recording must be of this platform; None: of any.
+    """
     found = _record.get()
     if found is not None and platform in (None, found[0]):
         found[1].setdefault(op, body)
@@ -94,7 +105,10 @@ def record(op: str, body: str, platform: str | None = None) -> None:
 
 @contextlib.contextmanager
 def recording(platform: str) -> Iterator[dict[str, str]]:
-    """Collect which body serves each op that is traced in this thread meanwhile, and why not the platform's own."""
+    """Collect the body of each op that this thread traces in the context.
+
+    Where that is not the platform's own body, the entry has the reason in brackets.
+    """
     bodies: dict[str, str] = {}
     token = _record.set((platform, bodies))
     try:

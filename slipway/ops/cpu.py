@@ -1,8 +1,11 @@
-"""CPU backend: calls of the C++ bodies (csrc/), and which arguments each of them takes.
+"""CPU backend: calls of the C++ bodies (csrc/), and the arguments that each of them accepts.
 
-The C++ bodies run on XLA's own threads, read weights where they are mapped, and compute live tokens only. The sums of a
-row run in the same order in every batch. The environment variable SLIPWAY_ISA names the instruction set to use instead
-of the best one of the processor, or is ``xla`` for the portable bodies (xla.py). Unset and empty mean the same.
+Not here: the portable bodies (xla.py), loading of the C++ library (native.py).
+
+The C++ bodies run on XLA's own threads, read weights from the mapped files, and skip padding. They
+add the numbers of a row in the same order in every batch. The environment variable SLIPWAY_ISA
+names the instruction set to use instead of the best one of the processor; ``xla`` turns the C++
+bodies off. Unset and empty mean the same.
 """
 
 import ctypes
@@ -23,21 +26,36 @@ from slipway.tree import Pick
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 ISA_VARIABLE = "SLIPWAY_ISA"
-PORTABLE_BODIES = "xla"  # the value of SLIPWAY_ISA that turns the kernels off
-PAGE_MULTIPLE = 16  # the keys that the widest vector holds
-_TARGETS = ("linear", "embed", "norm", "rotate", "write_kv", "attention", "sample", "log_normalizer", "zeros")
+PORTABLE_BODIES = "xla"  # the value of SLIPWAY_ISA that turns the C++ bodies off
+PAGE_MULTIPLE = 16  # tokens of a page: a multiple of the keys in the widest vector
+_TARGETS = (
+    "linear",
+    "embed",
+    "norm",
+    "rotate",
+    "write_kv",
+    "attention",
+    "sample",
+    "log_normalizer",
+    "zeros",
+)
 
 
 @functools.cache
 def isa() -> str | None:
-    """Return the instruction set in use, and register its kernels with XLA; None where the portable bodies serve.
+    """Return the instruction set in use, after registering its kernels with XLA; None for none.
 
-    Raises InvalidConfig where SLIPWAY_ISA names a set that is not compiled or that this processor does not run.
+    Raises InvalidConfig if SLIPWAY_ISA names a set that is not compiled or that this processor does
+    not have.
     """
     library = native.library()
     asked = os.environ.get(ISA_VARIABLE, "")
     if asked not in _choices(library):
-        what = "one of this machine's instruction sets" if library else "no instruction set: built without a compiler"
+        what = (
+            "one of this machine's instruction sets"
+            if library
+            else "no instruction set: built without a compiler"
+        )
         choices = " ".join(_choices(library)[1:])
         raise InvalidConfig(ISA_VARIABLE, asked, f"{what} ({choices}), or nothing for the best")
     if library is None or asked == PORTABLE_BODIES:
@@ -58,8 +76,13 @@ def _choices(library: ctypes.CDLL | None) -> list[str]:
 
 
 def refuses(*leaves: Any) -> str:
-    """Return why no kernel takes these leaves together, "" if one does: arrays, Picks, Quantized, None for absent."""
-    numbers = [leaf.scale if isinstance(leaf, Quantized) else leaf for leaf in leaves if leaf is not None]
+    """Return why no kernel takes these leaves together, "" if one does.
+
+    Leaves: arrays, Picks, Quantized weights, and None for absent ones.
+    """
+    numbers = [
+        leaf.scale if isinstance(leaf, Quantized) else leaf for leaf in leaves if leaf is not None
+    ]
     dtypes = {array.dtype for leaf in numbers for array in _arrays(leaf)}
     return "unlike dtypes" if len(dtypes) > 1 else refuses_dtype(dtypes.pop())
 
@@ -67,16 +90,22 @@ def refuses(*leaves: Any) -> str:
 def refuses_dtype(dtype: Any) -> str:
     """Return why no kernel takes numbers of ``dtype`` here, "" if one does."""
     if isa() is None:
-        return f"turned off by {ISA_VARIABLE}" if native.library() else "built without a C++ compiler"
+        return (
+            f"turned off by {ISA_VARIABLE}" if native.library() else "built without a C++ compiler"
+        )
     return "" if jnp.dtype(dtype) in DTYPES else jnp.dtype(dtype).name
 
 
 def _refuses_matrices(x_TD, weights: Sequence[Any], biases: Sequence[Any]) -> str:
-    """Return why no kernel multiplies ``x_TD`` by these weights: rows are read 32 bits at a time."""
+    """Return why no kernel multiplies ``x_TD`` by these weights, "" if one does.
+
+    Kernels read rows 32 bits at a time.
+    """
     if len({bias is None for bias in biases}) > 1:
         return "biases of some matrices only"
     whole_units = x_TD.shape[1] * x_TD.dtype.itemsize % 4 == 0
-    return refuses(x_TD, *weights, *biases) or ("" if whole_units else "rows of no whole 32-bit units")
+    why_not = refuses(x_TD, *weights, *biases)
+    return why_not or ("" if whole_units else "rows of no whole 32-bit units")
 
 
 def _refuses_cache(kv, dtype: Any) -> str:
@@ -90,26 +119,34 @@ def _refuses_cache(kv, dtype: Any) -> str:
 def _refuses_table(table) -> str:
     """Return why no kernel looks up rows of this table, "" if one does."""
     rows_of_bytes = not isinstance(table, Quantized) or (table.bits, table.group) == (8, 0)
-    return refuses(table) or ("" if rows_of_bytes else f"a packed table of {table.bits} bits, group {table.group}")
+    return refuses(table) or (
+        "" if rows_of_bytes else f"a packed table of {table.bits} bits, group {table.group}"
+    )
 
 
 def embed(ids_T, table_VD, num_tokens):
-    """As ops.embed."""
+    """Look up rows of a table, as described in ``ops.embed``."""
     packed = isinstance(table_VD, Quantized)
     held = (table_VD.packed, table_VD.scale) if packed else (table_VD,)
     size = held[0].shape[1] * (4 if packed else 1)
-    call = jax.ffi.ffi_call("slipway_embed", jax.ShapeDtypeStruct((ids_T.shape[0], size), held[-1].dtype))
+    call = jax.ffi.ffi_call(
+        "slipway_embed", jax.ShapeDtypeStruct((ids_T.shape[0], size), held[-1].dtype)
+    )
     return call(ids_T, jnp.int32(num_tokens), *held)
 
 
 def linears(x_TD, weights, num_tokens, biases, dtype):
-    """As ops.linears; weights, or the arrays of Quantized ones, and biases may be Picks."""
-    return tuple(_linear(x_TD, weights, num_tokens, biases, dtype, gated=False))
+    """Multiply the same tokens by several matrices, as described in ``ops.linears``.
+
+    Weights, or the arrays of Quantized ones, and biases may be Picks.
+    """
+    return tuple(_linear(x_TD, weights, num_tokens, biases=biases, dtype=dtype, gated=False))
 
 
 def gated_linear(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype):
-    """As ops.gated_linear."""
-    return _linear(x_TD, [gate, up], num_tokens, [gate_bias, up_bias], dtype, gated=True)[0]
+    """Compute a gated linear layer, as described in ``ops.gated_linear``."""
+    biases = [gate_bias, up_bias]
+    return _linear(x_TD, [gate, up], num_tokens, biases=biases, dtype=dtype, gated=True)[0]
 
 
 def _linear(x_TD, weights, num_tokens, biases, dtype, gated):
@@ -120,7 +157,9 @@ def _linear(x_TD, weights, num_tokens, biases, dtype, gated):
         groups += own
         sizes.append(size)
     assert not gated or len(set(sizes)) == 1, "gate and up are of one size"
-    outs = [jax.ShapeDtypeStruct((x_TD.shape[0], size), dtype) for size in sizes[: 1 if gated else None]]
+    outs = [
+        jax.ShapeDtypeStruct((x_TD.shape[0], size), dtype) for size in sizes[: 1 if gated else None]
+    ]
     call = jax.ffi.ffi_call("slipway_linear", outs)
     arrays = [array for leaf in groups for array in _arrays(leaf)]
     static = {"gated": gated, "biased": biases[0] is not None, "bits": bits, "group": group}
@@ -128,61 +167,74 @@ def _linear(x_TD, weights, num_tokens, biases, dtype, gated):
 
 
 def _operands(weight, bias, in_size):
-    """What the kernel takes of one matrix, of checked shapes, and its number of outputs."""
+    """Return the leaves of one matrix that the kernel takes, and the number of outputs.
+
+    Their shapes are asserted.
+    """
     leaves, rows = [weight], [in_size]
     if isinstance(weight, Quantized):
         leaves = [weight.packed, weight.scale]
         rows = [in_size * weight.bits // 32, in_size // weight.group if weight.group else 1]
     out_size = _arrays(leaves[0])[0].shape[0]
     for leaf, row in zip(leaves, rows):
-        assert {array.shape for array in _arrays(leaf)} == {(out_size, row)}, "weights are (out, in)"
+        assert {array.shape for array in _arrays(leaf)} == {(out_size, row)}, (
+            "weights are (out, in)"
+        )
     biases = [] if bias is None else [bias]
-    assert all(array.shape == (out_size,) for leaf in biases for array in _arrays(leaf)), "a bias is (out,)"
+    assert all(array.shape == (out_size,) for leaf in biases for array in _arrays(leaf)), (
+        "a bias is (out,)"
+    )
     return leaves + biases, out_size
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):
-    """As ops.rms_norm."""
+    """Normalize rows, as described in ``ops.rms_norm``."""
     call = jax.ffi.ffi_call("slipway_norm", jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype))
     return call(x_TD, jnp.int32(num_tokens), _index(weight), *_arrays(weight), eps=np.float32(eps))
 
 
 def rotate(x_TNH, weight, angles, num_tokens, eps):
-    """As ops.rotate."""
+    """Rotate heads, as described in ``ops.rotate``."""
     call = jax.ffi.ffi_call("slipway_rotate", jax.ShapeDtypeStruct(x_TNH.shape, x_TNH.dtype))
     arrays = () if weight is None else _arrays(weight)
     return call(x_TNH, *angles, jnp.int32(num_tokens), _index(weight), *arrays, eps=np.float32(eps))
 
 
 def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
-    """As ops.sample."""
+    """Draw a token for each row, as described in ``ops.sample``."""
     call = jax.ffi.ffi_call("slipway_sample", jax.ShapeDtypeStruct(temperature_B.shape, jnp.int32))
     return call(logits_BV, jnp.int32(num_rows), temperature_B, top_k_B, top_p_B, min_p_B, uniform_B)
 
 
 def log_normalizer(logits_BV, num_rows):
-    """As ops.log_normalizer."""
+    """Return the normalizer of each row, as described in ``ops.log_normalizer``."""
     row = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.float32)
     return jax.ffi.ffi_call("slipway_log_normalizer", (row, row))(logits_BV, jnp.int32(num_rows))
 
 
 def zeros(shape, dtype):
-    """As ops.zeros: the system hands out empty memory where it is touched."""
+    """Return an array of zeros; the system provides its memory when it is first written."""
     return jax.ffi.ffi_call("slipway_zeros", jax.ShapeDtypeStruct(shape, dtype))()
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
     """Write keys and values into their slots; csrc/kernels.h has the order within a page."""
-    call = jax.ffi.ffi_call("slipway_write_kv", jax.ShapeDtypeStruct(kv.shape, kv.dtype), input_output_aliases={0: 0})
+    call = jax.ffi.ffi_call(
+        "slipway_write_kv", jax.ShapeDtypeStruct(kv.shape, kv.dtype), input_output_aliases={0: 0}
+    )
     return call(kv, jnp.int32(layer), k_TKH, v_TKH, num_tokens, slots_T)
 
 
 def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, window, soft_cap):
-    """As PagedCache.read."""
+    """Compute attention to the cache, as described in ``PagedCache.read``."""
     call = jax.ffi.ffi_call("slipway_attention", jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))
     sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32),)
     rows = step.positions_T, step.starts_B, step.counts_B, page_table_BM
-    static = {"scale": np.float32(scale), "window": int(window or 0), "soft_cap": np.float32(soft_cap or 0)}
+    static = {
+        "scale": np.float32(scale),
+        "window": int(window or 0),
+        "soft_cap": np.float32(soft_cap or 0),
+    }
     return call(q_TNH, kv, jnp.int32(layer), *rows, *sinks, **static)
 
 
@@ -194,26 +246,44 @@ def _index(leaf: Any) -> jax.Array:
     return jnp.int32(leaf.index) if isinstance(leaf, Pick) else jnp.int32(0)
 
 
+def _refuses_gated(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype) -> str:
+    """Return why no kernel computes this gated linear layer, "" if one does."""
+    del num_tokens, dtype
+    return _refuses_matrices(x_TD, [gate, up], [gate_bias, up_bias])
+
+
+def _refuses_linears(x_TD, weights, num_tokens, biases, dtype) -> str:
+    """Return why no kernel computes these linear layers, "" if one does."""
+    del num_tokens, dtype
+    return _refuses_matrices(x_TD, weights, biases)
+
+
 def _bodies() -> dict[str, Body]:
     return {
         "embed": Body(embed, lambda ids_T, table_VD, num_tokens: _refuses_table(table_VD)),
-        "linear": Body(
-            linears, lambda x_TD, weights, num_tokens, biases, dtype: _refuses_matrices(x_TD, weights, biases)
-        ),
-        "gated_linear": Body(
-            gated_linear,
-            lambda x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype: _refuses_matrices(
-                x_TD, [gate, up], [gate_bias, up_bias]
-            ),
-        ),
+        "linear": Body(linears, _refuses_linears),
+        "gated_linear": Body(gated_linear, _refuses_gated),
         "rms_norm": Body(rms_norm, lambda x_TD, weight, num_tokens, eps: refuses(x_TD, weight)),
-        "rotate": Body(rotate, lambda x_TNH, weight, angles, num_tokens, eps: refuses(x_TNH, weight)),
+        "rotate": Body(
+            rotate, lambda x_TNH, weight, angles, num_tokens, eps: refuses(x_TNH, weight)
+        ),
         "write_kv": Body(write_kv, lambda kv, layer, k_TKH, *_: _refuses_cache(kv, k_TKH.dtype)),
-        "paged_attention": Body(paged_attention, lambda q_TNH, kv, *_, **__: _refuses_cache(kv, q_TNH.dtype)),
+        "paged_attention": Body(
+            paged_attention, lambda q_TNH, kv, *_, **__: _refuses_cache(kv, q_TNH.dtype)
+        ),
         "sample": Body(sample, lambda logits_BV, *_: refuses(logits_BV)),
         "log_normalizer": Body(log_normalizer, lambda logits_BV, num_rows: refuses(logits_BV)),
         "zeros": Body(zeros, lambda shape, dtype: refuses_dtype(jnp.float32)),
     }
+
+
+def _compiler_options() -> dict[str, str | bool]:
+    """Return XLA's options without fusion emitters, until JAX 0.11, from which on XLA refuses them.
+
+    docs/log.md: without them the step compiles in two thirds of the time and runs as fast. A lower
+    LLVM level would cost 20% of a step.
+    """
+    return {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 BACKEND = Backend(
@@ -221,11 +291,13 @@ BACKEND = Backend(
     lowers_for=("cpu",),
     bodies=_bodies(),
     label=lambda: f"c++ {isa()}",
-    layer_form=tree.separate,  # docs/adr/003: arrays per layer on a CPU, stacked and scanned elsewhere
-    # docs/log.md: the step compiles in two thirds of the time and runs as fast; a lower LLVM level costs 20% of a step.
-    # From JAX 0.11 on XLA refuses the option.
-    compiler_options={"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {},
+    # docs/adr/003: on a CPU each layer has arrays of its own; elsewhere they are stacked and
+    # scanned.
+    layer_form=tree.separate,
+    compiler_options=_compiler_options(),
     memory_fraction=0.25,
     uses_host_memory=True,
-    decode_steps=8,  # docs/log.md has what several decode steps in a call gain, by size of model and number of rows
+    # docs/log.md has the gain of several decode steps in a call, by size of model and number of
+    # rows.
+    decode_steps=8,
 )

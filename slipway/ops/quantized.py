@@ -1,7 +1,10 @@
-"""Weights of 4 or 8 bits as an operand: how numbers lie in words, and what they mean; knows no files and no layers.
+"""Weights of 4 or 8 bits: their packing in 32-bit words, and the numbers that they stand for.
 
-The layout is compressed-tensors' "pack-quantized", which vLLM and SGLang read: 32-bit words of neighbours along ``in``,
-the first in the lowest bits, stored without a sign; a number is (stored - 2^(bits - 1)) * scale.
+Not here: packing while loading (checkpoint/quantize.py), layers (nn/linear.py).
+
+The layout is "pack-quantized" of compressed-tensors, which vLLM and SGLang read: a 32-bit word
+holds neighbours along ``in``, the first in the lowest bits, without a sign. A number is (stored -
+2^(bits - 1)) * scale.
 """
 
 from typing import Any
@@ -13,7 +16,10 @@ from slipway.tree import Tensor, module, static
 
 @module
 class Quantized:
-    """A weight (out, in): ``packed`` int32 [out, in * bits / 32], ``scale`` [out, in / group]; group 0: one a row."""
+    """Weight (out, in): ``packed`` int32 [out, in * bits / 32], and ``scale`` [out, in / group].
+
+    With ``group`` 0 there is one scale for each row: [out, 1].
+    """
 
     packed: Tensor
     scale: Tensor
@@ -22,14 +28,14 @@ class Quantized:
 
 
 def integers(packed_OW, bits: int):
-    """The signed integers of packed words: int32 [O, W] -> int32 [O, W * 32 / bits]."""
+    """Unpack words to signed integers: int32 [O, W] -> int32 [O, W * 32 / bits]."""
     shifts_11I = jnp.arange(0, 32, bits, dtype=jnp.int32)[None, None]
     stored_OWI = (packed_OW[..., None] >> shifts_11I) & ((1 << bits) - 1)
     return stored_OWI.reshape(*packed_OW.shape[:-1], -1) - (1 << (bits - 1))
 
 
 def dequantized(weight: Quantized, rows: Any = slice(None)):
-    """The numbers of ``rows``, in f32."""
+    """Return the numbers of the weight's ``rows``, in f32."""
     q_OI = integers(weight.packed[rows], weight.bits).astype(jnp.float32)
     scale_OG = weight.scale[rows].astype(jnp.float32)
     return (q_OI.reshape(*scale_OG.shape, -1) * scale_OG[..., None]).reshape(q_OI.shape)

@@ -9,16 +9,17 @@ import jax
 
 from slipway.tree import module
 
-Array = Any  # NumPy on the host, a JAX array inside a step
+Array = Any  # a NumPy array on the host, a traced JAX array inside a step
 
 
 @module
 class PageMap:
-    """Places of a step's tokens in the caches that share one numbering of pages. All int32.
+    """Places of a step's tokens in the caches of one numbering (ops/kv_cache.py). All int32.
 
-    ``slots_T``: page * page_size + offset, where a token's keys and values are written; the slot of a padding token
-    lies outside the cache. ``page_table_BM``: the pages of each row's sequence, in order of their tokens; entries of
-    pages that lie before a sliding window are stale and never used.
+    ``slots_T``: page * page_size + offset, where a token's keys and values are written; the slot of
+    a padding token lies outside the cache. ``page_table_BM``: the pages of each row's sequence, in
+    order of their tokens; entries of pages that lie before a sliding window are stale and never
+    used.
     """
 
     slots_T: Array
@@ -27,25 +28,35 @@ class PageMap:
 
 @module
 class StepInput:
-    """The T flat tokens of a step, in B rows with one sequence each. All int32 but the angles.
+    """The T tokens of a step, flat along one axis, in B rows with one sequence each.
 
-    Row b owns the ``counts_B[b]`` tokens from ``starts_B[b]`` on; after this step its sequence has ``lengths_B[b]``
-    tokens in the cache. An unused row counts 0. Tokens from ``num_tokens`` on are padding. Each array has the same
-    meaning on every copy of the weights; copies lie one after the other along the first axis.
+    Row b has the ``counts_B[b]`` tokens from ``starts_B[b]`` on, 0 if the row is unused; after the
+    step its sequence has ``lengths_B[b]`` tokens in the cache. Tokens from ``num_tokens`` on are
+    padding. The arrays of the copies of the weights follow each other along the first axis. All are
+    int32, except the angles.
     """
 
     num_tokens_1: Array
-    ids_T: Array  # token ids; before a step resolves them also -1 - row of the last step's results
-    positions_T: Array  # of each token in its sequence
-    contexts_T: Array  # tokens shown with it: the prompt's length, or position + 1 of a generated one
-    row_T: Array  # the row that owns each token; 0 for padding
+    # Token ids. Before the forward pass resolves it, -1 - r stands for the token that the last step
+    # sampled in row r of its results.
+    ids_T: Array
+    # Position of each token in its sequence.
+    positions_T: Array
+    # Length of the context that dynamic rope scaling uses: that of the prompt for its tokens,
+    # position + 1 for a generated one.
+    contexts_T: Array
+    # Row of each token, 0 for padding.
+    row_T: Array
     starts_B: Array
     counts_B: Array
     lengths_B: Array
-    pages: tuple[PageMap, ...]  # one for each numbering of pages (kv_cache.page_windows)
+    # One for each numbering of pages (kv_cache.page_windows).
+    pages: tuple[PageMap, ...]
     num_samples_1: Array
-    sample_at_B: Array  # the tokens with hidden states that become logits; ``num_samples_1`` of them
-    angles: tuple[tuple[jax.Array, jax.Array], ...] = ()  # cosines and sines [T, head_dim / 2] of each Rope of a model
+    # Index of the token of each row of results; the first ``num_samples_1`` entries count.
+    sample_at_B: Array
+    # Cosines and sines [T, head_dim / 2] of each Rope of a model.
+    angles: tuple[tuple[jax.Array, jax.Array], ...] = ()
 
     @property
     def num_tokens(self) -> Array:

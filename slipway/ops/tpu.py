@@ -1,6 +1,9 @@
-"""TPU backend: cache in the layout of JAX's ragged paged attention kernel, and the call of that kernel.
+"""TPU backend: a cache in the layout of JAX's ragged paged attention kernel, and calls of it.
 
-The kernel is jax.experimental.pallas.ops.tpu.ragged_paged_attention; it compiles under ``jax.set_mesh``.
+Not here: the ops without a body of their own on a TPU (xla.py).
+
+The kernel is jax.experimental.pallas.ops.tpu.ragged_paged_attention; it compiles under
+``jax.set_mesh``.
 """
 
 from typing import Any
@@ -14,17 +17,18 @@ from slipway.ops.step_input import StepInput
 from slipway.tree import module, static
 
 LANES = 128
-QUERIES_PER_BLOCK, KEYS_PER_BLOCK = 32, 128
+QUERIES_PER_BLOCK = 32
+KEYS_PER_BLOCK = 128
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 LABEL = "pallas (ops/tpu.py)"
 
 
 @module
 class TpuCache:
-    """The cache kv_LPSXH: per layer, page and slot the keys and values of the heads in turn (X = 2 K).
+    """Cache kv_LPSXH: for each layer, page and slot, key and value of each head in turn (X = 2 K).
 
-    The kernel gets the stacked cache whole, with page numbers counted from the layer's first: a layer sliced off in a
-    scan would be copied.
+    The kernel gets the whole cache of all layers, and page numbers that are offset to the layer's
+    first page: a slice of one layer in a scan would be copied.
     """
 
     kv: Any
@@ -32,39 +36,59 @@ class TpuCache:
 
     @staticmethod
     def allocate(
-        *, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, numbering: int, dtype: Any
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        numbering: int,
+        dtype: Any,
     ) -> "TpuCache":
         """Return an empty cache."""
-        return TpuCache(jnp.zeros((num_layers, num_pages, page_size, 2 * num_kv_heads, head_dim), dtype), numbering)
+        shape = (num_layers, num_pages, page_size, 2 * num_kv_heads, head_dim)
+        return TpuCache(jnp.zeros(shape, dtype), numbering)
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        """As KVCache.axes."""
+        """Logical axes of the array."""
         return (None, "pages", None, "kv_heads", None)
 
     def write(self, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput) -> "TpuCache":
-        """Return the cache with the keys and values of the step's tokens; a slot outside the cache is dropped."""
+        """Return the cache with the keys and values of the step's tokens.
+
+        Tokens with a slot outside the cache are dropped.
+        """
         backend.record("write_kv", LABEL)
         slots_T = step.pages[self.numbering].slots_T
         (L, P, S, X, H), T = self.kv.shape, k_TKH.shape[0]
         rows_TXH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, X, H).astype(self.kv.dtype)
         at_T = jnp.where(slots_T < P * S, layer * P * S + slots_T, L * P * S)
-        kv = self.kv.reshape(L * P * S, X, H).at[at_T].set(rows_TXH, mode="drop").reshape(self.kv.shape)
-        return TpuCache(kv, self.numbering)
+        flat = self.kv.reshape(L * P * S, X, H).at[at_T].set(rows_TXH, mode="drop")
+        return TpuCache(flat.reshape(self.kv.shape), self.numbering)
 
     def read(
-        self, q_TNH: Any, *, layer: Any, step: StepInput, scale: float, window: int | None = None,
-        soft_cap: float | None = None, sinks_N: Any = None,
-    ) -> Any:  # fmt: skip
-        """Return the attention of every token to its sequence. Rows with tokens come first, one after the other.
+        self,
+        q_TNH: Any,
+        *,
+        layer: Any,
+        step: StepInput,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks_N: Any = None,
+    ) -> Any:
+        """Return the attention of every token to its sequence, the step's own tokens included.
 
-        Raises UnsupportedModel for attention sinks.
+        The rows with tokens must precede the unused ones. Raises UnsupportedModel for attention
+        sinks.
         """
         # Imported here: Pallas for TPUs takes half a second of every start, on any machine.
         from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
 
         if sinks_N is not None:
-            raise UnsupportedModel("attention sinks", "some", "none: the TPU kernel has no place for them")
+            expected = "none: the TPU kernel has no place for them"
+            raise UnsupportedModel("attention sinks", "some", expected)
         backend.record("paged_attention", LABEL)
         table_BM = step.pages[self.numbering].page_table_BM
         (L, P, S, X, H), M = self.kv.shape, table_BM.shape[1]
@@ -87,14 +111,19 @@ class TpuCache:
             num_queries_per_block=min(q_TNH.shape[0], QUERIES_PER_BLOCK),
         )
 
-    def attend(self, q_TNH: Any, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput, **options: Any) -> Any:
-        """As KVCache.attend."""
+    def attend(
+        self, q_TNH: Any, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput, **options: Any
+    ) -> Any:
+        """Write, then read, as described in ``KVCache.attend``."""
         written = self.write(k_TKH, v_TKH, layer=layer, step=step)
         return written.read(q_TNH, layer=layer, step=step, **options), written
 
 
 def cache_class(head_dim: int) -> type:
-    """Return the class of a cache for heads of ``head_dim`` numbers: the kernel takes whole lanes only."""
+    """Return the class of a cache for heads of ``head_dim`` numbers.
+
+    The kernel takes multiples of LANES only.
+    """
     return kv_cache.PagedCache if head_dim % LANES else TpuCache
 
 
@@ -102,6 +131,7 @@ BACKEND = Backend(
     platform="tpu",
     lowers_for=("tpu",),
     cache_class=cache_class,
-    # Without it TPU7x copies every weight into other tiles at every step: 7.8 GB a device for 32 B parameters on 8.
+    # Without this option TPU7x copies every weight into other tiles at every step: 7.8 GB a device
+    # for 32 B parameters on 8 devices.
     compiler_options={"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},
 )

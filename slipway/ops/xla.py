@@ -2,8 +2,9 @@
 
 Not here: the signatures of the ops (__init__.py), the C++ bodies (cpu.py), the TPU kernel (tpu.py).
 
-They avoid what XLA's CPU compiler does badly (docs/performance.md): a dot with one row, or with a bf16 result, is a
-naive loop; a bf16 scatter or update widens the whole cache to f32, so 16-bit caches are stored as their bits.
+They avoid weak points of XLA's CPU compiler (docs/performance.md): it compiles a dot with one row,
+or with a bf16 result, to a naive loop; and it widens the whole cache to f32 for a bf16 scatter or
+update, so 16-bit caches are stored as their bits.
 """
 
 from collections.abc import Callable
@@ -17,25 +18,33 @@ from jax import lax
 from slipway import tree
 from slipway.ops.quantized import Quantized, dequantized
 
-BLOCK_TOKENS = 128  # keys per turn of the attention loop, and queries per tile of a prefill
-LONE_BLOCK_TOKENS = 16  # keys per turn of a single query: 0.14 ms a layer against 0.36 at a context of 240
-FEW_ROWS = 2  # of a step that attends row by row
-MASKED = -1e30  # finite, so that a row without any key stays free of NaN
+# Keys for each turn of the attention loop, and queries for each tile of a prefill.
+BLOCK_TOKENS = 128
+# Keys for each turn of a single query: 0.14 ms a layer against 0.36 at a context of 240.
+LONE_BLOCK_TOKENS = 16
+# A step with at most this number of rows attends to them one by one.
+FEW_ROWS = 2
+# Score of a masked key: finite, so that a row without any key gets no NaN.
+MASKED = -1e30
+# Logit of a token that must not be sampled.
 DROPPED = -jnp.inf
 
 
 def embed(ids_T, table_VD, num_tokens):
-    """Rows of the table; an id that this device does not hold gives zeros."""
+    """Look up rows of the table; an id that this device does not hold gives zeros."""
     del num_tokens  # a gather cannot skip rows
-    packed = isinstance(table_VD, Quantized)
-    held_T = (ids_T >= 0) & (ids_T < (table_VD.packed if packed else table_VD).shape[0])
+    is_packed = isinstance(table_VD, Quantized)
+    held_T = (ids_T >= 0) & (ids_T < (table_VD.packed if is_packed else table_VD).shape[0])
     rows_T = jnp.where(held_T, ids_T, 0)
-    x_TD = dequantized(table_VD, rows_T).astype(table_VD.scale.dtype) if packed else table_VD[rows_T]
+    if is_packed:
+        x_TD = dequantized(table_VD, rows_T).astype(table_VD.scale.dtype)
+    else:
+        x_TD = table_VD[rows_T]
     return jnp.where(held_T[:, None], x_TD, jnp.zeros_like(x_TD))
 
 
 def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
-    """``x @ weight.T + bias``, summed in f32."""
+    """Compute ``x @ weight.T + bias``, summed in f32."""
     del num_tokens  # XLA's dots cannot skip rows
     rows = x_TD.shape[0]
     if rows == 1:
@@ -47,8 +56,9 @@ def linear(x_TD, weight, num_tokens, bias=None, dtype=jnp.float32):
 
 
 def linears(x_TD, weights, num_tokens, biases, dtype=jnp.float32):
-    """``linear`` of the same tokens by each weight."""
-    return tuple(linear(x_TD, weight, num_tokens, bias, dtype) for weight, bias in zip(weights, biases))
+    """Compute ``linear`` of the same tokens with each of the weights."""
+    pairs = zip(weights, biases)
+    return tuple(linear(x_TD, w, num_tokens, bias=bias, dtype=dtype) for w, bias in pairs)
 
 
 def _dot(x_TD, w_OD):
@@ -58,13 +68,19 @@ def _dot(x_TD, w_OD):
 
 
 def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype=jnp.float32):
-    """``silu(linear(x, gate)) * linear(x, up)`` (Shazeer, GLU variants, 2020), in f32 until the end."""
-    gate_TO = linear(x_TD, gate, num_tokens, gate_bias)
-    return (jax.nn.silu(gate_TO) * linear(x_TD, up, num_tokens, up_bias)).astype(dtype)
+    """Compute ``silu(linear(x, gate)) * linear(x, up)``, in f32 until the end.
+
+    Shazeer, GLU variants improve transformer, 2020.
+    """
+    gate_TO = linear(x_TD, gate, num_tokens, bias=gate_bias)
+    return (jax.nn.silu(gate_TO) * linear(x_TD, up, num_tokens, bias=up_bias)).astype(dtype)
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):
-    """Root mean square norm in f32; rounded to x's dtype before the weight is applied, as transformers does."""
+    """Normalize by the root mean square, in f32.
+
+    As in transformers, the result is rounded to the dtype of x before the weight is applied.
+    """
     del num_tokens
     return _normed(x_TD, tree.value(weight), eps)
 
@@ -76,7 +92,10 @@ def _normed(x, weight, eps):
 
 
 def rotate(x_TNH, weight, angles, num_tokens, eps):
-    """Each pair (i, i + H/2) of every head turned by its angle, in f32; with a weight, the head is normalized first."""
+    """Rotate each pair (i, i + H/2) of every head by its angle, in f32.
+
+    With a weight, the heads are normalized first.
+    """
     del num_tokens
     if weight is not None:
         x_TNH = _normed(x_TNH, tree.value(weight), eps)
@@ -87,7 +106,7 @@ def rotate(x_TNH, weight, angles, num_tokens, eps):
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
-    """Write keys and values into their slots of PagedCache.kv; a slot outside the cache is dropped."""
+    """Write keys and values into their slots of PagedCache.kv; a slot outside it is dropped."""
     del num_tokens  # the slots of padding lie outside
     page_size = kv.shape[4]
     rows_TK2H = _to_storage(jnp.stack([k_TKH, v_TKH], axis=2))
@@ -96,21 +115,28 @@ def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
 
 
 def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, window, soft_cap):
-    """Compute causal attention of every token to its sequence, the step's own tokens included (PagedCache.read).
+    """Compute causal attention of every token to its sequence, the step's own tokens included
+    (PagedCache.read).
 
-    Query head n reads KV head n // (N / K). Rows with one token are taken together, in turns over blocks of keys until
-    the longest row has seen all of its own; longer rows are taken tile by tile, each over no more keys than it sees. So
-    the cost follows the number of tokens, not the shapes.
+    Query head n reads KV head n // (N / K). Rows with one token are computed together, in a loop
+    over blocks of keys that ends with the longest row. Rows with several tokens are computed tile
+    by tile, each over the keys that it sees. So the cost follows the numbers of tokens and keys,
+    not the shapes of the arrays.
     """
-    attend = partial(_attend, kv=kv, layer=layer, sinks_N=sinks_N, scale=scale, window=window, soft_cap=soft_cap)
+    attend = partial(
+        _attend, kv=kv, layer=layer, sinks_N=sinks_N, scale=scale, window=window, soft_cap=soft_cap
+    )
     alone_B = step.counts_B == 1
-    if step.counts_B.shape[0] <= FEW_ROWS:  # not worth a second attention to compile
-        return _tiles(attend, q_TNH, step, page_table_BM, jnp.zeros_like(alone_B)).astype(q_TNH.dtype)
+    tiles = partial(_tiles, attend, q_TNH, step, page_table_BM=page_table_BM)
+    # With few rows the second attention below is not worth its compilation.
+    if step.counts_B.shape[0] <= FEW_ROWS:
+        return tiles(skip_B=jnp.zeros_like(alone_B)).astype(q_TNH.dtype)
     start_B = jnp.where(alone_B, step.starts_B, q_TNH.shape[0])
     q_B1NH = q_TNH.at[start_B].get(mode="clip")[:, None]
     positions_B1 = step.positions_T.at[start_B].get(mode="clip")[:, None]
-    o_BNH = attend(q_B1NH, positions_B1, jnp.where(alone_B, step.lengths_B, 0), page_table_RM=page_table_BM)[:, 0]
-    out_TNH = _tiles(attend, q_TNH, step, page_table_BM, alone_B)
+    lengths_B = jnp.where(alone_B, step.lengths_B, 0)
+    o_BNH = attend(q_B1NH, positions_B1, lengths_B, page_table_RM=page_table_BM)[:, 0]
+    out_TNH = tiles(skip_B=alone_B)
     return out_TNH.at[start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
 
 
@@ -126,7 +152,9 @@ def _tiles(attend, q_TNH, step, page_table_BM, skip_B):
         row = jnp.sum(ends_B <= i)
         first = (i - ends_B[row] + tiles_B[row]) * tile
         start = step.starts_B[row] + first
-        seen = jnp.minimum(first + tile, step.counts_B[row]) + step.lengths_B[row] - step.counts_B[row]
+        seen = (
+            jnp.minimum(first + tile, step.counts_B[row]) + step.lengths_B[row] - step.counts_B[row]
+        )
         o_QNH = attend(
             lax.dynamic_slice_in_dim(padded_TNH, start, tile)[None],
             lax.dynamic_slice_in_dim(positions_T, start, tile)[None],
@@ -135,28 +163,35 @@ def _tiles(attend, q_TNH, step, page_table_BM, skip_B):
         )[0]
         mine_Q = (jnp.arange(tile) + first < step.counts_B[row])[:, None, None]
         old_QNH = lax.dynamic_slice_in_dim(out_TNH, start, tile)
-        return lax.dynamic_update_slice_in_dim(out_TNH, jnp.where(mine_Q, o_QNH, old_QNH), start, 0)
+        new_QNH = jnp.where(mine_Q, o_QNH, old_QNH)
+        return lax.dynamic_update_slice_in_dim(out_TNH, new_QNH, start, axis=0)
 
-    # f32 in the loop: an update of a bf16 carry would be widened and narrowed again at every turn
-    return lax.fori_loop(0, ends_B[-1], one_tile, jnp.zeros(padded_TNH.shape, jnp.float32))[:tokens]
+    # f32 in the loop: XLA would widen and narrow a bf16 carry at every turn.
+    zeros_TNH = jnp.zeros(padded_TNH.shape, jnp.float32)
+    return lax.fori_loop(0, ends_B[-1], one_tile, init_val=zeros_TNH)[:tokens]
 
 
-def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_N, scale, window, soft_cap):
-    """Attention of R tiles of Q queries, each tile within one sequence, by an online softmax over blocks of pages.
+def _attend(
+    q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_N, scale, window, soft_cap
+):
+    """Compute attention of R tiles of Q queries, each tile within one sequence; f32.
 
-    Milakov and Gimelshein, Online normalizer calculation for softmax, 2018. Returns f32.
+    An online softmax over blocks of pages: Milakov and Gimelshein, Online normalizer calculation
+    for softmax, 2018.
     """
     (R, Q, N, H), (K, page_size) = q_RQNH.shape, (kv.shape[2], kv.shape[4])
     G, block_pages = N // K, max(1, (BLOCK_TOKENS if R * Q > 1 else LONE_BLOCK_TOKENS) // page_size)
     block = block_pages * page_size
     page_table_RM = jnp.pad(page_table_RM, ((0, 0), (0, -page_table_RM.shape[1] % block_pages)))
-    q_RKXH = q_RQNH.astype(jnp.float32).reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * Q, H) * scale
+    q_RKGQH = q_RQNH.astype(jnp.float32).reshape(R, Q, K, G, H).transpose(0, 2, 3, 1, 4)
+    q_RKXH = q_RKGQH.reshape(R, K, G * Q, H) * scale
     positions_RX = jnp.tile(positions_RQ, (1, G))
 
     def turn(j, carry):
         peak_RKX, sum_RKX, o_RKXH = carry
         pages_RP = lax.dynamic_slice_in_dim(page_table_RM, j * block_pages, block_pages, axis=1)
-        # Transposed while the numbers are 16 bits wide: XLA would do it in f32, three times as slow.
+        # Transposed while the numbers are 16 bits wide: XLA would do it in f32, three times as
+        # slow.
         kv_2RKSH = kv[layer, pages_RP].transpose(3, 0, 2, 1, 4, 5).reshape(2, R, K, block, H)
         kv_2RKSH = _from_storage(kv_2RKSH, q_RQNH.dtype).astype(jnp.float32)
         s_RKXS = jnp.einsum("rkxh,rksh->rkxs", q_RKXH, kv_2RKSH[0])
@@ -169,7 +204,8 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_
         s_RKXS = jnp.where(seen_RXS[:, None], s_RKXS, MASKED)
         new_RKX = jnp.maximum(peak_RKX, s_RKXS.max(-1))
         p_RKXS = jnp.where(seen_RXS[:, None], jnp.exp(s_RKXS - new_RKX[..., None]), 0.0)
-        # Numbers outside, in slots not written or pages freed behind the window, may be NaN, and 0 * NaN is NaN.
+        # Values that no query sees, in slots not written or in pages freed behind the window, may
+        # be NaN, and 0 * NaN is NaN.
         written_RS = at_S[:, 0] < lengths_R[:, None]
         if window is not None:
             written_RS &= at_S[:, 0] > positions_RQ[:, :1] - window
@@ -185,9 +221,12 @@ def _attend(q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_
         empty = jnp.broadcast_to(sinks_KX, (R, K, X)), jnp.ones((R, K, X)), empty[2]
     first = 0
     if window is not None:
-        oldest_R = jnp.where(lengths_R > 0, positions_RQ[:, 0] - window + 1, jnp.iinfo(jnp.int32).max)
+        oldest_R = jnp.where(
+            lengths_R > 0, positions_RQ[:, 0] - window + 1, jnp.iinfo(jnp.int32).max
+        )
         first = jnp.maximum(0, jnp.min(oldest_R)) // block
-    _, sum_RKX, o_RKXH = lax.fori_loop(first, -(-jnp.max(lengths_R) // block), turn, empty)
+    num_turns = -(-jnp.max(lengths_R) // block)
+    _, sum_RKX, o_RKXH = lax.fori_loop(first, num_turns, turn, init_val=empty)
     o_RKXH = o_RKXH / jnp.maximum(sum_RKX, 1e-30)[..., None]
     return o_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
 
@@ -201,16 +240,21 @@ def _from_storage(x, dtype):
 
 
 def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, uniform_B):
-    """A token per row, by inversion: the first up to which the kept probability exceeds ``uniform`` of the whole."""
+    """Draw a token for each row by inversion.
+
+    That is the first token up to which the probability that was kept exceeds the share
+    ``uniform_B`` of all that was kept.
+    """
     del num_rows  # XLA computes every row
     greedy_B = _argmax(logits_BV)
 
     def draw():
-        # from the largest down, so that a tiny temperature overflows to minus infinity only
+        # The largest logit becomes 0, so that a tiny temperature overflows to minus infinity only.
         lowered_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
         scaled_BV = lowered_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
         filtered = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
-        kept_BV = lax.cond(jnp.any(filtered), lambda: keep(scaled_BV, top_k_B, top_p_B, min_p_B), lambda: scaled_BV)
+        filtered_keep = partial(keep, scaled_BV, top_k_B, top_p_B, min_p_B=min_p_B)
+        kept_BV = lax.cond(jnp.any(filtered), filtered_keep, lambda: scaled_BV)
         reached_BV = jnp.cumsum(jnp.exp(kept_BV), axis=-1)
         return _first(reached_BV > reached_BV[:, -1:] * uniform_B[:, None])
 
@@ -221,9 +265,10 @@ def sample(logits_BV, num_rows, temperature_B, top_k_B, top_p_B, min_p_B, unifor
 def log_normalizer(logits_BV, num_rows):
     """Return the largest logit of each row, and the log of the sum of exp(logit - largest).
 
-    XLA's own reductions add in an order that depends on the number of rows. Here each row is cut into runs, and the
-    runs are added one after the other, element by element, so the order is that of the loop. From JAX 0.11 on, exp of
-    one element on a CPU may differ by an ulp between shapes.
+    XLA's own reductions add in an order that depends on the number of rows. Here each row is cut
+    into runs, and the runs are added one after the other, element by element, so the order is
+    always that of the loop. From JAX 0.11 on, exp of the same number on a CPU may differ by an ulp
+    between shapes.
     """
     del num_rows  # XLA computes every row
     largest_B = jnp.max(logits_BV, axis=-1)
@@ -235,57 +280,72 @@ def log_normalizer(logits_BV, num_rows):
     return largest_B, jnp.log(terms_BX[:, 0])
 
 
-_NORMALIZER_RUNS = (1024, 32, 1)  # numbers a row: what is left of it after each round
+# Numbers that are left of a row after each round of additions.
+_NORMALIZER_RUNS = (1024, 32, 1)
 
 
 def _added_runs(x_BX, size: int):
-    """The sum of each row's runs of ``size`` numbers, from the first to the last."""
+    """Add the runs of ``size`` numbers of each row, from the first to the last."""
 
     def add(i, sum_BS):
         return sum_BS + lax.dynamic_slice_in_dim(x_BX, i * size, size, axis=1)
 
-    return lax.fori_loop(1, x_BX.shape[1] // size, add, x_BX[:, :size])
+    return lax.fori_loop(1, x_BX.shape[1] // size, add, init_val=x_BX[:, :size])
 
 
 def keep(logits_BV, top_k_B, top_p_B, min_p_B):
-    """The logits, minus infinity where min_p, then top_k, then top_p drop. Equal logits stand or fall together."""
-    floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)  # log(0): nothing is dropped
+    """Return the logits, with minus infinity for tokens that min_p, then top_k, then top_p drop.
+
+    Of tokens with equal logits, all are dropped or none.
+    """
+    # With min_p 0 the floor is log(0): nothing is dropped.
+    floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)
     logits_BV = jnp.where(logits_BV >= floor_B[:, None], logits_BV, DROPPED)
     wanted_B = jnp.where(top_k_B > 0, top_k_B, logits_BV.shape[1]).astype(jnp.float32)
     logits_BV = _largest(logits_BV, jnp.ones_like(logits_BV), wanted_B)
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
-    above_0_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)  # what f32 rounds to 0 would drop every token
+    # A top_p that f32 rounds to 0 would drop every token.
+    above_0_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)
     return _largest(logits_BV, probs_BV, jnp.where(top_p_B < 1, above_0_B, 2.0))
 
 
 def _argmax(x_BV):
-    """The first largest of each row, in two passes that XLA vectorizes: a tenth of jnp.argmax's time on a CPU."""
+    """Return the first of the largest numbers of each row.
+
+    XLA vectorizes both passes: a tenth of the time of jnp.argmax on a CPU.
+    """
     return _first(x_BV == jnp.max(x_BV, axis=-1, keepdims=True))
 
 
 def _first(true_BV):
+    """Return the index of the first true entry of each row; the last index if there is none."""
     ids_V = jnp.arange(true_BV.shape[1], dtype=jnp.int32)
     return jnp.min(jnp.where(true_BV, ids_V[None], true_BV.shape[1] - 1), axis=-1)
 
 
 def _largest(x_BV, weight_BV, wanted_B):
-    """``x`` with all dropped but the largest whose weights reach ``wanted``; all stay if that is never reached.
+    """Keep the largest numbers of each row until their weights sum to ``wanted``; drop the others.
 
-    No sort: the threshold is found bit by bit, by 32 halvings of the integers that order floats.
+    All are kept if the sum is never reached. Without a sort: 32 halvings of the integers that order
+    floats find the threshold, bit by bit.
     """
     bits_BV = lax.bitcast_convert_type(x_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ jnp.int32(0x7FFFFFFF), bits_BV)
 
     def halve(_, bounds):
-        low_B, high_B = bounds  # at low the weights suffice, at high they do not
+        # With the threshold at low the weights suffice, at high they do not.
+        low_B, high_B = bounds
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
         held_B = jnp.sum(jnp.where(order_BV >= middle_B[:, None], weight_BV, 0.0), axis=-1)
         enough_B = held_B >= wanted_B
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
     limits = jnp.iinfo(jnp.int32)
-    ends = jnp.full(x_BV.shape[:1], limits.min, jnp.int32), jnp.full(x_BV.shape[:1], limits.max, jnp.int32)
-    threshold_B, _ = lax.fori_loop(0, 32, halve, ends)
+    ends = (
+        jnp.full(x_BV.shape[:1], limits.min, jnp.int32),
+        jnp.full(x_BV.shape[:1], limits.max, jnp.int32),
+    )
+    threshold_B, _ = lax.fori_loop(0, 32, halve, init_val=ends)
     return jnp.where(order_BV >= threshold_B[:, None], x_BV, DROPPED)
 
 

@@ -1,1 +1,4 @@
-"""Models on devices: files opened, declarations fitted to a mesh, arrays loaded. Not here: requests (engine/)."""
+"""Models on devices: loading, compiled programs, and several processes.
+
+Not here: requests and language models (engine/), formats of files (checkpoint/).
+"""

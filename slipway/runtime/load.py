@@ -1,6 +1,7 @@
 """Loading of any model onto its devices: files, declaration on a mesh, checks, arrays.
 
-Not here: what a language model needs beside its arrays, such as tokenizer, cache and compiled steps (engine/launch.py).
+Not here: what a language model needs beside its arrays, such as tokenizer, cache and compiled steps
+(engine/launch.py).
 """
 
 import dataclasses
@@ -14,17 +15,20 @@ from slipway.checkpoint import files, hub, names, quantize, tensor_reader
 from slipway.checkpoint.files import Checkpoint
 from slipway.nn import linear
 
-# Tensors that need no declaration: their numbers follow from config.json, or change nothing.
+# Tensors that need no declaration: their values follow from config.json, or have no effect.
 IGNORED_TENSORS = (*files.INERT_TENSORS, "*.weight_shape")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Files of one model: config.json with overrides applied, and the checkpoint, which has no tensors for a dummy."""
+    """Files of one model: the checkpoint, and config.json with overrides applied.
+
+    ``is_dummy``: the weights are random; the checkpoint then has no tensors.
+    """
 
     checkpoint: Checkpoint
     raw_config: dict[str, Any]
-    is_dummy: bool  # random weights: no tensor is read
+    is_dummy: bool
 
 
 def open_files(
@@ -33,12 +37,17 @@ def open_files(
     overrides: Mapping[str, Any] | None = None,
     is_dummy: bool = False,
 ) -> ModelFiles:
-    """Open a directory or a hub id. An override of None removes the field from config.json.
+    """Open the files of a model, a directory or a hub id.
 
-    Raises InvalidConfig and CheckpointError as ``hub.resolve`` and ``files.open_checkpoint`` do.
+    ``overrides``: fields to replace in config.json; None removes a field. Raises InvalidConfig and
+    CheckpointError as ``hub.resolve`` and ``files.open_checkpoint`` do.
     """
-    directory = hub.resolve(model, revision, hub.WITHOUT_WEIGHTS if is_dummy else hub.ALLOW_PATTERNS)
-    checkpoint = files.open_without_weights(directory) if is_dummy else files.open_checkpoint(directory)
+    directory = hub.resolve(
+        model, revision, hub.WITHOUT_WEIGHTS if is_dummy else hub.ALLOW_PATTERNS
+    )
+    checkpoint = (
+        files.open_without_weights(directory) if is_dummy else files.open_checkpoint(directory)
+    )
     merged = checkpoint.config | dict(overrides or {})
     removed = {field for field, value in (overrides or {}).items() if value is None}
     return ModelFiles(checkpoint, {k: v for k, v in merged.items() if k not in removed}, is_dummy)
@@ -50,10 +59,11 @@ def on_mesh(
     layer_form: Callable[[Any], Any] | None = None,
     scheme: quantize.Scheme | None = None,
 ) -> Any:
-    """Return the declaration with packed weights where ``scheme`` is given, in its layer form, fitted to the mesh.
+    """Return the declaration as the devices hold it.
 
-    ``layer_form`` turns stacked layers into another form (``tree.separate``); None keeps them. Raises InvalidConfig
-    where the scheme or the mesh does not divide an axis.
+    Its weights are packed by ``scheme``, if that is given; its stacked layers are converted by
+    ``layer_form`` (such as ``tree.separate``), unless that is None; and its axes are fitted to the
+    mesh. Raises InvalidConfig if the scheme or the mesh does not divide an axis.
     """
     if scheme is not None:
         declaration = linear.quantize(declaration, scheme.bits, scheme.group)
@@ -69,23 +79,26 @@ def checked(
     ignored: Sequence[str] = IGNORED_TENSORS,
     scheme: quantize.Scheme | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint under the declaration's names, packed as ``scheme`` says, after comparing every tensor.
+    """Return the checkpoint under the declaration's names, after checking every tensor.
 
-    ``ignored``: glob patterns of tensors that need no declaration. No device memory is taken. Raises CheckpointError,
-    listing every mismatch.
+    Its weights are packed by ``scheme``, if that is given. ``ignored``: glob patterns of tensors
+    that need no declaration. No device memory is used. Raises CheckpointError, listing every
+    mismatch.
     """
     checkpoint = names.unwrapped(checkpoint, tensor_reader.names(declaration))
     if scheme is not None:
         checkpoint = quantize.packed_view(checkpoint, tensor_reader.wanted(declaration))
-    tensor_reader.check(declaration, checkpoint, dtype, ignored)
+    tensor_reader.check(declaration, checkpoint, dtype, ignore=ignored)
     return checkpoint
 
 
-def arrays(declaration: Any, checkpoint: Checkpoint | None, mesh: Mesh, dtype: Any, seed: int = 0) -> Any:
-    """Return the declaration's tree with arrays on the mesh: the tensors of a ``checked`` checkpoint.
+def arrays(
+    declaration: Any, checkpoint: Checkpoint | None, mesh: Mesh, dtype: Any, seed: int = 0
+) -> Any:
+    """Return the declaration's tree with arrays on the mesh.
 
-    Without a checkpoint the weights are random, drawn from ``seed``.
+    ``checkpoint``: a ``checked`` one; None: random weights, drawn from ``seed``.
     """
     if checkpoint is None:
-        return tensor_reader.dummy(declaration, mesh, dtype, seed)
-    return tensor_reader.read(declaration, checkpoint, mesh, dtype)
+        return tensor_reader.dummy(declaration, mesh, dtype, seed=seed)
+    return tensor_reader.read(declaration, checkpoint, mesh, dtype=dtype)

@@ -1,8 +1,12 @@
-"""One engine over several processes: the leader announces each call of a program, the followers repeat it.
+"""One engine over several processes: the leader announces its calls, the followers repeat them.
 
-Every process holds its devices' part of weights and caches, and must start the same programs in the same order. The
-leader sends each call over ZeroMQ: a msgspec header, then the raw numbers of the inputs. jax.distributed's heartbeat
-finds a process that died and ends all others. The network between them must be trusted, as jax.distributed requires.
+Not here: the programs that are called (runner.py), the scheduling, which only the leader does
+(engine/).
+
+Every process holds the part of weights and caches that lies on its devices, and must start the same
+programs in the same order. The leader sends each call over ZeroMQ: a msgspec header, then the raw
+numbers of the inputs. The heartbeat of jax.distributed detects a process that died, and ends all
+others. The network between the processes must be trusted, as jax.distributed requires.
 """
 
 import logging
@@ -17,13 +21,15 @@ from jax.experimental import multihost_utils
 from slipway.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_TIMEOUT_S = 5  # all processes have ended two seconds later
+# After the death of one process, all others have ended two seconds later than this.
+HEARTBEAT_TIMEOUT_S = 5
 
 
 class Header(msgspec.Struct):
-    """First frame of a message: the call of a program, or the end.
+    """First frame of a message: the call of a program, or the end of all calls.
 
-    ``key``: repr of the program's key. ``given``: for each input, whether its arrays follow; else it is None.
+    ``key``: the repr of the program's key. ``given``: for each input whether its arrays follow; an
+    input that does not follow is None.
     """
 
     program: str = ""
@@ -33,25 +39,31 @@ class Header(msgspec.Struct):
 
 
 def join(num_processes: int, rank: int, address: str) -> None:
-    """Connect the processes; to be called before anything else asks JAX for devices.
+    """Connect the processes; must be called before JAX is asked for devices.
 
-    ``address``: host:port of process 0. Raises RuntimeError if the others do not come.
+    ``address``: host:port of process 0. Raises RuntimeError if another process does not connect.
     """
     if num_processes == 1 or jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes, rank, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+    jax.distributed.initialize(
+        address, num_processes, rank, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
+    )
     devices = jax.local_device_count(), jax.device_count()
     logger.info("process %d of %d, with %d devices of %d", rank, num_processes, *devices)
 
 
 def least(value: int) -> int:
     """Return the smallest of all processes' values."""
-    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(value)).min())
+    return (
+        value
+        if jax.process_count() == 1
+        else int(multihost_utils.process_allgather(np.int64(value)).min())
+    )
 
 
 class Leader:
-    """The process that decides: announces every call of its runner to the followers."""
+    """Process 0 of an engine, which announces every call of its runner to the followers."""
 
     def __init__(self, runner: Runner, num_followers: int, address: str):
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.XPUB)
@@ -59,16 +71,16 @@ class Leader:
         port: int = self._socket.bind_to_random_port(f"tcp://{_host(address)}")
         multihost_utils.broadcast_one_to_all(np.int32(port))
         for _ in range(num_followers):
-            self._socket.recv()  # a subscription
+            self._socket.recv()  # the subscription of a follower
         runner.announce = self.announce
 
     def announce(self, program: str, key: Any, *inputs: Any) -> None:
-        """Send a call of ``Runner.call``."""
+        """Send the arguments of a ``Runner.call`` to the followers."""
         frames = [array.tobytes() for array in jax.tree.leaves(inputs)]
         self._send(Header(program, repr(key), [each is not None for each in inputs]), frames)
 
     def close(self) -> None:
-        """Let the followers end."""
+        """Tell the followers that no more calls follow, and close the socket."""
         self._send(Header(is_end=True), [])
         self._socket.close(linger=1000)
 
@@ -77,7 +89,7 @@ class Leader:
 
 
 def follow(runner: Runner, address: str) -> None:
-    """Repeat the leader's calls until it ends."""
+    """Repeat the calls of the leader until it closes."""
     socket: zmq.Socket = zmq.Context.instance().socket(zmq.SUB)
     socket.setsockopt(zmq.RCVHWM, 0)
     port = int(multihost_utils.broadcast_one_to_all(np.int32(0)))
@@ -92,7 +104,10 @@ def follow(runner: Runner, address: str) -> None:
             return
         key = keys[header.program, header.key]
         shapes = runner.inputs(header.program, key)
-        given = tuple(shape if is_given else None for shape, is_given in zip(shapes, header.given, strict=True))
+        given = tuple(
+            shape if is_given else None
+            for shape, is_given in zip(shapes, header.given, strict=True)
+        )
         runner.call(header.program, key, *_filled(given, frames))
 
 
