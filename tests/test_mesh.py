@@ -1,4 +1,4 @@
-"""The mesh splits what it says it splits, and a declaration is made to fit or refused."""
+"""The mesh: how it splits axes, and which declarations fit it."""
 
 import jax
 import jax.numpy as jnp

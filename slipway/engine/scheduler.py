@@ -157,6 +157,11 @@ class Scheduler:
         """Number of sequences that wait, including those that ``hold`` keeps back."""
         return len(self.waiting) + len(self._held or [])
 
+    @property
+    def num_free_slots(self) -> int:
+        """Number of sequences that could run beside the running ones."""
+        return len(self._slots)
+
     def schedule(self) -> list[Chunk]:
         """Plan the next step: return a chunk for each sequence that takes part in it.
 

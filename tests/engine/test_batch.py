@@ -1,4 +1,4 @@
-"""Batches hold what their chunks say, by a plain loop's account; buckets cover every step and no more than needed."""
+"""Batches against a plain loop that builds the same arrays, and buckets for every step."""
 
 import jax
 import numpy as np
@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipway.engine.batch import Batch, Bucket, Builder, Sizes, buckets, choose, empty_sampling, empty_step, join
+from slipway.engine.batch import (
+    Batch,
+    Bucket,
+    Builder,
+    Sizes,
+    buckets,
+    choose,
+    empty_sampling,
+    empty_step,
+    join,
+)
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import Request, RequestSpec, Sequence
 from slipway.engine.scheduler import Chunk
@@ -23,45 +33,61 @@ def empty(bucket, sizes):
 
 @st.composite
 def steps(draw, max_rows=5):
-    """Chunks of sequences in any state, and the page table: some of the prompt, the rest, or a generated token.
+    """Chunks of sequences in any state, and the page table.
 
-    The newest token of some is still on the device.
+    A chunk is a part of a prompt, its rest, or a generated token; the newest token of some
+    sequences is still on the device.
     """
-    pages, slots = iter(draw(st.permutations(range(NUM_PAGES)))), iter(draw(st.permutations(range(SLOTS))))
+    pages = iter(draw(st.permutations(range(NUM_PAGES))))
+    slots = iter(draw(st.permutations(range(SLOTS))))
     found, page_table = [], np.zeros((SLOTS, TABLE_WIDTH), np.int32)
     for number in range(draw(st.integers(0, max_rows))):
         prompt = draw(st.integers(1, LONGEST - 5))
         params = SamplingParams(
-            temperature=draw(st.sampled_from([0, 0.5])), top_k=draw(st.integers(-1, 3)), top_p=0.75,
-            min_p=0.25, logprobs=draw(st.sampled_from([None, 0, 3])), max_tokens=5,
-        )  # fmt: skip
-        request = Request(str(number), RequestSpec([100 * number + i for i in range(prompt)], params), 5)
+            temperature=draw(st.sampled_from([0, 0.5])),
+            top_k=draw(st.integers(-1, 3)),
+            top_p=0.75,
+            min_p=0.25,
+            logprobs=draw(st.sampled_from([None, 0, 3])),
+            max_tokens=5,
+        )
+        request = Request(
+            str(number), RequestSpec([100 * number + i for i in range(prompt)], params), 5
+        )
         sequence = Sequence(request, 0, draw(st.integers(0, 2**32 - 1)), frozenset(), None)
         for i in range(draw(st.integers(0, 3))):
             sequence.append(100 * number + 50 + i, None)
-        sequence.num_pending, sequence.last_row = draw(st.integers(0, 1)), draw(st.integers(0, 6))
+        sequence.num_pending = draw(st.integers(0, 1))
+        sequence.last_row = draw(st.integers(0, 6))
         sequence.pages = [next(pages) for _ in range(-(-sequence.max_length // PAGE_SIZE))]
         sequence.slot = next(slots)
         page_table[sequence.slot, : len(sequence.pages)] = sequence.pages
         start = draw(st.integers(0, sequence.length - 1))
         count = draw(st.integers(1, sequence.length - start))
-        scored = range(start, min(start + count, prompt - 1)) if draw(st.booleans()) and count <= 2 else range(0)
+        scored = (
+            range(start, min(start + count, prompt - 1))
+            if draw(st.booleans()) and count <= 2
+            else range(0)
+        )
         found.append(Chunk(sequence, start, count, start + count == sequence.length, scored))
     return found, page_table
 
 
 def reference(chunks, batch):
-    """The same as ``Builder.build``, token by token and row by row, over an empty batch."""
+    """Fill an empty batch like ``Builder.build``, token by token and row by row."""
     tokens, sampling, t, row = batch.step, batch.sampling, 0, 0
     for index, (sequence, start, count, samples, scored) in enumerate(chunks):
         ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.spec.token_ids
-        tokens.starts_B[index], tokens.counts_B[index], tokens.lengths_B[index] = t, count, start + count
+        tokens.starts_B[index] = t
+        tokens.counts_B[index] = count
+        tokens.lengths_B[index] = start + count
         for numbering, pages in enumerate(tokens.pages):
             padded = np.pad(sequence.pages, (0, TABLE_WIDTH - len(sequence.pages)))
             pages.page_table_BM[index] = moved(padded, numbering)
         for position in range(start, start + count):
             known = position < len(ids)
-            tokens.ids_T[t], tokens.positions_T[t] = ids[position] if known else -1 - sequence.last_row, position
+            tokens.ids_T[t] = ids[position] if known else -1 - sequence.last_row
+            tokens.positions_T[t] = position
             tokens.contexts_T[t] = max(len(prompt), position + 1)
             tokens.row_T[t] = index
             for numbering, pages in enumerate(tokens.pages):
@@ -81,7 +107,7 @@ def reference(chunks, batch):
 
 
 def moved(pages, numbering):
-    """The same pages in another numbering."""
+    """Return the same pages in another numbering."""
     return (np.asarray(pages) + numbering) % NUM_PAGES
 
 
@@ -98,8 +124,11 @@ def _fill(sampling, row, sequence):
 
 
 def arrays(batch):
-    """Every array of a batch by its name."""
-    return {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(batch)}
+    """Return every array of a batch by its name."""
+    return {
+        jax.tree_util.keystr(path): array
+        for path, array in jax.tree_util.tree_leaves_with_path(batch)
+    }
 
 
 def same(got, expected):
@@ -121,16 +150,19 @@ def test_build_is_what_a_plain_loop_builds(step):
 
 
 def test_a_builder_forgets_what_no_longer_runs():
-    page_table, bucket = (
-        np.arange(SLOTS * TABLE_WIDTH, dtype=np.int32).reshape(SLOTS, TABLE_WIDTH) % NUM_PAGES,
-        Bucket(8, 4),
+    page_table = (
+        np.arange(SLOTS * TABLE_WIDTH, dtype=np.int32).reshape(SLOTS, TABLE_WIDTH) % NUM_PAGES
     )
+    bucket = Bucket(8, 4)
     builder = Builder(SIZES, tables(page_table))
 
     def running(number, slot):
         params = SamplingParams(temperature=number / 8)
-        sequence = Sequence(Request(str(number), RequestSpec([1, 2, 3], params), 4), 0, number, frozenset(), None)
-        sequence.pages, sequence.slot = page_table[slot].tolist(), slot
+        sequence = Sequence(
+            Request(str(number), RequestSpec([1, 2, 3], params), 4), 0, number, frozenset(), None
+        )
+        sequence.pages = page_table[slot].tolist()
+        sequence.slot = slot
         return Chunk(sequence, 0, 3, True)
 
     one, two, three = running(1, 0), running(2, 1), running(3, 0)
@@ -142,9 +174,12 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
     batch = empty(Bucket(8, 4), SIZES)
     assert (batch.step.pages[0].slots_T >= NUM_PAGES * PAGE_SIZE).all()
     for name in (
-        ".step.num_tokens_1", ".step.num_samples_1", ".step.counts_B", ".sampling.wants_logprobs_B",
+        ".step.num_tokens_1",
+        ".step.num_samples_1",
+        ".step.counts_B",
+        ".sampling.wants_logprobs_B",
         ".sampling.temperature_B",
-    ):  # fmt: skip
+    ):
         assert not arrays(batch)[name].any(), name
 
 
@@ -152,7 +187,10 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
 @given(steps(), steps())
 def test_join_puts_the_ranks_one_after_the_other(first, second):
     bucket = Bucket(5 * LONGEST, 10)
-    parts = [Builder(SIZES, tables(page_table)).build(chunks, bucket) for chunks, page_table in (first, second)]
+    parts = [
+        Builder(SIZES, tables(page_table)).build(chunks, bucket)
+        for chunks, page_table in (first, second)
+    ]
     joined = arrays(join(parts))
     for rank, part in enumerate(parts):
         for name, array in arrays(part).items():
@@ -166,8 +204,10 @@ def test_join_puts_the_ranks_one_after_the_other(first, second):
 def test_buckets_cover_every_step_the_scheduler_may_ask_for(rows, spare):
     tokens = rows + spare
     shapes = buckets(rows, tokens)
-    assert shapes == sorted(shapes, key=lambda bucket: bucket.num_tokens) and len({*shapes}) == len(shapes) <= 8
-    assert shapes[-1].num_tokens == max(2, tokens) and max(shape.num_rows for shape in shapes) >= rows
+    assert shapes == sorted(shapes, key=lambda bucket: bucket.num_tokens)
+    assert len({*shapes}) == len(shapes) <= 8
+    assert shapes[-1].num_tokens == max(2, tokens)
+    assert max(shape.num_rows for shape in shapes) >= rows
     for shape in shapes:
         assert 2 <= shape.num_rows <= shape.num_tokens, "as many rows as tokens could need"
         assert shape.num_rows >= min(rows, shape.num_tokens)
@@ -175,5 +215,7 @@ def test_buckets_cover_every_step_the_scheduler_may_ask_for(rows, spare):
         stub = [Chunk(None, 0, 1, False)] * min(rows, count)
         stub[0] = Chunk(None, 0, count - len(stub) + 1, False)
         chosen = choose(shapes, [[], stub])
-        assert chosen == min((s for s in shapes if s.num_tokens >= count), key=lambda s: s.num_tokens)
+        assert chosen == min(
+            (s for s in shapes if s.num_tokens >= count), key=lambda s: s.num_tokens
+        )
         assert chosen.num_rows >= len(stub)

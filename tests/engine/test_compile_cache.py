@@ -1,4 +1,7 @@
-"""Compiled programs kept between processes: found again, shared, survived when torn, and nowhere when off."""
+"""Compiled programs kept between processes.
+
+They are found again, shared by processes, compiled anew when torn, and not kept when that is off.
+"""
 
 import json
 import os
@@ -12,7 +15,8 @@ pytestmark = pytest.mark.xdist_group("compile_cache")
 CODE = """
 import dataclasses, json, sys
 from slipway import LLM, SamplingParams
-options = {"max_num_batched_tokens": 16, "max_model_len": 64, "memory_fraction": 0.05} | json.loads(sys.argv[1])
+options = {"max_num_batched_tokens": 16, "max_model_len": 64, "memory_fraction": 0.05}
+options |= json.loads(sys.argv[1])
 llm = LLM("nano", max_num_seqs=2, **options)
 output = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0]
 print(json.dumps([output.token_ids, dataclasses.asdict(llm.engine.limits)]))
@@ -20,11 +24,16 @@ print(json.dumps([output.token_ids, dataclasses.asdict(llm.engine.limits)]))
 
 
 def start(cache, variables=(), **options):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
+        "XDG_CACHE_HOME": str(cache)
+    }
     return subprocess.Popen(
-        [sys.executable, "-c", CODE, json.dumps(options)], env=environment | dict(variables),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", CODE, json.dumps(options)],
+        env=environment | dict(variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def answer(process):
@@ -34,7 +43,7 @@ def answer(process):
 
 
 def programs(folder):
-    """Each program's file, its content and when it was written."""
+    """Return content and time of writing of each program's file."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*-cache")}
 
 
@@ -44,7 +53,8 @@ def test_a_second_process_finds_every_program_and_a_torn_one_is_compiled_anew(tm
     assert len([path for path in held if "forward" in path.name]) >= 2
     assert len({path.parent for path in held}) == 1
     second, _ = answer(start(tmp_path))
-    assert second == first  # the cache's size, too, which depends on what a compiled program says of itself
+    # The limits too: the size of the cache depends on the temporaries that a program states.
+    assert second == first
     assert programs(tmp_path / "slipway" / "compiled") == held
     for path, (content, _) in held.items():
         path.write_bytes(content[: len(content) // 2])
@@ -56,17 +66,23 @@ def test_processes_that_start_together_share_it(tmp_path):
     one, two = (answer(process)[0] for process in both)
     assert one == two
     held = programs(tmp_path)
-    assert answer(start(tmp_path))[0] == one and programs(tmp_path) == held
+    assert answer(start(tmp_path))[0] == one
+    assert programs(tmp_path) == held
 
 
 def test_it_stays_where_it_was_asked_to(tmp_path):
     answer(start(tmp_path / "none", compilation_cache="off"))
     assert not (tmp_path / "none").exists()
     answer(start(tmp_path / "none", compilation_cache=str(tmp_path / "own")))
-    assert programs(tmp_path / "own") and not (tmp_path / "none").exists()
-    jax = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert programs(tmp_path / "own")
+    assert not (tmp_path / "none").exists()
+    jax = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     answer(start(tmp_path / "none", jax))
-    assert programs(tmp_path / "jax") and not (tmp_path / "none").exists()
+    assert programs(tmp_path / "jax")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_empty_variable_of_jax_counts_as_unset(tmp_path):

@@ -1,4 +1,7 @@
-"""The whole engine: tokens depend on the request alone, nothing compiles while it serves, memory is as budgeted."""
+"""The whole engine: tokens depend on their request only, nothing compiles while it serves.
+
+The memory that it uses is the budgeted one.
+"""
 
 import dataclasses
 
@@ -25,39 +28,65 @@ def prompts(lengths=LENGTHS, seed=0):
 
 
 def run(llm, prompts_, params=GREEDY):
-    """Every sample's tokens, request by request."""
+    """Return the tokens of every sample, request by request."""
     outputs = llm.generate(prompts_, params, use_tqdm=False)
     return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
 @pytest.fixture(scope="module")
 def alone(_shared_llm):
-    """Greedy tokens of each prompt by itself, its prompt in as few chunks as can be."""
+    """Greedy tokens of each prompt when it runs alone, in as few chunks as possible."""
     found = [run(_shared_llm, [prompt])[0] for prompt in prompts()]
-    assert len({tuple(tokens[0]) for tokens in found}) == len(found), "a model that says one thing proves nothing"
+    assert len({tuple(tokens[0]) for tokens in found}) == len(found), (
+        "a model that says one thing proves nothing"
+    )
     assert all(len({*tokens[0]}) > 3 for tokens in found)
     return found
 
 
 def test_greedy_tokens_do_not_depend_on_the_batch(llm, alone):
-    noise = [SamplingParams(temperature=t, max_tokens=m, seed=m) for t, m in [(0.7, 3), (1.5, 9), (1.0, 17)]]
+    noise = [
+        SamplingParams(temperature=t, max_tokens=m, seed=m)
+        for t, m in [(0.7, 3), (1.5, 9), (1.0, 17)]
+    ]
     company = prompts((7, 40, 21), seed=1)
     mixed = [prompt for i, own in enumerate(prompts()) for prompt in (own, company[i % 3])]
     params = [each for i in range(len(LENGTHS)) for each in (GREEDY, noise[i % 3])]
     assert run(llm, mixed, params)[::2] == alone
 
 
-PRECISIONS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"dtype": "bfloat16", "tensor_parallel_size": 2}]
+PRECISIONS = [
+    {},
+    {"dtype": "bfloat16"},
+    {"quantization": "int8"},
+    {"dtype": "bfloat16", "tensor_parallel_size": 2},
+]
 
 
-@pytest.mark.skipif(cpu.isa() is None, reason="the portable bodies promise equal tokens, not equal bits")
+@pytest.mark.skipif(
+    cpu.isa() is None, reason="the portable bodies promise equal tokens, not equal bits"
+)
 @pytest.mark.parametrize("options", PRECISIONS, ids=str)
 def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options, monkeypatch):
-    """Alone, in a batch, behind a cached prefix and in chunks: of chosen, likeliest and prompt tokens, ranks too."""
-    llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=40, page_size=16, skip_tokenizer_init=True, **options)
+    """Log probabilities and ranks of sampled, likeliest and prompt tokens.
+
+    Alone, in a batch, behind a cached prefix, and in chunks.
+    """
+    llm = LLM(
+        tiny,
+        max_num_seqs=4,
+        max_num_batched_tokens=40,
+        page_size=16,
+        skip_tokenizer_init=True,
+        **options,
+    )
     asked = dataclasses.replace(GREEDY, logprobs=3, prompt_logprobs=2)
     company = [SamplingParams(temperature=1.0, max_tokens=m, seed=m) for m in (3, 9, 17)]
-    mixed = [prompt for i, own in enumerate(prompts()) for prompt in (own, prompts((7, 40, 21), seed=1)[i % 3])]
+    mixed = [
+        prompt
+        for i, own in enumerate(prompts())
+        for prompt in (own, prompts((7, 40, 21), seed=1)[i % 3])
+    ]
     params = [each for i in range(len(LENGTHS)) for each in (asked, company[i % 3])]
     alone_ = []
     for prompt in prompts():
@@ -65,7 +94,8 @@ def test_log_probabilities_are_the_same_bits_in_any_company(tiny, options, monke
         alone_.append(llm.generate([prompt], asked, use_tqdm=False)[0])
     llm.engine.flush()
     together = llm.generate(mixed, params, use_tqdm=False)[::2]
-    unscored = dataclasses.replace(asked, prompt_logprobs=None)  # so that cached tokens are not computed again
+    # Without scores, cached tokens are not computed again.
+    unscored = dataclasses.replace(asked, prompt_logprobs=None)
     cached = llm.generate(prompts(), unscored, use_tqdm=False)
     assert cached[-1].num_cached_tokens >= 32
     llm.engine.flush()
@@ -87,12 +117,23 @@ def test_greedy_tokens_do_not_depend_on_the_chunks(llm, alone, budget, monkeypat
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}, {"tensor_parallel_size": 4, "data_parallel_size": 2}],
+    [
+        {"tensor_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"tensor_parallel_size": 4, "data_parallel_size": 2},
+    ],
     ids=str,
 )
 def test_parallel_engines_give_one_devices_tokens(tiny, alone, sizes):
-    """With 4 devices a layer, each KV head is held twice and the odd vocabulary is padded."""
-    llm = LLM(tiny, max_num_seqs=2, max_num_batched_tokens=2, page_size=4, skip_tokenizer_init=True, **sizes)
+    """On 4 devices each KV head is held twice, and the odd vocabulary is padded."""
+    llm = LLM(
+        tiny,
+        max_num_seqs=2,
+        max_num_batched_tokens=2,
+        page_size=4,
+        skip_tokenizer_init=True,
+        **sizes,
+    )
     assert llm.engine.limits.copies == sizes.get("data_parallel_size", 1)
     assert run(llm, prompts()) == alone
 
@@ -104,11 +145,16 @@ def test_nothing_compiles_while_serving(llm):
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         for length in (*range(1, 12), 31, 32, 33, 60):
-            kinds = SamplingParams(max_tokens=3, logprobs=2), SamplingParams(max_tokens=4, top_p=0.5, n=3), GREEDY
+            kinds = (
+                SamplingParams(max_tokens=3, logprobs=2),
+                SamplingParams(max_tokens=4, top_p=0.5, n=3),
+                GREEDY,
+            )
             run(llm, prompts([length] * 3), kinds)
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    assert [event for event in compiled if "compile" in event] == [] and llm.engine.num_compiled == before
+    assert [event for event in compiled if "compile" in event] == []
+    assert llm.engine.num_compiled == before
 
 
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=8, seed=2**32 - 2, ignore_eos=True)
@@ -117,20 +163,35 @@ SAMPLED = SamplingParams(temperature=1.0, max_tokens=8, seed=2**32 - 2, ignore_e
 def test_a_seed_gives_the_same_tokens_in_any_company(llm):
     (prompt,) = prompts([9])
     first = run(llm, [prompt], SAMPLED)[0]
-    assert run(llm, [*prompts([3, 30], seed=2), prompt], [GREEDY, SamplingParams(max_tokens=20), SAMPLED])[2] == first
+    assert (
+        run(
+            llm,
+            [*prompts([3, 30], seed=2), prompt],
+            [GREEDY, SamplingParams(max_tokens=20), SAMPLED],
+        )[2]
+        == first
+    )
 
 
 def test_samples_differ_and_equal_their_own_seeds(llm):
     (prompt,) = prompts([9])
-    samples = run(llm, [prompt], SamplingParams(n=6, temperature=1.0, max_tokens=8, seed=2**32 - 2, ignore_eos=True))[0]
+    samples = run(
+        llm,
+        [prompt],
+        SamplingParams(n=6, temperature=1.0, max_tokens=8, seed=2**32 - 2, ignore_eos=True),
+    )[0]
     assert len({tuple(tokens) for tokens in samples}) == 6
     seeds = [(SAMPLED.seed + i) % 2**32 for i in range(6)]
-    solo = [SamplingParams(temperature=1.0, max_tokens=8, seed=seed, ignore_eos=True) for seed in seeds]
+    solo = [
+        SamplingParams(temperature=1.0, max_tokens=8, seed=seed, ignore_eos=True) for seed in seeds
+    ]
     assert [[tokens] for tokens in samples] == run(llm, [prompt] * 6, solo)
 
 
 def test_without_seeds_equal_requests_differ(llm):
-    tokens = run(llm, prompts([5]) * 4, SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True))
+    tokens = run(
+        llm, prompts([5]) * 4, SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True)
+    )
     assert len({tuple(sample) for (sample,) in tokens}) == 4
 
 
@@ -150,15 +211,21 @@ def test_abort_frees_pages_and_leaves_the_others_alone(llm, alone):
             break
     assert free[1] > free[0]
     assert [output.outputs[0].finish_reason for output in aborted] == ["abort", "abort"]
-    assert aborted[0].finished and aborted[0].outputs[0].token_ids == alone[0][0][:2], "the third is on the device"
+    assert aborted[0].finished and aborted[0].outputs[0].token_ids == alone[0][0][:2], (
+        "the third is on the device"
+    )
     for i in range(1, 5):
         assert [sample.token_ids for sample in finished[ids[i]].outputs] == alone[i]
     with pytest.raises(KeyError):
         engine.abort(ids[0])
 
 
-@pytest.mark.parametrize("long, at_an_end, waits", [(0, 0, "always"), (1e9, 0, "at an end"), (1e9, 1e9, "never")])
-def test_who_comes_upon_the_results_of_a_long_step_is_in_the_next(llm, monkeypatch, long, at_an_end, waits):
+@pytest.mark.parametrize(
+    "long, at_an_end, waits", [(0, 0, "always"), (1e9, 0, "at an end"), (1e9, 1e9, "never")]
+)
+def test_who_comes_upon_the_results_of_a_long_step_is_in_the_next(
+    llm, monkeypatch, long, at_an_end, waits
+):
     monkeypatch.setattr(pipeline, "LONG", long)
     monkeypatch.setattr(pipeline, "LONG_AT_AN_END", at_an_end)
     engine, one_token = llm.engine, dataclasses.replace(GREEDY, max_tokens=1)
@@ -168,7 +235,9 @@ def test_who_comes_upon_the_results_of_a_long_step_is_in_the_next(llm, monkeypat
     steps, moved = engine.stats.steps, []
     while ending not in [request.request_id for request in moved]:
         steps, moved = engine.stats.steps, engine.step()
-    assert (engine.stats.steps == steps) == (waits != "never"), "the next step was planned without who may come now"
+    assert (engine.stats.steps == steps) == (waits != "never"), (
+        "the next step was planned without who may come now"
+    )
     if waits == "at an end":
         engine.step()
         steps = engine.stats.steps
@@ -206,7 +275,9 @@ def test_the_cache_follows_the_budget(tiny, monkeypatch, uncompiled):
     assert plenty.limits.num_pages == (4 * WIDTH,), "no more than could be useful"
     base = weights_bytes(plenty) + uncompiled
     for pages in (1, 10, 33):
-        engine = launched(tiny, monkeypatch, base + pages * PAGE_BYTES + PAGE_BYTES // 2, memory_fraction=1.0)
+        engine = launched(
+            tiny, monkeypatch, base + pages * PAGE_BYTES + PAGE_BYTES // 2, memory_fraction=1.0
+        )
         assert engine.limits.num_pages == (pages,)
         assert cache_bytes(engine) == pages * PAGE_BYTES
         half = launched(tiny, monkeypatch, 2 * (base + pages * PAGE_BYTES), memory_fraction=0.5)

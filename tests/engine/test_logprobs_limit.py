@@ -1,4 +1,4 @@
-"""How many log probabilities a request may ask for: max_logprobs, and the whole vocabulary."""
+"""Limit of the log probabilities of a request: max_logprobs, and the whole vocabulary."""
 
 import itertools
 
@@ -42,7 +42,8 @@ def test_few_are_the_same_beside_all(whole):
     (all_of_them,) = whole.generate([PROMPT], params(logprobs=-1), use_tqdm=False)
     (few,) = whole.generate([PROMPT], params(logprobs=3), use_tqdm=False)
     for one, other in zip(few.outputs[0].logprobs, all_of_them.outputs[0].logprobs):
-        assert len(one) == 3 and all(other[token] == each for token, each in one.items())
+        assert len(one) == 3
+        assert all(other[token] == each for token, each in one.items())
 
 
 @pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
@@ -54,7 +55,8 @@ def test_beyond_the_limit_is_refused_by_name(field):
                 continue
             with pytest.raises(InvalidRequest, match="max_logprobs") as caught:
                 llm.generate([PROMPT], params(**{field: value}), use_tqdm=False)
-            assert caught.value.field.endswith(field) and "5" in caught.value.expected
+            assert caught.value.field.endswith(field)
+            assert "5" in caught.value.expected
 
 
 @pytest.mark.host

@@ -1,4 +1,4 @@
-"""Memory budget: pages of several numberings, against the plain definition."""
+"""Memory budget: pages of several pools, against a plain definition."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,10 @@ def costs(draw):
 
 
 def plain(left, pages):
-    """One page after the other: of all that need more and have fewest, then of all that could use more."""
+    """Hand out one page after the other, to all pools with the fewest.
+
+    First up to the pages that are needed, then up to those that are useful.
+    """
     held = [0] * len(pages)
     for most in ([cost.needed for cost in pages], [cost.useful for cost in pages]):
         while True:

@@ -1,8 +1,9 @@
-"""The prefix cache in a running engine: the same outputs with less work, nothing shared that should not be.
+"""Prefix cache in a running engine: the same outputs with less work, and no wrong sharing.
 
-With the C++ bodies outputs with and without the cache are equal to the last bit; the portable ones promise the same
-tokens, and log probabilities within 1e-6. For that bound to mean something, the model's logits must be of the order of
-1: those of the shared model reach 30, where two neighbours in f32 are 2e-6 apart, so its head is divided by 16 here.
+With the C++ bodies, outputs with and without the cache are equal to the last bit; the portable ones
+promise the same tokens, and log probabilities within 1e-6. That bound is only meaningful if the
+logits are of the order of 1. Those of the shared model reach 30, where neighbours in f32 are 2e-6
+apart, so its head is divided by 16 here.
 """
 
 import dataclasses
@@ -54,7 +55,9 @@ def calm(tiny, tmp_path_factory):
             (directory / path.name).symlink_to(path)
     (weights,) = tiny.glob("*.safetensors")
     tensors = load_file(weights)
-    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] / 16}, directory / weights.name)
+    save_file(
+        tensors | {"lm_head.weight": tensors["lm_head.weight"] / 16}, directory / weights.name
+    )
     return directory
 
 
@@ -75,7 +78,7 @@ def _cached(calm):
 
 
 def test_cached_equals_uncached(cached, uncached):
-    """Prompts one after the other, together, and once more when all is cached."""
+    """Prompts one after the other, together, and again when all of them are cached."""
     asked = prompts(6, shared=37)
     expected = uncached.generate(asked, GREEDY, use_tqdm=False)
     same([cached.generate(prompt, GREEDY)[0] for prompt in asked], expected)
@@ -89,7 +92,9 @@ def test_cached_equals_uncached(cached, uncached):
 
 def test_a_prefix_is_computed_once(cached):
     before = computed(cached)
-    cached.generate(prompts(8, shared=32, own=4), dataclasses.replace(GREEDY, max_tokens=1), use_tqdm=False)
+    cached.generate(
+        prompts(8, shared=32, own=4), dataclasses.replace(GREEDY, max_tokens=1), use_tqdm=False
+    )
     assert computed(cached) - before == 32 + 8 * 4
 
 
@@ -125,7 +130,7 @@ def test_outputs_are_cached_for_the_next_turn(cached):
 
 
 def test_dynamic_rope_has_no_prefix_cache(config_only):
-    """Its frequencies follow the length of the whole prompt, so equal prefixes have unlike keys."""
+    """Frequencies follow the length of the whole prompt, so keys of equal prefixes differ."""
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     directory = config_only(rope_scaling=scaling, max_position_embeddings=64)
     llm = LLM(directory, load_format="dummy", page_size=16, **SIZES)
@@ -136,10 +141,11 @@ def test_dynamic_rope_has_no_prefix_cache(config_only):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_preemption_changes_no_output(calm, uncached, temperature):
-    """Room for a good two full requests, and four that want to run."""
+    """There is room for a little more than two full requests, and four want to run."""
     asked = prompts(10, shared=0, own=14, seed=3)
     params = [
-        SamplingParams(temperature=temperature, max_tokens=40, seed=i, ignore_eos=True, logprobs=1) for i in range(10)
+        SamplingParams(temperature=temperature, max_tokens=40, seed=i, ignore_eos=True, logprobs=1)
+        for i in range(10)
     ]
     expected = uncached.generate(asked, params, use_tqdm=False)
     llm = LLM(calm, page_size=16, **SIZES)
@@ -160,14 +166,17 @@ def test_what_can_never_fit_is_refused_with_the_figures(llm, monkeypatch):
 
 def test_priority_runs_first_and_a_deadline_ends(llm):
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    ids = [llm.engine.add(RequestSpec([5, 6, number], params, priority=1)) for number in range(7, 15)]
+    ids = [
+        llm.engine.add(RequestSpec([5, 6, number], params, priority=1)) for number in range(7, 15)
+    ]
     urgent = llm.engine.add(RequestSpec([5, 6, 6], params, priority=0))
     late = llm.engine.add(RequestSpec([5, 6, 5], params, timeout_s=1e-9, priority=0))
     ended = []
     while llm.engine.has_work():
         ended += [request for request in llm.engine.step() if request.finished]
     order = [request.request_id for request in ended]
-    assert order[0] == late and ended[0].output().outputs[0].finish_reason == "timeout"
+    assert order[0] == late
+    assert ended[0].output().outputs[0].finish_reason == "timeout"
     assert order.index(urgent) < min(order.index(number) for number in ids[4:])
     for bad in ({"priority": 1.5}, {"timeout_s": 0}, {"timeout_s": "soon"}, {"cache_salt": 5}):
         with pytest.raises(InvalidRequest) as caught:

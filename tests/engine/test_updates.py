@@ -1,5 +1,7 @@
-"""New weights while requests run: who finishes on the old version, who goes on on the new one, and that nothing of the
-one is served as the other. Sleep and waking.
+"""New weights while requests run, sleep and waking.
+
+Requests end on the old version or continue on the new one; nothing computed with one version is
+served as the other.
 """
 
 import asyncio
@@ -33,9 +35,12 @@ def old(tiny):
 
 @pytest.fixture(scope="module")
 def new(old):
-    """Those of another version of it."""
+    """Tensors of another version of the model."""
     rng = np.random.default_rng(1)
-    return {name: x + rng.normal(size=x.shape).astype(np.float32) * 0.3 * x.std() for name, x in old.items()}
+    return {
+        name: x + rng.normal(size=x.shape).astype(np.float32) * 0.3 * x.std()
+        for name, x in old.items()
+    }
 
 
 @pytest.fixture
@@ -54,18 +59,19 @@ def tokens(llm, prompt, params=GREEDY):
 
 @pytest.fixture
 def said(engine, old, new):
-    """What each version says to each prompt."""
+    """Tokens of each version for each prompt."""
     found = {"old": {}, "new": {}}
     for version, arrays in (("new", new), ("old", old)):
         engine.update_weights(arrays, version=version)
         for name, prompt in (("PROMPT", PROMPT), ("OTHER", OTHER)):
             found[version][name] = tokens(engine, prompt)
-    assert found["old"]["PROMPT"] != found["new"]["PROMPT"] and found["old"]["OTHER"] != found["new"]["OTHER"]
+    assert found["old"]["PROMPT"] != found["new"]["PROMPT"]
+    assert found["old"]["OTHER"] != found["new"]["OTHER"]
     return found
 
 
 def begun(llm, prompt, count):
-    """A request that has said so many tokens."""
+    """Return a request that has generated ``count`` tokens."""
     engine = llm.engine
     request = engine.request(engine.add(RequestSpec(prompt, GREEDY)))
     while request.num_generated < count:
@@ -86,14 +92,21 @@ def test_dummy_weights_then_a_swap_are_a_direct_load(tiny, llm):
     assert tokens(dummy, PROMPT) != tokens(llm, PROMPT)
     assert dummy.update_weights(tiny) == "1" == dummy.weights_version
     assert tokens(dummy, PROMPT) == tokens(llm, PROMPT)
-    assert [(array.shape, array.dtype, array.sharding) for array in dummy.engine.weights.arrays] == before
+    assert [
+        (array.shape, array.dtype, array.sharding) for array in dummy.engine.weights.arrays
+    ] == before
     assert dummy.engine.num_compiled == compiled
     dummy.close()
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"quantization": "int8"}, {"tensor_parallel_size": 2}]
+)
 def test_other_forms_of_the_weights_are_exchanged_too(tiny, new, options):
-    options = dict(max_num_seqs=4, max_num_batched_tokens=32, page_size=16, skip_tokenizer_init=True) | options
+    options = (
+        dict(max_num_seqs=4, max_num_batched_tokens=32, page_size=16, skip_tokenizer_init=True)
+        | options
+    )
     llm = LLM(tiny, **options)
     first = tokens(llm, PROMPT)
     llm.update_weights(new)
@@ -120,7 +133,8 @@ def test_recompute_goes_on_as_the_new_version_reads_what_was_said(engine, said, 
     output, other = finish(engine, request, waiting)
     assert change.done()
     kept = output.weights[1][0]
-    assert output.weights == ((0, "old"), (kept, "new")) and 5 <= kept < 20
+    assert output.weights == ((0, "old"), (kept, "new"))
+    assert 5 <= kept < 20
     assert output.token_ids[:kept] == said["old"]["PROMPT"][:kept]
     rest = dataclasses.replace(GREEDY, max_tokens=20 - kept)
     assert output.token_ids[kept:] == tokens(engine, PROMPT + output.token_ids[:kept], rest)
@@ -133,10 +147,15 @@ def test_continue_goes_on_at_once_and_shares_nothing_of_what_is_mixed(engine, sa
     computed = engine.engine.snapshot().computed_tokens
     (output,) = finish(engine, request)
     kept = output.weights[1][0]
-    assert output.weights == ((0, "old"), (kept, "new")) and len(output.token_ids) == 20
+    assert output.weights == ((0, "old"), (kept, "new"))
+    assert len(output.token_ids) == 20
     assert output.token_ids[:kept] == said["old"]["PROMPT"][:kept]
-    assert engine.engine.snapshot().computed_tokens - computed <= 20, "its keys and values were not computed anew"
-    assert tokens(engine, PROMPT) == said["new"]["PROMPT"], "its pages, of two versions, are nobody's"
+    assert engine.engine.snapshot().computed_tokens - computed <= 20, (
+        "its keys and values were not computed anew"
+    )
+    assert tokens(engine, PROMPT) == said["new"]["PROMPT"], (
+        "its pages, of two versions, are nobody's"
+    )
 
 
 def test_cached_prefixes_belong_to_their_version(engine, said, new):
@@ -145,11 +164,14 @@ def test_cached_prefixes_belong_to_their_version(engine, said, new):
     assert engine.generate([long], GREEDY, use_tqdm=False)[0].num_cached_tokens > 0
     engine.update_weights(new, version="new")
     output = engine.generate([long], GREEDY, use_tqdm=False)[0]
-    assert output.num_cached_tokens == 0 and output.outputs[0].token_ids != first
+    assert output.num_cached_tokens == 0
+    assert output.outputs[0].token_ids != first
 
 
 @pytest.mark.parametrize("policy", ["recompute", "continue"])
-def test_a_prompt_that_is_scored_is_of_one_version_where_it_is_computed_anew(engine, old, new, policy):
+def test_a_prompt_that_is_scored_is_of_one_version_where_it_is_computed_anew(
+    engine, old, new, policy
+):
     asked = dataclasses.replace(GREEDY, prompt_logprobs=0, max_tokens=4)
     long = (PROMPT + OTHER)[:34]
     engine.update_weights(new, version="new")
@@ -165,13 +187,22 @@ def test_a_prompt_that_is_scored_is_of_one_version_where_it_is_computed_anew(eng
 
 
 def test_scores_of_what_was_said_equal_what_it_was_said_with(engine):
-    """What a policy gradient needs: rescoring a sample by prompt_logprobs gives its own log probabilities."""
-    params = SamplingParams(temperature=1.0, n=4, max_tokens=16, seed=3, logprobs=0, ignore_eos=True)
+    """Scoring a sample again by prompt_logprobs gives its own log probabilities.
+
+    Policy gradients need that.
+    """
+    params = SamplingParams(
+        temperature=1.0, n=4, max_tokens=16, seed=3, logprobs=0, ignore_eos=True
+    )
     for sample in engine.generate([PROMPT], params, use_tqdm=False)[0].outputs:
         said = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs)]
         scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-        again = engine.generate([PROMPT + sample.token_ids], scored, use_tqdm=False)[0].prompt_logprobs
-        found = [entry[token].logprob for token, entry in zip(sample.token_ids, again[len(PROMPT) :])]
+        again = engine.generate([PROMPT + sample.token_ids], scored, use_tqdm=False)[
+            0
+        ].prompt_logprobs
+        found = [
+            entry[token].logprob for token, entry in zip(sample.token_ids, again[len(PROMPT) :])
+        ]
         np.testing.assert_allclose(found, said, rtol=0, atol=1e-5)
 
 
@@ -184,14 +215,19 @@ def test_what_does_not_fit_leaves_who_runs_alone(engine, said, new):
         with pytest.raises(InvalidRequest, match=field):
             engine.update_weights(new, **options)
     (output,) = finish(engine, request)
-    assert output.token_ids == said["old"]["PROMPT"] and engine.weights_version == "old"
+    assert output.token_ids == said["old"]["PROMPT"]
+    assert engine.weights_version == "old"
 
 
 @pytest.mark.parametrize("policy", ["finish", "recompute", "continue"])
-def test_a_failure_half_way_ends_requests_and_refuses_more_until_an_update_succeeds(engine, said, old, new, policy):
+def test_a_failure_half_way_ends_requests_and_refuses_more_until_an_update_succeeds(
+    engine, said, old, new, policy
+):
     class Fails:
         def __init__(self, values):
-            self.array = lambda target, at, *more: 1 / 0 if at == 5 else values.array(target, at, *more)
+            self.array = lambda target, at, *more: (
+                1 / 0 if at == 5 else values.array(target, at, *more)
+            )
 
     request = begun(engine, PROMPT, 3)
     change = engine.engine.update_weights(Fails(_values(engine, new)), policy=policy)
@@ -210,7 +246,7 @@ def test_a_failure_half_way_ends_requests_and_refuses_more_until_an_update_succe
 def test_who_gives_up_an_update_holds_nobody_back(engine, said, new):
     request = begun(engine, PROMPT, 3)
     change = engine.engine.update_weights(_values(engine, new), policy="finish")
-    engine.engine.step()  # from here on nobody begins
+    engine.engine.step()  # from here on no other request begins
     later = engine.engine.request(engine.engine.add(RequestSpec(OTHER, GREEDY)))
     assert change.cancel()
     for _ in range(200):
@@ -218,7 +254,8 @@ def test_who_gives_up_an_update_holds_nobody_back(engine, said, new):
             break
         engine.engine.step()
     assert request.finished and later.finished, "it waits for an update that nobody wants"
-    assert later.output().outputs[0].token_ids == said["old"]["OTHER"] and engine.weights_version == "old"
+    assert later.output().outputs[0].token_ids == said["old"]["OTHER"]
+    assert engine.weights_version == "old"
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -227,7 +264,8 @@ def test_sleep_frees_the_cache_and_what_ran_goes_on_after_waking(engine, said, o
     (cache,) = engine.engine.runner.state[programs.CACHES]
     engine.sleep(level)
     kv, held = cache.kv, engine.engine.weights.arrays
-    assert kv.is_deleted() and all(array.is_deleted() for array in held) == (level == 2)
+    assert kv.is_deleted()
+    assert all(array.is_deleted() for array in held) == (level == 2)
     assert not engine.engine.has_work(), "nothing spins"
     with pytest.raises(EngineBusy, match="sleeps"):
         tokens(engine, OTHER)
@@ -255,7 +293,7 @@ def test_an_update_reaches_an_engine_that_sleeps(engine, said, new):
 
 
 def test_updates_under_load_lose_nothing(tiny, old, new):
-    """Requests come while versions come; each one's text is that of the versions that it names."""
+    """Requests and versions arrive together; each text is that of the versions it names."""
     llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=32, page_size=4)
     engine = AsyncEngine(llm.engine)
     compiled = llm.engine.num_compiled
@@ -279,7 +317,8 @@ def test_updates_under_load_lose_nothing(tiny, old, new):
         return await asyncio.gather(*requests)
 
     found = asyncio.run(all_of_them())
-    assert len(found) == 32 and {reason for *_, reason in found} == {"length"}
+    assert len(found) == 32
+    assert {reason for *_, reason in found} == {"length"}
     assert llm.engine.num_compiled == compiled
     asyncio.run(_compare(engine, found, old, new))
     engine.close()
@@ -293,14 +332,18 @@ async def _compare(engine, found, old, new):
         for prompt, ids, weights, _ in found:
             assert len(ids) == 20
             if weights == ((0, version),):
-                again = [t async for d in engine.generate(prompt, GREEDY) for t in d.outputs[0].token_ids]
+                again = [
+                    t async for d in engine.generate(prompt, GREEDY) for t in d.outputs[0].token_ids
+                ]
                 assert ids == again
 
 
 def test_who_waits_for_an_update_learns_that_the_engine_is_closed(tiny, new, monkeypatch):
     engine = AsyncEngine(LLM(tiny, max_num_seqs=4, max_num_batched_tokens=32, page_size=16).engine)
     asked = threading.Event()
-    monkeypatch.setattr(engine._engine._updates, "may_begin", lambda: bool(asked.set()))  # its moment never comes
+    # The change never may begin.
+    updates = engine._engine._updates
+    monkeypatch.setattr(updates, "may_begin", lambda: bool(asked.set()))
 
     async def close_meanwhile():
         async with asyncio.timeout(60):
@@ -320,11 +363,19 @@ def _values(llm, arrays):
 
 
 def test_resharding_between_engines(tiny, said):
-    """One device -> four -> two copies of four: each serves what the one before it holds."""
-    options = dict(max_num_seqs=4, max_num_batched_tokens=32, page_size=16, skip_tokenizer_init=True)
+    """One device -> four -> two copies of four: each engine serves the weights of the last."""
+    options = dict(
+        max_num_seqs=4, max_num_batched_tokens=32, page_size=16, skip_tokenizer_init=True
+    )
     source = LLM(tiny, **options)
     for data, tensor in [(1, 4), (2, 4)]:
-        llm = LLM(tiny, load_format="dummy", data_parallel_size=data, tensor_parallel_size=tensor, **options)
+        llm = LLM(
+            tiny,
+            load_format="dummy",
+            data_parallel_size=data,
+            tensor_parallel_size=tensor,
+            **options,
+        )
         llm.update_weights(source.engine.weights)
         source.close()
         assert tokens(llm, PROMPT) == said["old"]["PROMPT"]
@@ -341,7 +392,7 @@ WRAPPED = [
 
 @pytest.mark.parametrize("form", [*WRAPPED, "base model", "peft"])
 def test_names_of_trainers(engine, said, new, form, tmp_path):
-    """What RL trainers push: the wrappers of torch and PEFT around each name, as arrays and as a file."""
+    """Names that RL trainers push: with the wrappers of torch and PEFT, as arrays and as a file."""
 
     def named(name):
         if form == "base model":
@@ -360,7 +411,10 @@ def test_names_of_trainers(engine, said, new, form, tmp_path):
 
 def test_an_adapter_pushed_beside_its_base_is_refused_as_one(engine, new):
     pushed = {"base_model.model." + name: array for name, array in new.items()}
-    pushed["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = np.ones((1, 32), np.float32)
+    pushed["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = np.ones(
+        (1, 32), np.float32
+    )
     with pytest.raises(CheckpointError) as caught:
         engine.update_weights(pushed)
-    assert "LoRA adapter that is not merged" in str(caught.value) and "mapping" not in str(caught.value)
+    assert "LoRA adapter that is not merged" in str(caught.value)
+    assert "mapping" not in str(caught.value)

@@ -1,4 +1,7 @@
-"""Mistral (Jiang et al., Mistral 7B, 2023), as a user adds an architecture: a configuration and a layer."""
+"""Mistral, added as a user adds an architecture: a configuration and a layer.
+
+Jiang et al., Mistral 7B, 2023.
+"""
 
 import dataclasses
 
@@ -11,7 +14,7 @@ from slipway.nn.mlp import MLP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MistralConfig(DenseConfig):
-    """config.json of a Mistral: every layer has the same sliding window."""
+    """Fields of a Mistral: every layer has the same sliding window."""
 
     sliding_window: int | None = 4096
 
@@ -24,7 +27,9 @@ class MistralConfig(DenseConfig):
 def declare_layer(config: MistralConfig, window: int | None) -> DecoderLayer:
     """Declare one layer."""
     attention = Attention.declare(config, window)
-    return DecoderLayer.declare(config, attention, MLP.declare(config.hidden_size, config.intermediate_size))
+    return DecoderLayer.declare(
+        config, attention, MLP.declare(config.hidden_size, config.intermediate_size)
+    )
 
 
 MISTRAL = Architecture(MistralConfig, declare_layer)

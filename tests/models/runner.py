@@ -1,6 +1,6 @@
-"""The one shared check of a model against transformers: makes tiny random checkpoints and runs both sides.
+"""Shared check of a model against transformers, with tiny random checkpoints.
 
-Knows every architecture only through its transformers configuration.
+An architecture is described by its transformers configuration only.
 """
 
 import dataclasses
@@ -34,13 +34,17 @@ class Case:
 
 
 BASE = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": False,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.1,
+    "tie_word_embeddings": False,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 
 
-def make_checkpoint(case: Case, directory: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+def make_checkpoint(
+    case: Case, directory: Path, dtype: torch.dtype = torch.float32
+) -> transformers.PreTrainedModel:
     """Write a random checkpoint and return transformers' model of it."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(case.model_type, **(BASE | case.fields))
@@ -60,21 +64,27 @@ def prompts() -> list[list[int]]:
 
 
 def their_logits(model: transformers.PreTrainedModel, prompt: list[int]) -> np.ndarray:
-    """transformers' logits [T, V]."""
+    """Return the logits [T, V] of transformers."""
     with torch.inference_mode():
         return model(torch.tensor([prompt])).logits[0].float().numpy()
 
 
-def their_tokens(model: transformers.PreTrainedModel, prompt: list[int], count: int = OUTPUT_TOKENS) -> list[int]:
-    """transformers' greedy continuation."""
+def their_tokens(
+    model: transformers.PreTrainedModel, prompt: list[int], count: int = OUTPUT_TOKENS
+) -> list[int]:
+    """Return the greedy continuation of transformers."""
     with torch.inference_mode():
         ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+        )
         return out[0, len(prompt) :].tolist()
 
 
-def our_tokens(directory: Path, asked: list[list[int]], count: int = OUTPUT_TOKENS, **options: Any) -> list[list[int]]:
-    """Our engine's greedy continuations, all in one run."""
+def our_tokens(
+    directory: Path, asked: list[list[int]], count: int = OUTPUT_TOKENS, **options: Any
+) -> list[list[int]]:
+    """Return the greedy continuations of our engine, all in one run."""
     options = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 176} | options
     llm = LLM(directory, skip_tokenizer_init=True, memory_fraction=0.1, **options)
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
@@ -82,13 +92,17 @@ def our_tokens(directory: Path, asked: list[list[int]], count: int = OUTPUT_TOKE
 
 
 class Forward:
-    """Our forward pass alone, over a cache for one sequence: logits of every token of a chunk."""
+    """Forward pass without the engine, over a cache for one sequence: logits of all its tokens."""
 
-    def __init__(self, directory: Path, dtype: Any = np.float32, tensor: int = 1, separate: bool = True):
+    def __init__(
+        self, directory: Path, dtype: Any = np.float32, tensor: int = 1, separate: bool = True
+    ):
         checkpoint = files.open_checkpoint(directory)
         self.mesh = mesh.make_mesh(1, tensor)
         declaration = models.declare(checkpoint.config)
-        self.declaration = mesh.fit(tree.separate(declaration) if separate else declaration, self.mesh)
+        self.declaration = mesh.fit(
+            tree.separate(declaration) if separate else declaration, self.mesh
+        )
         self.params = tensor_reader.load(self.declaration, checkpoint, self.mesh, dtype)
         self.empty_caches = kv_cache.allocate(
             declaration.cache_specs,
@@ -99,28 +113,36 @@ class Forward:
             tensor=tensor,
         )
         specs = tree.map_params(mesh.partition, self.declaration)
-        caches = tuple(dataclasses.replace(cache, kv=mesh.spec(cache.axes)) for cache in self.empty_caches)
+        caches = tuple(
+            dataclasses.replace(cache, kv=mesh.spec(cache.axes)) for cache in self.empty_caches
+        )
         self._num_numberings = len(kv_cache.page_windows(declaration.cache_specs))
         self._run = jax.jit(
             jax.shard_map(
-                _logits, mesh=self.mesh, in_specs=(specs, caches, P()), out_specs=(P(), caches), check_vma=False
+                _logits,
+                mesh=self.mesh,
+                in_specs=(specs, caches, P()),
+                out_specs=(P(), caches),
+                check_vma=False,
             )
         )
 
     def __call__(self, prompt: list[int], chunks: list[int] | None = None) -> np.ndarray:
-        """Logits [T, V] of the prompt, fed in chunks of the given sizes; None: at once."""
+        """Return the logits [T, V] of a prompt, fed in chunks of these sizes; None: at once."""
         caches, parts, done = self.empty_caches, [], 0
         for count in chunks or [len(prompt)]:
             ids = np.zeros(TOKENS, np.int32)
             ids[:count] = prompt[done : done + count]
-            step = _step(ids, done, count, prompt_length=len(prompt), num_numberings=self._num_numberings)
+            step = _step(
+                ids, done, count, prompt_length=len(prompt), num_numberings=self._num_numberings
+            )
             logits, caches = self._run(self.params, caches, step)
             parts.append(np.asarray(logits)[:count])
             done += count
         return np.concatenate(parts)
 
     def saved(self) -> dict[str, np.ndarray]:
-        """The loaded tree as HF tensors again."""
+        """Return the loaded tree as HF tensors."""
         return dict(save.hf_tensors(self.declaration, self.params))
 
 
@@ -129,7 +151,9 @@ def _logits(model: Any, caches: Any, step: ops.StepInput) -> tuple[jax.Array, An
     return model.logits(x_TD, jnp.int32(x_TD.shape[0])), caches
 
 
-def _step(ids_T: np.ndarray, done: int, count: int, *, prompt_length: int, num_numberings: int) -> ops.StepInput:
+def _step(
+    ids_T: np.ndarray, done: int, count: int, *, prompt_length: int, num_numberings: int
+) -> ops.StepInput:
     positions = done + np.arange(TOKENS, dtype=np.int32)
     live = np.arange(TOKENS) < count
     row = np.array([0], np.int32)

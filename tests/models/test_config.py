@@ -1,4 +1,4 @@
-"""What config.json may say: both ways to write rope, nulls, windows, and refusals that name the field."""
+"""Values of config.json: both forms of rope fields, nulls, windows, errors that name the field."""
 
 import copy
 
@@ -13,7 +13,8 @@ from slipway.nn.rope import Rope, Scaling
 
 pytestmark = pytest.mark.host
 BASE = {
-    "vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -25,7 +26,11 @@ def read(kind=LlamaConfig, **fields):
 
 def test_derived_fields():
     config = read()
-    assert (config.num_key_value_heads, config.head_dim, config.windows) == (4, 4, (None, None, None))
+    assert (config.num_key_value_heads, config.head_dim, config.windows) == (
+        4,
+        4,
+        (None, None, None),
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,10 +40,12 @@ def test_derived_fields():
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, Scaling()),
         ({"rope_scaling": None, "rope_theta": 7}, 7.0, Scaling()),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, Scaling("linear", 2.0, 64)),
-        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, 1e4, Scaling("yarn", 4.0, 64)),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, 1e4,
+         Scaling("yarn", 4.0, 64)),
         ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 16}}, 1e4,
          Scaling("yarn", 4.0, 16)),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}}, 1e4,
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0,
+           "original_max_position_embeddings": 9}}, 1e4,
          Scaling("dynamic", 2.0, 64)),
     ],
 )  # fmt: skip
@@ -52,12 +59,15 @@ def test_rope(fields, theta, scaling):
     [
         ({"sliding_window": 16}, (None, None, None)),
         ({"sliding_window": 0}, (None, None, None)),
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, (None, None, 16)),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+         (None, None, 16)),
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, (16, 16, 16)),
         ({"use_sliding_window": True, "max_window_layers": 1}, (None, 4096, 4096)),
-        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1}, (None, None, None)),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1},
+         (None, None, None)),
         ({"use_sliding_window": True, "sliding_window": 16,
-          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, (16, None, 16)),
+          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+         (16, None, 16)),
     ],
 )  # fmt: skip
 def test_windows(fields, windows):
@@ -78,7 +88,8 @@ def test_windows(fields, windows):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_scaling.full_attention"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+         "rope_scaling.full_attention"),
         ({"rope_scaling": YARN | {"finetuned": {"x": 1}}}, "rope_scaling.finetuned"),
         ({"is_causal": False}, "is_causal"),
         ({"attention_chunk_size": 8}, "attention_chunk_size"),
@@ -100,17 +111,25 @@ def test_refusals_name_the_field(fields, field):
 
 # As files on the hub have them: no code of transformers reads any of these for a Llama.
 UNREAD = {
-    "unk_token_id": 0, "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
-    "auto_map": {"AutoConfig": "configuration_x.XConfig"}, "tokenizer_class": "LlamaTokenizer", "prefix": "x",
-    "neftune_noise_alpha": 5.0, "finetuning_task": "x", "unsloth_version": "2025.1", "decoder_start_token_id": 1,
-    "use_sliding_window": True, "max_window_layers": 1, "use_mrope": False, "mup": 0, "pruned_heads": {},
+    "unk_token_id": 0, "is_llama_config": True, "rope_interleaved": False,
+    "transformers.js_config": {"dtype": "q4"},
+    "auto_map": {"AutoConfig": "configuration_x.XConfig"}, "tokenizer_class": "LlamaTokenizer",
+    "prefix": "x",
+    "neftune_noise_alpha": 5.0, "finetuning_task": "x", "unsloth_version": "2025.1",
+    "decoder_start_token_id": 1,
+    "use_sliding_window": True, "max_window_layers": 1, "use_mrope": False, "mup": 0,
+    "pruned_heads": {},
 }  # fmt: skip
 # Read or declared by transformers, and without a part in the logits.
 WITHOUT_EFFECT = {
-    "quantization_config": None, "sep_token_id": 2, "pad_token_id": 0, "num_labels": 2, "attn_implementation": "sdpa",
-    "output_scores": True, "suppress_tokens": [1], "temperature": 0.6, "forced_bos_token_id": 3, "pretraining_tp": 2,
-    "chunk_size_feed_forward": 4, "use_cache": False, "attention_dropout": 0.5, "initializer_range": 1.0,
-    "id2label": {"0": "x"}, "problem_type": None, "_name_or_path": "x", "torch_dtype": "bfloat16", "is_causal": True,
+    "quantization_config": None, "sep_token_id": 2, "pad_token_id": 0, "num_labels": 2,
+    "attn_implementation": "sdpa",
+    "output_scores": True, "suppress_tokens": [1], "temperature": 0.6, "forced_bos_token_id": 3,
+    "pretraining_tp": 2,
+    "chunk_size_feed_forward": 4, "use_cache": False, "attention_dropout": 0.5,
+    "initializer_range": 1.0,
+    "id2label": {"0": "x"}, "problem_type": None, "_name_or_path": "x", "torch_dtype": "bfloat16",
+    "is_causal": True,
     "layer_types": ["full_attention"] * 3, "sliding_window": None, "partial_rotary_factor": 1.0,
 }  # fmt: skip
 
@@ -125,7 +144,7 @@ def test_a_field_that_nothing_reads_is_a_warning_once(caplog):
 
 
 def test_a_field_of_another_architecture():
-    """Qwen2 has biases whatever attention_bias says; Llama reads it."""
+    """Qwen2 always has biases and does not read attention_bias; Llama reads it."""
     assert read(Qwen2Config, architectures=["Qwen2ForCausalLM"], attention_bias=False)
     with pytest.raises(UnsupportedModel, match="sliding_window"):
         read(architectures=["LlamaForCausalLM"], sliding_window=16)
@@ -136,14 +155,20 @@ def test_a_field_of_another_architecture():
     "fields",
     [
         {"rope_scaling": YARN, "original_max_position_embeddings": 16},
-        {"rope_scaling": YARN | {"original_max_position_embeddings": 32}, "original_max_position_embeddings": 16},
-        {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "finetuned": True}},
-        {"rope_scaling": YARN | {"mscale": 0.5, "mscale_all_dim": 2.0, "truncate": False, "type": "yarn"}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 32},
+         "original_max_position_embeddings": 16},
+        {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2,
+          "finetuned": True}},
+        {"rope_scaling": YARN | {"mscale": 0.5, "mscale_all_dim": 2.0, "truncate": False,
+          "type": "yarn"}},
         {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 3.0, "mscale": 2.0}},
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "original_max_position_embeddings": 16},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+         "original_max_position_embeddings": 16},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0,
                           "original_max_position_embeddings": 32, "beta_fast": 1}},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0},
          "original_max_position_embeddings": 16, "rope_theta": 5e5},
         {"rope_parameters": YARN | {"rope_theta": 5e5, "original_max_position_embeddings": 32}},
         {"rope_scaling": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
@@ -156,7 +181,9 @@ def test_rope_as_transformers_computes_it(fields):
     rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
     raw = BASE | {"hidden_size": 64, "num_attention_heads": 4} | fields
     theirs = transformers.LlamaConfig(**copy.deepcopy(raw))
-    wanted, factor = rope_utils.ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs, "cpu")
+    wanted, factor = rope_utils.ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](
+        theirs, "cpu"
+    )
     config = LlamaConfig.read(raw)
     rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
     np.testing.assert_allclose(rope.frequencies(), wanted.numpy(), rtol=1e-6)

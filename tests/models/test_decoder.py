@@ -8,7 +8,15 @@ import pytest
 from slipway import models
 from slipway.errors import UnsupportedModel
 from tests.models import mistral
-from tests.models.runner import Case, Forward, make_checkpoint, our_tokens, prompts, their_logits, their_tokens
+from tests.models.runner import (
+    Case,
+    Forward,
+    make_checkpoint,
+    our_tokens,
+    prompts,
+    their_logits,
+    their_tokens,
+)
 
 ARCHITECTURE = "MistralForCausalLM"
 

@@ -1,4 +1,5 @@
-"""Every architecture against transformers in float32, on tiny random models that differ in shape."""
+"""Every architecture against transformers in float32, on tiny random models that differ in
+shape."""
 
 from pathlib import Path
 
@@ -12,25 +13,35 @@ from tests.models import runner
 from tests.models.runner import Case, Forward
 
 LOGITS = 1e-4  # float32, absolute; logits of these models are of size 10
-BF16_LOGITS = 0.06  # bfloat16, of the largest logit: 15 roundings of 2**-8, as both sides round each layer's results
+# Share of the largest logit in bfloat16: 15 roundings of 2**-8, as both sides round the results of
+# each layer.
+BF16_LOGITS = 0.06
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 500000.0,
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-DEFAULT, LINEAR, DYNAMIC = (
-    {"rope_type": "default", "rope_theta": 1000000.0},
-    {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
-)
+DEFAULT = {"rope_type": "default", "rope_theta": 1000000.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 TIED, BIASES = {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}
 
 
 def shape(kv_heads: int, head_dim: int, rope: dict, **fields) -> dict:
-    """Fields of a configuration with 8 heads."""
-    return {"num_key_value_heads": kv_heads, "head_dim": head_dim, "rope_parameters": rope, **fields}
+    """Return the fields of a configuration with 8 heads."""
+    return {
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rope_parameters": rope,
+        **fields,
+    }
 
 
 CASES = [
@@ -48,10 +59,11 @@ CASES = [
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(c, marks=pytest.mark.xdist_group(c.name), id=c.name) for c in CASES]
+    scope="module",
+    params=[pytest.param(c, marks=pytest.mark.xdist_group(c.name), id=c.name) for c in CASES],
 )
 def model(request, tmp_path_factory):
-    """A checkpoint and transformers' model of it."""
+    """Checkpoint and transformers' model of it."""
     directory = tmp_path_factory.mktemp(request.param.name)
     return directory, runner.make_checkpoint(request.param, directory)
 
@@ -64,7 +76,9 @@ def forward(model) -> Forward:
 
 def test_logits(model, forward):
     for prompt in runner.prompts():
-        np.testing.assert_allclose(forward(prompt), runner.their_logits(model[1], prompt), atol=LOGITS, rtol=0)
+        np.testing.assert_allclose(
+            forward(prompt), runner.their_logits(model[1], prompt), atol=LOGITS, rtol=0
+        )
 
 
 def test_prefill_equals_token_by_token(forward):
@@ -87,12 +101,16 @@ def _fresh(theirs, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("tensor", [2, 4, 8])
 def test_tensor_parallel_equals_one_device(model, forward, tensor):
     prompt = runner.prompts()[5]
-    np.testing.assert_allclose(Forward(model[0], tensor=tensor)(prompt), forward(prompt), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(
+        Forward(model[0], tensor=tensor)(prompt), forward(prompt), atol=LOGITS, rtol=0
+    )
 
 
 def test_stacked_layers_equal_separate_ones(model, forward):
     prompt = runner.prompts()[5]
-    np.testing.assert_allclose(Forward(model[0], separate=False)(prompt), forward(prompt), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(
+        Forward(model[0], separate=False)(prompt), forward(prompt), atol=LOGITS, rtol=0
+    )
 
 
 def test_round_trip_is_exact(model, forward):
@@ -110,7 +128,9 @@ def test_bf16_logits(case, tmp_path: Path):
     ours = Forward(tmp_path, ml_dtypes.bfloat16)
     for prompt in runner.prompts():
         expected = runner.their_logits(theirs, prompt)
-        np.testing.assert_allclose(ours(prompt), expected, atol=BF16_LOGITS * abs(expected).max(), rtol=0)
+        np.testing.assert_allclose(
+            ours(prompt), expected, atol=BF16_LOGITS * abs(expected).max(), rtol=0
+        )
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[8]], ids=lambda case: case.name)
@@ -119,4 +139,9 @@ def test_data_parallel_equals_one_device(case, copies, tensor, tmp_path: Path):
     runner.make_checkpoint(case, tmp_path)
     asked = runner.prompts()
     alone = runner.our_tokens(tmp_path, asked, 16)
-    assert runner.our_tokens(tmp_path, asked, 16, data_parallel_size=copies, tensor_parallel_size=tensor) == alone
+    assert (
+        runner.our_tokens(
+            tmp_path, asked, 16, data_parallel_size=copies, tensor_parallel_size=tensor
+        )
+        == alone
+    )

@@ -1,4 +1,4 @@
-"""Packed models end to end: transformers in float32 with the same numbers unpacked is the judge."""
+"""Packed models end to end, against transformers in float32 with the same numbers unpacked."""
 
 import copy
 import json
@@ -24,40 +24,59 @@ pytestmark = pytest.mark.xdist_group("quantized")
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def floats(request, tmp_path_factory):
-    """A random Qwen3 and transformers' model of it."""
+    """Random Qwen3 and transformers' model of it."""
     directory = tmp_path_factory.mktemp("floats")
     tied = {"tie_word_embeddings": request.param}
     return directory, make_checkpoint(Case("qwen3", "qwen3", SIZES | tied), directory)
 
 
 def unpacked(words, scales):
-    """Words as the format describes them; how many bits follows from the shapes' ratio to no group but 32, or a row."""
+    """Unpack words as the format describes them.
+
+    The number of bits follows from the shapes: groups have 32 numbers, or a whole row.
+    """
     bits = 8 if scales.shape[1] == 1 else 4
     stored = (words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) % 2**bits
     whole = stored.reshape(words.shape[0], -1).astype(np.float32) - 2.0 ** (bits - 1)
-    return (whole.reshape(*scales.shape, -1) * scales[..., None]).reshape(whole.shape).astype(np.float32)
+    return (
+        (whole.reshape(*scales.shape, -1) * scales[..., None])
+        .reshape(whole.shape)
+        .astype(np.float32)
+    )
 
 
 def by_rows(table):
-    """A table in 8 bits, a scale a row."""
+    """Return a table in 8 bits with one scale for each row."""
     scale = np.abs(table).max(1, keepdims=True) / np.float32(127)
     return np.rint(table / scale) * scale
 
 
 def answers(llm):
-    """Greedy tokens and their log-probabilities."""
+    """Return greedy tokens and their log probabilities."""
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
     outputs = [output.outputs[0] for output in llm.generate(prompts()[:5], params, use_tqdm=False)]
-    return [(o.token_ids, [entry[t].logprob for t, entry in zip(o.token_ids, o.logprobs)]) for o in outputs]
+    return [
+        (o.token_ids, [entry[t].logprob for t, entry in zip(o.token_ids, o.logprobs)])
+        for o in outputs
+    ]
 
 
 def start(directory: Path, **options) -> LLM:
-    return LLM(directory, skip_tokenizer_init=True, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64,
-               memory_fraction=0.1, **options)  # fmt: skip
+    return LLM(
+        directory,
+        skip_tokenizer_init=True,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        max_model_len=64,
+        memory_fraction=0.1,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_same_numbers(name, floats, tmp_path):
+def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_same_numbers(
+    name, floats, tmp_path
+):
     directory, theirs = floats[0], copy.deepcopy(floats[1])
     quantize_directory(str(directory), tmp_path / "packed", SCHEMES[name])
     files, state = load_file(tmp_path / "packed" / "model.safetensors"), theirs.state_dict()
@@ -70,7 +89,9 @@ def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_s
         state[key].copy_(torch.from_numpy(matrix))
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         if key in files:
-            np.testing.assert_array_equal(files[key], state[key].numpy(), err_msg="tables stay floats in the file")
+            np.testing.assert_array_equal(
+                files[key], state[key].numpy(), err_msg="tables stay floats in the file"
+            )
             state[key].copy_(torch.from_numpy(by_rows(files[key])))
     ours = answers(start(tmp_path / "packed"))
     assert answers(start(directory, quantization=name)) == ours
@@ -79,12 +100,16 @@ def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_s
             logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)
         assert expected.argmax(-1).tolist() == tokens
-        np.testing.assert_allclose(logprobs, [row[t] for row, t in zip(expected, tokens)], atol=1e-4)
+        np.testing.assert_allclose(
+            logprobs, [row[t] for row, t in zip(expected, tokens)], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_devices_share_a_packed_model(name, floats):
-    one, two = (answers(start(floats[0], quantization=name, tensor_parallel_size=n)) for n in (1, 2))
+    one, two = (
+        answers(start(floats[0], quantization=name, tensor_parallel_size=n)) for n in (1, 2)
+    )
     assert [tokens for tokens, _ in one] == [tokens for tokens, _ in two]
 
 
@@ -99,7 +124,8 @@ def test_what_does_not_fit_is_refused(floats, tmp_path):
         quantize_directory(str(directory), tmp_path / "wide", Scheme(4, 128))
     with pytest.raises(InvalidConfig, match="quantization"):
         LLM(directory, quantization="int2")
-    assert not (tmp_path / "again").exists() and not (tmp_path / "wide").exists()
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "wide").exists()
 
 
 def test_torn_packed_files_are_refused_with_all_faults(floats, tmp_path):
@@ -107,14 +133,20 @@ def test_torn_packed_files_are_refused_with_all_faults(floats, tmp_path):
     quantize_directory(str(directory), tmp_path / "packed", SCHEMES["int8"])
     files = load_file(tmp_path / "packed" / "model.safetensors")
     del files["model.layers.1.mlp.up_proj.weight_scale"]
-    files["model.layers.0.self_attn.q_proj.weight_packed"] = files["model.layers.0.self_attn.q_proj.weight_packed"][:-1]
+    files["model.layers.0.self_attn.q_proj.weight_packed"] = files[
+        "model.layers.0.self_attn.q_proj.weight_packed"
+    ][:-1]
     files["model.layers.2.mlp.down_proj.weight_scale"][3] = np.nan
     save_file(files, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError) as caught:
         start(tmp_path / "packed")
     text = str(caught.value)
     assert len(caught.value.problems) == 3
-    for name in ("up_proj.weight_scale: missing", "q_proj.weight_packed: shape", "down_proj.weight_scale: 1 values"):
+    for name in (
+        "up_proj.weight_scale: missing",
+        "q_proj.weight_packed: shape",
+        "down_proj.weight_scale: 1 values",
+    ):
         assert name in text
 
 
@@ -140,7 +172,9 @@ def test_packed_files_keep_the_rest_of_the_directory(floats, tmp_path):
     directory, _ = floats
     quantize_directory(str(directory), tmp_path / "packed", SCHEMES["int4"], "100KB")
     config = json.loads((tmp_path / "packed" / "config.json").read_bytes())
-    assert {k: v for k, v in config.items() if k != FIELD} == json.loads((directory / "config.json").read_bytes())
+    assert {k: v for k, v in config.items() if k != FIELD} == json.loads(
+        (directory / "config.json").read_bytes()
+    )
     assert (tmp_path / "packed" / "generation_config.json").is_file()
     assert len(list((tmp_path / "packed").glob("model-*.safetensors"))) > 3
     start(tmp_path / "packed")

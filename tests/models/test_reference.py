@@ -1,4 +1,4 @@
-"""The table of the fields that transformers reads, beside the installed transformers."""
+"""Table of the fields that transformers reads, compared with the installed transformers."""
 
 import dataclasses
 import importlib.util
@@ -13,13 +13,16 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((Path(models.__file__).parent / "reference.json").read_text())
-# Where Slipway's default is another value that means the same: 0 stands for "derived from other fields".
+# Where Slipway's default is another value that means the same: 0 stands for "derived from other
+# fields".
 DERIVED = {"num_key_value_heads", "head_dim", "layer_types", "rope_scaling", "rope_theta"}
 
 
 @pytest.fixture(scope="module")
 def generated():
-    spec = importlib.util.spec_from_file_location("config_fields", ROOT / "tools" / "config_fields.py")
+    spec = importlib.util.spec_from_file_location(
+        "config_fields", ROOT / "tools" / "config_fields.py"
+    )
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return json.loads(json.dumps(tool.table()))
@@ -37,21 +40,31 @@ def test_the_table_covers_the_installed_transformers(generated):
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_the_walk_finds_what_is_known_to_be_read(name, generated):
-    """Reads of each kind: attributes, getattr with a default, pops, through base classes, masks, caches, loading."""
+    """Reads of each kind: attributes, getattr with a default, pops.
+
+    In base classes, masks, caches and loading too.
+    """
     read = generated["architectures"][name]["read"]
     expected = {
         "hidden_size": 4096, "rms_norm_eps": 1e-6, "is_causal": True, "attention_chunk_size": None,
-        "tie_word_embeddings": False, "quantization_config": None, "rope_scaling": None, "per_layer_config": None,
-        "original_max_position_embeddings": None, "sliding_window": None if name.startswith("Llama") else 4096,
+        "tie_word_embeddings": False, "quantization_config": None, "rope_scaling": None,
+        "per_layer_config": None,
+        "original_max_position_embeddings": None,
+        "sliding_window": None if name.startswith("Llama") else 4096,
     }  # fmt: skip
     assert expected.items() <= read.items()
-    assert ("mlp_bias" in read, "max_window_layers" in read) == (name.startswith("Llama"), not name.startswith("Llama"))
+    assert ("mlp_bias" in read, "max_window_layers" in read) == (
+        name.startswith("Llama"),
+        not name.startswith("Llama"),
+    )
     assert not {"unk_token_id", "auto_map", "tokenizer_class", "max_length"} & read.keys()
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_a_field_that_is_left_out_means_what_it_means_to_transformers(name):
-    fields = {field.name: field for field in dataclasses.fields(models.ARCHITECTURES[name].config_class)}
+    fields = {
+        field.name: field for field in dataclasses.fields(models.ARCHITECTURES[name].config_class)
+    }
     read = TABLE["architectures"][name]["read"]
     defaults = {field: read[field] for field in fields.keys() & read.keys() - DERIVED}
     for field, default in defaults.items():

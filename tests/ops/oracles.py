@@ -25,13 +25,18 @@ def write_kv(kv, layer, k_TKH, v_TKH, step):
 
 
 def paged_attention(q_TNH, kv, layer, step, scale, window, soft_cap=None, sinks_N=None):
-    """Compute ``PagedCache.read``: for each token and head, a softmax over the keys that it sees; NumPy, f32."""
+    """Compute ``PagedCache.read`` in NumPy and f32.
+
+    For each token and head, a softmax over the keys that the token sees.
+    """
     kv = np.asarray(numbers(kv[layer], q_TNH.dtype).astype(jnp.float32))
     q_TNH, step = np.asarray(q_TNH.astype(jnp.float32)), jax.tree.map(np.asarray, step)
     out_TNH, group = np.zeros_like(q_TNH), q_TNH.shape[1] // kv.shape[1]
     for row, (start, count) in enumerate(zip(step.starts_B, step.counts_B)):
         pages_PKSH = (kv[step.pages[0].page_table_BM[row], :, i] for i in (0, 1))
-        k_SKH, v_SKH = (x.transpose(0, 2, 1, 3).reshape(-1, kv.shape[1], kv.shape[4]) for x in pages_PKSH)
+        k_SKH, v_SKH = (
+            x.transpose(0, 2, 1, 3).reshape(-1, kv.shape[1], kv.shape[4]) for x in pages_PKSH
+        )
         for t in range(start, start + count):
             stop = step.positions_T[t] + 1
             seen = slice(max(0, stop - window) if window else 0, stop)
@@ -51,5 +56,5 @@ def stored(x):
 
 
 def numbers(x, dtype):
-    """Undo ``stored``."""
+    """Return the numbers of which ``stored`` made bits."""
     return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x, dtype)

@@ -1,4 +1,4 @@
-"""Backends: the platform is compared in one module, and a toy backend serves one op and is printed at start."""
+"""Backends: one module compares platforms, and a toy backend computes one op."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ COMPARED = re.compile(r"""platform\S*\s*(==|!=|in|not in)\s|(==|!=)\s*["'](cpu|t
 
 @pytest.fixture
 def register():
-    """A function that registers a backend for the test."""
+    """Function that registers a backend for the test."""
     yield backend.register
     backend.register(cpu.BACKEND)
 
@@ -37,7 +37,7 @@ def test_the_platform_is_compared_in_one_module():
 
 
 def norm(x_TD, weight, num_tokens, eps):
-    """A body that can be told from others by its trace."""
+    """Compute an RMS norm with a trace that differs from that of all other bodies."""
     return -xla.rms_norm(-x_TD, weight, num_tokens, eps=eps)
 
 
@@ -51,7 +51,11 @@ def test_a_toy_backend_serves_one_op_and_is_printed_at_start(tiny, register, cap
         return norm(*args, **static)
 
     toy = {"rms_norm": Body(counted, lambda *_, eps: "" if eps else "no eps")}
-    register(Backend("cpu", ("cpu",), toy, label=lambda: "toy", memory_fraction=0.1, uses_host_memory=True))
+    register(
+        Backend(
+            "cpu", ("cpu",), toy, label=lambda: "toy", memory_fraction=0.1, uses_host_memory=True
+        )
+    )
     with caplog.at_level(logging.INFO, "slipway"), LLM(tiny, skip_tokenizer_init=True) as llm:
         got = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
         bodies = llm.engine.limits.bodies

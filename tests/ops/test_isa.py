@@ -1,4 +1,6 @@
-"""The op tests once for every instruction set that this processor has, and once for the portable bodies."""
+"""The tests of the ops, once for each instruction set of this processor and for the portable
+bodies.
+"""
 
 import os
 import re
@@ -16,20 +18,30 @@ SETS = {*re.findall(r"visit\((\w+)::table", DISPATCH.read_text()), "portable"}
 
 
 def isa_if_asked_for(name: str | None) -> subprocess.CompletedProcess[str]:
-    """Run a process with SLIPWAY_ISA set to ``name``, or unset for None; it prints what it uses."""
+    """Run a process with SLIPWAY_ISA set to ``name``, or unset for None.
+
+    The process prints the instruction set that it uses.
+    """
     code = "from slipway.ops import cpu; print(cpu.isa())"
     variables = {key: value for key, value in os.environ.items() if key != "SLIPWAY_ISA"}
     variables |= {} if name is None else {"SLIPWAY_ISA": name}
-    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True
+    )
 
 
 def has(name: str) -> bool:
-    """Return whether this processor runs the set; a refusal must name it and the sets that are there."""
+    """Return whether this processor has the set.
+
+    An error must name the set and those that the processor has.
+    """
     run = isa_if_asked_for(name)
     if run.returncode == 0:
         return True
     error = run.stderr.strip().splitlines()[-1]
-    assert error.startswith(f"slipway.errors.InvalidConfig: SLIPWAY_ISA: got {name!r}, expected "), run.stderr
+    assert error.startswith(
+        f"slipway.errors.InvalidConfig: SLIPWAY_ISA: got {name!r}, expected "
+    ), run.stderr
     assert "portable xla)" in error
     return False
 
@@ -50,7 +62,10 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(name):
 
 @pytest.fixture
 def compile_cache(tmp_path_factory):
-    """Variables with which JAX keeps compiled programs for the next set: they call kernels by name, of any set."""
+    """Variables with which JAX keeps compiled programs for the next set.
+
+    The programs call kernels by name, so they serve every set.
+    """
     folder = tmp_path_factory.getbasetemp() / "programs"
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
@@ -73,7 +88,6 @@ def test_ops_hold_on_every_instruction_set_of_this_processor(name, compile_cache
     if name == "xla":  # what the prefix cache promises differs there
         tests.append(str(folder.parent / "engine" / "test_prefix.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
-    run = subprocess.run(
-        command, env=os.environ | compile_cache | {"SLIPWAY_ISA": name}, capture_output=True, text=True
-    )
+    variables = os.environ | compile_cache | {"SLIPWAY_ISA": name}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]

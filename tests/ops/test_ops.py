@@ -11,101 +11,16 @@ import numpy as np
 import pytest
 
 from slipway import ops, tree
-from slipway.ops import PageMap, StepInput, cpu, kv_cache, xla
+from slipway.ops import PageMap, cpu, kv_cache, xla
 from slipway.ops.kv_cache import CacheSpec, PagedCache
 from slipway.tree import Separate, module
 from tests.ops import oracles
+from tests.ops.ragged import BF16, F32, SHAPES, STEPS, TOKENS, Shape, fitting, make_ragged, slots
 
-F32, BF16 = jnp.float32, jnp.bfloat16
-# The sums are f32 in any case: f32 differs by their order, bf16 by one rounding of the result (half of 2^-8) besides.
+# The sums are f32 in any case: f32 differs by their order, bf16 by one rounding of the result (half
+# of 2^-8) besides.
 BOUNDS = {F32: {"rtol": 1e-5, "atol": 1e-5}, BF16: {"rtol": 2**-8, "atol": 1e-5}}
 NUM_LAYERS = 2
-LINEARS = [(1, 48, 20), (2, 96, 32), (3, 33, 17), (9, 48, 33), (14, 30, 16), (70, 600, 40)]  # tokens, in, out
-
-# Rows of (tokens in the cache before, tokens of this step); the number says what the step is like.
-STEPS = {
-    "prefills": [(0, 5), (0, 17), (0, 2)],
-    "continuations": [(3, 9), (130, 3), (16, 16)],
-    "decodes": [(0, 1), (4, 1), (31, 1), (250, 1)],
-    "mixed, with empty rows": [(9, 1), (0, 0), (0, 12), (140, 1), (0, 0), (7, 3)],
-    "more than one tile": [(2, 1), (100, 150), (5, 2)],
-    "two rows": [(7, 5), (140, 1)],
-    "nothing": [],
-}
-TOKENS, ROWS = 160, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A kind of model and how the op is called."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: type = F32
-    window: int | None = None
-    page_size: int = 16
-    tokens: int = TOKENS
-    traced: bool = False
-    rows: int = ROWS
-
-    @property
-    def num_pages(self):
-        return 640 // self.page_size
-
-
-SHAPES = [
-    Shape(4, 2, 8),
-    Shape(4, 4, 16, window=7, traced=True),
-    Shape(6, 1, 32, BF16, page_size=4, traced=True),
-    Shape(2, 2, 64, BF16, window=129),
-    Shape(4, 2, 128, page_size=32),
-    Shape(2, 1, 16, window=1, page_size=1, traced=True),
-    Shape(4, 2, 8, tokens=24, rows=2),
-    Shape(8, 2, 8, tokens=24, page_size=160),  # a tile smaller than a block, a page larger than one
-    Shape(8, 1, 24, BF16, window=40),
-    Shape(3, 3, 80, BF16, page_size=32),
-]
-
-
-def make_ragged(rng, shape, rows):
-    """Where the tokens of ``rows`` go: pages in random order, padding outside the cache."""
-    width = -(-300 // shape.page_size)
-    T, pages = shape.tokens, rng.permutation(shape.num_pages)
-    fields = {"positions_T": np.zeros(T, np.int32), "slots_T": np.full(T, shape.num_pages * shape.page_size, np.int32)}
-    table, t = np.zeros((shape.rows, width), np.int32), 0
-    starts, counts, lengths = np.zeros((3, shape.rows), np.int32)
-    for row, (before, count) in enumerate(rows):
-        needed = -(-(before + count) // shape.page_size)
-        table[row, :needed], pages = pages[:needed], pages[needed:]
-        starts[row], counts[row], lengths[row] = t, count, before + count if count else 0
-        for position in range(before, before + count):
-            page = table[row, position // shape.page_size]
-            fields["positions_T"][t], fields["slots_T"][t] = (
-                position,
-                page * shape.page_size + position % shape.page_size,
-            )
-            t += 1
-    contexts = fields["positions_T"] + 1
-    rows_T = np.repeat(np.arange(shape.rows, dtype=np.int32), counts)
-    step = StepInput(
-        num_tokens_1=np.array([t], np.int32),
-        ids_T=np.zeros(T, np.int32),
-        positions_T=fields["positions_T"],
-        contexts_T=contexts,
-        row_T=np.pad(rows_T, (0, T - t)),
-        starts_B=starts,
-        counts_B=counts,
-        lengths_B=lengths,
-        pages=(PageMap(fields["slots_T"], table),),
-        num_samples_1=np.zeros(1, np.int32),
-        sample_at_B=np.zeros(shape.rows, np.int32),
-    )
-    return jax.tree.map(jnp.asarray, step)
-
-
-def slots(step):
-    return step.pages[0].slots_T
 
 
 def write_kv(body, kv, layer, k_TKH, v_TKH, step):
@@ -120,12 +35,16 @@ def attention(body, q_TNH, kv, layer, step, *, scale, window, soft_cap=None, sin
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if body is ops:
         return PagedCache(kv).read(q_TNH, layer=layer, step=step, sinks_N=sinks_N, **options)
-    return body.paged_attention(q_TNH, kv, layer, step, step.pages[0].page_table_BM, sinks_N, **options)
+    return body.paged_attention(
+        q_TNH, kv, layer, step, step.pages[0].page_table_BM, sinks_N, **options
+    )
 
 
 def empty_cache(*, num_layers, num_pages, page_size, num_kv_heads, head_dim, dtype):
     spec = CacheSpec(num_layers, num_kv_heads, head_dim)
-    (cache,) = kv_cache.allocate([spec], [num_pages], platform="cpu", page_size=page_size, dtype=dtype)
+    (cache,) = kv_cache.allocate(
+        [spec], [num_pages], platform="cpu", page_size=page_size, dtype=dtype
+    )
     return cache.kv
 
 
@@ -134,7 +53,7 @@ def normal(rng, *size, dtype=F32):
 
 
 def everything(shape):
-    """A ragged batch whose tokens are all the slots of the cache, to fill it."""
+    """Return a ragged batch with one token for each slot of the cache, to fill it."""
     slots_T = jnp.arange(shape.num_pages * shape.page_size, dtype=jnp.int32)
     step = make_ragged(np.random.default_rng(0), shape, [])
     pages = (PageMap(slots_T, step.pages[0].page_table_BM),)
@@ -142,7 +61,7 @@ def everything(shape):
 
 
 def filled(body, shape, keys_and_values):
-    """A cache written by ``body``."""
+    """Return a cache written by ``body``."""
     kv = empty_cache(
         num_layers=NUM_LAYERS,
         num_pages=shape.num_pages,
@@ -161,16 +80,11 @@ def random_keys_and_values(rng, shape, layers=NUM_LAYERS):
     return [tuple(normal(rng, *size, dtype=shape.dtype) for _ in "kv") for _ in range(layers)]
 
 
-def fits(rows, shape):
-    return sum(count for _, count in rows) <= shape.tokens and len(rows) <= shape.rows
-
-
-def fitting(shape):
-    return {name: rows for name, rows in STEPS.items() if fits(rows, shape)}
-
-
 def attention_bound(shape, expected, keys_and_values, q_TNH, ragged, scale):
-    """How far an output may be off: its own rounding, and a body may round the weights of a 16-bit cache too."""
+    """Return the largest error that an output may have.
+
+    That is its own rounding; with a 16-bit cache a body may also round the softmax weights.
+    """
     bound = BOUNDS[shape.dtype]["rtol"] * np.abs(expected) + BOUNDS[shape.dtype]["atol"]
     if shape.dtype == F32:
         return bound
@@ -201,11 +115,11 @@ def test_attention_equals_its_oracle_and_compiles_once(shape, body):
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4]], ids=str)
 def test_attention_of_a_token_is_the_same_bits_alone_in_a_batch_and_in_a_chunk(shape):
-    rng, attend = (
-        np.random.default_rng(5),
-        jax.jit(functools.partial(attention, ops, scale=0.1, window=shape.window)),
-    )
-    if cpu.BACKEND.bodies["write_kv"].unsupported(filled(ops, shape, []), 0, jnp.zeros(1, shape.dtype)):
+    rng = np.random.default_rng(5)
+    attend = jax.jit(functools.partial(attention, ops, scale=0.1, window=shape.window))
+    if cpu.BACKEND.bodies["write_kv"].unsupported(
+        filled(ops, shape, []), 0, jnp.zeros(1, shape.dtype)
+    ):
         pytest.skip("the portable body promises equal numbers, not equal bits")
     kv = filled(ops, shape, random_keys_and_values(rng, shape))
     q_TNH = normal(rng, shape.tokens, shape.num_heads, shape.head_dim, dtype=shape.dtype)
@@ -213,12 +127,21 @@ def test_attention_of_a_token_is_the_same_bits_alone_in_a_batch_and_in_a_chunk(s
     chunk = attend(q_TNH, kv, 1, together)
     for t in (0, 1, 47, 89, 90, 91, 93):
         row = int(np.searchsorted(np.cumsum(together.counts_B), t, side="right"))
-        fields = {"num_tokens_1": [1], "positions_T": together.positions_T[t : t + 1], "starts_B": [0], "counts_B": [1]}
+        fields = {
+            "num_tokens_1": [1],
+            "positions_T": together.positions_T[t : t + 1],
+            "starts_B": [0],
+            "counts_B": [1],
+        }
         fields |= {"lengths_B": fields["positions_T"] + 1}
-        alone = dataclasses.replace(together, **{name: jnp.asarray(x, jnp.int32) for name, x in fields.items()})
+        alone = dataclasses.replace(
+            together, **{name: jnp.asarray(x, jnp.int32) for name, x in fields.items()}
+        )
         table_BM = together.pages[0].page_table_BM[row : row + 1]
         alone = dataclasses.replace(alone, pages=(PageMap(slots(together)[:1], table_BM),))
-        np.testing.assert_array_equal(attend(q_TNH[t : t + 1], kv, 1, alone)[0], chunk[t], err_msg=str(t))
+        np.testing.assert_array_equal(
+            attend(q_TNH[t : t + 1], kv, 1, alone)[0], chunk[t], err_msg=str(t)
+        )
 
 
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
@@ -239,7 +162,8 @@ def test_attention_caps_scores_and_shares_with_sinks(body, soft_cap, sinks):
 def test_attention_never_looks_at_slots_that_were_not_written(body, dtype):
     shape, rng = Shape(4, 2, 24, dtype), np.random.default_rng(7)
     poison = jnp.full((shape.num_pages * shape.page_size, 2, 24), jnp.nan, dtype)
-    kv, ragged = filled(body, shape, [(poison, poison)] * NUM_LAYERS), make_ragged(rng, shape, [(0, 21), (0, 1)])
+    kv = filled(body, shape, [(poison, poison)] * NUM_LAYERS)
+    ragged = make_ragged(rng, shape, [(0, 21), (0, 1)])
     q_TNH, k_TKH, v_TKH = (normal(rng, TOKENS, heads, 24, dtype=dtype) for heads in (4, 2, 2))
     kv = write_kv(body, kv, 1, k_TKH, v_TKH, ragged)
     out_TNH = attention(body, q_TNH, kv, 1, ragged, scale=0.2, window=None)
@@ -251,12 +175,20 @@ def test_write_kv_equals_its_oracle_and_padding_writes_nothing(shape):
     rng = np.random.default_rng(1)
     write = jax.jit(functools.partial(write_kv, xla))
     for name in ("mixed, with empty rows", "prefills", "nothing"):
-        ragged, kv = make_ragged(rng, shape, STEPS[name]), filled(xla, shape, random_keys_and_values(rng, shape))
-        k_TKH, v_TKH = (normal(rng, shape.tokens, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype) for _ in "kv")
+        ragged = make_ragged(rng, shape, STEPS[name])
+        kv = filled(xla, shape, random_keys_and_values(rng, shape))
+        k_TKH, v_TKH = (
+            normal(rng, shape.tokens, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype)
+            for _ in "kv"
+        )
         got = write(kv, jnp.int32(1), k_TKH, v_TKH, ragged)
-        np.testing.assert_array_equal(got, oracles.write_kv(kv, 1, k_TKH, v_TKH, ragged), err_msg=name)
+        np.testing.assert_array_equal(
+            got, oracles.write_kv(kv, 1, k_TKH, v_TKH, ragged), err_msg=name
+        )
         changed = np.any(np.asarray(got != kv), axis=(2, 3, 5)).sum()
-        assert changed == int(ragged.num_tokens), "one slot of one layer per token, none for padding"
+        assert changed == int(ragged.num_tokens), (
+            "one slot of one layer per token, none for padding"
+        )
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
@@ -266,8 +198,12 @@ def test_the_chosen_write_kv_touches_the_live_slots_of_one_layer_alone(shape):
     for name in ("mixed, with empty rows", "nothing"):
         ragged = make_ragged(rng, shape, STEPS[name])
         count, live = int(ragged.num_tokens), np.asarray(slots(ragged))
-        new = tuple(jnp.pad(x[live[:count]], ((0, shape.tokens - count), (0, 0), (0, 0))) for x in after[1])
-        got = jax.jit(functools.partial(write_kv, ops))(filled(ops, shape, before), jnp.int32(1), *new, ragged)
+        new = tuple(
+            jnp.pad(x[live[:count]], ((0, shape.tokens - count), (0, 0), (0, 0))) for x in after[1]
+        )
+        got = jax.jit(functools.partial(write_kv, ops))(
+            filled(ops, shape, before), jnp.int32(1), *new, ragged
+        )
         mixed = tuple(x.at[live[:count]].set(y[live[:count]]) for x, y in zip(before[1], after[1]))
         np.testing.assert_array_equal(got, filled(ops, shape, [before[0], mixed]), err_msg=name)
 
@@ -275,7 +211,16 @@ def test_the_chosen_write_kv_touches_the_live_slots_of_one_layer_alone(shape):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     ("rows", "size", "out"),
-    [(1, 48, 20), (2, 96, 32), (9, 48, 33), (14, 30, 16), (70, 600, 40), (3, 33, 17), (220, 288, 160), (530, 96, 40)],
+    [
+        (1, 48, 20),
+        (2, 96, 32),
+        (9, 48, 33),
+        (14, 30, 16),
+        (70, 600, 40),
+        (3, 33, 17),
+        (220, 288, 160),
+        (530, 96, 40),
+    ],
 )
 @pytest.mark.parametrize("body", [ops, xla], ids=["chosen", "xla"])
 def test_linear_equals_its_oracle(body, rows, size, out, dtype):
@@ -283,12 +228,15 @@ def test_linear_equals_its_oracle(body, rows, size, out, dtype):
     x_TD, bias = normal(rng, rows, size, dtype=dtype), normal(rng, out, dtype=dtype)
     weight, up = (normal(rng, out, size, dtype=dtype) for _ in range(2))
     got, expected = body.linear(x_TD, weight, count), oracles.linear(x_TD, weight, count)
-    assert got.dtype == F32 and got.shape == (rows, out)
+    assert got.dtype == F32
+    assert got.shape == (rows, out)
     np.testing.assert_allclose(got[:count], expected[:count], rtol=1e-5, atol=1e-4)
     biased = body.linear(x_TD, weight, count, bias, dtype=dtype)
     assert biased.dtype == dtype
     expected = expected + bias.astype(F32)[None]
-    np.testing.assert_allclose(biased[:count].astype(F32), expected[:count], rtol=BOUNDS[dtype]["rtol"], atol=1e-4)
+    np.testing.assert_allclose(
+        biased[:count].astype(F32), expected[:count], rtol=BOUNDS[dtype]["rtol"], atol=1e-4
+    )
     gated = body.gated_linear(x_TD, weight, up, count, bias, bias)
     expected = jax.nn.silu(expected) * (oracles.linear(x_TD, up, count) + bias.astype(F32)[None])
     np.testing.assert_allclose(gated[:count], expected[:count], rtol=1e-4, atol=1e-3)
@@ -300,12 +248,16 @@ def test_rms_norm_equals_its_definition(size, dtype):
     rng = np.random.default_rng(10)
     x_TD, weight = normal(rng, 7, size, dtype=dtype), normal(rng, size, dtype=dtype)
     wide = np.asarray(x_TD, np.float64)
-    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    expected = (
+        wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    )
     for body in (ops, xla):
         got = body.rms_norm(x_TD, weight, jnp.int32(5), 1e-6)
         assert got.dtype == dtype
         rtol = 1e-5 if dtype == F32 else 2**-7  # two roundings
-        np.testing.assert_allclose(np.asarray(got[:5], np.float64), expected[:5], rtol=rtol, atol=1e-6)
+        np.testing.assert_allclose(
+            np.asarray(got[:5], np.float64), expected[:5], rtol=rtol, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -313,19 +265,25 @@ def test_rms_norm_equals_its_definition(size, dtype):
 @pytest.mark.parametrize("normed", [True, False])
 def test_rotate_turns_pairs_as_complex_numbers(normed, head_dim, dtype):
     rng, half = np.random.default_rng(11), head_dim // 2
-    x_TNH, weight = normal(rng, 6, 3, head_dim, dtype=dtype), normal(rng, head_dim, dtype=dtype) if normed else None
+    x_TNH = normal(rng, 6, 3, head_dim, dtype=dtype)
+    weight = normal(rng, head_dim, dtype=dtype) if normed else None
     angles = rng.normal(size=(6, half)).astype(np.float32)
     heads = x_TNH.reshape(18, head_dim)
     heads = heads if weight is None else xla.rms_norm(heads, weight, jnp.int32(18), 1e-6)
     wide = np.asarray(heads, np.float64).reshape(6, 3, head_dim)
-    turned = (wide[..., :half] + 1j * wide[..., half:]) * np.exp(1j * angles.astype(np.float64))[:, None]
+    turned = (wide[..., :half] + 1j * wide[..., half:]) * np.exp(1j * angles.astype(np.float64))[
+        :, None
+    ]
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
     for body in (ops, xla):
         got = body.rotate(x_TNH, weight, (jnp.cos(angles), jnp.sin(angles)), jnp.int32(5), 1e-6)
         assert got.dtype == dtype
-        # in 16 bits the normalized head may round the other way once in a body that sums in another order
+        # in 16 bits the normalized head may round the other way once in a body that sums in another
+        # order
         atol = 1e-5 if dtype == F32 else 2**-6
-        np.testing.assert_allclose(np.asarray(got[:5], np.float64), expected[:5], rtol=2**-8, atol=atol)
+        np.testing.assert_allclose(
+            np.asarray(got[:5], np.float64), expected[:5], rtol=2**-8, atol=atol
+        )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -376,7 +334,8 @@ def test_log_normalizer_equals_its_definition_and_is_the_same_bits_in_any_batch(
     for count in (1, 2, 3, 7, 8, 16, 31):
         for part in (slice(count), slice(-count, None)):
             _, got_B = normalizer(jnp.asarray(logits[part]), jnp.int32(count))
-            ulps = 2 if body is xla and jax.__version_info__ >= (0, 11) else 0  # of exp: see xla.log_normalizer
+            # Errors of exp: see xla.log_normalizer.
+            ulps = 2 if body is xla and jax.__version_info__ >= (0, 11) else 0
             np.testing.assert_array_max_ulp(got_B, log_sum_B[part], ulps)
 
 
@@ -400,7 +359,7 @@ def test_embed_gives_rows_and_zeros_for_ids_held_elsewhere(body, dtype):
 
 @module
 class Layer:
-    """As little of a layer as uses weights and cache."""
+    """Smallest layer that uses weights and cache."""
 
     weight: jax.Array
 
@@ -416,7 +375,9 @@ class Layer:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_donated_cache_is_updated_in_place_unrolled_and_folded(dtype):
     shape, rng = Shape(2, 2, 16, dtype, tokens=8), np.random.default_rng(4)
-    kv = empty_cache(num_layers=2, num_pages=600, page_size=16, num_kv_heads=2, head_dim=16, dtype=dtype)
+    kv = empty_cache(
+        num_layers=2, num_pages=600, page_size=16, num_kv_heads=2, head_dim=16, dtype=dtype
+    )
     bodies = tuple(Layer(normal(rng, 32, 32, dtype=dtype)) for _ in range(2))
     ragged = make_ragged(rng, shape, [(0, 3), (5, 1), (0, 2)])
     x_TNH = normal(rng, 8, 2, 16, dtype=dtype)
@@ -427,11 +388,17 @@ def test_a_donated_cache_is_updated_in_place_unrolled_and_folded(dtype):
         return x, kv
 
     def folded(bodies, x, kv):
-        return Separate(bodies).fold(lambda layer, index, carry: layer(index, carry, ragged), (x, kv))
+        return Separate(bodies).fold(
+            lambda layer, index, carry: layer(index, carry, ragged), (x, kv)
+        )
 
     results = []
     for chain in (unrolled, folded):
-        program = jax.jit(chain, donate_argnums=2).lower(bodies, x_TNH, kv).compile(cpu.BACKEND.compiler_options)
+        program = (
+            jax.jit(chain, donate_argnums=2)
+            .lower(bodies, x_TNH, kv)
+            .compile(cpu.BACKEND.compiler_options)
+        )
         memory = program.memory_analysis()
         assert memory.temp_size_in_bytes < kv.nbytes / 2, "no copy of the cache, nor of a layer"
         assert memory.alias_size_in_bytes >= kv.nbytes
@@ -446,7 +413,8 @@ def test_zeros_are_zeros_in_memory_that_held_something_else(size):
     empty = jax.jit(lambda: ops.zeros((size,), jnp.float32))
     for _ in range(5):
         np.testing.assert_array_equal(empty(), np.zeros(size, np.float32))
-        np.testing.assert_array_equal(jnp.full(size, 3.0) * 2, np.full(size, 6.0, np.float32))  # freed at once
+        # Memory with other numbers, freed at once.
+        np.testing.assert_array_equal(jnp.full(size, 3.0) * 2, np.full(size, 6.0, np.float32))
 
 
 @pytest.mark.skipif(cpu.isa() is None, reason="the portable body fills memory")

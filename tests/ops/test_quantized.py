@@ -1,4 +1,4 @@
-"""Packed weights: what the words mean, every body against it, and equal bits in any batch."""
+"""Packed weights: the meaning of the words, every body against it, and equal bits in any batch."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ IN = 384  # a multiple of every group, and of no vector's 16 x 8 weights times a
 
 
 def packed(rng, out, size, bits, group, dtype):
-    """Random words and scales."""
+    """Return a weight of random words and scales."""
     words = rng.integers(-(2**31), 2**31, size=(out, size * bits // 32)).astype(np.int32)
     scale = rng.uniform(0.5, 1.5, size=(out, size // group if group else 1)) / 2**bits
     return Quantized(jnp.asarray(words), jnp.asarray(scale, dtype), bits, group)
@@ -30,10 +30,17 @@ def normal(rng, *size, dtype):
 def test_a_word_holds_neighbours_from_the_lowest_bits_on(bits, group):
     rng, size = np.random.default_rng(1), 128
     stored = rng.integers(0, 2**bits, size=(3, size))
-    words = [[sum(int(v) << (bits * i) for i, v in enumerate(row[at : at + 32 // bits]))
-              for at in range(0, size, 32 // bits)] for row in stored]  # fmt: skip
+    words = [
+        [
+            sum(int(v) << (bits * i) for i, v in enumerate(row[at : at + 32 // bits]))
+            for at in range(0, size, 32 // bits)
+        ]
+        for row in stored
+    ]
     scale = rng.uniform(1, 2, size=(3, size // group if group else 1)).astype(np.float32)
-    weight = Quantized(jnp.asarray(np.array(words, np.uint32).view(np.int32)), jnp.asarray(scale), bits, group)
+    weight = Quantized(
+        jnp.asarray(np.array(words, np.uint32).view(np.int32)), jnp.asarray(scale), bits, group
+    )
     expected = (stored - 2.0 ** (bits - 1)) * np.repeat(scale, size // scale.shape[1], axis=1)
     np.testing.assert_array_equal(dequantized(weight), expected.astype(np.float32))
 
@@ -44,12 +51,19 @@ def test_a_word_holds_neighbours_from_the_lowest_bits_on(bits, group):
 def test_linear_with_packed_weights_equals_its_oracle(body, bits, group, dtype):
     rng = np.random.default_rng(2)
     for rows, out, size in ((1, 20, IN), (2, 33, 128), (5, 16, IN), (17, 40, IN), (40, 7, 1280)):
-        count, x_TD, bias = jnp.int32(rows), normal(rng, rows, size, dtype=dtype), normal(rng, out, dtype=dtype)
+        count = jnp.int32(rows)
+        x_TD = normal(rng, rows, size, dtype=dtype)
+        bias = normal(rng, out, dtype=dtype)
         weight, up = (packed(rng, out, size, bits, group, dtype) for _ in range(2))
         plain, second = (oracles.linear(x_TD, w, count) for w in (weight, up))
-        close = {"rtol": 1e-4, "atol": 1e-4}  # f32 sums of numbers near 1, each less an offset 36 times as large
+        close = {
+            "rtol": 1e-4,
+            "atol": 1e-4,
+        }  # f32 sums of numbers near 1, each less an offset 36 times as large
         np.testing.assert_allclose(body.linear(x_TD, weight, count), plain, **close)
-        np.testing.assert_allclose(body.linear(x_TD, weight, count, bias), plain + bias.astype(F32)[None], **close)
+        np.testing.assert_allclose(
+            body.linear(x_TD, weight, count, bias), plain + bias.astype(F32)[None], **close
+        )
         gated = body.gated_linear(x_TD, weight, up, count, bias, bias)
         expected = jax.nn.silu(plain + bias.astype(F32)[None]) * (second + bias.astype(F32)[None])
         np.testing.assert_allclose(gated, expected, rtol=1e-3, atol=1e-3)
@@ -72,7 +86,7 @@ def test_linear_with_packed_weights_gives_a_token_the_same_bits_in_any_batch(bit
 
 @pytest.mark.parametrize(("bits", "group"), KINDS)
 def test_an_outlier_costs_precision_in_its_own_eight_columns_only(bits, group):
-    """A body that multiplies integers may round what lies beside a large activation, by 2^-15 of it at most."""
+    """A body that multiplies integers may round numbers beside a large one, by 2^-15 of it."""
     rng = np.random.default_rng(6)
     x_TD, weight = np.array(normal(rng, 3, IN, dtype=F32)), packed(rng, 50, IN, bits, group, BF16)
     x_TD[1, 133] = 1024.0
@@ -108,7 +122,9 @@ def test_linear_picks_the_packed_weight_of_a_traced_layer(body):
         return body.linear(x_TD, picked, jnp.int32(3))
 
     for i, layer in enumerate(layers):
-        np.testing.assert_array_equal(pick(jnp.int32(i), layers), body.linear(x_TD, layer, jnp.int32(3)))
+        np.testing.assert_array_equal(
+            pick(jnp.int32(i), layers), body.linear(x_TD, layer, jnp.int32(3))
+        )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

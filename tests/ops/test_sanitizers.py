@@ -14,7 +14,13 @@ FLAGS = {  # as CMakeLists.txt has them
     "avx512bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"],
 }
 FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
-NEEDED = {"portable": "", "avx2": "avx2", "avx512": "avx512vl", "avx512bf16": "avx512_bf16", "amx": "amx_bf16"}
+NEEDED = {
+    "portable": "",
+    "avx2": "avx2",
+    "avx512": "avx512vl",
+    "avx512bf16": "avx512_bf16",
+    "amx": "amx_bf16",
+}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build with")
@@ -24,9 +30,22 @@ def test_kernels_run_clean(name, tmp_path):
     if NEEDED[name] not in flags:
         pytest.skip(f"this processor has no {NEEDED[name]}")
     program = tmp_path / "sanitize"
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    sanitizers = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
     source = Path(__file__).parent / "sanitize.cc"
-    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wno-psabi", *sanitizers, *FLAGS[name], f"-DSLIPWAY_ISA={name}"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-Wno-psabi",
+        *sanitizers,
+        *FLAGS[name],
+        f"-DSLIPWAY_ISA={name}",
+    ]
     subprocess.run([*command, f"-I{CSRC}", source, "-o", program], check=True)
     run = subprocess.run([program], capture_output=True, text=True)
     if run.returncode == 77:

@@ -1,4 +1,4 @@
-"""A free port for processes that meet."""
+"""Fixture: a free port on which processes connect."""
 
 import socket
 

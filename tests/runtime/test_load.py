@@ -1,4 +1,4 @@
-"""Loading of a tree that is no language model: two convolutions, from a file onto one device and onto two."""
+"""Loading of a tree that is no language model: two convolutions, onto one device and onto two."""
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Conv:
 
 @module
 class Net:
-    """Two convolutions."""
+    """Tree of two convolutions."""
 
     first: Conv
     second: Conv
@@ -53,7 +53,9 @@ def declared() -> Net:
 @pytest.fixture
 def twin(tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, SIZE, 3, padding=1), nn.ReLU(), nn.Conv2d(SIZE, 3, 3, padding=1)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, SIZE, 3, padding=1), nn.ReLU(), nn.Conv2d(SIZE, 3, 3, padding=1)
+    ).eval()
     names = {"0": "first", "2": "second"}
     tensors = {f"{names[key[0]]}{key[1:]}": x.numpy() for key, x in net.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -83,20 +85,26 @@ def test_what_does_not_fit_is_listed_before_anything_is_loaded(twin, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         load.checked(declared(), files.open_tensors(tmp_path), np.float32)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
-        "first.bias", "second.weight", "third.weight",
-    ]  # fmt: skip
+        "first.bias",
+        "second.weight",
+        "third.weight",
+    ]
 
 
 def test_random_weights_need_no_files():
     mesh = meshes.make_mesh(1, 1)
     net = load.arrays(load.on_mesh(declared(), mesh), None, mesh, np.float32, seed=3)
     again = load.arrays(load.on_mesh(declared(), mesh), None, mesh, np.float32, seed=3)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(again), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(again), strict=True)
+    )
     assert np.std(net.first.weight) > 0
 
 
 def test_a_scheme_that_does_not_divide_a_row_is_refused():
-    raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 24, "intermediate_size": 40,
+    raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 24,
+     "intermediate_size": 40,
            "num_hidden_layers": 1, "num_attention_heads": 4}  # fmt: skip
     with pytest.raises(InvalidConfig, match="quantization"):
         load.on_mesh(declare(raw), meshes.make_mesh(1, 1), scheme=Scheme(4, 32))

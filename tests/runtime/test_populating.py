@@ -1,4 +1,7 @@
-"""A cache's memory is taken while nothing runs: all of it comes, what is in it stays, and ending is at any moment."""
+"""Memory of a cache, populated while nothing runs.
+
+All of it is populated, its content does not change, and the threads can be ended at any moment.
+"""
 
 import functools
 import os
@@ -30,7 +33,9 @@ def empty():
 def wait_until_all_came(before: int):
     deadline = time.monotonic() + 120
     while resident_bytes() - before < SIZE_BYTES * 0.95:
-        assert time.monotonic() < deadline, "a processor that is never idle, or nothing is populated"
+        assert time.monotonic() < deadline, (
+            "a processor that is never idle, or nothing is populated"
+        )
         time.sleep(0.01)
 
 

@@ -1,4 +1,7 @@
-"""Runner: a toy program is compiled, called and counted, and led over two processes, without any edit of the runner."""
+"""Runner: a toy program is compiled, called, counted, and led over two processes.
+
+The runner needs no change for it.
+"""
 
 import json
 import subprocess
@@ -45,11 +48,14 @@ def test_a_shape_that_was_not_compiled_is_refused():
 def test_a_toy_program_is_led_over_two_processes(free_port):
     command = [sys.executable, "-m", "tests.runtime.toy_program"]
     processes = [
-        subprocess.Popen([*command, str(rank), str(free_port)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), str(free_port)], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     try:
         printed = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], "the follower ends with its leader"
+        assert [process.returncode for process in processes] == [0, 0], (
+            "the follower ends with its leader"
+        )
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,7 @@
-"""A program that doubles a hidden state; as a script, one of two processes that run it: RANK PORT."""
+"""Program that doubles a hidden state.
+
+As a script it is one of two processes that run the program: RANK PORT.
+"""
 
 import json
 import os
@@ -20,11 +23,14 @@ EXPECTED = {4: [16.0, 64.0, 128.0], 8: [16.0, 64.0, 128.0]}
 
 
 def runner(mesh) -> Runner:
-    """Return a runner with one program over ``hidden`` [16]: add the mean of the input, then double."""
+    """Return a runner with one program over ``hidden`` [16]: add the mean of the input, then
+    double."""
 
     def double(hidden_W, added_K):
         doubled_W = (hidden_W + jnp.mean(added_K)) * 2
-        return doubled_W, jax.lax.psum(jnp.sum(doubled_W), meshes.DATA)[None] / jax.lax.axis_size(meshes.DATA)
+        return doubled_W, jax.lax.psum(jnp.sum(doubled_W), meshes.DATA)[None] / jax.lax.axis_size(
+            meshes.DATA
+        )
 
     sharding = NamedSharding(mesh, P(meshes.DATA))
     size = mesh.shape[meshes.DATA] * WIDTH
@@ -37,7 +43,11 @@ def runner(mesh) -> Runner:
         donates=("hidden",),
         results=(P(),),
     )
-    return Runner(mesh, {"hidden": lambda _: jax.ShapeDtypeStruct((size,), jnp.float32, sharding=sharding)}, [program])
+    return Runner(
+        mesh,
+        {"hidden": lambda _: jax.ShapeDtypeStruct((size,), jnp.float32, sharding=sharding)},
+        [program],
+    )
 
 
 def run(runner: Runner, key: int) -> list[float]:
@@ -53,7 +63,9 @@ def run(runner: Runner, key: int) -> list[float]:
 
 def main(rank: int, port: str) -> None:
     """Lead or follow, and print results and this process's part of the state."""
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"  # read when JAX looks for devices
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=1"  # read when JAX looks for devices
+    )
     address = f"127.0.0.1:{port}"
     multihost.join(2, rank, address)
     made = runner(meshes.make_mesh(data=COPIES))
