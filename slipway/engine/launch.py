@@ -1,9 +1,9 @@
-"""Launch of an engine from a model's name: files, declaration, cache sizes, weights, compiled
-programs.
+"""Launch of an engine from the name of a model.
 
 Not here: loading of any model (runtime/load.py), the programs (programs.py).
 
-Weights are loaded while programs compile: both need the declaration only.
+Launching reads the files, declares the model, fixes the sizes of the caches, loads the weights and
+compiles the programs. The last two overlap: both need the declaration only.
 """
 
 import dataclasses
@@ -89,8 +89,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
 
 
 def follow(model: str, config: EngineConfig) -> None:
-    """Load this process's part of ``model`` and repeat the first process's steps until it closes
-    its engine.
+    """Load this process's part of ``model`` and repeat the calls of process 0 until it closes.
 
     Raises as ``launch`` does.
     """

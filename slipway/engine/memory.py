@@ -1,5 +1,7 @@
-"""Memory budget: free bytes of a device, and the number of pages that fit beside weights and
-temporaries."""
+"""Memory budget: free bytes of a device, and the number of pages that fit.
+
+Not here: the sizes of pages (caches.py), measuring of temporaries (runtime/runner.py).
+"""
 
 import dataclasses
 from pathlib import Path

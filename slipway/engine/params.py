@@ -137,8 +137,7 @@ class SamplingParams:
                 put(self, field.name, value.item())
 
     def _checks(self) -> dict[str, tuple[bool, str]]:
-        """Return, for each field with a range, whether its value is fine and the expected
-        values."""
+        """Return, for each field with a range: whether its value is fine, and what is expected."""
         return self._number_checks() | self._list_checks() | self._logprobs_checks()
 
     def _number_checks(self) -> dict[str, tuple[bool, str]]:

@@ -25,8 +25,10 @@ BANNED = -jnp.inf
 
 @module
 class Sampled:
-    """Tokens of one step, one for each row; the other fields are zeros unless a row asks for
-    them."""
+    """Tokens of one step, one for each row.
+
+    The other fields are zeros unless a row asks for log probabilities.
+    """
 
     token_B: jax.Array
     logprob_B: jax.Array
@@ -68,8 +70,10 @@ def edit(logits_BV, edits, position_B, newest_B):
 
 
 def _penalized(logits_BV, edits, row_B1, position_B, newest_B):
-    """Apply penalties: repetition (Keskar et al., CTRL, 2019, section 4.1), frequency and presence
-    (OpenAI's API)."""
+    """Apply penalties: repetition, frequency and presence.
+
+    Repetition: Keskar et al., CTRL, 2019, section 4.1. Frequency and presence: OpenAI's API.
+    """
     at_1C = jnp.arange(edits.history_BC.shape[1], dtype=jnp.int32)[None]
     is_newest_BC = (at_1C == position_B[:, None] - 1) & (newest_B >= 0)[:, None]
     history_BC = jnp.where(is_newest_BC, newest_B[:, None], edits.history_BC)

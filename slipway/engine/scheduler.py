@@ -123,8 +123,7 @@ class Scheduler:
         self.counts = Counts()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; its ``max_length`` tokens must fit the pool (admission.py checks
-        it)."""
+        """Queue a sequence; admission.py has checked that its ``max_length`` fits the pool."""
         assert self._paging.num_for(sequence.max_length) <= self.pages.num_pages, (
             "admission refuses a sequence that is larger than the pool"
         )

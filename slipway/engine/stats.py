@@ -80,8 +80,10 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The engine as it is now: gauges, and the sums since its start. Pages and tokens of all copies
-    of the weights."""
+    """State of the engine at one moment: gauges, and the sums since its start.
+
+    Pages and tokens are those of all copies of the weights.
+    """
 
     running: int
     waiting: int

@@ -57,9 +57,9 @@ class Updates:
     def check(self) -> None:
         """Raise EngineBusy or WeightsLost if the engine cannot accept requests."""
         if self.sleep_level:
-            raise EngineBusy("the engine sleeps")
+            raise EngineBusy("the engine sleeps; wake it up first")
         if not self._weights.whole:
-            raise WeightsLost("the engine holds no whole version of the weights: update them")
+            raise WeightsLost("the weights of the engine are incomplete; update them first")
 
     def add(self, apply: Callable[[], Any], policy: Policy) -> Future[Any]:
         """Queue a change and return the future of its result. Raises InvalidRequest."""
@@ -123,8 +123,11 @@ class Updates:
         return version
 
     def sleep(self, level: int) -> None:
-        """Forget what is computed and let go of the devices' weights; those of a CPU stay where
-        they are at level 1."""
+        """Forget cached prefixes, and free the devices' memory of the weights.
+
+        ``level`` 1 keeps the weights in the host's memory; on a CPU they stay where they are.
+        ``level`` 2 drops them.
+        """
         for scheduler in self._schedulers:
             scheduler.tree.flush()
         weights = self._weights

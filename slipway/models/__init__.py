@@ -1,7 +1,8 @@
-"""Registry of architectures: config.json's ``architectures`` -> configuration class and
-declaration.
+"""Registry of architectures: their configuration class and declaration, by name.
 
 Not here: layers (nn/), files (checkpoint/).
+
+Names are those in ``architectures`` of config.json.
 """
 
 import dataclasses

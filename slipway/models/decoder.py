@@ -130,8 +130,7 @@ class CausalLM:
         )
 
     def __call__(self, step: ops.StepInput, caches: Sequence[ops.KVCache]):
-        """Compute a step: -> (hidden states [T, embed], caches); ``caches`` as in
-        ``cache_specs``."""
+        """Compute a step: -> (hidden states [T, embed], caches); ``caches``: of ``cache_specs``."""
         rope = Rope(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         step = dataclasses.replace(step, angles=(rope(step.positions_T, step.contexts_T),))
         x_TD = self.model.embed_tokens(step.ids_T, step)

@@ -64,8 +64,10 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):
-    """Divide each row by its root mean square, in f32, and multiply by a weight: [T, D] -> [T,
-    D]."""
+    """Divide each row by its root mean square and multiply by a weight: [T, D] -> [T, D].
+
+    The division is in f32.
+    """
     return backend.call("rms_norm", x_TD, weight, num_tokens, eps=eps)
 
 
@@ -97,6 +99,5 @@ def log_normalizer(logits_BV, num_rows):
 
 
 def zeros(shape, dtype):
-    """Return an array of zeros; on a CPU the system provides its memory when it is first
-    written."""
+    """Return an array of zeros; a CPU's memory for it is provided when it is first written."""
     return backend.call("zeros", shape=shape, dtype=dtype)

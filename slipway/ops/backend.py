@@ -1,5 +1,4 @@
-"""Registry of platforms: for each the bodies of ops, form of layers, compiler options, memory
-share.
+"""Registry of platforms: their bodies of ops, form of layers, options and memory share.
 
 Not here: the bodies (cpu.py, tpu.py, and xla.py for every platform), the ops (__init__.py), the
 caches (kv_cache.py).

@@ -79,8 +79,7 @@ class AllocatedCache(KVCache, Protocol):
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        """Logical axes of the array; a mesh splits "pages" over copies of the weights, and
-        "kv_heads"."""
+        """Logical axes of the array; a mesh splits "pages" over copies of the weights."""
 
 
 def allocate(
@@ -186,12 +185,11 @@ class PagedCache:
 
 @module
 class BorrowedCache:
-    """Cache of another engine: an array for each layer, which that engine's kernel writes and
-    reads.
+    """Cache of another engine: an array for each layer, used by that engine's kernel.
 
-    ``kernel(q_TNH, k_TKH, v_TKH, cache=, where=, scale=, window=, soft_cap=, sinks_N=)`` returns
-    (o_TNH, cache). ``where``: the other engine's map of tokens to pages. ``layer`` is a number, not
-    traced: the layers are called one after the other in Python.
+    ``kernel(q_TNH, k_TKH, v_TKH, cache=, where=, scale=, window=, soft_cap=, sinks_N=)`` writes and
+    reads it and returns (o_TNH, cache). ``where``: the other engine's map of tokens to pages.
+    ``layer`` is a number, not traced: the layers are called one after the other in Python.
     """
 
     caches: tuple[jax.Array, ...]

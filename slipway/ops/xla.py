@@ -115,8 +115,7 @@ def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
 
 
 def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, window, soft_cap):
-    """Compute causal attention of every token to its sequence, the step's own tokens included
-    (PagedCache.read).
+    """Compute causal attention of every token to its sequence, as in ``PagedCache.read``.
 
     Query head n reads KV head n // (N / K). Rows with one token are computed together, in a loop
     over blocks of keys that ends with the longest row. Rows with several tokens are computed tile
