@@ -431,9 +431,13 @@ def test_matrices_of_which_only_some_have_a_bias():
     rng = np.random.default_rng(8)
     x_TD, weights = normal(rng, 3, 16), [normal(rng, 8, 16), normal(rng, 4, 16)]
     bias, count = normal(rng, 4), jnp.int32(3)
-    plain, biased = jax.jit(functools.partial(ops.linears, num_tokens=count))(x_TD, weights, biases=(None, bias))
+    plain, biased = jax.jit(functools.partial(ops.linears, num_tokens=count))(
+        x_TD, weights, biases=(None, bias)
+    )
     np.testing.assert_allclose(plain, oracles.linear(x_TD, weights[0], count), **BOUNDS[F32])
-    np.testing.assert_allclose(biased, oracles.linear(x_TD, weights[1], count) + bias[None], **BOUNDS[F32])
+    np.testing.assert_allclose(
+        biased, oracles.linear(x_TD, weights[1], count) + bias[None], **BOUNDS[F32]
+    )
     gated = ops.gated_linear(x_TD, weights[1], weights[1], count, up_bias=bias)
     expected = jax.nn.silu(biased - bias[None]) * biased
     np.testing.assert_allclose(gated, expected, **BOUNDS[F32])
