@@ -70,20 +70,20 @@ def launch(model: str, config: EngineConfig) -> Engine:
         raise InvalidConfig(
             "node_rank", config.node_rank, "0 here; the other processes run `slipway follow`"
         )
-    it = _load(model, config)
+    loaded = _load(model, config)
     leader = None
     if config.nnodes > 1:
-        leader = multihost.Leader(it.runner, config.nnodes - 1, config.dist_init_addr)
+        leader = multihost.Leader(loaded.runner, config.nnodes - 1, config.dist_init_addr)
     return Engine(
-        it.runner,
-        it.weights,
-        shapes=it.shapes,
-        repeats=it.repeats,
-        limits=it.limits,
-        tokenizer=it.tokenizer,
-        eos_ids=it.eos_ids,
+        loaded.runner,
+        loaded.weights,
+        shapes=loaded.shapes,
+        repeats=loaded.repeats,
+        limits=loaded.limits,
+        tokenizer=loaded.tokenizer,
+        eos_ids=loaded.eos_ids,
         seed=config.seed,
-        defaults=it.defaults,
+        defaults=loaded.defaults,
         leader=leader,
     )
 
@@ -95,11 +95,12 @@ def follow(model: str, config: EngineConfig) -> None:
     """
     if not config.node_rank:
         raise InvalidConfig("node_rank", config.node_rank, "1 or more: process 0 leads")
-    it = _load(model, config)
-    multihost.follow(it.runner, config.dist_init_addr)
+    loaded = _load(model, config)
+    multihost.follow(loaded.runner, config.dist_init_addr)
 
 
 def _load(model: str, config: EngineConfig) -> Loaded:
+    """Load and compile this process's part of a model, as described in ``launch``."""
     started = time.perf_counter()
     multihost.join(config.nnodes, config.node_rank, config.dist_init_addr)
     kept = compile_cache.use(config.compilation_cache)
@@ -169,7 +170,6 @@ def _load_weights(
 ) -> Weights:
     """Load the weights and allocate the device state, while the ``wanted`` programs compile."""
     mesh = runner.mesh
-
     with ThreadPoolExecutor(1) as pool:
         rest = pool.submit(runner.compile, wanted)
         params = load.arrays(declaration, checkpoint, mesh, dtype=dtype, seed=config.seed)
@@ -197,6 +197,7 @@ def _limits(
     num_pages: tuple[int, ...],
     bodies: dict[str, str],
 ) -> Limits:
+    """Return the limits of the engine, from the configuration and the sizes of its caches."""
     return Limits(
         vocab_size=declaration.config.vocab_size,
         max_model_len=length,

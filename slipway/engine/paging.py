@@ -1,8 +1,7 @@
 """Paging of sequences: pools of pages, prefix tree and page tables of one copy of the weights.
 
-Not here: which sequences run, and which sequence is preempted when pages run out (scheduler.py),
-the pools themselves (cache/pages.py, cache/windows.py), the tree (cache/radix.py). Nothing here
-imports JAX.
+Not here: the choice of sequences that run or are preempted (scheduler.py), the pools themselves
+(cache/pages.py, cache/windows.py), the tree (cache/radix.py). Nothing here imports JAX.
 """
 
 from collections.abc import Iterable
@@ -69,10 +68,9 @@ class Paging:
         return min([of_tree, *(pool.num_available for pool in self.windows)])
 
     def make_free(self, needed: int) -> int:
-        """Return how many pages can be taken from every pool now.
+        """Evict pages of the tree until ``needed`` are free, as far as no sequence reads them.
 
-        If fewer than ``needed`` are free, pages of the tree that no sequence reads are evicted
-        first.
+        Returns how many pages can then be taken from every pool.
         """
         if needed > self.pages.num_free:
             self.tree.evict(needed - self.pages.num_free)
