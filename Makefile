@@ -22,6 +22,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/python tools/sizes.py
+	$(BIN)/python tools/plain.py
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m host -n 0

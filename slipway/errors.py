@@ -52,8 +52,8 @@ class ContextTooLong(InvalidRequest):
     def __init__(self, field: str, got: str, max_model_len: int):
         super().__init__(field, Shown(got), f"fewer than max_model_len ({max_model_len})")
         self.args = (
-            f"{field}: This model's maximum context length is {max_model_len} tokens, and an answer "
-            f"needs at least one of them; got {got}. Shorten the prompt.",
+            f"{field}: This model's maximum context length is {max_model_len} tokens, and an "
+            f"answer needs at least one of them; got {got}. Shorten the prompt.",
         )
         self.max_model_len = max_model_len
 

@@ -31,7 +31,9 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
     devices = jax.devices() if devices is None else devices
     if data * tensor > len(devices):
         got = f"{data} x {tensor}"
-        raise InvalidConfig("data_parallel_size x tensor_parallel_size", got, f"at most {len(devices)} devices")
+        raise InvalidConfig(
+            "data_parallel_size x tensor_parallel_size", got, f"at most {len(devices)} devices"
+        )
     return Mesh(np.array(devices[: data * tensor]).reshape(data, tensor), (DATA, TENSOR))
 
 
@@ -69,7 +71,9 @@ def fit(declaration: Any, mesh: Mesh) -> Any:
             elif axis == "kv_heads" and n % size == 0:
                 repeats[axis] = n // size
             else:
-                raise InvalidConfig("tensor_parallel_size", n, f"a divisor of the model's {size} {axis}")
+                raise InvalidConfig(
+                    "tensor_parallel_size", n, f"a divisor of the model's {size} {axis}"
+                )
         return dataclasses.replace(param, repeats=repeats, pads=pads)
 
     return tree.map_params(one, declaration)
@@ -87,12 +91,18 @@ def psum(x, axis: str):
 
 def all_gather(x, axis: str):
     """Join the last dimension, which is split along ``axis``, on every device."""
-    return jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True) if splits(axis) else x
+    return (
+        jax.lax.all_gather(x, MESH_AXES[axis], axis=x.ndim - 1, tiled=True) if splits(axis) else x
+    )
 
 
 def all_rows(array):
     """Join the first dimension, which is split over copies of the weights, on every device."""
-    return jax.lax.all_gather(array, DATA, axis=0, tiled=True) if jax.lax.axis_size(DATA) > 1 else array
+    return (
+        jax.lax.all_gather(array, DATA, axis=0, tiled=True)
+        if jax.lax.axis_size(DATA) > 1
+        else array
+    )
 
 
 def local_offset(axis: str, local_size: int):

@@ -1,7 +1,7 @@
-"""The Dockerfile: sources that it copies, and its RUN steps in a fresh virtual environment, without a container engine.
+"""The Dockerfile: sources that it copies, and its RUN steps in a fresh virtual environment.
 
-Steps that install packages of the system (apt-get) are left out: the tests' machine has a compiler already.
-To save time the kernels are compiled without optimization, and pip uses its cache.
+Steps that install packages of the system (apt-get) are left out: the tests' machine has a compiler
+already. To save time the kernels are compiled without optimization, and pip uses its cache.
 """
 
 import json
@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 def instructions() -> list[tuple[str, str]]:
     """Return the Dockerfile's instructions in order, as pairs of keyword and text."""
-    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")
+    ]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line]
 
@@ -32,7 +34,11 @@ def value_of(keyword: str) -> str:
 
 def copied() -> list[tuple[list[str], str]]:
     """Return sources and target of every COPY from the tree."""
-    words = [shlex.split(text) for name, text in instructions() if name == "COPY" and not text.startswith("--from")]
+    words = [
+        shlex.split(text)
+        for name, text in instructions()
+        if name == "COPY" and not text.startswith("--from")
+    ]
     return [(sources, target) for *sources, target in words]
 
 
@@ -77,7 +83,9 @@ def test_run_steps_make_an_environment_whose_entry_point_answers(tmp_path):
         for name in names:
             if (ROOT / name).is_dir():
                 shutil.copytree(
-                    ROOT / name, source / target, ignore=shutil.ignore_patterns("_native.so", "__pycache__")
+                    ROOT / name,
+                    source / target,
+                    ignore=shutil.ignore_patterns("_native.so", "__pycache__"),
                 )
             else:
                 shutil.copy(ROOT / name, source / target)
@@ -87,12 +95,19 @@ def test_run_steps_make_an_environment_whose_entry_point_answers(tmp_path):
             step = step.replace("--no-cache-dir ", "")
             step = re.sub(r"^python ", f"{sys.executable} ", step)
             done = subprocess.run(
-                ["sh", "-c", step], cwd=source, env=environment, capture_output=True, text=True, timeout=600
+                ["sh", "-c", step],
+                cwd=source,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
             )
             assert done.returncode == 0, f"{step}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert cache.stat().st_mode & 0o7777 == 0o1777
     command = json.loads(value_of("ENTRYPOINT"))
     for words in (["--help"], ["serve", "--help"]):
-        done = subprocess.run([prefix / "bin" / command[0], *words], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [prefix / "bin" / command[0], *words], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         assert "serve" in done.stdout

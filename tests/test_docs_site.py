@@ -1,7 +1,7 @@
-"""The documentation site: navigation, links, quoted commands, width of lines, and the strict build itself.
+"""The documentation site: navigation, links, quoted commands, width of lines, strict build.
 
-Not here: tables of docs/ that list fields, flags and tests (server/test_docs.py), paths that pages name
-(test_front_door.py).
+Not here: tables of docs/ that list fields, flags and tests (server/test_docs.py), paths that pages
+name (test_front_door.py).
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def quoted_commands() -> dict[str, str]:
-    """Return every `slipway` command of the pages, without comments, and the page that quotes it."""
+    """Return every `slipway` command of the pages, and the page that quotes it."""
     found: dict[str, str] = {}
     for path in [*PAGES, *FRONT]:
         text = path.read_text().replace("\\\n", " ")
@@ -106,7 +106,11 @@ def test_relative_links_and_anchors_resolve(path):
 @pytest.mark.host
 @pytest.mark.parametrize("path", [*PAGES, *FRONT], ids=page_name)
 def test_no_line_is_wider_than_the_limit(path):
-    wide = [number for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > MAX_WIDTH]
+    wide = [
+        number
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > MAX_WIDTH
+    ]
     assert wide == []
 
 
@@ -152,7 +156,8 @@ def test_quoted_commands_parse(command, monkeypatch, tmp_path, capsys):
 def test_modules_that_the_pages_run_exist():
     text = "\n".join(path.read_text() for path in [*PAGES, *FRONT])
     named = {
-        name.replace(".", "/") for name in re.findall(r"python -m\s+((?:benchmarks|examples|training)\.\w+)", text)
+        name.replace(".", "/")
+        for name in re.findall(r"python -m\s+((?:benchmarks|examples|training)\.\w+)", text)
     }
     assert len(named) > 10
     assert not {name for name in named if not (ROOT / f"{name}.py").exists()}
@@ -168,7 +173,11 @@ def source_text() -> str:
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
     page = (DOCS / "troubleshooting.md").read_text()
     source = source_text()
-    heads = [line.partition("`: ")[0] for line in re.sub(r"\n  ", " ", page).splitlines() if line.startswith("- ")]
+    heads = [
+        line.partition("`: ")[0]
+        for line in re.sub(r"\n  ", " ", page).splitlines()
+        if line.startswith("- ")
+    ]
     messages = [message for head in heads for message in re.findall(r"`([^`]+)`", head + "`")]
     pieces = {piece.strip(" :,(") for message in messages for piece in SEPARATORS.split(message)}
     pieces = {piece for piece in pieces if " " in piece and piece not in OTHERS_MESSAGES}

@@ -1,4 +1,4 @@
-"""Files that a newcomer meets first: paths that they name exist, and commands are those of the Makefile and of CI."""
+"""Files that a newcomer meets first: the paths and commands that they name exist."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,9 @@ import yaml
 
 pytestmark = pytest.mark.host
 ROOT = Path(__file__).parents[1]
-PATH = re.compile(r"(?<![\w/.])((?:slipway|docs|tests|tools|csrc|examples|benchmarks|training)/[\w./]*\w)")
+PATH = re.compile(
+    r"(?<![\w/.])((?:slipway|docs|tests|tools|csrc|examples|benchmarks|training)/[\w./]*\w)"
+)
 
 
 def test_every_file_of_the_package_is_in_the_architecture_page():
@@ -21,7 +23,9 @@ def test_every_file_of_the_package_is_in_the_architecture_page():
     assert not named - there - elsewhere, "files that do not exist"
 
 
-@pytest.mark.parametrize("file", ["CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/adding_a_model.md"])
+@pytest.mark.parametrize(
+    "file", ["CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/adding_a_model.md"]
+)
 def test_every_path_that_a_page_names_exists(file):
     named = set(PATH.findall((ROOT / file).read_text()))
     assert not {path for path in named if not (ROOT / path).exists()}
@@ -31,7 +35,9 @@ def test_every_make_target_that_contributing_names_exists():
     text, makefile = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"\bmake (\w+)", text))
     assert {"check", "test", "demo"} <= targets
-    assert not {target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)}
+    assert not {
+        target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)
+    }
 
 
 def test_the_workflow_runs_what_ci_runs():

@@ -1,4 +1,4 @@
-"""The runner of other engines' tests: which files it takes, what it counts, how vLLM's flags become ours."""
+"""The runner of other engines' tests: its files, its counts, and vLLM's flags as ours."""
 
 import importlib
 import json
@@ -23,14 +23,29 @@ def standin(tmp_path, monkeypatch):
 
 
 def test_flags_are_translated_and_unknown_ones_stay(standin, tmp_path):
-    given = ["--dtype=bfloat16", "--enforce-eager", "--max-model-len", "2048", "--lora-modules", "x=y", "z=w"]
-    words = standin.translated("a/b", [*given, "--max-logprobs", "151936", "--root-path", "/llm"], {})
+    given = [
+        "--dtype=bfloat16",
+        "--enforce-eager",
+        "--max-model-len",
+        "2048",
+        "--lora-modules",
+        "x=y",
+        "z=w",
+    ]
+    words = standin.translated(
+        "a/b", [*given, "--max-logprobs", "151936", "--root-path", "/llm"], {}
+    )
     assert words[0] == "/other" and words[words.index("--served-model-name") + 1] == "a/b"
     assert json.loads(words[words.index("--hf-overrides") + 1]) == {"max_position_embeddings": 2048}
-    assert words[words.index("--max-logprobs") + 1] == "-1" and words[words.index("--root-path") + 1] == "/llm"
+    assert (
+        words[words.index("--max-logprobs") + 1] == "-1"
+        and words[words.index("--root-path") + 1] == "/llm"
+    )
     assert not {"--enforce-eager", "--lora-modules", "x=y", "z=w", "bfloat16"} & set(words)
     assert words[words.index("--chat-template") + 1] == str(tmp_path / "template.jinja")
-    thinking = standin.translated("c", ["--reasoning-parser", "qwen3", "--served-model-name", "d"], {})
+    thinking = standin.translated(
+        "c", ["--reasoning-parser", "qwen3", "--served-model-name", "d"], {}
+    )
     assert thinking[0] == str(tmp_path / "model") and thinking.count("--served-model-name") == 1
     assert thinking[thinking.index("--chat-template") + 1] == str(tmp_path / "thinking.jinja")
     as_text = standin.translated("c", ["--chat-template", "{{ a }}\n{{ b }}"], {})
@@ -61,7 +76,11 @@ def test_a_test_counts_once_and_its_worst_outcome(capsys):
     def outcome(test, outcome, why=""):
         return {"test": test, "outcome": outcome, "why": why, "where": ""}
 
-    outcomes = [outcome("a", "passed"), outcome("a", "failed", "\n  tear-down\nmore"), outcome("b", "passed")]
+    outcomes = [
+        outcome("a", "passed"),
+        outcome("a", "failed", "\n  tear-down\nmore"),
+        outcome("b", "passed"),
+    ]
     outcomes += [outcome("c", "skipped"), outcome("d", "failed", "tear-down")]
     result = rivals_tests.counted(outcomes, "missing")
     assert (result["passed"], result["failed"], result["skipped"], result["error"]) == (1, 2, 1, "")

@@ -1,10 +1,12 @@
-"""Generator of slipway/models/reference.json: which fields of a config.json transformers reads, by architecture.
+"""Generator of slipway/models/reference.json: fields of config.json that transformers reads.
 
-The table is read off the source of the installed transformers: every ``config.X``, ``getattr(config, "X")`` and
-``kwargs.pop("X")`` in the code that an architecture's class reaches, its configuration class, the attention masks, the
-caches and the rope functions. A new architecture: add it to slipway/models, then run this file.
+The table is read off the source of the installed transformers: every ``config.X``,
+``getattr(config, "X")`` and ``kwargs.pop("X")`` in the code that an architecture's class reaches,
+its configuration class, the attention masks, the caches and the rope functions. A new architecture:
+add it to slipway/models, then run this file.
 
-Not here: what becomes of a field that is read and not implemented, or not read (slipway/models/config.py).
+Not here: what becomes of a field that is read and not implemented, or not read
+(slipway/models/config.py).
 """
 
 import ast
@@ -20,18 +22,40 @@ from types import ModuleType
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "slipway" / "models" / "reference.json"
-# Modules that are followed where a model imports from them; the others (output classes, logging, ...) read nothing.
-SHARED = ("modeling_rope_utils", "masking_utils", "cache_utils", "modeling_utils", "configuration_utils")
-SHARED_BELOW = ("models.", "integrations.sdpa_attention", "integrations.heterogeneity", "quantizers.auto")
+# Modules that are followed where a model imports from them; the others (output classes, logging,
+# ...) read nothing.
+SHARED = (
+    "modeling_rope_utils",
+    "masking_utils",
+    "cache_utils",
+    "modeling_utils",
+    "configuration_utils",
+)
+SHARED_BELOW = (
+    "models.",
+    "integrations.sdpa_attention",
+    "integrations.heterogeneity",
+    "quantizers.auto",
+)
 RECEIVERS = {"config", "text_config", "decoder_config", "effective_config", "layer_config"}
 ROPE_RECEIVERS = {"rope_parameters", "rope_parameters_dict"}
 # Methods of configuration classes that read, write or check one and compute nothing with it.
-PASSIVE = ("from_", "to_", "save_", "push_", "get_config", "_get_config", "validate_", "_validate_", "get_mtp_config")
+PASSIVE = (
+    "from_",
+    "to_",
+    "save_",
+    "push_",
+    "get_config",
+    "_get_config",
+    "validate_",
+    "_validate_",
+    "get_mtp_config",
+)
 MISSING = object()
 
 
 class Module:
-    """The syntax tree of one transformers module: its definitions by name, and where imported names come from."""
+    """Syntax tree of one transformers module: definitions by name, origins of imported names."""
 
     def __init__(self, name: str):
         self.name = name
@@ -41,14 +65,20 @@ class Module:
         self.imported: dict[str, tuple[str, str]] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
-                source = importlib.util.resolve_name("." * node.level + (node.module or ""), _package(self.module))
-                self.imported |= {(alias.asname or alias.name): (source, alias.name) for alias in node.names}
+                source = importlib.util.resolve_name(
+                    "." * node.level + (node.module or ""), _package(self.module)
+                )
+                self.imported |= {
+                    (alias.asname or alias.name): (source, alias.name) for alias in node.names
+                }
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 self.definitions[node.name] = node
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                self.definitions |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+                self.definitions |= {
+                    target.id: node for target in targets if isinstance(target, ast.Name)
+                }
 
 
 class Reader:
@@ -107,7 +137,10 @@ def _reads(node: ast.AST, is_config: bool) -> Iterator[tuple[str, Any]]:
                 is_receiver(value) and id(inner) not in called
             ):
                 yield field, None
-            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[value, ast.Constant(value=str(field)), *rest]):
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr"),
+                args=[value, ast.Constant(value=str(field)), *rest],
+            ):
                 if is_receiver(value):
                     yield field, _literal(rest)
             case ast.Call(
@@ -130,30 +163,41 @@ def _literal(nodes: list[ast.expr]) -> Any:
 
 
 def rope_members() -> dict[str, dict[str, Any]]:
-    """Return the members of ``rope_parameters`` that each rope type's function reads, with defaults."""
+    """Return the members of ``rope_parameters`` that each rope type reads, with defaults."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    found: dict[str, dict[str, Any]] = {"default": {"rope_theta": None}}  # a method of each model, not in this table
+    found: dict[str, dict[str, Any]] = {
+        "default": {"rope_theta": None}
+    }  # a method of each model, not in this table
     for rope_type, function in ROPE_INIT_FUNCTIONS.items():
         members = found.setdefault(rope_type, {})
         for node in ast.walk(ast.parse(inspect.getsource(function))):
             match node:
-                case ast.Subscript(value=receiver, slice=ast.Constant(value=str(member))) if _is_rope(receiver):
+                case ast.Subscript(value=receiver, slice=ast.Constant(value=str(member))) if (
+                    _is_rope(receiver)
+                ):
                     members.setdefault(member, None)
                 case ast.Call(
-                    func=ast.Attribute(value=receiver, attr="get"), args=[ast.Constant(value=str(member)), *rest]
+                    func=ast.Attribute(value=receiver, attr="get"),
+                    args=[ast.Constant(value=str(member)), *rest],
                 ) if _is_rope(receiver):
                     members[member] = _literal(rest)
     return found
 
 
 def _is_rope(node: ast.AST) -> bool:
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    name = (
+        node.id
+        if isinstance(node, ast.Name)
+        else node.attr
+        if isinstance(node, ast.Attribute)
+        else ""
+    )
     return name in ROPE_RECEIVERS
 
 
 def architecture(name: str) -> dict[str, dict[str, Any]]:
-    """Return the fields that the configuration class declares and those that any code reads, with defaults."""
+    """Return the fields that the class declares and those that any code reads, with defaults."""
     import transformers
 
     model = getattr(transformers, name)
@@ -167,7 +211,9 @@ def architecture(name: str) -> dict[str, dict[str, Any]]:
     kept = {}
     for field, default in reader.fields.items():
         of_class = getattr(config, field, default)
-        settable = not callable(of_class) and (not isinstance(of_class, property) or of_class.fset is not None)
+        settable = not callable(of_class) and (
+            not isinstance(of_class, property) or of_class.fset is not None
+        )
         if settable and not field.startswith("_") and not field.isupper():
             is_plain = of_class is None or isinstance(of_class, bool | int | float | str)
             kept[field] = declared.get(field, of_class if is_plain else default)

@@ -17,28 +17,36 @@ MIN_WORDS, HEADLINE_CHARACTERS, POSITIONAL_ARGUMENTS = 3, 72, 3
 MIN_TABLE_ROWS = 3
 
 # Openings of docstrings that leave out what they describe.
-MODULE_OPENINGS = "Decides|Knows|Makes|Runs|Finds|Gives|Holds|Fails|From|What|Where|Which|How|Who|When|That|Whether"
+MODULE_OPENINGS = (
+    "Decides|Knows|Makes|Runs|Finds|Gives|Holds|Fails|"
+    "From|What|Where|Which|How|Who|When|That|Whether"
+)
 FUNCTION_OPENINGS = (
     "The|A|An|What|Which|Who|Where|How|When|That|Those|These|All|Every|Each|One|No|None|Nothing|Nobody|Same|As|Of|See|"
     "Its|It|If|In|On|With|Without|For|From|Is|Has|Does"
 )
 CLASS_OPENINGS = "What|Who|Where|How|When|That|Those|Which|As|Of|See|It|Its"
 UNCLEAR = re.compile(
-    r"\b(who|whose|whom|nobody|no one|somebody|someone|anybody|as many as may|ceases?|knows?|whoever|say so|says so)\b",
+    r"\b(who|whose|whom|whoever|nobody|no one|somebody|someone|anybody|"
+    r"as many as may|ceases?|knows?|says? so)\b",
     re.IGNORECASE,
 )
 # Functions that take a list of equal arguments: names would add nothing.
 LISTING = {
-    "print", "max", "min", "zip", "chain", "product", "union", "gcd", "isinstance", "format", "join", "joinpath",
-    "Path", "reshape", "transpose", "call", "P", "PartitionSpec", "debug", "info", "warning", "error", "exception",
-    "log",
+    "print", "max", "min", "zip", "chain", "product", "union", "gcd", "isinstance", "format",
+    "join", "joinpath", "Path", "reshape", "transpose", "call", "P", "PartitionSpec", "debug",
+    "info", "warning", "error", "exception", "log",
 }  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
-    """Print every breach in the named files or folders, by default all; return 1 if there is one."""
+    """Print every breach in the named files or folders, by default all; return 1 for any."""
     roots = [Path(argument) for argument in arguments or FOLDERS]
-    paths = [path for root in roots for path in ([root] if root.is_file() else sorted(root.rglob("*.py")))]
+    paths = [
+        path
+        for root in roots
+        for path in ([root] if root.is_file() else sorted(root.rglob("*.py")))
+    ]
     breaches = [f"{path}:{line}: {text}" for path in paths for line, text in file_breaches(path)]
     breaches += [] if arguments else headline_breaches()
     print("\n".join(breaches) or "language and density: fine")
@@ -57,13 +65,23 @@ def file_breaches(path: Path) -> Iterator[tuple[int, str]]:
             targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else []
             unpacked = isinstance(node.value, ast.Tuple)
             if unpacked and any(isinstance(target, ast.Attribute) for target in targets):
-                yield node.lineno, "several fields assigned in one statement; write one assignment a line"
+                yield (
+                    node.lineno,
+                    "several fields assigned in one statement; write one assignment a line",
+                )
         elif isinstance(node, ast.Call) and not in_tests:
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             count = sum(not isinstance(argument, ast.Starred) for argument in node.args)
             count -= name in ("partial", "submit")
             if name not in LISTING and count > POSITIONAL_ARGUMENTS:
-                yield node.lineno, f"{name} is called with {count} positional arguments; name those after the third"
+                yield (
+                    node.lineno,
+                    f"{name} has {count} positional arguments; name those after the third",
+                )
     tables = {line for node in ast.walk(tree) for line in table_lines(node)}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
@@ -102,7 +120,7 @@ def is_property(node: ast.AST) -> bool:
 
 
 def table_lines(node: ast.AST) -> Iterator[int]:
-    """Yield the last line of a statement, or the first of a decorated function, that holds a table of literals."""
+    """Yield the last line of a statement, or of a decorator, that holds a table of literals."""
     if not isinstance(node, ast.stmt):
         return
     if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
@@ -119,11 +137,14 @@ def table_lines(node: ast.AST) -> Iterator[int]:
 def headline_breaches() -> Iterator[str]:
     """Yield a line for each of the last twenty commits with a headline that is too long."""
     log = ["git", "log", "-20", "--no-merges", "--format=%h %s"]
-    found = subprocess.run(log, capture_output=True, text=True, check=False)  # empty outside a repository
+    found = subprocess.run(
+        log, capture_output=True, text=True, check=False
+    )  # empty outside a repository
     for line in found.stdout.splitlines():
         commit, _, headline = line.partition(" ")
         if len(headline) > HEADLINE_CHARACTERS:
-            yield f"commit {commit}: headline of {len(headline)} characters, at most {HEADLINE_CHARACTERS}"
+            length = f"{len(headline)} characters, at most {HEADLINE_CHARACTERS}"
+            yield f"commit {commit}: headline of {length}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ def main() -> int:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.end_lineno - node.lineno + 1
                 if body > FUNCTION_LINES:
-                    breaches.append(f"{path}:{node.lineno}: {node.name} has {body} lines, at most {FUNCTION_LINES}")
+                    breaches.append(
+                        f"{path}:{node.lineno}: "
+                        f"{node.name} has {body} lines, at most {FUNCTION_LINES}"
+                    )
         if path.name != "__init__.py" and not ast.get_docstring(ast.parse(source)):
             breaches.append(f"{path}: no docstring")
     print("\n".join(breaches) or "file and function sizes: fine")

@@ -37,7 +37,7 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
         declaration = linear.quantize(declaration, scheme.bits, scheme.group)
         checkpoint = quantize.packed_view(checkpoint, tensor_reader.wanted(declaration))
     one = mesh.make_mesh()
-    model = tensor_reader.load(declaration, checkpoint, one, jnp.bfloat16)
+    model = tensor_reader.load(declaration, checkpoint, one, dtype=jnp.bfloat16)
     context = rows.shape[1] - 1
     num_pages = -(-context // PAGE_SIZE)
     sizes = {"page_size": PAGE_SIZE, "dtype": jnp.bfloat16}

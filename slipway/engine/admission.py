@@ -1,6 +1,7 @@
 """Admission of requests: checks against the engine's limits, and their sequences.
 
-Not here: which sequences run (scheduler.py), the bounds of what is queued (async_engine.py, server/).
+Not here: which sequences run (scheduler.py), the bounds of what is queued (async_engine.py,
+server/).
 """
 
 import dataclasses
@@ -61,7 +62,9 @@ class Limits:
 class Admission:
     """Makes a request of each spec."""
 
-    def __init__(self, limits: Limits, tokenizer: Tokenizer | None, eos_ids: frozenset[int], seed: int):
+    def __init__(
+        self, limits: Limits, tokenizer: Tokenizer | None, eos_ids: frozenset[int], seed: int
+    ):
         self._limits = limits
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
@@ -80,10 +83,14 @@ class Admission:
         max_tokens = self._check(spec.token_ids, params)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         request = Request(str(number), spec, max_tokens, arrival=number, deadline=deadline)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        stop_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else self._eos_ids
+        )
         if logit_rules.needed(params):
             vocab_size = self._limits.vocab_size
-            request.rules = logit_rules.Rules(params, stop_ids, self._tokenizer, vocab_size=vocab_size)
+            request.rules = logit_rules.Rules(
+                params, stop_ids, self._tokenizer, vocab_size=vocab_size
+            )
         matchers = self._matchers(params)
         for index in range(params.num_samples):
             # without a seed of its own a request gets one from the engine's seed and its number
@@ -106,30 +113,43 @@ class Admission:
             raise InvalidRequest("prompt_token_ids", prompt_token_ids, "at least one token")
         for token in prompt_token_ids:
             if type(token) is not int or not 0 <= token < limits.vocab_size:
-                raise InvalidRequest("prompt_token_ids", token, f"token ids from 0 to {limits.vocab_size - 1}")
+                raise InvalidRequest(
+                    "prompt_token_ids", token, f"token ids from 0 to {limits.vocab_size - 1}"
+                )
         if length >= limits.max_model_len:
             raise ContextTooLong("prompt", f"{length} tokens", limits.max_model_len)
         check_logprobs("logprobs", params.logprobs, limits.max_logprobs)
         check_logprobs("prompt_logprobs", params.prompt_logprobs, limits.max_logprobs)
         if params.stop and self._tokenizer is None:
-            raise InvalidRequest("stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)")
+            raise InvalidRequest(
+                "stop", params.stop, "no stop strings without a tokenizer (skip_tokenizer_init)"
+            )
         longest = limits.max_model_len - length
         max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
         room = limits.num_tokens
         if length + max_tokens > room:
             got = f"{length} prompt tokens + {max_tokens} max_tokens"
-            raise InvalidRequest("max_tokens", got, f"at most the {room} tokens that the cache holds")
+            raise InvalidRequest(
+                "max_tokens", got, f"at most the {room} tokens that the cache holds"
+            )
         return max_tokens
 
     def _matchers(self, params: SamplingParams) -> list[Constraint]:
-        """Return a matcher for each sample, where a grammar or a budget of reasoning limits the output."""
+        """Return a matcher for each sample if a grammar or a budget of reasoning limits outputs."""
         if not params.is_guided:
             return []
         if self._tokenizer is None:
-            raise InvalidRequest("structured_outputs", params.structured_outputs, "none without a tokenizer")
+            raise InvalidRequest(
+                "structured_outputs", params.structured_outputs, "none without a tokenizer"
+            )
         if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer, self._limits.vocab_size, sorted(self._eos_ids))
-        return [self._grammars.matcher(params.structured_outputs, params.reasoning) for _ in range(params.num_samples)]
+            self._grammars = Grammars(
+                self._tokenizer, self._limits.vocab_size, sorted(self._eos_ids)
+            )
+        return [
+            self._grammars.matcher(params.structured_outputs, params.reasoning)
+            for _ in range(params.num_samples)
+        ]
 
     def _detokenizer(self, spec: RequestSpec) -> Detokenizer | None:
         params = spec.params
@@ -146,5 +166,8 @@ class Admission:
 
 
 def _mix(seed: int, number: int) -> int:
-    """Return a seed for the n-th request (the constant is 2**32 / golden ratio: Knuth, TAOCP 3, 6.4)."""
+    """Return a seed for the n-th request.
+
+    The constant is 2**32 / golden ratio (Knuth, TAOCP 3, 6.4).
+    """
     return (seed ^ (number * 0x9E3779B1)) % 2**32

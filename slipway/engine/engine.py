@@ -1,6 +1,7 @@
-"""Engine: the life of requests, from their arrival to their end, and changes of weights between two steps.
+"""Engine: requests from their arrival to their end, and changes of weights between two steps.
 
-Not here: the steps themselves (pipeline.py), loading of a model (launch.py), threads and processes (async_engine.py).
+Not here: the steps themselves (pipeline.py), loading of a model (launch.py), threads and processes
+(async_engine.py).
 """
 
 import itertools
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """The requests of one replica, its cache and its compiled step. Not thread-safe: one thread calls it."""
+    """Requests, caches and programs of one replica. Not thread-safe: one thread calls it."""
 
     def __init__(
         self,
@@ -101,8 +102,9 @@ class Engine:
     def add(self, spec: RequestSpec) -> str:
         """Queue a request and return its id.
 
-        Raises InvalidRequest if the prompt is empty, longer than the context, holds an unknown id, or could never fit;
-        EngineBusy while the engine sleeps; WeightsLost while the weights are incomplete.
+        Raises InvalidRequest if the prompt is empty, longer than the context, holds an unknown id,
+        or could never fit; EngineBusy while the engine sleeps; WeightsLost while the weights are
+        incomplete.
         """
         self._updates.check()
         request = self._admission.request(next(self._count), spec)
@@ -121,7 +123,7 @@ class Engine:
         return self._requests[request_id]
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> RequestOutput:
-        """End a request where it stands; its pages are free at once. Raises KeyError if it is not running."""
+        """End a request and free its pages at once. Raises KeyError if it is not running."""
         request = self._requests.pop(request_id)
         for sequence in request.sequences:
             if sequence.finish_reason is None:
@@ -134,7 +136,7 @@ class Engine:
         return request_id in self._requests
 
     def snapshot(self) -> Snapshot:
-        """Return the numbers of running, waiting and cached things, and the sums since the start."""
+        """Return what runs, waits and is cached now, and the sums since the start."""
         each = self.schedulers
         return Snapshot(
             running=sum(len(s.running) for s in each),
@@ -164,14 +166,20 @@ class Engine:
             self._leader.close()
 
     def update_weights(
-        self, values: Values, *, version: str | None = None, mode: Mode = "inplace", policy: Policy = "finish"
+        self,
+        values: Values,
+        *,
+        version: str | None = None,
+        mode: Mode = "inplace",
+        policy: Policy = "finish",
     ) -> Future[str]:
         """Replace the weights by checked values between two steps; the result is their new version.
 
-        ``policy`` is for running requests. ``finish``: they end on the old version first, while no other begins.
-        ``recompute``: their keys and values are computed anew, their output so far stays. ``continue``: they go on with
-        the keys and values of the old version. ``mode`` as in ``Weights.replace``; if that fails half-way, all requests
-        are aborted and new ones refused until an update succeeds. Cached prefixes are forgotten.
+        ``policy`` is for running requests. ``finish``: they end on the old version first, while no
+        other begins. ``recompute``: their keys and values are computed anew, their output so far
+        stays. ``continue``: they go on with the keys and values of the old version. ``mode`` as in
+        ``Weights.replace``; if that fails half-way, all requests are aborted and new ones refused
+        until an update succeeds. Cached prefixes are forgotten.
         """
         self._need_one_process("update_weights")
         if mode not in get_args(Mode):
@@ -180,21 +188,25 @@ class Engine:
 
         def apply() -> str:
             self._updates.replace(values, version, mode)
-            for sequence in (sequence for request in self._requests.values() for sequence in request.sequences):
+            for sequence in (
+                sequence for request in self._requests.values() for sequence in request.sequences
+            ):
                 sequence.change_weights(version)
             return version
 
         return self._updates.add(apply, policy)
 
     def sleep(self, level: int = 1) -> Future[None]:
-        """Free the devices' memory of caches and weights before the next step; requests wait until ``wake_up``.
+        """Free the devices' memory of caches and weights; requests wait until ``wake_up``.
 
-        ``level`` 1 keeps the weights in the host's memory. Level 2 drops them: the engine needs an update to serve
-        again.
+        ``level`` 1 keeps the weights in the host's memory. Level 2 drops them: the engine needs an
+        update to serve again.
         """
         self._need_one_process("sleep")
         if level not in (1, 2):
-            raise InvalidRequest("level", level, "1, which keeps the weights on the host, or 2, which drops them")
+            raise InvalidRequest(
+                "level", level, "1, which keeps the weights on the host, or 2, which drops them"
+            )
 
         def apply() -> None:
             if not self._updates.sleep_level:
@@ -223,14 +235,15 @@ class Engine:
         self._updates.fail(error)
 
     def flush(self) -> int:
-        """Forget the cached prefixes and return the number of freed pages. Running requests keep theirs."""
+        """Forget cached prefixes that no request uses; return the number of freed pages."""
         return sum(scheduler.tree.flush() for scheduler in self.schedulers)
 
     def step(self) -> list[Request]:
-        """Dispatch a step and take the results of the one before; return the requests with new output.
+        """Dispatch a step, take the results of the one before, return requests with new output.
 
-        Finished requests are among them, and no longer the engine's. The results of a long step are taken by a call of
-        their own, before the next step is planned. The first call after a pause returns an empty list.
+        Finished requests are among them, and no longer the engine's. The results of a long step are
+        taken by a call of their own, before the next step is planned. The first call after a pause
+        returns an empty list.
         """
         started, moved = time.perf_counter(), dict[str, Request]()
         if self._has_deadlines:
@@ -269,7 +282,12 @@ class Engine:
         else:
             if params.best_of is not None:
                 sequence.cumulative_logprob += float(sampled.logprob_B[row])
-            sequence.append(token, None if params.logprobs is None else results.logprobs(sampled, row, params.logprobs))
+            sequence.append(
+                token,
+                None
+                if params.logprobs is None
+                else results.logprobs(sampled, row, params.logprobs),
+            )
             if sequence.matcher is not None and sequence.finish_reason is None:
                 if not sequence.matcher.accept(token):
                     sequence.finish(FinishReason.ABORT, "the grammar's limits")
@@ -289,16 +307,23 @@ class Engine:
         for request in [request for request in self._requests.values() if request.deadline <= now]:
             self.abort(request.request_id, FinishReason.TIMEOUT)
             moved[request.request_id] = request
-        self._has_deadlines = any(request.deadline < math.inf for request in self._requests.values())
+        self._has_deadlines = any(
+            request.deadline < math.inf for request in self._requests.values()
+        )
 
     def _release(self, sequence: Sequence) -> None:
-        self.stats.finish(sequence.finish_reason or "", time.monotonic() - sequence.request.arrived_at)
+        self.stats.finish(
+            sequence.finish_reason or "", time.monotonic() - sequence.request.arrived_at
+        )
         self.schedulers[sequence.request.copy].release(sequence)
 
     def _place(self, request: Request) -> int:
-        """Return the copy of the weights with the fewest tokens to compute, its cached prefix deducted."""
+        """Return the copy of the weights with the fewest tokens left to compute."""
         if len(self.schedulers) == 1:
             return 0
         prompt = np.array(request.spec.token_ids, np.int32)
-        left = [scheduler.load - scheduler.cached(request.spec.cache_salt, prompt) for scheduler in self.schedulers]
+        left = [
+            scheduler.load - scheduler.cached(request.spec.cache_salt, prompt)
+            for scheduler in self.schedulers
+        ]
         return left.index(min(left))

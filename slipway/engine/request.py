@@ -19,7 +19,10 @@ from slipway.engine.params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """A token's log probability under the model, before penalties and temperature, and its rank (1: the likeliest)."""
+    """Log probability of a token under the model, and its rank (1: the likeliest).
+
+    Both are those before penalties and temperature.
+    """
 
     logprob: float
     rank: int
@@ -30,7 +33,7 @@ FROM_BODY = {"from_body": True}  # metadata of a field that HTTP clients set by 
 
 
 class FinishReason(enum.StrEnum):
-    """Reason of a sample's end: an end token or a stop string, max_tokens, an abort, or its deadline."""
+    """Reason of a sample's end: end token or stop string, max_tokens, abort, or deadline."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -44,7 +47,8 @@ class FinishReason(enum.StrEnum):
 class CompletionOutput:
     """One sample so far. ``finish_reason``: None while it runs.
 
-    ``weights``: which version of the weights it comes from, as (first token of the output, version), in order.
+    ``weights``: which version of the weights it comes from, as (first token of the output,
+    version), in order.
     """
 
     index: int
@@ -60,8 +64,9 @@ class CompletionOutput:
 class RequestOutput:
     """A prompt and its samples so far.
 
-    ``prompt_logprobs``: for each token of the prompt, None for the first. ``num_cached_tokens``: of the prompt, those
-    that were in the cache already. ``hidden``: the pooled hidden state, where that was asked for.
+    ``prompt_logprobs``: for each token of the prompt, None for the first. ``num_cached_tokens``: of
+    the prompt, those that were in the cache already. ``hidden``: the pooled hidden state, where
+    that was asked for.
     """
 
     request_id: str
@@ -76,14 +81,15 @@ class RequestOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestSpec:
-    """Everything that a caller states about a request: the one object that goes from the HTTP body to the batch.
+    """Everything that a caller states about a request, on its way from the HTTP body to the batch.
 
-    ``prompt``: the text of ``token_ids``, to be shown in outputs. ``priority``: the smaller runs first. ``cache_salt``:
-    only requests of the same salt share cached pages. ``timeout_s``: seconds after which the request ends with what it
-    has. ``pooling``: "last" or "mean" for the prompt's hidden state instead of an output, else "".
+    ``prompt``: the text of ``token_ids``, to be shown in outputs. ``priority``: the smaller runs
+    first. ``cache_salt``: only requests of the same salt share cached pages. ``timeout_s``: seconds
+    after which the request ends with what it has. ``pooling``: "last" or "mean" for the prompt's
+    hidden state instead of an output, else "".
 
-    A new fact is a field here, with ``metadata=FROM_BODY`` if clients set it, and its reader: the batch
-    (engine/batch.py) finds it at ``sequence.request.spec``.
+    A new fact is a field here, with ``metadata=FROM_BODY`` if clients set it, and its reader: the
+    batch (engine/batch.py) finds it at ``sequence.request.spec``.
     """
 
     token_ids: list[int]
@@ -99,12 +105,18 @@ class RequestSpec:
 class Sequence:
     """One sample of one request while it runs: the scheduler moves it, the engine adds its tokens.
 
-    A token goes through three states: sampled by a step that is still on the device (``num_pending`` counts those),
-    known to the host, and computed, that is, with keys and values in the cache or on their way there.
+    A token goes through three states: sampled by a step that is still on the device
+    (``num_pending`` counts those), known to the host, and computed, that is, with keys and values
+    in the cache or on their way there.
     """
 
     def __init__(
-        self, request: "Request", index: int, seed: int, stop_ids: frozenset[int], detokenizer: Detokenizer | None
+        self,
+        request: "Request",
+        index: int,
+        seed: int,
+        stop_ids: frozenset[int],
+        detokenizer: Detokenizer | None,
     ):
         self.request = request
         self.index = index
@@ -119,7 +131,9 @@ class Sequence:
         self.scores = request.prompt_logprobs is not None and index == 0
         # Every token of the prompt must be computed, even those that the cache holds.
         self.needs_every_token = self.scores or request.spec.pooling == "mean"
-        self.wants_logprobs = params.logprobs is not None or params.best_of is not None or self.scores
+        self.wants_logprobs = (
+            params.logprobs is not None or params.best_of is not None or self.scores
+        )
         self.tokens = np.empty(self.max_length, np.int32)
         self.tokens[: self.num_tokens] = request.spec.token_ids
         self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
@@ -133,14 +147,21 @@ class Sequence:
         self.num_pending = 0
         self.num_scored = 0
         self.pages: list[int] = []
-        # Its pages of each numbering for sliding windows, FREED before the window (cache/windows.py).
+        # Its pages of each numbering for sliding windows, FREED before the window
+        # (cache/windows.py).
         self.window_pages: list[list[int]] = []
         self.duplicates: list[int] = []  # its own copies of pages that the tree has from others
-        self.node: Node | None = None  # the tree's deepest page among them; those after it are the sequence's own
+        self.node: Node | None = (
+            None  # the tree's deepest page among them; those after it are the sequence's own
+        )
         self.slot = -1  # its row of the scheduler's page tables while it runs
-        self.last_row = -1  # its row of the last step's results, which hold its token while that is pending
+        self.last_row = (
+            -1
+        )  # its row of the last step's results, which hold its token while that is pending
         self.overtaken = 0
-        self.matcher: Constraint | None = None  # state of its grammar or budget of reasoning, if it has one
+        self.matcher: Constraint | None = (
+            None  # state of its grammar or budget of reasoning, if it has one
+        )
         self.first_run = True
         self.last_token_at = 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
@@ -178,10 +199,12 @@ class Sequence:
         elif self.num_tokens >= self.max_length:
             self.finish(FinishReason.LENGTH)
             if self.detokenizer is not None and params.stop and self._read().stopped is not None:
-                self.finish(FinishReason.STOP, self.detokenizer.stopped)  # completed by the very end of the text
+                self.finish(
+                    FinishReason.STOP, self.detokenizer.stopped
+                )  # completed by the very end of the text
 
     def change_weights(self, version: str) -> None:
-        """Note that tokens from now on come from this version; all of them, if none is computed yet."""
+        """Note the version of the next tokens; of all tokens, if none is computed yet."""
         before = self.weights if self.num_computed or self.num_tokens > self.num_prompt else ()
         self.weights = (*before, (self.num_tokens - self.num_prompt, version))
 
@@ -192,7 +215,10 @@ class Sequence:
             self.request.prompt_logprobs = [None]
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End the sequence. ``stop_reason``: the stop string or token id that matched, or the cause of an abort."""
+        """End the sequence.
+
+        ``stop_reason``: the stop string or token id that matched, or the cause of an abort.
+        """
         self.finish_reason = reason
         self.stop_reason = stop_reason
 
@@ -203,7 +229,7 @@ class Sequence:
         return self._output(text, self.token_ids, logprobs)
 
     def delta(self) -> CompletionOutput:
-        """Return the part of the sample that is new since the last call; costs nothing for the rest."""
+        """Return the part of the sample that is new since the last call."""
         first = self._num_shown
         self._num_shown = self.num_tokens - self.num_prompt
         ids = self.tokens[self.num_prompt + first : self.num_tokens].tolist()
@@ -211,7 +237,9 @@ class Sequence:
         text = "" if self.detokenizer is None else self._read().take()
         return self._output(text, ids, logprobs)
 
-    def _output(self, text: str, token_ids: list[int], logprobs: list[Logprobs] | None) -> CompletionOutput:
+    def _output(
+        self, text: str, token_ids: list[int], logprobs: list[Logprobs] | None
+    ) -> CompletionOutput:
         return CompletionOutput(
             index=self.index,
             text=text,
@@ -223,12 +251,15 @@ class Sequence:
         )
 
     def is_due(self, interval: int) -> bool:
-        """Whether a delta is due: at the first token and the end, else after ``interval`` tokens in no delta."""
+        """Whether a delta is due: at the first token, at the end, and every ``interval`` tokens."""
         first = not self._num_shown or self.finish_reason is not None
         return self.num_tokens - self.num_prompt - self._num_shown >= (1 if first else interval)
 
     def _read(self) -> Detokenizer:
-        """Detokenize the new tokens. Stop strings need that at every step; otherwise it waits for an output."""
+        """Detokenize the new tokens.
+
+        Stop strings need that at every step; otherwise it waits for an output.
+        """
         assert self.detokenizer is not None
         first, last = self.num_prompt + self._num_read, self.num_tokens - self._num_hidden
         for token_id in self.tokens[first:last].tolist():
@@ -243,12 +274,19 @@ class Sequence:
 class Request:
     """A request while it runs, and its samples.
 
-    ``max_tokens`` is resolved against the context. Of requests with equal priority the one with the smaller ``arrival``
-    goes first. ``deadline``: when it must have ended, in seconds of time.monotonic().
+    ``max_tokens`` is resolved against the context. Of requests with equal priority the one with the
+    smaller ``arrival`` goes first. ``deadline``: when it must have ended, in seconds of
+    time.monotonic().
     """
 
     def __init__(
-        self, request_id: str, spec: RequestSpec, max_tokens: int, *, arrival: int = 0, deadline: float = math.inf
+        self,
+        request_id: str,
+        spec: RequestSpec,
+        max_tokens: int,
+        *,
+        arrival: int = 0,
+        deadline: float = math.inf,
     ):
         self.request_id = request_id
         self.spec = spec
@@ -259,10 +297,14 @@ class Request:
         self.hidden: np.ndarray | None = None
         self.rules: Any = None  # logit_rules.Rules, where its parameters change logits
         self.sequences: list[Sequence] = []
-        self.prompt_logprobs: list[Logprobs | None] | None = None if spec.params.prompt_logprobs is None else [None]
+        self.prompt_logprobs: list[Logprobs | None] | None = (
+            None if spec.params.prompt_logprobs is None else [None]
+        )
         self.arrived_at = time.monotonic()
         self.first_token_at = math.nan
-        self._shown = list(spec.token_ids)  # in outputs; one list for all of them, so that a token's cost is constant
+        self._shown = list(
+            spec.token_ids
+        )  # in outputs; one list for all of them, so that a token's cost is constant
 
     @property
     def finished(self) -> bool:
@@ -285,17 +327,22 @@ class Request:
         return sum(sequence.num_tokens - sequence.num_prompt for sequence in self.sequences)
 
     def output(self) -> RequestOutput:
-        """Return the request so far; of more samples than requested the likeliest, once all have ended."""
+        """Return the request so far; once all samples have ended, the likeliest n of best_of."""
         sequences, n = self.sequences, self.spec.params.n
         if len(sequences) > n and self.finished:
             sequences = sorted(sequences, key=lambda sequence: -sequence.cumulative_logprob)
         outputs = [sequence.output() for sequence in sequences[:n]]
         if len(self.sequences) > n:
-            outputs = [dataclasses.replace(output, index=index) for index, output in enumerate(outputs)]
+            outputs = [
+                dataclasses.replace(output, index=index) for index, output in enumerate(outputs)
+            ]
         return self._around(outputs)
 
     def is_due(self, interval: int) -> bool:
-        """Whether it has ended, or a delta of a sample is due; ``interval``: EngineConfig.stream_interval."""
+        """Whether it has ended, or a delta of a sample is due.
+
+        ``interval``: EngineConfig.stream_interval.
+        """
         return self.finished or any(sequence.is_due(interval) for sequence in self.sequences)
 
     def deltas(self) -> list[CompletionOutput]:
