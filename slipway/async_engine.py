@@ -20,6 +20,7 @@ from typing import Any
 from slipway.checkpoint.swap import Mode
 from slipway.codec.prompt import Prompt, parse_prompt
 from slipway.convert import weight_sources
+from slipway.engine.config import MAX_QUEUED_REQUESTS, MAX_QUEUED_TOKENS
 from slipway.engine.engine import Engine
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import RequestOutput, RequestSpec
@@ -47,7 +48,13 @@ class AsyncEngine:
     methods may be called from any thread.
     """
 
-    def __init__(self, engine: Engine, *, max_requests: int = 1024, max_tokens: int = 2**20):
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_requests: int = MAX_QUEUED_REQUESTS,
+        max_tokens: int = MAX_QUEUED_TOKENS,
+    ):
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         self.tokenizer = engine.tokenizer

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from slipway.errors import InvalidConfig
 
 MAX_DECODE_STEPS = 64
+# Bounds of what runs and waits, for AsyncEngine and the server: requests, and their prompt tokens.
+MAX_QUEUED_REQUESTS = 1024
+MAX_QUEUED_TOKENS = 2**20
 MAX_LOGPROBS = 20  # for a request, unless max_logprobs -1 allows the whole vocabulary
 
 # Fields that are integers of at least 1.

@@ -6,6 +6,7 @@ Not here: options of the engine (engine/config.py), parsing of the command line 
 import dataclasses
 from pathlib import Path
 
+from slipway.engine.config import MAX_QUEUED_REQUESTS, MAX_QUEUED_TOKENS
 from slipway.errors import InvalidConfig
 from slipway.server.logs import Format
 
@@ -39,9 +40,9 @@ class ServerConfig:
     output_parser: str = "auto"
     """Format of reasoning and tool calls in the output: hermes, qwen3, qwen3_coder, mimo,
     deepseek_r1, llama3, plain, or auto, which detects it from the chat template."""
-    max_queued_requests: int = 1024
+    max_queued_requests: int = MAX_QUEUED_REQUESTS
     """Most requests that run or wait; further ones get status 503."""
-    max_queued_tokens: int = 2**20
+    max_queued_tokens: int = MAX_QUEUED_TOKENS
     """Most prompt tokens of all requests that run or wait; requests beyond get status 503."""
     max_requests_per_client: int = 512
     """Most requests of one API key (or address) that run or wait; further ones get status 429."""
@@ -49,7 +50,7 @@ class ServerConfig:
     """Most bytes of a request body; a larger body gets status 413."""
     max_weights_bytes: int = 2**37
     """Most bytes of a weight update sent in pieces; they stay on disk until the next update."""
-    max_prompts: int = 1024
+    max_prompts: int = MAX_QUEUED_REQUESTS
     """Most prompts of one request; also the limit of prompts times n."""
     request_timeout_s: float = 600.0
     """Seconds after which a request ends with the output generated so far."""
