@@ -20,7 +20,7 @@ import numpy as np
 
 from slipway import layout
 
-# a field of a module: a Param as declared, an array when loaded, a Pick while a fold runs
+# a field of a module: a Param as declared, an array when loaded, an IndexedArray while a fold runs
 Tensor = Any
 
 
@@ -169,7 +169,7 @@ class Stack:
 
 
 @module
-class Pick:
+class IndexedArray:
     """One of several arrays of equal shape, chosen by a traced index.
 
     It stands for a leaf; an op resolves it where it reads the array.
@@ -180,25 +180,25 @@ class Pick:
 
 
 def call(f: Callable, leaf: Any) -> Any:
-    """Return ``f(leaf)``, with each Pick in ``leaf`` replaced by the array that it picks.
+    """Return ``f(leaf)``, with each IndexedArray in ``leaf`` replaced by the array that it picks.
 
     Each array has a branch of its own, so that no array is copied.
     """
-    picks = [node for node in jax.tree.leaves(leaf, is_leaf=_is_pick) if _is_pick(node)]
-    if not picks:
+    indexed = [node for node in jax.tree.leaves(leaf, is_leaf=_is_indexed) if _is_indexed(node)]
+    if not indexed:
         return f(leaf)
 
     def branch(i: int) -> Callable:
         def resolved(node: Any) -> Any:
-            return node.arrays[i] if _is_pick(node) else node
+            return node.arrays[i] if _is_indexed(node) else node
 
-        return lambda: f(jax.tree.map(resolved, leaf, is_leaf=_is_pick))
+        return lambda: f(jax.tree.map(resolved, leaf, is_leaf=_is_indexed))
 
-    return jax.lax.switch(picks[0].index, [branch(i) for i in range(len(picks[0].arrays))])
+    return jax.lax.switch(indexed[0].index, [branch(i) for i in range(len(indexed[0].arrays))])
 
 
 def value(leaf: Any) -> Any:
-    """Return the array; for a Pick this is a copy, so use it for small leaves only."""
+    """Return the array; for an IndexedArray this is a copy, so use it for small leaves only."""
     return call(lambda array: array, leaf)
 
 
@@ -222,7 +222,7 @@ class Separate:
             return step(self.bodies[0], self.first, carry)
 
         def turn(i, carry):
-            layer = jax.tree.map(lambda *arrays: Pick(arrays, i), *self.bodies)
+            layer = jax.tree.map(lambda *arrays: IndexedArray(arrays, i), *self.bodies)
             return step(layer, i + self.first, carry)
 
         return jax.lax.fori_loop(0, len(self.bodies), turn, init_val=carry)
@@ -277,8 +277,8 @@ class Chain(tuple):
         return cls(children)
 
 
-def _is_pick(node: Any) -> bool:
-    return isinstance(node, Pick)
+def _is_indexed(node: Any) -> bool:
+    return isinstance(node, IndexedArray)
 
 
 def is_param(node: Any) -> bool:

@@ -84,6 +84,10 @@ def _load(model_class: Any, config: Mapping[str, Any], specs: Mapping[str, Spec]
 
     fields = {name: value for name, value in config.items() if name != "quantization_config"}
     state = {name: torch.empty(spec.shape, device="meta") for name, spec in specs.items()}
+    # torch lists the constructors that obey torch.device once, at its first use. transformers
+    # replaces torch.linspace while it makes a model: a list made then would lack the real one.
+    with torch.device("meta"):
+        torch.empty(0)
     with _quiet():
         _, info = model_class.from_pretrained(
             None,

@@ -4,9 +4,9 @@ Not here: the choice of the body that computes an op (backend.py), attention ove
 values (kv_cache.py).
 
 ``num_tokens`` or ``num_rows`` is the number of leading rows that count. The other rows are padding:
-a body may skip them, and their results are undefined. A weight may be a Pick: one of several
-arrays, chosen by a traced index. A matrix may be Quantized. The ops run under shard_map and do not
-communicate between devices.
+a body may skip them, and their results are undefined. A weight may be an IndexedArray: one of
+several arrays, chosen by a traced index. A matrix may be Quantized. The ops run under shard_map and
+do not communicate between devices.
 """
 
 import jax.numpy as jnp

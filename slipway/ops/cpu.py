@@ -22,7 +22,7 @@ from slipway import native, tree
 from slipway.errors import InvalidConfig
 from slipway.ops.backend import Backend, Body
 from slipway.ops.quantized import Quantized
-from slipway.tree import Pick
+from slipway.tree import IndexedArray
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 ISA_VARIABLE = "SLIPWAY_ISA"
@@ -78,7 +78,7 @@ def _choices(library: ctypes.CDLL | None) -> list[str]:
 def refuses(*leaves: Any) -> str:
     """Return why no kernel takes these leaves together, "" if one does.
 
-    Leaves: arrays, Picks, Quantized weights, and None for absent ones.
+    Leaves: arrays, IndexedArrays, Quantized weights, and None for absent ones.
     """
     numbers = [
         leaf.scale if isinstance(leaf, Quantized) else leaf for leaf in leaves if leaf is not None
@@ -138,7 +138,7 @@ def embed(ids_T, table_VD, num_tokens):
 def linears(x_TD, weights, num_tokens, biases, dtype):
     """Multiply the same tokens by several matrices, as described in ``ops.linears``.
 
-    Weights, or the arrays of Quantized ones, and biases may be Picks.
+    Weights, or the arrays of Quantized ones, and biases may be IndexedArrays.
     """
     return tuple(_linear(x_TD, weights, num_tokens, biases=biases, dtype=dtype, gated=False))
 
@@ -239,11 +239,11 @@ def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, wi
 
 
 def _arrays(leaf: Any) -> tuple[jax.Array, ...]:
-    return leaf.arrays if isinstance(leaf, Pick) else (leaf,)
+    return leaf.arrays if isinstance(leaf, IndexedArray) else (leaf,)
 
 
 def _index(leaf: Any) -> jax.Array:
-    return jnp.int32(leaf.index) if isinstance(leaf, Pick) else jnp.int32(0)
+    return jnp.int32(leaf.index) if isinstance(leaf, IndexedArray) else jnp.int32(0)
 
 
 def _refuses_gated(x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype) -> str:

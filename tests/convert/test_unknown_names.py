@@ -4,6 +4,8 @@ Otherwise nothing is written. transformers is the reference for names.
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -233,3 +235,17 @@ def test_scalars_beside_the_weights_are_left_out(root, tmp_path):
             tmp_path / "more",
             ConvertConfig(config=directory),
         )
+
+
+def test_a_comparison_leaves_torchs_meta_device_whole():
+    """Torch lists the constructors that obey torch.device at its first use, for good."""
+    script = (
+        "import torch, transformers\n"
+        "from slipway.convert import hf_classes\n"
+        "config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1).to_dict()\n"
+        "hf_classes.compare(config | {'architectures': ['GPT2LMHeadModel']}, {})\n"
+        "with torch.device('meta'):\n"
+        "    print(torch.linspace(0, 1, 3).device)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "meta"

@@ -290,7 +290,7 @@ def test_rotate_turns_pairs_as_complex_numbers(normed, head_dim, dtype):
 def test_linear_picks_the_weight_of_a_traced_layer(dtype):
     rng, x_TD = np.random.default_rng(8), jnp.ones((3, 32), dtype)
     weights = tuple(normal(rng, 8, 32, dtype=dtype) for _ in range(3))
-    pick = jax.jit(lambda i, weights: ops.linear(x_TD, tree.Pick(weights, i), jnp.int32(3)))
+    pick = jax.jit(lambda i, weights: ops.linear(x_TD, tree.IndexedArray(weights, i), jnp.int32(3)))
     for i in range(3):
         np.testing.assert_array_equal(pick(i, weights), ops.linear(x_TD, weights[i], jnp.int32(3)))
 

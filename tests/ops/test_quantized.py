@@ -118,7 +118,7 @@ def test_linear_picks_the_packed_weight_of_a_traced_layer(body):
 
     @jax.jit
     def pick(i, layers):
-        picked = jax.tree.map(lambda *arrays: tree.Pick(arrays, i), *layers)
+        picked = jax.tree.map(lambda *arrays: tree.IndexedArray(arrays, i), *layers)
         return body.linear(x_TD, picked, jnp.int32(3))
 
     for i, layer in enumerate(layers):
