@@ -232,6 +232,12 @@ def main(address: str) -> None:
         socket.close(linger=LOAD_FAILED_LINGER_MS)
         sys.exit(LOAD_FAILED_EXIT_CODE)
     limits = dataclasses.asdict(engine.limits)
+    num_pages, *num_window_pages = engine.limits.num_pages
+    # Pages of the layers that see everything; below, those of each sliding window.
+    limits["num_pages"] = num_pages
+    limits["windows"] = {
+        str(window): count for window, count in zip(engine.limits.windows[1:], num_window_pages)
+    }
     tune_garbage_collector()
     socket.send(messages.encode([Ready(limits, engine.defaults)]))
     Worker(engine, socket).run()

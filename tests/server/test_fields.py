@@ -303,6 +303,8 @@ def test_information_routes(server):
     capabilities = server.http.get("/capabilities").json()
     assert "logit_bias" in capabilities["routes"]["/v1/completions"]["fields"]
     assert capabilities["kernels"]["linear"]
+    assert capabilities["limits"]["num_pages"] > 0
+    assert capabilities["limits"]["windows"] == {}
     assert server.http.get("/load").json() == {"server_load": 0}
     assert "slipway_generated_tokens_total" in server.http.get("/metrics").text
     document = server.http.get("/openapi.json").json()
