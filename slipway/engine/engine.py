@@ -276,8 +276,8 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, sampled: Sampled, row: int) -> None:
         """Append a sampled token to its sequence; release the sequence if that was its last."""
         sequence.num_pending -= 1
-        params = sequence.request.spec.params
-        if sequence.request.spec.pooling:
+        params = sequence.params
+        if sequence.pooling:
             sequence.finish(FinishReason.STOP)
         else:
             if params.best_of is not None:
@@ -293,7 +293,7 @@ class Engine:
                     sequence.finish(FinishReason.ABORT, "the grammar's limits")
                 elif sequence.matcher.is_done:
                     sequence.finish(FinishReason.STOP)
-            self.stats.generated_tokens += 1
+            self._pipeline.stats.generated_tokens += 1
         if math.isnan(sequence.request.first_token_at):
             sequence.request.first_token_at = sequence.last_token_at
             self.stats.first_token.add(sequence.last_token_at - sequence.request.arrived_at)

@@ -123,7 +123,9 @@ class Sequence:
         self.seed = seed
         self.stop_ids = stop_ids
         self.detokenizer = detokenizer
-        params = request.spec.params
+        # Facts of the request that every token needs: reading them here costs the host less.
+        self.params = params = request.spec.params
+        self.pooling = request.spec.pooling
         self.num_prompt = len(request.spec.token_ids)
         self.num_tokens = self.num_prompt  # of prompt and output together
         self.max_length = self.num_prompt + request.max_tokens
@@ -186,7 +188,7 @@ class Sequence:
 
     def append(self, token_id: int, logprobs: Logprobs | None) -> None:
         """Append a sampled token; end at an end token, a stop string or the maximum length."""
-        params = self.request.spec.params
+        params = self.params
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
         if self.logprobs is not None:
