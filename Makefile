@@ -25,7 +25,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/python tools/plain.py
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m host -n 0
+	$(BIN)/python -m pytest -q -m host -n $(WORKERS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/slipway bench engine --against transformers
