@@ -143,7 +143,8 @@ class Runner:
         # Pallas reads the kind of the TPU from the mesh that is set.
         with jax.set_mesh(self.mesh), backend.recording(platform) as bodies:
             lowered = jitted.lower(*shapes, *inputs)
-        self.bodies = bodies | self.bodies
+        for op, body in bodies.items():  # one by one: other threads add theirs meanwhile
+            self.bodies.setdefault(op, body)
         return lowered.compile(self._options)
 
     def temp_bytes(self) -> int:

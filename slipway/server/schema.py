@@ -79,17 +79,17 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 
 
 _FACTS = [field for field in dataclasses.fields(RequestSpec) if field.metadata.get("from_body")]
+
+
+def _body_field(field: dataclasses.Field) -> tuple[str, Any, Any]:
+    """Return a body's field for one of RequestSpec: bounded if an integer, else optional."""
+    kind: Any = field.type
+    return (field.name, Int, field.default) if kind is int else (field.name, kind | None, None)
+
+
 # Fields of RequestSpec that clients set: a new one is a field of completions and chats as well.
 Facts: Any = msgspec.defstruct(
-    "Facts",
-    [
-        (field.name, Int, field.default)
-        if field.type is int
-        else (field.name, field.type | None, None)  # type: ignore[operator]
-        for field in _FACTS
-    ],
-    kw_only=True,
-    module=__name__,
+    "Facts", [_body_field(field) for field in _FACTS], kw_only=True, module=__name__
 )
 
 
@@ -99,7 +99,7 @@ def facts(body: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-class Sampling(Facts, msgspec.Struct, kw_only=True):  # type: ignore[misc]
+class Sampling(Facts, msgspec.Struct, kw_only=True):
     """Fields that completions and chats have in common, beside those of Facts."""
 
     model: str | None = None
