@@ -207,9 +207,11 @@ def attention(tokens: int, context: int) -> Case:
         sample_at_B=jnp.zeros(rows, jnp.int32),
     )
 
+    options = kv_cache.AttentionOptions(HEAD_DIM**-0.5)
+
     def attend(x_TD, _, layer, shared):
         q_TNH = jnp.tile(x_TD, (1, HEADS * HEAD_DIM // EMBED)).reshape(tokens, HEADS, HEAD_DIM)
-        return shared.read(q_TNH, layer=layer, step=step, scale=HEAD_DIM**-0.5)
+        return shared.read(q_TNH, layer=layer, step=step, options=options)
 
     attended = rows * sum(context - each + i + 1 for i in range(each))
     return Case(

@@ -6,6 +6,7 @@ A numbering is a set of caches that use the same page numbers: the caches of lay
 window.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
@@ -66,20 +67,67 @@ class KVCache(Protocol):
         """
 
 
-class AllocatedCache(KVCache, Protocol):
-    """Cache that ``allocate`` makes: an array of the pages of one numbering, for several layers."""
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Options of attention, as described in ``KVCache.attend``."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks_N: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSizes:
+    """Sizes of one cache; ``num_kv_heads``: of all devices, repeated heads included."""
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocatedCache(abc.ABC):
+    """KVCache that ``allocate`` makes: an array of the pages of one numbering, for several layers.
+
+    A subclass is a layout of the array ``kv``. ``numbering``: the index in ``StepInput.pages`` of
+    the pages that it uses.
+    """
+
+    kv: Any
+    numbering: int = static(default=0)
+
+    @classmethod
+    @abc.abstractmethod
+    def empty(cls, sizes: CacheSizes, dtype: Any) -> Any:
+        """Return an array ``kv`` that holds nothing."""
 
     @property
-    def kv(self) -> Any:
-        """Array with the keys and values."""
-
-    @property
-    def numbering(self) -> int:
-        """Index in ``StepInput.pages`` of the pages that the cache uses."""
-
-    @property
+    @abc.abstractmethod
     def axes(self) -> tuple[str | None, ...]:
         """Logical axes of the array; a mesh splits "pages" over copies of the weights."""
+
+    @abc.abstractmethod
+    def write(self, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput) -> Self:
+        """Return the cache with the keys and values of the step's tokens.
+
+        Tokens with a slot outside the cache are dropped. The array is updated in place if the
+        caller donates it.
+        """
+
+    @abc.abstractmethod
+    def read(self, q_TNH: Any, *, layer: Any, step: StepInput, options: AttentionOptions) -> Any:
+        """Return the attention of every token to its sequence, the step's own tokens included."""
+
+    def attend(
+        self, q_TNH: Any, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput, **options: Any
+    ) -> tuple[Any, Self]:
+        """Write, then read, as described in ``KVCache.attend``."""
+        written = self.write(k_TKH, v_TKH, layer=layer, step=step)
+        found = written.read(q_TNH, layer=layer, step=step, options=AttentionOptions(**options))
+        return found, written
 
 
 def allocate(
@@ -101,86 +149,50 @@ def allocate(
     def one(spec: CacheSpec) -> AllocatedCache:
         cache_class: Any = PagedCache if choose is None else choose(spec.head_dim)
         numbering = windows.index(spec.window)
-        return cache_class.allocate(
+        sizes = CacheSizes(
             num_layers=spec.num_layers,
             num_pages=num_pages[numbering],
             page_size=page_size,
             num_kv_heads=max(spec.num_kv_heads, tensor),
             head_dim=spec.head_dim,
-            numbering=numbering,
-            dtype=dtype,
         )
+        return cache_class(cache_class.empty(sizes, dtype), numbering)
 
     return tuple(one(spec) for spec in specs)
 
 
 @module
-class PagedCache:
+class PagedCache(AllocatedCache):
     """Portable cache kv_LPK2SH: for each layer, page and head the keys, then the values.
 
     Pages are read by the body that wrote them only: the C++ bodies order the numbers of a page in
     their own way. 16-bit floats are stored as their bits (xla.py).
     """
 
-    kv: Any
-    numbering: int = static(default=0)
-
-    @staticmethod
-    def allocate(
-        *,
-        num_layers: int,
-        num_pages: int,
-        page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        numbering: int,
-        dtype: Any,
-    ) -> "PagedCache":
-        """Return an empty cache."""
+    @classmethod
+    def empty(cls, sizes: CacheSizes, dtype: Any) -> Any:
+        """Return zeros in this layout."""
+        L, P, S = sizes.num_layers, sizes.num_pages, sizes.page_size
         held_as = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
-        return PagedCache(
-            jnp.zeros((num_layers, num_pages, num_kv_heads, 2, page_size, head_dim), held_as),
-            numbering,
-        )
+        return jnp.zeros((L, P, sizes.num_kv_heads, 2, S, sizes.head_dim), held_as)
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        """Logical axes of the array."""
+        """Logical axes of kv_LPK2SH."""
         return (None, "pages", "kv_heads", None, None, None)
 
     def write(self, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput) -> "PagedCache":
-        """Return the cache with the keys and values of the step's tokens.
-
-        The array is updated in place if the caller donates it.
-        """
+        """Write with the platform's body of ``write_kv``."""
         slots_T = step.pages[self.numbering].slots_T
         kv = backend.call("write_kv", self.kv, layer, k_TKH, v_TKH, step.num_tokens, slots_T)
         return PagedCache(kv, self.numbering)
 
-    def read(
-        self,
-        q_TNH: Any,
-        *,
-        layer: Any,
-        step: StepInput,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_N: Any = None,
-    ) -> Any:
-        """Return the attention of every token to its sequence, the step's own tokens included."""
+    def read(self, q_TNH: Any, *, layer: Any, step: StepInput, options: AttentionOptions) -> Any:
+        """Attend with the platform's body of ``paged_attention``."""
         table_BM = step.pages[self.numbering].page_table_BM
-        options = {"scale": scale, "window": window, "soft_cap": soft_cap}
-        return backend.call(
-            "paged_attention", q_TNH, self.kv, layer, step, table_BM, sinks_N, **options
-        )
-
-    def attend(
-        self, q_TNH: Any, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput, **options: Any
-    ) -> Any:
-        """Write, then read, as described in ``KVCache.attend``."""
-        written = self.write(k_TKH, v_TKH, layer=layer, step=step)
-        return written.read(q_TNH, layer=layer, step=step, **options), written
+        given = q_TNH, self.kv, layer, step, table_BM, options.sinks_N
+        static = {name: getattr(options, name) for name in ("scale", "window", "soft_cap")}
+        return backend.call("paged_attention", *given, **static)
 
 
 @module

@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from slipway.errors import UnsupportedModel
-from slipway.ops import backend, kv_cache
+from slipway.ops import backend
 from slipway.ops.backend import Backend
+from slipway.ops.kv_cache import AllocatedCache, AttentionOptions, CacheSizes, PagedCache
 from slipway.ops.step_input import StepInput
-from slipway.tree import module, static
+from slipway.tree import module
 
 LANES = 128
 QUERIES_PER_BLOCK = 32
@@ -24,41 +25,26 @@ LABEL = "pallas (ops/tpu.py)"
 
 
 @module
-class TpuCache:
+class TpuCache(AllocatedCache):
     """Cache kv_LPSXH: for each layer, page and slot, key and value of each head in turn (X = 2 K).
 
     The kernel gets the whole cache of all layers, and page numbers that are offset to the layer's
     first page: a slice of one layer in a scan would be copied.
     """
 
-    kv: Any
-    numbering: int = static(default=0)
-
-    @staticmethod
-    def allocate(
-        *,
-        num_layers: int,
-        num_pages: int,
-        page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        numbering: int,
-        dtype: Any,
-    ) -> "TpuCache":
-        """Return an empty cache."""
-        shape = (num_layers, num_pages, page_size, 2 * num_kv_heads, head_dim)
-        return TpuCache(jnp.zeros(shape, dtype), numbering)
+    @classmethod
+    def empty(cls, sizes: CacheSizes, dtype: Any) -> Any:
+        """Return zeros in this layout."""
+        L, P, S = sizes.num_layers, sizes.num_pages, sizes.page_size
+        return jnp.zeros((L, P, S, 2 * sizes.num_kv_heads, sizes.head_dim), dtype)
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        """Logical axes of the array."""
+        """Logical axes of kv_LPSXH."""
         return (None, "pages", None, "kv_heads", None)
 
     def write(self, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput) -> "TpuCache":
-        """Return the cache with the keys and values of the step's tokens.
-
-        Tokens with a slot outside the cache are dropped.
-        """
+        """Write with a scatter, in XLA's operations."""
         backend.record("write_kv", LABEL)
         slots_T = step.pages[self.numbering].slots_T
         (L, P, S, X, H), T = self.kv.shape, k_TKH.shape[0]
@@ -67,26 +53,15 @@ class TpuCache:
         flat = self.kv.reshape(L * P * S, X, H).at[at_T].set(rows_TXH, mode="drop")
         return TpuCache(flat.reshape(self.kv.shape), self.numbering)
 
-    def read(
-        self,
-        q_TNH: Any,
-        *,
-        layer: Any,
-        step: StepInput,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        sinks_N: Any = None,
-    ) -> Any:
-        """Return the attention of every token to its sequence, the step's own tokens included.
+    def read(self, q_TNH: Any, *, layer: Any, step: StepInput, options: AttentionOptions) -> Any:
+        """Attend with the kernel; the rows with tokens must precede the unused ones.
 
-        The rows with tokens must precede the unused ones. Raises UnsupportedModel for attention
-        sinks.
+        Raises UnsupportedModel for attention sinks.
         """
         # Imported here: Pallas for TPUs takes half a second of every start, on any machine.
         from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernels
 
-        if sinks_N is not None:
+        if options.sinks_N is not None:
             expected = "none: the TPU kernel has no place for them"
             raise UnsupportedModel("attention sinks", "some", expected)
         backend.record("paged_attention", LABEL)
@@ -103,20 +78,13 @@ class TpuCache:
             self.kv.reshape(L * P, S, X, H),
             step.lengths_B,
             *rows,
-            sm_scale=scale,
-            sliding_window=window,
-            soft_cap=soft_cap,
+            sm_scale=options.scale,
+            sliding_window=options.window,
+            soft_cap=options.soft_cap,
             mask_value=MASKED,
             num_kv_pages_per_block=min(M, max(1, KEYS_PER_BLOCK // S)),
             num_queries_per_block=min(q_TNH.shape[0], QUERIES_PER_BLOCK),
         )
-
-    def attend(
-        self, q_TNH: Any, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput, **options: Any
-    ) -> Any:
-        """Write, then read, as described in ``KVCache.attend``."""
-        written = self.write(k_TKH, v_TKH, layer=layer, step=step)
-        return written.read(q_TNH, layer=layer, step=step, **options), written
 
 
 def cache_class(head_dim: int) -> type:
@@ -124,7 +92,7 @@ def cache_class(head_dim: int) -> type:
 
     The kernel takes multiples of LANES only.
     """
-    return kv_cache.PagedCache if head_dim % LANES else TpuCache
+    return PagedCache if head_dim % LANES else TpuCache
 
 
 BACKEND = Backend(

@@ -12,7 +12,7 @@ import pytest
 
 from slipway import ops, tree
 from slipway.ops import PageMap, cpu, kv_cache, xla
-from slipway.ops.kv_cache import CacheSpec, PagedCache
+from slipway.ops.kv_cache import AttentionOptions, CacheSpec, PagedCache
 from slipway.tree import Separate, module
 from tests.ops import oracles
 from tests.ops.ragged import BF16, F32, SHAPES, STEPS, TOKENS, Shape, fitting, make_ragged, slots
@@ -34,7 +34,9 @@ def attention(body, q_TNH, kv, layer, step, *, scale, window, soft_cap=None, sin
     """Attend with the chosen body (ops) or the portable one (xla)."""
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if body is ops:
-        return PagedCache(kv).read(q_TNH, layer=layer, step=step, sinks_N=sinks_N, **options)
+        return PagedCache(kv).read(
+            q_TNH, layer=layer, step=step, options=AttentionOptions(sinks_N=sinks_N, **options)
+        )
     return body.paged_attention(
         q_TNH, kv, layer, step, step.pages[0].page_table_BM, sinks_N, **options
     )

@@ -101,7 +101,7 @@ def test_cache_and_arguments_mean_what_the_portable_bodies_do(counts, lengths, s
     assert isinstance(caches["gpu"], kv_cache.PagedCache)
     whole = ragged(rng, lengths, lengths)  # everything, and then the step's own tokens once more
     step = ragged(np.random.default_rng(0), counts, lengths)
-    options = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None} | static
+    options = kv_cache.AttentionOptions(**{"scale": HEAD_DIM**-0.5} | static)
     for layer in range(LAYERS):
         k, v = (
             jnp.asarray(rng.normal(size=(len(whole.ids_T), KV_HEADS, HEAD_DIM)), jnp.float32)
@@ -111,9 +111,9 @@ def test_cache_and_arguments_mean_what_the_portable_bodies_do(counts, lengths, s
             caches[platform] = caches[platform].write(k, v, layer=jnp.int32(layer), step=whole)
     q = jnp.asarray(rng.normal(size=(sum(counts) + 1, HEADS, HEAD_DIM)), jnp.float32)
     for layer in range(LAYERS):
-        expected = caches["gpu"].read(q, layer=layer, step=step, **options)
+        expected = caches["gpu"].read(q, layer=layer, step=step, options=options)
         with jax.numpy_dtype_promotion("standard"):  # the reference mixes its dtypes
-            got = caches["tpu"].read(q, layer=layer, step=step, **options)
+            got = caches["tpu"].read(q, layer=layer, step=step, options=options)
         np.testing.assert_allclose(
             got[: sum(counts)], expected[: sum(counts)], rtol=2e-5, atol=2e-5
         )
@@ -124,9 +124,10 @@ def test_what_the_kernel_does_not_serve_is_portable_or_refused():
     assert isinstance(cache("tpu", *sizes, 64, jnp.bfloat16), kv_cache.PagedCache), (
         "heads of 64 numbers"
     )
+    kv = cache("tpu", *sizes, 128, jnp.bfloat16)
+    options = kv_cache.AttentionOptions(scale=1.0, sinks_N=jnp.zeros(4))
     with pytest.raises(UnsupportedModel, match="sinks"):
-        kv = cache("tpu", *sizes, 128, jnp.bfloat16)
-        kv.read(jnp.zeros((2, 4, 128)), layer=0, step=None, scale=1.0, sinks_N=jnp.zeros(4))
+        kv.read(jnp.zeros((2, 4, 128)), layer=0, step=None, options=options)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux")
