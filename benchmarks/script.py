@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from slipway.cli import PROGRESS_LOGGERS
 from slipway.errors import SlipwayError
 
 
@@ -19,8 +20,8 @@ def run(name: str, benchmark: type[Any]) -> None:
     without a traceback; the exit code is 2 then, and 130 after an interruption.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for module in ("launch", "step"):
-        logging.getLogger(f"slipway.engine.{module}").setLevel(logging.INFO)
+    for name in PROGRESS_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         tyro.cli(benchmark, prog=f"python -m benchmarks.{name}").run()
     except SlipwayError as error:

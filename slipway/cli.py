@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from tyro.conf import OmitArgPrefixes, Positional
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from slipway import expected_logits, flags
 from slipway.adapters.package import adapt
@@ -49,6 +48,9 @@ from slipway.errors import InvalidConfig, InvalidRequest, SlipwayError
 from slipway.llm import LLM, NANO
 from slipway.parity import compare as parity_of
 from slipway.server.config import ServerConfig
+
+# Modules that log the progress of what takes long: compiled programs, loading, downloads.
+PROGRESS_LOGGERS = ("slipway.engine.launch", "slipway.runtime.runner", "slipway.convert.remote")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -422,35 +424,16 @@ def main() -> None:
     A SlipwayError is printed to stderr without a traceback, with exit code 2.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("slipway.engine.launch", "slipway.engine.step", "slipway.convert.remote"):
+    for name in PROGRESS_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         words = flags.expand(sys.argv[1:])
-        tyro.cli(COMMANDS, prog="slipway", args=words, registry=_registry()).run()
+        tyro.cli(COMMANDS, prog="slipway", args=words, registry=flags.registry()).run()
     except SlipwayError as error:
         print(f"slipway: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _registry() -> ConstructorRegistry:
-    """Return a registry in which mappings are JSON: ``--hf-overrides '{"rope_scaling": null}'``."""
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type_origin is not Mapping:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda words: json.loads(words[0]),
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    return registry
 
 
 def _path(model: str) -> str:

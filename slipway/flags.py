@@ -1,4 +1,4 @@
-"""Translation of vLLM's and SGLang's flags, and of a YAML file of flags, into Slipway's flags.
+"""Flags: translation of vLLM's, SGLang's and a YAML file's, and values that are JSON.
 
 A flag with a counterpart is replaced by it. A flag without any effect here is dropped with a note
 on stderr. Every other unknown flag is left for the parser to refuse.
@@ -7,12 +7,14 @@ Not here: the commands and their own flags (cli.py).
 """
 
 import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from slipway.errors import InvalidConfig
 
@@ -133,3 +135,22 @@ def _without(words: Sequence[str], held: set[str], has_model: bool) -> list[str]
         if not skipping:
             found.append(word)
     return found
+
+
+def registry() -> ConstructorRegistry:
+    """Return a registry in which mappings are JSON: ``--hf-overrides '{"rope_scaling": null}'``."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type_origin is not Mapping:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: json.loads(words[0]),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    return registry

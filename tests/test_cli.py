@@ -1,5 +1,6 @@
 """Command line: its output, and short refusals with exit code 2."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -29,6 +30,12 @@ def slipway(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", cli.PROGRESS_LOGGERS)
+def test_progress_is_logged_by_a_module_that_exists(name):
+    assert importlib.import_module(name).logger.name == name
 
 
 @pytest.mark.host

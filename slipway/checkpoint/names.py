@@ -12,7 +12,7 @@ from collections.abc import Collection, Container, Iterable
 from slipway.checkpoint.files import Checkpoint
 from slipway.errors import CheckpointError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 # Parts of a path that torch.compile, DataParallel, FSDP, activation checkpointing and a PEFT layer
 # around a projection add.
 _WRAPPERS = {
@@ -64,7 +64,7 @@ def unwrapped(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
     renamed = [(name, new) for name, new in found.items() if name != new]
     if not renamed:
         return checkpoint
-    _log.info(
+    logger.info(
         "%s: %d tensors under other names: %s is %s",
         checkpoint.directory,
         len(renamed),

@@ -41,7 +41,7 @@ ALIGNMENT = 64
 DUMMY_STD = 0.02
 _SCAN_BYTES = 1 << 18  # compared at a time, of each of two tensors
 _COPY_BYTES = 1 << 21  # copied between two drops of the file's pages
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop of a block in every dimension
 
@@ -68,7 +68,7 @@ def read(declaration: Any, checkpoint: Checkpoint, mesh: Mesh, dtype: Any) -> An
     ]
     size_gb = sum(array.nbytes for array in arrays) / 1e9
     seconds = time.monotonic() - start
-    _log.info(
+    logger.info(
         "%s: %d arrays, %.2f GB, loaded in %.1f s",
         checkpoint.directory,
         len(arrays),

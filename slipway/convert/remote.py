@@ -22,7 +22,7 @@ from slipway.checkpoint.files import MAX_HEADER_BYTES
 from slipway.checkpoint.hub import ALLOW_PATTERNS
 from slipway.errors import CheckpointError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # Of a request, after 1, 2, 4, ... seconds: a minute in all; tensorstore's default of 32 takes a
 # quarter of an hour.
@@ -127,7 +127,7 @@ def copy_safetensors(folder: RemotePath, directory: Path) -> None:
     CheckpointError.
     """
     files = [path for path in folder.iterdir() if path.is_file() and _is_wanted(path.name)]
-    _log.info("%s: %d files are copied to %s", folder, len(files), directory)
+    logger.info("%s: %d files are copied to %s", folder, len(files), directory)
     ts = tensorstore(str(folder))
     store = ts.KvStore.open(folder.kvstore, context=context(ts)).result()
     for file in files:
