@@ -16,7 +16,7 @@ from typing import Any
 
 from slipway.errors import UnsupportedModel
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _TABLE = json.loads(Path(__file__).with_name("reference.json").read_text())
 ROPE_MEMBERS: Mapping[str, Mapping[str, Any]] = _TABLE[
     "rope"
@@ -69,7 +69,7 @@ def check_fields(raw: Mapping[str, Any], implemented: Collection[str]) -> None:
 @functools.cache
 def warn_unread(fields: tuple[str, ...]) -> None:
     """Log, once in a process, that nothing reads these fields."""
-    _log.warning(
+    logger.warning(
         "config.json: %s: not read by transformers for this architecture, and without effect",
         ", ".join(fields),
     )
