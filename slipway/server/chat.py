@@ -18,7 +18,6 @@ from slipway.server.messages import Sample
 from slipway.server.replica import Stream
 from slipway.server.responses import (
     DONE,
-    Envelope,
     Usage,
     encode,
     merge_deltas,
@@ -38,13 +37,9 @@ class ChatHandler:
             raise InvalidRequest("top_logprobs", body.top_logprobs, expected)
         self._service = service
         self._body = body
-        self.envelope = Envelope(
-            "chat.completion",
-            "chatcmpl",
-            service.model_name,
-            request_id=request_id,
-            tokenizer=service.tokenizer,
-            names_token_ids=service.names_token_ids(body),
+        names = service.names_token_ids(body)
+        self.envelope = service.envelope(
+            "chat.completion", "chatcmpl", request_id=request_id, names_token_ids=names
         )
         self.usage = Usage()
 

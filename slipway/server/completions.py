@@ -23,7 +23,6 @@ from slipway.server.responses import (
     DONE,
     CompletionLogprobs,
     Entry,
-    Envelope,
     Usage,
     encode,
     merge_deltas,
@@ -44,13 +43,9 @@ class CompletionHandler:
             raise InvalidRequest("suffix", body.suffix, expected)
         self._service = service
         self._body = body
-        self.envelope = Envelope(
-            "text_completion",
-            "cmpl",
-            service.model_name,
-            request_id=request_id,
-            tokenizer=service.tokenizer,
-            names_token_ids=service.names_token_ids(body),
+        names = service.names_token_ids(body)
+        self.envelope = service.envelope(
+            "text_completion", "cmpl", request_id=request_id, names_token_ids=names
         )
         self.usage = Usage()
         self._begun: set[int] = set()  # choices of which a part was returned

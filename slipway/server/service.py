@@ -33,6 +33,7 @@ from slipway.server import schema
 from slipway.server.config import ServerConfig
 from slipway.server.grammar_sandbox import GrammarSandbox
 from slipway.server.replica import NOT_READY, Replica, Stream
+from slipway.server.responses import Envelope
 
 TEMPLATE_TIMEOUT_S = 10.0
 # Template variables that the body's own fields set.
@@ -189,6 +190,19 @@ class Service:
         """
         wanted = body.return_tokens_as_token_ids
         return self.config.return_tokens_as_token_ids if wanted is None else wanted
+
+    def envelope(
+        self, kind: str, prefix: str, *, request_id: str | None, names_token_ids: bool = False
+    ) -> Envelope:
+        """Return the frame of a response of this model; ``prefix``: of the id that it is given."""
+        return Envelope(
+            kind,
+            prefix,
+            self.model_name,
+            request_id=request_id,
+            tokenizer=self.tokenizer,
+            names_token_ids=names_token_ids,
+        )
 
     @property
     def num_requests(self) -> int:

@@ -28,7 +28,6 @@ from slipway.server.replica import Stream
 from slipway.server.responses import (
     DONE,
     Entry,
-    Envelope,
     by_rank,
     encode,
     merge_deltas,
@@ -158,13 +157,7 @@ class GenerateHandler:
             raise InvalidRequest("return_logprob", False, expected)
         self._service = service
         self._body = body
-        self.envelope = Envelope(
-            "generate",
-            "gen",
-            service.model_name,
-            request_id=request_id,
-            tokenizer=service.tokenizer,
-        )
+        self.envelope = service.envelope("generate", "gen", request_id=request_id)
 
     async def prepare(self) -> None:
         """Make the prompts and sampling parameters. Raises InvalidRequest."""
