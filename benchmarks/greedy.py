@@ -1,24 +1,25 @@
-"""Comparison of greedy tokens with another engine, from one directory, in float32; no speed.
+"""Greedy tokens of vLLM or SGLang on a CPU beside Slipway's, from one directory, in float32.
 
 An architecture that Slipway's engine lacks has a torch twin: then transformers runs the twin
 instead of our engine, and the other engine runs it through the package that `slipway adapt` writes.
-Not here: the other engines (greedy_vllm.py, greedy_sglang.py).
+Not here: what runs in the other engines' environments (worker_greedy_vllm.py,
+worker_greedy_sglang.py).
 """
 
-import abc
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tyro.conf import Positional
 
+from benchmarks import environments, script
 from slipway.adapters import twin
 from slipway.adapters.package import adapt
 from slipway.adapters.twin import Engine
@@ -30,22 +31,39 @@ from slipway.llm import LLM, NANO
 Answers = list[tuple[list[int], list[float]]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class OtherEngine:
-    """The other engine: its Python, a script of this folder, and additions to the environment."""
+    """Another engine: how its Python is found or installed, and additions to its environment.
 
-    name: Engine
-    python: Path
-    script: str
+    What runs in it is worker_greedy_NAME.py.
+    """
+
+    python: Callable[[], Path]
     variables: Mapping[str, str]
 
 
+ENGINES: dict[Engine, OtherEngine] = {
+    # the build for CPUs
+    "vllm": OtherEngine(
+        environments.vllm, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    ),
+    # with torch's operations
+    "sglang": OtherEngine(environments.sglang, {}),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GreedyBench(abc.ABC):
-    """Greedy tokens and log-probabilities of a directory, ours beside another engine's."""
+class GreedyBench:
+    """Greedy tokens and log-probabilities of a directory, ours beside another engine's.
+
+    With --twin: those of transformers beside the other engine's. The engine is installed on first
+    use.
+    """
 
     model: Positional[Path] = Path(NANO)
     """An HF directory; by default nano."""
+    against: Engine = "vllm"
+    """The other engine."""
     prompts: int = 8
     """Random prompts."""
     prompt_tokens: int = 24
@@ -54,21 +72,17 @@ class GreedyBench(abc.ABC):
     twin: str | None = None
     """FILE.py[:CLASS], as for `slipway adapt`: torch class of an architecture that both lack."""
 
-    @abc.abstractmethod
-    def other(self) -> OtherEngine:
-        """Describe the other engine, and install it if it is not installed."""
-
     def run(self) -> None:
         """Compare and print."""
-        print(json.dumps(self.measure(self.other()), indent=2))
+        print(json.dumps(self.measure(), indent=2))
 
-    def measure(self, other: OtherEngine) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """Count equal tokens before the first difference, and compare their log-probabilities."""
         config = json.loads((self.model / "config.json").read_bytes())
         rng, vocab = np.random.default_rng(0), config["vocab_size"]
         sizes = [self.prompt_tokens] * self.prompts
         prompts = [rng.integers(0, vocab, size).tolist() for size in sizes]
-        theirs = self._of_other(other, prompts)
+        theirs = self._of_other(prompts)
         if self.twin is None:
             ours = self._of_slipway(prompts)
         else:
@@ -131,18 +145,20 @@ class GreedyBench(abc.ABC):
                 ids = torch.cat([ids, best.indices[:, None]], 1)
         return list(zip(ids[:, self.prompt_tokens :].tolist(), logprobs))
 
-    def _of_other(self, other: OtherEngine, prompts: list[list[int]]) -> Answers:
+    def _of_other(self, prompts: list[list[int]]) -> Answers:
+        other = ENGINES[self.against]
+        python = other.python()
         with tempfile.TemporaryDirectory() as folder:
             request, out = Path(folder, "request.json"), Path(folder, "answers.json")
             request.write_text(json.dumps({"prompts": prompts, "max_tokens": self.max_tokens}))
-            worker = Path(__file__).with_name(other.script)
-            command = [other.python, "-P", worker, self.model.absolute(), request, out]
+            worker = Path(__file__).with_name(f"worker_greedy_{self.against}.py")
+            command = [python, "-P", worker, self.model.absolute(), request, out]
             variables = os.environ | other.variables | {"HF_HUB_OFFLINE": "1"}
             if self.twin is not None:
                 package = adapt(
-                    str(self.model), self.twin, other.name, out_dir=Path(folder, "package")
+                    str(self.model), self.twin, self.against, out_dir=Path(folder, "package")
                 )
-                site = _installed(other.python, package.directory, Path(folder, "site"))
+                site = _installed(python, package.directory, Path(folder, "site"))
                 variables |= package.variables | {"PYTHONPATH": str(site)}
             subprocess.run(
                 list(map(str, command)), check=True, stdout=sys.stderr, env=variables, cwd=folder
@@ -156,3 +172,12 @@ def _installed(python: Path, package: Path, site: Path) -> Path:
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*command, str(site), str(package)], check=True, stdout=sys.stderr)
     return site
+
+
+def main() -> None:
+    """Run the benchmark with the options of the command line."""
+    script.run("greedy", GreedyBench)
+
+
+if __name__ == "__main__":
+    main()
