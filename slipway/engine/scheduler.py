@@ -175,11 +175,15 @@ class Scheduler:
         for sequence in self.running.copy():
             # Skip a sequence that was preempted in this loop, or that waits for its last token from
             # the device.
-            if sequence.slot < 0 or sequence.length >= sequence.max_length:
+            start, length = sequence.num_computed, sequence.length
+            if sequence.slot < 0 or length >= sequence.max_length:
                 continue
-            if sequence.num_tokens - sequence.num_computed > self.page_size:
-                self._adopt(sequence)
-            chunk = self._chunk(sequence, tokens, rows)
+            if start + 1 == length and not sequence.scores:  # it decodes, as nearly all do
+                chunk = Chunk(sequence, start, 1, samples=True)
+            else:
+                if sequence.num_tokens - start > self.page_size:
+                    self._adopt(sequence)
+                chunk = self._chunk(sequence, tokens, rows)
             if self._grow(sequence, chunk):
                 chunks.append(chunk)
                 tokens -= chunk.num_tokens - 1
@@ -254,9 +258,6 @@ class Scheduler:
         the one row that are reserved for it.
         """
         start = sequence.num_computed
-        # A decode step: nearly always.
-        if start + 1 == sequence.length and not sequence.scores:
-            return Chunk(sequence, start, 1, samples=True)
         count = min(sequence.length - start, spare_tokens + 1)
         scored = range(0)
         if sequence.scores and sequence.num_scored < sequence.num_prompt - 1:
@@ -292,7 +293,8 @@ class Scheduler:
         if chunk.scored:
             sequence.num_scored = chunk.scored.stop
         self.counts.computed_tokens += chunk.num_tokens
-        if sequence.num_tokens >= (sequence.node.depth + 1) * self.page_size:
+        unpublished = sequence.num_tokens - sequence.node.depth * self.page_size
+        if unpublished >= self.page_size and self.prefix_caching:
             self._paging.publish(sequence)
         return True
 
