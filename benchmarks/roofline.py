@@ -197,7 +197,7 @@ def attention(tokens: int, context: int) -> Case:
         num_tokens_1=jnp.full(1, tokens, jnp.int32),
         ids_T=jnp.zeros(tokens, jnp.int32),
         positions_T=jnp.tile(positions, rows),
-        contexts_T=jnp.full(tokens, context, jnp.int32),
+        prompt_lengths_T=jnp.full(tokens, context, jnp.int32),
         row_T=numbers.repeat(each),
         starts_B=numbers * each,
         counts_B=jnp.full(rows, each, jnp.int32),

@@ -43,7 +43,9 @@ class Param:
     names in ``sizes`` (in elements). ``stacks`` are axes that Stacks put in front: the checkpoint
     holds one tensor per index. ``repeats`` and ``pads`` tell how a mesh made an axis larger than in
     the checkpoint: each index is repeated n times in a row, or zeros are appended up to a size of
-    n. ``alias`` is a second HF key that may hold the same numbers (tied embeddings).
+    n. ``alias`` is a second HF key that may hold the same numbers (tied embeddings). ``key`` is the
+    HF key, if that is not the path of attributes; it has ``{}`` for each index in the path, and
+    brackets if the Param is a part of a tensor (checkpoint/parts.py).
     """
 
     axes: str
@@ -51,6 +53,7 @@ class Param:
     hf: str = ""
     init: str = "normal"  # "normal" | "ones" | "zeros" | "bits" | "scale", for dummy weights
     alias: str = ""
+    key: str = ""
     # of the array and of the checkpoint's tensors; by default the engine's, made from any float
     dtype: str = ""
     stacks: tuple[tuple[str, int], ...] = ()
@@ -140,6 +143,11 @@ class Stack:
     first: int = 0
     axis: str = "layers"
 
+    @property
+    def one(self) -> Any:
+        """Body with the static fields that all bodies have."""
+        return self.body
+
     def fold(self, step: Callable, carry: Any) -> Any:
         """Apply ``carry = step(layer, index, carry)`` to each in turn, compiled once as a scan."""
         indices = jnp.arange(self.first, self.first + self.n)
@@ -212,6 +220,16 @@ class Separate:
 
     bodies: tuple[Any, ...]
     first: int = 0
+
+    @property
+    def n(self) -> int:
+        """Number of bodies."""
+        return len(self.bodies)
+
+    @property
+    def one(self) -> Any:
+        """Body with the static fields that all bodies have."""
+        return self.bodies[0]
 
     def fold(self, step: Callable, carry: Any) -> Any:
         """Apply ``carry = step(layer, index, carry)`` to each in turn, compiled once as a loop.
@@ -355,15 +373,32 @@ class Leaf:
 def leaves(declaration: Any) -> Iterator[Leaf]:
     """Yield the leaves of a declaration in the order of ``jax.tree.leaves``."""
     for path, param in jax.tree_util.tree_flatten_with_path(declaration, is_leaf=is_param)[0]:
-        names = [_name(entry) for entry in path]
-        ranges = [name for name in names if isinstance(name, range)]
+        numbers = [entry for entry in map(_name, path) if isinstance(entry, int | range)]
+        ranges = [number for number in numbers if isinstance(number, range)]
+        key = param.key or _template(path)
         keys = {}
         for index in itertools.product(*(range(len(r)) for r in ranges)):
             at = iter([r[i] for r, i in zip(ranges, index)])
-            shown = (name for name in names if name is not None)
-            parts = (next(at) if isinstance(name, range) else name for name in shown)
-            keys[index] = ".".join(map(str, parts))
+            keys[index] = key.format(*(next(at) if isinstance(n, range) else n for n in numbers))
         yield Leaf(param, keys)
+
+
+def renamed(declaration: Any, rename: Callable[[str, Param], str]) -> Any:
+    """Return the declaration with other HF keys.
+
+    ``rename(key, param)`` returns the new key of a Param; keys have ``{}`` for each index.
+    """
+
+    def one(path: Any, param: Param) -> Param:
+        return dataclasses.replace(param, key=rename(param.key or _template(path), param))
+
+    return jax.tree_util.tree_map_with_path(one, declaration, is_leaf=is_param)
+
+
+def _template(path: Any) -> str:
+    """Return the HF key of a path of attributes, with ``{}`` for each index."""
+    names = [name for name in map(_name, path) if name is not None]
+    return ".".join("{}" if isinstance(name, int | range) else name for name in names)
 
 
 def _name(entry: Any) -> Any:

@@ -10,6 +10,7 @@ from slipway import mesh
 from slipway.errors import InvalidConfig
 from slipway.tree import Param
 
+BOTH = ("expert", "model")
 SIZES = {"vocab": 10, "heads": 8, "kv_heads": 2, "head_dim": 4, "mlp": 12, "embed": 6}
 
 
@@ -20,7 +21,7 @@ def fitted(axes, tensor):
 @pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4), (8, 1)])
 def test_a_mesh_has_data_rows_of_tensor_devices(data, tensor):
     made = mesh.make_mesh(data, tensor)
-    assert dict(made.shape) == {"data": data, "model": tensor}
+    assert dict(made.shape) == {"data": data, "expert": 1, "model": tensor}
     assert len({*made.devices.flat}) == data * tensor
 
 
@@ -33,16 +34,16 @@ def test_more_devices_than_there_are_is_refused(data, tensor):
 @pytest.mark.parametrize(
     "axes, expected",
     [
-        ("(heads head_dim) embed", P("model", None)),
-        ("embed (heads head_dim)", P(None, "model")),
-        ("vocab embed", P("model", None)),
-        ("(kv_heads head_dim)", P("model")),
+        ("(heads head_dim) embed", P(BOTH, None)),
+        ("embed (heads head_dim)", P(None, BOTH)),
+        ("vocab embed", P(BOTH, None)),
+        ("(kv_heads head_dim)", P(BOTH)),
         ("embed", P(None)),
         ("", P()),
     ],
 )
 def test_the_outermost_axis_of_a_group_says_how_it_is_split(axes, expected):
-    assert mesh.partition(Param(axes, SIZES)) == expected
+    assert mesh.partition(Param(axes, SIZES), mesh.make_mesh()) == expected
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,9 @@ def table() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "generation": sorted(GenerationConfig._get_default_generation_params()),
         "rope": rope_members(),
-        "architectures": {name: architecture(name) for name in ARCHITECTURES},
+        "architectures": {
+            name: architecture(name) for name in ARCHITECTURES if hasattr(transformers, name)
+        },
     }
 
 

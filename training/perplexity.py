@@ -48,7 +48,7 @@ def mean_loss(directory: Path, scheme: quantize.Scheme | None, rows: np.ndarray)
         num_tokens_1=whole_1,
         ids_T=positions_T,
         positions_T=positions_T,
-        contexts_T=whole_1.repeat(context),
+        prompt_lengths_T=whole_1.repeat(context),
         row_T=zero_1.repeat(context),
         starts_B=zero_1,
         counts_B=whole_1,

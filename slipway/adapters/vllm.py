@@ -93,7 +93,10 @@ class Served(nnx.Module):
         """
         declaration = self.declaration.value
         checkpoint = load.checked(
-            declaration, load.open_files(self.model_name).checkpoint, self.dtype
+            declaration,
+            load.open_files(self.model_name).checkpoint,
+            self.dtype,
+            ignored=(*load.IGNORED_TENSORS, *declaration.config.unused_tensors),
         )
         arrays = load.arrays(declaration, checkpoint, self.mesh, dtype=self.dtype)
         self.arrays = nnx.List([nnx.Param(array) for array in jax.tree.leaves(arrays)])
@@ -118,13 +121,12 @@ class Served(nnx.Module):
             one = next(iter(one.values()))
         kernel = self.kernel.value
 
-        # Of each layer; layers of one window share a cache.
-        windows = self.declaration.value.config.windows
-
         def step(arrays, caches, ids_T, where):
             model = self._model(arrays)
+            needed = model.layer_caches
             layers = [
-                [i for i, w in enumerate(windows) if w == spec.window] for spec in model.cache_specs
+                [i for i, spec in enumerate(needed) if spec == kind]
+                for kind in dict.fromkeys(needed)
             ]
             borrowed = [
                 ops.BorrowedCache(tuple(caches[i] for i in each), where, kernel) for each in layers
@@ -179,7 +181,7 @@ class Served(nnx.Module):
         )
 
     def _specs(self) -> list[P]:
-        return [partition(leaf.param) for leaf in self._leaves()]
+        return [partition(leaf.param, self.mesh) for leaf in self._leaves()]
 
 
 class Static:
@@ -208,7 +210,7 @@ def step_input(ids_T: jax.Array, where: Any) -> ops.StepInput:
         num_tokens_1=num_tokens[None],
         ids_T=ids_T,
         positions_T=where.input_positions,
-        contexts_T=lengths_B[row_T],
+        prompt_lengths_T=lengths_B[row_T],
         row_T=row_T.astype(jnp.int32),
         starts_B=jnp.where(is_used_B, starts[:-1], zero),
         counts_B=jnp.where(is_used_B, starts[1:] - starts[:-1], zero),

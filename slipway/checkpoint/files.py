@@ -15,7 +15,7 @@ import mmap
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +51,11 @@ _HUGE_PAGE_BYTES = 1 << 21
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
+# Place of a part of a tensor along its leading dimensions: indices, then perhaps a range of rows.
+# Its numbers lie next to each other in the file.
+Index = tuple[int | slice, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Place of one tensor: bytes ``start`` to ``stop``, counted from the beginning of ``file``."""
@@ -61,6 +66,16 @@ class Tensor:
     file: Path
     start: int
     stop: int
+
+    def part(self, name: str, index: Index) -> "Tensor":
+        """Return the part of the tensor at ``index``, under another name."""
+        shape, start, stop = self.shape, self.start, self.stop
+        for at in index:
+            row = (stop - start) // shape[0]
+            first, last = (at, at + 1) if isinstance(at, int) else (at.start, at.stop)
+            start, stop = start + first * row, start + last * row
+            shape = shape[1:] if isinstance(at, int) else (last - first, *shape[1:])
+        return dataclasses.replace(self, name=name, shape=shape, start=start, stop=stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +142,17 @@ class Checkpoint:
         last = -(-tensor.stop // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         if first < last:
             self._map(tensor.file).madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def with_parts(self, parts: Mapping[str, Mapping[str, Index]]) -> Self:
+        """Return the checkpoint with tensors replaced by their parts.
+
+        ``parts``: for the name of a tensor, the name and the index of each of its parts.
+        """
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in parts}
+        for name, indices in parts.items():
+            tensor = self.tensors[name]
+            tensors |= {part: tensor.part(part, index) for part, index in indices.items()}
+        return dataclasses.replace(self, tensors=tensors)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Collection, Container, Iterable
 
+from slipway.checkpoint import parts
 from slipway.checkpoint.files import Checkpoint
 from slipway.errors import CheckpointError
 
@@ -75,6 +76,15 @@ def unwrapped(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
         for name, t in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def declared(checkpoint: Checkpoint, keys: Collection[str]) -> Checkpoint:
+    """Return the checkpoint with its tensors under declared ``keys``.
+
+    Wrappers are left out of names; a fused tensor is split into the parts that are declared. Raises
+    CheckpointError as ``plain`` and ``parts.split`` do.
+    """
+    return parts.split(unwrapped(checkpoint, {parts.whole(key) for key in keys}), keys)
 
 
 def bare(name: str) -> str:

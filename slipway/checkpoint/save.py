@@ -4,6 +4,7 @@ Not here: the layout of the files (shards.py), other libraries' trees (slipway/c
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from slipway import tree
+from slipway.checkpoint import parts
 from slipway.checkpoint.files import INDEX, SINGLE
 from slipway.checkpoint.shards import Spec, plan_shards, write_json, writer
 
@@ -30,9 +32,8 @@ def save(
     """
     directory.mkdir(parents=True, exist_ok=True)
     specs = {
-        key: Spec(np.dtype(array.dtype), leaf.param.hf_shape)
-        for leaf, array in zip(tree.leaves(declaration), jax.tree.leaves(arrays))
-        for key in leaf.keys.values()
+        name: Spec(np.dtype(each[0].array.dtype), parts.shape({p.key: p.shape for p in each}))
+        for name, each in _tensors(declaration, arrays).items()
     }
     shards = plan_shards(specs, shard_size_bytes)
     weight_map = {key: file for file, keys in shards.items() for key in keys}
@@ -60,9 +61,39 @@ def save(
 def hf_tensors(declaration: Any, arrays: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every HF key and its tensor, one at a time.
 
-    A tensor is a view of the array where the layouts allow it. ``arrays`` may hold JAX or NumPy
-    arrays; each shard of them must be addressable from this process.
+    A tensor is a view of the array where the layouts allow it; the parts of a fused tensor are
+    joined. ``arrays`` may hold JAX or NumPy arrays; each shard of them must be addressable from
+    this process.
     """
-    for leaf, array in zip(tree.leaves(declaration), jax.tree.leaves(arrays), strict=True):
-        for at, key in leaf.keys.items():
-            yield key, leaf.param.write(np.asarray(array[at] if at else array))
+    for name, each in _tensors(declaration, arrays).items():
+        yield name, parts.joined({part.key: part.tensor() for part in each})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Declared tensor, or declared part of one, in an array."""
+
+    key: str
+    param: tree.Param
+    array: Any
+    at: tuple[int, ...]  # index into the stacked axes of the array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the part in the checkpoint."""
+        return self.param.hf_shape
+
+    def tensor(self) -> np.ndarray:
+        """Return the part as the checkpoint holds it."""
+        return self.param.write(np.asarray(self.array[self.at] if self.at else self.array))
+
+
+def _tensors(declaration: Any, arrays: Any) -> dict[str, list[_Part]]:
+    """Return the parts of every tensor of a checkpoint, by its name."""
+    pairs = zip(tree.leaves(declaration), jax.tree.leaves(arrays), strict=True)
+    held = {
+        key: _Part(key, leaf.param, array=array, at=at)
+        for leaf, array in pairs
+        for at, key in leaf.keys.items()
+    }
+    return {name: [held[key] for key in keys] for name, keys in parts.by_tensor(held).items()}

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from slipway import tree
 from slipway.checkpoint import reshard, tensor_reader
 from slipway.checkpoint.copying import count_above, stream
-from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
+from slipway.checkpoint.files import DTYPES, Checkpoint, Index, Tensor
 from slipway.errors import CheckpointError, WeightsLost
 from slipway.mesh import shardings
 from slipway.ops import backend
@@ -344,6 +344,15 @@ class ArrayCheckpoint(Checkpoint):
     def array(self, name: str) -> np.ndarray:
         """Return the array on the host: a copy if it is on other devices."""
         return np.asarray(self.held(name))
+
+    def with_parts(self, parts: Mapping[str, Mapping[str, Index]]) -> "ArrayCheckpoint":
+        """Return the checkpoint with arrays replaced by their parts, which are views on a host."""
+        arrays = {name: array for name, array in self.arrays.items() if name not in parts}
+        for name, indices in parts.items():
+            array = on_host(self.arrays[name])
+            arrays |= {part: array[index] for part, index in indices.items()}
+        tensors = described(arrays, str(self.directory))
+        return dataclasses.replace(self, arrays=arrays, tensors=tensors)
 
     def not_finite(self, name: str, dtype: np.dtype) -> int:
         """Return how many numbers of an array on devices are not finite as ``dtype``."""

@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import layout, tree
+from slipway.checkpoint import parts
 from slipway.checkpoint.copying import copy_bits, count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Tensor
 from slipway.checkpoint.quantize import PACKED
@@ -54,6 +55,7 @@ def load(
     On CPU devices, arrays may be the files of the checkpoint themselves: these must not change
     while the arrays live. Raises CheckpointError as ``check`` does.
     """
+    checkpoint = parts.split(checkpoint, wanted(declaration))
     check(declaration, checkpoint, dtype, ignore=ignore)
     return read(declaration, checkpoint, mesh, dtype=dtype)
 
@@ -108,7 +110,8 @@ def check(
     misfits = {
         key: _misfit(key, param, checkpoint.tensors.get(key)) for key, param in params.items()
     }
-    problems = [misfit for misfit in misfits.values() if misfit]
+    # A fused tensor that is missing lacks all of its parts: one problem.
+    problems = list(dict.fromkeys(misfit for misfit in misfits.values() if misfit))
     sound = [key for key, misfit in misfits.items() if not misfit]
     # Threads: NumPy releases the interpreter lock while it scans.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -135,7 +138,7 @@ def check(
 def _misfit(key: str, param: tree.Param, tensor: Tensor | None) -> str:
     """Return what is wrong with a tensor apart from its values; empty if nothing is."""
     if tensor is None:
-        return f"{key}: missing"
+        return f"{parts.whole(key)}: missing"
     if tensor.shape != param.hf_shape:
         return f"{key}: shape {tensor.shape} in the file, {param.hf_shape} declared"
     expected = (

@@ -43,8 +43,9 @@ def quantize_directory(
             "model", model, f"float weights; its config.json has a {quantize.FIELD}"
         )
     declaration = models.declare(checkpoint.config)
-    checkpoint = names.unwrapped(checkpoint, tensor_reader.wanted(declaration))
-    tensor_reader.check(declaration, checkpoint, np.float32, ignore=files.INERT_TENSORS)
+    checkpoint = names.declared(checkpoint, tensor_reader.wanted(declaration))
+    ignored = (*files.INERT_TENSORS, *declaration.config.unused_tensors)
+    tensor_reader.check(declaration, checkpoint, np.float32, ignore=ignored)
     wanted = tensor_reader.wanted(
         linear.quantize(declaration, scheme.bits, scheme.group, tables=False)
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import models
-from slipway.checkpoint import files, hub, names, quantize, reshard, tensor_reader
+from slipway.checkpoint import files, hub, names, parts, quantize, reshard, tensor_reader
 from slipway.checkpoint.copying import count_above
 from slipway.checkpoint.files import Checkpoint
 from slipway.checkpoint.shards import Spec
@@ -55,7 +55,7 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
                 mapping,
                 "none for a directory, which must be in HF's form; `slipway convert` makes that",
             )
-        tensors = names.unwrapped(
+        tensors = names.declared(
             _directory(str(source), weights), tensor_reader.names(weights.declaration)
         )
         return FromTensors(_packed(tensors, weights))
@@ -64,12 +64,13 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
     if mapping is None and _has_structure(source, weights):
         return FromTree(jax.tree.leaves(source))
     arrays = _named(source)
-    declared = tensor_reader.names(weights.declaration)
+    keys = tensor_reader.names(weights.declaration)
+    declared = {parts.whole(key) for key in keys}
     if mapping in (None, "hf"):
         found = names.plain(arrays, declared)
         arrays = {found[name]: array for name, array in arrays.items()}
     if mapping in (None, "hf") and any(name in declared for name in arrays):
-        return FromTensors(_packed(ArrayCheckpoint.of(arrays), weights))
+        return FromTensors(_packed(parts.split(ArrayCheckpoint.of(arrays), keys), weights))
     converted = ConvertedCheckpoint.of_tree(arrays, weights, mapping)
     return FromTensors(_packed(converted, weights))
 

@@ -152,7 +152,7 @@ class Builder:
         # The row of the last step's results with the newest token, if the host does not have it.
         newest = np.where(first + counts > known, newest, -1)
 
-        ids_T, positions_T, contexts_T, row_T = np.zeros((4, bucket.num_tokens), np.int32)
+        ids_T, positions_T, prompt_lengths_T, row_T = np.zeros((4, bucket.num_tokens), np.int32)
         starts_B, counts_B, lengths_B = np.zeros((3, bucket.num_rows), np.int32)
         ends = np.cumsum(counts, dtype=np.int32)
         T, starts = int(counts.sum()), ends - counts
@@ -166,7 +166,7 @@ class Builder:
             ids_T[end - chunk.num_tokens :][: len(held)] = held
         ids_T[ends[newest >= 0] - 1] = -1 - newest[newest >= 0]
         positions_T[:T] = at
-        contexts_T[:T] = np.maximum(at + 1, self._prompts[slots][row_of_token])
+        prompt_lengths_T[:T] = self._prompts[slots][row_of_token]
         row_T[:T] = row_of_token
         starts_B[:B] = starts
         counts_B[:B] = counts
@@ -177,7 +177,7 @@ class Builder:
             num_tokens_1=np.array([T], np.int32),
             ids_T=ids_T,
             positions_T=positions_T,
-            contexts_T=contexts_T,
+            prompt_lengths_T=prompt_lengths_T,
             row_T=row_T,
             starts_B=starts_B,
             counts_B=counts_B,
@@ -285,7 +285,7 @@ def empty_step(bucket: Bucket, sizes: Sizes) -> StepInput:
         num_tokens_1=zeros(1),
         ids_T=zeros(T),
         positions_T=zeros(T),
-        contexts_T=zeros(T),
+        prompt_lengths_T=zeros(T),
         row_T=zeros(T),
         starts_B=zeros(B),
         counts_B=zeros(B),

@@ -37,7 +37,7 @@ class Caches:
         sizes = [0] * len(self._windows)
         for cache in self._empty([1] * len(self._windows)):
             sizes[cache.numbering] += (
-                cache.kv.size * cache.kv.dtype.itemsize // self._mesh.shape[meshes.TENSOR]
+                cache.kv.size * cache.kv.dtype.itemsize // meshes.parts("kv_heads", self._mesh)
             )
         of_step = -(-max_num_tokens // self._page_size)
         useful = max_num_seqs * table_width
@@ -58,7 +58,7 @@ class Caches:
         """
 
         def placed(cache: Any) -> AllocatedCache:
-            sharding = NamedSharding(self._mesh, meshes.spec(cache.axes))
+            sharding = NamedSharding(self._mesh, meshes.spec(cache.axes, self._mesh))
             kv = jax.ShapeDtypeStruct(cache.kv.shape, cache.kv.dtype, sharding=sharding)
             return dataclasses.replace(cache, kv=kv)
 
@@ -68,7 +68,7 @@ class Caches:
 
     def _empty(self, num_pages: list[int]) -> tuple[AllocatedCache, ...]:
         """Return the caches of one copy of the weights, as shapes."""
-        sizes = {"page_size": self._page_size, "tensor": self._mesh.shape[meshes.TENSOR]}
+        sizes = {"page_size": self._page_size, "tensor": meshes.parts("kv_heads", self._mesh)}
         platform = self._mesh.devices.flat[0].platform
         return jax.eval_shape(
             lambda: kv_cache.allocate(

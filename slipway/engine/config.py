@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20  # for a request, unless max_logprobs -1 allows the whole voca
 # Fields that are integers of at least 1.
 COUNTS = (
     "tensor_parallel_size",
+    "expert_parallel_size",
     "data_parallel_size",
     "nnodes",
     "max_num_seqs",
@@ -44,6 +45,9 @@ class EngineConfig:
     """Branch, tag or commit of a hub model."""
     tensor_parallel_size: int = 1
     """Devices that each layer is split over."""
+    expert_parallel_size: int = 1
+    """Groups of the tensor_parallel_size devices that hold different experts; the devices of one
+    group split each of its experts."""
     data_parallel_size: int = 1
     """Copies of the weights; each serves its own requests."""
     nnodes: int = 1

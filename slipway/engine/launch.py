@@ -112,7 +112,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     )
     checkpoint, raw = held.checkpoint, held.raw_config
     tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(checkpoint.directory)
-    mesh = meshes.make_mesh(config.data_parallel_size, config.tensor_parallel_size)
+    mesh = _mesh(config)
     scheme = _scheme(config.quantization, raw)
     fields = {key: value for key, value in raw.items() if key != quantize.FIELD}
     platform = mesh.devices.flat[0].platform
@@ -125,7 +125,8 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     # Every tensor is checked here, before anything takes time.
     weights_of = None
     if not held.is_dummy:
-        weights_of = load.checked(declaration, checkpoint, dtype, scheme=scheme)
+        ignored = _ignored(declaration)
+        weights_of = load.checked(declaration, checkpoint, dtype, ignored=ignored, scheme=scheme)
     shapes = buckets(config.max_num_seqs, config.max_num_batched_tokens)
     weights_bytes = _weights_bytes(declaration, mesh, dtype)
     repeats = _repeats(config, mesh, weights_bytes, shapes=shapes)
@@ -158,6 +159,16 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     )
 
 
+def _ignored(declaration: LanguageModel) -> tuple[str, ...]:
+    """Return glob patterns of tensors that a checkpoint may hold and the model does not use."""
+    return (*load.IGNORED_TENSORS, *declaration.config.unused_tensors)
+
+
+def _mesh(config: EngineConfig) -> Mesh:
+    copies, devices = config.data_parallel_size, config.tensor_parallel_size
+    return meshes.make_mesh(copies, devices, expert=config.expert_parallel_size)
+
+
 def _load_weights(
     declaration: LanguageModel,
     checkpoint: files.Checkpoint | None,
@@ -180,7 +191,7 @@ def _load_weights(
             arrays=params,
             config=raw,
             overrides=config.hf_overrides,
-            ignored=load.IGNORED_TENSORS,
+            ignored=_ignored(declaration),
         )
         runner.state[programs.WEIGHTS] = weights.arrays
         runner.allocate(programs.CACHES)
@@ -293,7 +304,7 @@ def _weights_bytes(declaration: LanguageModel, mesh: Mesh, dtype: Any) -> int:
     """Return the size of the weights on one device."""
 
     def size(param: tree.Param) -> int:
-        shape = NamedSharding(mesh, meshes.partition(param)).shard_shape(param.shape)
+        shape = NamedSharding(mesh, meshes.partition(param, mesh)).shard_shape(param.shape)
         return math.prod(shape) * param.held_as(dtype).itemsize
 
     return sum(size(leaf.param) for leaf in tree.leaves(declaration))
@@ -315,8 +326,7 @@ def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
 
 def _caches(asked: bool, config: ModelConfig) -> bool:
     """Whether equal prefixes may share pages: not if keys depend on the length of the prompt."""
-    scaling = config.rope_scaling
-    if asked and scaling is not None and scaling.rope_type == "dynamic":
+    if asked and any(rope.follows_prompt for rope in config.ropes):
         logger.info(
             "prefix caching is off: with dynamic rope scaling, the keys of a prefix depend on the "
             "length of the whole prompt"

@@ -100,7 +100,7 @@ def _forward_program(
     """Return the program of the forward pass; its result is the hidden states [T, embed]."""
     # Process 0 pools the hidden states of all copies of the weights, so every device gets them if
     # copies are on several processes.
-    apart = len({device.process_index for device in mesh.devices[:, 0]}) > 1
+    apart = len({device.process_index for device in mesh.devices[:, 0, 0]}) > 1
     return Program(
         FORWARD,
         functools.partial(_forward, structure, apart),
@@ -291,7 +291,6 @@ def _advanced(step: StepInput, index: jax.Array, sizes: Sizes) -> StepInput:
         step,
         ids_T=jnp.where(index == 0, step.ids_T, -1 - step.row_T),
         positions_T=positions_T,
-        contexts_T=jnp.maximum(step.contexts_T, positions_T + 1),
         lengths_B=step.lengths_B + jnp.where(step.counts_B > 0, index, 0),
         pages=tuple(advanced(pages) for pages in step.pages),
     )

@@ -10,30 +10,70 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slipway.errors import UnsupportedModel
-from slipway.models import llama, qwen2, qwen3
+from slipway.models import (
+    bailing_moe,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from slipway.models.config import DenseConfig
 from slipway.models.decoder import CausalLM
+from slipway.models.naming import Naming
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Registry entry: the class that parses config.json, and the function that declares a layer."""
+    """Registry entry: the class that parses config.json, and the function that declares a layer.
+
+    ``naming``: the HF names of the tensors that are not those of Llama.
+    """
 
     config_class: type[DenseConfig]
-    declare_layer: Callable[[Any, int | None], Any]
+    declare_layer: Callable[[Any, int], Any]
+    naming: Naming = Naming()
 
     def declare(self, raw_config: Mapping[str, Any]) -> CausalLM:
         """Declare the model of a config.json.
 
         Raises UnsupportedModel for a value that is not implemented.
         """
-        return CausalLM.declare(self.config_class.read(raw_config), self.declare_layer)
+        config = self.config_class.read(raw_config)
+        return self.naming.apply(CausalLM.declare(config, self.declare_layer))
 
+
+BAILING = Architecture(bailing_moe.BailingMoeConfig, bailing_moe.declare_layer, bailing_moe.NAMING)
 
 ARCHITECTURES = {
+    "BailingMoEForCausalLM": BAILING,
+    "BailingMoeForCausalLM": BAILING,
+    "BailingMoeV2ForCausalLM": Architecture(
+        bailing_moe.BailingMoeV2Config, bailing_moe.declare_layer, bailing_moe.NAMING
+    ),
+    "Glm4MoeForCausalLM": Architecture(glm4_moe.Glm4MoeConfig, glm4_moe.declare_layer),
+    "GptOssForCausalLM": Architecture(gpt_oss.GptOssConfig, gpt_oss.declare_layer, gpt_oss.NAMING),
     "LlamaForCausalLM": Architecture(llama.LlamaConfig, llama.declare_layer),
+    "MiniMaxM2ForCausalLM": Architecture(
+        minimax_m2.MiniMaxM2Config, minimax_m2.declare_layer, minimax_m2.NAMING
+    ),
+    "MixtralForCausalLM": Architecture(
+        mixtral.MixtralConfig, mixtral.declare_layer, mixtral.NAMING
+    ),
+    "OlmoeForCausalLM": Architecture(olmoe.OlmoeConfig, olmoe.declare_layer),
+    "QWenLMHeadModel": Architecture(qwen.QwenConfig, qwen.declare_layer, qwen.NAMING),
     "Qwen2ForCausalLM": Architecture(qwen2.Qwen2Config, qwen2.declare_layer),
+    "Qwen2MoeForCausalLM": Architecture(
+        qwen2_moe.Qwen2MoeConfig, qwen2_moe.declare_layer, qwen2_moe.NAMING
+    ),
     "Qwen3ForCausalLM": Architecture(qwen3.Qwen3Config, qwen3.declare_layer),
+    "Qwen3MoeForCausalLM": Architecture(qwen3_moe.Qwen3MoeConfig, qwen3_moe.declare_layer),
 }
 
 

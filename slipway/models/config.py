@@ -4,12 +4,12 @@ Not here: fields of config.json that no class below declares (reference.py), lay
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from slipway.errors import UnsupportedModel
 from slipway.models import reference
-from slipway.nn.rope import Scaling
+from slipway.nn.rope import LongQueries, Rope, Scaling
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _ROPE_FIELDS = (
@@ -20,6 +20,7 @@ _ROPE_FIELDS = (
     "original_max_position_embeddings",
 )
 MAY_BE_ZERO = (
+    "num_experts",
     "max_window_layers",
     "sliding_window",
     "num_key_value_heads",
@@ -31,7 +32,16 @@ MAY_BE_ZERO = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Fields that dense decoders share; names are those of config.json."""
+    """Fields that dense decoders share; names are those of config.json.
+
+    ``aliases``: other names of fields in config.json. ``default_rope``: the ``rope_parameters`` of
+    a config.json without them. ``without_effect``: further fields that the
+    reference of an architecture outside transformers does not compute with.
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    default_rope: ClassVar[Mapping[str, Any]] = {}
+    without_effect: ClassVar[Collection[str]] = ()
 
     vocab_size: int
     hidden_size: int
@@ -62,6 +72,26 @@ class DenseConfig:
         """Sliding window of each layer in positions, None for full attention."""
         return (None,) * self.num_hidden_layers
 
+    @property
+    def normalizes_head(self) -> bool:
+        """Whether each column of the output head is divided by its norm."""
+        return False
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Glob patterns of tensors that a checkpoint may hold and the model does not use."""
+        return ()
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of dimensions of a head that are rotated, the first ones."""
+        return self.head_dim
+
+    @property
+    def ropes(self) -> tuple[Rope | LongQueries, ...]:
+        """Rotary embeddings; a layer of attention has the index of its own."""
+        return (Rope(self.rotary_dim, self.rope_theta, self.rope_scaling),)
+
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Self:
         """Parse the content of a config.json.
@@ -70,14 +100,23 @@ class DenseConfig:
         field that transformers computes with and this class does not have.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
+        raw = _unaliased(raw, cls.aliases)
         values = {
             k: v
             for k, v in raw.items()
             if v is not None or (k in known and known[k].type == int | None)
         }
+        if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = 0
         length = values.get("max_position_embeddings", known["max_position_embeddings"].default)
-        reference.check_fields(values, {*known, *_ROPE_FIELDS})
-        values |= _rope(values, length)
+        if values.get("rope_scaling") is None and values.get("rope_parameters") is None:
+            values["rope_parameters"] = dict(cls.default_rope)
+        reference.check_fields(values, {*known, *_ROPE_FIELDS, *cls.without_effect})
+        values |= _rope(values, length, cls.rope_theta)
+        # Before version 5, transformers reads this field for every architecture.
+        share = values.get("partial_rotary_factor", 1.0)
+        if "partial_rotary_factor" not in known and share != 1.0:
+            raise UnsupportedModel("config.json: partial_rotary_factor", share, "1.0")
         for name, field in known.items():
             if name not in values and field.default is dataclasses.MISSING:
                 raise UnsupportedModel(f"config.json: {name}", None, "a value")
@@ -95,6 +134,15 @@ class DenseConfig:
                 raise UnsupportedModel(f"config.json: {name}", got, expected)
         return config
 
+    def layer_types_check(self, kinds: Sequence[str]) -> tuple[str, Any, bool, str]:
+        """Return the check of the kinds of attention of all layers, for ``checks``."""
+        is_named = not kinds or (
+            len(kinds) == self.num_hidden_layers
+            and set(kinds) <= {"full_attention", "sliding_attention"}
+        )
+        expected = f"{self.num_hidden_layers} times full_attention or sliding_attention"
+        return "layer_types", kinds, is_named, expected
+
     def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
         """Yield (field, value, is implemented, expected) of fields with a rule beyond their
         type."""
@@ -107,6 +155,32 @@ class DenseConfig:
             f"a divisor of the {heads} attention heads",
         )
         yield "head_dim", self.head_dim, self.head_dim % 2 == 0, "an even number"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartlyRotatedConfig(DenseConfig):
+    """Decoder that rotates a part of each head only: its first ``partial_rotary_factor``.
+
+    ``rotary_size``: the number of rotated dimensions, which a config.json may state instead.
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {"rotary_dim": "rotary_size"}
+
+    partial_rotary_factor: float = 0.5
+    rotary_size: int = 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of dimensions of a head that are rotated, the first ones."""
+        return self.rotary_size or int(self.head_dim * self.partial_rotary_factor)
+
+    def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
+        """Yield the checks of a decoder and that of the rotated part."""
+        yield from super().checks()
+        size = self.rotary_dim
+        is_fine = 0 < size <= self.head_dim and size % 2 == 0
+        expected = f"a part of the {self.head_dim} dimensions of a head that is an even number"
+        yield "partial_rotary_factor", self.partial_rotary_factor, is_fine, expected
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,12 +211,7 @@ class WindowedConfig(DenseConfig):
         """Yield the checks of a dense decoder and those of its sliding windows."""
         yield from super().checks()
         kinds, window = self.layer_types, self.sliding_window
-        is_named = not kinds or (
-            len(kinds) == self.num_hidden_layers
-            and set(kinds) <= {"full_attention", "sliding_attention"}
-        )
-        expected = f"{self.num_hidden_layers} times full_attention or sliding_attention"
-        yield "layer_types", kinds, is_named, expected
+        yield self.layer_types_check(kinds)
         slides = self.use_sliding_window and "sliding_attention" in kinds
         is_zero = self.use_sliding_window and window == 0
         is_missing = slides and window is None
@@ -150,12 +219,61 @@ class WindowedConfig(DenseConfig):
         yield "sliding_window", window, not is_zero and not is_missing, expected
 
 
-def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Return ``rope_theta`` and ``rope_scaling``, from all fields that may hold them.
+def _unaliased(raw: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields under their own names.
 
-    ``length``: max_position_embeddings. The precedence is that of transformers: ``rope_scaling``
-    before ``rope_parameters``, and a member of these before the field of the same name, except
-    ``original_max_position_embeddings``, where the field comes first.
+    Raises UnsupportedModel for two names of a field with different values.
+    """
+    fields = {name: value for name, value in raw.items() if name not in aliases}
+    for alias, name in aliases.items():
+        value = raw.get(alias)
+        if value is not None and fields.get(name, value) != value:
+            expected = f"{fields[name]}, as {name} has"
+            raise UnsupportedModel(f"config.json: {alias}", value, expected)
+        fields |= {} if value is None else {name: value}
+    return fields
+
+
+def extra_layers(config: Any) -> tuple[str, ...]:
+    """Return glob patterns of the tensors of the layers behind the last one, which draft tokens.
+
+    ``num_nextn_predict_layers`` is their number.
+    """
+    first = config.num_hidden_layers
+    last = first + config.num_nextn_predict_layers
+    return tuple(f"model.layers.{index}.*" for index in range(first, last))
+
+
+def chosen_check(field: str, chosen: int, experts: int) -> tuple[str, Any, bool, str]:
+    """Return the check of the number of experts that a token has, for ``checks``."""
+    return field, chosen, chosen <= experts, f"at most the {experts} experts"
+
+
+def group_checks(
+    config: Any, groups: str, chosen: str, experts: int
+) -> Iterator[tuple[str, Any, bool, str]]:
+    """Yield the checks of groups of experts, for ``checks``.
+
+    ``groups`` and ``chosen``: the fields with the number of groups, and of those that a token may
+    use.
+    """
+    count, best, top_k = (getattr(config, name) for name in (groups, chosen, "num_experts_per_tok"))
+    is_divisor = experts % count == 0
+    yield groups, count, is_divisor, f"a divisor of the {experts} experts"
+    yield chosen, best, best <= count, f"at most the {count} groups"
+    if is_divisor:
+        available = best * (experts // count)
+        expected = f"at most {available}, the experts of {best} groups"
+        yield "num_experts_per_tok", top_k, top_k <= available, expected
+
+
+def _rope(values: Mapping[str, Any], length: int, default_theta: float) -> dict[str, Any]:
+    """Return ``rope_theta``, ``rope_scaling`` and, where it is stated, ``partial_rotary_factor``.
+
+    ``length``: max_position_embeddings. ``default_theta``: if no field has one. The precedence is
+    that of transformers: ``rope_scaling`` before ``rope_parameters``, and a member of these before
+    the field of the same name, except ``original_max_position_embeddings``, where the field comes
+    first.
     """
     for name in ("rope_scaling", "rope_parameters"):
         if values.get(name) is not None and not isinstance(values[name], Mapping):
@@ -170,21 +288,19 @@ def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
         )
     thetas = [stated.pop("rope_theta", None), values.get("rope_theta")]
     thetas += [(values.get("rope_parameters") or {}).get("rope_theta")]
-    theta = next((theta for theta in thetas if theta is not None), 10000.0)
+    theta = next((theta for theta in thetas if theta is not None), default_theta)
     if values.get("rope_theta", theta) != theta:
         raise UnsupportedModel(
             "config.json: rope_theta", values["rope_theta"], f"{theta}, as its {name} say"
         )
-    member = stated.pop("partial_rotary_factor", 1.0)
-    # Before version 5, transformers reads this field for every rope type.
-    for part in (member, values.get("partial_rotary_factor", 1.0)):
-        if part != 1.0:
-            raise UnsupportedModel("config.json: partial_rotary_factor", part, "1.0")
+    share = stated.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
     given = _members(rope_type, stated)
     if rope_type in ("yarn", "llama3") and "original_max_position_embeddings" in values:
         given["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    found: dict[str, Any] = {"rope_theta": theta, "rope_scaling": Scaling()}
+    found |= {} if share is None else {"partial_rotary_factor": share}
     if rope_type == "default":
-        return {"rope_theta": theta, "rope_scaling": Scaling()}
+        return found
     original = given.setdefault("original_max_position_embeddings", length)
     if rope_type == "yarn" and "factor" not in given and isinstance(original, int) and original > 0:
         given["factor"] = length / original
@@ -194,7 +310,7 @@ def _rope(values: Mapping[str, Any], length: int) -> dict[str, Any]:
         )
     fields = {field.name: field for field in dataclasses.fields(Scaling)}
     typed = {key: _typed(fields[key], value, "rope_scaling.") for key, value in given.items()}
-    return {"rope_theta": theta, "rope_scaling": Scaling(rope_type=rope_type, **typed)}
+    return found | {"rope_scaling": Scaling(rope_type=rope_type, **typed)}
 
 
 def _members(rope_type: str, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +353,7 @@ def _typed(field: dataclasses.Field, value: Any, prefix: str = "") -> Any:
             f"config.json: {prefix}{field.name}", value, f"a value of type {kind.__name__}"
         )
     number: Any = value
-    if kind in (int, float) and not number > 0 and not (number == 0 and field.name in MAY_BE_ZERO):
+    may_be_zero = field.name in MAY_BE_ZERO or field.default == 0
+    if kind in (int, float) and not (number > 0 or (number == 0 and may_be_zero)):
         raise UnsupportedModel(f"config.json: {prefix}{field.name}", value, "a positive number")
     return value

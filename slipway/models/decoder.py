@@ -4,6 +4,7 @@ Not here: the layers of an architecture (llama.py, qwen2.py, qwen3.py), the fiel
 (config.py).
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from slipway import ops
 from slipway.nn.attention import Attention
 from slipway.nn.linear import Embedding
 from slipway.nn.norm import RMSNorm
-from slipway.nn.rope import Rope, Scaling
+from slipway.nn.rope import LongQueries, Rope
 from slipway.tree import Chain, module, runs, stack, static
 
 
@@ -28,8 +29,12 @@ class ModelConfig(Protocol):
         """Longest sequence in tokens, position scaling included."""
 
     @property
-    def rope_scaling(self) -> Scaling | None:
-        """Scaling of rotary positions."""
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Glob patterns of tensors that a checkpoint may hold and the model does not use."""
+
+    @property
+    def ropes(self) -> Sequence[Rope | LongQueries]:
+        """Rotary embeddings of the layers."""
 
 
 class LanguageModel(Protocol):
@@ -104,51 +109,54 @@ class CausalLM:
     config: Any = static()
 
     @staticmethod
-    def declare(config: Any, declare_layer: Callable[[Any, int | None], Any]) -> "CausalLM":
+    def declare(config: Any, declare_layer: Callable[[Any, int], Any]) -> "CausalLM":
         """Declare every tensor of the model.
 
-        ``declare_layer(config, window)`` declares one layer; ``window`` is its sliding window in
-        positions, None for full attention. Neighbouring layers with the same window are stacked.
+        ``declare_layer(config, index)`` declares the layer at ``index``; equal neighbours are
+        stacked.
         """
         vocab, embed, tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
-        layers = Chain(
-            stack(declare_layer(config, window), n, first)
-            for window, first, n in runs(config.windows)
-        )
+        declared = [declare_layer(config, index) for index in range(config.num_hidden_layers)]
+        layers = Chain(stack(layer, n, first) for layer, first, n in runs(declared))
         table = Embedding.declare(vocab, embed, alias="lm_head.weight" if tied else "")
         model = Decoder(table, layers, RMSNorm.declare("embed", embed, config.rms_norm_eps))
         return CausalLM(model, None if tied else Embedding.declare(vocab, embed), config)
 
     @property
-    def cache_specs(self) -> tuple[ops.CacheSpec, ...]:
-        """One cache for each window of the layers, in order of their first layer."""
-        windows, config = self.config.windows, self.config
-        heads = {"num_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+    def layer_caches(self) -> tuple[ops.CacheSpec, ...]:
+        """Cache that each layer needs."""
         return tuple(
-            ops.CacheSpec(windows.count(window), window=window, **heads)
-            for window in dict.fromkeys(windows)
+            part.one.self_attn.cache_spec for part in self.model.layers for _ in range(part.n)
         )
+
+    @property
+    def cache_specs(self) -> tuple[ops.CacheSpec, ...]:
+        """Caches of all layers, in order of their first layer; equal layers share one."""
+        counts = collections.Counter(self.layer_caches)
+        return tuple(dataclasses.replace(spec, num_layers=n) for spec, n in counts.items())
 
     def __call__(self, step: ops.StepInput, caches: Sequence[ops.KVCache]):
         """Compute a step: -> (hidden states [T, embed], caches); ``caches``: of ``cache_specs``."""
-        rope = Rope(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        step = dataclasses.replace(step, angles=(rope(step.positions_T, step.contexts_T),))
+        positions = step.positions_T, step.prompt_lengths_T
+        angles = tuple(rope(*positions) for rope in self.config.ropes)
+        step = dataclasses.replace(step, angles=angles)
         x_TD = self.model.embed_tokens(step.ids_T, step)
-        held = {spec.window: cache for spec, cache in zip(self.cache_specs, caches, strict=True)}
+        held = dict(zip(dict.fromkeys(self.layer_caches), caches, strict=True))
         # Number of layers computed so far, for each cache.
         num_done = dict.fromkeys(held, 0)
-        for part, (window, first, n) in zip(
-            self.model.layers, runs(self.config.windows), strict=True
-        ):
+        for part in self.model.layers:
+            spec = part.one.self_attn.cache_spec
 
-            def apply(layer, index, carry, first_in_cache=num_done[window] - first):
+            def apply(layer, index, carry, first_in_cache=num_done[spec] - part.first):
                 return layer(*carry, layer=index + first_in_cache, step=step)
 
-            x_TD, held[window] = part.fold(apply, (x_TD, held[window]))
-            num_done[window] += n
+            x_TD, held[spec] = part.fold(apply, (x_TD, held[spec]))
+            num_done[spec] += part.n
         return self.model.norm(x_TD, step), tuple(held.values())
 
     def logits(self, x_BD, num_rows):
         """Compute logits: hidden states [B, embed] -> f32 [B, vocab]."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        if self.config.normalizes_head:
+            x_BD = head.divided_by_norms(x_BD)
         return head.logits(x_BD, num_rows, self.config.vocab_size)

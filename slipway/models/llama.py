@@ -17,9 +17,9 @@ class LlamaConfig(DenseConfig):
     mlp_bias: bool = False
 
 
-def declare_layer(config: LlamaConfig, window: int | None) -> DecoderLayer:
-    """Declare one layer; ``window`` is its sliding window in positions, None for full attention."""
+def declare_layer(config: LlamaConfig, index: int) -> DecoderLayer:
+    """Declare the layer at ``index``."""
     bias = config.attention_bias
-    attention = Attention.declare(config, window, qkv_bias=bias, out_bias=bias)
+    attention = Attention.declare(config, config.windows[index], qkv_bias=bias, out_bias=bias)
     mlp = MLP.declare(config.hidden_size, config.intermediate_size, config.mlp_bias)
     return DecoderLayer.declare(config, attention, mlp)

@@ -13,9 +13,9 @@ class Qwen2Config(WindowedConfig):
     """Fields of a Qwen2: the projections of queries, keys and values always have a bias."""
 
 
-def declare_layer(config: Qwen2Config, window: int | None) -> DecoderLayer:
-    """Declare one layer; ``window`` is its sliding window in positions, None for full attention."""
-    attention = Attention.declare(config, window, qkv_bias=True)
+def declare_layer(config: Qwen2Config, index: int) -> DecoderLayer:
+    """Declare the layer at ``index``."""
+    attention = Attention.declare(config, config.windows[index], qkv_bias=True)
     return DecoderLayer.declare(
         config, attention, MLP.declare(config.hidden_size, config.intermediate_size)
     )

@@ -16,10 +16,12 @@ class Qwen3Config(WindowedConfig):
     attention_bias: bool = False
 
 
-def declare_layer(config: Qwen3Config, window: int | None) -> DecoderLayer:
-    """Declare one layer; ``window`` is its sliding window in positions, None for full attention."""
+def declare_layer(config: Qwen3Config, index: int) -> DecoderLayer:
+    """Declare the layer at ``index``."""
     bias = config.attention_bias
-    attention = Attention.declare(config, window, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    attention = Attention.declare(
+        config, config.windows[index], qkv_bias=bias, out_bias=bias, qk_norm="head"
+    )
     return DecoderLayer.declare(
         config, attention, MLP.declare(config.hidden_size, config.intermediate_size)
     )

@@ -5,7 +5,6 @@ Not here: the multiplications (ops/), the packing of numbers (checkpoint/quantiz
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -98,6 +97,17 @@ class Embedding:
         first = mesh.local_offset("vocab", held.shape[0])
         return mesh.psum(ops.embed(ids_T - first, self.matrix, step.num_tokens), "vocab")
 
+    def divided_by_norms(self, x_BD):
+        """Divide each column of x by the norm of that column of the table: [B, embed].
+
+        With ``logits`` this is the normalized head of Bailing: its code divides the weight instead.
+        """
+        matrix = self.matrix
+        rows_VD = ops.dequantized(matrix) if self.weight is None else matrix.astype(jnp.float32)
+        squares_D = mesh.psum(jnp.sum(rows_VD * rows_VD, axis=0), "vocab")
+        norms_D = jnp.maximum(jnp.sqrt(squares_D), 1e-7)
+        return (x_BD.astype(jnp.float32) / norms_D[None]).astype(x_BD.dtype)
+
     def logits(self, x_BD, num_rows, vocab_size: int):
         """Multiply by the rows: [B, embed] -> f32 [B, vocab_size], whole on every device.
 
@@ -148,8 +158,11 @@ def _packed(weight: Any, bits: int, group: int) -> tuple[Param, Param]:
     words = weight.sizes | {axis: size * bits // 32}
     scales = weight.sizes | {axis: size // group} if group else weight.sizes | {"one": 1}
     scale_axes = weight.axes if group else layout.Layout((*outer, ("one",))).text
-    alias = weight.alias
-    replaced = partial(dataclasses.replace, weight)
-    packed = replaced(sizes=words, init="bits", dtype="int32", alias=alias and f"{alias}_packed")
-    scale = replaced(sizes=scales, init="scale", axes=scale_axes, alias=alias and f"{alias}_scale")
-    return packed, scale
+
+    def replaced(suffix: str, **changes: Any) -> Param:
+        names = {name: getattr(weight, name) for name in ("alias", "key")}
+        names = {name: text and f"{text}{suffix}" for name, text in names.items()}
+        return dataclasses.replace(weight, **names, **changes)
+
+    packed = replaced("_packed", sizes=words, init="bits", dtype="int32")
+    return packed, replaced("_scale", sizes=scales, init="scale", axes=scale_axes)

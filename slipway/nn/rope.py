@@ -17,7 +17,8 @@ import numpy as np
 class Scaling:
     """Scaling of positions; the fields are the members of ``rope_scaling`` in config.json.
 
-    ``rope_type``: default | linear | dynamic | yarn | llama3.
+    ``rope_type``: default | linear | dynamic | yarn | llama3, or dynamic_of_prompt, which is that
+    of Qwen (2023): the base grows with the length of the prompt, in powers of two.
     """
 
     rope_type: str = "default"
@@ -41,17 +42,26 @@ class Rope:
     theta: float
     scaling: Scaling = Scaling()
 
-    def __call__(self, positions_T, contexts_T):
+    def __call__(self, positions_T, prompt_lengths_T):
         """Return cosines and sines at ``positions_T``: f32 [T, head_dim / 2] each.
 
-        ``contexts_T``: the length of each token's context; only dynamic scaling depends on it.
+        ``prompt_lengths_T``: the length of the prompt of each token's sequence; only dynamic
+        scaling depends on it.
         """
         freqs_TH = jnp.asarray(self.frequencies())[None]
         if self.scaling.rope_type == "dynamic":
-            freqs_TH = self._dynamic(contexts_T)
+            # A generated token has a longer context than the prompt.
+            freqs_TH = self._dynamic(jnp.maximum(prompt_lengths_T, positions_T + 1))
+        elif self.scaling.rope_type == "dynamic_of_prompt":
+            freqs_TH = self._dynamic_of_prompt(prompt_lengths_T)
         angles_TH = positions_T.astype(jnp.float32)[:, None] * freqs_TH
         factor = self.attention_factor()
         return jnp.cos(angles_TH) * factor, jnp.sin(angles_TH) * factor
+
+    @property
+    def follows_prompt(self) -> bool:
+        """Whether the angles depend on the length of the prompt."""
+        return self.scaling.rope_type in ("dynamic", "dynamic_of_prompt")
 
     def frequencies(self) -> np.ndarray:
         """Return the frequencies in radians per position: f32 [head_dim / 2]."""
@@ -120,5 +130,47 @@ class Rope:
         s, dim = self.scaling, self.head_dim
         length_T = jnp.maximum(contexts_T, s.original_max_position_embeddings).astype(jnp.float32)
         stretch_T = s.factor * length_T / s.original_max_position_embeddings - (s.factor - 1)
-        base_T = self.theta * stretch_T ** (dim / (dim - 2))
-        return 1.0 / base_T[:, None] ** (np.arange(0, dim, 2, dtype=np.float32) / dim)[None]
+        return self._with_base(self.theta * stretch_T ** (dim / (dim - 2)))
+
+    def _dynamic_of_prompt(self, prompt_lengths_T):
+        """Return the frequencies of each token: [T, head_dim / 2], as in the code of Qwen (2023).
+
+        With n the number of doublings of the original length that the prompt takes, rounded up, the
+        base is multiplied by (2^(n + 1) - 1)^(head_dim / (head_dim - 2)), and by 1 if n <= 0.
+        """
+        original, dim = self.scaling.original_max_position_embeddings, self.head_dim
+        # Lengths are compared as integers: a logarithm of a power of two is not always whole.
+        doublings = original * 2 ** np.arange(32, dtype=np.int64)
+        doublings = jnp.asarray(np.minimum(doublings, np.iinfo(np.int32).max), jnp.int32)
+        n_T = jnp.sum(prompt_lengths_T[:, None] > doublings[None], axis=1)
+        alpha_T = 2.0 ** (n_T.astype(jnp.float32) + 1) - 1
+        return self._with_base(self.theta * alpha_T ** (dim / (dim - 2)))
+
+    def _with_base(self, base_T):
+        """Return the frequencies for a base of each token: [T, head_dim / 2]."""
+        powers_H = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
+        return 1.0 / base_T[:, None] ** powers_H[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LongQueries:
+    """Angles of queries that grow with the logarithm of the context: log-n attention.
+
+    Beyond ``length`` positions, cosines and sines of ``rope`` are multiplied by the logarithm of
+    the context's length to the base ``length`` (Su, 2021; Qwen technical report, 2023).
+    """
+
+    rope: Rope
+    length: int
+
+    @property
+    def follows_prompt(self) -> bool:
+        """Whether the angles depend on the length of the prompt."""
+        return self.rope.follows_prompt
+
+    def __call__(self, positions_T, prompt_lengths_T):
+        """Return cosines and sines at ``positions_T``, as ``Rope`` does."""
+        context_T = jnp.maximum(positions_T + 1, self.length).astype(jnp.float32)
+        factor_T1 = (jnp.log(context_T) / math.log(self.length))[:, None]
+        cos_TH, sin_TH = self.rope(positions_T, prompt_lengths_T)
+        return cos_TH * factor_T1, sin_TH * factor_T1

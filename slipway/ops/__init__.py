@@ -13,21 +13,28 @@ import jax.numpy as jnp
 
 from slipway.ops import backend, cpu, tpu, xla
 from slipway.ops.kv_cache import BorrowedCache, CacheSpec, KVCache
+from slipway.ops.quantized import dequantized
+from slipway.ops.routing import ExpertMatrices, Routing
 from slipway.ops.step_input import PageMap, StepInput
 
 __all__ = [
     "BorrowedCache",
     "CacheSpec",
+    "ExpertMatrices",
     "KVCache",
     "PageMap",
+    "Routing",
     "StepInput",
+    "dequantized",
     "embed",
+    "experts",
     "gated_linear",
     "linear",
     "linears",
     "log_normalizer",
     "rms_norm",
     "rotate",
+    "route",
     "sample",
     "zeros",
 ]
@@ -63,6 +70,25 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
     return backend.call("gated_linear", x_TD, gate, up, num_tokens, gate_bias, up_bias, dtype=dtype)
 
 
+def route(logits_TE, bias_E, num_tokens, rule):
+    """Choose the experts of each token: f32 [T, E] -> int32 [T, K], and their weights, f32 [T, K].
+
+    ``rule``: a Routing. ``bias_E``: added to the scores for the choice, or None. The best comes
+    first; of equals, the one with the lower index.
+    """
+    return backend.call("route", logits_TE, bias_E, num_tokens, rule=rule)
+
+
+def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
+    """Compute the sum of each token's experts, times their weights: [T, D] -> f32 [T, D].
+
+    An expert e is down[e] @ (silu(gate[e] @ x) * (up[e] @ x)), unless ``matrices``, its
+    ExpertMatrices, state biases or a clamp. Experts outside 0 to E - 1 are those of other devices,
+    and add nothing.
+    """
+    return backend.call("experts", x_TD, experts_TK, weights_TK, matrices, num_tokens)
+
+
 def rms_norm(x_TD, weight, num_tokens, eps):
     """Divide each row by its root mean square and multiply by a weight: [T, D] -> [T, D].
 
@@ -72,10 +98,10 @@ def rms_norm(x_TD, weight, num_tokens, eps):
 
 
 def rotate(x_TNH, weight, angles, num_tokens, eps=0.0):
-    """Rotate each pair (i, i + H/2) of every head by its angle: [T, N, H] -> [T, N, H].
+    """Rotate each pair (i, i + R) of every head by its angle: [T, N, H] -> [T, N, H].
 
-    ``angles``: cosines and sines, [T, H/2] each. With a weight [H] the heads are normalized first,
-    as in ``rms_norm``.
+    ``angles``: cosines and sines, [T, R] each; dimensions from 2 R on are not rotated. With a
+    weight [H] the heads are normalized first, as in ``rms_norm``.
     """
     return backend.call("rotate", x_TNH, weight, angles, num_tokens, eps=eps)
 

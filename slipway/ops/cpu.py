@@ -258,15 +258,20 @@ def _refuses_linears(x_TD, weights, num_tokens, biases, dtype) -> str:
     return _refuses_matrices(x_TD, weights, biases)
 
 
+def _refuses_rotation(x_TNH, weight, angles, num_tokens, eps) -> str:
+    """Return why no kernel rotates these heads, "" if one does."""
+    del num_tokens, eps
+    is_whole = 2 * angles[0].shape[1] == x_TNH.shape[2]
+    return refuses(x_TNH, weight) or ("" if is_whole else "a part of each head is rotated")
+
+
 def _bodies() -> dict[str, Body]:
     return {
         "embed": Body(embed, lambda ids_T, table_VD, num_tokens: _refuses_table(table_VD)),
         "linear": Body(linears, _refuses_linears),
         "gated_linear": Body(gated_linear, _refuses_gated),
         "rms_norm": Body(rms_norm, lambda x_TD, weight, num_tokens, eps: refuses(x_TD, weight)),
-        "rotate": Body(
-            rotate, lambda x_TNH, weight, angles, num_tokens, eps: refuses(x_TNH, weight)
-        ),
+        "rotate": Body(rotate, _refuses_rotation),
         "write_kv": Body(write_kv, lambda kv, layer, k_TKH, *_: _refuses_cache(kv, k_TKH.dtype)),
         "paged_attention": Body(
             paged_attention, lambda q_TNH, kv, *_, **__: _refuses_cache(kv, q_TNH.dtype)

@@ -42,9 +42,8 @@ class StepInput:
     ids_T: Array
     # Position of each token in its sequence.
     positions_T: Array
-    # Length of the context that dynamic rope scaling uses: that of the prompt for its tokens,
-    # position + 1 for a generated one.
-    contexts_T: Array
+    # Length of the prompt of each token's sequence: dynamic scaling of positions depends on it.
+    prompt_lengths_T: Array
     # Row of each token, 0 for padding.
     row_T: Array
     starts_B: Array

@@ -17,6 +17,7 @@ from jax import lax
 
 from slipway import tree
 from slipway.ops.quantized import Quantized, dequantized
+from slipway.ops.routing import route
 
 # Keys for each turn of the attention loop, and queries for each tile of a prefill.
 BLOCK_TOKENS = 128
@@ -76,6 +77,75 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
     return (jax.nn.silu(gate_TO) * linear(x_TD, up, num_tokens, bias=up_bias)).astype(dtype)
 
 
+# Dimensions of a product of rows [S, in], sorted by group, and matrices [group, out, in].
+_BY_GROUP = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+)
+
+
+def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
+    """Sort the tokens by expert, and multiply each run by the matrices of its expert.
+
+    The sum of a token's experts is in f32, in the order in which they were chosen.
+    """
+    (T, K), dtype = experts_TK.shape, x_TD.dtype
+    into = [_numbers(matrix, dtype) for matrix in matrices.into]
+    num_experts = into[0].shape[0]
+    is_live = (jnp.arange(T) < num_tokens)[:, None]
+    is_held = is_live & (experts_TK >= 0) & (experts_TK < num_experts)
+    # Those that this device does not compute are sorted behind all others.
+    expert_S = jnp.where(is_held, experts_TK, num_experts).reshape(T * K)
+    order_S = jnp.argsort(expert_S)
+    counts_E = jnp.bincount(expert_S, length=num_experts)
+
+    def multiply(x_SI, matrix_EOI):
+        return lax.ragged_dot_general(
+            x_SI,
+            matrix_EOI,
+            counts_E,
+            ragged_dot_dimension_numbers=_BY_GROUP,
+            preferred_element_type=jnp.float32,
+        )
+
+    def biased(y_SO, bias):
+        if bias is None:
+            return y_SO
+        rows_S = jnp.minimum(expert_S[order_S], num_experts - 1)
+        return y_SO + tree.value(bias)[rows_S].astype(jnp.float32)
+
+    x_SD = x_TD[order_S // K]
+    if len(into) == 2:
+        gate_SF, up_SF = (multiply(x_SD, matrix) for matrix in into)
+    else:
+        both_SX = biased(multiply(x_SD, into[0]), matrices.into_bias)
+        gate_SF, up_SF = both_SX[:, 0::2], both_SX[:, 1::2]
+    hidden_SF = _gated(gate_SF, up_SF, matrices.clamp).astype(dtype)
+    y_SD = biased(multiply(hidden_SF, _numbers(matrices.down, dtype)), matrices.down_bias)
+    y_TKD = y_SD[jnp.argsort(order_S)].reshape(T, K, -1)
+    # The rows behind the last group are undefined, not zero.
+    y_TKD = jnp.where(is_held[..., None], y_TKD * weights_TK[..., None], 0.0)
+    return sum(y_TKD[:, k] for k in range(K))
+
+
+def _gated(gate, up, clamp):
+    if not clamp:
+        return jax.nn.silu(gate) * up
+    alpha, limit = clamp
+    gate = jnp.minimum(gate, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
+
+
+def _numbers(matrix, dtype):
+    """Return the numbers of a matrix that is perhaps packed, or one of several."""
+
+    def plain(matrix):
+        return dequantized(matrix).astype(dtype) if isinstance(matrix, Quantized) else matrix
+
+    return tree.call(plain, matrix)
+
+
 def rms_norm(x_TD, weight, num_tokens, eps):
     """Normalize by the root mean square, in f32.
 
@@ -92,17 +162,19 @@ def _normed(x, weight, eps):
 
 
 def rotate(x_TNH, weight, angles, num_tokens, eps):
-    """Rotate each pair (i, i + H/2) of every head by its angle, in f32.
+    """Rotate each pair (i, i + R) of every head by its angle, in f32.
 
     With a weight, the heads are normalized first.
     """
     del num_tokens
     if weight is not None:
         x_TNH = _normed(x_TNH, tree.value(weight), eps)
-    first_TNH, second_TNH = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    cos_TNH, sin_TNH = (x_TH[:, None] for x_TH in angles)
-    turned = first_TNH * cos_TNH - second_TNH * sin_TNH, second_TNH * cos_TNH + first_TNH * sin_TNH
-    return jnp.concatenate(turned, axis=-1).astype(x_TNH.dtype)
+    cos_TNR, sin_TNR = (x_TR[:, None] for x_TR in angles)
+    R = cos_TNR.shape[-1]
+    first_TNR, second_TNR, rest_TNH = jnp.split(x_TNH, (R, 2 * R), axis=-1)
+    first_TNR, second_TNR = first_TNR.astype(jnp.float32), second_TNR.astype(jnp.float32)
+    turned = first_TNR * cos_TNR - second_TNR * sin_TNR, second_TNR * cos_TNR + first_TNR * sin_TNR
+    return jnp.concatenate([*(x.astype(x_TNH.dtype) for x in turned), rest_TNH], axis=-1)
 
 
 def write_kv(kv, layer, k_TKH, v_TKH, num_tokens, slots_T):
@@ -354,6 +426,8 @@ BODIES: dict[str, Callable[..., Any]] = {
     "gated_linear": gated_linear,
     "rms_norm": rms_norm,
     "rotate": rotate,
+    "route": route,
+    "experts": experts,
     "write_kv": write_kv,
     "paged_attention": paged_attention,
     "sample": sample,

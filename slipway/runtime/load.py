@@ -85,7 +85,7 @@ def checked(
     that need no declaration. No device memory is used. Raises CheckpointError, listing every
     mismatch.
     """
-    checkpoint = names.unwrapped(checkpoint, tensor_reader.names(declaration))
+    checkpoint = names.declared(checkpoint, tensor_reader.names(declaration))
     if scheme is not None:
         checkpoint = quantize.packed_view(checkpoint, tensor_reader.wanted(declaration))
     tensor_reader.check(declaration, checkpoint, dtype, ignore=ignored)

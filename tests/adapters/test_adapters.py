@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from slipway import models
 from slipway.adapters import maxtext
 from slipway.adapters import vllm as adapter
 from slipway.adapters.engine_fields import FIELDS
@@ -208,9 +209,7 @@ def test_the_plugin_registers_every_architecture_and_maxtext(monkeypatch):
     loader = types.SimpleNamespace(register_model=registered.__setitem__)
     monkeypatch.setattr(adapter.importlib, "import_module", lambda name: loader)
     adapter.register()
-    names = {
-        f"Slipway{name}" for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    }
+    names = {f"Slipway{name}" for name in models.ARCHITECTURES}
     assert registered.keys() == names | {"MaxTextForCausalLM"}
 
 

@@ -88,7 +88,7 @@ def reference(chunks, batch):
             known = position < len(ids)
             tokens.ids_T[t] = ids[position] if known else -1 - sequence.last_row
             tokens.positions_T[t] = position
-            tokens.contexts_T[t] = max(len(prompt), position + 1)
+            tokens.prompt_lengths_T[t] = len(prompt)
             tokens.row_T[t] = index
             for numbering, pages in enumerate(tokens.pages):
                 page = moved(sequence.pages, numbering)[position // PAGE_SIZE]

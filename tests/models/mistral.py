@@ -24,9 +24,9 @@ class MistralConfig(DenseConfig):
         return (self.sliding_window,) * self.num_hidden_layers
 
 
-def declare_layer(config: MistralConfig, window: int | None) -> DecoderLayer:
-    """Declare one layer."""
-    attention = Attention.declare(config, window)
+def declare_layer(config: MistralConfig, index: int) -> DecoderLayer:
+    """Declare the layer at ``index``."""
+    attention = Attention.declare(config, config.windows[index])
     return DecoderLayer.declare(
         config, attention, MLP.declare(config.hidden_size, config.intermediate_size)
     )

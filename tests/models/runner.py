@@ -50,8 +50,8 @@ def make_checkpoint(
     config = transformers.AutoConfig.for_model(case.model_type, **(BASE | case.fields))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # biases start at 0 and norms at 1: make them count
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("bias") or (parameter.ndim == 1 and "inv_freq" not in name):
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
     model.to(dtype).save_pretrained(directory)
     return model
@@ -95,10 +95,15 @@ class Forward:
     """Forward pass without the engine, over a cache for one sequence: logits of all its tokens."""
 
     def __init__(
-        self, directory: Path, dtype: Any = np.float32, tensor: int = 1, separate: bool = True
+        self,
+        directory: Path,
+        dtype: Any = np.float32,
+        tensor: int = 1,
+        separate: bool = True,
+        expert: int = 1,
     ):
         checkpoint = files.open_checkpoint(directory)
-        self.mesh = mesh.make_mesh(1, tensor)
+        self.mesh = mesh.make_mesh(1, tensor, expert=expert)
         declaration = models.declare(checkpoint.config)
         self.declaration = mesh.fit(
             tree.separate(declaration) if separate else declaration, self.mesh
@@ -112,9 +117,10 @@ class Forward:
             dtype=jnp.dtype(dtype),
             tensor=tensor,
         )
-        specs = tree.map_params(mesh.partition, self.declaration)
+        specs = tree.map_params(lambda p: mesh.partition(p, self.mesh), self.declaration)
         caches = tuple(
-            dataclasses.replace(cache, kv=mesh.spec(cache.axes)) for cache in self.empty_caches
+            dataclasses.replace(cache, kv=mesh.spec(cache.axes, self.mesh))
+            for cache in self.empty_caches
         )
         self._num_numberings = len(kv_cache.page_windows(declaration.cache_specs))
         self._run = jax.jit(
@@ -163,7 +169,7 @@ def _step(
         num_tokens_1=row + np.int32(count),
         ids_T=ids_T,
         positions_T=np.where(live, positions, 0).astype(np.int32),
-        contexts_T=np.maximum(positions + 1, prompt_length).astype(np.int32),
+        prompt_lengths_T=np.full(TOKENS, prompt_length, np.int32),
         row_T=np.zeros(TOKENS, np.int32),
         pages=(pages,) * num_numberings,
         num_samples_1=row,

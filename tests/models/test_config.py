@@ -1,6 +1,7 @@
 """Values of config.json: both forms of rope fields, nulls, windows, errors that name the field."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -31,6 +32,24 @@ def test_derived_fields():
         4,
         (None, None, None),
     )
+
+
+def test_null_key_value_heads_are_as_many_as_the_attention_heads():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Grouped(LlamaConfig):
+        num_key_value_heads: int = 2
+
+    assert read(Grouped, num_key_value_heads=None).num_key_value_heads == 4
+    assert read(Grouped).num_key_value_heads == 2
+
+
+def test_a_base_of_rotation_that_is_left_out_is_that_of_the_family():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Far(LlamaConfig):
+        rope_theta: float = 5e6
+
+    assert read(Far).rope_theta == 5e6
+    assert read(Far, rope_theta=1e4).rope_theta == 1e4
 
 
 @pytest.mark.parametrize(

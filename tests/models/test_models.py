@@ -28,9 +28,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 64, "rope_theta": 500000.0,
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+WINDOW_ONLY = {"sliding_window": 16}
 DEFAULT = {"rope_type": "default", "rope_theta": 1000000.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED = {"shared_expert_intermediate_size": 48}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32}
+GROUPED = {
+    "head_dim": 32, "n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2, "routed_scaling_factor": 1.5,
+}  # fmt: skip
 TIED, BIASES = {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}
 
 
@@ -55,6 +64,16 @@ CASES = [
     Case("qwen3-tied", "qwen3", shape(4, 128, DEFAULT, **TIED)),
     Case("qwen3-bias-yarn", "qwen3", shape(1, 24, YARN, attention_bias=True, vocab_size=131)),
     Case("qwen3-window", "qwen3", shape(8, 40, DEFAULT, **WINDOW)),
+    Case("qwen2-moe-every-second", "qwen2_moe", MOE | SHARED | {"decoder_sparse_step": 2}),
+    Case("qwen2-moe-window", "qwen2_moe", MOE | SHARED | WINDOW | {"norm_topk_prob": True}),
+    Case("qwen3-moe-one-dense", "qwen3_moe", shape(4, 32, DEFAULT, mlp_only_layers=[0], **MOE)),
+    Case("qwen3-moe-norm", "qwen3_moe", shape(2, 24, YARN, norm_topk_prob=True, **MOE)),
+    Case("mixtral", "mixtral", LOCAL | WINDOW_ONLY),
+    Case("olmoe", "olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "attention_bias": True}),
+    Case("glm4-moe", "glm4_moe", GROUPED | {"use_qk_norm": True, "n_shared_experts": 2}),
+    Case("glm4-moe-bias", "glm4_moe", GROUPED | {"head_dim": 24, "attention_bias": True}),
+    Case("minimax-m2", "minimax_m2", LOCAL),
+    Case("gpt-oss", "gpt_oss", LOCAL | WINDOW_ONLY),
 ]
 
 
@@ -106,6 +125,15 @@ def test_tensor_parallel_equals_one_device(model, forward, tensor):
     )
 
 
+@pytest.mark.parametrize("tensor, expert", [(2, 2), (4, 2), (4, 4), (8, 8)])
+def test_expert_parallel_equals_one_device(model, forward, tensor, expert):
+    if not any(name.endswith("gate.weight") for name in forward.saved()):
+        pytest.skip("a model without experts")
+    prompt = runner.prompts()[5]
+    split = Forward(model[0], tensor=tensor, expert=expert)
+    np.testing.assert_allclose(split(prompt), forward(prompt), atol=LOGITS, rtol=0)
+
+
 def test_stacked_layers_equal_separate_ones(model, forward):
     prompt = runner.prompts()[5]
     np.testing.assert_allclose(
@@ -133,15 +161,29 @@ def test_bf16_logits(case, tmp_path: Path):
         )
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[8]], ids=lambda case: case.name)
-@pytest.mark.parametrize("copies, tensor", [(2, 1), (2, 4)])
-def test_data_parallel_equals_one_device(case, copies, tensor, tmp_path: Path):
+@pytest.mark.parametrize(
+    "name, copies, tensor, expert",
+    [
+        ("llama3", 2, 1, 1),
+        ("llama3", 2, 4, 1),
+        ("qwen3-bias-yarn", 2, 4, 1),
+        ("qwen2-moe-every-second", 2, 4, 2),
+        ("qwen3-moe-norm", 2, 4, 4),
+    ],
+)
+def test_data_parallel_equals_one_device(name, copies, tensor, expert, tmp_path: Path):
+    case = next(case for case in CASES if case.name == name)
     runner.make_checkpoint(case, tmp_path)
     asked = runner.prompts()
     alone = runner.our_tokens(tmp_path, asked, 16)
     assert (
         runner.our_tokens(
-            tmp_path, asked, 16, data_parallel_size=copies, tensor_parallel_size=tensor
+            tmp_path,
+            asked,
+            16,
+            data_parallel_size=copies,
+            tensor_parallel_size=tensor,
+            expert_parallel_size=expert,
         )
         == alone
     )

@@ -29,7 +29,7 @@ def one_sequence(first, count, *, padding=0, num_pages=8, page_size=4, rope=None
     ``padding`` tokens follow. Page 0 of the cache is not used, so that a wrong page is noticed.
     """
     positions_T = np.arange(first, first + count + padding, dtype=np.int32)
-    contexts_T = np.full_like(positions_T, first + count)
+    prompt_lengths_T = np.full_like(positions_T, first + count)
     table_M = np.arange(1, num_pages, dtype=np.int32)
     page_T = table_M[np.minimum(positions_T // page_size, len(table_M) - 1)]
     slots_T = page_T * page_size + positions_T % page_size
@@ -39,7 +39,7 @@ def one_sequence(first, count, *, padding=0, num_pages=8, page_size=4, rope=None
         num_tokens_1=one[1],
         ids_T=np.zeros_like(positions_T),
         positions_T=positions_T,
-        contexts_T=contexts_T,
+        prompt_lengths_T=prompt_lengths_T,
         row_T=np.zeros_like(positions_T),
         starts_B=one[0],
         counts_B=one[1],
@@ -47,7 +47,9 @@ def one_sequence(first, count, *, padding=0, num_pages=8, page_size=4, rope=None
         pages=(PageMap(slots_T, table_M[None]),),
         num_samples_1=one[0],
         sample_at_B=one[0],
-        angles=() if rope is None else (rope(jnp.asarray(positions_T), jnp.asarray(contexts_T)),),
+        angles=()
+        if rope is None
+        else (rope(jnp.asarray(positions_T), jnp.asarray(prompt_lengths_T)),),
     )
     return jax.tree.map(jnp.asarray, step)
 
@@ -58,10 +60,12 @@ def call(function, declaration, layer, *operands, tensor=1, specs=(), out_specs=
     ``specs`` are the partitions of the first operands; the others are whole.
     """
     missing = len(operands) - len(specs)
+    devices = mesh.make_mesh(1, tensor)
+    held = tree.map_params(lambda param: mesh.partition(param, devices), declaration)
     mapped = jax.shard_map(
         function,
-        mesh=mesh.make_mesh(1, tensor),
-        in_specs=(tree.map_params(mesh.partition, declaration), *specs, *[WHOLE] * missing),
+        mesh=devices,
+        in_specs=(held, *specs, *[WHOLE] * missing),
         out_specs=out_specs,
         check_vma=False,
     )

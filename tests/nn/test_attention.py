@@ -34,7 +34,7 @@ class Shape:
 SHAPE = Shape()
 ROPE = Rope(SHAPE.head_dim, SHAPE.rope_theta)
 KINDS = {
-    "qwen3": {"qk_norm": True},
+    "qwen3": {"qk_norm": "head"},
     "qwen2": {"qkv_bias": True},
     "llama": {},
     "a window of 5": {"window": 5},
@@ -59,8 +59,8 @@ def expected_of(kind, layer, x_TD):
     theirs = attention(config, layer_idx=0).eval()
     count = len(x_TD)
     near = np.tri(count, dtype=bool)
-    if layer.window is not None:
-        near &= ~np.tri(count, k=-layer.window, dtype=bool)
+    if layer.cache_spec.window is not None:
+        near &= ~np.tri(count, k=-layer.cache_spec.window, dtype=bool)
     mask = torch.tensor(np.where(near, 0.0, -np.inf).astype(np.float32))[None, None]
     with torch.inference_mode():
         for name in PROJECTIONS:
@@ -82,7 +82,7 @@ def run_chunks(declared, layer, x_TD, chunks, tensor=1):
     spec = CacheSpec(num_layers=2, num_kv_heads=SHAPE.num_key_value_heads, head_dim=SHAPE.head_dim)
     sizes = {"platform": "cpu", "page_size": PAGE_SIZE, "dtype": F32, "tensor": tensor}
     (cache,) = kv_cache.allocate([spec], [NUM_PAGES], **sizes)
-    cache_specs = jax.tree.map(lambda _: mesh.spec(cache.axes), cache)
+    cache_specs = jax.tree.map(lambda _: mesh.spec(cache.axes, mesh.make_mesh()), cache)
     specs = {"specs": [cache_specs], "out_specs": (WHOLE, cache_specs)}
     outputs, first = [], 0
 
@@ -115,7 +115,7 @@ def test_attention_is_transformers(kind, chunks):
 def test_split_heads_give_the_whole_result(tensor):
     """4 devices hold each of the 2 key-value heads twice."""
     rng = np.random.default_rng(1)
-    declared = Attention.declare(SHAPE, qk_norm=True)
+    declared = Attention.declare(SHAPE, qk_norm="head")
     layer = fill(declared, rng)
     x_TD = draw(rng, COUNT, SHAPE.hidden_size)
     expected = run_chunks(declared, layer, x_TD, [6, 7])

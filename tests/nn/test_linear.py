@@ -30,7 +30,15 @@ def test_a_projection_with_split_inputs_adds_partial_sums(tensor, bias):
     def run(layer, x_TD, step):
         return layer(x_TD, step)
 
-    y_TO = call(run, declared, layer, x_TD, step, tensor=tensor, specs=[mesh.spec([None, "heads"])])
+    y_TO = call(
+        run,
+        declared,
+        layer,
+        x_TD,
+        step,
+        tensor=tensor,
+        specs=[mesh.spec([None, "heads"], mesh.make_mesh())],
+    )
     expected = x_TD @ np.asarray(layer.weight).T
     expected = expected + np.asarray(layer.bias) if bias else expected
     np.testing.assert_allclose(y_TO[:COUNT], expected[:COUNT], **CLOSE)

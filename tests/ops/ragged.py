@@ -87,7 +87,7 @@ def make_ragged(rng, shape, rows):
         num_tokens_1=np.array([t], np.int32),
         ids_T=np.zeros(T, np.int32),
         positions_T=fields["positions_T"],
-        contexts_T=contexts,
+        prompt_lengths_T=contexts,
         row_T=np.pad(rows_T, (0, T - t)),
         starts_B=starts,
         counts_B=counts,

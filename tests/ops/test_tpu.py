@@ -47,7 +47,7 @@ def ragged(rng, counts, lengths):
         num_tokens_1=np.array([t], np.int32),
         ids_T=np.zeros(T, np.int32),
         positions_T=positions,
-        contexts_T=positions + 1,
+        prompt_lengths_T=positions + 1,
         row_T=np.append(np.repeat(np.arange(len(counts)), counts), 0).astype(np.int32),
         starts_B=starts,
         counts_B=np.array(padded[0], np.int32),

@@ -1,0 +1,122 @@
+"""Mixture-of-experts layer: a router, experts, and an MLP that every token passes.
+
+Not here: the choice of experts and the computation with them (ops/), the routing rules of the
+families (docs/experts.md).
+
+Shazeer et al., Outrageously large neural networks, 2017; shared experts: Dai et al., DeepSeekMoE,
+2024.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slipway import mesh, ops, tree
+from slipway.nn.linear import Linear
+from slipway.nn.mlp import MLP, ClampedMLP
+from slipway.tree import Param, Stack, Tensor, module, static
+
+
+@module
+class Router:
+    """Linear layer from hidden states to one logit for each expert, and the rule of the choice.
+
+    ``e_score_correction_bias``: is added to the scores for the choice (DeepSeek-V3, 2024). The
+    logits are sums in f32; ``rounds``: they are rounded to the dtype of the hidden states, if the
+    reference of the family computes them in that dtype.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    e_score_correction_bias: Tensor | None
+    routing: ops.Routing = static()
+    rounds: bool = static(default=False)
+
+    @staticmethod
+    def declare(
+        embed: int,
+        routing: ops.Routing,
+        bias: bool = False,
+        choice_bias: bool = False,
+        rounds: bool = False,
+    ) -> "Router":
+        """Declare a router; ``choice_bias``: it has an ``e_score_correction_bias``."""
+        # Another name than that of the stacked experts: every device has the whole router.
+        sizes = {"choices": routing.num_experts, "embed": embed}
+        return Router(
+            weight=Param("choices embed", sizes),
+            bias=Param("choices", sizes, init="zeros") if bias else None,
+            e_score_correction_bias=(
+                Param("choices", sizes, init="zeros", dtype="float32") if choice_bias else None
+            ),
+            routing=routing,
+            rounds=rounds,
+        )
+
+    def __call__(self, x_TD: Any, step: ops.StepInput) -> tuple[Any, Any]:
+        """Choose experts: [T, embed] -> (int32 [T, top_k] experts, f32 [T, top_k] weights)."""
+        dtype = x_TD.dtype if self.rounds else jnp.float32
+        logits_TE = ops.linear(x_TD, self.weight, step.num_tokens, bias=self.bias, dtype=dtype)
+        bias_E = self.e_score_correction_bias
+        bias_E = None if bias_E is None else tree.value(bias_E)
+        logits_TE = logits_TE.astype(jnp.float32)
+        return ops.route(logits_TE, bias_E, step.num_tokens, rule=self.routing)
+
+
+@module
+class MoE:
+    """Sum of the chosen experts of each token, times their weights, and of a shared MLP.
+
+    ``shared_expert_gate``: the sigmoid of its result is a factor on the shared MLP.
+    """
+
+    gate: Router
+    experts: Stack
+    shared_experts: MLP | None = None
+    shared_expert_gate: Linear | None = None
+
+    @staticmethod
+    def declare(
+        embed: int, mlp: int, gate: Router, shared: int = 0, shared_gate: bool = False
+    ) -> "MoE":
+        """Declare a layer of experts of hidden size ``mlp``.
+
+        ``shared``: the hidden size of the shared MLP, 0: none.
+        """
+        ones = {"one": 1, "embed": embed}
+        return MoE.of(
+            gate,
+            MLP.declare(embed, mlp, axis="expert_mlp"),
+            shared_experts=MLP.declare(embed, shared) if shared else None,
+            shared_expert_gate=Linear.declare("one", "embed", ones) if shared_gate else None,
+        )
+
+    @staticmethod
+    def of(gate: Router, expert: MLP | ClampedMLP, **shared: Any) -> "MoE":
+        """Declare a layer of equal experts, with the fields ``shared`` of this class."""
+        stacked = tree.stack(expert, gate.routing.num_experts, axis="experts")
+        return MoE(gate=gate, experts=stacked, **shared)
+
+    def __call__(self, x_TD: Any, step: ops.StepInput) -> Any:
+        """Compute the layer: [T, embed] -> [T, embed]."""
+        experts_TK, weights_TK = self.gate(x_TD, step)
+        matrices = self.experts.body.matrices
+        if matrices.down_bias is not None and (parts := mesh.parts_here("expert_mlp")) > 1:
+            # Each device adds its part of the bias.
+            bias = tree.value(matrices.down_bias) / parts
+            matrices = dataclasses.replace(matrices, down_bias=bias)
+        num_local = self.gate.routing.num_experts // mesh.parts_here("experts")
+        first = mesh.local_offset("experts", num_local)
+        y_TD = ops.experts(
+            x_TD, experts_TK - first, weights_TK, matrices=matrices, num_tokens=step.num_tokens
+        )
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts.partial_sums(x_TD, step)
+            if self.shared_expert_gate is not None:
+                gate_T1 = ops.linear(x_TD, self.shared_expert_gate.matrix, step.num_tokens)
+                shared_TD = shared_TD * jax.nn.sigmoid(gate_T1)
+            y_TD = y_TD + shared_TD
+        # Experts and the shared MLP are split over the same devices: one sum for both.
+        return mesh.psum(y_TD, "mlp").astype(x_TD.dtype)
