@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 CHECKED := slipway training tests tools examples benchmarks
+CHECKED_CXX := $(wildcard csrc/*.h csrc/*.cc) tests/ops/sanitize.cc
 # One BLAS and one torch thread per test process: xdist already uses every core.
 WORKERS ?= 2
 
@@ -21,6 +22,7 @@ test: $(VENV)/test.stamp check
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/clang-format --dry-run -Werror $(CHECKED_CXX)
 	$(BIN)/python tools/sizes.py
 	$(BIN)/python tools/plain.py
 	$(BIN)/lint-imports

@@ -1,7 +1,9 @@
-// Tile registers of AMX: their shape, loads, products, and `products` for any number of rows. Knows no matrix and no cache.
+// Tile registers of AMX: their shape, loads, products, and `products` for any number of rows. Knows
+// no matrix and no cache.
 //
-// A product adds to c[i][j], 16 x 16 floats, the sum over up to 16 units k of a[i][k] . b[k][j], k in order: what lies in
-// another row or column changes none of its bits. A set without such registers has `products` in vectors.
+// A product adds to c[i][j], 16 x 16 floats, the sum over up to 16 units k of a[i][k] . b[k][j], k
+// in order: what lies in another row or column changes none of its bits. A set without such
+// registers has `products` in vectors.
 
 #pragma once
 
@@ -12,10 +14,11 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int kSide = 16;                  // rows of a tile, and its columns in units
-constexpr int64_t kTile = kSide * kSide;   // units of a tile
+constexpr int kSide = 16;                 // rows of a tile, and its columns in units
+constexpr int64_t kTile = kSide * kSide;  // units of a tile
 
-#if defined(__SANITIZE_ADDRESS__)  // sees no tile being loaded or stored, so it is shown what is touched
+#if defined(__SANITIZE_ADDRESS__)  // sees no tile being loaded or stored, so it is shown what is
+                                   // touched
 inline thread_local int64_t shown_rows[8], shown_bytes[8];
 template <class Touch>
 void show(int number, const void* place, int64_t distance, Touch touch) {
@@ -24,9 +27,9 @@ void show(int number, const void* place, int64_t distance, Touch touch) {
 }
 #endif
 
-// While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of so many rows, up to 16, and
-// second operands 6 and 7, which have as many columns as sums; 4 and 6 of 16 units, 5 and 7 of so many. Others in this process
-// who use them load their own shape.
+// While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of
+// so many rows, up to 16, and second operands 6 and 7, which have as many columns as sums; 4 and 6
+// of 16 units, 5 and 7 of so many. Others in this process who use them load their own shape.
 class Tiles {
  public:
   Tiles(int64_t rows, int64_t units, int64_t columns = kSide) {
@@ -64,14 +67,16 @@ ALWAYS void tile_load(const void* from, int64_t distance) {
     asm volatile("" ::"m"(held));
   });
 #endif
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(distance), "i"(kRegister) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(distance), "i"(kRegister)
+               : "memory");
 }
 template <int kRegister>
 ALWAYS void tile_store(void* to, int64_t distance) {
 #if defined(__SANITIZE_ADDRESS__)
   show(kRegister, to, distance, [](char* row, int64_t bytes) { std::memset(row, 0, bytes); });
 #endif
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(distance), "i"(kRegister) : "memory");
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(distance), "i"(kRegister)
+               : "memory");
 }
 template <int kSum, int kA, int kB>
 ALWAYS void tile_dot() {
@@ -89,11 +94,14 @@ ALWAYS void each(Body body) {
   body(Number<kCount - 1>{});
 }
 
-constexpr int64_t kRowsAtOnce = kSide, kUnitsAtOnce = 8;  // 8: of a value's column a page of 16 holds so many units
+constexpr int64_t kRowsAtOnce = kSide,
+                  kUnitsAtOnce = 8;  // 8: of a value's column a page of 16 holds so many units
 
-// kRows tiles of rows times kCols columns from `col` on, of `cols` that `b` has, kUnits at a time; distances in units.
+// kRows tiles of rows times kCols columns from `col` on, of `cols` that `b` has, kUnits at a time;
+// distances in units.
 template <int kRows, int kCols, int kUnits>
-void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c, int64_t ldc, bool fresh) {
+void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c,
+                   int64_t ldc, bool fresh) {
   constexpr int kA = kUnits == kSide ? 4 : 5, kB = kA + 2;
   each<kRows * kCols>([&](auto i) {
     float* sums = c + i.value / kCols * kSide * ldc + (col + i.value % kCols) * kSide;
@@ -101,32 +109,39 @@ void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, i
   });
   int64_t k = 0;
   for (int64_t s = col; k < b.rows; s += cols)
-    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnits * b.step, k += kUnits)
+    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n;
+         at += kUnits * b.step, k += kUnits)
       each<kCols>([&](auto j) {
         tile_load<kB>(b.at[s + j.value] + at, 4 * b.step);
-        for (int64_t i = 0; i < kUnits; ++i) __builtin_prefetch(b.next[s + j.value] + at + i * b.step);
+        for (int64_t i = 0; i < kUnits; ++i)
+          __builtin_prefetch(b.next[s + j.value] + at + i * b.step);
         each<kRows>([&](auto r) {
           if (kRows > 1 || j.value == 0) tile_load<kA>(a + r.value * kSide * lda + k, 4 * lda);
           tile_dot<r.value * kCols + j.value, kA, kB>();
         });
       });
   each<kRows * kCols>([&](auto i) {
-    tile_store<i.value>(c + i.value / kCols * kSide * ldc + (col + i.value % kCols) * kSide, 4 * ldc);
+    tile_store<i.value>(c + i.value / kCols * kSide * ldc + (col + i.value % kCols) * kSide,
+                        4 * ldc);
   });
 }
 
-// The same in vectors, to the same bits: what a product adds is one sum of the units' lower halves and one of the upper. Its
-// two rows read a cache from memory at 28 GB/s where a tile, mostly empty then, reads 23.
+// The same in vectors, to the same bits: what a product adds is one sum of the units' lower halves
+// and one of the upper. Its two rows read a cache from memory at 28 GB/s where a tile, mostly empty
+// then, reads 23.
 template <int kRows, int kCols, int kUnits>
-void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c, int64_t ldc, bool fresh) {
+void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c,
+                     int64_t ldc, bool fresh) {
   F sums[kRows][kCols];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < kCols; ++j) sums[r][j] = fresh ? F{} : load<F>(c + r * ldc + (col + j) * kLanes);
+    for (int j = 0; j < kCols; ++j)
+      sums[r][j] = fresh ? F{} : load<F>(c + r * ldc + (col + j) * kLanes);
   int64_t k = 0;
   for (int64_t s = col; k < b.rows; s += cols)
-    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n; at += kUnits * b.step, k += kUnits) {
+    for (int64_t at = 0, n = least(b.segment, b.rows - k) * b.step; at < n;
+         at += kUnits * b.step, k += kUnits) {
       F lower[kRows][kCols] = {}, upper[kRows][kCols] = {};
       for (int64_t i = 0; i < kUnits; ++i)
 #pragma GCC unroll 4
@@ -136,7 +151,8 @@ void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols,
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             const U x = all(a[r * lda + k + i]);
-            lower[r][j] = lower[r][j] + low(w) * low(x), upper[r][j] = upper[r][j] + high(w) * high(x);
+            lower[r][j] = lower[r][j] + low(w) * low(x),
+            upper[r][j] = upper[r][j] + high(w) * high(x);
           }
         }
 #pragma GCC unroll 4
@@ -152,10 +168,11 @@ void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols,
 
 constexpr int64_t kFewRows = 4;  // up to which vectors are as fast
 
-// As `tiles`, kUnits at a time: what is summed by itself. More than a few rows are computed 16 at a time, those past the last
-// from and to what lies there.
+// As `tiles`, kUnits at a time: what is summed by itself. More than a few rows are computed 16 at a
+// time, those past the last from and to what lies there.
 template <class T, int kUnits>
-void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
+              int64_t ldc, bool fresh) {
   if (T::kPerUnit == 1 || b.segment % kUnits || b.rows % kUnits)
     return tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
   const auto run = [&](auto wide, auto narrow, int together) {
@@ -171,10 +188,14 @@ void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Oper
     run(tile_products<kRows, kWide, kUnits>, tile_products<kRows, 1, kUnits>, kWide);
   };
   if (rows <= kFewRows)
-    return each<kFewRows>([&](auto i) { if (rows == i.value + 1) in_vectors(Number<i.value + 1>{}); });
+    return each<kFewRows>([&](auto i) {
+      if (rows == i.value + 1) in_vectors(Number<i.value + 1>{});
+    });
   for (; rows > 0; rows -= 4 * kSide, a += 4 * kSide * lda, c += 4 * kSide * ldc) {
     const int64_t held = least((rows + kSide - 1) / kSide, 4);
-    each<4>([&](auto i) { if (held == i.value + 1) in_tiles(Number<i.value + 1>{}); });
+    each<4>([&](auto i) {
+      if (held == i.value + 1) in_tiles(Number<i.value + 1>{});
+    });
   }
 }
 
@@ -191,7 +212,8 @@ struct Tiles {
   Tiles(int64_t, int64_t) {}
 };
 template <class T, int kUnits>
-void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
+              int64_t ldc, bool fresh) {
   tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
 }
 

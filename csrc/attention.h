@@ -1,8 +1,10 @@
-// Attention over the paged cache, and writing into it: decides the cache's order of units, tiles and the online softmax.
+// Attention over the paged cache, and writing into it: decides the cache's order of units, tiles
+// and the online softmax.
 //
-// One item is some tokens of one sequence and one KV head; its rows are those tokens' query heads. Keys come in blocks of
-// kBlock that lie at the same places whatever is asked, and each row's own running maximum and sum follow Milakov and
-// Gimelshein, 2018: a row's bits depend on its sequence alone. Padding is never read; cost follows the keys that are seen.
+// One item is some tokens of one sequence and one KV head; its rows are those tokens' query heads.
+// Keys come in blocks of kBlock that lie at the same places whatever is asked, and each row's own
+// running maximum and sum follow Milakov and Gimelshein, 2018: a row's bits depend on its sequence
+// alone. Padding is never read; cost follows the keys that are seen.
 
 #pragma once
 
@@ -23,14 +25,16 @@ uint32_t* block_of(const Cache& cache, int64_t page, int64_t head, int which) {
   return static_cast<uint32_t*>(cache.data) + ((page * cache.kv_heads + head) * 2 + which) * units;
 }
 
-// Where tokens' keys, or values, of one head lie: a token's row is `distance` bytes behind the one before.
+// Where tokens' keys, or values, of one head lie: a token's row is `distance` bytes behind the one
+// before.
 struct Rows {
   const uint8_t* first;
   int64_t distance;
   const uint8_t* operator[](int64_t t) const { return first + t * distance; }
 };
 
-// `count` keys to neighbouring slots of a page; kLanes units of kLanes of them at a time where they are whole lines.
+// `count` keys to neighbouring slots of a page; kLanes units of kLanes of them at a time where they
+// are whole lines.
 template <class T>
 void write_keys(const Cache& cache, int64_t slot, int64_t head, const Rows& keys, int64_t count) {
   const int64_t S = cache.page_size, units = cache.head_dim / T::kPerUnit;
@@ -50,7 +54,8 @@ void write_keys(const Cache& cache, int64_t slot, int64_t head, const Rows& keys
 
 // The same of values, of which two neighbours share a row of units if a unit holds two.
 template <class T>
-void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& values, int64_t count) {
+void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& values,
+                  int64_t count) {
   constexpr int64_t P = T::kPerUnit, size = 4 / P;
   const int64_t D = cache.head_dim, first = slot % cache.page_size;
   uint32_t* block = block_of<T>(cache, slot / cache.page_size, head, 1);
@@ -67,35 +72,42 @@ void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& va
     }
     for (int64_t one = 0; one < 1 + pair; ++one)
       for (int64_t at = d; at < D; ++at)
-        std::memcpy(reinterpret_cast<uint8_t*>(out + at) + (place + one) % P * size, values[i + one] + size * at, size);
+        std::memcpy(reinterpret_cast<uint8_t*>(out + at) + (place + one) % P * size,
+                    values[i + one] + size * at, size);
     i += 1 + pair;
   }
 }
 
 template <class T>
 void write_kv_of(const WriteKv& op, Team& team) {
-  team.run(op.cache.kv_heads, 1, 0,
-           [](const void* context, int64_t head, void*) {
-             const WriteKv& op = *static_cast<const WriteKv*>(context);
-             const int64_t bytes = op.cache.head_dim * 4 / T::kPerUnit, row = bytes * op.cache.kv_heads;
-             const int32_t* slots = op.ragged.slots;
-             for (int64_t t = 0, count; t < op.ragged.tokens; t += count) {
-               count = 1;  // tokens to neighbouring slots that lie in kGroup together
-               while (t + count < op.ragged.tokens && slots[t + count] == slots[t] + count && slots[t + count] % kGroup) ++count;
-               if (slots[t] < 0 || slots[t] >= op.cache.pages * op.cache.page_size) continue;
-               const int64_t at = t * row + head * bytes;
-               write_keys<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.keys) + at, row}, count);
-               write_values<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.values) + at, row}, count);
-             }
-           },
-           &op);
+  team.run(
+      op.cache.kv_heads, 1, 0,
+      [](const void* context, int64_t head, void*) {
+        const WriteKv& op = *static_cast<const WriteKv*>(context);
+        const int64_t bytes = op.cache.head_dim * 4 / T::kPerUnit, row = bytes * op.cache.kv_heads;
+        const int32_t* slots = op.ragged.slots;
+        for (int64_t t = 0, count; t < op.ragged.tokens; t += count) {
+          count = 1;  // tokens to neighbouring slots that lie in kGroup together
+          while (t + count < op.ragged.tokens && slots[t + count] == slots[t] + count &&
+                 slots[t + count] % kGroup)
+            ++count;
+          if (slots[t] < 0 || slots[t] >= op.cache.pages * op.cache.page_size) continue;
+          const int64_t at = t * row + head * bytes;
+          write_keys<T>(op.cache, slots[t], head, {static_cast<const uint8_t*>(op.keys) + at, row},
+                        count);
+          write_values<T>(op.cache, slots[t], head,
+                          {static_cast<const uint8_t*>(op.values) + at, row}, count);
+        }
+      },
+      &op);
 }
 
 inline void write_kv(const WriteKv& op, Team& team) {
   op.cache.type == Type::kFloat ? write_kv_of<Float>(op, team) : write_kv_of<BFloat16>(op, team);
 }
 
-struct Item {  // `tokens` of one sequence from flat token `first` on, for one KV head; `seen`: keys of the last of them
+struct Item {  // `tokens` of one sequence from flat token `first` on, for one KV head; `seen`: keys
+               // of the last of them
   int64_t row, first, tokens, seen, oldest, head;
 
   int64_t first_block() const { return oldest / kBlock * kBlock; }
@@ -114,7 +126,11 @@ struct Desk {
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
-  Desk desk{rows, padded(head_dim, kLanes), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Desk desk{rows,    padded(head_dim, kLanes),
+            nullptr, nullptr,
+            nullptr, nullptr,
+            nullptr, nullptr,
+            nullptr, nullptr};
   uint32_t* at = static_cast<uint32_t*>(memory);
   rows = padded(rows, kRowsAtOnce);
   auto take = [&at](int64_t units) {
@@ -139,18 +155,22 @@ struct Block {
   int64_t head, first, count;
 
   Block(const Attention& op, const Item& item, int64_t first)
-      : pages(op.ragged.page_table + item.row * op.ragged.table_width), head(item.head), first(first),
+      : pages(op.ragged.page_table + item.row * op.ragged.table_width),
+        head(item.head),
+        first(first),
         count(item.seen - first < kBlock ? item.seen - first : kBlock) {}
 
   // Where key `s` of the block, or its value, lies.
   template <class T>
   const uint32_t* key(const Attention& op, int64_t s) const {
-    return block_of<T>(op.cache, pages[(first + s) / op.cache.page_size], head, 0) + (first + s) % op.cache.page_size;
+    return block_of<T>(op.cache, pages[(first + s) / op.cache.page_size], head, 0) +
+           (first + s) % op.cache.page_size;
   }
   template <class T>
   const uint32_t* value(const Attention& op, int64_t s) const {
     const int64_t S = op.cache.page_size, D = op.cache.head_dim;
-    return block_of<T>(op.cache, pages[(first + s) / S], head, 1) + (first + s) % S / T::kPerUnit * D;
+    return block_of<T>(op.cache, pages[(first + s) / S], head, 1) +
+           (first + s) % S / T::kPerUnit * D;
   }
 };
 
@@ -166,19 +186,23 @@ void score(const Attention& op, const Block& block, const Block& next, const Des
       later[j] = s < next.count ? next.key<T>(op, s) : columns[j];
     }
     const Operand keys{columns, later, units, units, S};
-    const auto multiply = units % 16 ? products<T, kUnitsAtOnce> : products<T, 16>;  // by the head alone, not by the batch
+    const auto multiply = units % 16 ? products<T, kUnitsAtOnce>
+                                     : products<T, 16>;  // by the head alone, not by the batch
     multiply(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
   }
 }
 
-// One row's scores to weights: capped, masked, exponentiated; what was summed before is scaled to the new maximum.
+// One row's scores to weights: capped, masked, exponentiated; what was summed before is scaled to
+// the new maximum.
 template <class T, bool kSeesAll>
-void soften(const Attention& op, int64_t position, int64_t first, int64_t count, int64_t row, const Desk& desk) {
+void soften(const Attention& op, int64_t position, int64_t first, int64_t count, int64_t row,
+            const Desk& desk) {
   float* scores = desk.scores + row * kBlock;
   I at;
   for (int i = 0; i < kLanes; ++i) at[i] = i;
   const int32_t stop = static_cast<int32_t>(position + 1 - first);
-  const int32_t start = op.window ? static_cast<int32_t>(position + 1 - op.window - first) : INT32_MIN;
+  const int32_t start =
+      op.window ? static_cast<int32_t>(position + 1 - op.window - first) : INT32_MIN;
   F peak = all(kMasked);
   for (int64_t s = 0; s < count; s += kLanes) {
     F x = load<F>(scores + s) * op.scale;
@@ -188,7 +212,8 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(scores + s, x);
     peak = max(peak, x);
   }
-  const float before = desk.peak[row], highest_here = highest(peak), now = highest_here > before ? highest_here : before;
+  const float before = desk.peak[row], highest_here = highest(peak),
+              now = highest_here > before ? highest_here : before;
   F total = {};
   for (int64_t s = 0; s < count; s += kLanes) {
     F p = exp(load<F>(scores + s) - now);
@@ -208,13 +233,15 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
 }
 
-// Where the values of a block lie: in their pages, or in a copy, with zeros in lanes past the head and for neighbours that
-// were never written. Of heads that fill their lanes only the last segment is copied.
+// Where the values of a block lie: in their pages, or in a copy, with zeros in lanes past the head
+// and for neighbours that were never written. Of heads that fill their lanes only the last segment
+// is copied.
 template <class T>
-Operand values_of(const Attention& op, const Block& block, const Block& next, const Desk& desk, const uint32_t** bases,
-                  const uint32_t** later) {
+Operand values_of(const Attention& op, const Block& block, const Block& next, const Desk& desk,
+                  const uint32_t** bases, const uint32_t** later) {
   const int64_t S = op.cache.page_size, D = op.cache.head_dim, count = block.count;
-  const int64_t together = (S & -S) < kBlock ? S & -S : kBlock;  // keys of a block that surely lie in one page
+  const int64_t together =
+      (S & -S) < kBlock ? S & -S : kBlock;  // keys of a block that surely lie in one page
   const int64_t rows = (count + T::kPerUnit - 1) / T::kPerUnit, segment = together / T::kPerUnit;
   int64_t segments = 0;
   for (int64_t s = 0; s < count; s += together, ++segments) {
@@ -222,7 +249,8 @@ Operand values_of(const Attention& op, const Block& block, const Block& next, co
     later[segments] = s < next.count ? next.value<T>(op, s) : bases[segments];
   }
   const bool fills = D == desk.width;
-  const int64_t all = padded(rows, kUnitsAtOnce), first = fills ? (rows - 1) / segment * segment : 0;
+  const int64_t all = padded(rows, kUnitsAtOnce),
+                first = fills ? (rows - 1) / segment * segment : 0;
   if (fills && all == rows && count % T::kPerUnit == 0) return {bases, later, rows, segment, D};
   std::memset(desk.values, 0, 4 * desk.width * (all - first));
   for (int64_t r = first; r < rows; ++r)
@@ -241,7 +269,8 @@ Operand values_of(const Attention& op, const Block& block, const Block& next, co
 template <class T>
 void mix(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
   constexpr int64_t kSegments = kBlock / kGroup;
-  const uint32_t *bases[kSegments], *after[kSegments], *columns[kWideCols * kSegments], *later[kWideCols * kSegments];
+  const uint32_t *bases[kSegments], *after[kSegments], *columns[kWideCols * kSegments],
+      *later[kWideCols * kSegments];
   const Operand values = values_of<T>(op, block, next, desk, bases, after);
   const int64_t segments = (values.rows + values.segment - 1) / values.segment;
   for (int64_t d = 0, cols; d < desk.width; d += cols * kLanes) {
@@ -252,19 +281,22 @@ void mix(const Attention& op, const Block& block, const Block& next, const Desk&
         later[s * cols + j] = after[s] + d + j * kLanes;
       }
     const Operand b{columns, later, values.rows, values.segment, values.step};
-    products<T, kUnitsAtOnce>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d, desk.width, false);
+    products<T, kUnitsAtOnce>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d,
+                              desk.width, false);
   }
 }
 
 // `next`: the item that probably follows on this thread.
 template <class T>
 void attend(const Attention& op, const Item& item, const Item& next, void* memory) {
-  const int64_t D = op.cache.head_dim, units = D / T::kPerUnit, group = op.heads / op.cache.kv_heads;
+  const int64_t D = op.cache.head_dim, units = D / T::kPerUnit,
+                group = op.heads / op.cache.kv_heads;
   const Desk desk = lay_out(memory, item.tokens * group, D);
   const Tiles held(desk.rows, kUnitsAtOnce);
   for (int64_t t = 0; t < item.tokens; ++t)
     std::memcpy(desk.q + t * group * units,
-                static_cast<const uint32_t*>(op.q) + ((item.first + t) * op.heads + item.head * group) * units,
+                static_cast<const uint32_t*>(op.q) +
+                    ((item.first + t) * op.heads + item.head * group) * units,
                 4 * group * units);
   std::memset(desk.o, 0, 4 * desk.rows * desk.width);
   for (int64_t r = 0; r < desk.rows; ++r) {
@@ -273,7 +305,8 @@ void attend(const Attention& op, const Item& item, const Item& next, void* memor
   }
   for (int64_t first = item.first_block(); first < item.seen; first += kBlock) {
     const Block block(op, item, first);
-    const Block later = first + kBlock < item.seen ? Block(op, item, first + kBlock) : Block(op, next, next.first_block());
+    const Block later = first + kBlock < item.seen ? Block(op, item, first + kBlock)
+                                                   : Block(op, next, next.first_block());
     score<T>(op, block, later, desk);
     for (int64_t r = 0; r < desk.rows; ++r) {
       const int64_t position = op.ragged.positions[item.first + r / group];
@@ -293,21 +326,25 @@ void attend(const Attention& op, const Item& item, const Item& next, void* memor
   }
 }
 
-// Item number `i` of `items`: pieces of `piece` tokens of each row of the batch, the last pieces of all first, as they see the
-// most keys. Some pieces of a row follow each other on one KV head, whose keys stay in the second cache meanwhile; of a row
-// with a single piece the heads do, as they lie. One past the last sees nothing.
+// Item number `i` of `items`: pieces of `piece` tokens of each row of the batch, the last pieces of
+// all first, as they see the most keys. Some pieces of a row follow each other on one KV head,
+// whose keys stay in the second cache meanwhile; of a row with a single piece the heads do, as they
+// lie. One past the last sees nothing.
 inline Item item_of(const Attention& op, int64_t piece, int64_t items, int64_t i) {
   int64_t left = items - 1 - i;
   for (int64_t row = 0; row < op.ragged.rows && left >= 0; ++row) {
-    const int64_t heads = op.cache.kv_heads, count = op.ragged.counts[row], held = (count + piece - 1) / piece;
+    const int64_t heads = op.cache.kv_heads, count = op.ragged.counts[row],
+                  held = (count + piece - 1) / piece;
     if (left >= held * heads) {
       left -= held * heads;
       continue;
     }
-    const int64_t before = left / (kPieces * heads) * kPieces, together = least(kPieces, held - before);
+    const int64_t before = left / (kPieces * heads) * kPieces,
+                  together = least(kPieces, held - before);
     left -= before * heads;
     const int64_t done = (before + left % together) * piece, first = op.ragged.starts[row] + done;
-    const int64_t tokens = least(count - done, piece), seen = op.ragged.positions[first + tokens - 1] + 1;
+    const int64_t tokens = least(count - done, piece),
+                  seen = op.ragged.positions[first + tokens - 1] + 1;
     const int64_t oldest = op.window ? op.ragged.positions[first] + 1 - op.window : 0;
     return {row, first, tokens, seen, oldest > 0 ? oldest : 0, heads - 1 - left / together};
   }
@@ -320,7 +357,8 @@ void attention_of(const Attention& op, Team& team) {
     const Attention& op;
     int64_t piece, items;
   };
-  const int64_t group = op.heads / op.cache.kv_heads, piece = kQueryRows / group > 1 ? kQueryRows / group : 1;
+  const int64_t group = op.heads / op.cache.kv_heads,
+                piece = kQueryRows / group > 1 ? kQueryRows / group : 1;
   int64_t pieces = 0, longest = 0;
   for (int64_t row = 0; row < op.ragged.rows; ++row) {
     const int64_t count = op.ragged.counts[row];
@@ -330,12 +368,13 @@ void attention_of(const Attention& op, Team& team) {
   const int64_t rows = (longest < piece ? longest : piece) * group;
   const Desk none = lay_out(nullptr, rows, op.cache.head_dim);
   const Call call{op, piece, pieces * op.cache.kv_heads};
-  team.run(call.items, op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
-           [](const void* context, int64_t i, void* memory) {
-             const auto& [op, piece, items] = *static_cast<const Call*>(context);
-             attend<T>(op, item_of(op, piece, items, i), item_of(op, piece, items, i + 1), memory);
-           },
-           &call);
+  team.run(
+      call.items, op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
+      [](const void* context, int64_t i, void* memory) {
+        const auto& [op, piece, items] = *static_cast<const Call*>(context);
+        attend<T>(op, item_of(op, piece, items, i), item_of(op, piece, items, i + 1), memory);
+      },
+      &call);
 }
 
 inline void attention(const Attention& op, Team& team) {

@@ -1,4 +1,5 @@
-// Copies one strided array to another of the same shape, transposing in blocks that fit the cache; counts large items.
+// Copies one strided array to another of the same shape, transposing in blocks that fit the cache;
+// counts large items.
 //
 // Decides the order in which elements are visited. Knows item sizes, no dtypes; starts no threads.
 
@@ -21,13 +22,16 @@ struct Dim {
   int64_t size, dst, src;  // strides in bytes
 };
 
-constexpr int64_t kBlock = 64;  // elements on a block's side: two 8 KB blocks of 2-byte items lie in the first cache
+constexpr int64_t kBlock =
+    64;  // elements on a block's side: two 8 KB blocks of 2-byte items lie in the first cache
 
 #if defined(__SSE2__)
 // An 8 x 8 block of 2-byte items: row i of the source becomes column i of the target.
-inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step, uint16_t) {
+inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step,
+                           uint16_t) {
   __m128i r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_step));
+  for (int i = 0; i < 8; ++i)
+    r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_step));
   for (int i = 0; i < 4; ++i) {
     t[2 * i] = _mm_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
@@ -39,63 +43,80 @@ inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t
     r[4 * i + 3] = _mm_unpackhi_epi32(t[4 * i + 1], t[4 * i + 3]);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i * dst_step), _mm_unpacklo_epi64(r[i], r[4 + i]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (2 * i + 1) * dst_step), _mm_unpackhi_epi64(r[i], r[4 + i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i * dst_step),
+                     _mm_unpacklo_epi64(r[i], r[4 + i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (2 * i + 1) * dst_step),
+                     _mm_unpackhi_epi64(r[i], r[4 + i]));
   }
 }
 
 // A 4 x 4 block of 4-byte items.
-inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step, uint32_t) {
+inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step,
+                           uint32_t) {
   __m128i r[4], t[4];
-  for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_step));
+  for (int i = 0; i < 4; ++i)
+    r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * src_step));
   for (int i = 0; i < 2; ++i) {
     t[2 * i] = _mm_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
   }
   for (int i = 0; i < 2; ++i) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i * dst_step), _mm_unpacklo_epi64(t[i], t[2 + i]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (2 * i + 1) * dst_step), _mm_unpackhi_epi64(t[i], t[2 + i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * i * dst_step),
+                     _mm_unpacklo_epi64(t[i], t[2 + i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (2 * i + 1) * dst_step),
+                     _mm_unpackhi_epi64(t[i], t[2 + i]));
   }
 }
-template <class T> constexpr int64_t kTile = 1;
-template <> constexpr int64_t kTile<uint16_t> = 8;
-template <> constexpr int64_t kTile<uint32_t> = 4;
-template <class T> inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
+template <class T>
+constexpr int64_t kTile = 1;
+template <>
+constexpr int64_t kTile<uint16_t> = 8;
+template <>
+constexpr int64_t kTile<uint32_t> = 4;
+template <class T>
+inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
   std::memcpy(dst, src, sizeof(T));
 }
 #else
-template <class T> constexpr int64_t kTile = 1;
-template <class T> inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
+template <class T>
+constexpr int64_t kTile = 1;
+template <class T>
+inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
   std::memcpy(dst, src, sizeof(T));
 }
 #endif
 
-// One block: `rows` steps of src_step in the source, `cols` neighbours in each; in the target the other way round.
+// One block: `rows` steps of src_step in the source, `cols` neighbours in each; in the target the
+// other way round.
 template <class T>
-void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_step, int64_t rows, int64_t cols) {
+void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_step, int64_t rows,
+                     int64_t cols) {
   constexpr int64_t tile = kTile<T>;
   const int64_t full_rows = rows / tile * tile, full_cols = cols / tile * tile, size = sizeof(T);
   for (int64_t r = 0; r < full_rows; r += tile)
     for (int64_t c = 0; c < full_cols; c += tile)
-      transpose_tile(src + r * src_step + c * size, src_step, dst + c * dst_step + r * size, dst_step, T{});
+      transpose_tile(src + r * src_step + c * size, src_step, dst + c * dst_step + r * size,
+                     dst_step, T{});
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = r < full_rows ? full_cols : 0; c < cols; ++c)
       std::memcpy(dst + c * dst_step + r * size, src + r * src_step + c * size, size);
 }
 
-// The next block along the source's rows, fetched while this one is transposed: its rows are too far apart for the
-// processor to foresee.
+// The next block along the source's rows, fetched while this one is transposed: its rows are too
+// far apart for the processor to foresee.
 template <class T>
 inline void prefetch(const char* src, int64_t src_step, int64_t rows) {
 #if defined(__GNUC__)
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t at = 0; at < kBlock * int64_t{sizeof(T)}; at += 64) __builtin_prefetch(src + r * src_step + at);
+    for (int64_t at = 0; at < kBlock * int64_t{sizeof(T)}; at += 64)
+      __builtin_prefetch(src + r * src_step + at);
 #endif
 }
 
-// Source and target have different fastest axes: `a` is the source's, `b` the target's. A block is transposed into memory
-// of its own and its rows go to the target as whole lines: rows that lie a power of two apart share a set of the first
-// cache, which would lose each line between two of its parts.
+// Source and target have different fastest axes: `a` is the source's, `b` the target's. A block is
+// transposed into memory of its own and its rows go to the target as whole lines: rows that lie a
+// power of two apart share a set of the first cache, which would lose each line between two of its
+// parts.
 template <class T>
 void transpose(const char* src, char* dst, const Dim& a, const Dim& b) {
   alignas(64) T block[kBlock * kBlock];
@@ -105,7 +126,8 @@ void transpose(const char* src, char* dst, const Dim& a, const Dim& b) {
       const int64_t cols = std::min(kBlock, a.size - j);
       const char* from = src + i * b.src + j * a.src;
       prefetch<T>(from + kBlock * a.src, b.src, rows);
-      transpose_block<T>(from, b.src, reinterpret_cast<char*>(block), kBlock * sizeof(T), rows, cols);
+      transpose_block<T>(from, b.src, reinterpret_cast<char*>(block), kBlock * sizeof(T), rows,
+                         cols);
       for (int64_t c = 0; c < cols; ++c)
         std::memcpy(dst + (j + c) * a.dst + i * b.dst, block + c * kBlock, rows * sizeof(T));
     }
@@ -117,7 +139,8 @@ void copy_rows(const char* src, char* dst, const Dim& row) {
   if (row.src == sizeof(T) && row.dst == sizeof(T)) {
     std::memcpy(dst, src, row.size * sizeof(T));
   } else {
-    for (int64_t i = 0; i < row.size; ++i) std::memcpy(dst + i * row.dst, src + i * row.src, sizeof(T));
+    for (int64_t i = 0; i < row.size; ++i)
+      std::memcpy(dst + i * row.dst, src + i * row.src, sizeof(T));
   }
 }
 
@@ -155,35 +178,44 @@ void copy(char* dst, const char* src, std::vector<Dim> dims) {
 }
 
 // Compiled once for each width of registers, and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define SLIPWAY_WIDE __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define SLIPWAY_WIDE
 #endif
 
-// Counted in items of the same size, as many at a time as these can count: that is one comparison and one subtraction
-// for a whole register.
+// Counted in items of the same size, as many at a time as these can count: that is one comparison
+// and one subtraction for a whole register.
 template <class T>
-inline __attribute__((always_inline)) int64_t count_above(const T* items, int64_t n, uint64_t limit) {
+inline __attribute__((always_inline)) int64_t count_above(const T* items, int64_t n,
+                                                          uint64_t limit) {
   constexpr T magnitude = static_cast<T>(~T{0}) >> 1;
   constexpr int64_t most = std::min<uint64_t>(magnitude, 1 << 14);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += most) {
     T part = 0;
-    for (int64_t j = i; j < std::min(n, i + most); ++j) part += static_cast<T>((items[j] & magnitude) > static_cast<T>(limit));
+    for (int64_t j = i; j < std::min(n, i + most); ++j)
+      part += static_cast<T>((items[j] & magnitude) > static_cast<T>(limit));
     count += part;
   }
   return count;
 }
 
-SLIPWAY_WIDE int64_t count_above_2(const uint16_t* items, int64_t n, uint64_t limit) { return count_above(items, n, limit); }
-SLIPWAY_WIDE int64_t count_above_4(const uint32_t* items, int64_t n, uint64_t limit) { return count_above(items, n, limit); }
-SLIPWAY_WIDE int64_t count_above_8(const uint64_t* items, int64_t n, uint64_t limit) { return count_above(items, n, limit); }
+SLIPWAY_WIDE int64_t count_above_2(const uint16_t* items, int64_t n, uint64_t limit) {
+  return count_above(items, n, limit);
+}
+SLIPWAY_WIDE int64_t count_above_4(const uint32_t* items, int64_t n, uint64_t limit) {
+  return count_above(items, n, limit);
+}
+SLIPWAY_WIDE int64_t count_above_8(const uint64_t* items, int64_t n, uint64_t limit) {
+  return count_above(items, n, limit);
+}
 
 }  // namespace
 
-// Copies bytes past the cache: for targets that nobody reads soon, whose lines need not be fetched before they are
-// overwritten, which is a third of what an ordinary copy moves.
+// Copies bytes past the cache: for targets that nobody reads soon, whose lines need not be fetched
+// before they are overwritten, which is a third of what an ordinary copy moves.
 extern "C" void slipway_stream(char* dst, const char* src, int64_t n) {
 #if defined(__SSE2__)
   const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) & 63);
@@ -207,9 +239,10 @@ extern "C" void slipway_stream(char* dst, const char* src, int64_t n) {
 #endif
 }
 
-// How many of n items exceed `limit` without their highest bit: of floats, those larger than the float with these bits.
-// Returns -1 for an item size other than 2, 4 and 8 bytes.
-extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t itemsize, uint64_t limit) {
+// How many of n items exceed `limit` without their highest bit: of floats, those larger than the
+// float with these bits. Returns -1 for an item size other than 2, 4 and 8 bytes.
+extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t itemsize,
+                                       uint64_t limit) {
   switch (itemsize) {
     case 2: return count_above_2(static_cast<const uint16_t*>(items), n, limit);
     case 4: return count_above_4(static_cast<const uint32_t*>(items), n, limit);
@@ -218,16 +251,18 @@ extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t ite
   }
 }
 
-// Copies items of 1, 2, 4 or 8 bytes; strides in bytes, of either sign, 0 in the source where an item is repeated.
-// Returns 0, or 1 for another item size.
-extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int64_t* shape, const int64_t* dst_strides,
-                            const int64_t* src_strides, int64_t itemsize) {
+// Copies items of 1, 2, 4 or 8 bytes; strides in bytes, of either sign, 0 in the source where an
+// item is repeated. Returns 0, or 1 for another item size.
+extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int64_t* shape,
+                            const int64_t* dst_strides, const int64_t* src_strides,
+                            int64_t itemsize) {
   std::vector<Dim> dims;
   for (int64_t i = 0; i < ndim; ++i) {
     if (shape[i] == 0) return 0;
     if (shape[i] == 1) continue;
     const Dim next{shape[i], dst_strides[i], src_strides[i]};
-    if (!dims.empty() && dims.back().dst == next.dst * next.size && dims.back().src == next.src * next.size)
+    if (!dims.empty() && dims.back().dst == next.dst * next.size &&
+        dims.back().src == next.src * next.size)
       dims.back() = {dims.back().size * next.size, next.dst, next.src};
     else
       dims.push_back(next);
@@ -245,7 +280,8 @@ extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int6
 constexpr int64_t kPiece = 1 << 17;  // bytes that stay in the second cache, and cost one fence
 
 // Both in one pass: a piece is counted where it lies, and copied while it is in the cache.
-extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n, int64_t itemsize, uint64_t limit) {
+extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n, int64_t itemsize,
+                                          uint64_t limit) {
   int64_t count = 0;
   for (int64_t at = 0; at < n * itemsize; at += kPiece) {
     const int64_t size = std::min(kPiece, n * itemsize - at);
@@ -255,8 +291,10 @@ extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n,
   return count;
 }
 
-// A file's bytes from `offset` on, counted, and left in dst if there is one. Returns -1 if the file ends before.
-extern "C" int64_t slipway_read_counted(int file, int64_t offset, char* dst, int64_t n, int64_t itemsize, uint64_t limit) {
+// A file's bytes from `offset` on, counted, and left in dst if there is one. Returns -1 if the file
+// ends before.
+extern "C" int64_t slipway_read_counted(int file, int64_t offset, char* dst, int64_t n,
+                                        int64_t itemsize, uint64_t limit) {
 #if defined(__unix__) || defined(__APPLE__)
   std::vector<char> own(dst == nullptr ? kPiece : 0);
   int64_t count = 0;

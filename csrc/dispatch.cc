@@ -1,4 +1,5 @@
-// Choice among the compiled instruction sets: the best that this processor has, or the one that SLIPWAY_ISA names.
+// Choice among the compiled instruction sets: the best that this processor has, or the one that
+// SLIPWAY_ISA names.
 
 #include <cstdlib>
 #include <cstring>
@@ -27,7 +28,8 @@ namespace portable { extern const Kernels table; }
 namespace {
 
 #if defined(SLIPWAY_AMX)
-// Whether it has tiles of bf16, and the system lets this process use them: their 8 kB have to be kept for each thread.
+// Whether it has tiles of bf16, and the system lets this process use them: their 8 kB have to be
+// kept for each thread.
 bool has_tiles() {
   constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

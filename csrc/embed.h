@@ -26,12 +26,13 @@ void embed_row(const Embed& op, int64_t token) {
 }
 
 inline void embed(const Embed& op, Team& team) {
-  team.run(op.tokens, 16, 0,
-           [](const void* context, int64_t token, void*) {
-             const Embed& op = *static_cast<const Embed*>(context);
-             op.type == Type::kFloat ? embed_row<Float>(op, token) : embed_row<BFloat16>(op, token);
-           },
-           &op);
+  team.run(
+      op.tokens, 16, 0,
+      [](const void* context, int64_t token, void*) {
+        const Embed& op = *static_cast<const Embed*>(context);
+        op.type == Type::kFloat ? embed_row<Float>(op, token) : embed_row<BFloat16>(op, token);
+      },
+      &op);
 }
 
 }  // namespace SLIPWAY_ISA

@@ -1,4 +1,5 @@
-// The kernels of one instruction set: compiled once per set, with its flags and SLIPWAY_ISA naming it.
+// The kernels of one instruction set: compiled once per set, with its flags and SLIPWAY_ISA naming
+// it.
 
 #include "attention.h"
 #include "embed.h"
@@ -14,7 +15,15 @@ namespace SLIPWAY_ISA {
 extern const Kernels table;
 #define SLIPWAY_TEXT(x) #x
 #define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
-const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA), linear, quantized_linear, embed, norm, rotate, write_kv, attention, sample,
+const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA),
+                       linear,
+                       quantized_linear,
+                       embed,
+                       norm,
+                       rotate,
+                       write_kv,
+                       attention,
+                       sample,
                        log_normalizer};
 
 }  // namespace SLIPWAY_ISA

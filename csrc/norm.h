@@ -1,4 +1,5 @@
-// Root mean square norms, and rotation of heads behind them: one pass over each token. One instruction set per inclusion.
+// Root mean square norms, and rotation of heads behind them: one pass over each token. One
+// instruction set per inclusion.
 
 #pragma once
 
@@ -24,14 +25,17 @@ void norm_row(const Norm& op, int64_t token) {
   const float factor = normalizer<T>(op.x, at, op.size, op.eps);
   for (int64_t i = 0; i < op.size; i += kLanes) {
     const int64_t n = op.size - i;
-    T::write(op.out, at + i, T::round(T::read(op.x, at + i, n) * factor) * T::read(op.weight, i, n), n);
+    T::write(op.out, at + i, T::round(T::read(op.x, at + i, n) * factor) * T::read(op.weight, i, n),
+             n);
   }
 }
 
-// One head: normalized if there is a weight, then each pair (i, i + half) turned by the token's angle i.
+// One head: normalized if there is a weight, then each pair (i, i + half) turned by the token's
+// angle i.
 template <class T>
 void rotate_row(const Rotate& op, int64_t token, int64_t head) {
-  const int64_t half = op.head_dim / 2, at = (token * op.heads + head) * op.head_dim, angle = token * half;
+  const int64_t half = op.head_dim / 2, at = (token * op.heads + head) * op.head_dim,
+                angle = token * half;
   const float factor = op.weight ? normalizer<T>(op.x, at, op.head_dim, op.eps) : 1.0f;
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t n = half - i;
@@ -48,18 +52,23 @@ void rotate_row(const Rotate& op, int64_t token, int64_t head) {
 
 template <class T>
 void norm_of(const Norm& op, Team& team) {
-  team.run(op.tokens, 16, 0,
-           [](const void* context, int64_t t, void*) { norm_row<T>(*static_cast<const Norm*>(context), t); }, &op);
+  team.run(
+      op.tokens, 16, 0,
+      [](const void* context, int64_t t, void*) {
+        norm_row<T>(*static_cast<const Norm*>(context), t);
+      },
+      &op);
 }
 
 template <class T>
 void rotate_of(const Rotate& op, Team& team) {
-  team.run(op.tokens, 16, 0,
-           [](const void* context, int64_t t, void*) {
-             const Rotate& op = *static_cast<const Rotate*>(context);
-             for (int64_t head = 0; head < op.heads; ++head) rotate_row<T>(op, t, head);
-           },
-           &op);
+  team.run(
+      op.tokens, 16, 0,
+      [](const void* context, int64_t t, void*) {
+        const Rotate& op = *static_cast<const Rotate*>(context);
+        for (int64_t head = 0; head < op.heads; ++head) rotate_row<T>(op, t, head);
+      },
+      &op);
 }
 
 inline void norm(const Norm& op, Team& team) {

@@ -1,5 +1,5 @@
-// Takes memory from the system before anybody writes to it, on a thread that gives way to all others and rests while
-// kernels run; knows no array.
+// Takes memory from the system before anybody writes to it, on a thread that gives way to all
+// others and rests while kernels run; knows no array.
 
 #include <sched.h>
 #include <sys/mman.h>
@@ -19,13 +19,16 @@ struct Populating {
   std::thread thread;
 };
 
-constexpr uintptr_t kPiece = 1 << 16;  // who maps memory waits for a piece to end: 0.2 ms where the host has to find it
+constexpr uintptr_t kPiece =
+    1 << 16;  // who maps memory waits for a piece to end: 0.2 ms where the host has to find it
 constexpr auto kRest = std::chrono::milliseconds(50);
 
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
 void populate(uintptr_t first, uintptr_t last, const std::atomic<bool>& stop) {
   const sched_param none{};
-  sched_setscheduler(0, SCHED_IDLE, &none);  // this thread's; with a low priority alone it would not give way at once
+  sched_setscheduler(
+      0, SCHED_IDLE,
+      &none);  // this thread's; with a low priority alone it would not give way at once
   int64_t calls = -1;
   for (uintptr_t at = first; at < last && !stop.load(std::memory_order_relaxed);) {
     if (const int64_t now = slipway::kernel_calls.load(std::memory_order_relaxed); now != calls) {
@@ -46,9 +49,11 @@ void populate(uintptr_t, uintptr_t, const std::atomic<bool>&) {}
 
 std::atomic<int64_t> slipway::kernel_calls{0};
 
-// Starts; what is in the memory stays, and anybody may read and write it meanwhile. To be ended with the next.
+// Starts; what is in the memory stays, and anybody may read and write it meanwhile. To be ended
+// with the next.
 extern "C" void* slipway_populate(char* data, int64_t size) {
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)),
+                  begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
   auto* work = new Populating;
   work->thread = std::thread([work, first, last] { populate(first, last, work->stop); });

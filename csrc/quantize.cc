@@ -1,9 +1,10 @@
 // Rounds weights to 4 or 8 bits: decides scales, and how numbers lie in words. Starts no threads.
 //
-// 8 bits: the largest magnitude becomes 127. 4 bits: -8 to 7 reach further on one side; candidates put the largest number
-// on either, or a little beyond, each is fitted to the whole numbers that it gives by least squares, and the one of the least
-// squared error is taken. Errors weigh sqrt(|x|) (docs/log.md). A scale is rounded to its own type before numbers are
-// divided by it, so that its rounding adds no error.
+// 8 bits: the largest magnitude becomes 127. 4 bits: -8 to 7 reach further on one side; candidates
+// put the largest number on either, or a little beyond, each is fitted to the whole numbers that it
+// gives by least squares, and the one of the least squared error is taken. Errors weigh sqrt(|x|)
+// (docs/log.md). A scale is rounded to its own type before numbers are divided by it, so that its
+// rounding adds no error.
 
 #include <cmath>
 #include <cstdint>
@@ -18,7 +19,7 @@
 
 namespace {
 
-constexpr int kCandidates = 8;                    // where the largest number comes to lie: 6.5 to 8.6
+constexpr int kCandidates = 8;  // where the largest number comes to lie: 6.5 to 8.6
 constexpr float kNearest = 6.5f, kStep = 0.3f;
 
 float rounded(float x, bool to_bfloat16) {
@@ -64,7 +65,8 @@ FOR_EVERY_SET void pack(const float* x, int64_t n, float scale, int bits, uint32
   }
 }
 
-FOR_EVERY_SET float largest(const float* x, int64_t n) {  // by magnitude, with its sign; NaN or infinity if there is one
+FOR_EVERY_SET float largest(
+    const float* x, int64_t n) {  // by magnitude, with its sign; NaN or infinity if there is one
   float low = 0.0f, high = 0.0f, all = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
     low = x[i] < low ? x[i] : low;
@@ -81,7 +83,8 @@ float scale_of(const float* x, int64_t n, int bits, bool to_bfloat16, float* wei
   for (int64_t i = 0; i < n; ++i) weight[i] = std::sqrt(std::fabs(x[i]));
   float best = 0.0f, least = INFINITY;
   for (int i = 0; i < 2 * kCandidates; ++i) {
-    const float end = kNearest + kStep * static_cast<float>(i / 2), tried = i % 2 ? peak / end : -peak / end;
+    const float end = kNearest + kStep * static_cast<float>(i / 2),
+                tried = i % 2 ? peak / end : -peak / end;
     const Fit first = fit(x, weight, n, tried);
     const float scale = rounded(first.qq > 0.0f ? first.xq / first.qq : tried, to_bfloat16);
     const float error = scale == 0.0f ? INFINITY : fit(x, weight, n, scale).error;
@@ -92,10 +95,11 @@ float scale_of(const float* x, int64_t n, int bits, bool to_bfloat16, float* wei
 
 }  // namespace
 
-// weights [out][in], floats -> words [out][in * bits / 32], scales [out][in / group], floats, rounded to bfloat16 if asked.
-// `group` divides `in`, and 32 / bits divides `group`.
-extern "C" void slipway_quantize(const float* weights, int64_t out, int64_t in, int64_t bits, int64_t group,
-                                 int64_t to_bfloat16, uint32_t* words, float* scales) {
+// weights [out][in], floats -> words [out][in * bits / 32], scales [out][in / group], floats,
+// rounded to bfloat16 if asked. `group` divides `in`, and 32 / bits divides `group`.
+extern "C" void slipway_quantize(const float* weights, int64_t out, int64_t in, int64_t bits,
+                                 int64_t group, int64_t to_bfloat16, uint32_t* words,
+                                 float* scales) {
   std::vector<float> weight(group);
   for (int64_t g = 0; g < out * (in / group); ++g) {
     const float* x = weights + g * group;

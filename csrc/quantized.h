@@ -1,12 +1,15 @@
-// Packed weights of 4 or 8 bits times tokens: decides how bits become numbers and in which order they are summed.
+// Packed weights of 4 or 8 bits times tokens: decides how bits become numbers and in which order
+// they are summed.
 //
-// A row is 32-bit words of four bytes or eight nibbles, the lowest first, each less 128 or 8. Behind the exponent of 128 a
-// nibble n is the number 128 + n, in float as in bfloat16, without a conversion: what the 136 too many add is known from the
-// tokens alone, and the sum of every step starts with its negative. Bytes are converted; in bfloat16 they are exact, too.
+// A row is 32-bit words of four bytes or eight nibbles, the lowest first, each less 128 or 8.
+// Behind the exponent of 128 a nibble n is the number 128 + n, in float as in bfloat16, without a
+// conversion: what the 136 too many add is known from the tokens alone, and the sum of every step
+// starts with its negative. Bytes are converted; in bfloat16 they are exact, too.
 //
-// A vector holds kLanes neighbouring words of one row; a step multiplies all that they hold, scales the sum (or not: with one
-// scale for the row it is applied at its end), and adds it to the total. No order depends on how many tokens there are. Where
-// there is AMX, bfloat16 tokens meet most packed weights in tiles instead (tiled_linear.h).
+// A vector holds kLanes neighbouring words of one row; a step multiplies all that they hold, scales
+// the sum (or not: with one scale for the row it is applied at its end), and adds it to the total.
+// No order depends on how many tokens there are. Where there is AMX, bfloat16 tokens meet most
+// packed weights in tiles instead (tiled_linear.h).
 
 #pragma once
 
@@ -18,14 +21,16 @@ namespace SLIPWAY_ISA {
 constexpr int kQuantRows = 4;          // side by side
 constexpr int kQuantTokens = 32;       // that use the unpacked weights of a step
 constexpr int64_t kQuantAhead = 8192;  // bytes between what is read and what is fetched
-constexpr int kFetchedSteps = 4 * kLanes < 64 ? 64 / (4 * kLanes) : 1;  // of a row, in one line of the cache
+constexpr int kFetchedSteps =
+    4 * kLanes < 64 ? 64 / (4 * kLanes) : 1;  // of a row, in one line of the cache
 
-// A word's numbers lie in kUnits units; `unit` gives the i-th, number j of the word is in unit j % kUnits, and of two the
-// lower comes first. Each number is kExcess too large. kVectors: what `spread` writes of a token for each step, its units last
-// and before them what a step begins and ends with.
+// A word's numbers lie in kUnits units; `unit` gives the i-th, number j of the word is in unit j %
+// kUnits, and of two the lower comes first. Each number is kExcess too large. kVectors: what
+// `spread` writes of a token for each step, its units last and before them what a step begins and
+// ends with.
 
-// Floats. A number stays at its place in the word, kBits * i bits up, and is converted from there; the tokens are divided by that
-// power of two instead, so every product is exact.
+// Floats. A number stays at its place in the word, kBits * i bits up, and is converted from there;
+// the tokens are divided by that power of two instead, so every product is exact.
 template <int kBits>
 struct Floats : Float {
   using Sum = F;
@@ -33,7 +38,8 @@ struct Floats : Float {
   static constexpr int kExcess = 1 << (kBits - 1);
   static ALWAYS U unit(U words, int i) {
     const uint32_t mask = (1u << kBits) - 1;
-    const U number = i == kUnits - 1 ? words >> (32 - kBits) : words & (mask << (kBits * i));  // no sign bit in either
+    const U number = i == kUnits - 1 ? words >> (32 - kBits)
+                                     : words & (mask << (kBits * i));  // no sign bit in either
     return as_units(__builtin_convertvector(reinterpret_cast<I>(number), F));
   }
   static ALWAYS Sum begin(const uint32_t* x) { return load<F>(x); }
@@ -51,7 +57,8 @@ struct Floats : Float {
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of bfloat16, multiplied as such: a nibble n behind the exponent of 128 is 128 + n, and bytes are converted.
+// Pairs of bfloat16, multiplied as such: a nibble n behind the exponent of 128 is 128 + n, and
+// bytes are converted.
 template <int kBits>
 struct Pairs : BFloat16 {
   using Sum = F;
@@ -77,9 +84,10 @@ struct Pairs : BFloat16 {
   }
 };
 #else
-// Products of 16-bit integers, exact. What a word of weights meets of a token, four or eight bfloat16, becomes integers times
-// a power of two, such that the largest is between 2^14 and 2^15. So numbers of at least 1/256 of the largest of the eight
-// are themselves, and smaller ones are rounded by at most 2^-15 of it. Infinity becomes NaN.
+// Products of 16-bit integers, exact. What a word of weights meets of a token, four or eight
+// bfloat16, becomes integers times a power of two, such that the largest is between 2^14 and 2^15.
+// So numbers of at least 1/256 of the largest of the eight are themselves, and smaller ones are
+// rounded by at most 2^-15 of it. Infinity becomes NaN.
 template <int kBits>
 struct Pairs : BFloat16 {
   using Sum = I;
@@ -90,7 +98,9 @@ struct Pairs : BFloat16 {
     return (words >> (kBits * i)) & (kBits == 4 ? 0x000f000fu : 0x00ff00ffu);
   }
   static ALWAYS Sum begin(const uint32_t* x) { return load<I>(x); }
-  static ALWAYS F end(Sum sum, const uint32_t* x) { return __builtin_convertvector(sum, F) * load<F>(x + kLanes); }
+  static ALWAYS F end(Sum sum, const uint32_t* x) {
+    return __builtin_convertvector(sum, F) * load<F>(x + kLanes);
+  }
   static ALWAYS Sum dot(Sum sum, U a, U b) { return sum + multiply_pairs(a, b); }
 
   static ALWAYS void spread(const F (&number)[kNumbers], uint32_t* out) {
@@ -99,7 +109,8 @@ struct Pairs : BFloat16 {
       const I size = reinterpret_cast<I>(as_units(number[i]) & 0x7fffffffu);
       peak = size > peak ? size : peak;
     }
-    const I least_power = I{} + (15 << 23), power = peak & 0x7f800000, kept = power > least_power ? power : least_power;
+    const I least_power = I{} + (15 << 23), power = peak & 0x7f800000,
+            kept = power > least_power ? power : least_power;
     const F scale = as_floats(reinterpret_cast<U>(kept - (14 << 23)));
     const F inverse = as_floats((268u << 23) - reinterpret_cast<U>(kept));
     I whole[kNumbers], sum = {};
@@ -110,8 +121,8 @@ struct Pairs : BFloat16 {
     store(out, sum * -kExcess);
     store(out + kLanes, select(power == 0x7f800000, all(__builtin_nanf("")), scale));
     for (int i = 0; i < kUnits; ++i)
-      store(out + (2 + i) * kLanes,
-            (reinterpret_cast<U>(whole[i]) & 0xffffu) | (reinterpret_cast<U>(whole[i + kUnits]) << 16));
+      store(out + (2 + i) * kLanes, (reinterpret_cast<U>(whole[i]) & 0xffffu) |
+                                        (reinterpret_cast<U>(whole[i + kUnits]) << 16));
   }
 };
 #endif
@@ -129,7 +140,9 @@ template <class T>
 ALWAYS uint32_t* block_at(const Packed& packed, int64_t first) {
   return packed.x + first * packed.steps * T::kVectors * kLanes;
 }
-ALWAYS int64_t block_tokens(const Packed& packed, int64_t first) { return least(kQuantTokens, packed.tokens - first); }
+ALWAYS int64_t block_tokens(const Packed& packed, int64_t first) {
+  return least(kQuantTokens, packed.tokens - first);
+}
 
 // One token's numbers in the order of the weights that they meet, zeros past the end.
 template <class T>
@@ -156,11 +169,12 @@ ALWAYS F lane_scales(const Packed& packed, const uint8_t* scales, int64_t step) 
   const int64_t first = (step * kLanes >> packed.shift) / kLanes * kLanes;
   const U lanes = reinterpret_cast<U>(kNumbers);
   const U group = ((lanes + static_cast<uint32_t>(step * kLanes)) >> packed.shift) & (kLanes - 1u);
-  return __builtin_shuffle(T::read(scales, first, packed.groups - first), reinterpret_cast<I>(group));
+  return __builtin_shuffle(T::read(scales, first, packed.groups - first),
+                           reinterpret_cast<I>(group));
 }
 
-// Scales of a step that its row has as a whole: kNone (the row has one), or one for all lanes, or one for each half of them,
-// or any number.
+// Scales of a step that its row has as a whole: kNone (the row has one), or one for all lanes, or
+// one for each half of them, or any number.
 enum class Scales { kNone, kOne, kHalves, kAny };
 template <class T>
 ALWAYS Scales scales_of(const Packed& packed) {
@@ -170,7 +184,8 @@ ALWAYS Scales scales_of(const Packed& packed) {
 }
 template <class T, Scales kScales>
 ALWAYS F step_scales(const Packed& packed, const uint8_t* scales, int64_t step) {
-  if constexpr (kScales == Scales::kOne) return all(T::first(scales + (step * kLanes >> packed.shift) * 4 / T::kPerUnit));
+  if constexpr (kScales == Scales::kOne)
+    return all(T::first(scales + (step * kLanes >> packed.shift) * 4 / T::kPerUnit));
   if constexpr (kScales == Scales::kHalves) return halves(all(load<uint32_t>(scales + 4 * step)));
   return lane_scales<T>(packed, scales, step);
 }
@@ -182,7 +197,8 @@ ALWAYS Q join_rows(const F (&totals)[kQuantRows]) {
   return (load<Q>(lanes) + load<Q>(lanes + 4)) + (load<Q>(lanes + 8) + load<Q>(lanes + 12));
 }
 
-// One token times kRows rows of a step, each sum scaled and added to its total. `unit(r, u)` is row r's u-th.
+// One token times kRows rows of a step, each sum scaled and added to its total. `unit(r, u)` is row
+// r's u-th.
 template <class T, int kRows, bool kGrouped, class Unit>
 ALWAYS void step_of(Unit unit, const F* scale, const uint32_t* x, F* totals) {
   constexpr int64_t kFirst = (T::kVectors - T::kUnits) * kLanes;
@@ -204,12 +220,15 @@ ALWAYS void step_of(Unit unit, const F* scale, const uint32_t* x, F* totals) {
 
 // Rows whose units stay in half of the registers while tokens pass.
 template <class T>
-constexpr int kRowsHeld = kRegisters / 2 / T::kUnits < kQuantRows ? kRegisters / 2 / T::kUnits : kQuantRows;
+constexpr int kRowsHeld =
+    kRegisters / 2 / T::kUnits < kQuantRows ? kRegisters / 2 / T::kUnits : kQuantRows;
 
-// kQuantRows rows times `kTokens` tokens (0: `count`, at most kQuantTokens); sums[token * distance + row].
+// kQuantRows rows times `kTokens` tokens (0: `count`, at most kQuantTokens); sums[token * distance
+// + row].
 template <class T, int kTokens, Scales kScales>
 void quantized_rows(const Packed& packed, int64_t token, int64_t count, const uint8_t* const* rows,
-                    const uint8_t* const* scales, const uint8_t* next, float* sums, int64_t distance) {
+                    const uint8_t* const* scales, const uint8_t* next, float* sums,
+                    int64_t distance) {
   constexpr int64_t kDistance = T::kVectors * kLanes;
   constexpr int kHeld = kRowsHeld<T>;
   constexpr bool kGrouped = kScales != Scales::kNone;
@@ -224,15 +243,20 @@ void quantized_rows(const Packed& packed, int64_t token, int64_t count, const ui
   for (int r = 0; r < kQuantRows; ++r) at[r] = rows[r], scales_at[r] = scales[r];
 
   const uint32_t* x = block_at<T>(packed, token);
-  const auto step = [&](const U(&words)[kQuantRows], const F(&scale)[kQuantRows]) __attribute__((always_inline)) {
-    if constexpr (kTokens == 1 && kRegisters < 32) {  // row by row: few registers hold a row's units, none all rows'
+  const auto step = [&](const U(&words)[kQuantRows],
+                        const F(&scale)[kQuantRows]) __attribute__((always_inline)) {
+    if constexpr (kTokens == 1 &&
+                  kRegisters <
+                      32) {  // row by row: few registers hold a row's units, none all rows'
 #pragma GCC unroll 4
       for (int r = 0; r < kQuantRows; ++r) {
-        const auto unit = [&](int, int u) __attribute__((always_inline)) { return T::unit(words[r], u); };
+        const auto unit = [&](int, int u)
+                              __attribute__((always_inline)) { return T::unit(words[r], u); };
         step_of<T, 1, kGrouped>(unit, scale + r, x, totals[0] + r);
       }
     } else if constexpr (kTokens == 1) {
-      const auto unit = [&](int r, int u) __attribute__((always_inline)) { return T::unit(words[r], u); };
+      const auto unit = [&](int r, int u)
+                            __attribute__((always_inline)) { return T::unit(words[r], u); };
       step_of<T, kQuantRows, kGrouped>(unit, scale, x, totals[0]);
     } else {
 #pragma GCC unroll 4
@@ -259,7 +283,8 @@ void quantized_rows(const Packed& packed, int64_t token, int64_t count, const ui
       if constexpr (kGrouped) scale[r] = step_scales<T, kScales>(packed, scales_at[r], t);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kQuantRows; i += kFetchedSteps) __builtin_prefetch(next + 4 * kLanes * i, 0, 3);
+    for (int i = 0; i < kQuantRows; i += kFetchedSteps)
+      __builtin_prefetch(next + 4 * kLanes * i, 0, 3);
     next += 4 * kLanes * kQuantRows;
     step(words, scale);
   }
@@ -274,8 +299,7 @@ void quantized_rows(const Packed& packed, int64_t token, int64_t count, const ui
   Q factors = Q{} + 1.0f;  // the scales of the rows
   for (int r = 0; r < kQuantRows && !kGrouped; ++r) factors[r] = T::first(scales[r]);
 #pragma GCC unroll 2
-  for (int64_t i = 0; i < tokens; ++i)
-    store(sums + i * distance, join_rows(totals[i]) * factors);
+  for (int64_t i = 0; i < tokens; ++i) store(sums + i * distance, join_rows(totals[i]) * factors);
 }
 
 template <class T, int kTokens>
@@ -302,13 +326,16 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const int64_t first = item * call.batch.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, 4 * packed.words);
   const Panel scales = panel_at(op, op.scale, op.up_scale, first, call.batch.outs, scale_bytes);
-  const int64_t bytes = 4 * packed.words * kQuantRows, fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
+  const int64_t bytes = 4 * packed.words * kQuantRows,
+                fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
   for (int64_t token = 0; token < op.tokens; token += kQuantTokens) {
     const int64_t count = least(kQuantTokens, op.tokens - token);
     for (int r = 0; r < kWidth; r += kQuantRows) {
       const int64_t later = r + fetched;
       const uint8_t* next = panel.rows[later % kWidth] + later / kWidth * panel.next;
-      auto* rows = count == 1 ? rows_kernel<T, 1>(kind) : count == 2 ? rows_kernel<T, 2>(kind) : rows_kernel<T, 0>(kind);
+      auto* rows = count == 1   ? rows_kernel<T, 1>(kind)
+                   : count == 2 ? rows_kernel<T, 2>(kind)
+                                : rows_kernel<T, 0>(kind);
       rows(packed, token, count, panel.rows + r, scales.rows + r, next, sums + r, kWidth);
     }
     for (int64_t i = 0; i < count; ++i) finish<T>(op, first, sums + i * kWidth, token + i);
@@ -318,7 +345,8 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
 template <class T>
 void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
-  const int64_t words = op.in * op.bits / 32, steps = (words + kLanes - 1) / kLanes, step_bytes = 4 * kLanes;
+  const int64_t words = op.in * op.bits / 32, steps = (words + kLanes - 1) / kLanes,
+                step_bytes = 4 * kLanes;
   const int64_t group_words = op.group * op.bits / 32;
   int shift = -1;
   while (group_words >> (shift + 1)) ++shift;
@@ -334,23 +362,28 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
     one(&call, 0, nullptr);
   else
     team.run(op.tokens, kQuantTokens, 0, one, &call);
-  team.run(call.batch.panels(), kTogether, 4 * kQuantTokens * kWidth,
-           [](const void* context, int64_t item, void* memory) {
-             quantized_panel(*static_cast<const QuantizedCall<T>*>(context), item, static_cast<float*>(memory));
-           },
-           &call);
+  team.run(
+      call.batch.panels(), kTogether, 4 * kQuantTokens * kWidth,
+      [](const void* context, int64_t item, void* memory) {
+        quantized_panel(*static_cast<const QuantizedCall<T>*>(context), item,
+                        static_cast<float*>(memory));
+      },
+      &call);
 }
 
 inline void quantized_linear(const Linear* ops, int64_t count, Team& team) {
   if (ops->tokens == 0) return;
   const bool is_float = ops->type == Type::kFloat;
-#if defined(__AMX_BF16__)  // groups of steps that fit a slice; others in vectors, for any number of tokens
+#if defined(__AMX_BF16__)  // groups of steps that fit a slice; others in vectors, for any number of
+                           // tokens
   if (!is_float && ops->group % 32 == 0 && ops->group <= 256) return tiled_linear(ops, count, team);
 #endif
   if (is_float)
-    ops->bits == 4 ? quantized_of<Floats<4>>(ops, count, team) : quantized_of<Floats<8>>(ops, count, team);
+    ops->bits == 4 ? quantized_of<Floats<4>>(ops, count, team)
+                   : quantized_of<Floats<8>>(ops, count, team);
   else
-    ops->bits == 4 ? quantized_of<Pairs<4>>(ops, count, team) : quantized_of<Pairs<8>>(ops, count, team);
+    ops->bits == 4 ? quantized_of<Pairs<4>>(ops, count, team)
+                   : quantized_of<Pairs<8>>(ops, count, team);
 }
 
 }  // namespace SLIPWAY_ISA

@@ -1,8 +1,10 @@
-// Sampling of a token per row of logits, and the normalizer of log probabilities. Included once per instruction set.
+// Sampling of a token per row of logits, and the normalizer of log probabilities. Included once per
+// instruction set.
 //
-// No sort. With s = (logit - largest) / temperature <= 0, the bits of |s| order the tokens as integers, so "the k largest"
-// and "the fewest that reach p" are thresholds on those bits, found digit by digit from histograms. Equal logits stand or
-// fall together. The draw: the first token, in the order of ids, up to which the kept probability exceeds u of the whole.
+// No sort. With s = (logit - largest) / temperature <= 0, the bits of |s| order the tokens as
+// integers, so "the k largest" and "the fewest that reach p" are thresholds on those bits, found
+// digit by digit from histograms. Equal logits stand or fall together. The draw: the first token,
+// in the order of ids, up to which the kept probability exceeds u of the whole.
 
 #pragma once
 
@@ -12,7 +14,7 @@ namespace slipway {
 namespace SLIPWAY_ISA {
 
 constexpr int kDigits[] = {11, 11, 10};  // bits of each digit, from the highest
-constexpr int64_t kRun = 1024;           // tokens whose probabilities are summed before one is looked for
+constexpr int64_t kRun = 1024;  // tokens whose probabilities are summed before one is looked for
 
 struct Row {
   int64_t size;
@@ -25,13 +27,15 @@ inline int64_t argmax(const float* logits, int64_t size) {
   F best = all(logits[0]);
   for (int64_t i = 0; i + kLanes <= size; i += kLanes) best = max(load<F>(logits + i), best);
   float largest = highest(best);
-  for (int64_t i = size / kLanes * kLanes; i < size; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  for (int64_t i = size / kLanes * kLanes; i < size; ++i)
+    largest = logits[i] > largest ? logits[i] : largest;
   for (int64_t i = 0; i < size; ++i)
     if (logits[i] == largest) return i;
   return 0;
 }
 
-// The smallest key up to which the tokens' weights (1 each, or their probabilities) reach `wanted`; kNoLimit if never.
+// The smallest key up to which the tokens' weights (1 each, or their probabilities) reach `wanted`;
+// kNoLimit if never.
 constexpr uint32_t kNoLimit = 0xffffffffu;
 
 template <bool kCounts>
@@ -62,7 +66,8 @@ inline void drop_beyond(const Row& row, uint32_t limit) {
 
 inline double total(const float* probs, int64_t n) {
   double whole = 0;
-  for (int64_t i = 0; i < n; i += kLanes) whole += static_cast<double>(sum(load_part<F>(probs + i, n - i)));
+  for (int64_t i = 0; i < n; i += kLanes)
+    whole += static_cast<double>(sum(load_part<F>(probs + i, n - i)));
   return whole;
 }
 
@@ -92,7 +97,8 @@ inline void sample_row(const Sample& op, int64_t b, void* memory) {
   const float temperature = op.temperature[b];
   op.token[b] = static_cast<int32_t>(best);
   if (!(temperature > 0)) return;
-  const Row row{V, static_cast<uint32_t*>(memory), static_cast<float*>(memory) + (V + 15) / 16 * 16};
+  const Row row{V, static_cast<uint32_t*>(memory),
+                static_cast<float*>(memory) + (V + 15) / 16 * 16};
   const float least_kept = op.min_p[b] > 0 ? __builtin_logf(op.min_p[b]) : -__builtin_inff();
   for (int64_t i = 0; i < V; i += kLanes) {
     const int64_t n = V - i;
@@ -106,15 +112,16 @@ inline void sample_row(const Sample& op, int64_t b, void* memory) {
 }
 
 inline void sample(const Sample& op, Team& team) {
-  team.run(op.rows, 1, 8 * (op.vocab + 32),
-           [](const void* context, int64_t b, void* memory) {
-             sample_row(*static_cast<const Sample*>(context), b, memory);
-           },
-           &op);
+  team.run(
+      op.rows, 1, 8 * (op.vocab + 32),
+      [](const void* context, int64_t b, void* memory) {
+        sample_row(*static_cast<const Sample*>(context), b, memory);
+      },
+      &op);
 }
 
-// The lanes add up runs of kRun logits in floats, and the runs are added in order in doubles: a sum does not depend on the
-// number of rows.
+// The lanes add up runs of kRun logits in floats, and the runs are added in order in doubles: a sum
+// does not depend on the number of rows.
 inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
   const float* logits = op.logits + b * op.vocab;
   const float largest = logits[argmax(logits, op.vocab)];
@@ -124,8 +131,10 @@ inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
     F run = {};
     for (int64_t i = first; i < end; i += kLanes) {
       const F s = load_part<F>(logits + i, end - i) - largest;
-      const F term = select(s > -87.0f, exp(s), s == s ? F{} : s);  // below that exp is 0; NaN stays NaN
-      run = run + (end - i < kLanes ? select(kNumbers < static_cast<int32_t>(end - i), term, F{}) : term);
+      const F term =
+          select(s > -87.0f, exp(s), s == s ? F{} : s);  // below that exp is 0; NaN stays NaN
+      run = run +
+            (end - i < kLanes ? select(kNumbers < static_cast<int32_t>(end - i), term, F{}) : term);
     }
     whole += static_cast<double>(sum(run));
   }
@@ -134,11 +143,12 @@ inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
 }
 
 inline void log_normalizer(const LogNormalizer& op, Team& team) {
-  team.run(op.rows, 1, 0,
-           [](const void* context, int64_t b, void*) {
-             log_normalizer_row(*static_cast<const LogNormalizer*>(context), b);
-           },
-           &op);
+  team.run(
+      op.rows, 1, 0,
+      [](const void* context, int64_t b, void*) {
+        log_normalizer_row(*static_cast<const LogNormalizer*>(context), b);
+      },
+      &op);
 }
 
 }  // namespace SLIPWAY_ISA

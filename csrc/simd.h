@@ -1,7 +1,9 @@
-// Vectors of one instruction set: what a lane, a load and a product are. Included once per set, in a namespace of its own.
+// Vectors of one instruction set: what a lane, a load and a product are. Included once per set, in
+// a namespace of its own.
 //
-// A *unit* is 32 bits: one float, or two bfloat16 neighbours. `dot` multiplies units and sums in float, so one matrix
-// kernel serves both types. Nothing here may come from a std:: template: the linker would keep one copy for all sets.
+// A *unit* is 32 bits: one float, or two bfloat16 neighbours. `dot` multiplies units and sums in
+// float, so one matrix kernel serves both types. Nothing here may come from a std:: template: the
+// linker would keep one copy for all sets.
 
 #pragma once
 
@@ -21,8 +23,9 @@ namespace slipway {
 namespace SLIPWAY_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2;  // 24 sums, 2 weights, 1 broadcast of 32 registers
-constexpr int kFours = 4;  // of tokens: 16 sums, 4 rows, 4 fours, 1 shuffled
+constexpr int kLanes = 16, kTileRows = 12,
+              kTileCols = 2;  // 24 sums, 2 weights, 1 broadcast of 32 registers
+constexpr int kFours = 4;     // of tokens: 16 sums, 4 rows, 4 fours, 1 shuffled
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFours = 2;
 #else
@@ -101,12 +104,14 @@ constexpr I kNumbers =
 // Halves onto each other until one lane is left: sums in a fixed order.
 ALWAYS float sum(F x) {
 #pragma GCC unroll 4
-  for (int n = kLanes / 2; n > 0; n /= 2) x = x + __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1));
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    x = x + __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1));
   return x[0];
 }
 ALWAYS float highest(F x) {
 #pragma GCC unroll 4
-  for (int n = kLanes / 2; n > 0; n /= 2) x = max(x, __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1)));
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    x = max(x, __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1)));
   return x[0];
 }
 
@@ -114,11 +119,14 @@ ALWAYS float highest(F x) {
 ALWAYS F low(U pairs) { return as_floats(pairs << 16); }
 ALWAYS F high(U pairs) { return as_floats(pairs & 0xffff0000u); }
 
-// The first of two bfloat16 in the lower lanes, the second in the upper ones; `pairs` is the same in all.
+// The first of two bfloat16 in the lower lanes, the second in the upper ones; `pairs` is the same
+// in all.
 ALWAYS F halves(U pairs) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  constexpr U bytes{0x01008080, 0x01008080, 0x01008080, 0x01008080, 0x03028080, 0x03028080, 0x03028080, 0x03028080};
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(pairs), reinterpret_cast<__m256i>(bytes)));
+  constexpr U bytes{0x01008080, 0x01008080, 0x01008080, 0x01008080,
+                    0x03028080, 0x03028080, 0x03028080, 0x03028080};
+  return _mm256_castsi256_ps(
+      _mm256_shuffle_epi8(reinterpret_cast<__m256i>(pairs), reinterpret_cast<__m256i>(bytes)));
 #else
   return as_floats(kNumbers < kLanes / 2 ? pairs << 16 : pairs & 0xffff0000u);
 #endif
@@ -134,11 +142,14 @@ ALWAYS U shift_halves(U pairs) {
 // Two signed 16-bit integers in a unit: the sum of the products of both.
 ALWAYS I multiply_pairs(U a, U b) {
 #if defined(__AVX512BW__)
-  return reinterpret_cast<I>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  return reinterpret_cast<I>(
+      _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<I>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  return reinterpret_cast<I>(
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #elif defined(__SSE2__)
-  return reinterpret_cast<I>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+  return reinterpret_cast<I>(
+      _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
   const I first = reinterpret_cast<I>(a), second = reinterpret_cast<I>(b);
   return (first << 16 >> 16) * (second << 16 >> 16) + (first >> 16) * (second >> 16);
@@ -156,9 +167,11 @@ ALWAYS H to_bfloat16(F x) {
 }
 ALWAYS F from_bfloat16(H x) {
 #if defined(__AVX512F__)  // GCC 12 widens halves and joins them
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)), 16));
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)), 16));
 #elif defined(__AVX2__)
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)), 16));
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)), 16));
 #else
   return as_floats(__builtin_convertvector(x, U) << 16);
 #endif
@@ -168,8 +181,12 @@ ALWAYS F from_bfloat16(H x) {
 struct Float {
   static constexpr int kPerUnit = 1;
   static ALWAYS F dot(F sum, U a, U b) { return sum + as_floats(a) * as_floats(b); }
-  static ALWAYS F read(const void* p, int64_t i, int64_t n) { return load_part<F>(static_cast<const float*>(p) + i, n); }
-  static ALWAYS void write(void* p, int64_t i, F x, int64_t n) { store_part(static_cast<float*>(p) + i, x, n); }
+  static ALWAYS F read(const void* p, int64_t i, int64_t n) {
+    return load_part<F>(static_cast<const float*>(p) + i, n);
+  }
+  static ALWAYS void write(void* p, int64_t i, F x, int64_t n) {
+    store_part(static_cast<float*>(p) + i, x, n);
+  }
   static ALWAYS float first(const void* p) { return load<float>(p); }
   static ALWAYS F round(F x) { return x; }
 };
@@ -196,7 +213,8 @@ struct BFloat16 {
   static ALWAYS F round(F x) { return from_bfloat16(to_bfloat16(x)); }
 };
 
-// Cephes' expf: exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6; relative error below 2e-7.
+// Cephes' expf: exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6; relative
+// error below 2e-7.
 ALWAYS F exp(F x) {
 #if defined(__AVX512F__)
   x = max(_mm512_min_ps(x, all(88.0f)), all(-87.0f));
@@ -221,7 +239,8 @@ ALWAYS F exp(F x) {
 #endif
 }
 
-// A vector is kQuads runs of four lanes. Four rows w[i], lane j -> w[c], lane 4 q + i: what row i holds at 4 q + c.
+// A vector is kQuads runs of four lanes. Four rows w[i], lane j -> w[c], lane 4 q + i: what row i
+// holds at 4 q + c.
 constexpr int kQuads = kLanes / 4;
 #if defined(__AVX512F__)
 constexpr U kLow{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
@@ -236,7 +255,8 @@ constexpr U kLow{0, 8, 1, 9, 4, 12, 5, 13}, kHigh{2, 10, 3, 11, 6, 14, 7, 15};
 constexpr U kLowPair{0, 1, 8, 9, 4, 5, 12, 13}, kHighPair{2, 3, 10, 11, 6, 7, 14, 15};
 constexpr U kFirstOfQuad{0, 0, 0, 0, 4, 4, 4, 4};
 #else
-constexpr U kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7}, kLowPair{0, 1, 4, 5}, kHighPair{2, 3, 6, 7}, kFirstOfQuad{0, 0, 0, 0};
+constexpr U kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7}, kLowPair{0, 1, 4, 5}, kHighPair{2, 3, 6, 7},
+    kFirstOfQuad{0, 0, 0, 0};
 #endif
 ALWAYS void quads(U* w) {
   const U a = __builtin_shuffle(w[0], w[1], kLow), b = __builtin_shuffle(w[0], w[1], kHigh);
@@ -253,15 +273,18 @@ ALWAYS void transpose(U (&w)[kLanes]) {
   for (int i = 0; i < kLanes; i += 4) quads(w + i);
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const U a = __builtin_shuffle(w[c], w[4 + c], even), b = __builtin_shuffle(w[8 + c], w[12 + c], even);
-    const U d = __builtin_shuffle(w[c], w[4 + c], odd), e = __builtin_shuffle(w[8 + c], w[12 + c], odd);
+    const U a = __builtin_shuffle(w[c], w[4 + c], even),
+            b = __builtin_shuffle(w[8 + c], w[12 + c], even);
+    const U d = __builtin_shuffle(w[c], w[4 + c], odd),
+            e = __builtin_shuffle(w[8 + c], w[12 + c], odd);
     w[c] = __builtin_shuffle(a, b, even), w[8 + c] = __builtin_shuffle(a, b, odd);
     w[4 + c] = __builtin_shuffle(d, e, even), w[12 + c] = __builtin_shuffle(d, e, odd);
   }
 }
 #endif
 
-// The quads of each of four vectors, added in pairs: out[4 i + r] is what vector r has at the i-th of every quad.
+// The quads of each of four vectors, added in pairs: out[4 i + r] is what vector r has at the i-th
+// of every quad.
 ALWAYS void add_quads(const F (&rows)[4], float* out) {
 #if defined(__AVX512F__)
   constexpr U even = kEvenQuads, odd = kOddQuads;
@@ -273,23 +296,27 @@ ALWAYS void add_quads(const F (&rows)[4], float* out) {
   for (int r = 0; r < 4; ++r) {
     float lanes[kLanes];
     store(lanes, rows[r]);
-    for (int i = 0; i < 4; ++i) out[4 * i + r] = kQuads == 2 ? lanes[i] + lanes[kLanes - 4 + i] : lanes[i];
+    for (int i = 0; i < 4; ++i)
+      out[4 * i + r] = kQuads == 2 ? lanes[i] + lanes[kLanes - 4 + i] : lanes[i];
   }
 #endif
 }
 
-// The second operand of a product: row k holds kLanes units for each column. Row k of column j lies at
-// at[k / segment * kCols + j] + k % segment * step: rows may lie in several places, as a cache's pages do. What lies the same
-// way behind `next` is asked for meanwhile, bit by bit: it will be needed after this.
+// The second operand of a product: row k holds kLanes units for each column. Row k of column j lies
+// at at[k / segment * kCols + j] + k % segment * step: rows may lie in several places, as a cache's
+// pages do. What lies the same way behind `next` is asked for meanwhile, bit by bit: it will be
+// needed after this.
 struct Operand {
   const uint32_t *const *at, *const *next;
   int64_t rows, segment, step;
 };
 
-// c[i][j * kLanes + lane] += sum over k of a[i][k] . b[k][j][lane]; k in order, so that the result does not depend on how
-// many rows are computed together. `fresh`: c is written, not added to. Distances in units.
+// c[i][j * kLanes + lane] += sum over k of a[i][k] . b[k][j][lane]; k in order, so that the result
+// does not depend on how many rows are computed together. `fresh`: c is written, not added to.
+// Distances in units.
 template <class T, int kRows, int kCols>
-inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc,
+                 bool fresh) {
   F sums[kRows][kCols];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -305,7 +332,8 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
       next[j] = reinterpret_cast<intptr_t>(b.next[s + j]) - reinterpret_cast<intptr_t>(at[j]);
     }
     const int64_t n = b.rows - first < b.segment ? b.rows - first : b.segment;
-    const uint32_t* third[(kRows + 2) / 3];  // every third row: the two behind it are an index away, so few registers do
+    const uint32_t* third[(kRows + 2) / 3];  // every third row: the two behind it are an index
+                                             // away, so few registers do
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; i += 3) third[i / 3] = a + first + i * lda;
     for (int64_t k = 0; k < n; ++k) {
@@ -313,7 +341,8 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
 #pragma GCC unroll 4
       for (int j = 0; j < kCols; ++j) {
         weights[j] = load<U>(at[j]);
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(at[j]) + next[j]));
+        __builtin_prefetch(
+            reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(at[j]) + next[j]));
         at[j] += step;
       }
 #pragma GCC unroll 16
@@ -334,11 +363,12 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
 
 // Rows of a tile: as many sums as registers hold.
 template <int kCols>
-constexpr int kRowsOf = kCols > kTileCols ? kTileRows * kTileCols / kCols : kTileRows;
+constexpr int kRowsOf = kCols > kTileCols ? (kTileRows* kTileCols) / kCols : kTileRows;
 constexpr int kWideCols = 2 * kTileCols;  // for few rows, whose sums would wait for each other
 
 template <class T, int kCols, int kRows = kRowsOf<kCols>>
-inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
+                    int64_t ldc, bool fresh) {
   if (rows == kRows)
     tile<T, kRows, kCols>(a, lda, b, c, ldc, fresh);
   else if constexpr (kRows > 1)
@@ -347,11 +377,13 @@ inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, 
 
 // The same for any number of rows, in tiles as equal as they can be.
 template <class T, int kCols>
-inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc, bool fresh) {
+inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
+                  int64_t ldc, bool fresh) {
   const int64_t turns = (rows + kRowsOf<kCols> - 1) / kRowsOf<kCols>;
   for (int64_t turn = 0, first = 0; turn < turns; ++turn) {
     const int64_t count = (rows - first) / (turns - turn) + ((rows - first) % (turns - turn) != 0);
-    tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, c + first * ldc, ldc, fresh);
+    tile_of<T, kCols>(static_cast<int>(count), a + first * lda, lda, b, c + first * ldc, ldc,
+                      fresh);
     first += count;
   }
 }
@@ -362,8 +394,8 @@ inline int columns_for(int64_t rows, int64_t left) {
   return left >= kTileCols ? kTileCols : 1;
 }
 template <class T>
-inline void tiles(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc,
-                  bool fresh) {
+inline void tiles(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b,
+                  float* c, int64_t ldc, bool fresh) {
   if (cols == kWideCols)
     tiles<T, kWideCols>(rows, a, lda, b, c, ldc, fresh);
   else if (cols == kTileCols)

@@ -1,11 +1,13 @@
-// Weights (out, in) times bf16 tokens in tiles of AMX: decides slices, what stays in which cache, and what is fetched.
+// Weights (out, in) times bf16 tokens in tiles of AMX: decides slices, what stays in which cache,
+// and what is fetched.
 //
-// Weights are the first operand: 16 outputs, of each 32 numbers along `in`, a step. Tokens are the second, in columns of 16,
-// put into its order once a call; of one token alone a column has no more. A panel is two tiles of outputs; two columns pass
-// it at a time. Few tokens read it where it is mapped, or as it is unpacked. For many, a band of neighbouring panels is cut
-// along `in`: a slice of each is laid out as tiles in the first cache and all columns pass; their sums wait in the second until
-// the band has seen the last slice. A sum runs along `in` in order, however many tokens there are; with a scale a group, that
-// of each group by itself.
+// Weights are the first operand: 16 outputs, of each 32 numbers along `in`, a step. Tokens are the
+// second, in columns of 16, put into its order once a call; of one token alone a column has no
+// more. A panel is two tiles of outputs; two columns pass it at a time. Few tokens read it where it
+// is mapped, or as it is unpacked. For many, a band of neighbouring panels is cut along `in`: a
+// slice of each is laid out as tiles in the first cache and all columns pass; their sums wait in
+// the second until the band has seen the last slice. A sum runs along `in` in order, however many
+// tokens there are; with a scale a group, that of each group by itself.
 
 #pragma once
 
@@ -18,13 +20,15 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int64_t kSlice = 8;         // steps: 16 kB of a panel
-constexpr int64_t kBandPanels = 8;    // that meet a slice's tokens
-constexpr int64_t kColumns = 32;      // at once: 256 kB of a slice, 512 kB for the sums of a band
-constexpr int64_t kBegin = 2;         // steps of the next panel that are fetched before sums of few columns are written
-constexpr int64_t kChunk = 4;         // steps of a row that are unpacked together
-constexpr int64_t kHeldGroups = 4;    // whose sums wait for their scales: 512 tokens 390-412 ms, with 1 435, with 8 487
-constexpr int64_t kSums = 2 * kTile;  // of a panel and a column
+constexpr int64_t kSlice = 8;       // steps: 16 kB of a panel
+constexpr int64_t kBandPanels = 8;  // that meet a slice's tokens
+constexpr int64_t kColumns = 32;    // at once: 256 kB of a slice, 512 kB for the sums of a band
+constexpr int64_t kBegin =
+    2;  // steps of the next panel that are fetched before sums of few columns are written
+constexpr int64_t kChunk = 4;  // steps of a row that are unpacked together
+constexpr int64_t kHeldGroups =
+    4;  // whose sums wait for their scales: 512 tokens 390-412 ms, with 1 435, with 8 487
+constexpr int64_t kSums = 2 * kTile;                // of a panel and a column
 constexpr int64_t kTiles = kWidth * kLine;          // bytes of a panel's two tiles of a step
 constexpr int64_t kHeld = kHeldGroups * 2 * kSums;  // of a panel and two columns
 
@@ -35,7 +39,8 @@ struct Tiled {
   int64_t width;           // tokens of a column
   int shift;               // 2^shift steps share a scale, if a row has several
   bool few;                // one slice, and one panel in a band
-  uint32_t* x = nullptr;   // [column][step][unit][token], zeros past the last token of the last of several columns, and unit
+  uint32_t* x = nullptr;   // [column][step][unit][token], zeros past the last token of the last of
+                           // several columns, and unit
 
   int64_t slice() const { return few ? steps : kSlice; }
   int64_t together() const { return few ? 1 : kBandPanels; }
@@ -50,19 +55,24 @@ struct Scratch {
   float *held, *scales, *sums;  // scales [group][row]; sums [panel][column][tile][16][16]
 
   Scratch(const Tiled& call, void* memory) : tiles(static_cast<uint8_t*>(memory)) {
-    held = reinterpret_cast<float*>(tiles + kSlice * kTiles), scales = held + kHeld, sums = scales + call.scales();
+    held = reinterpret_cast<float*>(tiles + kSlice * kTiles), scales = held + kHeld,
+    sums = scales + call.scales();
   }
-  static int64_t bytes(const Tiled& call) { return kSlice * kTiles + 4 * (kHeld + call.scales() + call.sums()); }
+  static int64_t bytes(const Tiled& call) {
+    return kSlice * kTiles + 4 * (kHeld + call.scales() + call.sums());
+  }
 };
 
 template <class From>
 void tile_column(const Tiled& call, int64_t column) {
-  const int64_t row_bytes = 2 * call.op.in, first = column * kSide, count = least(kSide, call.op.tokens - first);
+  const int64_t row_bytes = 2 * call.op.in, first = column * kSide,
+                count = least(kSide, call.op.tokens - first);
   const auto* row = static_cast<const uint8_t*>(call.op.x) + first * row_bytes;
   uint32_t* out = call.x + column * call.steps * kTile;
   for (int64_t t = 0; t < call.steps; ++t, out += kSide * call.width) {
     U x[kSide] = {};
-    for (int64_t i = 0; i < count; ++i) x[i] = From::arranged(load_step(row + i * row_bytes, t, row_bytes));
+    for (int64_t i = 0; i < count; ++i)
+      x[i] = From::arranged(load_step(row + i * row_bytes, t, row_bytes));
     if (call.width == 1) {
       store(out, x[0]);
       continue;
@@ -95,12 +105,13 @@ void find_band(const Tiled& call, int64_t number, Band& band) {
     member.op = &op, member.out = panel * outs, member.row_bytes = op.in * From::kBits / 8;
     member.whole = (panel + 1) * outs <= op.out_size;
     member.weights = panel_at(op, op.weight, op.up, member.out, outs, member.row_bytes);
-    if (kGrouped) member.scales = panel_at(op, op.scale, op.up_scale, member.out, outs, op.in / op.group * 2);
+    if (kGrouped)
+      member.scales = panel_at(op, op.scale, op.up_scale, member.out, outs, op.in / op.group * 2);
   }
 }
 
-// Lines that are wanted soon: `lines` of each row, from `offset` bytes on, of a band or of the `ahead`-th after it. After
-// `wait` steps, `together` with each.
+// Lines that are wanted soon: `lines` of each row, from `offset` bytes on, of a band or of the
+// `ahead`-th after it. After `wait` steps, `together` with each.
 struct Fetch {
   const Band& band;
   int64_t ahead, offset, lines, wait, together, member = 0, row = 0, line = 0;
@@ -109,7 +120,8 @@ struct Fetch {
     if (--wait >= 0) return;
     for (int64_t i = 0; i < together && member < band.count; ++i) {
       const Panel& panel = band.members[member].weights;
-      __builtin_prefetch(panel.rows[row] + ahead * band.count * panel.next + offset + line * kLine, 0, 2);
+      __builtin_prefetch(panel.rows[row] + ahead * band.count * panel.next + offset + line * kLine,
+                         0, 2);
       if (++line < lines) continue;
       line = 0;
       if (++row == kWidth) row = 0, ++member;
@@ -119,7 +131,8 @@ struct Fetch {
 
 // Tiles of weights times one or two columns: `count` steps.
 struct Pass {
-  const uint8_t *low, *high;  // tiles of step t lie at + t * step, or where t is in a ring of so many
+  const uint8_t *low,
+      *high;  // tiles of step t lie at + t * step, or where t is in a ring of so many
   int64_t apart, step, ring;  // bytes between rows, and steps; a power of two less 1, or -1
   int64_t count;
   const uint32_t* x;
@@ -131,7 +144,8 @@ struct Pass {
   int shift;  // as Tiled's
 };
 
-// The sums of `count` groups, up to kHeldGroups, times the scales of their rows, onto those of the groups before.
+// The sums of `count` groups, up to kHeldGroups, times the scales of their rows, onto those of the
+// groups before.
 template <int kCols>
 ALWAYS void add_groups(const Pass& p, int64_t first, int64_t count) {
   const float* scales = p.scales + first * kWidth;
@@ -148,7 +162,8 @@ ALWAYS void add_groups(const Pass& p, int64_t first, int64_t count) {
     else
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kSide; ++r)
-        add(i * kTile + r * kSide, [i, r](const float* scales) { return all(scales[i % 2 * kSide + r]); });
+        add(i * kTile + r * kSide,
+            [i, r](const float* scales) { return all(scales[i % 2 * kSide + r]); });
 }
 
 // before(t) comes before step t.
@@ -165,11 +180,13 @@ void tile_pass(const Pass& pass, Before before) {
     const int64_t at = (t & p.ring) * p.step;
     tile_load<4>(p.low + at, p.apart), tile_load<6>(x, row), tile_dot<0, 4, 6>();
     tile_load<5>(p.high + at, p.apart), tile_dot<1, 5, 6>();
-    if constexpr (kCols == 2) tile_load<7>(x + p.distance, row), tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
+    if constexpr (kCols == 2)
+      tile_load<7>(x + p.distance, row), tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
     if (!kGrouped || (t & last) != last) continue;
     const int64_t place = (t >> p.shift) % kHeldGroups;
     float* held = p.held + place * 2 * kSums;
-    each<2 * kCols>([&](auto i) { tile_store<i.value>(held + i.value * kTile, row), tile_zero<i.value>(); });
+    each<2 * kCols>(
+        [&](auto i) { tile_store<i.value>(held + i.value * kTile, row), tile_zero<i.value>(); });
     if (place == kHeldGroups - 1) add_groups<kCols>(p, (t >> p.shift) - place, kHeldGroups);
   }
   if (!kGrouped)
@@ -178,46 +195,56 @@ void tile_pass(const Pass& pass, Before before) {
     add_groups<kCols>(p, (p.count >> p.shift) - left, left);
 }
 
-// Up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, as rows of tiles. With kFetching, the steps behind
-// them and those of the next panel are asked for.
+// Up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, as rows of tiles.
+// With kFetching, the steps behind them and those of the next panel are asked for.
 template <class From, bool kFetching>
-ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_t first, int64_t count, uint8_t* out) {
+ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_t first,
+                   int64_t count, uint8_t* out) {
   constexpr int64_t step = kLine * From::kBits / 16;
   const int64_t bytes = member.row_bytes, next = member.weights.next;
   const bool whole = count == kChunk && (first + count) * step <= bytes;
   for (int64_t i = row; i < row + rows; ++i) {
     const WeightRow held{member.weights.rows[i] + first * step, bytes - first * step};
     uint8_t* line = out + i * kLine;
-    for (int64_t at = 0; kFetching && at < kChunk * step; at += kLine) {  // int8 of one token: 32 ms; one of the two alone 36
+    for (int64_t at = 0; kFetching && at < kChunk * step;
+         at += kLine) {  // int8 of one token: 32 ms; one of the two alone 36
       __builtin_prefetch(held.at + kChunk * step + at, 0, 3);
       __builtin_prefetch(held.at + next + at, 0, 2);
     }
     if (whole) {
 #pragma GCC unroll 4
-      for (int64_t t = 0; t < kChunk; ++t) store(line + t * kTiles, From::template step<true>(held, t));
+      for (int64_t t = 0; t < kChunk; ++t)
+        store(line + t * kTiles, From::template step<true>(held, t));
     } else {
-      for (int64_t t = 0; t < count; ++t) store(line + t * kTiles, From::template step<false>(held, t));
+      for (int64_t t = 0; t < count; ++t)
+        store(line + t * kTiles, From::template step<false>(held, t));
     }
   }
 }
 
 // The scales of the groups that `count` steps from `first` on are, [group][row].
-inline void read_scales(const Tiled& call, const Band::Member& member, int64_t first, int64_t count, float* out) {
-  const int64_t groups = call.steps >> call.shift, from = first >> call.shift, to = (first + count) >> call.shift;
+inline void read_scales(const Tiled& call, const Band::Member& member, int64_t first, int64_t count,
+                        float* out) {
+  const int64_t groups = call.steps >> call.shift, from = first >> call.shift,
+                to = (first + count) >> call.shift;
   for (int64_t g = from; g < to; g += kLanes)
     for (int half = 0; half < kWidth; half += kHalf) {
       U scales[kLanes];
-      for (int i = 0; i < kHalf; ++i) scales[i] = as_units(BFloat16::read(member.scales.rows[half + i], g, groups - g));
+      for (int i = 0; i < kHalf; ++i)
+        scales[i] = as_units(BFloat16::read(member.scales.rows[half + i], g, groups - g));
       transpose(scales);
-      for (int64_t i = 0; i < least(kLanes, to - g); ++i) store(out + (g - from + i) * kWidth + half, scales[i]);
+      for (int64_t i = 0; i < least(kLanes, to - g); ++i)
+        store(out + (g - from + i) * kWidth + half, scales[i]);
     }
 }
 
 // A column's sums of a panel, to where they belong. kScaled: a row has one scale.
 template <bool kScaled>
-void finish_column(const Tiled& call, const Band::Member& member, int64_t column, const float* sums) {
+void finish_column(const Tiled& call, const Band::Member& member, int64_t column,
+                   const float* sums) {
   const Linear op = *member.op;  // a copy: nothing that is written can change it
-  const int64_t token = column * kSide, tokens = least(kSide, op.tokens - token), vectors = call.width == 1 ? 1 : kSide;
+  const int64_t token = column * kSide, tokens = least(kSide, op.tokens - token),
+                vectors = call.width == 1 ? 1 : kSide;
   float rows[kSide][kWidth];
   for (int half = 0; half < 2; ++half) {
     U tile[kSide];
@@ -225,22 +252,37 @@ void finish_column(const Tiled& call, const Band::Member& member, int64_t column
     if (vectors > 1) transpose(tile);
     F scale = all(1.0f);
     const int64_t out = member.out + (op.up ? 0 : half * kSide);
-    if (kScaled && out < op.out_size) scale = BFloat16::read(op.up && half ? op.up_scale : op.scale, out, op.out_size - out);
+    if (kScaled && out < op.out_size)
+      scale = BFloat16::read(op.up && half ? op.up_scale : op.scale, out, op.out_size - out);
     for (int64_t i = 0; i < tokens; ++i)
       store(rows[i] + half * kSide, kScaled ? as_units(as_floats(tile[i]) * scale) : tile[i]);
   }
   for (int64_t i = 0; i < tokens; ++i) finish<BFloat16>(op, member.out, rows[i], token + i);
 }
 
-// Steps of a member times the columns from `begin` on. Many columns pass a slice that is laid out as tiles before; few pass
-// the panel as it lies, or as it is unpacked: with each step a part of the chunk behind it.
+// Steps of a member times the columns from `begin` on. Many columns pass a slice that is laid out
+// as tiles before; few pass the panel as it lies, or as it is unpacked: with each step a part of
+// the chunk behind it.
 template <class From, bool kGrouped>
-void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first, int64_t count, const Scratch& scratch,
-               float* sums, Fetch& fetch) {
-  const int64_t columns = least(kColumns, call.columns - begin), distance = call.steps * kSide * call.width;
+void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first,
+               int64_t count, const Scratch& scratch, float* sums, Fetch& fetch) {
+  const int64_t columns = least(kColumns, call.columns - begin),
+                distance = call.steps * kSide * call.width;
   const uint32_t* x = call.x + begin * distance + first * kSide * call.width;
-  Pass p{scratch.tiles, scratch.tiles + kTiles / 2, kLine, kTiles, -1, count, x, call.width, distance, sums, first == 0,
-         scratch.held, scratch.scales, call.shift};
+  Pass p{scratch.tiles,
+         scratch.tiles + kTiles / 2,
+         kLine,
+         kTiles,
+         -1,
+         count,
+         x,
+         call.width,
+         distance,
+         sums,
+         first == 0,
+         scratch.held,
+         scratch.scales,
+         call.shift};
   if (kGrouped) read_scales(call, member, first, count, scratch.scales);
   const auto pass = [&](auto before, auto begun) {
     for (int64_t c = 0; c < columns; c += 2, p.x += 2 * distance, p.sums += 2 * kSums) {
@@ -251,18 +293,24 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
   const auto fetching = [&](int64_t) { fetch.step(); };
   if (!call.few) {
     for (int64_t t = 0; t < count; t += kChunk)
-      unpack<From, false>(member, 0, kWidth, first + t, least(kChunk, count - t), scratch.tiles + t * kTiles);
+      unpack<From, false>(member, 0, kWidth, first + t, least(kChunk, count - t),
+                          scratch.tiles + t * kTiles);
     pass(fetching, [] {});
   } else if (From::kBits == 16 && member.whole && member.row_bytes % kLine == 0) {
-    p.low = member.weights.rows[0], p.high = member.weights.rows[kHalf], p.apart = member.row_bytes, p.step = kLine;
+    p.low = member.weights.rows[0], p.high = member.weights.rows[kHalf], p.apart = member.row_bytes,
+    p.step = kLine;
     pass(fetching, [] {});
   } else {
     constexpr int64_t ring = 2 * kChunk, part = kWidth / kChunk;
     const auto unpacked = [&](int64_t row, int64_t rows, int64_t t) {
-      if (t < count) unpack<From, true>(member, row, rows, t, least(kChunk, count - t), scratch.tiles + t % ring * kTiles);
+      if (t < count)
+        unpack<From, true>(member, row, rows, t, least(kChunk, count - t),
+                           scratch.tiles + t % ring * kTiles);
     };
     p.ring = ring - 1;
-    const auto part_of_next = [&](int64_t t) { unpacked(t % kChunk * part, part, t / kChunk * kChunk + kChunk); };
+    const auto part_of_next = [&](int64_t t) {
+      unpacked(t % kChunk * part, part, t / kChunk * kChunk + kChunk);
+    };
     pass(part_of_next, [&] { unpacked(0, kWidth, 0); });
   }
 }
@@ -272,28 +320,35 @@ template <class From, bool kGrouped>
 void band_of(const Tiled& call, const Band& band, int64_t begin, const Scratch& scratch) {
   const int64_t columns = least(kColumns, call.columns - begin), slice = call.slice();
   for (int64_t first = 0; first < call.steps; first += slice) {
-    const int64_t count = least(slice, call.steps - first), then = first + count == call.steps ? 0 : first + count;
+    const int64_t count = least(slice, call.steps - first),
+                  then = first + count == call.steps ? 0 : first + count;
     const int64_t turns = (columns + 1) / 2 * band.count * count, step = kLine * From::kBits / 16;
-    const int64_t fetched = least(call.few ? kBegin : slice, call.steps - then), wait = call.few ? turns - fetched : 0;
+    const int64_t fetched = least(call.few ? kBegin : slice, call.steps - then),
+                  wait = call.few ? turns - fetched : 0;
     const int64_t lines = (fetched * step + kLine - 1) / kLine, all = lines * kWidth * band.count;
-    const int64_t ahead = then == 0 && begin + columns == call.columns;  // this thread probably takes the next band
+    const int64_t ahead =
+        then == 0 && begin + columns == call.columns;  // this thread probably takes the next band
     Fetch fetch{band, ahead, then * step, lines, wait, (all + turns - wait - 1) / (turns - wait)};
     for (int64_t i = 0; i < band.count; ++i)
-      member_of<From, kGrouped>(call, band.members[i], begin, first, count, scratch, scratch.sums + i * columns * kSums, fetch);
+      member_of<From, kGrouped>(call, band.members[i], begin, first, count, scratch,
+                                scratch.sums + i * columns * kSums, fetch);
   }
   for (int64_t c = 0; c < columns; ++c)  // a token's outputs of all panels lie side by side
     for (int64_t i = 0; i < band.count; ++i)
-      finish_column<From::kBits < 16 && !kGrouped>(call, band.members[i], begin + c, scratch.sums + (i * columns + c) * kSums);
+      finish_column < From::kBits<16 && !kGrouped>(call, band.members[i], begin + c,
+                                                   scratch.sums + (i * columns + c) * kSums);
 }
 
 template <class From, bool kGrouped>
 void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
-  const int64_t steps = (op.in + 2 * kSide - 1) / (2 * kSide), columns = (op.tokens + kSide - 1) / kSide;
+  const int64_t steps = (op.in + 2 * kSide - 1) / (2 * kSide),
+                columns = (op.tokens + kSide - 1) / kSide;
   int shift = 0;
   while (2 * kSide << shift < op.group) ++shift;
   const Batch batch{ops, matrices, op.up ? kHalf : kWidth};
-  Tiled call{batch, op, steps, columns, op.tokens == 1 ? 1 : kSide, shift, columns <= From::kFewColumns};
+  Tiled call{
+      batch, op, steps, columns, op.tokens == 1 ? 1 : kSide, shift, columns <= From::kFewColumns};
   call.x = static_cast<uint32_t*>(team.shared(4 * columns * steps * kSide * call.width));
   const auto one = [](const void* context, int64_t column, void*) {
     tile_column<From>(*static_cast<const Tiled*>(context), column);
@@ -302,25 +357,29 @@ void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
     one(&call, 0, nullptr);
   else
     team.run(columns, 4, 0, one, &call);
-  team.run(call.bands(), kTogether, Scratch::bytes(call),
-           [](const void* context, int64_t item, void* memory) {
-             const Tiled& call = *static_cast<const Tiled*>(context);
-             const Tiles registers(kSide, kSide, call.width);
-             const Scratch scratch(call, memory);
-             Band band;
-             find_band<From, kGrouped>(call, item, band);
-             for (int64_t begin = 0; begin < call.columns; begin += kColumns)
-               band_of<From, kGrouped>(call, band, begin, scratch);
-           },
-           &call);
+  team.run(
+      call.bands(), kTogether, Scratch::bytes(call),
+      [](const void* context, int64_t item, void* memory) {
+        const Tiled& call = *static_cast<const Tiled*>(context);
+        const Tiles registers(kSide, kSide, call.width);
+        const Scratch scratch(call, memory);
+        Band band;
+        find_band<From, kGrouped>(call, item, band);
+        for (int64_t begin = 0; begin < call.columns; begin += kColumns)
+          band_of<From, kGrouped>(call, band, begin, scratch);
+      },
+      &call);
 }
 
-// Of packed weights only those that have no groups, or groups of whole steps that are no longer than a slice.
+// Of packed weights only those that have no groups, or groups of whole steps that are no longer
+// than a slice.
 inline void tiled_linear(const Linear* ops, int64_t matrices, Team& team) {
   const bool grouped = ops->group > 0;
-  const auto of = ops->bits == 0   ? tiled_linear_of<From16Bits, false>
-                  : ops->bits == 8 ? (grouped ? tiled_linear_of<From8Bits, true> : tiled_linear_of<From8Bits, false>)
-                                   : (grouped ? tiled_linear_of<From4Bits, true> : tiled_linear_of<From4Bits, false>);
+  const auto of =
+      ops->bits == 0 ? tiled_linear_of<From16Bits, false>
+      : ops->bits == 8
+          ? (grouped ? tiled_linear_of<From8Bits, true> : tiled_linear_of<From8Bits, false>)
+          : (grouped ? tiled_linear_of<From4Bits, true> : tiled_linear_of<From4Bits, false>);
   of(ops, matrices, team);
 }
 

@@ -1,5 +1,5 @@
-// Runs every kernel on ragged shapes over buffers of exactly the right size; a sanitizer looks on. A row's products must
-// not depend on those beside it. Prints how many calls.
+// Runs every kernel on ragged shapes over buffers of exactly the right size; a sanitizer looks on.
+// A row's products must not depend on those beside it. Prints how many calls.
 
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +20,8 @@ using namespace slipway;
 struct Alone final : Team {
   std::vector<char> memory, common;
   void* shared(int64_t bytes) override { return aligned(common, bytes); }
-  void run(int64_t items, int64_t, int64_t bytes, void (*body)(const void*, int64_t, void*), const void* context) override {
+  void run(int64_t items, int64_t, int64_t bytes, void (*body)(const void*, int64_t, void*),
+           const void* context) override {
     void* scratch = aligned(memory, bytes);
     for (int64_t i = 0; i < items; ++i) body(context, i, scratch);
   }
@@ -51,10 +52,12 @@ void linears(Type type) {
   for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100, 200})
     for (int64_t in : {2, 8, 34, 64, 514})
       for (int64_t out_size : {1, 15, 16, 33, 70}) {
-        auto x = numbers(tokens * in, type), w = numbers(out_size * in, type), up = numbers(out_size * in, type);
+        auto x = numbers(tokens * in, type), w = numbers(out_size * in, type),
+             up = numbers(out_size * in, type);
         auto bias = numbers(out_size, type);
         std::vector<char> out(tokens * out_size * 4);
-        Linear op{type, Type::kFloat, tokens, in, out_size, x.data(), w.data(), bias.data(), nullptr, nullptr, out.data()};
+        Linear op{type,     Type::kFloat, tokens,  in,      out_size,  x.data(),
+                  w.data(), bias.data(),  nullptr, nullptr, out.data()};
         SLIPWAY_ISA::table.linear(&op, 1, team);
         out.resize(tokens * out_size * size_of(type)), out.shrink_to_fit();
         op.out_type = type, op.up = up.data(), op.out = out.data();
@@ -69,10 +72,12 @@ void quantized_linears(Type type) {
       for (auto [bits, group] : {std::pair<int, int64_t>{8, 0}, {4, 32}, {4, 0}, {8, 32}, {4, 128}})
         for (int64_t out_size : {1, 15, 33}) {
           if (group && in % group) continue;
-          auto x = numbers(tokens * in, type), w = numbers(out_size * in * bits / 32, Type::kFloat), up = w;
+          auto x = numbers(tokens * in, type), w = numbers(out_size * in * bits / 32, Type::kFloat),
+               up = w;
           auto scale = numbers(out_size * (group ? in / group : 1), type), up_scale = scale;
           std::vector<char> out(tokens * out_size * 4), other = out;
-          Linear op{type, Type::kFloat, tokens, in, out_size, x.data(), w.data(), nullptr, nullptr, nullptr, out.data()};
+          Linear op{type,     Type::kFloat, tokens,  in,      out_size,  x.data(),
+                    w.data(), nullptr,      nullptr, nullptr, out.data()};
           op.bits = bits, op.group = group, op.scale = scale.data();
           Linear both[] = {op, op};
           both[1].out = other.data();
@@ -86,10 +91,13 @@ void quantized_linears(Type type) {
 void embeds(Type type) {
   for (int64_t size : {4, 16, 20, 128}) {
     const std::vector<int32_t> ids{0, 4, -1, 5};
-    auto table = numbers(5 * size, type), bytes = numbers(5 * size / 4, Type::kFloat), scale = numbers(5, type);
+    auto table = numbers(5 * size, type), bytes = numbers(5 * size / 4, Type::kFloat),
+         scale = numbers(5, type);
     auto out = numbers(4 * size, type);
-    SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), table.data(), nullptr, out.data()}, team);
-    SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), bytes.data(), scale.data(), out.data()}, team);
+    SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), table.data(), nullptr, out.data()},
+                             team);
+    SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), bytes.data(), scale.data(), out.data()},
+                             team);
     calls += 2;
   }
 }
@@ -100,20 +108,26 @@ void norms(Type type) {
       const int64_t tokens = 3, heads = 2, all = tokens * heads * head_dim;
       auto x = numbers(all, type), weight = numbers(head_dim, type), out = numbers(all, type);
       auto cos = numbers(tokens * head_dim / 2, Type::kFloat), sin = cos;
-      SLIPWAY_ISA::table.norm({type, tokens * heads, head_dim, x.data(), weight.data(), 1e-6f, out.data()}, team);
-      SLIPWAY_ISA::table.rotate({type, tokens, heads, head_dim, x.data(), normed ? weight.data() : nullptr,
-                                 reinterpret_cast<float*>(cos.data()), reinterpret_cast<float*>(sin.data()), 1e-6f,
-                                 out.data()}, team);
+      SLIPWAY_ISA::table.norm(
+          {type, tokens * heads, head_dim, x.data(), weight.data(), 1e-6f, out.data()}, team);
+      SLIPWAY_ISA::table.rotate(
+          {type, tokens, heads, head_dim, x.data(), normed ? weight.data() : nullptr,
+           reinterpret_cast<float*>(cos.data()), reinterpret_cast<float*>(sin.data()), 1e-6f,
+           out.data()},
+          team);
       calls += 2;
     }
 }
 
-void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, int64_t kv_heads, int64_t window) {
-  const std::vector<std::pair<int32_t, int32_t>> rows{{0, 5}, {70, 1}, {0, 0}, {100, 61}, {15, 1}};  // cached, new
+void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, int64_t kv_heads,
+                int64_t window) {
+  const std::vector<std::pair<int32_t, int32_t>> rows{
+      {0, 5}, {70, 1}, {0, 0}, {100, 61}, {15, 1}};  // cached, new
   const int64_t width = (161 + page_size - 1) / page_size, pages = width * 5;
   std::vector<int32_t> positions, slots, starts, counts, lengths, table;
   for (size_t r = 0; r < rows.size(); ++r) {
-    starts.push_back(positions.size()), counts.push_back(rows[r].second), lengths.push_back(rows[r].first + rows[r].second);
+    starts.push_back(positions.size()), counts.push_back(rows[r].second),
+        lengths.push_back(rows[r].first + rows[r].second);
     for (int64_t p = 0; p < width; ++p) table.push_back((r * width + p) * 3 % pages);
     for (int32_t i = rows[r].first; i < lengths.back(); ++i) {
       positions.push_back(i);
@@ -122,29 +136,38 @@ void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, i
   }
   slots.back() = pages * page_size;  // padding's
   const int64_t tokens = positions.size();
-  auto data = numbers(pages * kv_heads * 2 * page_size * head_dim, type), q = numbers(tokens * heads * head_dim, type);
-  auto k = numbers(tokens * kv_heads * head_dim, type), v = k, out = q, sinks = numbers(heads, Type::kFloat);
+  auto data = numbers(pages * kv_heads * 2 * page_size * head_dim, type),
+       q = numbers(tokens * heads * head_dim, type);
+  auto k = numbers(tokens * kv_heads * head_dim, type), v = k, out = q,
+       sinks = numbers(heads, Type::kFloat);
   const Cache cache{type, pages, kv_heads, page_size, head_dim, data.data()};
-  const Ragged ragged{tokens, static_cast<int64_t>(rows.size()), width, positions.data(), slots.data(),
-                      starts.data(), counts.data(), table.data()};
+  const Ragged ragged{tokens,        static_cast<int64_t>(rows.size()),
+                      width,         positions.data(),
+                      slots.data(),  starts.data(),
+                      counts.data(), table.data()};
   SLIPWAY_ISA::table.write_kv({cache, ragged, k.data(), v.data()}, team);
   for (float soft_cap : {0.0f, 30.0f})
     for (bool sinking : {false, true})
-      SLIPWAY_ISA::table.attention({cache, ragged, heads, 0.2f, soft_cap, window,
-                                    sinking ? reinterpret_cast<float*>(sinks.data()) : nullptr, q.data(), out.data()}, team);
+      SLIPWAY_ISA::table.attention(
+          {cache, ragged, heads, 0.2f, soft_cap, window,
+           sinking ? reinterpret_cast<float*>(sinks.data()) : nullptr, q.data(), out.data()},
+          team);
   calls += 5;
 }
 
 void samples() {
   for (int64_t vocab : {1, 15, 37, 4096, 5001}) {
     auto logits = numbers(2 * vocab, Type::kFloat);
-    const float temperature[] = {0, 0.8f}, top_p[] = {1, 0.9f}, min_p[] = {0, 0.01f}, uniform[] = {0.5f, 0.9999999f};
+    const float temperature[] = {0, 0.8f}, top_p[] = {1, 0.9f}, min_p[] = {0, 0.01f},
+                uniform[] = {0.5f, 0.9999999f};
     const int32_t top_k[] = {0, 5};
     int32_t token[2];
-    SLIPWAY_ISA::table.sample({2, vocab, reinterpret_cast<float*>(logits.data()), temperature, top_k, top_p, min_p, uniform,
-                               token}, team);
+    SLIPWAY_ISA::table.sample({2, vocab, reinterpret_cast<float*>(logits.data()), temperature,
+                               top_k, top_p, min_p, uniform, token},
+                              team);
     float largest[2], log_sum[2];
-    SLIPWAY_ISA::table.log_normalizer({2, vocab, reinterpret_cast<float*>(logits.data()), largest, log_sum}, team);
+    SLIPWAY_ISA::table.log_normalizer(
+        {2, vocab, reinterpret_cast<float*>(logits.data()), largest, log_sum}, team);
     if (token[0] < 0 || token[0] >= vocab || token[1] < 0 || token[1] >= vocab) std::abort();
     ++calls;
   }
@@ -154,11 +177,13 @@ void samples() {
 template <class T, int kTogether>
 void products_of_rows(Type type) {
   constexpr int64_t kUnits = 32, kRows = 64, kCols = 4;
-  auto a = numbers(kRows * kUnits * T::kPerUnit, type), b = numbers(kUnits * kCols * SLIPWAY_ISA::kLanes * T::kPerUnit, type);
+  auto a = numbers(kRows * kUnits * T::kPerUnit, type),
+       b = numbers(kUnits * kCols * SLIPWAY_ISA::kLanes * T::kPerUnit, type);
   const uint32_t* at[4 * kCols];
   for (int s = 0; s < kUnits / kTogether; ++s)
     for (int j = 0; j < kCols; ++j)
-      at[s * kCols + j] = reinterpret_cast<uint32_t*>(b.data()) + (s * kTogether * kCols + j) * SLIPWAY_ISA::kLanes;
+      at[s * kCols + j] =
+          reinterpret_cast<uint32_t*>(b.data()) + (s * kTogether * kCols + j) * SLIPWAY_ISA::kLanes;
   const SLIPWAY_ISA::Operand second{at, at, kUnits, kTogether, kCols * SLIPWAY_ISA::kLanes};
   const auto* first = reinterpret_cast<uint32_t*>(a.data());
   constexpr int64_t width = kCols * SLIPWAY_ISA::kLanes;
@@ -167,13 +192,16 @@ void products_of_rows(Type type) {
     for (bool fresh : {true, false}) {
       {
         const SLIPWAY_ISA::Tiles held(rows, SLIPWAY_ISA::kUnitsAtOnce);
-        SLIPWAY_ISA::products<T, kTogether>(kCols, rows, first, kUnits, second, sums.data(), width, fresh);
+        SLIPWAY_ISA::products<T, kTogether>(kCols, rows, first, kUnits, second, sums.data(), width,
+                                            fresh);
       }
       const SLIPWAY_ISA::Tiles held(1, SLIPWAY_ISA::kUnitsAtOnce);
       for (int64_t r = 0; r < rows; ++r)
-        SLIPWAY_ISA::products<T, kTogether>(kCols, 1, first + r * kUnits, kUnits, second, alone.data() + r * width, width, fresh);
+        SLIPWAY_ISA::products<T, kTogether>(kCols, 1, first + r * kUnits, kUnits, second,
+                                            alone.data() + r * width, width, fresh);
     }
-    if (std::memcmp(sums.data(), alone.data(), 4 * rows * width)) std::fprintf(stderr, "%d rows differ\n", int(rows)), std::exit(1);
+    if (std::memcmp(sums.data(), alone.data(), 4 * rows * width))
+      std::fprintf(stderr, "%d rows differ\n", int(rows)), std::exit(1);
     ++calls;
   }
 }
@@ -182,7 +210,8 @@ void products_of_rows(Type type) {
 
 int main() {
 #if defined(__AMX_BF16__)
-  if (syscall(SYS_arch_prctl, 0x1023, 18)) return 77;  // as csrc/dispatch.cc asks for them; not allowed
+  if (syscall(SYS_arch_prctl, 0x1023, 18))
+    return 77;  // as csrc/dispatch.cc asks for them; not allowed
 #endif
   for (Type type : {Type::kFloat, Type::kBFloat16}) {
     linears(type), quantized_linears(type), embeds(type), norms(type);
@@ -193,6 +222,7 @@ int main() {
   }
   samples();
   products_of_rows<SLIPWAY_ISA::Float, 8>(Type::kFloat);
-  products_of_rows<SLIPWAY_ISA::BFloat16, 8>(Type::kBFloat16), products_of_rows<SLIPWAY_ISA::BFloat16, 16>(Type::kBFloat16);
+  products_of_rows<SLIPWAY_ISA::BFloat16, 8>(Type::kBFloat16),
+      products_of_rows<SLIPWAY_ISA::BFloat16, 16>(Type::kBFloat16);
   std::printf("%d\n", calls);
 }
