@@ -1,9 +1,11 @@
-// Tile registers of AMX: their shape, loads, products, and `products` for any number of rows. Knows
-// no matrix and no cache.
+// Tile registers of AMX, and products of any number of rows in tiles or vectors.
 //
-// A product adds to c[i][j], 16 x 16 floats, the sum over up to 16 units k of a[i][k] . b[k][j], k
-// in order: what lies in another row or column changes none of its bits. A set without such
-// registers has `products` in vectors.
+// Not here: choice of AMX for this process (dispatch.cc), large matrices (tiled_linear.h),
+// attention (attention.h).
+//
+// A product of tiles adds to c[i][j], 16 x 16 floats, the sum over up to 16 units k of
+// a[i][k] . b[k][j], in the order of k. The bits of a result do not depend on other rows or
+// columns. Instruction sets without AMX get a function `products` that uses vectors only.
 
 #pragma once
 
@@ -17,9 +19,10 @@ namespace SLIPWAY_ISA {
 constexpr int kSide = 16;                 // rows of a tile, and its columns in units
 constexpr int64_t kTile = kSide * kSide;  // units of a tile
 
-#if defined(__SANITIZE_ADDRESS__)  // sees no tile being loaded or stored, so it is shown what is
-                                   // touched
-inline thread_local int64_t shown_rows[8], shown_bytes[8];
+#if defined(__SANITIZE_ADDRESS__)
+// AddressSanitizer does not see loads and stores of tiles. So ordinary instructions touch the same
+// bytes: for each row of a register, touch(address, bytes).
+inline thread_local int64_t shown_rows[8], shown_bytes[8];  // shape of each register
 template <class Touch>
 void show(int number, const void* place, int64_t distance, Touch touch) {
   for (int64_t i = 0; i < shown_rows[number]; ++i)
@@ -27,9 +30,12 @@ void show(int number, const void* place, int64_t distance, Touch touch) {
 }
 #endif
 
-// While one lives, this thread's tile registers are ours: sums 0 to 3 and first operands 4 and 5 of
-// so many rows, up to 16, and second operands 6 and 7, which have as many columns as sums; 4 and 6
-// of 16 units, 5 and 7 of so many. Others in this process who use them load their own shape.
+// Configuration of the tile registers of this thread, released when the object is destroyed.
+//
+// Registers 0 to 3 hold sums, 4 and 5 first operands, 6 and 7 second operands. Sums and first
+// operands have `rows` rows (at most 16); sums and second operands have `columns` columns.
+// Registers 4 and 6 hold 16 units of the inner dimension, registers 5 and 7 hold `units` units.
+// Other users of tiles in this process configure their own shapes.
 class Tiles {
  public:
   Tiles(int64_t rows, int64_t units, int64_t columns = kSide) {
@@ -46,7 +52,10 @@ class Tiles {
     }
     asm volatile("ldtilecfg %0" ::"m"(shape));
 #if defined(__SANITIZE_ADDRESS__)
-    for (int i = 0; i < 8; ++i) shown_rows[i] = shape.rows[i], shown_bytes[i] = shape.row_bytes[i];
+    for (int i = 0; i < 8; ++i) {
+      shown_rows[i] = shape.rows[i];
+      shown_bytes[i] = shape.row_bytes[i];
+    }
 #endif
   }
   ~Tiles() { asm volatile("tilerelease"); }
@@ -57,7 +66,8 @@ template <int kRegister>
 ALWAYS void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kRegister));
 }
-// Rows lie `distance` bytes apart.
+
+// Load or store a register. Its rows lie `distance` bytes apart in memory.
 template <int kRegister>
 ALWAYS void tile_load(const void* from, int64_t distance) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -78,6 +88,8 @@ ALWAYS void tile_store(void* to, int64_t distance) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(distance), "i"(kRegister)
                : "memory");
 }
+
+// Add the product of registers kA and kB to register kSum.
 template <int kSum, int kA, int kB>
 ALWAYS void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
@@ -87,18 +99,23 @@ template <int kNumber>
 struct Number {
   static constexpr int value = kNumber;
 };
-// body(Number<i>) for each i below kCount: registers have their numbers when it compiles.
+
+// Call body(Number<i>) for each i in [0, kCount). Numbers of registers have to be known when the
+// code is compiled.
 template <int kCount, class Body>
 ALWAYS void each(Body body) {
   if constexpr (kCount > 1) each<kCount - 1>(body);
   body(Number<kCount - 1>{});
 }
 
-constexpr int64_t kRowsAtOnce = kSide,
-                  kUnitsAtOnce = 8;  // 8: of a value's column a page of 16 holds so many units
+// Rows that `products` computes together. Scratch memory has to hold a multiple of them.
+constexpr int64_t kRowsAtOnce = kSide;
+// Units of the inner dimension that one product adds. A page of 16 tokens has 8 units in a column
+// of bfloat16 values.
+constexpr int64_t kUnitsAtOnce = 8;
 
-// kRows tiles of rows times kCols columns from `col` on, of `cols` that `b` has, kUnits at a time;
-// distances in units.
+// Multiply with tiles: kRows tiles of rows of `a` by kCols of the `cols` columns of `b`, from
+// column `col` on. Each product of tiles adds kUnits units. Other parameters: `tile` in simd.h.
 template <int kRows, int kCols, int kUnits>
 void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c,
                    int64_t ldc, bool fresh) {
@@ -126,9 +143,12 @@ void tile_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, i
   });
 }
 
-// The same in vectors, to the same bits: what a product adds is one sum of the units' lower halves
-// and one of the upper. Its two rows read a cache from memory at 28 GB/s where a tile, mostly empty
-// then, reads 23.
+// Compute the results of tile_products, with the same bits, in vectors. kRows counts rows, not
+// tiles.
+//
+// A product of tiles adds one sum over the lower halves of the units and one over the upper halves,
+// and so does this function. Attention of one token, with two rows, reads the cache from memory at
+// 28 GB/s in vectors, and at 23 GB/s in tiles, which are mostly empty then.
 template <int kRows, int kCols, int kUnits>
 void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols, int col, float* c,
                      int64_t ldc, bool fresh) {
@@ -151,7 +171,7 @@ void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols,
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             const U x = all(a[r * lda + k + i]);
-            lower[r][j] = lower[r][j] + low(w) * low(x),
+            lower[r][j] = lower[r][j] + low(w) * low(x);
             upper[r][j] = upper[r][j] + high(w) * high(x);
           }
         }
@@ -166,17 +186,22 @@ void vector_products(const uint32_t* a, int64_t lda, const Operand& b, int cols,
     for (int j = 0; j < kCols; ++j) store(c + r * ldc + (col + j) * kLanes, sums[r][j]);
 }
 
-constexpr int64_t kFewRows = 4;  // up to which vectors are as fast
+constexpr int64_t kFewRows = 4;  // up to this number of rows, vectors are as fast as tiles
 
-// As `tiles`, kUnits at a time: what is summed by itself. More than a few rows are computed 16 at a
-// time, those past the last from and to what lies there.
+// Compute the results of `tiles` (simd.h), kUnits units of the inner dimension at a time.
+//
+// Up to kFewRows rows are computed in vectors. More rows are computed in tiles of 16 rows, so `a`
+// is read and `c` is written up to the next multiple of 16 rows.
 template <class T, int kUnits>
 void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
               int64_t ldc, bool fresh) {
   if (T::kPerUnit == 1 || b.segment % kUnits || b.rows % kUnits)
     return tiles<T>(cols, rows, a, lda, b, c, ldc, fresh);
   const auto run = [&](auto wide, auto narrow, int together) {
-    if (cols % together) together = 1, wide = narrow;
+    if (cols % together) {
+      together = 1;
+      wide = narrow;
+    }
     for (int col = 0; col < cols; col += together) wide(a, lda, b, cols, col, c, ldc, fresh);
   };
   const auto in_vectors = [&](auto r) {
@@ -202,15 +227,17 @@ void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Oper
 }  // namespace SLIPWAY_ISA
 }  // namespace slipway
 
-#else
+#else  // no AMX
 
 namespace slipway {
 namespace SLIPWAY_ISA {
 
 constexpr int64_t kRowsAtOnce = 1, kUnitsAtOnce = 1;
+
 struct Tiles {
   Tiles(int64_t, int64_t) {}
 };
+
 template <class T, int kUnits>
 void products(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
               int64_t ldc, bool fresh) {

@@ -1,10 +1,12 @@
-// Attention over the paged cache, and writing into it: decides the cache's order of units, tiles
-// and the online softmax.
+// Attention to the paged KV cache, and writes of keys and values into it.
 //
-// One item is some tokens of one sequence and one KV head; its rows are those tokens' query heads.
-// Keys come in blocks of kBlock that lie at the same places whatever is asked, and each row's own
-// running maximum and sum follow Milakov and Gimelshein, 2018: a row's bits depend on its sequence
-// alone. Padding is never read; cost follows the keys that are seen.
+// Not here: layout of the cache (struct Cache in kernels.h), products of matrices (amx.h, simd.h).
+//
+// The work is divided into items. An item is a piece of one sequence, for one KV head: up to
+// kQueryRows rows, each of them one query head of one token. An item passes the keys in blocks of
+// kBlock, at positions that are multiples of kBlock, and keeps a maximum and a sum for each row
+// (online softmax: Milakov and Gimelshein, 2018). So the bits of a row depend only on its sequence,
+// not on the batch. Padding is never read, and the cost follows the number of keys that are seen.
 
 #pragma once
 
@@ -13,28 +15,28 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int64_t kBlock = 64;      // keys between two looks at the maximum
-constexpr int64_t kGroup = 16;      // keys that lie together in a page of any size
-constexpr int64_t kQueryRows = 48;  // rows of an item, about
-constexpr int64_t kPieces = 8;      // of a row, on one head before the next
-constexpr float kMasked = -1e30f;   // finite, so that a row without keys stays free of NaN
+constexpr int64_t kBlock = 64;      // keys between two updates of the maximum of a row
+constexpr int64_t kGroup = 16;      // keys that lie in one page, whatever the page size
+constexpr int64_t kQueryRows = 48;  // approximate number of rows of an item
+constexpr int64_t kPieces = 8;      // consecutive pieces of a sequence that use one KV head
+constexpr float kMasked = -1e30f;   // masked score; finite, so rows without keys have no NaN
 
+// Return the keys (`which` 0) or the values (1) of one page and KV head.
 template <class T>
 uint32_t* block_of(const Cache& cache, int64_t page, int64_t head, int which) {
   const int64_t units = cache.page_size * cache.head_dim / T::kPerUnit;
   return static_cast<uint32_t*>(cache.data) + ((page * cache.kv_heads + head) * 2 + which) * units;
 }
 
-// Where tokens' keys, or values, of one head lie: a token's row is `distance` bytes behind the one
-// before.
+// Keys or values of one head: those of token t lie `distance` bytes after those of token t - 1.
 struct Rows {
   const uint8_t* first;
   int64_t distance;
   const uint8_t* operator[](int64_t t) const { return first + t * distance; }
 };
 
-// `count` keys to neighbouring slots of a page; kLanes units of kLanes of them at a time where they
-// are whole lines.
+// Write `count` keys to neighbouring slots of one page. kLanes keys that fill a line are transposed
+// in registers, kLanes units at a time.
 template <class T>
 void write_keys(const Cache& cache, int64_t slot, int64_t head, const Rows& keys, int64_t count) {
   const int64_t S = cache.page_size, units = cache.head_dim / T::kPerUnit;
@@ -52,7 +54,8 @@ void write_keys(const Cache& cache, int64_t slot, int64_t head, const Rows& keys
     for (int64_t i = 0; i < count; ++i) std::memcpy(out + d * S + i, keys[i] + 4 * d, 4);
 }
 
-// The same of values, of which two neighbours share a row of units if a unit holds two.
+// Write `count` values to neighbouring slots of one page. With two numbers in a unit, the values of
+// two neighbouring slots share a row of units.
 template <class T>
 void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& values,
                   int64_t count) {
@@ -64,7 +67,10 @@ void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& va
     uint32_t* out = block + place / P * D;
     int64_t d = 0;
     const bool pair = P == 2 && place % 2 == 0 && i + 1 < count;
-    if (P == 1) std::memcpy(out, values[i], 4 * D), d = D;
+    if (P == 1) {
+      std::memcpy(out, values[i], 4 * D);
+      d = D;
+    }
     for (; pair && d + kLanes <= D; d += kLanes) {
       const U low = __builtin_convertvector(load<H>(values[i] + 2 * d), U);
       const U high = __builtin_convertvector(load<H>(values[i + 1] + 2 * d), U);
@@ -78,6 +84,7 @@ void write_values(const Cache& cache, int64_t slot, int64_t head, const Rows& va
   }
 }
 
+// Write keys and values of all tokens; each item is one KV head.
 template <class T>
 void write_kv_of(const WriteKv& op, Team& team) {
   team.run(
@@ -87,7 +94,7 @@ void write_kv_of(const WriteKv& op, Team& team) {
         const int64_t bytes = op.cache.head_dim * 4 / T::kPerUnit, row = bytes * op.cache.kv_heads;
         const int32_t* slots = op.ragged.slots;
         for (int64_t t = 0, count; t < op.ragged.tokens; t += count) {
-          count = 1;  // tokens to neighbouring slots that lie in kGroup together
+          count = 1;  // tokens from t on, with neighbouring slots in one group of kGroup
           while (t + count < op.ragged.tokens && slots[t + count] == slots[t] + count &&
                  slots[t + count] % kGroup)
             ++count;
@@ -106,31 +113,37 @@ inline void write_kv(const WriteKv& op, Team& team) {
   op.cache.type == Type::kFloat ? write_kv_of<Float>(op, team) : write_kv_of<BFloat16>(op, team);
 }
 
-struct Item {  // `tokens` of one sequence from flat token `first` on, for one KV head; `seen`: keys
-               // of the last of them
-  int64_t row, first, tokens, seen, oldest, head;
+// Part of the work: `tokens` tokens of batch row `row` from flat token `first` on, for one KV head.
+struct Item {
+  int64_t row, first, tokens;
+  int64_t seen;    // keys that the last of the tokens sees, from the first of the sequence on
+  int64_t oldest;  // position of the oldest key that the first token sees
+  int64_t head;    // KV head
 
   int64_t first_block() const { return oldest / kBlock * kBlock; }
 };
 
-// What one item works in: sizes in units or floats.
+// Memory of one item. u: numbers of a unit.
 struct Desk {
-  int64_t rows, width;  // of o: head_dim rounded up to lanes
-  uint32_t* q;          // [rows][head_dim / u]
-  float* scores;        // [rows][kBlock]
-  uint32_t* weights;    // [rows][kBlock / u]
-  float *o, *peak, *total;
-  uint32_t *keys, *values;  // copies of pages that cannot be read where they lie
+  int64_t rows;                 // tokens of the item x query heads of a KV head
+  int64_t width;                // head_dim rounded up to a multiple of kLanes
+  uint32_t* q = nullptr;        // [rows][head_dim / u]
+  float* scores = nullptr;      // [rows][kBlock]
+  uint32_t* weights = nullptr;  // [rows][kBlock / u]
+  float* o = nullptr;           // [rows][width]: weighted sums of values, not yet normalized
+  float* peak = nullptr;        // [rows]: maximum of the scores so far
+  float* total = nullptr;       // [rows]: sum of the weights so far
+  uint32_t* keys = nullptr;     // end of the memory in use
+  uint32_t* values = nullptr;   // [kBlock / u][width]: copy of values that cannot be read in place
 };
 
+// Round `n` up to a multiple of `to`.
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Divide `memory` among the arrays of an item. With memory at address 0, the end is the size in
+// bytes.
 inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
-  Desk desk{rows,    padded(head_dim, kLanes),
-            nullptr, nullptr,
-            nullptr, nullptr,
-            nullptr, nullptr,
-            nullptr, nullptr};
+  Desk desk{rows, padded(head_dim, kLanes)};
   uint32_t* at = static_cast<uint32_t*>(memory);
   rows = padded(rows, kRowsAtOnce);
   auto take = [&at](int64_t units) {
@@ -145,11 +158,12 @@ inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
   desk.peak = reinterpret_cast<float*>(take(rows));
   desk.total = reinterpret_cast<float*>(take(rows));
   desk.values = take(kBlock * desk.width);
-  desk.keys = at;  // the end: how much was laid out
+  desk.keys = at;
   return desk;
 }
 
-// `count` keys of one head from key `first` on, in a sequence's pages; none is no block.
+// Keys of one head, from position `first` on, in the pages of a sequence. If `count` is 0, there is
+// no block.
 struct Block {
   const int32_t* pages;
   int64_t head, first, count;
@@ -160,7 +174,7 @@ struct Block {
         first(first),
         count(item.seen - first < kBlock ? item.seen - first : kBlock) {}
 
-  // Where key `s` of the block, or its value, lies.
+  // Return where key `s` of the block, or its value, lies.
   template <class T>
   const uint32_t* key(const Attention& op, int64_t s) const {
     return block_of<T>(op.cache, pages[(first + s) / op.cache.page_size], head, 0) +
@@ -174,7 +188,8 @@ struct Block {
   }
 };
 
-// scores[r][s] = q[r] . key[s] for the block's keys; those past its end are left as they come out.
+// Compute scores[r][s] = q[r] . key[s] for all keys of the block. Scores after the last key of the
+// block are undefined.
 template <class T>
 void score(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
   const int64_t S = op.cache.page_size, units = op.cache.head_dim / T::kPerUnit;
@@ -186,14 +201,17 @@ void score(const Attention& op, const Block& block, const Block& next, const Des
       later[j] = s < next.count ? next.key<T>(op, s) : columns[j];
     }
     const Operand keys{columns, later, units, units, S};
-    const auto multiply = units % 16 ? products<T, kUnitsAtOnce>
-                                     : products<T, 16>;  // by the head alone, not by the batch
+    // This choice depends only on head_dim, so that results do not depend on the batch.
+    const auto multiply = units % 16 ? products<T, kUnitsAtOnce> : products<T, 16>;
     multiply(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
   }
 }
 
-// One row's scores to weights: capped, masked, exponentiated; what was summed before is scaled to
-// the new maximum.
+// Turn the scores of one row into weights: scale, cap, mask, and exponential of the distance to the
+// maximum. If the block raises the maximum, scale the sums of earlier blocks.
+//
+// kSeesAll: no key of the block is masked for this row. position: of the token of the row. first,
+// count: keys of the block.
 template <class T, bool kSeesAll>
 void soften(const Attention& op, int64_t position, int64_t first, int64_t count, int64_t row,
             const Desk& desk) {
@@ -212,8 +230,8 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(scores + s, x);
     peak = max(peak, x);
   }
-  const float before = desk.peak[row], highest_here = highest(peak),
-              now = highest_here > before ? highest_here : before;
+  const float before = desk.peak[row], highest_here = highest(peak);
+  const float now = highest_here > before ? highest_here : before;
   F total = {};
   for (int64_t s = 0; s < count; s += kLanes) {
     F p = exp(load<F>(scores + s) - now);
@@ -233,15 +251,18 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
 }
 
-// Where the values of a block lie: in their pages, or in a copy, with zeros in lanes past the head
-// and for neighbours that were never written. Of heads that fill their lanes only the last segment
-// is copied.
+// Return the values of a block as an operand. Its addresses are written to `bases`, those of the
+// next block to `later`.
+//
+// Values are read from their pages where possible. A copy is made of all values if head_dim is not
+// a multiple of kLanes, and of the last segment if its rows are not all written. The copy has zeros
+// in lanes after head_dim and in rows without a token.
 template <class T>
 Operand values_of(const Attention& op, const Block& block, const Block& next, const Desk& desk,
                   const uint32_t** bases, const uint32_t** later) {
   const int64_t S = op.cache.page_size, D = op.cache.head_dim, count = block.count;
-  const int64_t together =
-      (S & -S) < kBlock ? S & -S : kBlock;  // keys of a block that surely lie in one page
+  // keys of a block that lie in one page, whatever the first one
+  const int64_t together = (S & -S) < kBlock ? S & -S : kBlock;
   const int64_t rows = (count + T::kPerUnit - 1) / T::kPerUnit, segment = together / T::kPerUnit;
   int64_t segments = 0;
   for (int64_t s = 0; s < count; s += together, ++segments) {
@@ -249,8 +270,8 @@ Operand values_of(const Attention& op, const Block& block, const Block& next, co
     later[segments] = s < next.count ? next.value<T>(op, s) : bases[segments];
   }
   const bool fills = D == desk.width;
-  const int64_t all = padded(rows, kUnitsAtOnce),
-                first = fills ? (rows - 1) / segment * segment : 0;
+  const int64_t all = padded(rows, kUnitsAtOnce);
+  const int64_t first = fills ? (rows - 1) / segment * segment : 0;
   if (fills && all == rows && count % T::kPerUnit == 0) return {bases, later, rows, segment, D};
   std::memset(desk.values, 0, 4 * desk.width * (all - first));
   for (int64_t r = first; r < rows; ++r)
@@ -265,12 +286,12 @@ Operand values_of(const Attention& op, const Block& block, const Block& next, co
   return {bases, later, all, all, desk.width};
 }
 
-// o[r] += sum over the block's keys of weight[r][s] * value[s].
+// Add the weighted values of a block: o[r] += sum over its keys s of weight[r][s] * value[s].
 template <class T>
 void mix(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
   constexpr int64_t kSegments = kBlock / kGroup;
-  const uint32_t *bases[kSegments], *after[kSegments], *columns[kWideCols * kSegments],
-      *later[kWideCols * kSegments];
+  const uint32_t *bases[kSegments], *after[kSegments];
+  const uint32_t *columns[kWideCols * kSegments], *later[kWideCols * kSegments];
   const Operand values = values_of<T>(op, block, next, desk, bases, after);
   const int64_t segments = (values.rows + values.segment - 1) / values.segment;
   for (int64_t d = 0, cols; d < desk.width; d += cols * kLanes) {
@@ -286,11 +307,12 @@ void mix(const Attention& op, const Block& block, const Block& next, const Desk&
   }
 }
 
-// `next`: the item that probably follows on this thread.
+// Compute one item. `next` is the item that this thread probably computes afterwards: its first
+// block is prefetched during the last block of this one.
 template <class T>
 void attend(const Attention& op, const Item& item, const Item& next, void* memory) {
-  const int64_t D = op.cache.head_dim, units = D / T::kPerUnit,
-                group = op.heads / op.cache.kv_heads;
+  const int64_t D = op.cache.head_dim, units = D / T::kPerUnit;
+  const int64_t group = op.heads / op.cache.kv_heads;
   const Desk desk = lay_out(memory, item.tokens * group, D);
   const Tiles held(desk.rows, kUnitsAtOnce);
   for (int64_t t = 0; t < item.tokens; ++t)
@@ -326,39 +348,41 @@ void attend(const Attention& op, const Item& item, const Item& next, void* memor
   }
 }
 
-// Item number `i` of `items`: pieces of `piece` tokens of each row of the batch, the last pieces of
-// all first, as they see the most keys. Some pieces of a row follow each other on one KV head,
-// whose keys stay in the second cache meanwhile; of a row with a single piece the heads do, as they
-// lie. One past the last sees nothing.
+// Return item `i` of `items`; for i == items an item without keys. A piece is `piece` tokens.
+//
+// The order is reversed: last pieces of a sequence come first, because they see the most keys and
+// take longest. Up to kPieces pieces of a sequence follow each other on one KV head, while its keys
+// stay in the second-level cache. The heads of a sequence with one piece follow in order.
 inline Item item_of(const Attention& op, int64_t piece, int64_t items, int64_t i) {
   int64_t left = items - 1 - i;
   for (int64_t row = 0; row < op.ragged.rows && left >= 0; ++row) {
-    const int64_t heads = op.cache.kv_heads, count = op.ragged.counts[row],
-                  held = (count + piece - 1) / piece;
+    const int64_t heads = op.cache.kv_heads, count = op.ragged.counts[row];
+    const int64_t held = (count + piece - 1) / piece;
     if (left >= held * heads) {
       left -= held * heads;
       continue;
     }
-    const int64_t before = left / (kPieces * heads) * kPieces,
-                  together = least(kPieces, held - before);
+    const int64_t before = left / (kPieces * heads) * kPieces;
+    const int64_t together = least(kPieces, held - before);
     left -= before * heads;
     const int64_t done = (before + left % together) * piece, first = op.ragged.starts[row] + done;
-    const int64_t tokens = least(count - done, piece),
-                  seen = op.ragged.positions[first + tokens - 1] + 1;
+    const int64_t tokens = least(count - done, piece);
+    const int64_t seen = op.ragged.positions[first + tokens - 1] + 1;
     const int64_t oldest = op.window ? op.ragged.positions[first] + 1 - op.window : 0;
     return {row, first, tokens, seen, oldest > 0 ? oldest : 0, heads - 1 - left / together};
   }
   return {};
 }
 
+// Compute attention of all tokens of a step.
 template <class T>
 void attention_of(const Attention& op, Team& team) {
   struct Call {
     const Attention& op;
     int64_t piece, items;
   };
-  const int64_t group = op.heads / op.cache.kv_heads,
-                piece = kQueryRows / group > 1 ? kQueryRows / group : 1;
+  const int64_t group = op.heads / op.cache.kv_heads;
+  const int64_t piece = kQueryRows / group > 1 ? kQueryRows / group : 1;
   int64_t pieces = 0, longest = 0;
   for (int64_t row = 0; row < op.ragged.rows; ++row) {
     const int64_t count = op.ragged.counts[row];

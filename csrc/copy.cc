@@ -1,7 +1,8 @@
-// Copies one strided array to another of the same shape, transposing in blocks that fit the cache;
-// counts large items.
+// Copies between strided arrays of one shape, streaming copies, and counts of large items.
 //
-// Decides the order in which elements are visited. Knows item sizes, no dtypes; starts no threads.
+// Not here: Python's side of these functions (slipway/checkpoint/copying.py), threads.
+//
+// Functions take the size of an item in bytes, not a dtype.
 
 #include <algorithm>
 #include <cstdint>
@@ -18,15 +19,17 @@
 
 namespace {
 
+// One axis of source and target.
 struct Dim {
-  int64_t size, dst, src;  // strides in bytes
+  int64_t size, dst, src;  // items; strides of target and source in bytes
 };
 
-constexpr int64_t kBlock =
-    64;  // elements on a block's side: two 8 KB blocks of 2-byte items lie in the first cache
+// Items on a side of a block. Two blocks of 2-byte items, 8 kB each, stay in the first-level cache.
+constexpr int64_t kBlock = 64;
 
 #if defined(__SSE2__)
-// An 8 x 8 block of 2-byte items: row i of the source becomes column i of the target.
+// Transpose 8 x 8 items of 2 bytes: row i of the source becomes column i of the target. Steps are
+// bytes between rows.
 inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step,
                            uint16_t) {
   __m128i r[8], t[8];
@@ -50,7 +53,7 @@ inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t
   }
 }
 
-// A 4 x 4 block of 4-byte items.
+// Transpose 4 x 4 items of 4 bytes.
 inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t dst_step,
                            uint32_t) {
   __m128i r[4], t[4];
@@ -67,6 +70,8 @@ inline void transpose_tile(const char* src, int64_t src_step, char* dst, int64_t
                      _mm_unpackhi_epi64(t[i], t[2 + i]));
   }
 }
+
+// Items on a side of a block that transpose_tile transposes.
 template <class T>
 constexpr int64_t kTile = 1;
 template <>
@@ -86,8 +91,8 @@ inline void transpose_tile(const char* src, int64_t, char* dst, int64_t, T) {
 }
 #endif
 
-// One block: `rows` steps of src_step in the source, `cols` neighbours in each; in the target the
-// other way round.
+// Transpose one block: `rows` rows of `cols` neighbouring items in the source, src_step bytes
+// apart, become `cols` rows of `rows` items in the target, dst_step bytes apart.
 template <class T>
 void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_step, int64_t rows,
                      int64_t cols) {
@@ -102,8 +107,8 @@ void transpose_block(const char* src, int64_t src_step, char* dst, int64_t dst_s
       std::memcpy(dst + c * dst_step + r * size, src + r * src_step + c * size, size);
 }
 
-// The next block along the source's rows, fetched while this one is transposed: its rows are too
-// far apart for the processor to foresee.
+// Prefetch a block of the source while the one before it is transposed. The processor does not
+// prefetch it, because its rows are too far apart.
 template <class T>
 inline void prefetch(const char* src, int64_t src_step, int64_t rows) {
 #if defined(__GNUC__)
@@ -113,10 +118,11 @@ inline void prefetch(const char* src, int64_t src_step, int64_t rows) {
 #endif
 }
 
-// Source and target have different fastest axes: `a` is the source's, `b` the target's. A block is
-// transposed into memory of its own and its rows go to the target as whole lines: rows that lie a
-// power of two apart share a set of the first cache, which would lose each line between two of its
-// parts.
+// Copy a plane. `a` is the axis of neighbouring items in the source, `b` that in the target.
+//
+// Each block is transposed into a buffer, and copied from there in whole lines. Without the buffer,
+// rows of the target that lie a power of two apart would share a set of the first-level cache, and
+// a line would leave the cache before it is complete.
 template <class T>
 void transpose(const char* src, char* dst, const Dim& a, const Dim& b) {
   alignas(64) T block[kBlock * kBlock];
@@ -134,6 +140,7 @@ void transpose(const char* src, char* dst, const Dim& a, const Dim& b) {
   }
 }
 
+// Copy one row of items.
 template <class T>
 void copy_rows(const char* src, char* dst, const Dim& row) {
   if (row.src == sizeof(T) && row.dst == sizeof(T)) {
@@ -144,12 +151,14 @@ void copy_rows(const char* src, char* dst, const Dim& row) {
   }
 }
 
+// Copy an array. If the last axis is contiguous in the target and another one in the source, planes
+// of these two axes are transposed; otherwise rows of the last axis are copied.
 template <class T>
 void copy(char* dst, const char* src, std::vector<Dim> dims) {
   const int64_t size = sizeof(T);
   const Dim fastest = dims.back();
   dims.pop_back();
-  int across = -1;  // an axis that is the source's fastest, where the target's is another
+  int across = -1;  // contiguous axis of the source, if it is not the last one
   if (fastest.dst == size && fastest.src != size)
     for (size_t i = 0; i < dims.size(); ++i)
       if (dims[i].src == size) across = static_cast<int>(i);
@@ -177,7 +186,8 @@ void copy(char* dst, const char* src, std::vector<Dim> dims) {
   }
 }
 
-// Compiled once for each width of registers, and chosen when the library is loaded.
+// Attribute of functions that are compiled for several widths of registers. One version is chosen
+// when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define SLIPWAY_WIDE __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
@@ -185,8 +195,9 @@ void copy(char* dst, const char* src, std::vector<Dim> dims) {
 #define SLIPWAY_WIDE
 #endif
 
-// Counted in items of the same size, as many at a time as these can count: that is one comparison
-// and one subtraction for a whole register.
+// Count the items with a magnitude above `limit`. Partial counts have the type of the items, so a
+// whole register of items takes one comparison and one subtraction. A part ends before such a count
+// overflows.
 template <class T>
 inline __attribute__((always_inline)) int64_t count_above(const T* items, int64_t n,
                                                           uint64_t limit) {
@@ -214,8 +225,8 @@ SLIPWAY_WIDE int64_t count_above_8(const uint64_t* items, int64_t n, uint64_t li
 
 }  // namespace
 
-// Copies bytes past the cache: for targets that nobody reads soon, whose lines need not be fetched
-// before they are overwritten, which is a third of what an ordinary copy moves.
+// Copy `n` bytes past the cache, to a target that is not read soon. An ordinary copy also fetches
+// each line of the target before it is overwritten: a third of all bytes that it moves.
 extern "C" void slipway_stream(char* dst, const char* src, int64_t n) {
 #if defined(__SSE2__)
   const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(dst) & 63);
@@ -239,8 +250,9 @@ extern "C" void slipway_stream(char* dst, const char* src, int64_t n) {
 #endif
 }
 
-// How many of n items exceed `limit` without their highest bit: of floats, those larger than the
-// float with these bits. Returns -1 for an item size other than 2, 4 and 8 bytes.
+// Return how many of `n` items exceed `limit`, with their highest bit cleared. Of floats, these
+// have a larger magnitude than the float with the bits of `limit`. Return -1 if items do not have
+// 2, 4 or 8 bytes.
 extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t itemsize,
                                        uint64_t limit) {
   switch (itemsize) {
@@ -251,8 +263,8 @@ extern "C" int64_t slipway_count_above(const void* items, int64_t n, int64_t ite
   }
 }
 
-// Copies items of 1, 2, 4 or 8 bytes; strides in bytes, of either sign, 0 in the source where an
-// item is repeated. Returns 0, or 1 for another item size.
+// Copy an array of items of 1, 2, 4 or 8 bytes. Strides are in bytes and may be negative; a stride
+// of 0 in the source repeats its items. Return 0, or 1 for another item size.
 extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int64_t* shape,
                             const int64_t* dst_strides, const int64_t* src_strides,
                             int64_t itemsize) {
@@ -277,9 +289,11 @@ extern "C" int slipway_copy(char* dst, const char* src, int64_t ndim, const int6
   }
 }
 
-constexpr int64_t kPiece = 1 << 17;  // bytes that stay in the second cache, and cost one fence
+// Bytes of a piece, which stays in the second-level cache. Each piece costs one memory fence.
+constexpr int64_t kPiece = 1 << 17;
 
-// Both in one pass: a piece is counted where it lies, and copied while it is in the cache.
+// Copy `n` items past the cache, and return how many exceed `limit`. Each piece is counted in the
+// source, and then copied from the cache.
 extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n, int64_t itemsize,
                                           uint64_t limit) {
   int64_t count = 0;
@@ -291,8 +305,8 @@ extern "C" int64_t slipway_stream_counted(char* dst, const char* src, int64_t n,
   return count;
 }
 
-// A file's bytes from `offset` on, counted, and left in dst if there is one. Returns -1 if the file
-// ends before.
+// Read `n` bytes of a file from `offset` on, to `dst` unless it is null, and return how many items
+// exceed `limit`. Return -1 if reading fails or the file is too short.
 extern "C" int64_t slipway_read_counted(int file, int64_t offset, char* dst, int64_t n,
                                         int64_t itemsize, uint64_t limit) {
 #if defined(__unix__) || defined(__APPLE__)

@@ -1,5 +1,6 @@
-// Choice among the compiled instruction sets: the best that this processor has, or the one that
-// SLIPWAY_ISA names.
+// Choice among the compiled instruction sets.
+//
+// Not here: the kernels of a set (isa.cc).
 
 #include <cstdlib>
 #include <cstring>
@@ -28,8 +29,8 @@ namespace portable { extern const Kernels table; }
 namespace {
 
 #if defined(SLIPWAY_AMX)
-// Whether it has tiles of bf16, and the system lets this process use them: their 8 kB have to be
-// kept for each thread.
+// Return whether the processor has AMX tiles of bfloat16 and the system lets this process use them.
+// A process has to request them, because the system keeps 8 kB of tile data for each thread.
 bool has_tiles() {
   constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -39,7 +40,7 @@ bool has_tiles() {
 }
 #endif
 
-// Call visit(set) for every set that this processor runs, the best first, until it returns true.
+// Call visit(set) for each set that this processor supports, the best first, until it returns true.
 template <class Visit>
 void for_each_set(Visit visit) {
 #if defined(__x86_64__)
@@ -58,9 +59,11 @@ void for_each_set(Visit visit) {
   visit(portable::table);
 }
 
+// Return the set that SLIPWAY_ISA names, or the best one if the variable is unset or empty; null if
+// this processor does not support a set of that name.
 const Kernels* choose() {
   const char* asked = std::getenv("SLIPWAY_ISA");
-  const bool any = !asked || !*asked;  // an empty variable is an unset one
+  const bool any = !asked || !*asked;
   const Kernels* chosen = nullptr;
   for_each_set([&](const Kernels& set) {
     if (any || !std::strcmp(asked, set.name)) chosen = &set;
@@ -78,13 +81,13 @@ const Kernels* kernels() {
 
 }  // namespace slipway
 
-// The name of the set in use; null if SLIPWAY_ISA names none that this processor runs.
+// Return the name of the set in use; null if SLIPWAY_ISA names no supported set.
 extern "C" const char* slipway_isa() {
   const slipway::Kernels* chosen = slipway::kernels();
   return chosen ? chosen->name : nullptr;
 }
 
-// The names of the sets that this processor runs, the best first, with a space between two.
+// Return the names of all supported sets, the best first, separated by spaces.
 extern "C" const char* slipway_isa_choices() {
   static const std::string names = [] {
     std::string all;

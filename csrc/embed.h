@@ -1,4 +1,6 @@
-// Rows of an embedding table: copied, or unpacked from bytes with a scale a row. Decides nothing.
+// Lookup of rows of an embedding table.
+//
+// Not here: packing of a table into bytes (slipway/checkpoint/quantize.py).
 
 #pragma once
 
@@ -7,6 +9,7 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
+// Copy the row of one token, or convert its bytes and multiply them by the scale of the row.
 template <class T>
 void embed_row(const Embed& op, int64_t token) {
   const int64_t id = op.ids[token], row_bytes = op.size * size_of(op.type);

@@ -1,5 +1,9 @@
-// The kernels of one instruction set: compiled once per set, with its flags and SLIPWAY_ISA naming
-// it.
+// Kernels of one instruction set, collected in a table.
+//
+// Not here: choice among the sets (dispatch.cc).
+//
+// CMakeLists.txt compiles this file once for each instruction set, with the compiler flags of the
+// set, and with SLIPWAY_ISA defined as its name. That name is also a namespace.
 
 #include "attention.h"
 #include "embed.h"
@@ -15,16 +19,18 @@ namespace SLIPWAY_ISA {
 extern const Kernels table;
 #define SLIPWAY_TEXT(x) #x
 #define SLIPWAY_NAME(x) SLIPWAY_TEXT(x)
-const Kernels table = {SLIPWAY_NAME(SLIPWAY_ISA),
-                       linear,
-                       quantized_linear,
-                       embed,
-                       norm,
-                       rotate,
-                       write_kv,
-                       attention,
-                       sample,
-                       log_normalizer};
+const Kernels table = {
+    SLIPWAY_NAME(SLIPWAY_ISA),
+    linear,
+    quantized_linear,
+    embed,
+    norm,
+    rotate,
+    write_kv,
+    attention,
+    sample,
+    log_normalizer,
+};
 
 }  // namespace SLIPWAY_ISA
 }  // namespace slipway

@@ -1,5 +1,9 @@
-// What the kernels are asked: shapes, pointers and a team to share the work with. Knows no
-// instruction set and no XLA.
+// Interface of the CPU kernels: parameters of each op, thread team, table of functions.
+//
+// Not here: bodies of the kernels (the header of each op), choice of an instruction set
+// (dispatch.cc), conversion of XLA's buffers into these structs (ffi.cc), threads (pool_team.cc).
+//
+// All arrays are row-major. Names of dimensions: docs/dimensions.md.
 
 #pragma once
 
@@ -8,120 +12,142 @@
 
 namespace slipway {
 
+// Type of the numbers of an array.
 enum class Type : int32_t { kFloat, kBFloat16 };
+
+// Return the bytes of one number.
 constexpr int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 
-// The threads that share one call. `run` calls body(context, item, scratch) for every item below
-// `items`, in any order and on any thread, and returns when all are done; a thread takes up to
-// `together` neighbours at once. scratch is at least `scratch_bytes` of the thread's own memory,
-// 64-aligned.
+// Threads that share the work of one kernel call.
 class Team {
  public:
-  virtual void* shared(int64_t bytes) = 0;  // one buffer for the whole call, 64-aligned; the
-                                            // caller's scratch is another
+  // Return a buffer of at least `bytes` bytes, 64-byte aligned, for all threads of the call. It
+  // does not overlap with the scratch memory of the calling thread. The next call of `shared` may
+  // return it again.
+  virtual void* shared(int64_t bytes) = 0;
+
+  // Call body(context, item, scratch) for each item in [0, items), and return when all have ended.
+  // Items run in any order and on any thread. A thread takes at most `together` neighbouring items
+  // at once. `scratch` is memory of the thread, 64-byte aligned, of at least `scratch_bytes` bytes.
   virtual void run(int64_t items, int64_t together, int64_t scratch_bytes,
                    void (*body)(const void*, int64_t, void*), const void* context) = 0;
+
   virtual ~Team() = default;
 };
 
-// out[t][o] = sum over k of x[t][k] * weight[o][k], + bias[o]; with `up`: silu(that) * (the same of
-// `up`). Row-major.
+// Linear layer: out[t][o] = sum over k of x[t][k] * weight[o][k], + bias[o].
+//
+// If `up` is given, the layer is gated: out = silu(gate) * up. Here `gate` is the sum above, and
+// `up` the same sum with the weights `up` and the bias `up_bias`.
 struct Linear {
-  Type type, out_type;           // of x, weights and biases; of out
-  int64_t tokens, in, out_size;  // `tokens`: live rows, the only ones read and written
-  const void *x, *weight, *bias, *up, *up_bias;  // biases and up may be null
+  Type type;       // of x, scales, biases, and weights that are not packed
+  Type out_type;   // of out
+  int64_t tokens;  // rows of x and out that are read and written; rows of padding are not touched
+  int64_t in, out_size;
+  const void *x, *weight, *bias, *up, *up_bias;  // bias, up and up_bias may be null
   void* out;
-  // Packed weights alone: their bits, 4 or 8, eight or four in a 32-bit word, the first lowest,
-  // stored without a sign; the value is (stored - 2^(bits - 1)) * scale, and `group` of them along
-  // `in`, a power of two, or all (0) share a scale.
-  int32_t bits;
-  int64_t group;
-  const void *scale, *up_scale;  // [out][in / group], of x's type
+  // Packed weights only. A 32-bit word holds 32 / bits numbers, the first in the lowest bits, each
+  // stored without a sign. The value of a number is (stored - 2^(bits - 1)) * scale.
+  int32_t bits;   // 4 or 8; 0 for weights that are not packed
+  int64_t group;  // neighbours along `in` with one scale, a power of two; 0: all of a row
+  const void *scale, *up_scale;  // [out_size][in / group]
 };
 
-// out[t] = table[ids[t]], zeros for an id outside. With `scale` [rows], of `type`, the table holds
-// bytes as Linear's do.
+// Embedding: out[t] = table[ids[t]], zeros for an id outside [0, rows).
 struct Embed {
   Type type;
-  int64_t tokens, rows, size;
+  int64_t tokens, rows, size;  // ids; rows of the table; numbers of a row
   const int32_t* ids;
-  const void *table, *scale;
+  const void* table;  // [rows][size]; with `scale`, bytes as packed weights of Linear
+  const void* scale;  // null, or [rows] of `type`
   void* out;
 };
 
-// out[t] = x[t] / sqrt(mean(x[t]^2) + eps), rounded to its type, times weight[size].
+// RMS norm: out[t] = round(x[t] / sqrt(mean(x[t]^2) + eps)) * weight, rounding to `type`.
 struct Norm {
   Type type;
   int64_t tokens, size;
-  const void *x, *weight;
+  const void *x, *weight;  // [tokens][size]; [size]
   float eps;
   void* out;
 };
 
-// Each head of each token: with a weight [head_dim] normalized as above, then rotated by cos and
-// sin [tokens][head_dim / 2].
+// Rotary embedding of each head of each token. With a weight, heads are normalized before, as Norm
+// does.
 struct Rotate {
   Type type;
   int64_t tokens, heads, head_dim;
-  const void *x, *weight;
-  const float *cos, *sin;
+  const void *x, *weight;  // [tokens][heads][head_dim]; null, or [head_dim]
+  const float *cos, *sin;  // [tokens][head_dim / 2]
   float eps;
   void* out;
 };
 
-// A token of each row of logits [rows][vocab]. Temperature 0: the first of the largest; else a draw
-// by `uniform` in [0, 1) from the tokens that min_p, then top_k (0: all), then top_p keep.
+// Choice of one token for each row of logits.
+//
+// Temperature 0 takes the first of the largest logits. Any other temperature draws from the tokens
+// that remain after min_p, then top_k, then top_p.
 struct Sample {
   int64_t rows, vocab;
-  const float *logits, *temperature;
-  const int32_t* top_k;
-  const float *top_p, *min_p, *uniform;
-  int32_t* token;
+  const float *logits, *temperature;     // [rows][vocab]; [rows]
+  const int32_t* top_k;                  // [rows]; 0 keeps all tokens
+  const float *top_p, *min_p, *uniform;  // [rows]; `uniform` in [0, 1) decides the draw
+  int32_t* token;                        // [rows]
 };
 
-// What turns a row of logits into log probabilities: its largest, and the natural logarithm of the
-// sum over the row of exp(logit - largest). NaN anywhere in a row makes its log_sum NaN.
+// Numbers that turn each row of logits into log probabilities: the largest logit, and log_sum, the
+// natural logarithm of the sum of exp(logit - largest). NaN in a row makes its log_sum NaN.
 struct LogNormalizer {
   int64_t rows, vocab;
   const float* logits;
   float *largest, *log_sum;  // [rows]
 };
 
-// The cache of one layer, [pages][kv_heads][2][page_size * head_dim]. With u = 1 float or 2
-// bfloat16 per unit, a key block is [head_dim / u][page_size] units, each of u neighbours in the
-// head; a value block is [page_size / u][head_dim] units, each of u neighbours in the page: the
-// order in which the matrix kernel reads its second operand.
+// KV cache of one layer: [pages][kv_heads][2][page_size * head_dim], a block of keys and a block of
+// values for each page and head.
+//
+// A unit is 32 bits and holds u numbers: one float, or two bfloat16. A block of keys is
+// [head_dim / u][page_size] units; the numbers of a unit are neighbours along the head. A block of
+// values is [page_size / u][head_dim] units; the numbers of a unit are neighbours along the page.
+// In this order the matrix kernel reads its second operand (simd.h).
 struct Cache {
   Type type;
   int64_t pages, kv_heads, page_size, head_dim;
   void* data;
 };
 
+// Tokens of several sequences in one flat batch; each row of the batch is one sequence.
 struct Ragged {
   int64_t tokens, rows, table_width;
-  const int32_t *positions, *slots, *starts, *counts, *page_table;
+  const int32_t* positions;        // [tokens]: position of each token in its sequence
+  const int32_t* slots;            // [tokens]: page * page_size + place in the page
+  const int32_t *starts, *counts;  // [rows]: first token of each row, and number of its tokens
+  const int32_t* page_table;       // [rows][table_width]: pages of each row, in order
 };
 
+// Write of keys and values into the cache. Slots outside the cache are skipped.
 struct WriteKv {
   Cache cache;
   Ragged ragged;
   const void *keys, *values;  // [tokens][kv_heads][head_dim]
 };
 
+// Attention of the tokens of a step to the keys of their sequences in the cache.
 struct Attention {
   Cache cache;
   Ragged ragged;
   int64_t heads;
-  float scale, soft_cap;  // soft_cap: 0 for none
-  int64_t window;         // 0 for none
-  const float* sinks;     // null, or [heads]
+  float scale, soft_cap;  // factor of the scores; cap of the scores, 0 for none
+  int64_t window;         // number of last positions that a token sees; 0 for all
+  const float* sinks;     // null, or [heads]: scores that have no key and no value
   const void* q;          // [tokens][heads][head_dim]
   void* out;
 };
 
+// Kernels of one instruction set.
 struct Kernels {
   const char* name;
-  // `count` matrices of one kind times the same x.
+  // The two linear kernels multiply the same x by `count` matrices of one kind.
   void (*linear)(const Linear*, int64_t count, Team&);
   void (*quantized_linear)(const Linear*, int64_t count, Team&);
   void (*embed)(const Embed&, Team&);
@@ -133,10 +159,12 @@ struct Kernels {
   void (*log_normalizer)(const LogNormalizer&, Team&);
 };
 
-extern std::atomic<int64_t> kernel_calls;  // so far: while it moves, populate.cc rests
+// Number of kernel calls of this process so far. populate.cc pauses while it changes.
+extern std::atomic<int64_t> kernel_calls;
 
-// The best set that this processor runs, or the one that the environment variable SLIPWAY_ISA
-// names; null if it runs none of that name. An empty variable counts as unset.
+// Return the kernels to use: those of the best instruction set of this processor, or of the set
+// that the environment variable SLIPWAY_ISA names. Null if this processor has no set of that name.
+// An empty variable counts as unset.
 const Kernels* kernels();
 
 }  // namespace slipway

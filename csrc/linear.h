@@ -1,14 +1,17 @@
-// Weights (out, in) times tokens: decides panels, the order of sums and of reading. Included once
-// per instruction set.
+// Matrix multiplication of 16- and 32-bit weights by tokens, in vectors.
 //
-// Weights stay as they are mapped from the file: rows of units along `in`. A sum has kQuads parts:
-// unit u of a row belongs to part u / 4 % kQuads; each part runs in order, and the parts are added
-// in pairs. A vector holds the parts of four tokens, so rows are read as they lie, and a token's
-// result is the same bits whatever else is in the batch.
+// Not here: bfloat16 tokens where the processor has AMX (tiled_linear.h), packed weights
+// (quantized.h).
 //
-// A panel is kWidth rows, cut along `in` where a block of tokens would outgrow the first cache.
-// Each block goes through the panel by itself: the first while weights are fetched from memory,
-// those after it while the next tokens are.
+// Weights [out][in] stay as they are mapped from the file: rows of units along `in`. Each sum has
+// kQuads parts: unit u of a row belongs to part u / 4 % kQuads. Each part is added in order, and
+// the parts are added in pairs at the end. A quartet is four neighbouring tokens. A vector holds
+// the parts of the sums of one quartet: lane 4 q + i is part q of its token i. So rows are read in
+// the order of memory, and the bits of a result do not depend on the other tokens of the batch.
+//
+// A panel is kWidth rows of weights. It is cut into slices along `in`, so that a slice of a block
+// of tokens stays in the first-level cache. Each block of tokens passes the panel separately. The
+// first block prefetches weights, later blocks prefetch tokens.
 
 #pragma once
 
@@ -17,23 +20,25 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int kHalf = kLanes,
-              kWidth =
-                  2 * kHalf;  // outputs of a panel; a gated one holds half as many of either weight
-constexpr int kPieceRows = 4;  // read side by side: 40 GB/s where 8 read 36 and 16 read 35
+// Rows of a panel, and half of them. A panel of a gated layer has kHalf rows of each matrix.
+constexpr int kHalf = kLanes, kWidth = 2 * kHalf;
+// Rows that are read side by side. Measured with one token: 4 rows read 40 GB/s, 8 rows 36, 16 rows
+// 35.
+constexpr int kPieceRows = 4;
 constexpr int kGroups = kWidth / kPieceRows;
-constexpr int64_t kLine = 4 * kLanes;
-constexpr int64_t kAhead =
-    16384;  // bytes between what is read and what is fetched: 8 tokens 43 GB/s, with 8 kB 38
-constexpr int64_t kTogether =
-    32;  // panels that a thread takes at once: 44 GB/s where one by one has 39
-constexpr int64_t kNear = 32768;  // bytes of a block of tokens that stay in the first cache
+constexpr int64_t kLine = 4 * kLanes;  // bytes of a vector
+// Distance of prefetched weights in bytes. Measured with 8 tokens: 16 kB read 43 GB/s, 8 kB 38.
+constexpr int64_t kAhead = 16384;
+// Panels that a thread takes at once. Measured: 32 panels read 44 GB/s, single panels 39.
+constexpr int64_t kTogether = 32;
+// Bytes of a slice of a block of tokens, so that it stays in the first-level cache.
+constexpr int64_t kNear = 32768;
 
-// Matrices times the same tokens: the panels of one after those of the other.
+// Several matrices times the same tokens. Their panels have consecutive numbers, matrix by matrix.
 struct Batch {
   const Linear* ops;
   int64_t count;
-  int64_t outs;  // of a panel
+  int64_t outs;  // outputs of a panel
 
   int64_t panels(const Linear& op) const { return (op.out_size + outs - 1) / outs; }
   int64_t panels() const {
@@ -41,7 +46,7 @@ struct Batch {
     for (int64_t i = 0; i < count; ++i) all += panels(ops[i]);
     return all;
   }
-  // The matrix of a panel, and its number there.
+  // Return the matrix of a panel, and turn `panel` into its number within that matrix.
   const Linear& at(int64_t& panel) const {
     int64_t i = 0;
     for (; panel >= panels(ops[i]); ++i) panel -= panels(ops[i]);
@@ -49,34 +54,40 @@ struct Batch {
   }
 };
 
+// Arguments of one call for all of its items.
 template <class T>
 struct Call {
   Batch batch;
-  const Linear& op;  // the first: `x`, `tokens` and `in` are the same for all
-  uint32_t* x;       // the tokens, in the order that the kernel reads them
-  int64_t steps;     // of kLanes units, the last one filled up with zeros
+  const Linear& op;  // the first matrix; `x`, `tokens` and `in` are those of all matrices
+  uint32_t* x;       // tokens in the order that the kernel reads (`interleave`)
+  int64_t steps;     // of kLanes units along `in`; the last one is padded with zeros
+
   int64_t row_bytes() const { return op.in * 4 / T::kPerUnit; }
 };
 
-// kLanes units of a row from step `t` on; zeros past its end.
+// Load step `t` of a row: kLanes units, zeros after the end of the row.
 ALWAYS U load_step(const uint8_t* row, int64_t t, int64_t row_bytes) {
   return load_part<U>(row + kLine * t, (row_bytes - kLine * t) / 4);
 }
 
-// Tokens come in blocks of up to kFours fours, as equal as they can be.
+// Blocks of tokens: at most kFours quartets each, and of nearly equal size.
 struct Blocks {
-  int64_t fours, count;
+  int64_t fours, count;  // quartets of all tokens; blocks
+
   explicit Blocks(int64_t tokens) : fours((tokens + 3) / 4), count((fours + kFours - 1) / kFours) {}
-  int64_t first(int64_t block) const { return block * fours / count; }  // the first four of a block
+
+  // Return the first quartet of a block.
+  int64_t first(int64_t block) const { return block * fours / count; }
 };
 
-// A block of tokens, past the last zeros: for each step, c < 4 and four a vector whose lane 4 q + i
-// is unit 4 q + c of the four's token i.
+// Write one block of tokens to call.x as [step][4][quartet][kLanes]: lane 4 q + i of vector c is
+// unit 4 q + c of the step, of token i of the quartet. Missing tokens of the last quartet are
+// zeros.
 template <class T>
 void interleave(const Call<T>& call, int64_t block) {
   const Blocks blocks(call.op.tokens);
-  const int64_t row_bytes = call.row_bytes(), first = blocks.first(block),
-                fours = blocks.first(block + 1) - first;
+  const int64_t row_bytes = call.row_bytes(), first = blocks.first(block);
+  const int64_t fours = blocks.first(block + 1) - first;
   uint32_t* out = call.x + first * call.steps * 4 * kLanes;
   for (int64_t t = 0; t < call.steps; ++t, out += 4 * fours * kLanes)
     for (int64_t four = 0; four < fours; ++four) {
@@ -90,13 +101,14 @@ void interleave(const Call<T>& call, int64_t block) {
     }
 }
 
+// Addresses of the rows of a panel.
 struct Panel {
-  const uint8_t* rows[kWidth];  // past the last output: the last one again
-  int64_t next;                 // bytes from here to the same row of the next panel
+  const uint8_t* rows[kWidth];  // rows after the last output repeat its row
+  int64_t next;                 // bytes from a row to the row of the same number in the next panel
 };
 
-// The rows of a panel whose first output is `first`, of weights or of their scales; a gated one
-// holds half as many of gate and up each.
+// Return the panel with first output `first`, of weights or of their scales. `up` is null, or a
+// panel has kHalf rows of `gate` and then kHalf rows of `up`.
 inline Panel panel_at(const Linear& op, const void* gate, const void* up, int64_t first,
                       int64_t outs, int64_t row_bytes) {
   Panel panel;
@@ -109,15 +121,18 @@ inline Panel panel_at(const Linear& op, const void* gate, const void* up, int64_
   return panel;
 }
 
-// A piece of a panel: kPieceRows rows from step `first` on. As many lines are fetched meanwhile:
-// those of a step lie `line` bytes apart, those of the next `step` bytes on.
+// Piece of a panel: kPieceRows rows, `count` steps from step `first` on. For each step it
+// prefetches kPieceRows lines: they lie `line` bytes apart, and those of the next step `step` bytes
+// later.
 struct Piece {
-  const uint8_t *const *rows, *ahead;
+  const uint8_t *const *rows, *ahead;  // rows of the piece; first line to prefetch
   int64_t line, step, first, count, row_bytes;
 };
 
-// Times a block of tokens. The parts go from (none yet: `is_first`) and to [four][row][kLanes];
-// with `sums`, they are added up to sums[token * kWidth + row].
+// Multiply a piece by a block of kBlock quartets.
+//
+// parts: [quartet][row][kLanes], the parts of the sums after the steps so far; not read if
+// `is_first`. sums: null, or the place of the completed sums, [token][kWidth], instead of `parts`.
 template <class T, int kBlock>
 void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first, float* sums) {
   const int64_t line = piece.line, step = piece.step, row_bytes = piece.row_bytes;
@@ -161,6 +176,7 @@ void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first
   }
 }
 
+// Multiply a piece by a block whose number of quartets is known at run time, from 1 to kBlock.
 template <class T, int kBlock = kFours>
 void piece_of(int64_t fours, const Piece& piece, const uint32_t* x, float* parts, bool is_first,
               float* sums) {
@@ -170,7 +186,8 @@ void piece_of(int64_t fours, const Piece& piece, const uint32_t* x, float* parts
     piece_of<T, kBlock - 1>(fours, piece, x, parts, is_first, sums);
 }
 
-// One token's sums of a panel, to where they belong.
+// Complete the outputs of one token from its sums of a panel: bias, gate, conversion to the type of
+// `out`. first: first output of the panel.
 template <class T>
 ALWAYS void finish(const Linear& op, int64_t first, const float* sums, int64_t token) {
   for (int j = 0; j < (op.up ? 1 : kWidth / kLanes); ++j) {
@@ -190,39 +207,47 @@ ALWAYS void finish(const Linear& op, int64_t first, const float* sums, int64_t t
   }
 }
 
-// How a panel is cut: pieces of kPieceRows rows and `slice` steps, a slice of all rows before the
-// next.
+// Division of a panel into pieces of kPieceRows rows and `slice` steps. All rows of a slice come
+// before the next slice.
 struct Cut {
-  int64_t slice, slices, pieces, fetched;  // pieces between what is read and what is fetched
+  int64_t slice, slices, pieces;
+  int64_t fetched;  // distance of the prefetched piece
+
   Cut(int64_t steps, const Blocks& blocks) {
     slice = least(steps, kNear / (4 * kLine * least(blocks.fours, kFours)));
-    slices = (steps + slice - 1) / slice, pieces = slices * kGroups;
+    slices = (steps + slice - 1) / slice;
+    pieces = slices * kGroups;
     fetched = (kAhead + slice * kLine * kPieceRows - 1) / (slice * kLine * kPieceRows);
   }
 };
 
-// What a thread needs beside a panel: the parts of a block of tokens, and its sums.
-constexpr int64_t kParts = kFours * kWidth * kLanes, kScratch = 4 * (kParts + 4 * kFours * kWidth);
+// Scratch memory of a thread: floats of the parts of a block of tokens; bytes of parts and sums.
+constexpr int64_t kParts = kFours * kWidth * kLanes;
+constexpr int64_t kScratch = 4 * (kParts + 4 * kFours * kWidth);
 
-// A panel times a block of tokens.
+// Multiply a panel by one block of tokens.
 template <class T>
 void block_of(const Call<T>& call, const Panel& panel, const Blocks& blocks, int64_t block,
               float* parts, float* sums) {
   const Cut cut(call.steps, blocks);
   const int64_t row_bytes = call.row_bytes(), fours = blocks.first(block + 1) - blocks.first(block);
   for (int64_t i = 0; i < cut.pieces; ++i) {
-    const int64_t group = i % kGroups, first = i / kGroups * cut.slice,
-                  count = least(cut.slice, call.steps - first);
+    const int64_t group = i % kGroups, first = i / kGroups * cut.slice;
+    const int64_t count = least(cut.slice, call.steps - first);
     const uint32_t* x = call.x + (blocks.first(block) * call.steps + first * fours) * 4 * kLanes;
     Piece piece{panel.rows + group * kPieceRows, nullptr, 0, 0, first, count, row_bytes};
-    if (block == 0) {  // of whole rows the lines in the order of memory, else as they will be read
+    if (block == 0) {
+      // Prefetch weights: lines of whole rows in the order of memory, lines of slices in the order
+      // in which they are read.
       const int64_t later = i + cut.fetched, at = later % cut.pieces / kGroups * cut.slice * kLine;
       piece.ahead =
           panel.rows[later % kGroups * kPieceRows] + at + (later < cut.pieces ? 0 : panel.next);
-      piece.line = cut.slices == 1 ? kLine : row_bytes,
+      piece.line = cut.slices == 1 ? kLine : row_bytes;
       piece.step = cut.slices == 1 ? kLine * kPieceRows : kLine;
-    } else {  // the tokens behind these, a part with each group
-      piece.step = 4 * fours * kLine / kGroups, piece.line = piece.step / kPieceRows;
+    } else {
+      // Prefetch the tokens of the next slice, an equal share with each group of rows.
+      piece.step = 4 * fours * kLine / kGroups;
+      piece.line = piece.step / kPieceRows;
       piece.ahead = reinterpret_cast<const uint8_t*>(x + count * fours * 4 * kLanes) +
                     group * piece.step * count;
     }
@@ -231,6 +256,7 @@ void block_of(const Call<T>& call, const Panel& panel, const Blocks& blocks, int
   }
 }
 
+// Compute the outputs of one panel for all tokens.
 template <class T>
 void panel_of(const Call<T>& call, int64_t item, float* scratch) {
   const Linear& op = call.batch.at(item);
@@ -245,11 +271,12 @@ void panel_of(const Call<T>& call, int64_t item, float* scratch) {
   }
 }
 
+// Multiply tokens by `matrices` matrices: interleave the tokens, then compute all panels.
 template <class T>
 void linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
-  const int64_t units = (op.in + T::kPerUnit - 1) / T::kPerUnit,
-                steps = (units + kLanes - 1) / kLanes;
+  const int64_t units = (op.in + T::kPerUnit - 1) / T::kPerUnit;
+  const int64_t steps = (units + kLanes - 1) / kLanes;
   const Blocks blocks(op.tokens);
   Call<T> call{{ops, matrices, op.up ? kHalf : kWidth}, op, nullptr, steps};
   call.x = static_cast<uint32_t*>(team.shared(4 * blocks.fours * 4 * steps * kLanes));

@@ -1,5 +1,6 @@
-// Root mean square norms, and rotation of heads behind them: one pass over each token. One
-// instruction set per inclusion.
+// RMS norm of tokens, and rotary embedding of heads with an optional norm before it.
+//
+// Not here: cosines and sines of the angles (slipway/nn/rope.py).
 
 #pragma once
 
@@ -8,7 +9,8 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-// The factor that normalizes `n` numbers (Zhang and Sennrich, 2019).
+// Return 1 / sqrt(mean(x^2) + eps) of the `n` numbers from index `at` on (Zhang and Sennrich,
+// 2019).
 template <class T>
 float normalizer(const void* x, int64_t at, int64_t n, float eps) {
   F squares = {};
@@ -19,6 +21,7 @@ float normalizer(const void* x, int64_t at, int64_t n, float eps) {
   return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps);
 }
 
+// Normalize one token.
 template <class T>
 void norm_row(const Norm& op, int64_t token) {
   const int64_t at = token * op.size;
@@ -30,12 +33,12 @@ void norm_row(const Norm& op, int64_t token) {
   }
 }
 
-// One head: normalized if there is a weight, then each pair (i, i + half) turned by the token's
-// angle i.
+// Rotate one head: normalize it if there is a weight, then turn each pair (i, i + head_dim / 2) by
+// angle i of the token.
 template <class T>
 void rotate_row(const Rotate& op, int64_t token, int64_t head) {
-  const int64_t half = op.head_dim / 2, at = (token * op.heads + head) * op.head_dim,
-                angle = token * half;
+  const int64_t half = op.head_dim / 2;
+  const int64_t at = (token * op.heads + head) * op.head_dim, angle = token * half;
   const float factor = op.weight ? normalizer<T>(op.x, at, op.head_dim, op.eps) : 1.0f;
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t n = half - i;

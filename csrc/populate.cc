@@ -1,5 +1,8 @@
-// Takes memory from the system before anybody writes to it, on a thread that gives way to all
-// others and rests while kernels run; knows no array.
+// Population of memory: its pages are taken from the system before the first write to them.
+//
+// Not here: the array in this memory (slipway/runtime/populating.py).
+//
+// A thread of the lowest priority populates it, and pauses while kernels run.
 
 #include <sched.h>
 #include <sys/mman.h>
@@ -14,21 +17,24 @@
 
 namespace {
 
+// One population that was started.
 struct Populating {
   std::atomic<bool> stop{false};
   std::thread thread;
 };
 
-constexpr uintptr_t kPiece =
-    1 << 16;  // who maps memory waits for a piece to end: 0.2 ms where the host has to find it
+// Bytes of one request to the system. Other threads that map memory wait until it ends: 0.2 ms on a
+// host that has to find free memory first.
+constexpr uintptr_t kPiece = 1 << 16;
+// Pause after kernels were called.
 constexpr auto kRest = std::chrono::milliseconds(50);
 
+// Populate the pages from `first` to `last`, addresses of pages, until `stop` is set.
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
 void populate(uintptr_t first, uintptr_t last, const std::atomic<bool>& stop) {
   const sched_param none{};
-  sched_setscheduler(
-      0, SCHED_IDLE,
-      &none);  // this thread's; with a low priority alone it would not give way at once
+  // For this thread only. A thread of low priority in the normal class gives way more slowly.
+  sched_setscheduler(0, SCHED_IDLE, &none);
   int64_t calls = -1;
   for (uintptr_t at = first; at < last && !stop.load(std::memory_order_relaxed);) {
     if (const int64_t now = slipway::kernel_calls.load(std::memory_order_relaxed); now != calls) {
@@ -49,18 +55,18 @@ void populate(uintptr_t, uintptr_t, const std::atomic<bool>&) {}
 
 std::atomic<int64_t> slipway::kernel_calls{0};
 
-// Starts; what is in the memory stays, and anybody may read and write it meanwhile. To be ended
-// with the next.
+// Start to populate `size` bytes. Their contents stay, and they may be read and written meanwhile.
+// Return a handle for slipway_end_populate.
 extern "C" void* slipway_populate(char* data, int64_t size) {
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)),
-                  begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
   auto* work = new Populating;
   work->thread = std::thread([work, first, last] { populate(first, last, work->stop); });
   return work;
 }
 
-// Returns once nothing touches the memory any more, whether all was populated or not.
+// Stop a population, complete or not, and return when its thread no longer accesses the memory.
 extern "C" void slipway_end_populate(void* started) {
   auto* work = static_cast<Populating*>(started);
   work->stop.store(true, std::memory_order_relaxed);

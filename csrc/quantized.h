@@ -1,15 +1,17 @@
-// Packed weights of 4 or 8 bits times tokens: decides how bits become numbers and in which order
-// they are summed.
+// Matrix multiplication of packed weights of 4 or 8 bits by tokens, in vectors.
 //
-// A row is 32-bit words of four bytes or eight nibbles, the lowest first, each less 128 or 8.
-// Behind the exponent of 128 a nibble n is the number 128 + n, in float as in bfloat16, without a
-// conversion: what the 136 too many add is known from the tokens alone, and the sum of every step
-// starts with its negative. Bytes are converted; in bfloat16 they are exact, too.
+// Not here: packing (quantize.cc), bfloat16 tokens where the processor has AMX (tiled_linear.h).
 //
-// A vector holds kLanes neighbouring words of one row; a step multiplies all that they hold, scales
-// the sum (or not: with one scale for the row it is applied at its end), and adds it to the total.
-// No order depends on how many tokens there are. Where there is AMX, bfloat16 tokens meet most
-// packed weights in tiles instead (tiled_linear.h).
+// A row of weights consists of 32-bit words with eight nibbles or four bytes each, the first in the
+// lowest bits. The value of a stored nibble is 8 less, that of a stored byte 128 less, times a
+// scale. With the exponent of 128, the bits of a nibble n are the number 128 + n in bfloat16,
+// without a conversion. This is 136 too large. What the surplus adds to a sum depends only on the
+// tokens, so the sum of each step starts with its negative. Bytes are converted, and are exact in
+// bfloat16.
+//
+// A vector holds kLanes neighbouring words of one row. A step multiplies all numbers of these
+// words, multiplies the sum by the scales, and adds it to the total. If a row has one scale, the
+// total is multiplied instead. The order of additions does not depend on the number of tokens.
 
 #pragma once
 
@@ -18,19 +20,24 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int kQuantRows = 4;          // side by side
-constexpr int kQuantTokens = 32;       // that use the unpacked weights of a step
-constexpr int64_t kQuantAhead = 8192;  // bytes between what is read and what is fetched
-constexpr int kFetchedSteps =
-    4 * kLanes < 64 ? 64 / (4 * kLanes) : 1;  // of a row, in one line of the cache
+constexpr int kQuantRows = 4;     // rows that are read side by side
+constexpr int kQuantTokens = 32;  // tokens of a block, which share the unpacked weights of a step
+constexpr int64_t kQuantAhead = 8192;  // distance of prefetched weights in bytes
+// Steps of a row in one cache line of 64 bytes.
+constexpr int kFetchedSteps = 4 * kLanes < 64 ? 64 / (4 * kLanes) : 1;
 
-// A word's numbers lie in kUnits units; `unit` gives the i-th, number j of the word is in unit j %
-// kUnits, and of two the lower comes first. Each number is kExcess too large. kVectors: what
-// `spread` writes of a token for each step, its units last and before them what a step begins and
-// ends with.
+// The next templates define how packed weights of kBits bits meet tokens of one type.
+//
+// kNumbers: numbers of a word of weights. kUnits: units that they are unpacked to. unit: unit i of
+// each word. Number j of a word is in unit j % kUnits; of the two numbers of a unit, the one with
+// the smaller j is in the lower half. kExcess: difference between unpacked number and value.
+//
+// spread: writes kVectors vectors of one token for each step. The last kUnits of them are the
+// factors of the units; the vectors before them are read by `begin` and `end`. begin: value with
+// which a sum starts. end: completed sum as floats.
 
-// Floats. A number stays at its place in the word, kBits * i bits up, and is converted from there;
-// the tokens are divided by that power of two instead, so every product is exact.
+// Float tokens. A number stays at its place in the word, kBits * i bits up, and is converted there.
+// The token is divided by that power of two instead, so that each product is exact.
 template <int kBits>
 struct Floats : Float {
   using Sum = F;
@@ -38,8 +45,8 @@ struct Floats : Float {
   static constexpr int kExcess = 1 << (kBits - 1);
   static ALWAYS U unit(U words, int i) {
     const uint32_t mask = (1u << kBits) - 1;
-    const U number = i == kUnits - 1 ? words >> (32 - kBits)
-                                     : words & (mask << (kBits * i));  // no sign bit in either
+    // The sign bit is clear in both cases.
+    const U number = i == kUnits - 1 ? words >> (32 - kBits) : words & (mask << (kBits * i));
     return as_units(__builtin_convertvector(reinterpret_cast<I>(number), F));
   }
   static ALWAYS Sum begin(const uint32_t* x) { return load<F>(x); }
@@ -57,14 +64,15 @@ struct Floats : Float {
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of bfloat16, multiplied as such: a nibble n behind the exponent of 128 is 128 + n, and
-// bytes are converted.
+// bfloat16 tokens with products of bfloat16. Unpacked nibbles are the numbers 128 + n.
 template <int kBits>
 struct Pairs : BFloat16 {
   using Sum = F;
   static constexpr int kNumbers = 32 / kBits, kUnits = kNumbers / 2, kVectors = 1 + kUnits;
   static constexpr int kExcess = kBits == 4 ? 136 : 0;
-  static ALWAYS U byte(U words, int i) {  // as a float: 2^23 + a number below 2^23 is its bits
+  // Return byte i of each word, less 128, as the bits of a float. The bits of 2^23 + n are those of
+  // 2^23 plus n, for n below 2^23.
+  static ALWAYS U byte(U words, int i) {
     return as_units(as_floats(((words >> (8 * i)) & 0xffu) | 0x4b000000u) - 8388736.0f);
   }
   static ALWAYS U unit(U words, int i) {
@@ -84,10 +92,12 @@ struct Pairs : BFloat16 {
   }
 };
 #else
-// Products of 16-bit integers, exact. What a word of weights meets of a token, four or eight
-// bfloat16, becomes integers times a power of two, such that the largest is between 2^14 and 2^15.
-// So numbers of at least 1/256 of the largest of the eight are themselves, and smaller ones are
-// rounded by at most 2^-15 of it. Infinity becomes NaN.
+// bfloat16 tokens with exact products of 16-bit integers.
+//
+// The four or eight numbers of a token that meet one word of weights become integers times a power
+// of two, so that the largest magnitude is between 2^14 and 2^15. Numbers of at least 1/256 of the
+// largest are exact. Smaller ones are rounded by at most 2^-15 of the largest. Infinity becomes
+// NaN.
 template <int kBits>
 struct Pairs : BFloat16 {
   using Sum = I;
@@ -104,17 +114,18 @@ struct Pairs : BFloat16 {
   static ALWAYS Sum dot(Sum sum, U a, U b) { return sum + multiply_pairs(a, b); }
 
   static ALWAYS void spread(const F (&number)[kNumbers], uint32_t* out) {
-    I peak = {};  // of floats without a sign the order is that of their bits
+    I peak = {};  // bits of non-negative floats are ordered as the floats are
     for (int i = 0; i < kNumbers; ++i) {
       const I size = reinterpret_cast<I>(as_units(number[i]) & 0x7fffffffu);
       peak = size > peak ? size : peak;
     }
-    const I least_power = I{} + (15 << 23), power = peak & 0x7f800000,
-            kept = power > least_power ? power : least_power;
+    const I least_power = I{} + (15 << 23), power = peak & 0x7f800000;
+    const I kept = power > least_power ? power : least_power;
     const F scale = as_floats(reinterpret_cast<U>(kept - (14 << 23)));
     const F inverse = as_floats((268u << 23) - reinterpret_cast<U>(kept));
     I whole[kNumbers], sum = {};
-    for (int i = 0; i < kNumbers; ++i) {  // the bits of 1.5 * 2^23 + n end in those of n
+    // The bits of 1.5 * 2^23 + n are those of 1.5 * 2^23, plus n.
+    for (int i = 0; i < kNumbers; ++i) {
       whole[i] = reinterpret_cast<I>(as_units(number[i] * inverse + 12582912.0f)) - 0x4b400000;
       sum = sum + whole[i];
     }
@@ -127,15 +138,16 @@ struct Pairs : BFloat16 {
 };
 #endif
 
+// Shape of packed weights, and the tokens in the order of these weights.
 struct Packed {
-  int64_t words, steps;  // of a row; of kLanes words each
-  int shift;             // 2^shift words share a scale; below 0: the row has one
+  int64_t words, steps;  // words of a row; steps of a row, kLanes words each
+  int shift;             // 2^shift words share a scale; negative: one scale for a row
   int64_t groups;        // scales of a row
   int64_t tokens;
-  uint32_t* x;  // per block of kQuantTokens: [steps][tokens][kVectors][kLanes]
+  uint32_t* x;  // for each block of kQuantTokens tokens: [steps][tokens][kVectors][kLanes]
 };
 
-// Where a block of tokens begins, and how many it has.
+// Return the memory of the block of tokens with first token `first`, or the number of its tokens.
 template <class T>
 ALWAYS uint32_t* block_at(const Packed& packed, int64_t first) {
   return packed.x + first * packed.steps * T::kVectors * kLanes;
@@ -144,7 +156,7 @@ ALWAYS int64_t block_tokens(const Packed& packed, int64_t first) {
   return least(kQuantTokens, packed.tokens - first);
 }
 
-// One token's numbers in the order of the weights that they meet, zeros past the end.
+// Write one token in the order of the weights that it meets, with zeros after the end.
 template <class T>
 void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
   constexpr int64_t kStep = kLanes * T::kNumbers;
@@ -163,7 +175,7 @@ void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
   }
 }
 
-// The scale of each lane at a step, among the kLanes scales that hold it.
+// Return the scale of each lane in a step. All of them lie among kLanes neighbouring scales.
 template <class T>
 ALWAYS F lane_scales(const Packed& packed, const uint8_t* scales, int64_t step) {
   const int64_t first = (step * kLanes >> packed.shift) / kLanes * kLanes;
@@ -173,8 +185,8 @@ ALWAYS F lane_scales(const Packed& packed, const uint8_t* scales, int64_t step) 
                            reinterpret_cast<I>(group));
 }
 
-// Scales of a step that its row has as a whole: kNone (the row has one), or one for all lanes, or
-// one for each half of them, or any number.
+// Scales of a step: none (the row has one scale), one for all lanes, one for each half of the
+// lanes, or any number.
 enum class Scales { kNone, kOne, kHalves, kAny };
 template <class T>
 ALWAYS Scales scales_of(const Packed& packed) {
@@ -182,6 +194,8 @@ ALWAYS Scales scales_of(const Packed& packed) {
   if (kLanes >> packed.shift <= 1) return Scales::kOne;
   return kLanes >> packed.shift == 2 && T::kPerUnit == 2 ? Scales::kHalves : Scales::kAny;
 }
+
+// Return the scales of a step as a vector.
 template <class T, Scales kScales>
 ALWAYS F step_scales(const Packed& packed, const uint8_t* scales, int64_t step) {
   if constexpr (kScales == Scales::kOne)
@@ -190,15 +204,15 @@ ALWAYS F step_scales(const Packed& packed, const uint8_t* scales, int64_t step) 
   return lane_scales<T>(packed, scales, step);
 }
 
-// Four rows' sums: quad onto quad, and then the lanes of the one that is left.
+// Return the sums of the lanes of four vectors: first over quads, then over the lanes of a quad.
 ALWAYS Q join_rows(const F (&totals)[kQuantRows]) {
   float lanes[4 * kQuantRows];
   add_quads(totals, lanes);
   return (load<Q>(lanes) + load<Q>(lanes + 4)) + (load<Q>(lanes + 8) + load<Q>(lanes + 12));
 }
 
-// One token times kRows rows of a step, each sum scaled and added to its total. `unit(r, u)` is row
-// r's u-th.
+// Multiply one token by kRows rows of one step, scale the sums, and add them to the totals of the
+// rows. unit(r, u) returns unit u of row r.
 template <class T, int kRows, bool kGrouped, class Unit>
 ALWAYS void step_of(Unit unit, const F* scale, const uint32_t* x, F* totals) {
   constexpr int64_t kFirst = (T::kVectors - T::kUnits) * kLanes;
@@ -218,13 +232,14 @@ ALWAYS void step_of(Unit unit, const F* scale, const uint32_t* x, F* totals) {
   }
 }
 
-// Rows whose units stay in half of the registers while tokens pass.
+// Rows of which all units fit in half of the registers, while tokens are multiplied by them.
 template <class T>
 constexpr int kRowsHeld =
     kRegisters / 2 / T::kUnits < kQuantRows ? kRegisters / 2 / T::kUnits : kQuantRows;
 
-// kQuantRows rows times `kTokens` tokens (0: `count`, at most kQuantTokens); sums[token * distance
-// + row].
+// Multiply kQuantRows rows by the tokens from `token` on, and write sums[i * distance + row].
+//
+// kTokens: number of tokens; if 0, `count` tokens, at most kQuantTokens. next: weights to prefetch.
 template <class T, int kTokens, Scales kScales>
 void quantized_rows(const Packed& packed, int64_t token, int64_t count, const uint8_t* const* rows,
                     const uint8_t* const* scales, const uint8_t* next, float* sums,
@@ -238,16 +253,18 @@ void quantized_rows(const Packed& packed, int64_t token, int64_t count, const ui
   for (int64_t i = 0; i < tokens; ++i)
 #pragma GCC unroll 4
     for (int r = 0; r < kQuantRows; ++r) totals[i][r] = F{};
-  const uint8_t *at[kQuantRows], *scales_at[kQuantRows];  // in registers
+  const uint8_t *at[kQuantRows], *scales_at[kQuantRows];  // copies, so that they stay in registers
 #pragma GCC unroll 4
-  for (int r = 0; r < kQuantRows; ++r) at[r] = rows[r], scales_at[r] = scales[r];
+  for (int r = 0; r < kQuantRows; ++r) {
+    at[r] = rows[r];
+    scales_at[r] = scales[r];
+  }
 
   const uint32_t* x = block_at<T>(packed, token);
   const auto step = [&](const U(&words)[kQuantRows],
                         const F(&scale)[kQuantRows]) __attribute__((always_inline)) {
-    if constexpr (kTokens == 1 &&
-                  kRegisters <
-                      32) {  // row by row: few registers hold a row's units, none all rows'
+    if constexpr (kTokens == 1 && kRegisters < 32) {
+      // Row by row: 16 registers hold the units of one row, but not those of all rows.
 #pragma GCC unroll 4
       for (int r = 0; r < kQuantRows; ++r) {
         const auto unit = [&](int, int u)
@@ -296,12 +313,13 @@ void quantized_rows(const Packed& packed, int64_t token, int64_t count, const ui
     }
     step(words, scale);
   }
-  Q factors = Q{} + 1.0f;  // the scales of the rows
+  Q factors = Q{} + 1.0f;  // scales of the rows, if a row has one
   for (int r = 0; r < kQuantRows && !kGrouped; ++r) factors[r] = T::first(scales[r]);
 #pragma GCC unroll 2
   for (int64_t i = 0; i < tokens; ++i) store(sums + i * distance, join_rows(totals[i]) * factors);
 }
 
+// Return quantized_rows for scales that are known at run time.
 template <class T, int kTokens>
 auto* rows_kernel(Scales scales) {
   switch (scales) {
@@ -312,12 +330,14 @@ auto* rows_kernel(Scales scales) {
   }
 }
 
+// Arguments of one call for all of its items.
 template <class T>
 struct QuantizedCall {
   Batch batch;
   Packed packed;
 };
 
+// Compute the outputs of one panel for all tokens.
 template <class T>
 void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const Linear& op = call.batch.at(item);
@@ -326,8 +346,8 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const int64_t first = item * call.batch.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, 4 * packed.words);
   const Panel scales = panel_at(op, op.scale, op.up_scale, first, call.batch.outs, scale_bytes);
-  const int64_t bytes = 4 * packed.words * kQuantRows,
-                fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
+  const int64_t bytes = 4 * packed.words * kQuantRows;
+  const int64_t fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
   for (int64_t token = 0; token < op.tokens; token += kQuantTokens) {
     const int64_t count = least(kQuantTokens, op.tokens - token);
     for (int r = 0; r < kWidth; r += kQuantRows) {
@@ -342,11 +362,12 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   }
 }
 
+// Multiply tokens by `matrices` matrices: spread the tokens, then compute all panels.
 template <class T>
 void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
-  const int64_t words = op.in * op.bits / 32, steps = (words + kLanes - 1) / kLanes,
-                step_bytes = 4 * kLanes;
+  const int64_t words = op.in * op.bits / 32, steps = (words + kLanes - 1) / kLanes;
+  const int64_t step_bytes = 4 * kLanes;
   const int64_t group_words = op.group * op.bits / 32;
   int shift = -1;
   while (group_words >> (shift + 1)) ++shift;
@@ -374,8 +395,8 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
 inline void quantized_linear(const Linear* ops, int64_t count, Team& team) {
   if (ops->tokens == 0) return;
   const bool is_float = ops->type == Type::kFloat;
-#if defined(__AMX_BF16__)  // groups of steps that fit a slice; others in vectors, for any number of
-                           // tokens
+#if defined(__AMX_BF16__)
+  // Tiles need one scale for a row, or groups of whole steps that fit in a slice (kSlice).
   if (!is_float && ops->group % 32 == 0 && ops->group <= 256) return tiled_linear(ops, count, team);
 #endif
   if (is_float)

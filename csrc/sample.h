@@ -1,10 +1,12 @@
-// Sampling of a token per row of logits, and the normalizer of log probabilities. Included once per
-// instruction set.
+// Sampling of a token for each row of logits, and normalizer of log probabilities.
 //
-// No sort. With s = (logit - largest) / temperature <= 0, the bits of |s| order the tokens as
-// integers, so "the k largest" and "the fewest that reach p" are thresholds on those bits, found
-// digit by digit from histograms. Equal logits stand or fall together. The draw: the first token,
-// in the order of ids, up to which the kept probability exceeds u of the whole.
+// Not here: penalties and bans of tokens (slipway/engine/sample.py).
+//
+// Nothing is sorted. With s = (logit - largest) / temperature <= 0, the key of a token is the bits
+// of |s|: these order the tokens as integers. So the k likeliest tokens, and the fewest tokens with
+// a probability of at least p, are those up to a threshold of the key. Histograms find it digit by
+// digit. Tokens with equal logits are all kept or all dropped. A draw returns the first token, in
+// the order of ids, up to which the sum of kept probabilities exceeds `uniform` times the total.
 
 #pragma once
 
@@ -14,15 +16,16 @@ namespace slipway {
 namespace SLIPWAY_ISA {
 
 constexpr int kDigits[] = {11, 11, 10};  // bits of each digit, from the highest
-constexpr int64_t kRun = 1024;  // tokens whose probabilities are summed before one is looked for
+constexpr int64_t kRun = 1024;           // tokens of a partial sum
 
+// One row with temperature above 0.
 struct Row {
   int64_t size;
   uint32_t* keys;  // [size]: bits of |s|
-  float* probs;    // [size]: exp(s), 0 where dropped
+  float* probs;    // [size]: exp(s), 0 for dropped tokens
 };
 
-// The first of the largest.
+// Return the first of the largest logits.
 inline int64_t argmax(const float* logits, int64_t size) {
   F best = all(logits[0]);
   for (int64_t i = 0; i + kLanes <= size; i += kLanes) best = max(load<F>(logits + i), best);
@@ -34,10 +37,11 @@ inline int64_t argmax(const float* logits, int64_t size) {
   return 0;
 }
 
-// The smallest key up to which the tokens' weights (1 each, or their probabilities) reach `wanted`;
-// kNoLimit if never.
+// Threshold that keeps all tokens.
 constexpr uint32_t kNoLimit = 0xffffffffu;
 
+// Return the smallest key such that the kept tokens up to it have the weight `wanted`, or kNoLimit
+// if all together have less. The weight of a token is 1 with kCounts, otherwise its probability.
 template <bool kCounts>
 uint32_t reach(const Row& row, double wanted) {
   double histogram[1 << 11], reached = 0;
@@ -59,11 +63,13 @@ uint32_t reach(const Row& row, double wanted) {
   return prefix;
 }
 
+// Drop the tokens with a larger key than `limit`.
 inline void drop_beyond(const Row& row, uint32_t limit) {
   if (limit == kNoLimit) return;
   for (int64_t i = 0; i < row.size; ++i) row.probs[i] = row.keys[i] <= limit ? row.probs[i] : 0.0f;
 }
 
+// Return the sum of `n` probabilities.
 inline double total(const float* probs, int64_t n) {
   double whole = 0;
   for (int64_t i = 0; i < n; i += kLanes)
@@ -71,6 +77,7 @@ inline double total(const float* probs, int64_t n) {
   return whole;
 }
 
+// Draw a token: sum runs of tokens, then search the run that contains it.
 inline int64_t draw(const Row& row, float uniform) {
   double before = 0;
   const double target = static_cast<double>(uniform) * total(row.probs, row.size);
@@ -84,13 +91,14 @@ inline int64_t draw(const Row& row, float uniform) {
         before += static_cast<double>(row.probs[i]);
         if (before > target) return i;
       }
-      return last;  // the two sums differ in their last bit
+      return last;  // the run summed token by token differs in the last bit
     }
     before += here;
   }
   return last;
 }
 
+// Choose the token of row `b`. memory: keys, then probabilities.
 inline void sample_row(const Sample& op, int64_t b, void* memory) {
   const float* logits = op.logits + b * op.vocab;
   const int64_t best = argmax(logits, op.vocab), V = op.vocab;
@@ -120,8 +128,8 @@ inline void sample(const Sample& op, Team& team) {
       &op);
 }
 
-// The lanes add up runs of kRun logits in floats, and the runs are added in order in doubles: a sum
-// does not depend on the number of rows.
+// Compute the normalizer of row `b`. Runs of kRun logits are summed in floats, lane by lane, and
+// the runs in order in doubles, so a sum does not depend on the number of rows.
 inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
   const float* logits = op.logits + b * op.vocab;
   const float largest = logits[argmax(logits, op.vocab)];
@@ -131,8 +139,8 @@ inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
     F run = {};
     for (int64_t i = first; i < end; i += kLanes) {
       const F s = load_part<F>(logits + i, end - i) - largest;
-      const F term =
-          select(s > -87.0f, exp(s), s == s ? F{} : s);  // below that exp is 0; NaN stays NaN
+      // exp(s) is 0 below -87. NaN stays NaN.
+      const F term = select(s > -87.0f, exp(s), s == s ? F{} : s);
       run = run +
             (end - i < kLanes ? select(kNumbers < static_cast<int32_t>(end - i), term, F{}) : term);
     }

@@ -1,9 +1,13 @@
-// Vectors of one instruction set: what a lane, a load and a product are. Included once per set, in
-// a namespace of its own.
+// Vectors of one instruction set: types, loads, arithmetic, and products of small matrices.
 //
-// A *unit* is 32 bits: one float, or two bfloat16 neighbours. `dot` multiplies units and sums in
-// float, so one matrix kernel serves both types. Nothing here may come from a std:: template: the
-// linker would keep one copy for all sets.
+// Not here: products in AMX tiles (amx.h), large matrices (linear.h).
+//
+// isa.cc is compiled once for each instruction set, with all kernels in a namespace of their own.
+// Do not use templates of std:: in these headers: of an instance that several sets compile, the
+// linker keeps only one, perhaps with instructions that the processor does not have.
+//
+// A unit is 32 bits: one float, or two neighbouring bfloat16. `dot` multiplies units and adds in
+// float, so that one matrix kernel serves both types.
 
 #pragma once
 
@@ -16,35 +20,40 @@
 
 #include "kernels.h"
 
-// What inner loops are made of: a call would pass its vectors through memory.
+// Attribute of functions in inner loops. A call that is not inlined passes its vectors through
+// memory: 8 tokens then read weights at 25 GB/s instead of 37 (docs/log.md).
 #define ALWAYS inline __attribute__((always_inline))
 
 namespace slipway {
 namespace SLIPWAY_ISA {
 
+// kLanes: 32-bit lanes of a vector. kTileRows, kTileCols: shape of a tile of sums, in rows and
+// vectors (`tile` below). kFours: quartets of tokens that linear.h multiplies together.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 12,
-              kTileCols = 2;  // 24 sums, 2 weights, 1 broadcast of 32 registers
-constexpr int kFours = 4;     // of tokens: 16 sums, 4 rows, 4 fours, 1 shuffled
+// Of 32 registers, a tile uses 24 for sums, 2 for weights and 1 for the broadcast operand. linear.h
+// uses 16 for sums, 4 for rows, 4 for quartets and 1 for the shuffled row.
+constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2, kFours = 4;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFours = 2;
 #else
 constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFours = 2;
 #endif
 
+// Number of vector registers.
 #if defined(__AVX512F__)
-constexpr int kRegisters = 32;  // for vectors
+constexpr int kRegisters = 32;
 #else
 constexpr int kRegisters = 16;
 #endif
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));  // units
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
-typedef float Q __attribute__((vector_size(16)));
-typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+typedef float Q __attribute__((vector_size(16)));  // four floats, with any instruction set
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));  // bfloat16, or other 16-bit numbers
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
+// Load and store a vector at any address.
 template <class V>
 ALWAYS V load(const void* p) {
   V v;
@@ -55,7 +64,8 @@ template <class V>
 ALWAYS void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-// The first `n` lanes, or all if n is larger; the others zero. `n` is at least 1.
+// Load and store the first `n` lanes (at least 1), or all if `n` is larger. Other lanes are loaded
+// as zeros, and not stored.
 template <class V>
 ALWAYS V load_part(const void* p, int64_t n) {
   if (n >= kLanes) return load<V>(p);
@@ -78,13 +88,14 @@ ALWAYS void store_part(void* p, V v, int64_t n) {
   if (n >= kLanes) return store(p, v);
   std::memcpy(p, &v, n * sizeof(V) / kLanes);
 }
+
 ALWAYS U as_units(F x) { return reinterpret_cast<U>(x); }
 ALWAYS F as_floats(U x) { return reinterpret_cast<F>(x); }
 ALWAYS F all(float x) { return F{} + x; }
 ALWAYS U all(uint32_t x) { return U{} + x; }
 ALWAYS F select(I mask, F yes, F no) { return mask ? yes : no; }
 ALWAYS F max(F a, F b) {
-#if defined(__AVX512F__)  // the same, in one instruction
+#if defined(__AVX512F__)  // the expression below, in one instruction
   return _mm512_max_ps(a, b);
 #else
   return a > b ? a : b;
@@ -93,6 +104,7 @@ ALWAYS F max(F a, F b) {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Number of each lane.
 constexpr I kNumbers =
 #if defined(__AVX512F__)
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -101,7 +113,9 @@ constexpr I kNumbers =
 #else
     {0, 1, 2, 3};
 #endif
-// Halves onto each other until one lane is left: sums in a fixed order.
+
+// Return the sum, or the largest, of all lanes. The upper half is combined with the lower one until
+// one lane is left, so the order of additions is fixed.
 ALWAYS float sum(F x) {
 #pragma GCC unroll 4
   for (int n = kLanes / 2; n > 0; n /= 2)
@@ -115,12 +129,13 @@ ALWAYS float highest(F x) {
   return x[0];
 }
 
-// Two bfloat16 in a unit: the first in memory is the lower half.
+// Return the first (`low`) or the second (`high`) bfloat16 of each unit as floats. The first one in
+// memory is in the lower 16 bits.
 ALWAYS F low(U pairs) { return as_floats(pairs << 16); }
 ALWAYS F high(U pairs) { return as_floats(pairs & 0xffff0000u); }
 
-// The first of two bfloat16 in the lower lanes, the second in the upper ones; `pairs` is the same
-// in all.
+// Return the first bfloat16 of a pair in the lower half of the lanes, and the second one in the
+// upper half. All lanes of `pairs` hold the same pair.
 ALWAYS F halves(U pairs) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   constexpr U bytes{0x01008080, 0x01008080, 0x01008080, 0x01008080,
@@ -132,14 +147,14 @@ ALWAYS F halves(U pairs) {
 #endif
 }
 
-// Each half of a unit, 16 bits without a sign, shifted to the right.
+// Shift both 16-bit halves of each unit to the right, filling with zeros.
 template <int kBits>
 ALWAYS U shift_halves(U pairs) {
   typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
   return reinterpret_cast<U>(reinterpret_cast<Halves>(pairs) >> kBits);
 }
 
-// Two signed 16-bit integers in a unit: the sum of the products of both.
+// Multiply pairs of signed 16-bit integers: return a.first * b.first + a.second * b.second.
 ALWAYS I multiply_pairs(U a, U b) {
 #if defined(__AVX512BW__)
   return reinterpret_cast<I>(
@@ -156,7 +171,7 @@ ALWAYS I multiply_pairs(U a, U b) {
 #endif
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Round to bfloat16, to nearest with ties to even. NaN stays NaN.
 ALWAYS H to_bfloat16(F x) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<H>(_mm512_cvtneps_pbh(x));
@@ -166,7 +181,8 @@ ALWAYS H to_bfloat16(F x) {
 #endif
 }
 ALWAYS F from_bfloat16(H x) {
-#if defined(__AVX512F__)  // GCC 12 widens halves and joins them
+// Intrinsics, because GCC 12 converts two halves and joins them in the portable form.
+#if defined(__AVX512F__)
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)), 16));
 #elif defined(__AVX2__)
@@ -177,7 +193,9 @@ ALWAYS F from_bfloat16(H x) {
 #endif
 }
 
-// The two types: how many numbers a unit holds, its products, and `n` numbers to and from floats.
+// Number types. kPerUnit: numbers of a unit. dot: sum + products of the numbers of two units. read
+// and write: convert `n` numbers from index `i` on to and from floats. first: one number. round:
+// round to the type.
 struct Float {
   static constexpr int kPerUnit = 1;
   static ALWAYS F dot(F sum, U a, U b) { return sum + as_floats(a) * as_floats(b); }
@@ -213,8 +231,8 @@ struct BFloat16 {
   static ALWAYS F round(F x) { return from_bfloat16(to_bfloat16(x)); }
 };
 
-// Cephes' expf: exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6; relative
-// error below 2e-7.
+// Exponential function (expf of Cephes): exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2, and a
+// polynomial of degree 6 for exp(r). The relative error is below 2e-7. `x` is clamped to [-87, 88].
 ALWAYS F exp(F x) {
 #if defined(__AVX512F__)
   x = max(_mm512_min_ps(x, all(88.0f)), all(-87.0f));
@@ -239,8 +257,7 @@ ALWAYS F exp(F x) {
 #endif
 }
 
-// A vector is kQuads runs of four lanes. Four rows w[i], lane j -> w[c], lane 4 q + i: what row i
-// holds at 4 q + c.
+// A vector consists of kQuads quads: runs of four lanes. The tables are indices of shuffles.
 constexpr int kQuads = kLanes / 4;
 #if defined(__AVX512F__)
 constexpr U kLow{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
@@ -255,36 +272,42 @@ constexpr U kLow{0, 8, 1, 9, 4, 12, 5, 13}, kHigh{2, 10, 3, 11, 6, 14, 7, 15};
 constexpr U kLowPair{0, 1, 8, 9, 4, 5, 12, 13}, kHighPair{2, 3, 10, 11, 6, 7, 14, 15};
 constexpr U kFirstOfQuad{0, 0, 0, 0, 4, 4, 4, 4};
 #else
-constexpr U kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7}, kLowPair{0, 1, 4, 5}, kHighPair{2, 3, 6, 7},
-    kFirstOfQuad{0, 0, 0, 0};
+constexpr U kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7};
+constexpr U kLowPair{0, 1, 4, 5}, kHighPair{2, 3, 6, 7};
+constexpr U kFirstOfQuad{0, 0, 0, 0};
 #endif
+// Transpose each quad of four rows: lane 4 q + i of w[c] gets the value of lane 4 q + c of w[i].
 ALWAYS void quads(U* w) {
   const U a = __builtin_shuffle(w[0], w[1], kLow), b = __builtin_shuffle(w[0], w[1], kHigh);
   const U c = __builtin_shuffle(w[2], w[3], kLow), d = __builtin_shuffle(w[2], w[3], kHigh);
-  w[0] = __builtin_shuffle(a, c, kLowPair), w[1] = __builtin_shuffle(a, c, kHighPair);
-  w[2] = __builtin_shuffle(b, d, kLowPair), w[3] = __builtin_shuffle(b, d, kHighPair);
+  w[0] = __builtin_shuffle(a, c, kLowPair);
+  w[1] = __builtin_shuffle(a, c, kHighPair);
+  w[2] = __builtin_shuffle(b, d, kLowPair);
+  w[3] = __builtin_shuffle(b, d, kHighPair);
 }
 
 #if defined(__AVX512F__)
-// Rows of units to columns: quads first, then whole quads across the rows that they came from.
+// Transpose kLanes rows of kLanes units: first within quads, then whole quads across the rows.
 ALWAYS void transpose(U (&w)[kLanes]) {
   constexpr U even = kEvenQuads, odd = kOddQuads;
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes; i += 4) quads(w + i);
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const U a = __builtin_shuffle(w[c], w[4 + c], even),
-            b = __builtin_shuffle(w[8 + c], w[12 + c], even);
-    const U d = __builtin_shuffle(w[c], w[4 + c], odd),
-            e = __builtin_shuffle(w[8 + c], w[12 + c], odd);
-    w[c] = __builtin_shuffle(a, b, even), w[8 + c] = __builtin_shuffle(a, b, odd);
-    w[4 + c] = __builtin_shuffle(d, e, even), w[12 + c] = __builtin_shuffle(d, e, odd);
+    const U a = __builtin_shuffle(w[c], w[4 + c], even);
+    const U b = __builtin_shuffle(w[8 + c], w[12 + c], even);
+    const U d = __builtin_shuffle(w[c], w[4 + c], odd);
+    const U e = __builtin_shuffle(w[8 + c], w[12 + c], odd);
+    w[c] = __builtin_shuffle(a, b, even);
+    w[8 + c] = __builtin_shuffle(a, b, odd);
+    w[4 + c] = __builtin_shuffle(d, e, even);
+    w[12 + c] = __builtin_shuffle(d, e, odd);
   }
 }
 #endif
 
-// The quads of each of four vectors, added in pairs: out[4 i + r] is what vector r has at the i-th
-// of every quad.
+// Add the quads of each of four vectors, in pairs: out[4 i + r] is the sum of lanes i of all quads
+// of vector r.
 ALWAYS void add_quads(const F (&rows)[4], float* out) {
 #if defined(__AVX512F__)
   constexpr U even = kEvenQuads, odd = kOddQuads;
@@ -302,18 +325,22 @@ ALWAYS void add_quads(const F (&rows)[4], float* out) {
 #endif
 }
 
-// The second operand of a product: row k holds kLanes units for each column. Row k of column j lies
-// at at[k / segment * kCols + j] + k % segment * step: rows may lie in several places, as a cache's
-// pages do. What lies the same way behind `next` is asked for meanwhile, bit by bit: it will be
-// needed after this.
+// Second operand of a product: rows of kLanes units for each column. Row k of column j lies at
+// at[k / segment * cols + j] + k % segment * step. So rows may lie in several places, as the pages
+// of a cache do.
+//
+// While a product reads a row, it prefetches the row of the same number behind `next`: the operand
+// of the product that follows.
 struct Operand {
   const uint32_t *const *at, *const *next;
-  int64_t rows, segment, step;
+  int64_t rows, segment, step;  // rows in all; rows of one place; units between rows
 };
 
-// c[i][j * kLanes + lane] += sum over k of a[i][k] . b[k][j][lane]; k in order, so that the result
-// does not depend on how many rows are computed together. `fresh`: c is written, not added to.
-// Distances in units.
+// Multiply: c[i][j * kLanes + lane] += sum over k of a[i][k] . b[k][j][lane].
+//
+// kRows, kCols: rows of `a`, and columns of `b` in vectors. lda, ldc: units between rows of `a` and
+// of `c`. fresh: write `c` instead of adding to it. Products are added in the order of k, so a
+// result does not depend on the number of rows that are computed together.
 template <class T, int kRows, int kCols>
 inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int64_t ldc,
                  bool fresh) {
@@ -325,15 +352,16 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
   const int64_t step = b.step;
   for (int64_t first = 0, s = 0; first < b.rows; first += b.segment, s += kCols) {
     const uint32_t* at[kCols];
-    intptr_t next[kCols];  // away from it, in bytes
+    intptr_t next[kCols];  // distance from at[j] to the row to prefetch, in bytes
 #pragma GCC unroll 4
     for (int j = 0; j < kCols; ++j) {
       at[j] = b.at[s + j];
       next[j] = reinterpret_cast<intptr_t>(b.next[s + j]) - reinterpret_cast<intptr_t>(at[j]);
     }
     const int64_t n = b.rows - first < b.segment ? b.rows - first : b.segment;
-    const uint32_t* third[(kRows + 2) / 3];  // every third row: the two behind it are an index
-                                             // away, so few registers do
+    // Pointers to every third row. The two rows after it are addressed with an index, so that the
+    // pointers fit in registers.
+    const uint32_t* third[(kRows + 2) / 3];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; i += 3) third[i / 3] = a + first + i * lda;
     for (int64_t k = 0; k < n; ++k) {
@@ -361,11 +389,14 @@ inline void tile(const uint32_t* a, int64_t lda, const Operand& b, float* c, int
     for (int j = 0; j < kCols; ++j) store(c + i * ldc + j * kLanes, sums[i][j]);
 }
 
-// Rows of a tile: as many sums as registers hold.
+// Rows of a tile with kCols columns: as many as registers hold sums.
 template <int kCols>
 constexpr int kRowsOf = kCols > kTileCols ? (kTileRows* kTileCols) / kCols : kTileRows;
-constexpr int kWideCols = 2 * kTileCols;  // for few rows, whose sums would wait for each other
 
+// Columns of a tile with few rows. With fewer columns, additions would wait for each other.
+constexpr int kWideCols = 2 * kTileCols;
+
+// Call `tile` with a number of rows that is known at run time, from 1 to kRows.
 template <class T, int kCols, int kRows = kRowsOf<kCols>>
 inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
                     int64_t ldc, bool fresh) {
@@ -375,7 +406,7 @@ inline void tile_of(int rows, const uint32_t* a, int64_t lda, const Operand& b, 
     tile_of<T, kCols, kRows - 1>(rows, a, lda, b, c, ldc, fresh);
 }
 
-// The same for any number of rows, in tiles as equal as they can be.
+// Multiply any number of rows, in tiles of nearly equal size.
 template <class T, int kCols>
 inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b, float* c,
                   int64_t ldc, bool fresh) {
@@ -388,11 +419,14 @@ inline void tiles(int64_t rows, const uint32_t* a, int64_t lda, const Operand& b
   }
 }
 
-// How many of `left` columns go together for so many rows; `cols` below is what this said.
+// Return how many of the `left` columns to multiply together for a number of rows: 1, kTileCols or
+// kWideCols.
 inline int columns_for(int64_t rows, int64_t left) {
   if (rows <= kRowsOf<kWideCols> && left >= kWideCols) return kWideCols;
   return left >= kTileCols ? kTileCols : 1;
 }
+
+// Multiply with a number of columns that `columns_for` returned.
 template <class T>
 inline void tiles(int cols, int64_t rows, const uint32_t* a, int64_t lda, const Operand& b,
                   float* c, int64_t ldc, bool fresh) {

@@ -1,7 +1,8 @@
-// Rows of weights as rows of tiles: decides how 32 numbers along `in`, a step, come from 16 bits
-// each, or from 8 or 4.
+// Unpacking of weights into rows of AMX tiles: from 16, 8 or 4 bits to bfloat16.
 //
-// Bytes and nibbles are exact in bfloat16; scales are for the sums.
+// Not here: scales, which are applied to sums (tiled_linear.h).
+//
+// A step is 32 numbers along `in`: one row of a tile. Bytes and nibbles are exact in bfloat16.
 
 #pragma once
 
@@ -12,22 +13,31 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
+// All 16-bit lanes of a vector, and their numbers.
 typedef uint16_t Wide __attribute__((vector_size(4 * kLanes)));
 constexpr Wide kWide{0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                      16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
+// Part of a row of weights.
 struct WeightRow {
   const uint8_t* at;
-  int64_t bytes;  // from there to its end
+  int64_t bytes;  // from `at` to the end of the row
 };
 
-// step<kWhole>(row, t): kWhole if the row does not end within it, else zeros past its end, or what
-// zeros will meet. arranged(x): a step of a token in the order of these numbers. kFewColumns: of
-// tokens, up to which a panel is read as it lies, or as it is unpacked.
+// The next structs define how weights of kBits bits become rows of tiles.
+//
+// step<kWhole>(row, t): step t of a row. With kWhole, the row does not end within the step.
+// Otherwise, numbers after its end are zeros, or they meet zeros of the tokens.
+//
+// arranged(x): a step of a token in the order of the numbers of a step of weights.
+//
+// kFewColumns: largest number of columns of 16 tokens for which weights are read in place, or
+// unpacked while they are read. For more columns, they are laid out as tiles first.
 struct From16Bits {
   static constexpr int kBits = 16;
-  static constexpr int64_t kFewColumns =
-      12;  // 128 tokens, all matrices of a 0.6B shape: 74 ms, laid out 92; 224: 124, 116
+  // Measured with all matrices of the Qwen3-0.6B shape: 128 tokens take 74 ms in place and 92 laid
+  // out, 224 tokens take 124 and 116.
+  static constexpr int64_t kFewColumns = 12;
   template <bool kWhole>
   static ALWAYS U step(const WeightRow& row, int64_t t) {
     const uint8_t* at = row.at + kLine * t;
@@ -39,6 +49,7 @@ struct From16Bits {
 struct From8Bits {
   static constexpr int kBits = 8;
   static constexpr int64_t kFewColumns = 2;
+  // Convert 16 bytes from byte `at` on. The upper half of a float is the number in bfloat16.
   template <bool kWhole>
   static ALWAYS Wide numbers(const WeightRow& row, int64_t at) {
     const int64_t left = kWhole ? kLanes : row.bytes - at;
@@ -48,20 +59,19 @@ struct From8Bits {
   }
   template <bool kWhole>
   static ALWAYS U step(const WeightRow& row, int64_t t) {
-    const Wide first = numbers<kWhole>(row, 2 * kLanes * t),
-               second = numbers<kWhole>(row, 2 * kLanes * t + kLanes);
-    return reinterpret_cast<U>(
-        __builtin_shuffle(first, second, 2 * kWide + 1));  // a float's upper half is its bfloat16
+    const Wide first = numbers<kWhole>(row, 2 * kLanes * t);
+    const Wide second = numbers<kWhole>(row, 2 * kLanes * t + kLanes);
+    return reinterpret_cast<U>(__builtin_shuffle(first, second, 2 * kWide + 1));
   }
   static ALWAYS U arranged(U x) { return x; }
 };
 
-// Unit 4 i + w of a step has nibbles i and i + 4 of word w.
+// Unit 4 i + w of a step contains nibbles i and i + 4 of word w.
 struct From4Bits {
   static constexpr int kBits = 4;
   static constexpr int64_t kFewColumns = 2;
-  // -8 to 7 in bfloat16, twice: of the five bits that choose among them the highest is another
-  // nibble's.
+  // The numbers -8 to 7 in bfloat16, twice: five bits choose an entry, and the highest of them
+  // belongs to another nibble.
   static constexpr Wide kMeanings{0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
                                   0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                                   0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,

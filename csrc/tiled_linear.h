@@ -1,13 +1,20 @@
-// Weights (out, in) times bf16 tokens in tiles of AMX: decides slices, what stays in which cache,
-// and what is fetched.
+// Matrix multiplication of weights by bfloat16 tokens, in tiles of AMX.
 //
-// Weights are the first operand: 16 outputs, of each 32 numbers along `in`, a step. Tokens are the
-// second, in columns of 16, put into its order once a call; of one token alone a column has no
-// more. A panel is two tiles of outputs; two columns pass it at a time. Few tokens read it where it
-// is mapped, or as it is unpacked. For many, a band of neighbouring panels is cut along `in`: a
-// slice of each is laid out as tiles in the first cache and all columns pass; their sums wait in
-// the second until the band has seen the last slice. A sum runs along `in` in order, however many
-// tokens there are; with a scale a group, that of each group by itself.
+// Not here: tile registers (amx.h), unpacking of weights (tile_rows.h), the same op in vectors
+// (linear.h, quantized.h).
+//
+// Weights are the first operand of a product: 16 outputs by a step of 32 numbers along `in`. Tokens
+// are the second operand, in columns of 16, and are brought into its order once a call. The column
+// of a single token has only one token. A panel is two tiles of outputs, and passes two columns at
+// a time.
+//
+// Few columns: each panel is read in place, or unpacked while it is read. Many columns: a band of
+// neighbouring panels is cut along `in` into slices. A slice of a panel is laid out as tiles in the
+// first-level cache, and all columns pass it. Their sums stay in the second-level cache until the
+// last slice of the band.
+//
+// A sum is added in order along `in`, for any number of tokens. If a row has several scales, each
+// group is summed separately.
 
 #pragma once
 
@@ -20,42 +27,47 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
-constexpr int64_t kSlice = 8;       // steps: 16 kB of a panel
-constexpr int64_t kBandPanels = 8;  // that meet a slice's tokens
-constexpr int64_t kColumns = 32;    // at once: 256 kB of a slice, 512 kB for the sums of a band
-constexpr int64_t kBegin =
-    2;  // steps of the next panel that are fetched before sums of few columns are written
+constexpr int64_t kSlice = 8;       // steps of a slice: 16 kB of a panel
+constexpr int64_t kBandPanels = 8;  // panels of a band
+// Columns that pass at once: 256 kB of tokens of a slice, 512 kB of sums of a band.
+constexpr int64_t kColumns = 32;
+// Steps of the next panel that are prefetched before the sums of few columns are written.
+constexpr int64_t kBegin = 2;
 constexpr int64_t kChunk = 4;  // steps of a row that are unpacked together
-constexpr int64_t kHeldGroups =
-    4;  // whose sums wait for their scales: 512 tokens 390-412 ms, with 1 435, with 8 487
-constexpr int64_t kSums = 2 * kTile;                // of a panel and a column
-constexpr int64_t kTiles = kWidth * kLine;          // bytes of a panel's two tiles of a step
-constexpr int64_t kHeld = kHeldGroups * 2 * kSums;  // of a panel and two columns
+// Groups that are summed before their sums are scaled. Measured with 512 tokens of int4: 390-412
+// ms, 435 with 1 group, 487 with 8.
+constexpr int64_t kHeldGroups = 4;
+constexpr int64_t kSums = 2 * kTile;                // sums of a panel and a column
+constexpr int64_t kTiles = kWidth * kLine;          // bytes of the two tiles of a step of a panel
+constexpr int64_t kHeld = kHeldGroups * 2 * kSums;  // sums of kHeldGroups groups and two columns
 
+// Arguments of one call for all of its items.
 struct Tiled {
   Batch batch;
-  const Linear& op;
-  int64_t steps, columns;  // of 16 units; of 16 tokens
-  int64_t width;           // tokens of a column
+  const Linear& op;        // the first matrix; `x`, `tokens` and `in` are those of all matrices
+  int64_t steps, columns;  // steps of a row; columns of tokens
+  int64_t width;           // tokens of a column: 16, or 1 for a single token
   int shift;               // 2^shift steps share a scale, if a row has several
-  bool few;                // one slice, and one panel in a band
-  uint32_t* x = nullptr;   // [column][step][unit][token], zeros past the last token of the last of
-                           // several columns, and unit
+  bool few;                // few columns: a slice is a whole panel, and a band is one panel
+  uint32_t* x = nullptr;   // tokens: [column][step][16 units][width], padded with zeros
 
   int64_t slice() const { return few ? steps : kSlice; }
-  int64_t together() const { return few ? 1 : kBandPanels; }
+  int64_t together() const { return few ? 1 : kBandPanels; }  // panels of a band
   int64_t bands() const { return (batch.panels() + together() - 1) / together(); }
   int64_t scales() const { return (slice() >> shift) * kWidth; }
   int64_t sums() const { return together() * least(columns, kColumns) * kSums; }
 };
 
-// A thread's own memory.
+// Scratch memory of a thread.
 struct Scratch {
-  uint8_t* tiles;               // a slice of a panel, or two chunks
-  float *held, *scales, *sums;  // scales [group][row]; sums [panel][column][tile][16][16]
+  uint8_t* tiles;  // tiles of one slice of a panel, or of two chunks
+  float* held;     // sums of groups that are not yet scaled: [group][column][tile][16][width]
+  float* scales;   // [group][row]
+  float* sums;     // [panel][column][tile][16][width]
 
   Scratch(const Tiled& call, void* memory) : tiles(static_cast<uint8_t*>(memory)) {
-    held = reinterpret_cast<float*>(tiles + kSlice * kTiles), scales = held + kHeld,
+    held = reinterpret_cast<float*>(tiles + kSlice * kTiles);
+    scales = held + kHeld;
     sums = scales + call.scales();
   }
   static int64_t bytes(const Tiled& call) {
@@ -63,10 +75,11 @@ struct Scratch {
   }
 };
 
+// Write one column of tokens to call.x in the order of a second operand.
 template <class From>
 void tile_column(const Tiled& call, int64_t column) {
-  const int64_t row_bytes = 2 * call.op.in, first = column * kSide,
-                count = least(kSide, call.op.tokens - first);
+  const int64_t row_bytes = 2 * call.op.in, first = column * kSide;
+  const int64_t count = least(kSide, call.op.tokens - first);
   const auto* row = static_cast<const uint8_t*>(call.op.x) + first * row_bytes;
   uint32_t* out = call.x + column * call.steps * kTile;
   for (int64_t t = 0; t < call.steps; ++t, out += kSide * call.width) {
@@ -82,18 +95,19 @@ void tile_column(const Tiled& call, int64_t column) {
   }
 }
 
-// Neighbouring panels, of one matrix or of two.
+// Neighbouring panels, of one matrix or of several.
 struct Band {
   int64_t count = 0;
   struct Member {
     const Linear* op;
-    int64_t out;  // its first
+    int64_t out;  // first output of the panel
     int64_t row_bytes;
-    bool whole;             // no row lies past the last
-    Panel weights, scales;  // scales: where a row has several
+    bool whole;             // all rows of the panel exist
+    Panel weights, scales;  // scales: only if a row has several
   } members[kBandPanels];
 };
 
+// Fill in band `number` of the call.
 template <class From, bool kGrouped>
 void find_band(const Tiled& call, int64_t number, Band& band) {
   const int64_t first = number * call.together(), outs = call.batch.outs;
@@ -102,7 +116,9 @@ void find_band(const Tiled& call, int64_t number, Band& band) {
     int64_t panel = first + i;
     const Linear& op = call.batch.at(panel);
     Band::Member& member = band.members[i];
-    member.op = &op, member.out = panel * outs, member.row_bytes = op.in * From::kBits / 8;
+    member.op = &op;
+    member.out = panel * outs;
+    member.row_bytes = op.in * From::kBits / 8;
     member.whole = (panel + 1) * outs <= op.out_size;
     member.weights = panel_at(op, op.weight, op.up, member.out, outs, member.row_bytes);
     if (kGrouped)
@@ -110,11 +126,15 @@ void find_band(const Tiled& call, int64_t number, Band& band) {
   }
 }
 
-// Lines that are wanted soon: `lines` of each row, from `offset` bytes on, of a band or of the
-// `ahead`-th after it. After `wait` steps, `together` with each.
+// Prefetch of weights, a little with each step of a pass.
 struct Fetch {
   const Band& band;
-  int64_t ahead, offset, lines, wait, together, member = 0, row = 0, line = 0;
+  int64_t ahead;                          // 0: lines of this band; 1: of the next one
+  int64_t offset;                         // bytes from the start of a row to its first line
+  int64_t lines;                          // lines of each row
+  int64_t wait;                           // steps before the first line
+  int64_t together;                       // lines for each step
+  int64_t member = 0, row = 0, line = 0;  // next line
 
   ALWAYS void step() {
     if (--wait >= 0) return;
@@ -124,28 +144,32 @@ struct Fetch {
                          0, 2);
       if (++line < lines) continue;
       line = 0;
-      if (++row == kWidth) row = 0, ++member;
+      if (++row == kWidth) {
+        row = 0;
+        ++member;
+      }
     }
   }
 };
 
-// Tiles of weights times one or two columns: `count` steps.
+// Product of `count` steps of a panel and of one or two columns.
 struct Pass {
-  const uint8_t *low,
-      *high;  // tiles of step t lie at + t * step, or where t is in a ring of so many
-  int64_t apart, step, ring;  // bytes between rows, and steps; a power of two less 1, or -1
-  int64_t count;
+  const uint8_t *low, *high;  // first and last 16 rows of the panel
+  int64_t apart;              // bytes between rows of a tile
+  int64_t step;               // bytes between steps
+  int64_t ring;               // mask of the number of a step: steps in memory less 1, or -1 for all
+  int64_t count;              // steps
   const uint32_t* x;
-  int64_t width, distance;  // of a column; units between columns
-  float* sums;              // [column][tile][16][16]
-  bool fresh;               // they are written, not added to
-  float* held;              // these as Scratch's
-  const float* scales;
-  int shift;  // as Tiled's
+  int64_t width, distance;  // tokens of a column; units between columns
+  float* sums;              // [column][tile][16][width]
+  bool fresh;               // write the sums instead of adding to them
+  float* held;              // as in Scratch
+  const float* scales;      // as in Scratch
+  int shift;                // as in Tiled
 };
 
-// The sums of `count` groups, up to kHeldGroups, times the scales of their rows, onto those of the
-// groups before.
+// Multiply the sums of `count` groups (at most kHeldGroups) by the scales of their rows, and add
+// them to the sums of earlier groups. first: number of the first group.
 template <int kCols>
 ALWAYS void add_groups(const Pass& p, int64_t first, int64_t count) {
   const float* scales = p.scales + first * kWidth;
@@ -166,7 +190,7 @@ ALWAYS void add_groups(const Pass& p, int64_t first, int64_t count) {
             [i, r](const float* scales) { return all(scales[i % 2 * kSide + r]); });
 }
 
-// before(t) comes before step t.
+// Multiply. before(t) is called before step t.
 template <bool kGrouped, int kCols, class Before>
 void tile_pass(const Pass& pass, Before before) {
   const Pass p = pass;
@@ -178,15 +202,23 @@ void tile_pass(const Pass& pass, Before before) {
   for (int64_t t = 0; t < p.count; ++t, x += kSide * p.width) {
     before(t);
     const int64_t at = (t & p.ring) * p.step;
-    tile_load<4>(p.low + at, p.apart), tile_load<6>(x, row), tile_dot<0, 4, 6>();
-    tile_load<5>(p.high + at, p.apart), tile_dot<1, 5, 6>();
-    if constexpr (kCols == 2)
-      tile_load<7>(x + p.distance, row), tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
+    tile_load<4>(p.low + at, p.apart);
+    tile_load<6>(x, row);
+    tile_dot<0, 4, 6>();
+    tile_load<5>(p.high + at, p.apart);
+    tile_dot<1, 5, 6>();
+    if constexpr (kCols == 2) {
+      tile_load<7>(x + p.distance, row);
+      tile_dot<2, 4, 7>();
+      tile_dot<3, 5, 7>();
+    }
     if (!kGrouped || (t & last) != last) continue;
     const int64_t place = (t >> p.shift) % kHeldGroups;
     float* held = p.held + place * 2 * kSums;
-    each<2 * kCols>(
-        [&](auto i) { tile_store<i.value>(held + i.value * kTile, row), tile_zero<i.value>(); });
+    each<2 * kCols>([&](auto i) {
+      tile_store<i.value>(held + i.value * kTile, row);
+      tile_zero<i.value>();
+    });
     if (place == kHeldGroups - 1) add_groups<kCols>(p, (t >> p.shift) - place, kHeldGroups);
   }
   if (!kGrouped)
@@ -195,8 +227,8 @@ void tile_pass(const Pass& pass, Before before) {
     add_groups<kCols>(p, (p.count >> p.shift) - left, left);
 }
 
-// Up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, as rows of tiles.
-// With kFetching, the steps behind them and those of the next panel are asked for.
+// Unpack up to kChunk steps from `first` on, of `rows` rows of a panel from `row` on, to rows of
+// tiles. kFetching: prefetch the next steps of these rows, and the same steps of the next panel.
 template <class From, bool kFetching>
 ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_t first,
                    int64_t count, uint8_t* out) {
@@ -206,8 +238,8 @@ ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_
   for (int64_t i = row; i < row + rows; ++i) {
     const WeightRow held{member.weights.rows[i] + first * step, bytes - first * step};
     uint8_t* line = out + i * kLine;
-    for (int64_t at = 0; kFetching && at < kChunk * step;
-         at += kLine) {  // int8 of one token: 32 ms; one of the two alone 36
+    // Measured with int8 and one token: 32 ms with both prefetches, 36 with one of them.
+    for (int64_t at = 0; kFetching && at < kChunk * step; at += kLine) {
       __builtin_prefetch(held.at + kChunk * step + at, 0, 3);
       __builtin_prefetch(held.at + next + at, 0, 2);
     }
@@ -222,11 +254,11 @@ ALWAYS void unpack(const Band::Member& member, int64_t row, int64_t rows, int64_
   }
 }
 
-// The scales of the groups that `count` steps from `first` on are, [group][row].
+// Read the scales of the groups of `count` steps from `first` on: [group][row].
 inline void read_scales(const Tiled& call, const Band::Member& member, int64_t first, int64_t count,
                         float* out) {
-  const int64_t groups = call.steps >> call.shift, from = first >> call.shift,
-                to = (first + count) >> call.shift;
+  const int64_t groups = call.steps >> call.shift;
+  const int64_t from = first >> call.shift, to = (first + count) >> call.shift;
   for (int64_t g = from; g < to; g += kLanes)
     for (int half = 0; half < kWidth; half += kHalf) {
       U scales[kLanes];
@@ -238,13 +270,13 @@ inline void read_scales(const Tiled& call, const Band::Member& member, int64_t f
     }
 }
 
-// A column's sums of a panel, to where they belong. kScaled: a row has one scale.
+// Complete the outputs of one column and panel from its sums. kScaled: a row has one scale.
 template <bool kScaled>
 void finish_column(const Tiled& call, const Band::Member& member, int64_t column,
                    const float* sums) {
-  const Linear op = *member.op;  // a copy: nothing that is written can change it
-  const int64_t token = column * kSide, tokens = least(kSide, op.tokens - token),
-                vectors = call.width == 1 ? 1 : kSide;
+  const Linear op = *member.op;  // a copy, which the writes below cannot change
+  const int64_t token = column * kSide, tokens = least(kSide, op.tokens - token);
+  const int64_t vectors = call.width == 1 ? 1 : kSide;
   float rows[kSide][kWidth];
   for (int half = 0; half < 2; ++half) {
     U tile[kSide];
@@ -260,29 +292,32 @@ void finish_column(const Tiled& call, const Band::Member& member, int64_t column
   for (int64_t i = 0; i < tokens; ++i) finish<BFloat16>(op, member.out, rows[i], token + i);
 }
 
-// Steps of a member times the columns from `begin` on. Many columns pass a slice that is laid out
-// as tiles before; few pass the panel as it lies, or as it is unpacked: with each step a part of
-// the chunk behind it.
+// Multiply `count` steps of a panel, from step `first` on, by the columns from `begin` on.
+//
+// Many columns: the steps are laid out as tiles first. Few columns: the panel is read in place,
+// or the next chunk is unpacked into a ring, a part of it with each step.
 template <class From, bool kGrouped>
 void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first,
                int64_t count, const Scratch& scratch, float* sums, Fetch& fetch) {
-  const int64_t columns = least(kColumns, call.columns - begin),
-                distance = call.steps * kSide * call.width;
+  const int64_t columns = least(kColumns, call.columns - begin);
+  const int64_t distance = call.steps * kSide * call.width;
   const uint32_t* x = call.x + begin * distance + first * kSide * call.width;
-  Pass p{scratch.tiles,
-         scratch.tiles + kTiles / 2,
-         kLine,
-         kTiles,
-         -1,
-         count,
-         x,
-         call.width,
-         distance,
-         sums,
-         first == 0,
-         scratch.held,
-         scratch.scales,
-         call.shift};
+  Pass p{
+      /*low=*/scratch.tiles,
+      /*high=*/scratch.tiles + kTiles / 2,
+      /*apart=*/kLine,
+      /*step=*/kTiles,
+      /*ring=*/-1,
+      count,
+      x,
+      call.width,
+      distance,
+      sums,
+      /*fresh=*/first == 0,
+      scratch.held,
+      scratch.scales,
+      call.shift,
+  };
   if (kGrouped) read_scales(call, member, first, count, scratch.scales);
   const auto pass = [&](auto before, auto begun) {
     for (int64_t c = 0; c < columns; c += 2, p.x += 2 * distance, p.sums += 2 * kSums) {
@@ -297,7 +332,9 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
                           scratch.tiles + t * kTiles);
     pass(fetching, [] {});
   } else if (From::kBits == 16 && member.whole && member.row_bytes % kLine == 0) {
-    p.low = member.weights.rows[0], p.high = member.weights.rows[kHalf], p.apart = member.row_bytes,
+    p.low = member.weights.rows[0];
+    p.high = member.weights.rows[kHalf];
+    p.apart = member.row_bytes;
     p.step = kLine;
     pass(fetching, [] {});
   } else {
@@ -315,35 +352,38 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
   }
 }
 
-// A band times the columns from `begin` on, up to kColumns.
+// Multiply a band by the columns from `begin` on, at most kColumns, and complete their outputs.
 template <class From, bool kGrouped>
 void band_of(const Tiled& call, const Band& band, int64_t begin, const Scratch& scratch) {
+  constexpr bool kScaled = From::kBits < 16 && !kGrouped;
   const int64_t columns = least(kColumns, call.columns - begin), slice = call.slice();
   for (int64_t first = 0; first < call.steps; first += slice) {
-    const int64_t count = least(slice, call.steps - first),
-                  then = first + count == call.steps ? 0 : first + count;
+    const int64_t count = least(slice, call.steps - first);
+    const int64_t then = first + count == call.steps ? 0 : first + count;  // next slice
     const int64_t turns = (columns + 1) / 2 * band.count * count, step = kLine * From::kBits / 16;
-    const int64_t fetched = least(call.few ? kBegin : slice, call.steps - then),
-                  wait = call.few ? turns - fetched : 0;
+    const int64_t fetched = least(call.few ? kBegin : slice, call.steps - then);
+    const int64_t wait = call.few ? turns - fetched : 0;
     const int64_t lines = (fetched * step + kLine - 1) / kLine, all = lines * kWidth * band.count;
-    const int64_t ahead =
-        then == 0 && begin + columns == call.columns;  // this thread probably takes the next band
+    // After the last slice, this thread probably takes the next band.
+    const int64_t ahead = then == 0 && begin + columns == call.columns;
     Fetch fetch{band, ahead, then * step, lines, wait, (all + turns - wait - 1) / (turns - wait)};
     for (int64_t i = 0; i < band.count; ++i)
       member_of<From, kGrouped>(call, band.members[i], begin, first, count, scratch,
                                 scratch.sums + i * columns * kSums, fetch);
   }
-  for (int64_t c = 0; c < columns; ++c)  // a token's outputs of all panels lie side by side
+  // All outputs of a token are written together: they lie side by side.
+  for (int64_t c = 0; c < columns; ++c)
     for (int64_t i = 0; i < band.count; ++i)
-      finish_column < From::kBits<16 && !kGrouped>(call, band.members[i], begin + c,
-                                                   scratch.sums + (i * columns + c) * kSums);
+      finish_column<kScaled>(call, band.members[i], begin + c,
+                             scratch.sums + (i * columns + c) * kSums);
 }
 
+// Multiply tokens by `matrices` matrices: arrange the tokens in columns, then compute all bands.
 template <class From, bool kGrouped>
 void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
-  const int64_t steps = (op.in + 2 * kSide - 1) / (2 * kSide),
-                columns = (op.tokens + kSide - 1) / kSide;
+  const int64_t steps = (op.in + 2 * kSide - 1) / (2 * kSide);
+  const int64_t columns = (op.tokens + kSide - 1) / kSide;
   int shift = 0;
   while (2 * kSide << shift < op.group) ++shift;
   const Batch batch{ops, matrices, op.up ? kHalf : kWidth};
@@ -371,8 +411,7 @@ void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
       &call);
 }
 
-// Of packed weights only those that have no groups, or groups of whole steps that are no longer
-// than a slice.
+// Packed weights have to have one scale for a row, or groups of whole steps that fit in a slice.
 inline void tiled_linear(const Linear* ops, int64_t matrices, Team& team) {
   const bool grouped = ops->group > 0;
   const auto of =

@@ -1,5 +1,9 @@
-// Runs every kernel on ragged shapes over buffers of exactly the right size; a sanitizer looks on.
-// A row's products must not depend on those beside it. Prints how many calls.
+// Run of all kernels on ragged shapes, for sanitizers (test_sanitizers.py builds and starts it).
+//
+// Not here: comparison with reference results (test_ops.py).
+//
+// Buffers have exactly the necessary size, so that a sanitizer finds accesses outside. The program
+// also checks that products of a row do not depend on other rows. It prints the number of calls.
 
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +21,7 @@ namespace {
 
 using namespace slipway;
 
+// Team of the calling thread only.
 struct Alone final : Team {
   std::vector<char> memory, common;
   void* shared(int64_t bytes) override { return aligned(common, bytes); }
@@ -25,8 +30,10 @@ struct Alone final : Team {
     void* scratch = aligned(memory, bytes);
     for (int64_t i = 0; i < items; ++i) body(context, i, scratch);
   }
+  // Return a 64-byte aligned part of a new buffer. A buffer of an earlier call could be larger, and
+  // hide an access after the end.
   static void* aligned(std::vector<char>& held, int64_t bytes) {
-    std::vector<char>(bytes + 64).swap(held);  // new for each call: what is too small shows
+    std::vector<char>(bytes + 64).swap(held);
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
   }
 };
@@ -35,6 +42,7 @@ std::mt19937 random_bits(7);
 Alone team;
 int calls = 0;
 
+// Return `count` random numbers of a type.
 std::vector<char> numbers(int64_t count, Type type) {
   std::vector<char> held(count * size_of(type));
   std::normal_distribution<float> normal;
@@ -52,15 +60,17 @@ void linears(Type type) {
   for (int64_t tokens : {0, 1, 3, 4, 7, 16, 17, 30, 49, 100, 200})
     for (int64_t in : {2, 8, 34, 64, 514})
       for (int64_t out_size : {1, 15, 16, 33, 70}) {
-        auto x = numbers(tokens * in, type), w = numbers(out_size * in, type),
-             up = numbers(out_size * in, type);
-        auto bias = numbers(out_size, type);
+        auto x = numbers(tokens * in, type), w = numbers(out_size * in, type);
+        auto up = numbers(out_size * in, type), bias = numbers(out_size, type);
         std::vector<char> out(tokens * out_size * 4);
         Linear op{type,     Type::kFloat, tokens,  in,      out_size,  x.data(),
                   w.data(), bias.data(),  nullptr, nullptr, out.data()};
         SLIPWAY_ISA::table.linear(&op, 1, team);
-        out.resize(tokens * out_size * size_of(type)), out.shrink_to_fit();
-        op.out_type = type, op.up = up.data(), op.out = out.data();
+        out.resize(tokens * out_size * size_of(type));
+        out.shrink_to_fit();
+        op.out_type = type;
+        op.up = up.data();
+        op.out = out.data();
         SLIPWAY_ISA::table.linear(&op, 1, team);
         calls += 2;
       }
@@ -72,17 +82,20 @@ void quantized_linears(Type type) {
       for (auto [bits, group] : {std::pair<int, int64_t>{8, 0}, {4, 32}, {4, 0}, {8, 32}, {4, 128}})
         for (int64_t out_size : {1, 15, 33}) {
           if (group && in % group) continue;
-          auto x = numbers(tokens * in, type), w = numbers(out_size * in * bits / 32, Type::kFloat),
-               up = w;
+          auto x = numbers(tokens * in, type);
+          auto w = numbers(out_size * in * bits / 32, Type::kFloat), up = w;
           auto scale = numbers(out_size * (group ? in / group : 1), type), up_scale = scale;
           std::vector<char> out(tokens * out_size * 4), other = out;
           Linear op{type,     Type::kFloat, tokens,  in,      out_size,  x.data(),
                     w.data(), nullptr,      nullptr, nullptr, out.data()};
-          op.bits = bits, op.group = group, op.scale = scale.data();
+          op.bits = bits;
+          op.group = group;
+          op.scale = scale.data();
           Linear both[] = {op, op};
           both[1].out = other.data();
           SLIPWAY_ISA::table.quantized_linear(both, 2, team);
-          op.up = up.data(), op.up_scale = up_scale.data();
+          op.up = up.data();
+          op.up_scale = up_scale.data();
           SLIPWAY_ISA::table.quantized_linear(&op, 1, team);
           calls += 2;
         }
@@ -91,9 +104,8 @@ void quantized_linears(Type type) {
 void embeds(Type type) {
   for (int64_t size : {4, 16, 20, 128}) {
     const std::vector<int32_t> ids{0, 4, -1, 5};
-    auto table = numbers(5 * size, type), bytes = numbers(5 * size / 4, Type::kFloat),
-         scale = numbers(5, type);
-    auto out = numbers(4 * size, type);
+    auto table = numbers(5 * size, type), bytes = numbers(5 * size / 4, Type::kFloat);
+    auto scale = numbers(5, type), out = numbers(4 * size, type);
     SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), table.data(), nullptr, out.data()},
                              team);
     SLIPWAY_ISA::table.embed({type, 4, 5, size, ids.data(), bytes.data(), scale.data(), out.data()},
@@ -121,30 +133,33 @@ void norms(Type type) {
 
 void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, int64_t kv_heads,
                 int64_t window) {
-  const std::vector<std::pair<int32_t, int32_t>> rows{
-      {0, 5}, {70, 1}, {0, 0}, {100, 61}, {15, 1}};  // cached, new
+  // tokens in the cache, and new tokens
+  const std::vector<std::pair<int32_t, int32_t>> rows{{0, 5}, {70, 1}, {0, 0}, {100, 61}, {15, 1}};
   const int64_t width = (161 + page_size - 1) / page_size, pages = width * 5;
   std::vector<int32_t> positions, slots, starts, counts, lengths, table;
   for (size_t r = 0; r < rows.size(); ++r) {
-    starts.push_back(positions.size()), counts.push_back(rows[r].second),
-        lengths.push_back(rows[r].first + rows[r].second);
+    starts.push_back(positions.size());
+    counts.push_back(rows[r].second);
+    lengths.push_back(rows[r].first + rows[r].second);
     for (int64_t p = 0; p < width; ++p) table.push_back((r * width + p) * 3 % pages);
     for (int32_t i = rows[r].first; i < lengths.back(); ++i) {
       positions.push_back(i);
       slots.push_back(table[r * width + i / page_size] * page_size + i % page_size);
     }
   }
-  slots.back() = pages * page_size;  // padding's
+  slots.back() = pages * page_size;  // as the slot of a token of padding
   const int64_t tokens = positions.size();
-  auto data = numbers(pages * kv_heads * 2 * page_size * head_dim, type),
-       q = numbers(tokens * heads * head_dim, type);
-  auto k = numbers(tokens * kv_heads * head_dim, type), v = k, out = q,
-       sinks = numbers(heads, Type::kFloat);
+  auto data = numbers(pages * kv_heads * 2 * page_size * head_dim, type);
+  auto q = numbers(tokens * heads * head_dim, type);
+  auto k = numbers(tokens * kv_heads * head_dim, type), v = k, out = q;
+  auto sinks = numbers(heads, Type::kFloat);
   const Cache cache{type, pages, kv_heads, page_size, head_dim, data.data()};
-  const Ragged ragged{tokens,        static_cast<int64_t>(rows.size()),
-                      width,         positions.data(),
-                      slots.data(),  starts.data(),
-                      counts.data(), table.data()};
+  const Ragged ragged{
+      tokens,        static_cast<int64_t>(rows.size()),
+      width,         positions.data(),
+      slots.data(),  starts.data(),
+      counts.data(), table.data(),
+  };
   SLIPWAY_ISA::table.write_kv({cache, ragged, k.data(), v.data()}, team);
   for (float soft_cap : {0.0f, 30.0f})
     for (bool sinking : {false, true})
@@ -158,8 +173,8 @@ void attentions(Type type, int64_t page_size, int64_t head_dim, int64_t heads, i
 void samples() {
   for (int64_t vocab : {1, 15, 37, 4096, 5001}) {
     auto logits = numbers(2 * vocab, Type::kFloat);
-    const float temperature[] = {0, 0.8f}, top_p[] = {1, 0.9f}, min_p[] = {0, 0.01f},
-                uniform[] = {0.5f, 0.9999999f};
+    const float temperature[] = {0, 0.8f}, top_p[] = {1, 0.9f}, min_p[] = {0, 0.01f};
+    const float uniform[] = {0.5f, 0.9999999f};
     const int32_t top_k[] = {0, 5};
     int32_t token[2];
     SLIPWAY_ISA::table.sample({2, vocab, reinterpret_cast<float*>(logits.data()), temperature,
@@ -173,12 +188,12 @@ void samples() {
   }
 }
 
-// A row's products have the same bits, alone or beside others.
+// Check that the products of a row have the same bits, with and without other rows.
 template <class T, int kTogether>
 void products_of_rows(Type type) {
   constexpr int64_t kUnits = 32, kRows = 64, kCols = 4;
-  auto a = numbers(kRows * kUnits * T::kPerUnit, type),
-       b = numbers(kUnits * kCols * SLIPWAY_ISA::kLanes * T::kPerUnit, type);
+  auto a = numbers(kRows * kUnits * T::kPerUnit, type);
+  auto b = numbers(kUnits * kCols * SLIPWAY_ISA::kLanes * T::kPerUnit, type);
   const uint32_t* at[4 * kCols];
   for (int s = 0; s < kUnits / kTogether; ++s)
     for (int j = 0; j < kCols; ++j)
@@ -200,8 +215,10 @@ void products_of_rows(Type type) {
         SLIPWAY_ISA::products<T, kTogether>(kCols, 1, first + r * kUnits, kUnits, second,
                                             alone.data() + r * width, width, fresh);
     }
-    if (std::memcmp(sums.data(), alone.data(), 4 * rows * width))
-      std::fprintf(stderr, "%d rows differ\n", int(rows)), std::exit(1);
+    if (std::memcmp(sums.data(), alone.data(), 4 * rows * width)) {
+      std::fprintf(stderr, "%d rows differ\n", int(rows));
+      std::exit(1);
+    }
     ++calls;
   }
 }
@@ -210,11 +227,14 @@ void products_of_rows(Type type) {
 
 int main() {
 #if defined(__AMX_BF16__)
-  if (syscall(SYS_arch_prctl, 0x1023, 18))
-    return 77;  // as csrc/dispatch.cc asks for them; not allowed
+  // Request tiles as csrc/dispatch.cc does. 77: the system does not allow them.
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return 77;
 #endif
   for (Type type : {Type::kFloat, Type::kBFloat16}) {
-    linears(type), quantized_linears(type), embeds(type), norms(type);
+    linears(type);
+    quantized_linears(type);
+    embeds(type);
+    norms(type);
     for (int64_t page_size : {16, 48, 64, 128})
       for (int64_t head_dim : {8, 24, 64, 80})
         attentions(type, page_size, head_dim, 6, 3, page_size == 48 ? 20 : 0);
@@ -222,7 +242,7 @@ int main() {
   }
   samples();
   products_of_rows<SLIPWAY_ISA::Float, 8>(Type::kFloat);
-  products_of_rows<SLIPWAY_ISA::BFloat16, 8>(Type::kBFloat16),
-      products_of_rows<SLIPWAY_ISA::BFloat16, 16>(Type::kBFloat16);
+  products_of_rows<SLIPWAY_ISA::BFloat16, 8>(Type::kBFloat16);
+  products_of_rows<SLIPWAY_ISA::BFloat16, 16>(Type::kBFloat16);
   std::printf("%d\n", calls);
 }
