@@ -1,187 +1,48 @@
-// The doors through which XLA calls the kernels: unpacks buffers and shares work over XLA's own
-// threads. Computes nothing; dtypes and shapes are as slipway/ops/cpu.py has checked them.
+// XLA's foreign function interface: unpacks buffers of XLA and calls the kernels.
+//
+// Not here: checks of dtypes and shapes (slipway/ops/cpu.py), declarations of the kernels
+// (kernels.h), threads (pool_team.cc).
 
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cstdlib>
+#include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
 
 #include "kernels.h"
+#include "pool_team.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
 
 namespace ffi = xla::ffi;
+using slipway::PoolTeam;
 using slipway::Type;
 
-// A thread's own memory, kept and grown: one buffer for the items that it runs, one for the calls
-// that it leads.
-enum Use { kItems, kCall };
-template <Use>
-void* scratch(int64_t bytes) {
-  struct Memory {
-    void* data = nullptr;
-    int64_t size = 0;
-    ~Memory() { std::free(data); }
-  };
-  thread_local Memory memory;
-  if (bytes > memory.size) {
-    std::free(memory.data);
-    memory.size = (bytes + 4095) / 4096 * 4096;
-    memory.data = std::aligned_alloc(4096, memory.size);
-  }
-  return memory.data;
-}
-
-// One call's items, taken from one counter by whoever works on it.
-struct Job {
-  std::atomic<int64_t> next{0}, done{0};
-  int64_t items, share, together, bytes;
-  void (*body)(const void*, int64_t, void*);
-  const void* context;
-
-  void work() {
-    int64_t i = next.load(std::memory_order_relaxed);
-    while (i < items) {
-      // a share of what is left, so that all end at about the same time
-      const int64_t count = std::clamp<int64_t>((items - i) / share, 1, together);
-      if (!next.compare_exchange_weak(i, i + count, std::memory_order_relaxed)) continue;
-      void* memory = scratch<kItems>(bytes);
-      for (int64_t item = i; item < i + count; ++item) body(context, item, memory);
-      done.fetch_add(count, std::memory_order_release);
-      i = next.load(std::memory_order_relaxed);
-    }
-  }
-};
-
-// Where a helper waits a little for the next call, before it goes back to the pool: a step's calls
-// lie some microseconds apart, and to wake a thread costs who wakes it up to 60 on a virtual
-// machine.
-class IdleWorkers {
- public:
-  // Hands the job to up to `most` of those who wait, and says to how many.
-  int64_t give(const std::shared_ptr<Job>& job, int64_t most) {
-    int64_t given = 0;
-    for (Place& place : places_) {
-      State state = kWaits;
-      if (given == most) break;
-      if (place.state.load(std::memory_order_relaxed) != kWaits ||
-          !place.state.compare_exchange_strong(state, kBusy))
-        continue;
-      place.job = job, ++given;
-      place.state.store(kHasJob, std::memory_order_release);
-    }
-    return given;
-  }
-
-  // The next job, or null when none came in time.
-  std::shared_ptr<Job> wait() {
-    Place* place = enter();
-    if (!place) return nullptr;
-    const auto begun = std::chrono::steady_clock::now();
-    for (int turn = 1; place->state.load(std::memory_order_acquire) != kHasJob; ++turn) {
-      relax();
-      State state = kWaits;
-      if (turn % 16 == 0 && std::chrono::steady_clock::now() - begun > kPatience &&
-          place->state.compare_exchange_strong(state, kFree))
-        return nullptr;
-    }
-    std::shared_ptr<Job> job = std::move(place->job);
-    place->state.store(kFree, std::memory_order_release);
-    return job;
-  }
-
- private:
-  enum State { kFree, kBusy, kWaits, kHasJob };
-  struct alignas(64) Place {
-    std::atomic<State> state{kFree};
-    std::shared_ptr<Job> job;
-  };
-  static constexpr auto kPatience = std::chrono::microseconds(100);
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-
-  Place* enter() {
-    for (Place& place : places_) {
-      State state = kFree;
-      if (place.state.load(std::memory_order_relaxed) == kFree &&
-          place.state.compare_exchange_strong(state, kWaits))
-        return &place;
-    }
-    return nullptr;
-  }
-
-  Place places_[64];
-};
-IdleWorkers idle_workers;
-
-// XLA's threads and the caller share the items; the caller waits for items that somebody runs,
-// never for a thread to start. A thread that comes late finds no item, and touches nothing that the
-// caller owned.
-class PoolTeam final : public slipway::Team {
- public:
-  PoolTeam(ffi::ThreadPool& pool, bool alone)
-      : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {
-    slipway::kernel_calls.fetch_add(1, std::memory_order_relaxed);
-  }
-
-  void* shared(int64_t bytes) override { return scratch<kCall>(bytes); }
-
-  void run(int64_t items, int64_t together, int64_t bytes,
-           void (*body)(const void*, int64_t, void*), const void* context) override {
-    const int64_t helpers = std::min<int64_t>(threads_, items) - 1;
-    if (helpers <= 0) {
-      for (int64_t i = 0; i < items; ++i) body(context, i, scratch<kItems>(bytes));
-      return;
-    }
-    auto job = std::make_shared<Job>();
-    job->items = items, job->share = 2 * (helpers + 1), job->together = together,
-    job->bytes = bytes;
-    job->body = body, job->context = context;
-    for (int64_t i = idle_workers.give(job, helpers); i < helpers; ++i)
-      pool_.Schedule([job]() mutable {
-        for (; job; job = idle_workers.wait()) job->work();
-      });
-    job->work();
-    for (int turns = 0; job->done.load(std::memory_order_acquire) < items; ++turns)
-      if (turns > 4096) std::this_thread::yield();
-  }
-
- private:
-  ffi::ThreadPool& pool_;
-  int64_t threads_;
-};
-
-// Less work than this is over before another thread has started.
+// Work below which the caller runs all items: it ends before another thread has started. Bytes of
+// weights or keys, or numbers of x.
 constexpr int64_t kAloneBytes = 1 << 17, kAloneNumbers = 1 << 14;
 
 Type type_of(ffi::DataType type) {
   return type == ffi::DataType::F32 ? Type::kFloat : Type::kBFloat16;
 }
 
+// Return how many of `rows` rows are not padding; the number is a value of the program.
 int64_t live(ffi::Buffer<ffi::S32> tokens, int64_t rows) {
   return std::min<int64_t>(tokens.typed_data()[0], rows);
 }
 
-// `arrays` holds groups of equally many arrays, one per layer; which layer is known only when it
-// runs. An index outside is clamped, as XLA's own are.
+// Return the data of one layer from one of `groups` groups of arrays. Each group has one array for
+// each layer. The layer is a value of the program; an index outside is clamped, as XLA does.
 const void* pick(const ffi::RemainingArgs& arrays, size_t groups, size_t group, int32_t layer) {
   const int64_t layers = arrays.size() / groups, at = std::clamp<int64_t>(layer, 0, layers - 1);
   return arrays.get<ffi::AnyBuffer>(group * layers + at)->untyped_data();
 }
 
-// Groups, for each result: weights; their scales, if packed; their biases, if biased. If gated,
-// there is one result, and the same of up follows.
+// Call of slipway::Linear, with 1 to 4 matrices. `arrays` has these groups for each result:
+// weights, scales if packed, biases if biased. A gated layer has one result, and the groups of
+// `gate` are followed by those of `up`.
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens,
                   ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs arrays, ffi::RemainingRets outs,
                   bool gated, bool biased, int64_t bits, int64_t group) {
@@ -201,11 +62,15 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
     if (gated) op.up = pick(arrays, groups, each, at);
     if (gated && bits) op.up_scale = pick(arrays, groups, each + 1, at);
     if (gated && biased) op.up_bias = pick(arrays, groups, 2 * each - 1, at);
-    op.type = type_of(x.element_type()), op.out_type = type_of(out->element_type());
+    op.type = type_of(x.element_type());
+    op.out_type = type_of(out->element_type());
     op.tokens = live(tokens, x.dimensions()[0]);
-    op.in = x.dimensions()[1], op.out_size = out->dimensions()[1];
-    op.x = x.untyped_data(), op.out = out->untyped_data();
-    op.bits = static_cast<int32_t>(bits), op.group = group;
+    op.in = x.dimensions()[1];
+    op.out_size = out->dimensions()[1];
+    op.x = x.untyped_data();
+    op.out = out->untyped_data();
+    op.bits = static_cast<int32_t>(bits);
+    op.group = group;
     bytes += op.in * op.out_size * (bits ? bits : 8 * size_of(op.type)) / 8;
   }
   PoolTeam team(pool, bytes < kAloneBytes);
@@ -214,13 +79,18 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   return ffi::Error::Success();
 }
 
+// Each of the next functions fills in the parameters of one op and calls its kernel.
+
 ffi::Error Embed(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::S32> tokens,
                  ffi::AnyBuffer table, ffi::RemainingArgs scale, ffi::Result<ffi::AnyBuffer> out) {
   slipway::Embed op{};
   op.type = type_of(out->element_type());
-  op.tokens = live(tokens, ids.element_count()), op.rows = table.dimensions()[0],
+  op.tokens = live(tokens, ids.element_count());
+  op.rows = table.dimensions()[0];
   op.size = out->dimensions()[1];
-  op.ids = ids.typed_data(), op.table = table.untyped_data(), op.out = out->untyped_data();
+  op.ids = ids.typed_data();
+  op.table = table.untyped_data();
+  op.out = out->untyped_data();
   if (scale.size()) op.scale = scale.get<ffi::AnyBuffer>(0)->untyped_data();
   PoolTeam team(pool, op.tokens * op.size < kAloneNumbers);
   slipway::kernels()->embed(op, team);
@@ -232,8 +102,11 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> to
                 ffi::Result<ffi::AnyBuffer> out, float eps) {
   slipway::Norm op{};
   op.type = type_of(x.element_type());
-  op.tokens = live(tokens, x.dimensions()[0]), op.size = x.dimensions()[1];
-  op.x = x.untyped_data(), op.weight = pick(weights, 1, 0, layer.typed_data()[0]), op.eps = eps;
+  op.tokens = live(tokens, x.dimensions()[0]);
+  op.size = x.dimensions()[1];
+  op.x = x.untyped_data();
+  op.weight = pick(weights, 1, 0, layer.typed_data()[0]);
+  op.eps = eps;
   op.out = out->untyped_data();
   PoolTeam team(pool, op.tokens * op.size < kAloneNumbers);
   slipway::kernels()->norm(op, team);
@@ -246,11 +119,15 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> 
                   ffi::Result<ffi::AnyBuffer> out, float eps) {
   slipway::Rotate op{};
   op.type = type_of(x.element_type());
-  op.tokens = live(tokens, x.dimensions()[0]), op.heads = x.dimensions()[1],
+  op.tokens = live(tokens, x.dimensions()[0]);
+  op.heads = x.dimensions()[1];
   op.head_dim = x.dimensions()[2];
-  op.x = x.untyped_data(),
+  op.x = x.untyped_data();
   op.weight = weights.size() ? pick(weights, 1, 0, layer.typed_data()[0]) : nullptr;
-  op.cos = cos.typed_data(), op.sin = sin.typed_data(), op.eps = eps, op.out = out->untyped_data();
+  op.cos = cos.typed_data();
+  op.sin = sin.typed_data();
+  op.eps = eps;
+  op.out = out->untyped_data();
   PoolTeam team(pool, op.tokens * op.heads * op.head_dim < kAloneNumbers);
   slipway::kernels()->rotate(op, team);
   return ffi::Error::Success();
@@ -261,10 +138,14 @@ ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffe
                   ffi::Buffer<ffi::F32> top_p, ffi::Buffer<ffi::F32> min_p,
                   ffi::Buffer<ffi::F32> uniform, ffi::Result<ffi::Buffer<ffi::S32>> token) {
   slipway::Sample op{};
-  op.rows = live(rows, logits.dimensions()[0]), op.vocab = logits.dimensions()[1];
-  op.logits = logits.typed_data(), op.temperature = temperature.typed_data(),
+  op.rows = live(rows, logits.dimensions()[0]);
+  op.vocab = logits.dimensions()[1];
+  op.logits = logits.typed_data();
+  op.temperature = temperature.typed_data();
   op.top_k = top_k.typed_data();
-  op.top_p = top_p.typed_data(), op.min_p = min_p.typed_data(), op.uniform = uniform.typed_data();
+  op.top_p = top_p.typed_data();
+  op.min_p = min_p.typed_data();
+  op.uniform = uniform.typed_data();
   op.token = token->typed_data();
   PoolTeam team(pool, op.rows * op.vocab < kAloneNumbers);
   slipway::kernels()->sample(op, team);
@@ -275,16 +156,18 @@ ffi::Error LogNormalizer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits,
                          ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::Buffer<ffi::F32>> largest,
                          ffi::Result<ffi::Buffer<ffi::F32>> log_sum) {
   slipway::LogNormalizer op{};
-  op.rows = live(rows, logits.dimensions()[0]), op.vocab = logits.dimensions()[1];
-  op.logits = logits.typed_data(), op.largest = largest->typed_data(),
+  op.rows = live(rows, logits.dimensions()[0]);
+  op.vocab = logits.dimensions()[1];
+  op.logits = logits.typed_data();
+  op.largest = largest->typed_data();
   op.log_sum = log_sum->typed_data();
   PoolTeam team(pool, op.rows * op.vocab < kAloneNumbers);
   slipway::kernels()->log_normalizer(op, team);
   return ffi::Error::Success();
 }
 
-// Zeros that take no memory: whole pages are given back to the system, which hands out empty ones
-// where they are touched.
+// Fill an array with zeros that take no memory: its whole pages are given back to the system, which
+// provides empty pages at the first access.
 ffi::Error Zeros(ffi::Result<ffi::AnyBuffer> out) {
   char *data = static_cast<char*>(out->untyped_data()), *end = data + out->size_bytes();
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -292,7 +175,7 @@ ffi::Error Zeros(ffi::Result<ffi::AnyBuffer> out) {
       reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + page - 1) / page * page);
   char* last = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(end) / page * page);
   if (first < last) {
-    *first = 1;  // to see whether this memory is of the kind that comes back empty
+    *first = 1;  // to test whether pages of this memory come back empty
     if (madvise(first, last - first, MADV_DONTNEED) || *first) first = last = end;
   } else {
     first = last = end;
@@ -302,7 +185,8 @@ ffi::Error Zeros(ffi::Result<ffi::AnyBuffer> out) {
   return ffi::Error::Success();
 }
 
-slipway::Cache cache_of(ffi::AnyBuffer kv, void* data, int32_t layer) {  // [L][P][K][2][S][H]
+// Return the cache of one layer, of `kv` with shape [L, P, K, 2, S, H] (docs/dimensions.md).
+slipway::Cache cache_of(ffi::AnyBuffer kv, void* data, int32_t layer) {
   const auto d = kv.dimensions();
   const int64_t layer_bytes =
       d[1] * d[2] * d[3] * d[4] * d[5] * static_cast<int64_t>(ffi::ByteWidth(kv.element_type()));
@@ -319,7 +203,8 @@ ffi::Error WriteKv(ffi::ThreadPool pool, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32
   op.cache = cache_of(kv, out->untyped_data(), layer.typed_data()[0]);
   op.ragged.tokens = live(tokens, slots.element_count());
   op.ragged.slots = slots.typed_data();
-  op.keys = keys.untyped_data(), op.values = values.untyped_data();
+  op.keys = keys.untyped_data();
+  op.values = values.untyped_data();
   PoolTeam team(pool, op.ragged.tokens * static_cast<int64_t>(keys.size_bytes()) < kAloneBytes);
   slipway::kernels()->write_kv(op, team);
   return ffi::Error::Success();
@@ -332,16 +217,23 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer kv,
                      ffi::Result<ffi::AnyBuffer> out, float scale, int64_t window, float soft_cap) {
   slipway::Attention op{};
   op.cache = cache_of(kv, kv.untyped_data(), layer.typed_data()[0]);
-  op.ragged.rows = counts.element_count(), op.ragged.table_width = page_table.dimensions()[1];
-  op.ragged.positions = positions.typed_data(), op.ragged.starts = starts.typed_data();
-  op.ragged.counts = counts.typed_data(), op.ragged.page_table = page_table.typed_data();
-  op.heads = q.dimensions()[1], op.scale = scale, op.soft_cap = soft_cap, op.window = window;
+  op.ragged.rows = counts.element_count();
+  op.ragged.table_width = page_table.dimensions()[1];
+  op.ragged.positions = positions.typed_data();
+  op.ragged.starts = starts.typed_data();
+  op.ragged.counts = counts.typed_data();
+  op.ragged.page_table = page_table.typed_data();
+  op.heads = q.dimensions()[1];
+  op.scale = scale;
+  op.soft_cap = soft_cap;
+  op.window = window;
   if (sinks.size() == 1) {
     auto held = sinks.get<ffi::Buffer<ffi::F32>>(0);
     if (held.has_error()) return held.error();
     op.sinks = held->typed_data();
   }
-  op.q = q.untyped_data(), op.out = out->untyped_data();
+  op.q = q.untyped_data();
+  op.out = out->untyped_data();
   int64_t keys = 0;
   for (int64_t row = 0; row < op.ragged.rows; ++row)
     if (op.ragged.counts[row] > 0)
