@@ -176,7 +176,7 @@ void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first
   }
 }
 
-// Multiply a piece by a block whose number of quartets is known at run time, from 1 to kBlock.
+// Multiply a piece by a block of `fours` quartets, a number from 1 to kBlock.
 template <class T, int kBlock = kFours>
 void piece_of(int64_t fours, const Piece& piece, const uint32_t* x, float* parts, bool is_first,
               float* sums) {

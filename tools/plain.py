@@ -1,6 +1,7 @@
 """Check of plain language and density: docstrings, comments, layout of code, commit headlines.
 
-Not here: lengths of files and functions (sizes.py), line width and import order (ruff).
+Not here: lengths of files and functions (sizes.py), line width (ruff, clang-format),
+import order (ruff).
 """
 
 import ast
@@ -12,11 +13,12 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("slipway", "training", "tests", "tools", "benchmarks", "examples")
+FOLDERS = ("slipway", "training", "tests", "tools", "benchmarks", "examples", "csrc")
+CXX_SUFFIXES = (".h", ".cc")
 MIN_WORDS, HEADLINE_CHARACTERS, POSITIONAL_ARGUMENTS = 3, 72, 3
 MIN_TABLE_ROWS = 3
 
-# Openings of docstrings that leave out what they describe.
+# Openings of docstrings, and of the first line of a C++ file, that leave out what they describe.
 MODULE_OPENINGS = (
     "Decides|Knows|Makes|Runs|Finds|Gives|Holds|Fails|"
     "From|What|Where|Which|How|Who|When|That|Whether"
@@ -31,6 +33,8 @@ UNCLEAR = re.compile(
     r"as many as may|ceases?|knows?|says? so)\b",
     re.IGNORECASE,
 )
+# A comment of C++ in the first group, or a string, in which `//` is no comment.
+CXX_COMMENT = re.compile(r"//(.*)|\"(?:\\.|[^\"\\])*\"")
 # Functions that take a list of equal arguments: names would add nothing.
 LISTING = {
     "print", "max", "min", "zip", "chain", "product", "union", "gcd", "isinstance", "format",
@@ -42,19 +46,40 @@ LISTING = {
 def main(arguments: list[str]) -> int:
     """Print every breach in the named files or folders, by default all; return 1 for any."""
     roots = [Path(argument) for argument in arguments or FOLDERS]
-    paths = [
-        path
-        for root in roots
-        for path in ([root] if root.is_file() else sorted(root.rglob("*.py")))
-    ]
+    paths = [path for root in roots for path in ([root] if root.is_file() else source_files(root))]
     breaches = [f"{path}:{line}: {text}" for path in paths for line, text in file_breaches(path)]
     breaches += [] if arguments else headline_breaches()
     print("\n".join(breaches) or "language and density: fine")
     return bool(breaches)
 
 
+def source_files(folder: Path) -> list[Path]:
+    """Return the Python and C++ files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", *CXX_SUFFIXES))
+
+
 def file_breaches(path: Path) -> Iterator[tuple[int, str]]:
     """Yield line number and description of every breach in a file."""
+    check = cxx_breaches if path.suffix in CXX_SUFFIXES else python_breaches
+    yield from check(path)
+
+
+def cxx_breaches(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the breaches in the first line and in the comments of a C++ file."""
+    lines = path.read_text().splitlines()
+    first = lines[0].removeprefix("//").strip()
+    if len(first.split()) < MIN_WORDS:
+        yield 1, f"first line of {len(first.split())} words: {first!r}"
+    if found := re.match(rf"({MODULE_OPENINGS})\b", first):
+        yield 1, f"file opens with {found.group()!r}; begin with a noun phrase"
+    for number, line in enumerate(lines, 1):
+        for comment in CXX_COMMENT.findall(line):
+            if found := UNCLEAR.search(comment):
+                yield number, f"comment with {found.group()!r}; name the thing"
+
+
+def python_breaches(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the breaches in the docstrings, comments and layout of a Python file."""
     source = path.read_text()
     tree = ast.parse(source)
     in_tests = "tests" in path.parts
