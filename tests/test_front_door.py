@@ -23,6 +23,11 @@ def test_every_file_of_the_package_is_in_the_architecture_page():
     assert not named - there - elsewhere, "files that do not exist"
 
 
+def test_every_file_of_csrc_is_in_the_architecture_page():
+    named = set(re.findall(r"`csrc/([\w.]+)`", (ROOT / "docs/architecture.md").read_text()))
+    assert named == {path.name for path in (ROOT / "csrc").iterdir()}
+
+
 @pytest.mark.parametrize(
     "file", ["CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/adding_a_model.md"]
 )
