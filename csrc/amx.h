@@ -22,11 +22,11 @@ constexpr int64_t kTile = kSide * kSide;  // units of a tile
 #if defined(__SANITIZE_ADDRESS__)
 // AddressSanitizer does not see loads and stores of tiles. So ordinary instructions touch the same
 // bytes: for each row of a register, touch(address, bytes).
-inline thread_local int64_t shown_rows[8], shown_bytes[8];  // shape of each register
+inline thread_local int64_t tile_rows[8], tile_row_bytes[8];  // shape of each register
 template <class Touch>
-void show(int number, const void* place, int64_t distance, Touch touch) {
-  for (int64_t i = 0; i < shown_rows[number]; ++i)
-    touch(static_cast<char*>(const_cast<void*>(place)) + i * distance, shown_bytes[number]);
+void for_each_row(int number, const void* place, int64_t distance, Touch touch) {
+  for (int64_t i = 0; i < tile_rows[number]; ++i)
+    touch(static_cast<char*>(const_cast<void*>(place)) + i * distance, tile_row_bytes[number]);
 }
 #endif
 
@@ -53,8 +53,8 @@ class Tiles {
     asm volatile("ldtilecfg %0" ::"m"(shape));
 #if defined(__SANITIZE_ADDRESS__)
     for (int i = 0; i < 8; ++i) {
-      shown_rows[i] = shape.rows[i];
-      shown_bytes[i] = shape.row_bytes[i];
+      tile_rows[i] = shape.rows[i];
+      tile_row_bytes[i] = shape.row_bytes[i];
     }
 #endif
   }
@@ -71,7 +71,7 @@ ALWAYS void tile_zero() {
 template <int kRegister>
 ALWAYS void tile_load(const void* from, int64_t distance) {
 #if defined(__SANITIZE_ADDRESS__)
-  show(kRegister, from, distance, [](const char* row, int64_t bytes) {
+  for_each_row(kRegister, from, distance, [](const char* row, int64_t bytes) {
     char held[4 * kSide];
     std::memcpy(held, row, bytes);
     asm volatile("" ::"m"(held));
@@ -83,7 +83,8 @@ ALWAYS void tile_load(const void* from, int64_t distance) {
 template <int kRegister>
 ALWAYS void tile_store(void* to, int64_t distance) {
 #if defined(__SANITIZE_ADDRESS__)
-  show(kRegister, to, distance, [](char* row, int64_t bytes) { std::memset(row, 0, bytes); });
+  for_each_row(kRegister, to, distance,
+               [](char* row, int64_t bytes) { std::memset(row, 0, bytes); });
 #endif
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(distance), "i"(kRegister)
                : "memory");

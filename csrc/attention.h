@@ -124,7 +124,7 @@ struct Item {
 };
 
 // Memory of one item. u: numbers of a unit.
-struct Desk {
+struct ItemScratch {
   int64_t rows;                 // tokens of the item x query heads of a KV head
   int64_t width;                // head_dim rounded up to a multiple of kLanes
   uint32_t* q = nullptr;        // [rows][head_dim / u]
@@ -133,7 +133,7 @@ struct Desk {
   float* o = nullptr;           // [rows][width]: weighted sums of values, not yet normalized
   float* peak = nullptr;        // [rows]: maximum of the scores so far
   float* total = nullptr;       // [rows]: sum of the weights so far
-  uint32_t* keys = nullptr;     // end of the memory in use
+  uint32_t* end = nullptr;      // end of the memory in use
   uint32_t* values = nullptr;   // [kBlock / u][width]: copy of values that cannot be read in place
 };
 
@@ -142,8 +142,8 @@ inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Divide `memory` among the arrays of an item. With memory at address 0, the end is the size in
 // bytes.
-inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
-  Desk desk{rows, padded(head_dim, kLanes)};
+inline ItemScratch scratch_at(void* memory, int64_t rows, int64_t head_dim) {
+  ItemScratch scratch{rows, padded(head_dim, kLanes)};
   uint32_t* at = static_cast<uint32_t*>(memory);
   rows = padded(rows, kRowsAtOnce);
   auto take = [&at](int64_t units) {
@@ -151,15 +151,15 @@ inline Desk lay_out(void* memory, int64_t rows, int64_t head_dim) {
     at += (units + 15) / 16 * 16;
     return taken;
   };
-  desk.q = take(rows * head_dim);
-  desk.scores = reinterpret_cast<float*>(take(rows * kBlock));
-  desk.weights = take(rows * kBlock);
-  desk.o = reinterpret_cast<float*>(take(rows * desk.width));
-  desk.peak = reinterpret_cast<float*>(take(rows));
-  desk.total = reinterpret_cast<float*>(take(rows));
-  desk.values = take(kBlock * desk.width);
-  desk.keys = at;
-  return desk;
+  scratch.q = take(rows * head_dim);
+  scratch.scores = reinterpret_cast<float*>(take(rows * kBlock));
+  scratch.weights = take(rows * kBlock);
+  scratch.o = reinterpret_cast<float*>(take(rows * scratch.width));
+  scratch.peak = reinterpret_cast<float*>(take(rows));
+  scratch.total = reinterpret_cast<float*>(take(rows));
+  scratch.values = take(kBlock * scratch.width);
+  scratch.end = at;
+  return scratch;
 }
 
 // Keys of one head, from position `first` on, in the pages of a sequence. If `count` is 0, there is
@@ -191,11 +191,11 @@ struct Block {
 // Compute scores[r][s] = q[r] . key[s] for all keys of the block. Scores after the last key of the
 // block are undefined.
 template <class T>
-void score(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
+void score(const Attention& op, const Block& block, const Block& next, const ItemScratch& scratch) {
   const int64_t S = op.cache.page_size, units = op.cache.head_dim / T::kPerUnit;
   const uint32_t *columns[kWideCols], *later[kWideCols];
   for (int64_t first = 0, cols; first < block.count; first += cols * kLanes) {
-    cols = columns_for(desk.rows, (block.count - first + kLanes - 1) / kLanes);
+    cols = columns_for(scratch.rows, (block.count - first + kLanes - 1) / kLanes);
     for (int64_t j = 0, s = first; j < cols; ++j, s += kLanes) {
       columns[j] = block.key<T>(op, s);
       later[j] = s < next.count ? next.key<T>(op, s) : columns[j];
@@ -203,7 +203,7 @@ void score(const Attention& op, const Block& block, const Block& next, const Des
     const Operand keys{columns, later, units, units, S};
     // This choice depends only on head_dim, so that results do not depend on the batch.
     const auto multiply = units % 16 ? products<T, kUnitsAtOnce> : products<T, 16>;
-    multiply(cols, desk.rows, desk.q, units, keys, desk.scores + first, kBlock, true);
+    multiply(cols, scratch.rows, scratch.q, units, keys, scratch.scores + first, kBlock, true);
   }
 }
 
@@ -213,9 +213,9 @@ void score(const Attention& op, const Block& block, const Block& next, const Des
 // kSeesAll: no key of the block is masked for this row. position: of the token of the row. first,
 // count: keys of the block.
 template <class T, bool kSeesAll>
-void soften(const Attention& op, int64_t position, int64_t first, int64_t count, int64_t row,
-            const Desk& desk) {
-  float* scores = desk.scores + row * kBlock;
+void update_weights(const Attention& op, int64_t position, int64_t first, int64_t count,
+                    int64_t row, const ItemScratch& scratch) {
+  float* scores = scratch.scores + row * kBlock;
   I at;
   for (int i = 0; i < kLanes; ++i) at[i] = i;
   const int32_t stop = static_cast<int32_t>(position + 1 - first);
@@ -230,7 +230,7 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     store(scores + s, x);
     peak = max(peak, x);
   }
-  const float before = desk.peak[row], highest_here = highest(peak);
+  const float before = scratch.peak[row], highest_here = highest(peak);
   const float now = highest_here > before ? highest_here : before;
   F total = {};
   for (int64_t s = 0; s < count; s += kLanes) {
@@ -238,17 +238,18 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
     const I here = at + static_cast<int32_t>(s);
     if (!kSeesAll) p = select((here < stop) & (here >= start), p, F{});
     total = total + p;
-    T::write(desk.weights + row * kBlock / T::kPerUnit, s, p, kLanes);
+    T::write(scratch.weights + row * kBlock / T::kPerUnit, s, p, kLanes);
   }
-  desk.peak[row] = now;
+  scratch.peak[row] = now;
   if (now == before) {
-    desk.total[row] += sum(total);
+    scratch.total[row] += sum(total);
     return;
   }
   const float shrink = exp(all(before - now))[0];
-  desk.total[row] = desk.total[row] * shrink + sum(total);
-  for (int64_t d = 0; d < desk.width; d += kLanes)
-    store(desk.o + row * desk.width + d, load<F>(desk.o + row * desk.width + d) * shrink);
+  scratch.total[row] = scratch.total[row] * shrink + sum(total);
+  for (int64_t d = 0; d < scratch.width; d += kLanes)
+    store(scratch.o + row * scratch.width + d,
+          load<F>(scratch.o + row * scratch.width + d) * shrink);
 }
 
 // Return the values of a block as an operand. Its addresses are written to `bases`, those of the
@@ -258,8 +259,8 @@ void soften(const Attention& op, int64_t position, int64_t first, int64_t count,
 // a multiple of kLanes, and of the last segment if its rows are not all written. The copy has zeros
 // in lanes after head_dim and in rows without a token.
 template <class T>
-Operand values_of(const Attention& op, const Block& block, const Block& next, const Desk& desk,
-                  const uint32_t** bases, const uint32_t** later) {
+Operand values_of(const Attention& op, const Block& block, const Block& next,
+                  const ItemScratch& scratch, const uint32_t** bases, const uint32_t** later) {
   const int64_t S = op.cache.page_size, D = op.cache.head_dim, count = block.count;
   // keys of a block that lie in one page, whatever the first one
   const int64_t together = (S & -S) < kBlock ? S & -S : kBlock;
@@ -269,41 +270,44 @@ Operand values_of(const Attention& op, const Block& block, const Block& next, co
     bases[segments] = block.value<T>(op, s);
     later[segments] = s < next.count ? next.value<T>(op, s) : bases[segments];
   }
-  const bool fills = D == desk.width;
+  const bool fills = D == scratch.width;
   const int64_t all = padded(rows, kUnitsAtOnce);
   const int64_t first = fills ? (rows - 1) / segment * segment : 0;
   if (fills && all == rows && count % T::kPerUnit == 0) return {bases, later, rows, segment, D};
-  std::memset(desk.values, 0, 4 * desk.width * (all - first));
+  std::memset(scratch.values, 0, 4 * scratch.width * (all - first));
   for (int64_t r = first; r < rows; ++r)
-    std::memcpy(desk.values + (r - first) * desk.width, block.value<T>(op, r * T::kPerUnit), 4 * D);
+    std::memcpy(scratch.values + (r - first) * scratch.width, block.value<T>(op, r * T::kPerUnit),
+                4 * D);
   if (count % T::kPerUnit)
-    for (int64_t d = 0; d < D; ++d) desk.values[(rows - 1 - first) * desk.width + d] &= 0xffffu;
+    for (int64_t d = 0; d < D; ++d)
+      scratch.values[(rows - 1 - first) * scratch.width + d] &= 0xffffu;
   if (fills) {
-    bases[segments - 1] = desk.values;
+    bases[segments - 1] = scratch.values;
     return {bases, later, all, segment, D};
   }
-  bases[0] = later[0] = desk.values;
-  return {bases, later, all, all, desk.width};
+  bases[0] = later[0] = scratch.values;
+  return {bases, later, all, all, scratch.width};
 }
 
 // Add the weighted values of a block: o[r] += sum over its keys s of weight[r][s] * value[s].
 template <class T>
-void mix(const Attention& op, const Block& block, const Block& next, const Desk& desk) {
+void add_values(const Attention& op, const Block& block, const Block& next,
+                const ItemScratch& scratch) {
   constexpr int64_t kSegments = kBlock / kGroup;
   const uint32_t *bases[kSegments], *after[kSegments];
   const uint32_t *columns[kWideCols * kSegments], *later[kWideCols * kSegments];
-  const Operand values = values_of<T>(op, block, next, desk, bases, after);
+  const Operand values = values_of<T>(op, block, next, scratch, bases, after);
   const int64_t segments = (values.rows + values.segment - 1) / values.segment;
-  for (int64_t d = 0, cols; d < desk.width; d += cols * kLanes) {
-    cols = columns_for(desk.rows, (desk.width - d) / kLanes);
+  for (int64_t d = 0, cols; d < scratch.width; d += cols * kLanes) {
+    cols = columns_for(scratch.rows, (scratch.width - d) / kLanes);
     for (int64_t s = 0; s < segments; ++s)
       for (int64_t j = 0; j < cols; ++j) {
         columns[s * cols + j] = bases[s] + d + j * kLanes;
         later[s * cols + j] = after[s] + d + j * kLanes;
       }
     const Operand b{columns, later, values.rows, values.segment, values.step};
-    products<T, kUnitsAtOnce>(cols, desk.rows, desk.weights, kBlock / T::kPerUnit, b, desk.o + d,
-                              desk.width, false);
+    products<T, kUnitsAtOnce>(cols, scratch.rows, scratch.weights, kBlock / T::kPerUnit, b,
+                              scratch.o + d, scratch.width, false);
   }
 }
 
@@ -313,38 +317,38 @@ template <class T>
 void attend(const Attention& op, const Item& item, const Item& next, void* memory) {
   const int64_t D = op.cache.head_dim, units = D / T::kPerUnit;
   const int64_t group = op.heads / op.cache.kv_heads;
-  const Desk desk = lay_out(memory, item.tokens * group, D);
-  const Tiles held(desk.rows, kUnitsAtOnce);
+  const ItemScratch scratch = scratch_at(memory, item.tokens * group, D);
+  const Tiles held(scratch.rows, kUnitsAtOnce);
   for (int64_t t = 0; t < item.tokens; ++t)
-    std::memcpy(desk.q + t * group * units,
+    std::memcpy(scratch.q + t * group * units,
                 static_cast<const uint32_t*>(op.q) +
                     ((item.first + t) * op.heads + item.head * group) * units,
                 4 * group * units);
-  std::memset(desk.o, 0, 4 * desk.rows * desk.width);
-  for (int64_t r = 0; r < desk.rows; ++r) {
-    desk.peak[r] = op.sinks ? op.sinks[item.head * group + r % group] : kMasked;
-    desk.total[r] = op.sinks ? 1.0f : 0.0f;
+  std::memset(scratch.o, 0, 4 * scratch.rows * scratch.width);
+  for (int64_t r = 0; r < scratch.rows; ++r) {
+    scratch.peak[r] = op.sinks ? op.sinks[item.head * group + r % group] : kMasked;
+    scratch.total[r] = op.sinks ? 1.0f : 0.0f;
   }
   for (int64_t first = item.first_block(); first < item.seen; first += kBlock) {
     const Block block(op, item, first);
     const Block later = first + kBlock < item.seen ? Block(op, item, first + kBlock)
                                                    : Block(op, next, next.first_block());
-    score<T>(op, block, later, desk);
-    for (int64_t r = 0; r < desk.rows; ++r) {
+    score<T>(op, block, later, scratch);
+    for (int64_t r = 0; r < scratch.rows; ++r) {
       const int64_t position = op.ragged.positions[item.first + r / group];
       const bool sees_all = block.count % kLanes == 0 && position + 1 - first >= block.count;
       if (sees_all && (!op.window || position + 1 - op.window <= first))
-        soften<T, true>(op, position, first, block.count, r, desk);
+        update_weights<T, true>(op, position, first, block.count, r, scratch);
       else
-        soften<T, false>(op, position, first, block.count, r, desk);
+        update_weights<T, false>(op, position, first, block.count, r, scratch);
     }
-    mix<T>(op, block, later, desk);
+    add_values<T>(op, block, later, scratch);
   }
-  for (int64_t r = 0; r < desk.rows; ++r) {
-    const float share = desk.total[r] > 0 ? 1.0f / desk.total[r] : 0.0f;
+  for (int64_t r = 0; r < scratch.rows; ++r) {
+    const float share = scratch.total[r] > 0 ? 1.0f / scratch.total[r] : 0.0f;
     const int64_t row = (item.first + r / group) * op.heads + item.head * group + r % group;
     for (int64_t d = 0; d < D; d += kLanes)
-      T::write(op.out, row * D + d, load<F>(desk.o + r * desk.width + d) * share, D - d);
+      T::write(op.out, row * D + d, load<F>(scratch.o + r * scratch.width + d) * share, D - d);
   }
 }
 
@@ -390,10 +394,10 @@ void attention_of(const Attention& op, Team& team) {
     longest = count > longest ? count : longest;
   }
   const int64_t rows = (longest < piece ? longest : piece) * group;
-  const Desk none = lay_out(nullptr, rows, op.cache.head_dim);
+  const ItemScratch none = scratch_at(nullptr, rows, op.cache.head_dim);
   const Call call{op, piece, pieces * op.cache.kv_heads};
   team.run(
-      call.items, op.cache.kv_heads, reinterpret_cast<int64_t>(none.keys),
+      call.items, op.cache.kv_heads, reinterpret_cast<int64_t>(none.end),
       [](const void* context, int64_t i, void* memory) {
         const auto& [op, piece, items] = *static_cast<const Call*>(context);
         attend<T>(op, item_of(op, piece, items, i), item_of(op, piece, items, i + 1), memory);

@@ -22,20 +22,21 @@ using slipway::Type;
 
 // Work below which the caller runs all items: it ends before another thread has started. Bytes of
 // weights or keys, or numbers of x.
-constexpr int64_t kAloneBytes = 1 << 17, kAloneNumbers = 1 << 14;
+constexpr int64_t kOneThreadBytes = 1 << 17, kOneThreadNumbers = 1 << 14;
 
 Type type_of(ffi::DataType type) {
   return type == ffi::DataType::F32 ? Type::kFloat : Type::kBFloat16;
 }
 
 // Return how many of `rows` rows are not padding; the number is a value of the program.
-int64_t live(ffi::Buffer<ffi::S32> tokens, int64_t rows) {
+int64_t live_rows(ffi::Buffer<ffi::S32> tokens, int64_t rows) {
   return std::min<int64_t>(tokens.typed_data()[0], rows);
 }
 
 // Return the data of one layer from one of `groups` groups of arrays. Each group has one array for
 // each layer. The layer is a value of the program; an index outside is clamped, as XLA does.
-const void* pick(const ffi::RemainingArgs& arrays, size_t groups, size_t group, int32_t layer) {
+const void* array_of_layer(const ffi::RemainingArgs& arrays, size_t groups, size_t group,
+                           int32_t layer) {
   const int64_t layers = arrays.size() / groups, at = std::clamp<int64_t>(layer, 0, layers - 1);
   return arrays.get<ffi::AnyBuffer>(group * layers + at)->untyped_data();
 }
@@ -56,15 +57,15 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
     slipway::Linear& op = ops[i];
     auto out = outs.get<ffi::AnyBuffer>(i).value();
     const size_t first = i * each;
-    op.weight = pick(arrays, groups, first, at);
-    if (bits) op.scale = pick(arrays, groups, first + 1, at);
-    if (biased) op.bias = pick(arrays, groups, first + each - 1, at);
-    if (gated) op.up = pick(arrays, groups, each, at);
-    if (gated && bits) op.up_scale = pick(arrays, groups, each + 1, at);
-    if (gated && biased) op.up_bias = pick(arrays, groups, 2 * each - 1, at);
+    op.weight = array_of_layer(arrays, groups, first, at);
+    if (bits) op.scale = array_of_layer(arrays, groups, first + 1, at);
+    if (biased) op.bias = array_of_layer(arrays, groups, first + each - 1, at);
+    if (gated) op.up = array_of_layer(arrays, groups, each, at);
+    if (gated && bits) op.up_scale = array_of_layer(arrays, groups, each + 1, at);
+    if (gated && biased) op.up_bias = array_of_layer(arrays, groups, 2 * each - 1, at);
     op.type = type_of(x.element_type());
     op.out_type = type_of(out->element_type());
-    op.tokens = live(tokens, x.dimensions()[0]);
+    op.tokens = live_rows(tokens, x.dimensions()[0]);
     op.in = x.dimensions()[1];
     op.out_size = out->dimensions()[1];
     op.x = x.untyped_data();
@@ -73,7 +74,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
     op.group = group;
     bytes += op.in * op.out_size * (bits ? bits : 8 * size_of(op.type)) / 8;
   }
-  PoolTeam team(pool, bytes < kAloneBytes);
+  PoolTeam team(pool, bytes < kOneThreadBytes);
   (bits ? slipway::kernels()->quantized_linear : slipway::kernels()->linear)(ops, outs.size(),
                                                                              team);
   return ffi::Error::Success();
@@ -85,14 +86,14 @@ ffi::Error Embed(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ff
                  ffi::AnyBuffer table, ffi::RemainingArgs scale, ffi::Result<ffi::AnyBuffer> out) {
   slipway::Embed op{};
   op.type = type_of(out->element_type());
-  op.tokens = live(tokens, ids.element_count());
+  op.tokens = live_rows(tokens, ids.element_count());
   op.rows = table.dimensions()[0];
   op.size = out->dimensions()[1];
   op.ids = ids.typed_data();
   op.table = table.untyped_data();
   op.out = out->untyped_data();
   if (scale.size()) op.scale = scale.get<ffi::AnyBuffer>(0)->untyped_data();
-  PoolTeam team(pool, op.tokens * op.size < kAloneNumbers);
+  PoolTeam team(pool, op.tokens * op.size < kOneThreadNumbers);
   slipway::kernels()->embed(op, team);
   return ffi::Error::Success();
 }
@@ -102,13 +103,13 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> to
                 ffi::Result<ffi::AnyBuffer> out, float eps) {
   slipway::Norm op{};
   op.type = type_of(x.element_type());
-  op.tokens = live(tokens, x.dimensions()[0]);
+  op.tokens = live_rows(tokens, x.dimensions()[0]);
   op.size = x.dimensions()[1];
   op.x = x.untyped_data();
-  op.weight = pick(weights, 1, 0, layer.typed_data()[0]);
+  op.weight = array_of_layer(weights, 1, 0, layer.typed_data()[0]);
   op.eps = eps;
   op.out = out->untyped_data();
-  PoolTeam team(pool, op.tokens * op.size < kAloneNumbers);
+  PoolTeam team(pool, op.tokens * op.size < kOneThreadNumbers);
   slipway::kernels()->norm(op, team);
   return ffi::Error::Success();
 }
@@ -119,16 +120,16 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> 
                   ffi::Result<ffi::AnyBuffer> out, float eps) {
   slipway::Rotate op{};
   op.type = type_of(x.element_type());
-  op.tokens = live(tokens, x.dimensions()[0]);
+  op.tokens = live_rows(tokens, x.dimensions()[0]);
   op.heads = x.dimensions()[1];
   op.head_dim = x.dimensions()[2];
   op.x = x.untyped_data();
-  op.weight = weights.size() ? pick(weights, 1, 0, layer.typed_data()[0]) : nullptr;
+  op.weight = weights.size() ? array_of_layer(weights, 1, 0, layer.typed_data()[0]) : nullptr;
   op.cos = cos.typed_data();
   op.sin = sin.typed_data();
   op.eps = eps;
   op.out = out->untyped_data();
-  PoolTeam team(pool, op.tokens * op.heads * op.head_dim < kAloneNumbers);
+  PoolTeam team(pool, op.tokens * op.heads * op.head_dim < kOneThreadNumbers);
   slipway::kernels()->rotate(op, team);
   return ffi::Error::Success();
 }
@@ -138,7 +139,7 @@ ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffe
                   ffi::Buffer<ffi::F32> top_p, ffi::Buffer<ffi::F32> min_p,
                   ffi::Buffer<ffi::F32> uniform, ffi::Result<ffi::Buffer<ffi::S32>> token) {
   slipway::Sample op{};
-  op.rows = live(rows, logits.dimensions()[0]);
+  op.rows = live_rows(rows, logits.dimensions()[0]);
   op.vocab = logits.dimensions()[1];
   op.logits = logits.typed_data();
   op.temperature = temperature.typed_data();
@@ -147,7 +148,7 @@ ffi::Error Sample(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffe
   op.min_p = min_p.typed_data();
   op.uniform = uniform.typed_data();
   op.token = token->typed_data();
-  PoolTeam team(pool, op.rows * op.vocab < kAloneNumbers);
+  PoolTeam team(pool, op.rows * op.vocab < kOneThreadNumbers);
   slipway::kernels()->sample(op, team);
   return ffi::Error::Success();
 }
@@ -156,12 +157,12 @@ ffi::Error LogNormalizer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits,
                          ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::Buffer<ffi::F32>> largest,
                          ffi::Result<ffi::Buffer<ffi::F32>> log_sum) {
   slipway::LogNormalizer op{};
-  op.rows = live(rows, logits.dimensions()[0]);
+  op.rows = live_rows(rows, logits.dimensions()[0]);
   op.vocab = logits.dimensions()[1];
   op.logits = logits.typed_data();
   op.largest = largest->typed_data();
   op.log_sum = log_sum->typed_data();
-  PoolTeam team(pool, op.rows * op.vocab < kAloneNumbers);
+  PoolTeam team(pool, op.rows * op.vocab < kOneThreadNumbers);
   slipway::kernels()->log_normalizer(op, team);
   return ffi::Error::Success();
 }
@@ -201,11 +202,11 @@ ffi::Error WriteKv(ffi::ThreadPool pool, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32
     return ffi::Error::Internal("write_kv: the cache was copied, not updated in place");
   slipway::WriteKv op{};
   op.cache = cache_of(kv, out->untyped_data(), layer.typed_data()[0]);
-  op.ragged.tokens = live(tokens, slots.element_count());
+  op.ragged.tokens = live_rows(tokens, slots.element_count());
   op.ragged.slots = slots.typed_data();
   op.keys = keys.untyped_data();
   op.values = values.untyped_data();
-  PoolTeam team(pool, op.ragged.tokens * static_cast<int64_t>(keys.size_bytes()) < kAloneBytes);
+  PoolTeam team(pool, op.ragged.tokens * static_cast<int64_t>(keys.size_bytes()) < kOneThreadBytes);
   slipway::kernels()->write_kv(op, team);
   return ffi::Error::Success();
 }
@@ -239,7 +240,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer kv,
     if (op.ragged.counts[row] > 0)
       keys += op.ragged.counts[row] *
               (1 + op.ragged.positions[op.ragged.starts[row] + op.ragged.counts[row] - 1]);
-  PoolTeam team(pool, keys * op.heads * op.cache.head_dim < kAloneBytes);
+  PoolTeam team(pool, keys * op.heads * op.cache.head_dim < kOneThreadBytes);
   slipway::kernels()->attention(op, team);
   return ffi::Error::Success();
 }

@@ -28,11 +28,11 @@ constexpr int kPieceRows = 4;
 constexpr int kGroups = kWidth / kPieceRows;
 constexpr int64_t kLine = 4 * kLanes;  // bytes of a vector
 // Distance of prefetched weights in bytes. Measured with 8 tokens: 16 kB read 43 GB/s, 8 kB 38.
-constexpr int64_t kAhead = 16384;
+constexpr int64_t kPrefetchBytes = 16384;
 // Panels that a thread takes at once. Measured: 32 panels read 44 GB/s, single panels 39.
-constexpr int64_t kTogether = 32;
+constexpr int64_t kPanelsAtOnce = 32;
 // Bytes of a slice of a block of tokens, so that it stays in the first-level cache.
-constexpr int64_t kNear = 32768;
+constexpr int64_t kBlockBytes = 32768;
 
 // Several matrices times the same tokens. Their panels have consecutive numbers, matrix by matrix.
 struct Batch {
@@ -70,14 +70,15 @@ ALWAYS U load_step(const uint8_t* row, int64_t t, int64_t row_bytes) {
   return load_part<U>(row + kLine * t, (row_bytes - kLine * t) / 4);
 }
 
-// Blocks of tokens: at most kFours quartets each, and of nearly equal size.
+// Blocks of tokens: at most kQuartets quartets each, and of nearly equal size.
 struct Blocks {
-  int64_t fours, count;  // quartets of all tokens; blocks
+  int64_t quartets, count;  // quartets of all tokens; blocks
 
-  explicit Blocks(int64_t tokens) : fours((tokens + 3) / 4), count((fours + kFours - 1) / kFours) {}
+  explicit Blocks(int64_t tokens)
+      : quartets((tokens + 3) / 4), count((quartets + kQuartets - 1) / kQuartets) {}
 
   // Return the first quartet of a block.
-  int64_t first(int64_t block) const { return block * fours / count; }
+  int64_t first(int64_t block) const { return block * quartets / count; }
 };
 
 // Write one block of tokens to call.x as [step][4][quartet][kLanes]: lane 4 q + i of vector c is
@@ -87,17 +88,17 @@ template <class T>
 void interleave(const Call<T>& call, int64_t block) {
   const Blocks blocks(call.op.tokens);
   const int64_t row_bytes = call.row_bytes(), first = blocks.first(block);
-  const int64_t fours = blocks.first(block + 1) - first;
+  const int64_t quartets = blocks.first(block + 1) - first;
   uint32_t* out = call.x + first * call.steps * 4 * kLanes;
-  for (int64_t t = 0; t < call.steps; ++t, out += 4 * fours * kLanes)
-    for (int64_t four = 0; four < fours; ++four) {
-      const int64_t token = 4 * (first + four);
+  for (int64_t t = 0; t < call.steps; ++t, out += 4 * quartets * kLanes)
+    for (int64_t quartet = 0; quartet < quartets; ++quartet) {
+      const int64_t token = 4 * (first + quartet);
       U x[4] = {};
       for (int64_t i = 0; i < least(4, call.op.tokens - token); ++i)
         x[i] = load_step(static_cast<const uint8_t*>(call.op.x) + (token + i) * row_bytes, t,
                          row_bytes);
       quads(x);
-      for (int c = 0; c < 4; ++c) store(out + (c * fours + four) * kLanes, x[c]);
+      for (int c = 0; c < 4; ++c) store(out + (c * quartets + quartet) * kLanes, x[c]);
     }
 }
 
@@ -134,7 +135,8 @@ struct Piece {
 // parts: [quartet][row][kLanes], the parts of the sums after the steps so far; not read if
 // `is_first`. sums: null, or the place of the completed sums, [token][kWidth], instead of `parts`.
 template <class T, int kBlock>
-void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first, float* sums) {
+void multiply_piece(const Piece& piece, const uint32_t* x, float* parts, bool is_first,
+                    float* sums) {
   const int64_t line = piece.line, step = piece.step, row_bytes = piece.row_bytes;
   const uint8_t* ahead = piece.ahead;
   F acc[kBlock][kPieceRows] = {};
@@ -176,14 +178,14 @@ void piece_of(const Piece& piece, const uint32_t* x, float* parts, bool is_first
   }
 }
 
-// Multiply a piece by a block of `fours` quartets, a number from 1 to kBlock.
-template <class T, int kBlock = kFours>
-void piece_of(int64_t fours, const Piece& piece, const uint32_t* x, float* parts, bool is_first,
-              float* sums) {
-  if (fours == kBlock)
-    piece_of<T, kBlock>(piece, x, parts, is_first, sums);
+// Multiply a piece by a block of `quartets` quartets, a number from 1 to kBlock.
+template <class T, int kBlock = kQuartets>
+void multiply_piece(int64_t quartets, const Piece& piece, const uint32_t* x, float* parts,
+                    bool is_first, float* sums) {
+  if (quartets == kBlock)
+    multiply_piece<T, kBlock>(piece, x, parts, is_first, sums);
   else if constexpr (kBlock > 1)
-    piece_of<T, kBlock - 1>(fours, piece, x, parts, is_first, sums);
+    multiply_piece<T, kBlock - 1>(quartets, piece, x, parts, is_first, sums);
 }
 
 // Complete the outputs of one token from its sums of a panel: bias, gate, conversion to the type of
@@ -214,27 +216,28 @@ struct Cut {
   int64_t fetched;  // distance of the prefetched piece
 
   Cut(int64_t steps, const Blocks& blocks) {
-    slice = least(steps, kNear / (4 * kLine * least(blocks.fours, kFours)));
+    slice = least(steps, kBlockBytes / (4 * kLine * least(blocks.quartets, kQuartets)));
     slices = (steps + slice - 1) / slice;
     pieces = slices * kGroups;
-    fetched = (kAhead + slice * kLine * kPieceRows - 1) / (slice * kLine * kPieceRows);
+    fetched = (kPrefetchBytes + slice * kLine * kPieceRows - 1) / (slice * kLine * kPieceRows);
   }
 };
 
 // Scratch memory of a thread: floats of the parts of a block of tokens; bytes of parts and sums.
-constexpr int64_t kParts = kFours * kWidth * kLanes;
-constexpr int64_t kScratch = 4 * (kParts + 4 * kFours * kWidth);
+constexpr int64_t kParts = kQuartets * kWidth * kLanes;
+constexpr int64_t kScratch = 4 * (kParts + 4 * kQuartets * kWidth);
 
 // Multiply a panel by one block of tokens.
 template <class T>
-void block_of(const Call<T>& call, const Panel& panel, const Blocks& blocks, int64_t block,
-              float* parts, float* sums) {
+void multiply_block(const Call<T>& call, const Panel& panel, const Blocks& blocks, int64_t block,
+                    float* parts, float* sums) {
   const Cut cut(call.steps, blocks);
-  const int64_t row_bytes = call.row_bytes(), fours = blocks.first(block + 1) - blocks.first(block);
+  const int64_t row_bytes = call.row_bytes();
+  const int64_t quartets = blocks.first(block + 1) - blocks.first(block);
   for (int64_t i = 0; i < cut.pieces; ++i) {
     const int64_t group = i % kGroups, first = i / kGroups * cut.slice;
     const int64_t count = least(cut.slice, call.steps - first);
-    const uint32_t* x = call.x + (blocks.first(block) * call.steps + first * fours) * 4 * kLanes;
+    const uint32_t* x = call.x + (blocks.first(block) * call.steps + first * quartets) * 4 * kLanes;
     Piece piece{panel.rows + group * kPieceRows, nullptr, 0, 0, first, count, row_bytes};
     if (block == 0) {
       // Prefetch weights: lines of whole rows in the order of memory, lines of slices in the order
@@ -246,26 +249,27 @@ void block_of(const Call<T>& call, const Panel& panel, const Blocks& blocks, int
       piece.step = cut.slices == 1 ? kLine * kPieceRows : kLine;
     } else {
       // Prefetch the tokens of the next slice, an equal share with each group of rows.
-      piece.step = 4 * fours * kLine / kGroups;
+      piece.step = 4 * quartets * kLine / kGroups;
       piece.line = piece.step / kPieceRows;
-      piece.ahead = reinterpret_cast<const uint8_t*>(x + count * fours * 4 * kLanes) +
+      piece.ahead = reinterpret_cast<const uint8_t*>(x + count * quartets * 4 * kLanes) +
                     group * piece.step * count;
     }
-    piece_of<T>(fours, piece, x, parts + group * kFours * kPieceRows * kLanes, first == 0,
-                first + count == call.steps ? sums + group * kPieceRows : nullptr);
+    multiply_piece<T>(quartets, piece, x, parts + group * kQuartets * kPieceRows * kLanes,
+                      first == 0,
+                      first + count == call.steps ? sums + group * kPieceRows : nullptr);
   }
 }
 
 // Compute the outputs of one panel for all tokens.
 template <class T>
-void panel_of(const Call<T>& call, int64_t item, float* scratch) {
+void multiply_panel(const Call<T>& call, int64_t item, float* scratch) {
   const Linear& op = call.batch.at(item);
   const int64_t first = item * call.batch.outs;
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, call.row_bytes());
   const Blocks blocks(op.tokens);
   float* sums = scratch + kParts;
   for (int64_t b = 0; b < blocks.count; ++b) {
-    block_of(call, panel, blocks, b, scratch, sums);
+    multiply_block(call, panel, blocks, b, scratch, sums);
     for (int64_t t = 4 * blocks.first(b); t < least(4 * blocks.first(b + 1), op.tokens); ++t)
       finish<T>(op, first, sums + (t - 4 * blocks.first(b)) * kWidth, t);
   }
@@ -279,7 +283,7 @@ void linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const int64_t steps = (units + kLanes - 1) / kLanes;
   const Blocks blocks(op.tokens);
   Call<T> call{{ops, matrices, op.up ? kHalf : kWidth}, op, nullptr, steps};
-  call.x = static_cast<uint32_t*>(team.shared(4 * blocks.fours * 4 * steps * kLanes));
+  call.x = static_cast<uint32_t*>(team.shared(4 * blocks.quartets * 4 * steps * kLanes));
   const auto one = [](const void* context, int64_t block, void*) {
     interleave(*static_cast<const Call<T>*>(context), block);
   };
@@ -288,9 +292,9 @@ void linear_of(const Linear* ops, int64_t matrices, Team& team) {
   else
     team.run(blocks.count, 1, 0, one, &call);
   team.run(
-      call.batch.panels(), kTogether, kScratch,
+      call.batch.panels(), kPanelsAtOnce, kScratch,
       [](const void* context, int64_t item, void* memory) {
-        panel_of(*static_cast<const Call<T>*>(context), item, static_cast<float*>(memory));
+        multiply_panel(*static_cast<const Call<T>*>(context), item, static_cast<float*>(memory));
       },
       &call);
 }

@@ -68,66 +68,66 @@ struct Job {
 class IdleWorkers {
  public:
   // Hand the job to at most `most` waiting threads, and return their number.
-  int64_t give(const std::shared_ptr<Job>& job, int64_t most) {
-    int64_t given = 0;
-    for (Place& place : places_) {
+  int64_t assign(const std::shared_ptr<Job>& job, int64_t most) {
+    int64_t assigned = 0;
+    for (Slot& slot : slots_) {
       State state = kWaits;
-      if (given == most) break;
-      if (place.state.load(std::memory_order_relaxed) != kWaits ||
-          !place.state.compare_exchange_strong(state, kBusy))
+      if (assigned == most) break;
+      if (slot.state.load(std::memory_order_relaxed) != kWaits ||
+          !slot.state.compare_exchange_strong(state, kBusy))
         continue;
-      place.job = job;
-      ++given;
-      place.state.store(kHasJob, std::memory_order_release);
+      slot.job = job;
+      ++assigned;
+      slot.state.store(kHasJob, std::memory_order_release);
     }
-    return given;
+    return assigned;
   }
 
-  // Wait for a job for at most kPatience. Return null if there is none, or if no place is free.
+  // Wait for a job for at most kMaxWait. Return null if there is none, or if no slot is free.
   std::shared_ptr<Job> wait() {
-    Place* place = enter();
-    if (!place) return nullptr;
+    Slot* slot = take_slot();
+    if (!slot) return nullptr;
     const auto begun = std::chrono::steady_clock::now();
-    for (int turn = 1; place->state.load(std::memory_order_acquire) != kHasJob; ++turn) {
-      relax();
+    for (int turn = 1; slot->state.load(std::memory_order_acquire) != kHasJob; ++turn) {
+      pause();
       State state = kWaits;
-      if (turn % 16 == 0 && std::chrono::steady_clock::now() - begun > kPatience &&
-          place->state.compare_exchange_strong(state, kFree))
+      if (turn % 16 == 0 && std::chrono::steady_clock::now() - begun > kMaxWait &&
+          slot->state.compare_exchange_strong(state, kFree))
         return nullptr;
     }
-    std::shared_ptr<Job> job = std::move(place->job);
-    place->state.store(kFree, std::memory_order_release);
+    std::shared_ptr<Job> job = std::move(slot->job);
+    slot->state.store(kFree, std::memory_order_release);
     return job;
   }
 
  private:
-  // A place is free, or a thread waits in it, or a caller writes its job (busy), or it has a job.
+  // A slot is free, or a thread waits in it, or a caller writes its job (busy), or it has a job.
   enum State { kFree, kBusy, kWaits, kHasJob };
-  struct alignas(64) Place {
+  struct alignas(64) Slot {
     std::atomic<State> state{kFree};
     std::shared_ptr<Job> job;
   };
-  static constexpr auto kPatience = std::chrono::microseconds(100);
+  static constexpr auto kMaxWait = std::chrono::microseconds(100);
 
   // Tell the processor that this thread spins.
-  static void relax() {
+  static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
   }
 
-  // Take a free place for this thread; null if there is none.
-  Place* enter() {
-    for (Place& place : places_) {
+  // Take a free slot for this thread; null if there is none.
+  Slot* take_slot() {
+    for (Slot& slot : slots_) {
       State state = kFree;
-      if (place.state.load(std::memory_order_relaxed) == kFree &&
-          place.state.compare_exchange_strong(state, kWaits))
-        return &place;
+      if (slot.state.load(std::memory_order_relaxed) == kFree &&
+          slot.state.compare_exchange_strong(state, kWaits))
+        return &slot;
     }
     return nullptr;
   }
 
-  Place places_[64];
+  Slot slots_[64];
 };
 IdleWorkers idle_workers;
 
@@ -149,7 +149,7 @@ void PoolTeam::run(int64_t items, int64_t together, int64_t bytes,
   job->bytes = bytes;
   job->body = body;
   job->context = context;
-  for (int64_t i = idle_workers.give(job, helpers); i < helpers; ++i)
+  for (int64_t i = idle_workers.assign(job, helpers); i < helpers; ++i)
     pool_.Schedule([job]() mutable {
       for (; job; job = idle_workers.wait()) job->work();
     });

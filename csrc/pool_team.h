@@ -16,9 +16,9 @@ namespace slipway {
 // starts late finds no item left, and accesses only memory that it owns, not that of the caller.
 class PoolTeam final : public Team {
  public:
-  // alone: the caller runs all items.
-  PoolTeam(xla::ffi::ThreadPool& pool, bool alone)
-      : pool_(pool), threads_(alone ? 1 : pool.num_threads()) {
+  // one_thread: the caller runs all items.
+  PoolTeam(xla::ffi::ThreadPool& pool, bool one_thread)
+      : pool_(pool), threads_(one_thread ? 1 : pool.num_threads()) {
     kernel_calls.fetch_add(1, std::memory_order_relaxed);
   }
 

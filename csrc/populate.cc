@@ -27,7 +27,7 @@ struct Populating {
 // host that has to find free memory first.
 constexpr uintptr_t kPiece = 1 << 16;
 // Pause after kernels were called.
-constexpr auto kRest = std::chrono::milliseconds(50);
+constexpr auto kPause = std::chrono::milliseconds(50);
 
 // Populate the pages from `first` to `last`, addresses of pages, until `stop` is set.
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
@@ -39,7 +39,7 @@ void populate(uintptr_t first, uintptr_t last, const std::atomic<bool>& stop) {
   for (uintptr_t at = first; at < last && !stop.load(std::memory_order_relaxed);) {
     if (const int64_t now = slipway::kernel_calls.load(std::memory_order_relaxed); now != calls) {
       calls = now;
-      std::this_thread::sleep_for(kRest);
+      std::this_thread::sleep_for(kPause);
       continue;
     }
     const uintptr_t size = last - at < kPiece ? last - at : kPiece;

@@ -28,7 +28,7 @@ namespace {
 
 // Candidates of either sign: the largest magnitude becomes 6.5, 6.8, ..., 8.6.
 constexpr int kCandidates = 8;
-constexpr float kNearest = 6.5f, kStep = 0.3f;
+constexpr float kFirstEnd = 6.5f, kEndStep = 0.3f;
 
 // Return `x`, rounded to bfloat16 if requested.
 float rounded(float x, bool to_bfloat16) {
@@ -98,7 +98,7 @@ float scale_of(const float* x, int64_t n, int bits, bool to_bfloat16, float* wei
   for (int64_t i = 0; i < n; ++i) weight[i] = std::sqrt(std::fabs(x[i]));
   float best = 0.0f, least = INFINITY;
   for (int i = 0; i < 2 * kCandidates; ++i) {
-    const float end = kNearest + kStep * static_cast<float>(i / 2);
+    const float end = kFirstEnd + kEndStep * static_cast<float>(i / 2);
     const float tried = i % 2 ? peak / end : -peak / end;
     const Fit first = fit(x, weight, n, tried);
     const float scale = rounded(first.qq > 0.0f ? first.xq / first.qq : tried, to_bfloat16);

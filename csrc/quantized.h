@@ -22,7 +22,7 @@ namespace SLIPWAY_ISA {
 
 constexpr int kQuantRows = 4;     // rows that are read side by side
 constexpr int kQuantTokens = 32;  // tokens of a block, which share the unpacked weights of a step
-constexpr int64_t kQuantAhead = 8192;  // distance of prefetched weights in bytes
+constexpr int64_t kQuantPrefetchBytes = 8192;  // distance of prefetched weights in bytes
 // Steps of a row in one cache line of 64 bytes.
 constexpr int kFetchedSteps = 4 * kLanes < 64 ? 64 / (4 * kLanes) : 1;
 
@@ -179,7 +179,7 @@ void spread(const Packed& packed, const void* x, int64_t in, int64_t token) {
 template <class T>
 ALWAYS F lane_scales(const Packed& packed, const uint8_t* scales, int64_t step) {
   const int64_t first = (step * kLanes >> packed.shift) / kLanes * kLanes;
-  const U lanes = reinterpret_cast<U>(kNumbers);
+  const U lanes = reinterpret_cast<U>(kLaneNumbers);
   const U group = ((lanes + static_cast<uint32_t>(step * kLanes)) >> packed.shift) & (kLanes - 1u);
   return __builtin_shuffle(T::read(scales, first, packed.groups - first),
                            reinterpret_cast<I>(group));
@@ -347,7 +347,7 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, 4 * packed.words);
   const Panel scales = panel_at(op, op.scale, op.up_scale, first, call.batch.outs, scale_bytes);
   const int64_t bytes = 4 * packed.words * kQuantRows;
-  const int64_t fetched = (kQuantAhead + bytes - 1) / bytes * kQuantRows;
+  const int64_t fetched = (kQuantPrefetchBytes + bytes - 1) / bytes * kQuantRows;
   for (int64_t token = 0; token < op.tokens; token += kQuantTokens) {
     const int64_t count = least(kQuantTokens, op.tokens - token);
     for (int r = 0; r < kWidth; r += kQuantRows) {
@@ -384,7 +384,7 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   else
     team.run(op.tokens, kQuantTokens, 0, one, &call);
   team.run(
-      call.batch.panels(), kTogether, 4 * kQuantTokens * kWidth,
+      call.batch.panels(), kPanelsAtOnce, 4 * kQuantTokens * kWidth,
       [](const void* context, int64_t item, void* memory) {
         quantized_panel(*static_cast<const QuantizedCall<T>*>(context), item,
                         static_cast<float*>(memory));

@@ -43,7 +43,7 @@ constexpr uint32_t kNoLimit = 0xffffffffu;
 // Return the smallest key such that the kept tokens up to it have the weight `wanted`, or kNoLimit
 // if all together have less. The weight of a token is 1 with kCounts, otherwise its probability.
 template <bool kCounts>
-uint32_t reach(const Row& row, double wanted) {
+uint32_t threshold(const Row& row, double wanted) {
   double histogram[1 << 11], reached = 0;
   uint32_t prefix = 0;
   int shift = 32;
@@ -114,8 +114,8 @@ inline void sample_row(const Sample& op, int64_t b, void* memory) {
     store_part(row.keys + i, as_units(s) & 0x7fffffffu, n);
     store_part(row.probs + i, select(s >= least_kept, select(s > -87.0f, exp(s), F{}), F{}), n);
   }
-  if (op.top_k[b] > 0 && op.top_k[b] < V) drop_beyond(row, reach<true>(row, op.top_k[b]));
-  if (op.top_p[b] < 1) drop_beyond(row, reach<false>(row, op.top_p[b] * total(row.probs, V)));
+  if (op.top_k[b] > 0 && op.top_k[b] < V) drop_beyond(row, threshold<true>(row, op.top_k[b]));
+  if (op.top_p[b] < 1) drop_beyond(row, threshold<false>(row, op.top_p[b] * total(row.probs, V)));
   op.token[b] = static_cast<int32_t>(draw(row, op.uniform[b]));
 }
 
@@ -141,8 +141,9 @@ inline void log_normalizer_row(const LogNormalizer& op, int64_t b) {
       const F s = load_part<F>(logits + i, end - i) - largest;
       // exp(s) is 0 below -87. NaN stays NaN.
       const F term = select(s > -87.0f, exp(s), s == s ? F{} : s);
-      run = run +
-            (end - i < kLanes ? select(kNumbers < static_cast<int32_t>(end - i), term, F{}) : term);
+      run =
+          run + (end - i < kLanes ? select(kLaneNumbers < static_cast<int32_t>(end - i), term, F{})
+                                  : term);
     }
     whole += static_cast<double>(sum(run));
   }

@@ -28,15 +28,15 @@ namespace slipway {
 namespace SLIPWAY_ISA {
 
 // kLanes: 32-bit lanes of a vector. kTileRows, kTileCols: shape of a tile of sums, in rows and
-// vectors (`tile` below). kFours: quartets of tokens that linear.h multiplies together.
+// vectors (`tile` below). kQuartets: quartets of tokens that linear.h multiplies together.
 #if defined(__AVX512F__)
 // Of 32 registers, a tile uses 24 for sums, 2 for weights and 1 for the broadcast operand. linear.h
 // uses 16 for sums, 4 for rows, 4 for quartets and 1 for the shuffled row.
-constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2, kFours = 4;
+constexpr int kLanes = 16, kTileRows = 12, kTileCols = 2, kQuartets = 4;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kFours = 2;
+constexpr int kLanes = 8, kTileRows = 4, kTileCols = 2, kQuartets = 2;
 #else
-constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kFours = 2;
+constexpr int kLanes = 4, kTileRows = 4, kTileCols = 2, kQuartets = 2;
 #endif
 
 // Number of vector registers.
@@ -105,7 +105,7 @@ ALWAYS F max(F a, F b) {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Number of each lane.
-constexpr I kNumbers =
+constexpr I kLaneNumbers =
 #if defined(__AVX512F__)
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #elif defined(__AVX2__)
@@ -119,13 +119,13 @@ constexpr I kNumbers =
 ALWAYS float sum(F x) {
 #pragma GCC unroll 4
   for (int n = kLanes / 2; n > 0; n /= 2)
-    x = x + __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1));
+    x = x + __builtin_shuffle(x, (kLaneNumbers + n) & (kLanes - 1));
   return x[0];
 }
 ALWAYS float highest(F x) {
 #pragma GCC unroll 4
   for (int n = kLanes / 2; n > 0; n /= 2)
-    x = max(x, __builtin_shuffle(x, (kNumbers + n) & (kLanes - 1)));
+    x = max(x, __builtin_shuffle(x, (kLaneNumbers + n) & (kLanes - 1)));
   return x[0];
 }
 
@@ -143,7 +143,7 @@ ALWAYS F halves(U pairs) {
   return _mm256_castsi256_ps(
       _mm256_shuffle_epi8(reinterpret_cast<__m256i>(pairs), reinterpret_cast<__m256i>(bytes)));
 #else
-  return as_floats(kNumbers < kLanes / 2 ? pairs << 16 : pairs & 0xffff0000u);
+  return as_floats(kLaneNumbers < kLanes / 2 ? pairs << 16 : pairs & 0xffff0000u);
 #endif
 }
 

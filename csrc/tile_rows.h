@@ -14,9 +14,9 @@ namespace slipway {
 namespace SLIPWAY_ISA {
 
 // All 16-bit lanes of a vector, and their numbers.
-typedef uint16_t Wide __attribute__((vector_size(4 * kLanes)));
-constexpr Wide kWide{0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+typedef uint16_t U16 __attribute__((vector_size(4 * kLanes)));
+constexpr U16 kLaneNumbers16{0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 // Part of a row of weights.
 struct WeightRow {
@@ -51,17 +51,17 @@ struct From8Bits {
   static constexpr int64_t kFewColumns = 2;
   // Convert 16 bytes from byte `at` on. The upper half of a float is the number in bfloat16.
   template <bool kWhole>
-  static ALWAYS Wide numbers(const WeightRow& row, int64_t at) {
+  static ALWAYS U16 numbers(const WeightRow& row, int64_t at) {
     const int64_t left = kWhole ? kLanes : row.bytes - at;
-    if (left <= 0) return Wide{};
+    if (left <= 0) return U16{};
     const auto stored = reinterpret_cast<__m128i>(load_part<Bytes>(row.at + at, left));
-    return reinterpret_cast<Wide>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(stored)) - 128.0f);
+    return reinterpret_cast<U16>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(stored)) - 128.0f);
   }
   template <bool kWhole>
   static ALWAYS U step(const WeightRow& row, int64_t t) {
-    const Wide first = numbers<kWhole>(row, 2 * kLanes * t);
-    const Wide second = numbers<kWhole>(row, 2 * kLanes * t + kLanes);
-    return reinterpret_cast<U>(__builtin_shuffle(first, second, 2 * kWide + 1));
+    const U16 first = numbers<kWhole>(row, 2 * kLanes * t);
+    const U16 second = numbers<kWhole>(row, 2 * kLanes * t + kLanes);
+    return reinterpret_cast<U>(__builtin_shuffle(first, second, 2 * kLaneNumbers16 + 1));
   }
   static ALWAYS U arranged(U x) { return x; }
 };
@@ -72,10 +72,10 @@ struct From4Bits {
   static constexpr int64_t kFewColumns = 2;
   // The numbers -8 to 7 in bfloat16, twice: five bits choose an entry, and the highest of them
   // belongs to another nibble.
-  static constexpr Wide kMeanings{0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                                  0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-                                  0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                                  0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+  static constexpr U16 kValues{0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                               0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                               0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                               0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
   template <bool kWhole>
   static ALWAYS U step(const WeightRow& row, int64_t t) {
     const Bytes stored =
@@ -84,12 +84,12 @@ struct From4Bits {
     constexpr U shift{0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
     const auto nibbles = reinterpret_cast<__m512i>(words >> shift);
     return reinterpret_cast<U>(
-        _mm512_permutexvar_epi16(nibbles, reinterpret_cast<__m512i>(kMeanings)));
+        _mm512_permutexvar_epi16(nibbles, reinterpret_cast<__m512i>(kValues)));
   }
   static ALWAYS U arranged(U x) {
-    const Wide word = kWide / 2 % 4, half = kWide % 2, nibble = kWide / 8;
+    const U16 word = kLaneNumbers16 / 2 % 4, half = kLaneNumbers16 % 2, nibble = kLaneNumbers16 / 8;
     return reinterpret_cast<U>(
-        __builtin_shuffle(reinterpret_cast<Wide>(x), 8 * word + nibble + 4 * half));
+        __builtin_shuffle(reinterpret_cast<U16>(x), 8 * word + nibble + 4 * half));
   }
 };
 

@@ -32,7 +32,7 @@ constexpr int64_t kBandPanels = 8;  // panels of a band
 // Columns that pass at once: 256 kB of tokens of a slice, 512 kB of sums of a band.
 constexpr int64_t kColumns = 32;
 // Steps of the next panel that are prefetched before the sums of few columns are written.
-constexpr int64_t kBegin = 2;
+constexpr int64_t kPrefetchedSteps = 2;
 constexpr int64_t kChunk = 4;  // steps of a row that are unpacked together
 // Groups that are summed before their sums are scaled. Measured with 512 tokens of int4: 390-412
 // ms, 435 with 1 group, 487 with 8.
@@ -297,8 +297,8 @@ void finish_column(const Tiled& call, const Band::Member& member, int64_t column
 // Many columns: the steps are laid out as tiles first. Few columns: the panel is read in place,
 // or the next chunk is unpacked into a ring, a part of it with each step.
 template <class From, bool kGrouped>
-void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first,
-               int64_t count, const Scratch& scratch, float* sums, Fetch& fetch) {
+void multiply_member(const Tiled& call, const Band::Member& member, int64_t begin, int64_t first,
+                     int64_t count, const Scratch& scratch, float* sums, Fetch& fetch) {
   const int64_t columns = least(kColumns, call.columns - begin);
   const int64_t distance = call.steps * kSide * call.width;
   const uint32_t* x = call.x + begin * distance + first * kSide * call.width;
@@ -354,22 +354,22 @@ void member_of(const Tiled& call, const Band::Member& member, int64_t begin, int
 
 // Multiply a band by the columns from `begin` on, at most kColumns, and complete their outputs.
 template <class From, bool kGrouped>
-void band_of(const Tiled& call, const Band& band, int64_t begin, const Scratch& scratch) {
+void multiply_band(const Tiled& call, const Band& band, int64_t begin, const Scratch& scratch) {
   constexpr bool kScaled = From::kBits < 16 && !kGrouped;
   const int64_t columns = least(kColumns, call.columns - begin), slice = call.slice();
   for (int64_t first = 0; first < call.steps; first += slice) {
     const int64_t count = least(slice, call.steps - first);
     const int64_t then = first + count == call.steps ? 0 : first + count;  // next slice
     const int64_t turns = (columns + 1) / 2 * band.count * count, step = kLine * From::kBits / 16;
-    const int64_t fetched = least(call.few ? kBegin : slice, call.steps - then);
+    const int64_t fetched = least(call.few ? kPrefetchedSteps : slice, call.steps - then);
     const int64_t wait = call.few ? turns - fetched : 0;
     const int64_t lines = (fetched * step + kLine - 1) / kLine, all = lines * kWidth * band.count;
     // After the last slice, this thread probably takes the next band.
     const int64_t ahead = then == 0 && begin + columns == call.columns;
     Fetch fetch{band, ahead, then * step, lines, wait, (all + turns - wait - 1) / (turns - wait)};
     for (int64_t i = 0; i < band.count; ++i)
-      member_of<From, kGrouped>(call, band.members[i], begin, first, count, scratch,
-                                scratch.sums + i * columns * kSums, fetch);
+      multiply_member<From, kGrouped>(call, band.members[i], begin, first, count, scratch,
+                                      scratch.sums + i * columns * kSums, fetch);
   }
   // All outputs of a token are written together: they lie side by side.
   for (int64_t c = 0; c < columns; ++c)
@@ -398,7 +398,7 @@ void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
   else
     team.run(columns, 4, 0, one, &call);
   team.run(
-      call.bands(), kTogether, Scratch::bytes(call),
+      call.bands(), kPanelsAtOnce, Scratch::bytes(call),
       [](const void* context, int64_t item, void* memory) {
         const Tiled& call = *static_cast<const Tiled*>(context);
         const Tiles registers(kSide, kSide, call.width);
@@ -406,7 +406,7 @@ void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
         Band band;
         find_band<From, kGrouped>(call, item, band);
         for (int64_t begin = 0; begin < call.columns; begin += kColumns)
-          band_of<From, kGrouped>(call, band, begin, scratch);
+          multiply_band<From, kGrouped>(call, band, begin, scratch);
       },
       &call);
 }

@@ -22,7 +22,7 @@ namespace {
 using namespace slipway;
 
 // Team of the calling thread only.
-struct Alone final : Team {
+struct OneThread final : Team {
   std::vector<char> memory, common;
   void* shared(int64_t bytes) override { return aligned(common, bytes); }
   void run(int64_t items, int64_t, int64_t bytes, void (*body)(const void*, int64_t, void*),
@@ -39,7 +39,7 @@ struct Alone final : Team {
 };
 
 std::mt19937 random_bits(7);
-Alone team;
+OneThread team;
 int calls = 0;
 
 // Return `count` random numbers of a type.
@@ -202,7 +202,7 @@ void products_of_rows(Type type) {
   const SLIPWAY_ISA::Operand second{at, at, kUnits, kTogether, kCols * SLIPWAY_ISA::kLanes};
   const auto* first = reinterpret_cast<uint32_t*>(a.data());
   constexpr int64_t width = kCols * SLIPWAY_ISA::kLanes;
-  std::vector<float> sums(kRows * width), alone(kRows * width);
+  std::vector<float> sums(kRows * width), single(kRows * width);
   for (int64_t rows : {1, 2, 3, 4, 5, 16, 17, 40, 64}) {
     for (bool fresh : {true, false}) {
       {
@@ -213,9 +213,9 @@ void products_of_rows(Type type) {
       const SLIPWAY_ISA::Tiles held(1, SLIPWAY_ISA::kUnitsAtOnce);
       for (int64_t r = 0; r < rows; ++r)
         SLIPWAY_ISA::products<T, kTogether>(kCols, 1, first + r * kUnits, kUnits, second,
-                                            alone.data() + r * width, width, fresh);
+                                            single.data() + r * width, width, fresh);
     }
-    if (std::memcmp(sums.data(), alone.data(), 4 * rows * width)) {
+    if (std::memcmp(sums.data(), single.data(), 4 * rows * width)) {
       std::fprintf(stderr, "%d rows differ\n", int(rows));
       std::exit(1);
     }
