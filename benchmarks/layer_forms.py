@@ -23,6 +23,7 @@ from slipway.engine import batch, programs
 from slipway.engine.batch import Bucket, Sampling, Sizes
 from slipway.engine.caches import Caches
 from slipway.ops import StepInput
+from slipway.ops.addresses import by_address
 
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 256, 16
 CONTEXT = 128
@@ -95,7 +96,7 @@ class LayerFormsBench:
         if self.topology is not None:
             return figures
         weights = tensor_reader.dummy(declaration, mesh, dtype, seed=0)
-        runner.state[programs.WEIGHTS] = jax.tree.leaves(weights)
+        runner.state[programs.WEIGHTS] = jax.tree.leaves(by_address(weights, mesh))
         runner.allocate(programs.CACHES)
         runner.allocate(programs.NEWEST)
         (step, sampling), times = _inputs(bucket, sizes), []

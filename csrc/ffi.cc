@@ -82,6 +82,72 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
 
 // Each of the next functions fills in the parameters of one op and calls its kernel.
 
+// Call of slipway::Route. `bias` has one array or none.
+ffi::Error Route(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S32> tokens,
+                 ffi::RemainingArgs bias, ffi::Result<ffi::Buffer<ffi::S32>> choice,
+                 ffi::Result<ffi::Buffer<ffi::F32>> weights, int64_t score, int64_t groups,
+                 int64_t top_groups, bool two_of_group, bool normalize, float epsilon,
+                 float scale) {
+  slipway::Route op{};
+  op.tokens = live_rows(tokens, logits.dimensions()[0]);
+  op.experts = logits.dimensions()[1];
+  op.chosen = choice->dimensions()[1];
+  op.logits = logits.typed_data();
+  if (bias.size() == 1)
+    op.bias = static_cast<const float*>(bias.get<ffi::AnyBuffer>(0)->untyped_data());
+  op.score = static_cast<slipway::Score>(score);
+  op.groups = groups;
+  op.top_groups = top_groups;
+  op.two_of_group = two_of_group;
+  op.normalize = normalize;
+  op.epsilon = epsilon;
+  op.scale = scale;
+  op.choice = choice->typed_data();
+  op.weights = weights->typed_data();
+  PoolTeam team(pool, op.tokens * op.experts < kOneThreadNumbers);
+  slipway::kernels()->route(op, team);
+  return ffi::Error::Success();
+}
+
+// Call of slipway::Experts. `tables` has one table of addresses for each layer in each of these
+// groups: gate, up and down, followed by their scales if they are packed.
+ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens,
+                   ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> choice,
+                   ffi::Buffer<ffi::F32> weights, ffi::RemainingArgs tables,
+                   ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t hidden, int64_t bits,
+                   int64_t group) {
+  slipway::Experts op{};
+  const size_t groups = bits ? 6 : 3;
+  const int32_t at = layer.typed_data()[0];
+  const auto table = [&](size_t number) {
+    return static_cast<const void* const*>(array_of_layer(tables, groups, number, at));
+  };
+  op.type = type_of(x.element_type());
+  op.tokens = live_rows(tokens, x.dimensions()[0]);
+  op.chosen = choice.dimensions()[1];
+  op.experts = tables.get<ffi::AnyBuffer>(0)->dimensions()[0];
+  op.size = x.dimensions()[1];
+  op.hidden = hidden;
+  op.x = x.untyped_data();
+  op.choice = choice.typed_data();
+  op.weights = weights.typed_data();
+  op.gate = table(0);
+  op.up = table(1);
+  op.down = table(2);
+  op.bits = static_cast<int32_t>(bits);
+  op.group = group;
+  if (bits) {
+    op.gate_scale = table(3);
+    op.up_scale = table(4);
+    op.down_scale = table(5);
+  }
+  op.out = out->typed_data();
+  const int64_t bytes = op.size * hidden * (bits ? bits : 8 * size_of(op.type)) / 8;
+  PoolTeam team(pool, op.tokens * op.chosen * bytes < kOneThreadBytes);
+  slipway::kernels()->experts(op, team);
+  return ffi::Error::Success();
+}
+
 ffi::Error Embed(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::S32> tokens,
                  ffi::AnyBuffer table, ffi::RemainingArgs scale, ffi::Result<ffi::AnyBuffer> out) {
   slipway::Embed op{};
@@ -123,6 +189,7 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> 
   op.tokens = live_rows(tokens, x.dimensions()[0]);
   op.heads = x.dimensions()[1];
   op.head_dim = x.dimensions()[2];
+  op.rotated = 2 * cos.dimensions()[1];
   op.x = x.untyped_data();
   op.weight = weights.size() ? array_of_layer(weights, 1, 0, layer.typed_data()[0]) : nullptr;
   op.cos = cos.typed_data();
@@ -257,6 +324,34 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_linear, Linear,
                                   .RemainingRets()
                                   .Attr<bool>("gated")
                                   .Attr<bool>("biased")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_route, Route,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("score")
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("top_groups")
+                                  .Attr<bool>("two_of_group")
+                                  .Attr<bool>("normalize")
+                                  .Attr<float>("epsilon")
+                                  .Attr<float>("scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_experts, Experts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("hidden")
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_embed, Embed,

@@ -7,9 +7,11 @@
 
 #include "attention.h"
 #include "embed.h"
+#include "experts.h"
 #include "linear.h"
 #include "norm.h"
 #include "quantized.h"
+#include "route.h"
 #include "sample.h"
 #include "tiled_linear.h"
 
@@ -23,6 +25,8 @@ const Kernels table = {
     SLIPWAY_NAME(SLIPWAY_ISA),
     linear,
     quantized_linear,
+    route,
+    experts,
     embed,
     norm,
     rotate,

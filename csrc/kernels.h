@@ -26,6 +26,9 @@ class Team {
   // return it again.
   virtual void* shared(int64_t bytes) = 0;
 
+  // Return a second such buffer, for an op that calls kernels which use `shared`.
+  virtual void* workspace(int64_t bytes) = 0;
+
   // Call body(context, item, scratch) for each item in [0, items), and return when all have ended.
   // Items run in any order and on any thread. A thread takes at most `together` neighbouring items
   // at once. `scratch` is memory of the thread, 64-byte aligned, of at least `scratch_bytes` bytes.
@@ -53,6 +56,42 @@ struct Linear {
   const void *scale, *up_scale;  // [out_size][in / group]
 };
 
+// Score of an expert, from the logits of a router. kSoftmaxOfChosen: the logits themselves choose,
+// and the weights are the softmax of the chosen ones.
+enum class Score : int32_t { kSoftmax, kSigmoid, kSoftmaxOfChosen };
+
+// Choice of experts for each row of logits. `bias` is added to the scores for the choice only. With
+// several groups of neighbouring experts, only those of the `top_groups` best groups are chosen.
+struct Route {
+  int64_t tokens, experts, chosen;  // rows that are read; logits of a row; experts of each row
+  const float *logits, *bias;       // [tokens][experts]; null, or [experts]
+  Score score;
+  int64_t groups, top_groups;
+  bool two_of_group;     // the score of a group is the sum of its two largest, or its largest
+  bool normalize;        // divide the weights of a row by (their sum + epsilon)
+  float epsilon, scale;  // scale: factor of all weights
+  int32_t* choice;       // [tokens][chosen]
+  float* weights;        // [tokens][chosen]
+};
+
+// Experts of a mixture-of-experts layer: out[t] = sum over n of weights[t][n] * expert(x[t]), with
+// the expert of number choice[t][n]. An expert is down * (silu(gate * x) * (up * x)). A number
+// outside [0, experts) is an expert of another device, and adds nothing.
+struct Experts {
+  Type type;               // of x, scales, and matrices that are not packed
+  int64_t tokens, chosen;  // rows of x that are read; experts of each token
+  int64_t experts, size, hidden;
+  const void* x;          // [tokens][size]
+  const int32_t* choice;  // [tokens][chosen]
+  const float* weights;   // [tokens][chosen]
+  // Addresses of the matrices of each expert: [hidden][size], [hidden][size] and [size][hidden].
+  const void *const *gate, *const *up, *const *down;
+  int32_t bits;  // as in Linear
+  int64_t group;
+  const void *const *gate_scale, *const *up_scale, *const *down_scale;  // packed matrices only
+  float* out;                                                           // [tokens][size]
+};
+
 // Embedding: out[t] = table[ids[t]], zeros for an id outside [0, rows).
 struct Embed {
   Type type;
@@ -77,8 +116,9 @@ struct Norm {
 struct Rotate {
   Type type;
   int64_t tokens, heads, head_dim;
+  int64_t rotated;         // dimensions of a head that are rotated, an even number
   const void *x, *weight;  // [tokens][heads][head_dim]; null, or [head_dim]
-  const float *cos, *sin;  // [tokens][head_dim / 2]
+  const float *cos, *sin;  // [tokens][rotated / 2]
   float eps;
   void* out;
 };
@@ -150,6 +190,8 @@ struct Kernels {
   // The two linear kernels multiply the same x by `count` matrices of one kind.
   void (*linear)(const Linear*, int64_t count, Team&);
   void (*quantized_linear)(const Linear*, int64_t count, Team&);
+  void (*route)(const Route&, Team&);
+  void (*experts)(const Experts&, Team&);
   void (*embed)(const Embed&, Team&);
   void (*norm)(const Norm&, Team&);
   void (*rotate)(const Rotate&, Team&);

@@ -33,11 +33,11 @@ void norm_row(const Norm& op, int64_t token) {
   }
 }
 
-// Rotate one head: normalize it if there is a weight, then turn each pair (i, i + head_dim / 2) by
-// angle i of the token.
+// Rotate one head: normalize it if there is a weight, then turn each pair (i, i + rotated / 2) by
+// angle i of the token. Dimensions from `rotated` on are not turned.
 template <class T>
 void rotate_row(const Rotate& op, int64_t token, int64_t head) {
-  const int64_t half = op.head_dim / 2;
+  const int64_t half = op.rotated / 2;
   const int64_t at = (token * op.heads + head) * op.head_dim, angle = token * half;
   const float factor = op.weight ? normalizer<T>(op.x, at, op.head_dim, op.eps) : 1.0f;
   for (int64_t i = 0; i < half; i += kLanes) {
@@ -50,6 +50,12 @@ void rotate_row(const Rotate& op, int64_t token, int64_t head) {
     const F cos = Float::read(op.cos, angle + i, n), sin = Float::read(op.sin, angle + i, n);
     T::write(op.out, at + i, a * cos - b * sin, n);
     T::write(op.out, at + half + i, b * cos + a * sin, n);
+  }
+  for (int64_t i = op.rotated; i < op.head_dim; i += kLanes) {
+    const int64_t n = op.head_dim - i;
+    const F a = T::read(op.x, at + i, n);
+    const F normed = op.weight ? T::round(a * factor) * T::read(op.weight, i, n) : a;
+    T::write(op.out, at + i, normed, n);
   }
 }
 

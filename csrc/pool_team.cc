@@ -16,8 +16,9 @@
 namespace slipway {
 namespace {
 
-// Purpose of a buffer: the items that a thread runs, or the call that it started.
-enum Use { kItems, kCall };
+// Purpose of a buffer: the items that a thread runs, the call that it started, or an op that calls
+// several kernels.
+enum Use { kItems, kCall, kWorkspace };
 
 // Return memory of this thread, 4096-byte aligned. It is kept for later calls, and grows.
 template <Use>
@@ -134,6 +135,8 @@ IdleWorkers idle_workers;
 }  // namespace
 
 void* PoolTeam::shared(int64_t bytes) { return scratch<kCall>(bytes); }
+
+void* PoolTeam::workspace(int64_t bytes) { return scratch<kWorkspace>(bytes); }
 
 void PoolTeam::run(int64_t items, int64_t together, int64_t bytes,
                    void (*body)(const void*, int64_t, void*), const void* context) {

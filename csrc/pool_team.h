@@ -23,6 +23,7 @@ class PoolTeam final : public Team {
   }
 
   void* shared(int64_t bytes) override;
+  void* workspace(int64_t bytes) override;
   void run(int64_t items, int64_t together, int64_t bytes,
            void (*body)(const void*, int64_t, void*), const void* context) override;
 

@@ -220,6 +220,7 @@ class Separate:
 
     bodies: tuple[Any, ...]
     first: int = 0
+    axis: str = "layers"
 
     @property
     def n(self) -> int:
@@ -248,16 +249,16 @@ class Separate:
     def tree_flatten_with_keys(self):
         """Return the children with their keys, and the static data (called by JAX)."""
         keys = (jax.tree_util.DictKey(i) for i in itertools.count(self.first))
-        return list(zip(keys, self.bodies)), self.first
+        return list(zip(keys, self.bodies)), (self.first, self.axis)
 
     def tree_flatten(self):
         """Return the children and the static data (called by JAX)."""
-        return list(self.bodies), self.first
+        return list(self.bodies), (self.first, self.axis)
 
     @classmethod
-    def tree_unflatten(cls, first, children):
+    def tree_unflatten(cls, aux, children):
         """Make a node from the results of tree_flatten (called by JAX)."""
-        return cls(tuple(children), first)
+        return cls(tuple(children), *aux)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -344,7 +345,7 @@ def separate(declaration: Any, axis: str = "layers", form: type[Separate] = Sepa
             lambda p: dataclasses.replace(p, stacks=tuple(s for s in p.stacks if s[0] != axis)),
             node.body,
         )
-        return form((body,) * node.n, node.first)
+        return form((body,) * node.n, node.first, axis)
 
     return jax.tree.map(
         apart,

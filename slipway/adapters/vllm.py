@@ -71,9 +71,9 @@ class Served(nnx.Module):
         self.mesh = mesh
         self.model_name = vllm_config.model_config.model
         raw = vllm_config.model_config.hf_config.to_dict() | {"architectures": [self.architecture]}
-        unrolled = functools.partial(tree.separate, form=tree.Unrolled)
-        self.declaration = Static(load.on_mesh(models.declare(raw), mesh, unrolled))
         self.dtype = np.dtype(vllm_config.model_config.dtype)
+        declaration = load.on_mesh(models.declare(raw), mesh, self.dtype, layer_form=_unrolled)
+        self.declaration = Static(declaration)
         if vllm_config.load_config.load_format == "dummy":
             arrays = jax.tree.leaves(
                 load.arrays(self.declaration.value, None, mesh, dtype=self.dtype)
@@ -182,6 +182,12 @@ class Served(nnx.Module):
 
     def _specs(self) -> list[P]:
         return [partition(leaf.param, self.mesh) for leaf in self._leaves()]
+
+
+def _unrolled(declaration: Any, mesh: Mesh, dtype: Any) -> Any:
+    """Return the declaration with layers that are traced one after the other."""
+    del mesh, dtype
+    return tree.separate(declaration, form=tree.Unrolled)
 
 
 class Static:

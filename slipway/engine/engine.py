@@ -17,7 +17,7 @@ import numpy as np
 
 from slipway.checkpoint.swap import Mode, Values, Weights
 from slipway.codec.tokenizer import Tokenizer
-from slipway.engine import results
+from slipway.engine import programs, results
 from slipway.engine.admission import Admission, Limits
 from slipway.engine.batch import Bucket, Repeat
 from slipway.engine.pipeline import Pipeline
@@ -252,7 +252,7 @@ class Engine:
             self._change(moved)
             return self._due(moved)
         self._updates.check()
-        self.runner.state[WEIGHTS] = self.weights.arrays
+        self.runner.state[WEIGHTS] = programs.operands(self.weights)
         self._pipeline.advance(moved, started)
         return self._due(moved)
 

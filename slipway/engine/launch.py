@@ -117,10 +117,10 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     fields = {key: value for key, value in raw.items() if key != quantize.FIELD}
     platform = mesh.devices.flat[0].platform
     layer_form = backend.of(platform).layer_form
-    declaration: LanguageModel = load.on_mesh(
-        models.declare(fields), mesh, layer_form=layer_form, scheme=scheme
-    )
     dtype = _dtype(config.dtype, raw, checkpoint)
+    declaration: LanguageModel = load.on_mesh(
+        models.declare(fields), mesh, dtype, layer_form=layer_form, scheme=scheme
+    )
     length = _max_model_len(config.max_model_len, declaration.config.max_context)
     # Every tensor is checked here, before anything takes time.
     weights_of = None
@@ -193,7 +193,7 @@ def _load_weights(
             overrides=config.hf_overrides,
             ignored=_ignored(declaration),
         )
-        runner.state[programs.WEIGHTS] = weights.arrays
+        runner.state[programs.WEIGHTS] = programs.operands(weights)
         runner.allocate(programs.CACHES)
         runner.allocate(programs.NEWEST)
         rest.result()

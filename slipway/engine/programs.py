@@ -22,11 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 from slipway import mesh as meshes
 from slipway import tree
+from slipway.checkpoint.swap import Weights
 from slipway.engine import batch, logit_rules, sample
 from slipway.engine.batch import Bucket, Repeat, Sampling, Sizes
 from slipway.engine.logit_rules import Edits
 from slipway.models.decoder import LanguageModel
 from slipway.ops import KVCache, PageMap, StepInput
+from slipway.ops.addresses import by_address
 from slipway.runtime.runner import Program, Runner, Shapes
 
 FORWARD, SAMPLE, REPEAT = "forward", "sample", "repeat"
@@ -56,7 +58,7 @@ def runner(
         meshes.shardings(declaration, mesh),
         is_leaf=tree.is_param,
     )
-    leaves, structure = jax.tree.flatten(weights)
+    leaves, structure = jax.tree.flatten(by_address(weights, mesh))
     rows, copies = NamedSharding(mesh, P(meshes.DATA)), mesh.shape[meshes.DATA]
     newest = jax.ShapeDtypeStruct((copies * max_rows,), np.int32, sharding=rows)
 
@@ -83,6 +85,16 @@ def runner(
             )
         )
     return Runner(mesh, shapes, programs)
+
+
+def operands(weights: Weights) -> list[jax.Array]:
+    """Return the arrays of a model as its programs take them.
+
+    Without separate experts these are ``weights.arrays`` themselves.
+    """
+    structure = jax.tree.structure(weights.declaration, is_leaf=tree.is_param)
+    held = jax.tree.unflatten(structure, weights.arrays)
+    return jax.tree.leaves(by_address(held, weights.mesh))
 
 
 def wanted(buckets: Sequence[Bucket], repeats: Repeat | None) -> list[tuple[str, Bucket | int]]:

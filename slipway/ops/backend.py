@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from jax import lax
+from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Body:
     """Implementation of one op on one platform.
 
     ``unsupported`` takes the arguments of ``call`` and returns the reason why ``call`` cannot
-    compute them, "" if it can.
+    compute them, "" if it can. ``is_only`` takes them too and returns whether no other body can,
+    because they are in a form that exists on this platform only.
     """
 
     call: Callable[..., Any]
     unsupported: Callable[..., str]
+    is_only: Callable[..., bool] = lambda *args, **static: False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Backend:
     ``platform``: the name that JAX gives its devices. ``lowers_for``: the names under which XLA
     compiles for them. ``label``: returns a name of the bodies, which is logged at start.
     ``cache_class``: returns the class of the KVCache for a ``head_dim``; None: the portable one.
-    ``layer_form``: function that takes stacked layers apart; None: they stay stacked and are
-    scanned. ``memory_fraction``: the default share of free memory that the engine uses.
-    ``uses_host_memory``: the devices share the memory of the host. ``decode_steps``: the number of
-    decode steps in one call for a small model on one device.
+    ``layer_form``: function of a declaration, its mesh and its dtype that takes stacks apart; None:
+    stacked layers stay so and are scanned. ``memory_fraction``: the default share of free memory
+    that the engine uses. ``uses_host_memory``: the devices share the memory of the host.
+    ``decode_steps``: the number of decode steps in one call for a small model on one device.
     """
 
     platform: str
@@ -44,7 +47,7 @@ class Backend:
     bodies: Mapping[str, Body] = dataclasses.field(default_factory=dict)
     label: Callable[[], str] = lambda: "xla"
     cache_class: Callable[[int], type] | None = None
-    layer_form: Callable[[Any], Any] | None = None
+    layer_form: Callable[[Any, Mesh, Any], Any] | None = None
     compiler_options: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
     memory_fraction: float = 0.9
     uses_host_memory: bool = False
@@ -88,6 +91,8 @@ def call(op: str, *args: Any, **static: Any) -> Any:
         if not why_not:
             served |= dict.fromkeys(backend.lowers_for, partial(body.call, **static))
         record(op, f"xla ({why_not})" if why_not else backend.label(), backend.platform)
+        if body.is_only(*args, **static):
+            return body.call(*args, **static)
     record(op, "xla")
     return lax.platform_dependent(*args, **served, default=portable) if served else portable(*args)
 

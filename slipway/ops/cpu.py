@@ -17,9 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from slipway import native, tree
 from slipway.errors import InvalidConfig
+from slipway.mesh import parts
+from slipway.ops.addresses import Addresses
 from slipway.ops.backend import Backend, Body
 from slipway.ops.quantized import Quantized
 from slipway.tree import IndexedArray
@@ -31,8 +34,10 @@ PAGE_MULTIPLE = 16  # tokens of a page: a multiple of the keys in the widest vec
 _TARGETS = (
     "linear",
     "embed",
+    "experts",
     "norm",
     "rotate",
+    "route",
     "write_kv",
     "attention",
     "sample",
@@ -187,6 +192,49 @@ def _operands(weight, bias, in_size):
     return leaves + biases, out_size
 
 
+def route(logits_TE, bias_E, num_tokens, rule):
+    """Choose experts, as described in ``ops.route``."""
+    choice = (logits_TE.shape[0], rule.top_k)
+    results = jax.ShapeDtypeStruct(choice, jnp.int32), jax.ShapeDtypeStruct(choice, jnp.float32)
+    static = {
+        "score": ("softmax", "sigmoid", "softmax_of_chosen").index(rule.score),
+        "groups": rule.num_groups,
+        "top_groups": rule.top_groups,
+        "two_of_group": rule.group_score == "sum_of_two",
+        "normalize": rule.normalize,
+        "epsilon": np.float32(rule.epsilon),
+        "scale": np.float32(rule.scale),
+    }
+    bias = () if bias_E is None else (bias_E.astype(jnp.float32),)
+    call = jax.ffi.ffi_call("slipway_route", results)
+    return tuple(call(logits_TE, jnp.int32(num_tokens), *bias, **static))
+
+
+def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
+    """Compute the experts of each token, as described in ``ops.experts``.
+
+    The matrices are Addresses, or Quantized of Addresses.
+    """
+    each = (*matrices.into, matrices.down)
+    packed = isinstance(each[0], Quantized)
+    tables = [matrix.packed if packed else matrix for matrix in each]
+    scales = [matrix.scale for matrix in each] if packed else []
+    bits, group = (each[0].bits, each[0].group) if packed else (0, 0)
+    call = jax.ffi.ffi_call("slipway_experts", jax.ShapeDtypeStruct(x_TD.shape, jnp.float32))
+    first = tables[0].table
+    arrays = [array for table in (*tables, *scales) for array in _arrays(table.table)]
+    static = {"hidden": tables[0].shape[0], "bits": bits, "group": group}
+    routed = experts_TK.astype(jnp.int32), weights_TK
+    return call(x_TD, jnp.int32(num_tokens), _index(first), *routed, *arrays, **static)
+
+
+def _has_addresses(x_TD, experts_TK, weights_TK, matrices, num_tokens) -> bool:
+    """Return whether experts are Addresses, as ``_layer_form`` arranges for those with kernels."""
+    del x_TD, experts_TK, weights_TK, num_tokens
+    leaf = matrices.down.packed if isinstance(matrices.down, Quantized) else matrices.down
+    return isinstance(leaf, Addresses)
+
+
 def rms_norm(x_TD, weight, num_tokens, eps):
     """Normalize rows, as described in ``ops.rms_norm``."""
     call = jax.ffi.ffi_call("slipway_norm", jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype))
@@ -258,20 +306,21 @@ def _refuses_linears(x_TD, weights, num_tokens, biases, dtype) -> str:
     return _refuses_matrices(x_TD, weights, biases)
 
 
-def _refuses_rotation(x_TNH, weight, angles, num_tokens, eps) -> str:
-    """Return why no kernel rotates these heads, "" if one does."""
-    del num_tokens, eps
-    is_whole = 2 * angles[0].shape[1] == x_TNH.shape[2]
-    return refuses(x_TNH, weight) or ("" if is_whole else "a part of each head is rotated")
-
-
 def _bodies() -> dict[str, Body]:
     return {
         "embed": Body(embed, lambda ids_T, table_VD, num_tokens: _refuses_table(table_VD)),
         "linear": Body(linears, _refuses_linears),
         "gated_linear": Body(gated_linear, _refuses_gated),
+        "route": Body(route, lambda logits_TE, *_, **__: refuses_dtype(logits_TE.dtype)),
+        "experts": Body(
+            experts,
+            lambda *args: "" if _has_addresses(*args) else "stacked experts",
+            is_only=_has_addresses,
+        ),
         "rms_norm": Body(rms_norm, lambda x_TD, weight, num_tokens, eps: refuses(x_TD, weight)),
-        "rotate": Body(rotate, _refuses_rotation),
+        "rotate": Body(
+            rotate, lambda x_TNH, weight, angles, num_tokens, eps: refuses(x_TNH, weight)
+        ),
         "write_kv": Body(write_kv, lambda kv, layer, k_TKH, *_: _refuses_cache(kv, k_TKH.dtype)),
         "paged_attention": Body(
             paged_attention, lambda q_TNH, kv, *_, **__: _refuses_cache(kv, q_TNH.dtype)
@@ -280,6 +329,35 @@ def _bodies() -> dict[str, Body]:
         "log_normalizer": Body(log_normalizer, lambda logits_BV, num_rows: refuses(logits_BV)),
         "zeros": Body(zeros, lambda shape, dtype: refuses_dtype(jnp.float32)),
     }
+
+
+def _layer_form(declaration: Any, mesh: Mesh, dtype: Any) -> Any:
+    """Return the declaration with separate layers, and separate experts if a kernel reads them."""
+    declaration = tree.separate(declaration)
+    bodies = [
+        node.body for node in jax.tree.leaves(declaration, is_leaf=_is_experts) if _is_experts(node)
+    ]
+    if not bodies or any(_refuses_experts(body, mesh, dtype) for body in bodies):
+        return declaration
+    return tree.separate(declaration, axis="experts")
+
+
+def _is_experts(node: Any) -> bool:
+    return isinstance(node, tree.Stack) and node.axis == "experts"
+
+
+def _refuses_experts(body: Any, mesh: Mesh, dtype: Any) -> str:
+    """Return why no kernel computes experts with these matrices on a mesh, "" if one does."""
+    params = [leaf for leaf in jax.tree.leaves(body, is_leaf=tree.is_param)]
+    if any(len(param.shape) != len(param.stacks) + 2 for param in params):
+        return "biases of experts"
+    if any(param.axes != param.hf_layout for param in params):
+        return "matrices that lie transposed in the checkpoint"
+    itemsizes = [param.held_as(dtype).itemsize for param in params]
+    widths = [param.shape[-1] // parts(param.shard_axes[-1], mesh) for param in params]
+    if any(width * itemsize % 4 for width, itemsize in zip(widths, itemsizes)):
+        return "rows of no whole 32-bit units"
+    return refuses_dtype(dtype)
 
 
 def _compiler_options() -> dict[str, str | bool]:
@@ -298,7 +376,7 @@ BACKEND = Backend(
     label=lambda: f"c++ {isa()}",
     # docs/adr/003: on a CPU each layer has arrays of its own; elsewhere they are stacked and
     # scanned.
-    layer_form=tree.separate,
+    layer_form=_layer_form,
     compiler_options=_compiler_options(),
     memory_fraction=0.25,
     uses_host_memory=True,

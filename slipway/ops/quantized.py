@@ -28,14 +28,15 @@ class Quantized:
 
 
 def integers(packed_OW, bits: int):
-    """Unpack words to signed integers: int32 [O, W] -> int32 [O, W * 32 / bits]."""
-    shifts_11I = jnp.arange(0, 32, bits, dtype=jnp.int32)[None, None]
-    stored_OWI = (packed_OW[..., None] >> shifts_11I) & ((1 << bits) - 1)
+    """Unpack words to signed integers: int32 [..., O, W] -> int32 [..., O, W * 32 / bits]."""
+    shifts_I = jnp.arange(0, 32, bits, dtype=jnp.int32)
+    shifts_OWI = jnp.expand_dims(shifts_I, tuple(range(packed_OW.ndim)))
+    stored_OWI = (packed_OW[..., None] >> shifts_OWI) & ((1 << bits) - 1)
     return stored_OWI.reshape(*packed_OW.shape[:-1], -1) - (1 << (bits - 1))
 
 
 def dequantized(weight: Quantized, rows: Any = slice(None)):
-    """Return the numbers of the weight's ``rows``, in f32."""
+    """Return the numbers of the weight's ``rows`` (or those of all stacked weights), in f32."""
     q_OI = integers(weight.packed[rows], weight.bits).astype(jnp.float32)
     scale_OG = weight.scale[rows].astype(jnp.float32)
     return (q_OI.reshape(*scale_OG.shape, -1) * scale_OG[..., None]).reshape(q_OI.shape)

@@ -78,5 +78,5 @@ def _in_best_groups(choice_TE, rule):
     groups_TGX = choice_TE.reshape(choice_TE.shape[0], rule.num_groups, -1)
     best = lax.top_k(groups_TGX, 2 if rule.group_score == "sum_of_two" else 1)[0]
     chosen = lax.top_k(jnp.sum(best, axis=-1), rule.top_groups)[1]
-    held_TG = jnp.any(chosen[..., None] == jnp.arange(rule.num_groups), axis=1)
+    held_TG = jnp.any(chosen[..., None] == jnp.arange(rule.num_groups)[None, None], axis=1)
     return jnp.repeat(held_TG, groups_TGX.shape[-1], axis=1)

@@ -56,20 +56,20 @@ def open_files(
 def on_mesh(
     declaration: Any,
     mesh: Mesh,
-    layer_form: Callable[[Any], Any] | None = None,
+    dtype: Any,
+    layer_form: Callable[[Any, Mesh, Any], Any] | None = None,
     scheme: quantize.Scheme | None = None,
 ) -> Any:
     """Return the declaration as the devices hold it.
 
-    Its weights are packed by ``scheme``, if that is given; its stacked layers are converted by
-    ``layer_form`` (such as ``tree.separate``), unless that is None; and its axes are fitted to the
-    mesh. Raises InvalidConfig if the scheme or the mesh does not divide an axis.
+    Its weights are packed by ``scheme``, if that is given; its axes are fitted to the mesh; and its
+    stacks are converted by ``layer_form``, unless that is None. ``dtype``: of floats. Raises
+    InvalidConfig if the scheme or the mesh does not divide an axis.
     """
     if scheme is not None:
         declaration = linear.quantize(declaration, scheme.bits, scheme.group)
-    if layer_form is not None:
-        declaration = layer_form(declaration)
-    return meshes.fit(declaration, mesh)
+    declaration = meshes.fit(declaration, mesh)
+    return declaration if layer_form is None else layer_form(declaration, mesh, dtype)
 
 
 def checked(

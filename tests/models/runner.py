@@ -14,9 +14,11 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec as P
 
-from slipway import LLM, SamplingParams, mesh, models, ops, tree
+from slipway import LLM, SamplingParams, mesh, models, ops
 from slipway.checkpoint import files, save, tensor_reader
-from slipway.ops import kv_cache
+from slipway.ops import backend, kv_cache
+from slipway.ops.addresses import by_address
+from slipway.runtime import load
 
 PROMPT_LENGTHS = (1, 2, 3, 7, 16, 33, 64, 100)
 OUTPUT_TOKENS = 64
@@ -92,7 +94,10 @@ def our_tokens(
 
 
 class Forward:
-    """Forward pass without the engine, over a cache for one sequence: logits of all its tokens."""
+    """Forward pass without the engine, over a cache for one sequence: logits of all its tokens.
+
+    ``separate``: layers and experts in the form of a CPU, else stacked.
+    """
 
     def __init__(
         self,
@@ -105,10 +110,10 @@ class Forward:
         checkpoint = files.open_checkpoint(directory)
         self.mesh = mesh.make_mesh(1, tensor, expert=expert)
         declaration = models.declare(checkpoint.config)
-        self.declaration = mesh.fit(
-            tree.separate(declaration) if separate else declaration, self.mesh
-        )
+        form = backend.of("cpu").layer_form if separate else None
+        self.declaration = load.on_mesh(declaration, self.mesh, dtype, form)
         self.params = tensor_reader.load(self.declaration, checkpoint, self.mesh, dtype)
+        self._weights = by_address(self.params, self.mesh)
         self.empty_caches = kv_cache.allocate(
             declaration.cache_specs,
             [PAGES] * len(kv_cache.page_windows(declaration.cache_specs)),
@@ -117,7 +122,7 @@ class Forward:
             dtype=jnp.dtype(dtype),
             tensor=tensor,
         )
-        specs = tree.map_params(lambda p: mesh.partition(p, self.mesh), self.declaration)
+        specs = jax.tree.map(lambda array: array.sharding.spec, self._weights)
         caches = tuple(
             dataclasses.replace(cache, kv=mesh.spec(cache.axes, self.mesh))
             for cache in self.empty_caches
@@ -142,7 +147,7 @@ class Forward:
             step = _step(
                 ids, done, count, prompt_length=len(prompt), num_numberings=self._num_numberings
             )
-            logits, caches = self._run(self.params, caches, step)
+            logits, caches = self._run(self._weights, caches, step)
             parts.append(np.asarray(logits)[:count])
             done += count
         return np.concatenate(parts)

@@ -23,8 +23,9 @@ using namespace slipway;
 
 // Team of the calling thread only.
 struct OneThread final : Team {
-  std::vector<char> memory, common;
+  std::vector<char> memory, common, work;
   void* shared(int64_t bytes) override { return aligned(common, bytes); }
+  void* workspace(int64_t bytes) override { return aligned(work, bytes); }
   void run(int64_t items, int64_t, int64_t bytes, void (*body)(const void*, int64_t, void*),
            const void* context) override {
     void* scratch = aligned(memory, bytes);
@@ -101,6 +102,82 @@ void quantized_linears(Type type) {
         }
 }
 
+void routes() {
+  for (int64_t experts : {4, 16, 60, 129})
+    for (int64_t groups : {1, 4})
+      for (Score score : {Score::kSoftmax, Score::kSigmoid, Score::kSoftmaxOfChosen})
+        for (bool has_bias : {false, true}) {
+          if (experts % groups) continue;
+          const int64_t tokens = 3, chosen = 2;
+          auto logits = numbers(tokens * experts, Type::kFloat);
+          auto bias = numbers(experts, Type::kFloat);
+          std::vector<int32_t> choice(tokens * chosen);
+          std::vector<float> weights(tokens * chosen);
+          Route op{};
+          op.tokens = tokens;
+          op.experts = experts;
+          op.chosen = chosen;
+          op.logits = reinterpret_cast<float*>(logits.data());
+          op.bias = has_bias ? reinterpret_cast<float*>(bias.data()) : nullptr;
+          op.score = score;
+          op.groups = groups;
+          op.top_groups = groups > 1 ? 2 : 1;
+          op.two_of_group = has_bias && experts / groups > 1;
+          op.normalize = true;
+          op.scale = 1.0f;
+          op.choice = choice.data();
+          op.weights = weights.data();
+          SLIPWAY_ISA::table.route(op, team);
+          ++calls;
+        }
+}
+
+void experts(Type type) {
+  for (int64_t tokens : {0, 1, 2, 9, 40})
+    for (auto [bits, group] : {std::pair<int, int64_t>{0, 0}, {8, 0}, {4, 32}})
+      for (int64_t hidden : {32, 96}) {
+        const int64_t count = 5, size = 64, chosen = 3;
+        std::vector<std::vector<char>> held;
+        std::vector<const void*> tables[6];
+        for (int64_t e = 0; e < count; ++e)
+          for (int m = 0; m < 3; ++m) {
+            const int64_t in = m == 2 ? hidden : size, rows = m == 2 ? size : hidden;
+            held.push_back(bits ? numbers(rows * in * bits / 32, Type::kFloat)
+                                : numbers(rows * in, type));
+            tables[m].push_back(held.back().data());
+            held.push_back(numbers(rows * (group ? in / group : 1), type));
+            tables[3 + m].push_back(held.back().data());
+          }
+        // Experts of other devices have numbers outside [0, count).
+        std::vector<int32_t> choice;
+        for (int64_t i = 0; i < tokens * chosen; ++i)
+          choice.push_back(static_cast<int32_t>(i * 7 / 3 % (count + 2)) - 1);
+        auto x = numbers(tokens * size, type), weights = numbers(tokens * chosen, Type::kFloat);
+        std::vector<char> out(tokens * size * 4);
+        Experts op{};
+        op.type = type;
+        op.tokens = tokens;
+        op.chosen = chosen;
+        op.experts = count;
+        op.size = size;
+        op.hidden = hidden;
+        op.x = x.data();
+        op.choice = choice.data();
+        op.weights = reinterpret_cast<float*>(weights.data());
+        op.gate = tables[0].data();
+        op.up = tables[1].data();
+        op.down = tables[2].data();
+        op.bits = bits;
+        op.group = group;
+        op.gate_scale = tables[3].data();
+        op.up_scale = tables[4].data();
+        op.down_scale = tables[5].data();
+        op.out = reinterpret_cast<float*>(out.data());
+        SLIPWAY_ISA::table.experts(op, team);
+        ++calls;
+      }
+}
+
 void embeds(Type type) {
   for (int64_t size : {4, 16, 20, 128}) {
     const std::vector<int32_t> ids{0, 4, -1, 5};
@@ -115,15 +192,16 @@ void embeds(Type type) {
 }
 
 void norms(Type type) {
-  for (int64_t head_dim : {8, 24, 40, 128})
+  for (auto [head_dim, rotated] :
+       {std::pair<int64_t, int64_t>{8, 8}, {24, 24}, {40, 40}, {40, 12}, {128, 128}, {128, 64}})
     for (bool normed : {false, true}) {
       const int64_t tokens = 3, heads = 2, all = tokens * heads * head_dim;
       auto x = numbers(all, type), weight = numbers(head_dim, type), out = numbers(all, type);
-      auto cos = numbers(tokens * head_dim / 2, Type::kFloat), sin = cos;
+      auto cos = numbers(tokens * rotated / 2, Type::kFloat), sin = cos;
       SLIPWAY_ISA::table.norm(
           {type, tokens * heads, head_dim, x.data(), weight.data(), 1e-6f, out.data()}, team);
       SLIPWAY_ISA::table.rotate(
-          {type, tokens, heads, head_dim, x.data(), normed ? weight.data() : nullptr,
+          {type, tokens, heads, head_dim, rotated, x.data(), normed ? weight.data() : nullptr,
            reinterpret_cast<float*>(cos.data()), reinterpret_cast<float*>(sin.data()), 1e-6f,
            out.data()},
           team);
@@ -233,6 +311,7 @@ int main() {
   for (Type type : {Type::kFloat, Type::kBFloat16}) {
     linears(type);
     quantized_linears(type);
+    experts(type);
     embeds(type);
     norms(type);
     for (int64_t page_size : {16, 48, 64, 128})
@@ -241,6 +320,7 @@ int main() {
     attentions(type, 16, 16, 40, 1, 0);
   }
   samples();
+  routes();
   products_of_rows<SLIPWAY_ISA::Float, 8>(Type::kFloat);
   products_of_rows<SLIPWAY_ISA::BFloat16, 8>(Type::kBFloat16);
   products_of_rows<SLIPWAY_ISA::BFloat16, 16>(Type::kBFloat16);

@@ -84,7 +84,8 @@ def test_ops_hold_on_every_instruction_set_of_this_processor(name, compile_cache
         pytest.skip(f"this processor has no {name}")
     assert isa_if_asked_for(name).stdout.strip() == ("None" if name == "xla" else name)
     folder = Path(__file__).parent
-    tests = [str(folder / "test_ops.py"), str(folder / "test_quantized.py")]
+    names = ("test_ops.py", "test_quantized.py", "test_experts.py")
+    tests = [str(folder / name) for name in names]
     if name == "xla":  # what the prefix cache promises differs there
         tests.append(str(folder.parent / "engine" / "test_prefix.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]

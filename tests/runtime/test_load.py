@@ -65,7 +65,7 @@ def twin(tmp_path):
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_two_convolutions_on_a_mesh(twin, tensor, tmp_path):
     mesh = meshes.make_mesh(1, tensor)
-    declaration = load.on_mesh(declared(), mesh)
+    declaration = load.on_mesh(declared(), mesh, np.float32)
     checkpoint = load.checked(declaration, files.open_tensors(tmp_path), np.float32)
     net = load.arrays(declaration, checkpoint, mesh, np.float32)
     assert net.first.weight.addressable_shards[0].data.shape == (SIZE // tensor, 3, 3, 3)
@@ -93,8 +93,8 @@ def test_what_does_not_fit_is_listed_before_anything_is_loaded(twin, tmp_path):
 
 def test_random_weights_need_no_files():
     mesh = meshes.make_mesh(1, 1)
-    net = load.arrays(load.on_mesh(declared(), mesh), None, mesh, np.float32, seed=3)
-    again = load.arrays(load.on_mesh(declared(), mesh), None, mesh, np.float32, seed=3)
+    net = load.arrays(load.on_mesh(declared(), mesh, np.float32), None, mesh, np.float32, seed=3)
+    again = load.arrays(load.on_mesh(declared(), mesh, np.float32), None, mesh, np.float32, seed=3)
     assert all(
         np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(again), strict=True)
@@ -107,4 +107,4 @@ def test_a_scheme_that_does_not_divide_a_row_is_refused():
      "intermediate_size": 40,
            "num_hidden_layers": 1, "num_attention_heads": 4}  # fmt: skip
     with pytest.raises(InvalidConfig, match="quantization"):
-        load.on_mesh(declare(raw), meshes.make_mesh(1, 1), scheme=Scheme(4, 32))
+        load.on_mesh(declare(raw), meshes.make_mesh(1, 1), np.float32, scheme=Scheme(4, 32))
