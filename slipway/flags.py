@@ -22,6 +22,8 @@ SAME = {
     "--tp": "--tensor-parallel-size",
     "--tp-size": "--tensor-parallel-size",
     "-tp": "--tensor-parallel-size",
+    "--ep": "--expert-parallel-size",
+    "--ep-size": "--expert-parallel-size",
     "--dp": "--replicas",
     "--dp-size": "--replicas",
     "-dp": "--replicas",
@@ -39,6 +41,8 @@ SWITCHES = {
     "--no-prefix-caching": "--no-enable-prefix-caching",
 }
 MODEL = ("--model", "--model-path")
+# vLLM's: the experts of a layer are split over all devices of the layer.
+EXPERTS_EVERYWHERE = "--enable-expert-parallel"
 # flags without a value that change nothing here -> why
 NOTHING = {
     "--trust-remote-code": "code in a model's repository is never imported",
@@ -68,7 +72,18 @@ def expand(words: Sequence[str]) -> list[str]:
         has_model = bool(given) and not given[0].startswith("-")
         stated = _renamed(_from_file(path))
         given += _without(stated, held, has_model)
-    return [command, *given]
+    return [command, *_with_expert_groups(given)]
+
+
+def _with_expert_groups(words: list[str]) -> list[str]:
+    """Replace vLLM's switch of expert parallelism by as many groups as there are devices."""
+    if EXPERTS_EVERYWHERE not in words:
+        return words
+    tensor, size = "--tensor-parallel-size", "1"
+    if tensor in words[:-1]:
+        size = words[words.index(tensor) + 1]
+    rest = [word for word in words if word != EXPERTS_EVERYWHERE]
+    return [*rest, "--expert-parallel-size", size]
 
 
 def _split(words: Sequence[str]) -> list[str]:

@@ -17,6 +17,14 @@ CASES = {
         "serve --model-path M --tp-size 2 --context-length 9 --max-running-requests 7",
         "serve M --tensor-parallel-size 2 --max-model-len 9 --max-num-seqs 7",
     ),
+    "SGLang's experts": (
+        "serve M --tp-size=8 --ep-size 2",
+        "serve M --tensor-parallel-size 8 --expert-parallel-size 2",
+    ),
+    "vLLM's experts": (
+        "serve M --tp 4 --enable-expert-parallel",
+        "serve M --tensor-parallel-size 4 --expert-parallel-size 4",
+    ),
     "SGLang's switch": (
         "serve --model-path M --disable-radix-cache",
         "serve M --no-enable-prefix-caching",

@@ -4,6 +4,7 @@ Not here: layouts of caches (ops/kv_cache.py), how many pages fit (memory.py).
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -36,9 +37,11 @@ class Caches:
         """
         sizes = [0] * len(self._windows)
         for cache in self._empty([1] * len(self._windows)):
-            sizes[cache.numbering] += (
-                cache.kv.size * cache.kv.dtype.itemsize // meshes.parts("kv_heads", self._mesh)
-            )
+            # A single page cannot be split over copies of the weights, only over their devices.
+            parts = [
+                meshes.parts(axis, self._mesh) for axis in cache.axes if axis not in (None, "pages")
+            ]
+            sizes[cache.numbering] += cache.kv.size * cache.kv.dtype.itemsize // math.prod(parts)
         of_step = -(-max_num_tokens // self._page_size)
         useful = max_num_seqs * table_width
 

@@ -12,6 +12,7 @@ from typing import Any
 from slipway.errors import UnsupportedModel
 from slipway.models import (
     bailing_moe,
+    deepseek,
     glm4_moe,
     gpt_oss,
     llama,
@@ -57,6 +58,8 @@ ARCHITECTURES = {
     "BailingMoeV2ForCausalLM": Architecture(
         bailing_moe.BailingMoeV2Config, bailing_moe.declare_layer, bailing_moe.NAMING
     ),
+    "DeepseekV2ForCausalLM": Architecture(deepseek.DeepseekV2Config, deepseek.declare_layer),
+    "DeepseekV3ForCausalLM": Architecture(deepseek.DeepseekV3Config, deepseek.declare_layer),
     "Glm4MoeForCausalLM": Architecture(glm4_moe.Glm4MoeConfig, glm4_moe.declare_layer),
     "GptOssForCausalLM": Architecture(gpt_oss.GptOssConfig, gpt_oss.declare_layer, gpt_oss.NAMING),
     "LlamaForCausalLM": Architecture(llama.LlamaConfig, llama.declare_layer),

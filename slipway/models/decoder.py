@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from slipway import ops
 from slipway.nn.attention import Attention
+from slipway.nn.latent_attention import LatentAttention
 from slipway.nn.linear import Embedding
 from slipway.nn.norm import RMSNorm
 from slipway.nn.rope import LongQueries, Rope
@@ -72,12 +73,14 @@ class DecoderLayer:
     """Attention and a feed-forward layer, each behind a norm and inside a residual connection."""
 
     input_layernorm: RMSNorm
-    self_attn: Attention
+    self_attn: Attention | LatentAttention
     post_attention_layernorm: RMSNorm
     mlp: FeedForward
 
     @staticmethod
-    def declare(config: Any, attention: Attention, mlp: FeedForward) -> "DecoderLayer":
+    def declare(
+        config: Any, attention: Attention | LatentAttention, mlp: FeedForward
+    ) -> "DecoderLayer":
         """Declare a layer; its norms take ``hidden_size`` and ``rms_norm_eps`` from ``config``."""
         norm = RMSNorm.declare("embed", config.hidden_size, config.rms_norm_eps)
         return DecoderLayer(

@@ -34,6 +34,11 @@ class Scaling:
     truncate: bool = True
 
 
+def magnitude(factor: float, scale: float) -> float:
+    """Return YaRN's factor on the size of queries and keys (Peng et al., 2023, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Angles of one model: ``head_dim / 2`` frequencies, and a factor on cosines and sines."""
@@ -80,12 +85,9 @@ class Rope:
         if s.rope_type != "yarn" or s.attention_factor is not None:
             return s.attention_factor or 1.0
 
-        def magnitude(scale: float) -> float:
-            return 1.0 if s.factor <= 1 else 0.1 * scale * math.log(s.factor) + 1.0
-
         if s.mscale and s.mscale_all_dim:
-            return magnitude(s.mscale) / magnitude(s.mscale_all_dim)
-        return magnitude(1.0)
+            return magnitude(s.factor, s.mscale) / magnitude(s.factor, s.mscale_all_dim)
+        return magnitude(s.factor, 1.0)
 
     def _linear(self, freqs: np.ndarray) -> np.ndarray:
         """Divide all frequencies by the factor."""

@@ -24,13 +24,16 @@ class CacheSpec:
     """Cache of ``num_layers`` layers that a model declares.
 
     ``window``: the number of positions that a token sees in these layers, itself included; None:
-    all. Pages before the window are freed while a sequence runs.
+    all. Pages before the window are freed while a sequence runs. ``latent_dim``: the values are the
+    first numbers of the keys, so that only keys are stored (nn/latent_attention.py); 0: keys and
+    values are different.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+    latent_dim: int = 0
 
 
 def page_windows(specs: Sequence[CacheSpec]) -> tuple[int | None, ...]:
@@ -60,6 +63,7 @@ class KVCache(Protocol):
     ) -> tuple[Any, Self]:
         """Write the step's keys and values, then attend: -> ([T, heads, head_dim], cache after it).
 
+        ``v_TKH``: None in a cache of latents, where the keys hold the values.
         ``layer``: the layer's index in this cache. ``window``: the number of positions that a token
         sees, itself included; None: all. ``soft_cap``: scores s become soft_cap * tanh(s /
         soft_cap) (Gemma 2, 2024). ``sinks_N``: for each head, a score that is part of the softmax's
@@ -148,6 +152,8 @@ def allocate(
 
     def one(spec: CacheSpec) -> AllocatedCache:
         cache_class: Any = PagedCache if choose is None else choose(spec.head_dim)
+        if spec.latent_dim:
+            cache_class = LatentCache
         numbering = windows.index(spec.window)
         sizes = CacheSizes(
             num_layers=spec.num_layers,
@@ -156,7 +162,9 @@ def allocate(
             num_kv_heads=max(spec.num_kv_heads, tensor),
             head_dim=spec.head_dim,
         )
-        return cache_class(cache_class.empty(sizes, dtype), numbering)
+        kv = cache_class.empty(sizes, dtype)
+        latent = {"latent_dim": spec.latent_dim} if spec.latent_dim else {}
+        return cache_class(kv, numbering, **latent)
 
     return tuple(one(spec) for spec in specs)
 
@@ -193,6 +201,43 @@ class PagedCache(AllocatedCache):
         given = q_TNH, self.kv, layer, step, table_BM, options.sinks_N
         static = {name: getattr(options, name) for name in ("scale", "window", "soft_cap")}
         return backend.call("paged_attention", *given, **static)
+
+
+@module
+class LatentCache(AllocatedCache):
+    """Cache kv_LPSH of latents: a vector for each layer, page and slot, on every device.
+
+    ``latent_dim``: the leading numbers of a vector, which are the values too. 16-bit floats are
+    stored as their bits, as in PagedCache.
+    """
+
+    latent_dim: int = static(default=0)
+
+    @classmethod
+    def empty(cls, sizes: CacheSizes, dtype: Any) -> Any:
+        """Return zeros in this layout."""
+        held_as = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
+        shape = sizes.num_layers, sizes.num_pages, sizes.page_size, sizes.head_dim
+        return jnp.zeros(shape, held_as)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of kv_LPSH."""
+        return (None, "pages", None, None)
+
+    def write(self, k_TKH: Any, v_TKH: Any, *, layer: Any, step: StepInput) -> "LatentCache":
+        """Write the vectors of the step's tokens; ``v_TKH`` must be None."""
+        assert v_TKH is None, "values are a part of the keys"
+        slots_T = step.pages[self.numbering].slots_T
+        kv = backend.call("write_latent", self.kv, layer, k_TKH[:, 0], slots_T)
+        return dataclasses.replace(self, kv=kv)
+
+    def read(self, q_TNH: Any, *, layer: Any, step: StepInput, options: AttentionOptions) -> Any:
+        """Attend with the platform's body of ``latent_attention``: -> [T, heads, latent_dim]."""
+        table_BM = step.pages[self.numbering].page_table_BM
+        static = {name: getattr(options, name) for name in ("scale", "window", "soft_cap")}
+        given = q_TNH, self.kv, layer, step, table_BM, options.sinks_N
+        return backend.call("latent_attention", *given, latent_dim=self.latent_dim, **static)
 
 
 @module

@@ -7,6 +7,7 @@ or with a bf16 result, to a naive loop; and it widens the whole cache to f32 for
 update, so 16-bit caches are stored as their bits.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -194,11 +195,59 @@ def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, wi
     by tile, each over the keys that it sees. So the cost follows the numbers of tokens and keys,
     not the shapes of the arrays.
     """
-    attend = partial(
-        _attend, kv=kv, layer=layer, sinks_N=sinks_N, scale=scale, window=window, soft_cap=soft_cap
-    )
+    num_kv_heads, page_size, H = kv.shape[2], kv.shape[4], kv.shape[5]
+
+    def read(pages_RP):
+        # Transposed while the numbers are 16 bits wide: XLA would do it in f32, three times as
+        # slow.
+        block_2RKPSH = kv[layer, pages_RP].transpose(3, 0, 2, 1, 4, 5)
+        kv_2RKSH = block_2RKPSH.reshape(2, pages_RP.shape[0], num_kv_heads, -1, H)
+        return tuple(_from_storage(kv_2RKSH, q_TNH.dtype).astype(jnp.float32))
+
+    options = {"sinks_N": sinks_N, "scale": scale, "window": window, "soft_cap": soft_cap}
+    pages = Pages(read, page_size, num_kv_heads=num_kv_heads, value_dim=H)
+    attend = partial(_attend, pages=pages, **options)
+    return _ragged(attend, q_TNH, step, page_table_BM=page_table_BM, value_dim=H)
+
+
+def write_latent(kv, layer, k_TH, slots_T):
+    """Write vectors into their slots of LatentCache.kv; a slot outside it is dropped."""
+    page_size = kv.shape[2]
+    at = kv.at[layer, slots_T // page_size, slots_T % page_size]
+    return at.set(_to_storage(k_TH), mode="drop")
+
+
+def latent_attention(
+    q_TNH, kv, layer, step, page_table_BM, sinks_N, *, latent_dim, scale, window, soft_cap
+):
+    """Compute attention to a LatentCache: the values are the first numbers of the keys."""
+    page_size, H = kv.shape[2:]
+
+    def read(pages_RP):
+        keys_RSH = kv[layer, pages_RP].reshape(pages_RP.shape[0], -1, H)
+        keys_R1SH = _from_storage(keys_RSH, q_TNH.dtype).astype(jnp.float32)[:, None]
+        return keys_R1SH, keys_R1SH[..., :latent_dim]
+
+    options = {"sinks_N": sinks_N, "scale": scale, "window": window, "soft_cap": soft_cap}
+    pages = Pages(read, page_size, num_kv_heads=1, value_dim=latent_dim)
+    attend = partial(_attend, pages=pages, **options)
+    return _ragged(attend, q_TNH, step, page_table_BM=page_table_BM, value_dim=latent_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Pages of one layer. ``read(pages_RP)`` returns keys [R, K, S, H] and values [R, K, S, V]."""
+
+    read: Callable[[Any], tuple[Any, Any]]
+    page_size: int
+    num_kv_heads: int
+    value_dim: int
+
+
+def _ragged(attend, q_TNH, step, page_table_BM, value_dim: int):
+    """Compute attention of all tokens: rows with one token together, the others tile by tile."""
     alone_B = step.counts_B == 1
-    tiles = partial(_tiles, attend, q_TNH, step, page_table_BM=page_table_BM)
+    tiles = partial(_tiles, attend, q_TNH, step, page_table_BM=page_table_BM, value_dim=value_dim)
     # With few rows the second attention below is not worth its compilation.
     if step.counts_B.shape[0] <= FEW_ROWS:
         return tiles(skip_B=jnp.zeros_like(alone_B)).astype(q_TNH.dtype)
@@ -211,7 +260,7 @@ def paged_attention(q_TNH, kv, layer, step, page_table_BM, sinks_N, *, scale, wi
     return out_TNH.at[start_B].set(o_BNH, mode="drop").astype(q_TNH.dtype)
 
 
-def _tiles(attend, q_TNH, step, page_table_BM, skip_B):
+def _tiles(attend, q_TNH, step, page_table_BM, value_dim, skip_B):
     """Compute attention of the rows that are not skipped, tile by tile; f32."""
     tokens, tile = q_TNH.shape[0], min(BLOCK_TOKENS, q_TNH.shape[0])
     padded_TNH = jnp.pad(q_TNH, ((0, tile), (0, 0), (0, 0)))
@@ -238,19 +287,22 @@ def _tiles(attend, q_TNH, step, page_table_BM, skip_B):
         return lax.dynamic_update_slice_in_dim(out_TNH, new_QNH, start, axis=0)
 
     # f32 in the loop: XLA would widen and narrow a bf16 carry at every turn.
-    zeros_TNH = jnp.zeros(padded_TNH.shape, jnp.float32)
+    zeros_TNH = jnp.zeros((*padded_TNH.shape[:2], value_dim), jnp.float32)
     return lax.fori_loop(0, ends_B[-1], one_tile, init_val=zeros_TNH)[:tokens]
 
 
 def _attend(
-    q_RQNH, positions_RQ, lengths_R, page_table_RM, *, kv, layer, sinks_N, scale, window, soft_cap
+    q_RQNH, positions_RQ, lengths_R, page_table_RM, *, pages, sinks_N, scale, window, soft_cap
 ):
     """Compute attention of R tiles of Q queries, each tile within one sequence; f32.
 
     An online softmax over blocks of pages: Milakov and Gimelshein, Online normalizer calculation
     for softmax, 2018.
     """
-    (R, Q, N, H), (K, page_size) = q_RQNH.shape, (kv.shape[2], kv.shape[4])
+    (R, Q, N, H), (K, page_size, V) = (
+        q_RQNH.shape,
+        (pages.num_kv_heads, pages.page_size, pages.value_dim),
+    )
     G, block_pages = N // K, max(1, (BLOCK_TOKENS if R * Q > 1 else LONE_BLOCK_TOKENS) // page_size)
     block = block_pages * page_size
     page_table_RM = jnp.pad(page_table_RM, ((0, 0), (0, -page_table_RM.shape[1] % block_pages)))
@@ -259,13 +311,10 @@ def _attend(
     positions_RX = jnp.tile(positions_RQ, (1, G))
 
     def turn(j, carry):
-        peak_RKX, sum_RKX, o_RKXH = carry
+        peak_RKX, sum_RKX, o_RKXV = carry
         pages_RP = lax.dynamic_slice_in_dim(page_table_RM, j * block_pages, block_pages, axis=1)
-        # Transposed while the numbers are 16 bits wide: XLA would do it in f32, three times as
-        # slow.
-        kv_2RKSH = kv[layer, pages_RP].transpose(3, 0, 2, 1, 4, 5).reshape(2, R, K, block, H)
-        kv_2RKSH = _from_storage(kv_2RKSH, q_RQNH.dtype).astype(jnp.float32)
-        s_RKXS = jnp.einsum("rkxh,rksh->rkxs", q_RKXH, kv_2RKSH[0])
+        keys_RKSH, values_RKSV = pages.read(pages_RP)
+        s_RKXS = jnp.einsum("rkxh,rksh->rkxs", q_RKXH, keys_RKSH)
         if soft_cap is not None:
             s_RKXS = jnp.tanh(s_RKXS / soft_cap) * soft_cap
         at_S = (j * block + jnp.arange(block))[None, None]
@@ -280,13 +329,13 @@ def _attend(
         written_RS = at_S[:, 0] < lengths_R[:, None]
         if window is not None:
             written_RS &= at_S[:, 0] > positions_RQ[:, :1] - window
-        v_RKSH = jnp.where(written_RS[:, None, :, None], kv_2RKSH[1], 0.0)
+        v_RKSV = jnp.where(written_RS[:, None, :, None], values_RKSV, 0.0)
         shrink_RKX = jnp.exp(peak_RKX - new_RKX)
-        o_RKXH = o_RKXH * shrink_RKX[..., None] + jnp.einsum("rkxs,rksh->rkxh", p_RKXS, v_RKSH)
-        return new_RKX, sum_RKX * shrink_RKX + p_RKXS.sum(-1), o_RKXH
+        o_RKXV = o_RKXV * shrink_RKX[..., None] + jnp.einsum("rkxs,rksv->rkxv", p_RKXS, v_RKSV)
+        return new_RKX, sum_RKX * shrink_RKX + p_RKXS.sum(-1), o_RKXV
 
     X = G * Q
-    empty = jnp.full((R, K, X), MASKED), jnp.zeros((R, K, X)), jnp.zeros((R, K, X, H))
+    empty = jnp.full((R, K, X), MASKED), jnp.zeros((R, K, X)), jnp.zeros((R, K, X, V))
     if sinks_N is not None:
         sinks_KX = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), Q, axis=1)
         empty = jnp.broadcast_to(sinks_KX, (R, K, X)), jnp.ones((R, K, X)), empty[2]
@@ -297,9 +346,9 @@ def _attend(
         )
         first = jnp.maximum(0, jnp.min(oldest_R)) // block
     num_turns = -(-jnp.max(lengths_R) // block)
-    _, sum_RKX, o_RKXH = lax.fori_loop(first, num_turns, turn, init_val=empty)
-    o_RKXH = o_RKXH / jnp.maximum(sum_RKX, 1e-30)[..., None]
-    return o_RKXH.reshape(R, K, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, H)
+    _, sum_RKX, o_RKXV = lax.fori_loop(first, num_turns, turn, init_val=empty)
+    o_RKXV = o_RKXV / jnp.maximum(sum_RKX, 1e-30)[..., None]
+    return o_RKXV.reshape(R, K, G, Q, V).transpose(0, 3, 1, 2, 4).reshape(R, Q, N, V)
 
 
 def _to_storage(x):
@@ -430,6 +479,8 @@ BODIES: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "write_kv": write_kv,
     "paged_attention": paged_attention,
+    "write_latent": write_latent,
+    "latent_attention": latent_attention,
     "sample": sample,
     "log_normalizer": log_normalizer,
     "zeros": jnp.zeros,

@@ -40,6 +40,12 @@ GROUPED = {
     "n_group": 4,
     "topk_group": 2, "routed_scaling_factor": 1.5,
 }  # fmt: skip
+LATENT_SIZES = {
+    "num_key_value_heads": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12, "first_k_dense_replace": 1,
+}  # fmt: skip
+LATENT = GROUPED | LATENT_SIZES
+FAR = {"rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 0.9}}
 TIED, BIASES = {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}
 
 
@@ -74,6 +80,9 @@ CASES = [
     Case("glm4-moe-bias", "glm4_moe", GROUPED | {"head_dim": 24, "attention_bias": True}),
     Case("minimax-m2", "minimax_m2", LOCAL),
     Case("gpt-oss", "gpt_oss", LOCAL | WINDOW_ONLY),
+    Case("deepseek-v2", "deepseek_v2", LATENT | {"topk_method": "group_limited_greedy"}),
+    Case("deepseek-v2-lite", "deepseek_v2", LATENT | FAR | {"q_lora_rank": None}),
+    Case("deepseek-v3", "deepseek_v3", LATENT | FAR | {"attention_bias": True}),
 ]
 
 

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 TABLE = json.loads((Path(models.__file__).parent / "reference.json").read_text())
 # Where Slipway's default is another value that means the same: 0 stands for "derived from other
 # fields".
-DERIVED = {"num_key_value_heads", "head_dim", "layer_types", "rope_scaling", "rope_theta"}
+DERIVED = {
+    "num_key_value_heads", "head_dim", "layer_types", "rope_scaling", "rope_theta",
+    "partial_rotary_factor",
+}  # fmt: skip
 
 
 # Fields that some architectures read, with their defaults.

@@ -255,10 +255,8 @@ def test_alternating_rows_biases_and_a_clamp():
     both = rng.normal(size=(E, 2 * F, D)).astype(np.float32)
     down = rng.normal(size=(E, D, F)).astype(np.float32) / F**0.5
     both_bias, down_bias = (rng.normal(size=(E, n)).astype(np.float32) for n in (2 * F, D))
-    matrices = ExpertMatrices(
-        (jnp.asarray(both),), jnp.asarray(down), jnp.asarray(both_bias), jnp.asarray(down_bias),
-        clamp=(1.702, 7.0),
-    )  # fmt: skip
+    arrays = (jnp.asarray(array) for array in (down, both_bias, down_bias))
+    matrices = ExpertMatrices((jnp.asarray(both),), *arrays, clamp=(1.702, 7.0))
     x, choice = rng.normal(size=(5, D)).astype(np.float32), random_choice(rng, 5)
     weights = rng.uniform(size=(5, K)).astype(np.float32)
     expected = np.zeros((5, D), np.float32)
