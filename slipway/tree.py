@@ -149,14 +149,28 @@ class Stack:
         return self.body
 
     def fold(self, step: Callable, carry: Any) -> Any:
-        """Apply ``carry = step(layer, index, carry)`` to each in turn, compiled once as a scan."""
-        indices = jnp.arange(self.first, self.first + self.n)
+        """Apply ``carry = step(layer, index, carry)`` to each in turn, compiled once as a scan.
+
+        Experts are not sliced by the scan, which would copy those of a whole layer: their leaves
+        are StackedArrays.
+        """
+        leaves, structure = jax.tree.flatten(self.body, is_leaf=_is_experts)
+        sliced = [None if _is_experts(leaf) else leaf for leaf in leaves]
 
         def turn(carry, layer):
-            body, index = layer
-            return step(body, index, carry), None
+            held, number = layer
 
-        return jax.lax.scan(turn, carry, (self.body, indices))[0]
+            def stacked(array):
+                return StackedArray(array, number)
+
+            found = [
+                jax.tree.map(stacked, whole) if _is_experts(whole) else part
+                for whole, part in zip(leaves, held)
+            ]
+            body = jax.tree.unflatten(structure, found)
+            return step(body, number + self.first, carry), None
+
+        return jax.lax.scan(turn, carry, (sliced, jnp.arange(self.n)))[0]
 
     def tree_flatten_with_keys(self):
         """Return the children with their keys, and the static data (called by JAX)."""
@@ -187,11 +201,30 @@ class IndexedArray:
     index: jax.Array
 
 
+@module
+class StackedArray:
+    """Row ``index`` of an array that holds the arrays of several layers.
+
+    It stands for a leaf; an op that can, reads the row where it lies.
+    """
+
+    array: jax.Array
+    index: jax.Array
+
+
 def call(f: Callable, leaf: Any) -> Any:
     """Return ``f(leaf)``, with each IndexedArray in ``leaf`` replaced by the array that it picks.
 
-    Each array has a branch of its own, so that no array is copied.
+    Each array has a branch of its own, so that no array is copied. A StackedArray is replaced by a
+    copy of its row.
     """
+
+    def row(node: Any) -> Any:
+        if not isinstance(node, StackedArray):
+            return node
+        return jax.lax.dynamic_index_in_dim(node.array, node.index, keepdims=False)
+
+    leaf = jax.tree.map(row, leaf, is_leaf=lambda node: isinstance(node, StackedArray))
     indexed = [node for node in jax.tree.leaves(leaf, is_leaf=_is_indexed) if _is_indexed(node)]
     if not indexed:
         return f(leaf)
@@ -294,6 +327,10 @@ class Chain(tuple):
     def tree_unflatten(cls, _, children):
         """Make a node from the results of tree_flatten (called by JAX)."""
         return cls(children)
+
+
+def _is_experts(node: Any) -> bool:
+    return isinstance(node, Stack) and node.axis == "experts"
 
 
 def _is_indexed(node: Any) -> bool:

@@ -110,7 +110,12 @@ class MoE:
         num_local = self.gate.routing.num_experts // mesh.parts_here("experts")
         first = mesh.local_offset("experts", num_local)
         y_TD = ops.experts(
-            x_TD, experts_TK - first, weights_TK, matrices=matrices, num_tokens=step.num_tokens
+            x_TD,
+            experts_TK - first,
+            weights_TK,
+            matrices=matrices,
+            num_tokens=step.num_tokens,
+            num_experts=num_local,
         )
         if self.shared_experts is not None:
             shared_TD = self.shared_experts.partial_sums(x_TD, step)

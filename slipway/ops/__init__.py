@@ -81,14 +81,15 @@ def route(logits_TE, bias_E, num_tokens, rule):
     return backend.call("route", logits_TE, bias_E, num_tokens, rule=rule)
 
 
-def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
+def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens, num_experts):
     """Compute the sum of each token's experts, times their weights: [T, D] -> f32 [T, D].
 
     An expert e is down[e] @ (silu(gate[e] @ x) * (up[e] @ x)), unless ``matrices``, its
-    ExpertMatrices, state biases or a clamp. Experts outside 0 to E - 1 are those of other devices,
-    and add nothing.
+    ExpertMatrices, state biases or a clamp. ``num_experts``: of this device; experts outside 0 to
+    num_experts - 1 are those of other devices, and add nothing.
     """
-    return backend.call("experts", x_TD, experts_TK, weights_TK, matrices, num_tokens)
+    routed = x_TD, experts_TK, weights_TK, matrices, num_tokens
+    return backend.call("experts", *routed, num_experts=num_experts)
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):

@@ -210,11 +210,12 @@ def route(logits_TE, bias_E, num_tokens, rule):
     return tuple(call(logits_TE, jnp.int32(num_tokens), *bias, **static))
 
 
-def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
+def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens, *, num_experts):
     """Compute the experts of each token, as described in ``ops.experts``.
 
     The matrices are Addresses, or Quantized of Addresses.
     """
+    del num_experts  # the number of addresses in a table
     each = (*matrices.into, matrices.down)
     packed = isinstance(each[0], Quantized)
     tables = [matrix.packed if packed else matrix for matrix in each]
@@ -228,9 +229,9 @@ def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
     return call(x_TD, jnp.int32(num_tokens), _index(first), *routed, *arrays, **static)
 
 
-def _has_addresses(x_TD, experts_TK, weights_TK, matrices, num_tokens) -> bool:
+def _has_addresses(x_TD, experts_TK, weights_TK, matrices, num_tokens, num_experts) -> bool:
     """Return whether experts are Addresses, as ``_layer_form`` arranges for those with kernels."""
-    del x_TD, experts_TK, weights_TK, num_tokens
+    del x_TD, experts_TK, weights_TK, num_tokens, num_experts
     leaf = matrices.down.packed if isinstance(matrices.down, Quantized) else matrices.down
     return isinstance(leaf, Addresses)
 
@@ -314,7 +315,7 @@ def _bodies() -> dict[str, Body]:
         "route": Body(route, lambda logits_TE, *_, **__: refuses_dtype(logits_TE.dtype)),
         "experts": Body(
             experts,
-            lambda *args: "" if _has_addresses(*args) else "stacked experts",
+            lambda *args, **static: "" if _has_addresses(*args, **static) else "stacked experts",
             is_only=_has_addresses,
         ),
         "rms_norm": Body(rms_norm, lambda x_TD, weight, num_tokens, eps: refuses(x_TD, weight)),

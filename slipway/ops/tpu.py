@@ -1,23 +1,28 @@
-"""TPU backend: a cache in the layout of JAX's ragged paged attention kernel, and calls of it.
+"""TPU backend: a cache in the layout of JAX's ragged paged attention kernel, and calls of kernels.
 
 Not here: the ops without a body of their own on a TPU (xla.py).
 
-The kernel is jax.experimental.pallas.ops.tpu.ragged_paged_attention; it compiles under
-``jax.set_mesh``.
+The kernels are those of jax.experimental.pallas.ops.tpu: ragged_paged_attention, which compiles
+under ``jax.set_mesh``, and megablox, the grouped product of experts.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from slipway.errors import UnsupportedModel
-from slipway.ops import backend
-from slipway.ops.backend import Backend
+from slipway.ops import backend, xla
+from slipway.ops.backend import Backend, Body
 from slipway.ops.kv_cache import AllocatedCache, AttentionOptions, CacheSizes, PagedCache
+from slipway.ops.quantized import Quantized
 from slipway.ops.step_input import StepInput
-from slipway.tree import module
+from slipway.tree import StackedArray, module
 
 LANES = 128
+# Sizes of the tiles of a grouped product: rows, and most numbers along the other dimensions.
+ROWS_PER_TILE, TILE = 128, 1024
 QUERIES_PER_BLOCK = 32
 KEYS_PER_BLOCK = 128
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -87,6 +92,49 @@ class TpuCache(AllocatedCache):
         )
 
 
+def multiply_by_group(x_SI, matrix, counts_E, interpret: bool = False):
+    """Multiply runs of rows by the matrices of their groups, as ``xla.multiply_by_group`` does.
+
+    The kernel gets the matrices of all layers of a scan, and counts that are zero for all but the
+    layer's own: a slice of one layer would be copied. ``interpret``: run without a TPU.
+    """
+    # Imported here: Pallas for TPUs takes half a second of every start, on any machine.
+    from jax.experimental.pallas.ops.tpu import megablox
+
+    if isinstance(matrix, StackedArray):
+        layers, num_groups = matrix.array.shape[:2]
+        counts = jnp.zeros(layers * num_groups, jnp.int32)
+        at = (matrix.index * num_groups,)
+        counts_E = lax.dynamic_update_slice(counts, counts_E.astype(jnp.int32), at)
+        matrix = matrix.array.reshape(layers * num_groups, *matrix.array.shape[2:])
+    rows = x_SI.shape[0]
+    padded_SI = jnp.pad(x_SI, [(0, -rows % ROWS_PER_TILE), (0, 0)])
+    out_size, in_size = matrix.shape[1:]
+    tiles = ROWS_PER_TILE, _tile(in_size), _tile(out_size)
+    return megablox.gmm(
+        padded_SI,
+        matrix,
+        counts_E.astype(jnp.int32),
+        preferred_element_type=jnp.float32,
+        tiling=tiles,
+        transpose_rhs=True,
+        interpret=interpret,
+    )[:rows]
+
+
+def _tile(size: int) -> int:
+    """Return the largest part of a dimension, in whole lanes, that tiles have."""
+    if size <= TILE or size % LANES:
+        return min(size, TILE)
+    return max(part for part in range(LANES, TILE + 1, LANES) if size % part == 0)
+
+
+def _refuses_experts(x_TD, experts_TK, weights_TK, matrices, num_tokens, num_experts) -> str:
+    """Return why the kernel does not compute these experts, "" if it does."""
+    del x_TD, experts_TK, weights_TK, num_tokens, num_experts
+    return "packed weights" if isinstance(matrices.down, Quantized) else ""
+
+
 def cache_class(head_dim: int) -> type:
     """Return the class of a cache for heads of ``head_dim`` numbers.
 
@@ -98,6 +146,8 @@ def cache_class(head_dim: int) -> type:
 BACKEND = Backend(
     platform="tpu",
     lowers_for=("tpu",),
+    bodies={"experts": Body(partial(xla.experts, multiply=multiply_by_group), _refuses_experts)},
+    label=lambda: LABEL,
     cache_class=cache_class,
     # Without this option TPU7x copies every weight into other tiles at every step: 7.8 GB a device
     # for 32 B parameters on 8 devices.

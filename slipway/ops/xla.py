@@ -86,29 +86,37 @@ _BY_GROUP = lax.RaggedDotDimensionNumbers(
 )
 
 
-def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
+def multiply_by_group(x_SI, matrix, counts_E):
+    """Multiply runs of rows, ``counts_E[e]`` each, by matrix e: [S, in] -> f32 [S, out]."""
+
+    def multiply(matrix):
+        is_packed = isinstance(matrix, Quantized)
+        return lax.ragged_dot_general(
+            x_SI,
+            dequantized(matrix).astype(x_SI.dtype) if is_packed else matrix,
+            counts_E,
+            ragged_dot_dimension_numbers=_BY_GROUP,
+            preferred_element_type=jnp.float32,
+        )
+
+    return tree.call(multiply, matrix)
+
+
+def experts(
+    x_TD, experts_TK, weights_TK, matrices, num_tokens, *, num_experts, multiply=multiply_by_group
+):
     """Sort the tokens by expert, and multiply each run by the matrices of its expert.
 
-    The sum of a token's experts is in f32, in the order in which they were chosen.
+    The sum of a token's experts is in f32, in the order in which they were chosen. ``multiply``:
+    the grouped product, with the arguments of ``multiply_by_group``.
     """
     (T, K), dtype = experts_TK.shape, x_TD.dtype
-    into = [_numbers(matrix, dtype) for matrix in matrices.into]
-    num_experts = into[0].shape[0]
     is_live = (jnp.arange(T) < num_tokens)[:, None]
     is_held = is_live & (experts_TK >= 0) & (experts_TK < num_experts)
     # Those that this device does not compute are sorted behind all others.
     expert_S = jnp.where(is_held, experts_TK, num_experts).reshape(T * K)
     order_S = jnp.argsort(expert_S)
     counts_E = jnp.bincount(expert_S, length=num_experts)
-
-    def multiply(x_SI, matrix_EOI):
-        return lax.ragged_dot_general(
-            x_SI,
-            matrix_EOI,
-            counts_E,
-            ragged_dot_dimension_numbers=_BY_GROUP,
-            preferred_element_type=jnp.float32,
-        )
 
     def biased(y_SO, bias):
         if bias is None:
@@ -117,13 +125,13 @@ def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens):
         return y_SO + tree.value(bias)[rows_S].astype(jnp.float32)
 
     x_SD = x_TD[order_S // K]
-    if len(into) == 2:
-        gate_SF, up_SF = (multiply(x_SD, matrix) for matrix in into)
+    if len(matrices.into) == 2:
+        gate_SF, up_SF = (multiply(x_SD, matrix, counts_E) for matrix in matrices.into)
     else:
-        both_SX = biased(multiply(x_SD, into[0]), matrices.into_bias)
+        both_SX = biased(multiply(x_SD, matrices.into[0], counts_E), matrices.into_bias)
         gate_SF, up_SF = both_SX[:, 0::2], both_SX[:, 1::2]
     hidden_SF = _gated(gate_SF, up_SF, matrices.clamp).astype(dtype)
-    y_SD = biased(multiply(hidden_SF, _numbers(matrices.down, dtype)), matrices.down_bias)
+    y_SD = biased(multiply(hidden_SF, matrices.down, counts_E), matrices.down_bias)
     y_TKD = y_SD[jnp.argsort(order_S)].reshape(T, K, -1)
     # The rows behind the last group are undefined, not zero.
     y_TKD = jnp.where(is_held[..., None], y_TKD * weights_TK[..., None], 0.0)
@@ -136,15 +144,6 @@ def _gated(gate, up, clamp):
     alpha, limit = clamp
     gate = jnp.minimum(gate, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
-
-
-def _numbers(matrix, dtype):
-    """Return the numbers of a matrix that is perhaps packed, or one of several."""
-
-    def plain(matrix):
-        return dequantized(matrix).astype(dtype) if isinstance(matrix, Quantized) else matrix
-
-    return tree.call(plain, matrix)
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):

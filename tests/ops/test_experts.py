@@ -1,6 +1,7 @@
 """Choice of experts and the computation with them: oracles, ties, groups, bits in every batch."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipway import mesh, ops, tree
-from slipway.ops import Addresses, ExpertMatrices, Routing, cpu, xla
+from slipway.ops import Addresses, ExpertMatrices, Routing, cpu, tpu, xla
 from slipway.ops.addresses import by_address
 from slipway.ops.quantized import Quantized, dequantized
 
@@ -170,7 +171,7 @@ def expected_experts(x, choice, weights, experts):
 
 def run(form, x, choice, weights, num_tokens=None):
     count = jnp.int32(x.shape[0] if num_tokens is None else num_tokens)
-    call = jax.jit(ops.experts)
+    call = jax.jit(functools.partial(ops.experts, num_experts=E))
     return np.asarray(call(x, jnp.asarray(choice, jnp.int32), weights, form, count))
 
 
@@ -239,7 +240,8 @@ def test_the_tables_of_several_layers_are_told_apart():
 
     def every_layer(node, x):
         def layer(matrices, index, sums):
-            y = ops.experts(x, jnp.asarray(choice, jnp.int32), weights, matrices, jnp.int32(4))
+            routed = x, jnp.asarray(choice, jnp.int32), weights, matrices, jnp.int32(4)
+            y = ops.experts(*routed, num_experts=E)
             return sums.at[index].set(y)
 
         return node.fold(layer, jnp.zeros((3, 4, D), F32))
@@ -279,3 +281,22 @@ def test_addresses_are_those_of_the_arrays():
     pointers = np.asarray(gate.table).view(np.uint64)[:, 0]
     assert pointers.tolist() == [each[0].unsafe_buffer_pointer() for each in held]
     assert dataclasses.is_dataclass(gate)
+
+
+@pytest.mark.parametrize(
+    "counts", [[3, 0, 200, 1, 0, 40, 7], [0, 0, 0, 0, 0, 0, 0], [130, 0, 0, 0, 0, 0, 0]]
+)
+def test_the_grouped_product_of_a_tpu_is_the_portable_one(counts):
+    """megablox, interpreted, for a matrix and for one layer of a stack."""
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(rng.normal(size=(260, 256)), F32)
+    stack = jnp.asarray(rng.normal(size=(3, E, 384, 256)), F32)
+    counts = jnp.asarray(counts, jnp.int32)
+    live = int(counts.sum())
+    for layer in range(3):
+        expected = xla.multiply_by_group(x, stack[layer], counts)[:live]
+        row = tree.StackedArray(stack, jnp.int32(layer))
+        for matrix in (stack[layer], row):
+            with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+                found = tpu.multiply_by_group(x, matrix, counts, interpret=True)[:live]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
