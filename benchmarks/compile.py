@@ -6,6 +6,7 @@ memory. Nothing runs, so neither numbers nor speed are checked. Needs libtpu (ja
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import script
-from slipway.bench.random_model import QWEN3_SHAPE
+from slipway.bench.random_model import QWEN3_MOE_SHAPE, QWEN3_SHAPE
 
 QWEN3_32B_SHAPE = QWEN3_SHAPE | {
     "hidden_size": 5120,
@@ -22,7 +23,44 @@ QWEN3_32B_SHAPE = QWEN3_SHAPE | {
     "num_attention_heads": 64,
     "tie_word_embeddings": False,
 }
-SHAPES = {"qwen3-32b": QWEN3_32B_SHAPE, "qwen3-0.6b": QWEN3_SHAPE}
+QWEN3_235B_SHAPE = QWEN3_MOE_SHAPE | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+}
+# The published config.json of DeepSeek-V3, in bf16.
+DEEPSEEK_V3_SHAPE: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+SHAPES = {
+    "qwen3-32b": QWEN3_32B_SHAPE,
+    "qwen3-0.6b": QWEN3_SHAPE,
+    "qwen3-30b-a3b": QWEN3_MOE_SHAPE,
+    "qwen3-235b-a22b": QWEN3_235B_SHAPE,
+    "deepseek-v3": DEEPSEEK_V3_SHAPE,
+}
 # Environment in which libtpu loads on a host without a TPU.
 WITHOUT_DEVICE = {
     "JAX_PLATFORMS": "cpu",
@@ -36,12 +74,16 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileBench:
-    """Compile decode and prefill of a Qwen3 shape in bf16 for a TPU topology, without a TPU; needs
-    libtpu (jax[tpu])."""
+    """Compile decode and prefill of a published shape in bf16 for a TPU topology, without a TPU;
+    needs libtpu (jax[tpu])."""
 
-    model: Literal["qwen3-32b", "qwen3-0.6b"] = "qwen3-32b"
+    model: Literal["qwen3-32b", "qwen3-0.6b", "qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3"] = (
+        "qwen3-32b"
+    )
     topology: str = "v6e:2x4"
     """TPU topology, such as v5e:2x4, v6e:2x4 or tpu7x:2x2x1. All its devices share each layer."""
+    expert_parallel_size: int = 1
+    """Groups of the devices that hold different experts."""
     rows: int = 64
     """Sequences that decode together."""
     prefill_tokens: int = 2048
@@ -71,14 +113,15 @@ def compiled(options: CompileBench) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from slipway import mesh as meshes
-    from slipway import models
+    from slipway import models, tree
     from slipway.engine import programs
     from slipway.engine.batch import Bucket, Sizes
     from slipway.engine.caches import Caches
 
     topology: Any = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     devices = topology.devices
-    mesh = meshes.make_mesh(tensor=len(devices), devices=devices)
+    groups = options.expert_parallel_size
+    mesh = meshes.make_mesh(tensor=len(devices), devices=devices, expert=groups)
     declaration = meshes.fit(models.declare(SHAPES[options.model]), mesh)
     caches = Caches(declaration, mesh, jnp.bfloat16, page_size=options.page_size)
     shapes = caches.shapes((options.num_pages,), 1)
@@ -99,25 +142,35 @@ def compiled(options: CompileBench) -> dict[str, Any]:
         repeats=None,
     )
     kv = shapes[0].kv
+    # Shapes of the experts of one layer on one device, or of the whole model there.
+    experts = set()
+    for leaf in tree.leaves(declaration):
+        param = leaf.param
+        if any(axis == "experts" for axis, _ in param.stacks):
+            held = meshes.shardings(param, mesh).shard_shape(param.shape)
+            experts |= {held, held[1:], (held[0] * held[1], *held[2:])}
     figures = {}
     for name, tokens in (("decode", options.rows), ("prefill", options.prefill_tokens)):
         started = time.perf_counter()
         program = runner.compiled(programs.FORWARD, Bucket(tokens, options.rows))
         seconds = round(time.perf_counter() - started, 1)
-        figures[name] = {"tokens": tokens, "compile_s": seconds} | read(program, kv)
+        figures[name] = {"tokens": tokens, "compile_s": seconds} | read(program, kv, experts)
     return {
         "model": options.model,
         "topology": options.topology,
         "device": devices[0].device_kind,
         "devices": len(devices),
         "bodies": runner.bodies,
-        "kv_bytes_a_device": kv.size * kv.dtype.itemsize // len(devices),
+        "kv_bytes_a_device": math.prod(kv.sharding.shard_shape(kv.shape)) * kv.dtype.itemsize,
         "programs": figures,
     }
 
 
-def read(program: Any, kv: Any) -> dict[str, Any]:
-    """Return memory of one device, donated bytes, and counts of collectives and cache copies."""
+def read(program: Any, kv: Any, experts: set[tuple[int, ...]]) -> dict[str, Any]:
+    """Return memory of one device, donated bytes, and counts of collectives and of copies.
+
+    ``experts``: shapes that a copy of all experts would have.
+    """
     memory, text = program.memory_analysis(), program.as_text()
     layers, *rest = kv.sharding.shard_shape(kv.shape)
     # the whole cache, the same with layers and pages as one axis, and one layer's cache
@@ -129,6 +182,15 @@ def read(program: Any, kv: Any) -> dict[str, Any]:
         "temporaries_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "copies_of_the_cache": sum(shape in whole for shape in copied),
+        "results_with_all_experts": len(
+            [
+                shape
+                for shape in experts
+                if re.search(
+                    rf"= bf16\[{','.join(map(str, shape))}\]\S* (?!parameter|bitcast)", text
+                )
+            ]
+        ),
         "collectives": {
             name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES
         },

@@ -1,4 +1,4 @@
-"""Model directory of the Qwen3-0.6B shape with random weights, for benchmarks."""
+"""Model directories of published shapes with random weights, for benchmarks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +21,23 @@ QWEN3_SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 40960,
     "torch_dtype": "bfloat16",
+}
+
+
+# The published config.json of Qwen3-30B-A3B.
+QWEN3_MOE_SHAPE: dict[str, Any] = QWEN3_SHAPE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
 }
 
 

@@ -87,6 +87,8 @@ class Weights:
         self.arrays: list[jax.Array] = jax.tree.leaves(arrays)
         self.version = "0"
         self.whole = True
+        # Counts the changes of arrays.
+        self.changes = 0
         # Blocks under the current arrays on a CPU, where this object allocated them.
         self._memory = self._no_memory()
         # Blocks under the arrays before, for the next arrays that are made beside the current ones.
@@ -106,6 +108,7 @@ class Weights:
         Raises WeightsLost if a leaf failed in place. Any other error (of the values, or
         CheckpointError) means that nothing has changed.
         """
+        self.changes += 1
         before = [(array.shape, array.dtype, array.sharding) for array in self.arrays]
         if mode == "atomic":
             self._all_at_once(values)
@@ -130,6 +133,7 @@ class Weights:
 
     def from_host(self, arrays: Sequence[np.ndarray]) -> None:
         """Put back the arrays that ``to_host`` returned."""
+        self.changes += 1
         for at, array in enumerate(arrays):
             self.arrays[at] = jax.device_put(array, self.shardings[at], may_alias=False)
 

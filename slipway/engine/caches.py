@@ -8,12 +8,14 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from slipway import mesh as meshes
 from slipway.engine import memory
 from slipway.models.decoder import LanguageModel
-from slipway.ops import kv_cache
+from slipway.ops import ExpertLoad, kv_cache
 from slipway.ops.kv_cache import AllocatedCache
 
 
@@ -22,6 +24,7 @@ class Caches:
 
     def __init__(self, declaration: LanguageModel, mesh: Mesh, dtype: Any, page_size: int):
         self._specs = declaration.cache_specs
+        self._load_shape = declaration.load_shape
         self._windows = kv_cache.page_windows(self._specs)
         self._mesh = mesh
         self._dtype = dtype
@@ -54,8 +57,8 @@ class Caches:
             for size, window in zip(sizes, self._windows)
         )
 
-    def shapes(self, num_pages: tuple[int, ...], copies: int) -> tuple[AllocatedCache, ...]:
-        """Return the model's caches as shapes with shardings.
+    def shapes(self, num_pages: tuple[int, ...], copies: int) -> tuple[Any, ...]:
+        """Return the model's caches as shapes with shardings, and its ExpertLoad if it has experts.
 
         ``num_pages``: of each pool, for one of the ``copies`` of the weights.
         """
@@ -65,9 +68,13 @@ class Caches:
             kv = jax.ShapeDtypeStruct(cache.kv.shape, cache.kv.dtype, sharding=sharding)
             return dataclasses.replace(cache, kv=kv)
 
-        return tuple(
-            placed(cache) for cache in self._empty([copies * count for count in num_pages])
-        )
+        caches = [placed(cache) for cache in self._empty([copies * count for count in num_pages])]
+        layers, experts = self._load_shape
+        if not layers:
+            return tuple(caches)
+        by_copy = NamedSharding(self._mesh, P(meshes.DATA))
+        counts = jax.ShapeDtypeStruct((copies * layers, experts), np.uint32, sharding=by_copy)
+        return (*caches, ExpertLoad(counts))
 
     def _empty(self, num_pages: list[int]) -> tuple[AllocatedCache, ...]:
         """Return the caches of one copy of the weights, as shapes."""

@@ -25,9 +25,10 @@ from slipway.engine.programs import CACHES, NEWEST, WEIGHTS
 from slipway.engine.request import FinishReason, Request, RequestOutput, RequestSpec, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Scheduler
-from slipway.engine.stats import Snapshot, Stats
+from slipway.engine.stats import ExpertCounts, Snapshot, Stats
 from slipway.engine.updates import Policy, Updates
 from slipway.errors import InvalidRequest
+from slipway.ops import ExpertLoad
 from slipway.runtime.multihost import Leader
 from slipway.runtime.runner import Runner
 
@@ -84,6 +85,9 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._has_deadlines = False
         self._updates = Updates(weights, self.schedulers)
+        self._expert_counts = ExpertCounts()
+        # State of ``weights`` of which the programs have the arrays.
+        self._changes_seen = weights.changes
 
     @property
     def num_compiled(self) -> int:
@@ -98,6 +102,8 @@ class Engine:
     def reset_stats(self) -> None:
         """Count and time from zero."""
         self._pipeline.stats = Stats()
+        self._read_expert_load()
+        self._expert_counts.reset()
 
     def add(self, spec: RequestSpec) -> str:
         """Queue a request and return its id.
@@ -149,8 +155,22 @@ class Engine:
             computed_tokens=sum(s.counts.computed_tokens for s in each),
             preemptions=sum(s.counts.preemptions for s in each),
             compilations=self.num_compiled,
+            expert_tokens=self._read_expert_load(),
+            expert_imbalance=self._expert_counts.imbalance(),
             stats=deepcopy(self.stats),
         )
+
+    def _read_expert_load(self) -> list[int]:
+        """Return the tokens of each expert, all layers together; empty without experts.
+
+        Waits for the step on the device.
+        """
+        caches = self.runner.state.get(CACHES, ())
+        if caches and isinstance(caches[-1], ExpertLoad):
+            counts = caches[-1].counts_LE
+            copies = {shard.index[0].start: shard.data for shard in counts.addressable_shards}
+            self._expert_counts.read([np.asarray(copy) for copy in copies.values()])
+        return self._expert_counts.of_experts()
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -211,6 +231,7 @@ class Engine:
         def apply() -> None:
             if not self._updates.sleep_level:
                 self.runner.free(CACHES)
+                self._expert_counts.restart()
             self._updates.sleep(level)
 
         return self._updates.add(apply, "recompute")
@@ -252,7 +273,9 @@ class Engine:
             self._change(moved)
             return self._due(moved)
         self._updates.check()
-        self.runner.state[WEIGHTS] = programs.operands(self.weights)
+        if self._changes_seen != self.weights.changes:
+            self.runner.state[WEIGHTS] = programs.operands(self.weights)
+            self._changes_seen = self.weights.changes
         self._pipeline.advance(moved, started)
         return self._due(moved)
 

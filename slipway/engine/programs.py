@@ -179,10 +179,10 @@ def _forward(
     structure: Any,
     apart: bool,
     leaves: list[jax.Array],
-    caches: tuple[KVCache, ...],
+    caches: tuple[Any, ...],
     newest_R: jax.Array,
     step: StepInput,
-) -> tuple[tuple[KVCache, ...], jax.Array, jax.Array]:
+) -> tuple[tuple[Any, ...], jax.Array, jax.Array]:
     """Compute caches, logits of the rows of results, and hidden states; traced under shard_map.
 
     ``apart``: return the hidden states of all copies of the weights, on every device.

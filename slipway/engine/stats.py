@@ -7,6 +7,8 @@ import bisect
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 STEP_BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 WAIT_BOUNDS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -78,11 +80,50 @@ class Stats:
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
 
+class ExpertCounts:
+    """Tokens of each expert of each layer, summed over counters of a device that wrap at 2^32."""
+
+    def __init__(self) -> None:
+        self._tokens_LE: np.ndarray | None = None
+        self._seen: list[np.ndarray] = []
+
+    def read(self, counters: list[np.ndarray]) -> None:
+        """Add the differences to the last counters, uint32 [layers, experts] of each copy."""
+        seen = self._seen or [np.zeros_like(each) for each in counters]
+        added = sum((now - before).astype(np.int64) for now, before in zip(counters, seen))
+        self._tokens_LE = added if self._tokens_LE is None else self._tokens_LE + added
+        self._seen = counters
+
+    def restart(self) -> None:
+        """Take note that the device's counters begin at 0 again."""
+        self._seen = []
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._tokens_LE = None if self._tokens_LE is None else self._tokens_LE * 0
+
+    def of_experts(self) -> list[int]:
+        """Return the tokens of each expert, all layers together; empty without experts."""
+        return [] if self._tokens_LE is None else self._tokens_LE.sum(axis=0).tolist()
+
+    def imbalance(self) -> float:
+        """Return the load of a layer's busiest expert by that of its average one.
+
+        It is the mean over the layers: 1 if all experts have computed as many tokens, 0 if there
+        were none.
+        """
+        if self._tokens_LE is None or not self._tokens_LE.any():
+            return 0.0
+        means = np.maximum(self._tokens_LE.mean(axis=1), 1e-9)
+        return float((self._tokens_LE.max(axis=1) / means).mean())
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """State of the engine at one moment: gauges, and the sums since its start.
 
-    Pages and tokens are those of all copies of the weights.
+    Pages and tokens are those of all copies of the weights. ``expert_tokens``: of each expert, all
+    layers together; ``expert_imbalance``: as ``ExpertCounts.imbalance`` returns it.
     """
 
     running: int
@@ -95,6 +136,8 @@ class Snapshot:
     computed_tokens: int
     preemptions: int
     compilations: int
+    expert_tokens: list[int]
+    expert_imbalance: float
     stats: Stats
 
     @property

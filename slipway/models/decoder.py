@@ -13,6 +13,7 @@ from slipway import ops
 from slipway.nn.attention import Attention
 from slipway.nn.latent_attention import LatentAttention
 from slipway.nn.linear import Embedding
+from slipway.nn.moe import MoE
 from slipway.nn.norm import RMSNorm
 from slipway.nn.rope import LongQueries, Rope
 from slipway.tree import Chain, module, runs, stack, static
@@ -52,10 +53,17 @@ class LanguageModel(Protocol):
     def cache_specs(self) -> tuple[ops.CacheSpec, ...]:
         """Caches that the layers need, in the order in which ``__call__`` takes them."""
 
+    @property
+    def load_shape(self) -> tuple[int, int]:
+        """Number of layers with experts, and the experts of each; zeros if there are none."""
+
     def __call__(
-        self, step: ops.StepInput, caches: Sequence[ops.KVCache]
-    ) -> tuple[Any, tuple[ops.KVCache, ...]]:
-        """Compute the hidden states [T, embed] of a step, and the caches after it."""
+        self, step: ops.StepInput, caches: Sequence[ops.KVCache | ops.ExpertLoad]
+    ) -> tuple[Any, tuple[ops.KVCache | ops.ExpertLoad, ...]]:
+        """Compute the hidden states [T, embed] of a step, and the caches after it.
+
+        ``caches``: of ``cache_specs``, and perhaps an ExpertLoad of ``load_shape`` behind them.
+        """
 
     def logits(self, x_BD: Any, num_rows: Any) -> Any:
         """Compute f32 logits [B, vocab] of hidden states; only ``num_rows`` leading rows count."""
@@ -64,8 +72,11 @@ class LanguageModel(Protocol):
 class FeedForward(Protocol):
     """Feed-forward layer: [T, embed] -> [T, embed]."""
 
-    def __call__(self, x_TD: Any, step: ops.StepInput) -> Any:
-        """Compute the rows of ``x_TD`` that are tokens of the step; the other rows are padding."""
+    def __call__(self, x_TD: Any, step: ops.StepInput) -> tuple[Any, Any]:
+        """Compute the rows of ``x_TD`` that are tokens of the step; the other rows are padding.
+
+        The second result is the experts [T, top_k] that computed each token, or None.
+        """
 
 
 @module
@@ -88,10 +99,14 @@ class DecoderLayer:
         )
 
     def __call__(self, x_TD, kv: ops.KVCache, layer, step: ops.StepInput):
-        """Compute a layer: [T, embed] -> ([T, embed], kv); ``layer``: its index in the cache."""
+        """Compute a layer: [T, embed] -> ([T, embed], kv, experts as ``FeedForward`` returns them).
+
+        ``layer``: its index in the cache.
+        """
         y_TD, kv = self.self_attn(self.input_layernorm(x_TD, step), kv, layer=layer, step=step)
         x_TD = x_TD + y_TD
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD, step), step), kv
+        y_TD, experts_TK = self.mlp(self.post_attention_layernorm(x_TD, step), step)
+        return x_TD + y_TD, kv, experts_TK
 
 
 @module
@@ -138,8 +153,20 @@ class CausalLM:
         counts = collections.Counter(self.layer_caches)
         return tuple(dataclasses.replace(spec, num_layers=n) for spec, n in counts.items())
 
-    def __call__(self, step: ops.StepInput, caches: Sequence[ops.KVCache]):
-        """Compute a step: -> (hidden states [T, embed], caches); ``caches``: of ``cache_specs``."""
+    @property
+    def load_shape(self) -> tuple[int, int]:
+        """Number of layers with experts, and the experts of each; zeros if there are none."""
+        sparse = [part for part in self.model.layers if isinstance(part.one.mlp, MoE)]
+        experts = [part.one.mlp.gate.routing.num_experts for part in sparse]
+        return sum(part.n for part in sparse), max(experts, default=0)
+
+    def __call__(self, step: ops.StepInput, caches: Sequence[ops.KVCache | ops.ExpertLoad]):
+        """Compute a step: -> (hidden states [T, embed], caches).
+
+        ``caches``: of ``cache_specs``, and perhaps an ExpertLoad of ``load_shape`` behind them.
+        """
+        load = caches[-1] if isinstance(caches[-1], ops.ExpertLoad) else None
+        caches = caches if load is None else caches[:-1]
         positions = step.positions_T, step.prompt_lengths_T
         angles = tuple(rope(*positions) for rope in self.config.ropes)
         step = dataclasses.replace(step, angles=angles)
@@ -147,15 +174,23 @@ class CausalLM:
         held = dict(zip(dict.fromkeys(self.layer_caches), caches, strict=True))
         # Number of layers computed so far, for each cache.
         num_done = dict.fromkeys(held, 0)
+        num_sparse = 0
         for part in self.model.layers:
             spec = part.one.self_attn.cache_spec
+            firsts = num_done[spec] - part.first, num_sparse - part.first
 
-            def apply(layer, index, carry, first_in_cache=num_done[spec] - part.first):
-                return layer(*carry, layer=index + first_in_cache, step=step)
+            def apply(layer, index, carry, firsts=firsts):
+                x_TD, kv, load = carry
+                x_TD, kv, experts_TK = layer(x_TD, kv, layer=index + firsts[0], step=step)
+                if load is not None and experts_TK is not None:
+                    load = load.add(index + firsts[1], experts_TK, step.num_tokens)
+                return x_TD, kv, load
 
-            x_TD, held[spec] = part.fold(apply, (x_TD, held[spec]))
+            x_TD, held[spec], load = part.fold(apply, (x_TD, held[spec], load))
             num_done[spec] += part.n
-        return self.model.norm(x_TD, step), tuple(held.values())
+            num_sparse += part.n if isinstance(part.one.mlp, MoE) else 0
+        counted = () if load is None else (load,)
+        return self.model.norm(x_TD, step), (*held.values(), *counted)
 
     def logits(self, x_BD, num_rows):
         """Compute logits: hidden states [B, embed] -> f32 [B, vocab]."""

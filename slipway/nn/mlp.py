@@ -24,8 +24,8 @@ class MLP:
         return MLP(up, up, Linear.declare("embed", axis, sizes, bias=bias))
 
     def __call__(self, x_TD, step):
-        """Compute the layer: [T, embed] -> [T, embed]."""
-        return self.down_proj(self._hidden(x_TD, step), step)
+        """Compute the layer: [T, embed] -> ([T, embed], None, as it has no experts)."""
+        return self.down_proj(self._hidden(x_TD, step), step), None
 
     def partial_sums(self, x_TD, step):
         """Compute this device's part of the layer: [T, embed] -> f32 [T, embed].

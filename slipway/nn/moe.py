@@ -99,8 +99,8 @@ class MoE:
         stacked = tree.stack(expert, gate.routing.num_experts, axis="experts")
         return MoE(gate=gate, experts=stacked, **shared)
 
-    def __call__(self, x_TD: Any, step: ops.StepInput) -> Any:
-        """Compute the layer: [T, embed] -> [T, embed]."""
+    def __call__(self, x_TD: Any, step: ops.StepInput) -> tuple[Any, Any]:
+        """Compute the layer: [T, embed] -> ([T, embed], experts [T, top_k] of each token)."""
         experts_TK, weights_TK = self.gate(x_TD, step)
         matrices = self.experts.body.matrices
         if matrices.down_bias is not None and (parts := mesh.parts_here("expert_mlp")) > 1:
@@ -124,4 +124,4 @@ class MoE:
                 shared_TD = shared_TD * jax.nn.sigmoid(gate_T1)
             y_TD = y_TD + shared_TD
         # Experts and the shared MLP are split over the same devices: one sum for both.
-        return mesh.psum(y_TD, "mlp").astype(x_TD.dtype)
+        return mesh.psum(y_TD, "mlp").astype(x_TD.dtype), experts_TK

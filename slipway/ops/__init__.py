@@ -15,13 +15,14 @@ from slipway.ops import backend, cpu, tpu, xla
 from slipway.ops.addresses import Addresses
 from slipway.ops.kv_cache import BorrowedCache, CacheSpec, KVCache
 from slipway.ops.quantized import dequantized
-from slipway.ops.routing import ExpertMatrices, Routing
+from slipway.ops.routing import ExpertLoad, ExpertMatrices, Routing
 from slipway.ops.step_input import PageMap, StepInput
 
 __all__ = [
     "Addresses",
     "BorrowedCache",
     "CacheSpec",
+    "ExpertLoad",
     "ExpertMatrices",
     "KVCache",
     "PageMap",

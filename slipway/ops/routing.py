@@ -38,6 +38,22 @@ class Routing:
 
 
 @module
+class ExpertLoad:
+    """Number of tokens that each expert of each layer has computed: uint32 [layers, experts].
+
+    It counts from 0 again after 2^32. A program gets it behind the caches and returns it.
+    """
+
+    counts_LE: Tensor
+
+    def add(self, layer: Any, experts_TK: Any, num_tokens: Any) -> "ExpertLoad":
+        """Count the experts that the first ``num_tokens`` tokens chose in one layer."""
+        is_live = (jnp.arange(experts_TK.shape[0]) < num_tokens)[:, None]
+        ones = jnp.broadcast_to(is_live, experts_TK.shape).astype(jnp.uint32)
+        return ExpertLoad(self.counts_LE.at[layer, experts_TK].add(ones))
+
+
+@module
 class ExpertMatrices:
     """Matrices of E experts of one layer, stacked along their first axis.
 

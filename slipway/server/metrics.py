@@ -104,6 +104,8 @@ class Metrics:
                 merged = _merged([getattr(each.stats, name) for each in snapshots])
                 histogram.add_metric(values, *merged)
                 yield histogram
+        if not vllm and any(each.expert_tokens for each in snapshots):
+            yield from _expert_families(snapshots, self._labels)
         ended = CounterMetricFamily(
             prefix + ("request_success" if vllm else "sequences"),
             "Ended sequences, by reason.",
@@ -124,6 +126,26 @@ class _Fixed(Collector):
     def collect(self) -> list[Metric]:
         """Return all metrics."""
         return self._families
+
+
+def _expert_families(snapshots: Sequence[Snapshot], labels: dict[str, str]) -> Iterator[Metric]:
+    """Yield the load of the experts of all engines together."""
+    tokens = CounterMetricFamily(
+        "slipway_expert_tokens",
+        "Tokens that each expert has computed, all layers together.",
+        labels=[*labels, "expert"],
+    )
+    for expert, counts in enumerate(zip(*(each.expert_tokens for each in snapshots))):
+        tokens.add_metric([*labels.values(), str(expert)], sum(counts))
+    yield tokens
+    imbalance = GaugeMetricFamily(
+        "slipway_expert_imbalance",
+        "Load of a layer's busiest expert by that of its average one, mean over the layers; the "
+        "largest of all engines.",
+        labels=list(labels),
+    )
+    imbalance.add_metric([*labels.values()], max(each.expert_imbalance for each in snapshots))
+    yield imbalance
 
 
 def _gauges(snapshots: Sequence[Snapshot]) -> dict[str, float]:

@@ -24,7 +24,7 @@ def test_mlp_is_llamas(tensor, bias):
     x_TD = draw(rng, 7, 12)
 
     def run(layer, x_TD, step):
-        return layer(x_TD, step)
+        return layer(x_TD, step)[0]
 
     step = one_sequence(0, 5, padding=2)
     y_TD = call(run, declared, layer, x_TD, step, tensor=tensor)
