@@ -5,6 +5,7 @@ name (test_front_door.py).
 """
 
 import dataclasses
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -203,3 +204,10 @@ def test_the_site_builds_without_a_warning_and_shows_every_flag(tmp_path):
     for config in (EngineConfig, ServerConfig):
         for field in dataclasses.fields(config):
             assert f'id="{config.__module__}.{config.__name__}.{field.name}"' in page
+
+
+def test_the_page_of_models_is_that_of_the_registry():
+    spec = importlib.util.spec_from_file_location("models_page", ROOT / "tools" / "models_page.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.PAGE.read_text() == tool.page(), "run tools/models_page.py"

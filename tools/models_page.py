@@ -1,0 +1,48 @@
+"""Page of supported models (docs/models.md), written from the registry of architectures.
+
+Not here: fields of config.json (config_fields.py).
+"""
+
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+HEAD = """# Supported models
+
+Written by `tools/models_page.py` from the registry in `slipway/models`. A model is found by
+`architectures` in its `config.json`.
+
+| architecture | family | layers |
+|---|---|---|
+"""
+TAIL = """
+Every architecture is compared with transformers in float32 on tiny random models; Qwen 1 and Ling,
+which transformers does not have, with data that their authors' code computed.
+[experts.md](experts.md) has the routing rules, [adding_a_model.md](adding_a_model.md) what another
+architecture takes.
+"""
+
+
+def page() -> str:
+    """Return the text of the page."""
+    from slipway import models
+
+    rows = []
+    for name, entry in sorted(models.ARCHITECTURES.items()):
+        module = sys.modules[entry.declare_layer.__module__]
+        family = (module.__doc__ or "").split("\n")[0].partition(" (")[0].rstrip(".:")
+        kinds = {"MoE": "experts", "LatentAttention": "latent attention"}
+        found = [text for kind, text in kinds.items() if hasattr(module, kind)]
+        rows.append(f"| `{name}` | {family} | {', '.join(found) or 'dense'} |")
+    return HEAD + "\n".join(rows) + "\n" + TAIL
+
+
+def main() -> int:
+    """Write the page."""
+    PAGE.write_text(page())
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
