@@ -202,7 +202,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_a_reason(launch, tmp
 
 def test_two_replicas_share_the_work(launch):
     server = launch("--replicas", "2").wait_ready()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while server.metric("slipway_engines_running") < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
