@@ -8,13 +8,14 @@ requests. Not here: the interface that peers.py uses (engines.py).
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -73,7 +75,9 @@ def environment(folder: Path) -> Path:
 
 
 def write_gguf(directory: Path, out: Path, folder: Path) -> None:
-    """Write a bf16 GGUF file of a Qwen3 directory; ``folder`` is where llama.cpp was built.
+    """Write a bf16 GGUF file of a Qwen3 or Qwen3-MoE directory.
+
+    ``folder`` is where llama.cpp was built.
 
     The words of its vocabulary are invented, because requests consist of token ids.
     """
@@ -83,7 +87,13 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
 
     checkpoint = files.open_checkpoint(directory)
     config = checkpoint.config
-    writer = gguf.GGUFWriter(out, "qwen3")
+    has_experts = "num_experts" in config
+    # The temporary file of tensors: those of the experts do not fit into memory beside the model.
+    writer = gguf.GGUFWriter(out, "qwen3moe" if has_experts else "qwen3", use_temp_file=has_experts)
+    if has_experts:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -102,17 +112,29 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
     writer.add_token_merges([f"{words[0]} {words[1]}"])
     writer.add_eos_token_id(0)
-    for key in checkpoint.tensors:
-        array = checkpoint.array(key)
-        if array.ndim == 1:
-            writer.add_tensor(gguf_name(key), array.astype(np.float32))
-        else:
-            bits = np.ascontiguousarray(array).view(np.uint8)
-            writer.add_tensor(gguf_name(key), bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    for name, keys in by_gguf_name(checkpoint.tensors).items():
+        array = checkpoint.array(keys[0])
+        if array.ndim == 1 or "ffn_gate_inp" in name:
+            writer.add_tensor(name, array.astype(np.float32))
+            continue
+        if len(keys) > 1:
+            array = np.stack([checkpoint.array(key) for key in keys])
+        bits = np.ascontiguousarray(array).view(np.uint8)
+        writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        for key in keys:
+            checkpoint.drop(key)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def by_gguf_name(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return the HF tensors of each of llama.cpp's: one, or the experts of a layer in order."""
+    found: dict[str, list[str]] = {}
+    for key in sorted(keys, key=lambda key: [int(n) for n in re.findall(r"\d+", key)]):
+        found.setdefault(gguf_name(key), []).append(key)
+    return found
 
 
 def gguf_name(key: str) -> str:
@@ -125,6 +147,10 @@ def gguf_name(key: str) -> str:
     if key in fixed:
         return fixed[key]
     layer, name = key.removeprefix("model.layers.").split(".", 1)
+    if (
+        expert := re.fullmatch(r"mlp\.experts\.\d+\.(gate|up|down)_proj\.weight", name)
+    ) is not None:
+        return f"blk.{layer}.ffn_{expert[1]}_exps.weight"
     return f"blk.{layer}.{NAMES[name.removesuffix('.weight')]}.weight"
 
 

@@ -26,7 +26,7 @@ from benchmarks import host_limits, llama_cpp, script
 from benchmarks.engines import LlamaCpp, start_process
 from benchmarks.environments import CACHE
 from benchmarks.servers import HttpServer
-from slipway.bench.random_model import QWEN3_SHAPE, write_random_model
+from slipway.bench.random_model import QWEN3_MOE_SHAPE, QWEN3_SHAPE, write_random_model
 from slipway.llm import NANO
 
 Engine = Literal[
@@ -43,6 +43,7 @@ Engine = Literal[
 COUNTERPARTS = {"ours int8": "llama.cpp q8_0", "ours int4": "llama.cpp q4_0"}
 SERVERS = ("ours", "vllm", "llama.cpp")
 UNPACKED = ("ours", "transformers", "vllm", "llama.cpp")
+MOE_SHAPE = QWEN3_MOE_SHAPE | {"num_hidden_layers": 8}
 # Bytes of the weights of QWEN3_SHAPE in bf16.
 QWEN3_BYTES = 2 * 596_049_920
 BATCHES, PREFILLS, CONTEXTS = (1, 8, 16), (512, 2048), (128, 512, 2048, 8192)
@@ -64,8 +65,10 @@ class PeersBench:
     engines: tuple[Engine, ...] = typing.get_args(Engine)
     """Each other engine is installed on first use, in the user's cache. With packed weights only
     decode is timed."""
-    model: Literal["qwen3-0.6b", "nano"] = "qwen3-0.6b"
-    """Random bf16 weights of the published shape, or the shipped model, with requests only."""
+    model: Literal["qwen3-0.6b", "moe", "nano"] = "qwen3-0.6b"
+    """Random bf16 weights of the published shape; moe: of Qwen3-30B-A3B cut to 8 layers, of which
+    only one engine is in memory at a time, and decode and prefill of 512 are timed; nano: the
+    shipped model, with requests only."""
     rounds: int = 3
     """Rounds, with every engine once in each."""
     decode_tokens: int = 24
@@ -86,6 +89,9 @@ class PeersBench:
     def run(self) -> None:
         """Measure, and print a table."""
         threads = len(os.sched_getaffinity(0))
+        if self.model == "moe":
+            self._report(self._one_by_one(threads))
+            return
         with (
             tempfile.TemporaryDirectory() as folder,
             self._started(Path(folder), threads) as engines,
@@ -104,6 +110,31 @@ class PeersBench:
                     "ours", Path(folder) / "model", CONTEXTS[-1] + 64, max_num_seqs=1
                 )
                 figures |= self._contexts(engines["ours, long"])
+        self._report(figures)
+
+    def _one_by_one(self, threads: int) -> Figures:
+        """Return figures of engines that are started for each round, and stopped after it.
+
+        The weights of two engines do not fit into memory together.
+        """
+        rng, record = np.random.default_rng(0), Record()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self._write_models(folder)
+            for turn in range(self.rounds):
+                record.turn = turn + 1
+                record.note("read GB/s", "host", host_limits.read_bandwidth(threads))
+                first = turn % len(self.engines)
+                for engine_name in (*self.engines[first:], *self.engines[:first]):
+                    engine = self._start(engine_name, folder, threads)
+                    try:
+                        self._measure_steps({engine_name: engine}, record, rng)
+                    finally:
+                        engine.stop()
+        return record.figures
+
+    def _report(self, figures: Figures) -> None:
+        """Print the figures as a table and as JSON, and write them where the options state."""
         versions = {name: version(name) for name in ("jax", "torch", "transformers")}
         report = summary(figures) | {"versions": versions}
         print(table(report["medians"]))
@@ -146,7 +177,7 @@ class PeersBench:
             )
             record.take(f"decode b{batch} tok/s", decode, engines)
         unpacked = {name: engine for name, engine in engines.items() if name in UNPACKED}
-        for length in PREFILLS:
+        for length in PREFILLS[:1] if self.model == "moe" else PREFILLS:
             prefill = partial(_prefill_rate, rng=rng, length=length)
             record.take(f"prefill {length} tok/s", prefill, unpacked)
 
@@ -168,17 +199,7 @@ class PeersBench:
     def _started(self, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
         """Start the engines in turn; at the end, stop all that are in the dictionary then."""
         names = [name for name in self.engines if not self.server or name in SERVERS]
-        if self.model != "nano":
-            write_random_model(QWEN3_SHAPE, folder / "model")
-        kinds = [_gguf_kind(name) for name in names if name.startswith("llama.cpp")]
-        if kinds:
-            binaries = llama_cpp.environment(CACHE / "llama.cpp")
-            plain = folder / "bf16.gguf"
-            llama_cpp.write_gguf(self._directory(folder), plain, CACHE / "llama.cpp")
-            for kind in kinds:
-                if kind != "bf16":
-                    packed = folder / f"{kind}.gguf"
-                    llama_cpp.quantize(binaries, plain, packed, kind=kind.upper())
+        self._write_models(folder)
         engines: dict[str, Any] = {}
         try:
             for name in names:
@@ -187,6 +208,21 @@ class PeersBench:
         finally:
             for engine in engines.values():
                 engine.stop()
+
+    def _write_models(self, folder: Path) -> None:
+        """Write the model in the formats of all engines."""
+        if self.model != "nano":
+            shape = QWEN3_SHAPE if self.model == "qwen3-0.6b" else MOE_SHAPE
+            write_random_model(shape, folder / "model")
+        kinds = [_gguf_kind(name) for name in self.engines if name.startswith("llama.cpp")]
+        if kinds:
+            binaries = llama_cpp.environment(CACHE / "llama.cpp")
+            plain = folder / "bf16.gguf"
+            llama_cpp.write_gguf(self._directory(folder), plain, CACHE / "llama.cpp")
+            for kind in kinds:
+                if kind != "bf16":
+                    packed = folder / f"{kind}.gguf"
+                    llama_cpp.quantize(binaries, plain, packed, kind=kind.upper())
 
     def _start(self, name: str, folder: Path, threads: int) -> Any:
         """Start an engine; Slipway's first start in a run finds no compiled programs."""
@@ -198,7 +234,11 @@ class PeersBench:
         if name.startswith("llama.cpp"):
             kind = _gguf_kind(name)
             return LlamaCpp(
-                folder / f"{kind}.gguf", length, SLOTS, threads=threads, serves=kind == "bf16"
+                folder / f"{kind}.gguf",
+                length,
+                SLOTS,
+                threads=threads,
+                serves=kind == "bf16" and self.model != "moe",
             )
         if self.server:
             return HttpServer(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WORKER = (sys.executable, "-m", "slipway.bench.worker")
+WORKER = (sys.executable, "-P", "-m", "slipway.bench.worker")
 
 
 class EngineProcess:

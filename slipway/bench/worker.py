@@ -10,6 +10,9 @@ from typing import Any
 from slipway.bench.driver import answer
 from slipway.engine.request import RequestSpec
 
+# Models of benchmarks may take most of the memory, which the default of a CPU does not allow.
+MEMORY_FRACTION = 0.8
+
 
 class Ours:
     """Slipway's engine, called directly."""
@@ -34,6 +37,7 @@ class Ours:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(512, max_num_seqs),
             quantization=quantization,
+            memory_fraction=MEMORY_FRACTION,
         ).engine
         # request id -> the request's number in the load, and its tokens so far
         self._seen: dict[str, tuple[int, int]] = {}

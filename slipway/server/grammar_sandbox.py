@@ -84,7 +84,7 @@ class GrammarSandbox:
 
         Reading it does not count towards the time limit of the first grammar.
         """
-        command = [sys.executable, "-m", "slipway.server.grammar_sandbox"]
+        command = [sys.executable, "-P", "-m", "slipway.server.grammar_sandbox"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, limit=LINE_BYTES

@@ -248,7 +248,8 @@ class Replica:
             self._socket.close(linger=0)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.bind(self._address)
-        command = [sys.executable, "-m", "slipway.server.worker", self._address]
+        # -P: the folder in which the server was started is not searched for modules.
+        command = [sys.executable, "-P", "-m", "slipway.server.worker", self._address]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.num_starts += 1
         await self._socket.send(messages.encode([self._start]))
