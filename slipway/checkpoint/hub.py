@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slipway.errors import CheckpointError, InvalidConfig
 
-WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # no code, no pickles
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")  # no code
 FOLDER = "additional_chat_templates"  # the only folder that is downloaded
 ALLOW_PATTERNS = (*WITHOUT_WEIGHTS, "*.safetensors")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from slipway.codec import tiktoken_file
 from slipway.codec.offsets import spans_to_offsets
 from slipway.codec.token_text import Stream, TokenTexts, special_ids, token_texts
 from slipway.errors import CheckpointError, InvalidRequest
@@ -54,6 +55,10 @@ class Tokenizer:
         chat_templates = _chat_templates(directory, config, problems)
         if raw is None or problems:
             raise CheckpointError(directory, problems)
+        if not (directory / "tokenizer.json").is_file():
+            # The settings of a tiktoken vocabulary are code of its repository.
+            config = {"eos_token": tiktoken_file.END} | config
+            chat_templates = chat_templates or {"default": tiktoken_file.CHAT_TEMPLATE}
         special_tokens = {
             name: text
             for name in config
@@ -157,6 +162,9 @@ class Tokenizer:
 
 def _read_raw(directory: Path, problems: list[str]) -> tokenizers.Tokenizer | None:
     path = directory / "tokenizer.json"
+    vocabulary = tiktoken_file.find(directory)
+    if not path.is_file() and vocabulary is not None:
+        return tiktoken_file.load(vocabulary)
     if not path.is_file():
         problems.append(NO_TOKENIZER.format(directory=directory))
         return None
