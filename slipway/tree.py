@@ -393,13 +393,14 @@ def separate(declaration: Any, axis: str = "layers", form: type[Separate] = Sepa
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Param with the HF keys of its tensors.
+    """Param with the HF keys of its tensors, and the paths of attributes that lead to them.
 
-    A key is found by the index into the stacked axes, ``()`` if there are none.
+    Both are found by the index into the stacked axes, ``()`` if there are none.
     """
 
     param: Param
     keys: Mapping[tuple[int, ...], str]
+    paths: Mapping[tuple[int, ...], str]
 
     def names(self) -> Iterator[str]:
         """Yield each key under which a checkpoint may hold the tensor, including the alias."""
@@ -413,12 +414,14 @@ def leaves(declaration: Any) -> Iterator[Leaf]:
     for path, param in jax.tree_util.tree_flatten_with_path(declaration, is_leaf=is_param)[0]:
         numbers = [entry for entry in map(_name, path) if isinstance(entry, int | range)]
         ranges = [number for number in numbers if isinstance(number, range)]
-        key = param.key or _template(path)
-        keys = {}
+        template = _template(path)
+        keys, paths = {}, {}
         for index in itertools.product(*(range(len(r)) for r in ranges)):
             at = iter([r[i] for r, i in zip(ranges, index)])
-            keys[index] = key.format(*(next(at) if isinstance(n, range) else n for n in numbers))
-        yield Leaf(param, keys)
+            found = [next(at) if isinstance(n, range) else n for n in numbers]
+            paths[index] = template.format(*found)
+            keys[index] = param.key.format(*found) if param.key else paths[index]
+        yield Leaf(param, keys, paths)
 
 
 def renamed(declaration: Any, rename: Callable[[str, Param], str]) -> Any:

@@ -343,19 +343,23 @@ class ArrayCheckpoint(Checkpoint):
 
     def held(self, name: str) -> np.ndarray | jax.Array:
         """Return the array; of an array on one CPU device, a view of its memory."""
-        return on_host(self.arrays[name])
+        array = self.arrays[name]
+        return on_host(array.whole)[array.index] if isinstance(array, _Part) else on_host(array)
 
     def array(self, name: str) -> np.ndarray:
         """Return the array on the host: a copy if it is on other devices."""
         return np.asarray(self.held(name))
 
     def with_parts(self, parts: Mapping[str, Mapping[str, Index]]) -> "ArrayCheckpoint":
-        """Return the checkpoint with arrays replaced by their parts, which are views on a host."""
+        """Return the checkpoint with arrays replaced by their parts.
+
+        A part is a view of an array on the host; of an array on devices it is copied when it is
+        read.
+        """
         arrays = {name: array for name, array in self.arrays.items() if name not in parts}
         for name, indices in parts.items():
-            array = on_host(self.arrays[name])
-            arrays |= {part: array[index] for part, index in indices.items()}
-        tensors = described(arrays, str(self.directory))
+            arrays |= {part: _Part(self.arrays[name], index) for part, index in indices.items()}
+        tensors = super().with_parts(parts).tensors
         return dataclasses.replace(self, arrays=arrays, tensors=tensors)
 
     def not_finite(self, name: str, dtype: np.dtype) -> int:
@@ -375,7 +379,17 @@ class ArrayCheckpoint(Checkpoint):
 
     def on_devices(self, names: Iterable[str]) -> bool:
         """Return whether the host cannot read all of these in place."""
-        return all(isinstance(on_host(self.arrays[name]), jax.Array) for name in names)
+        arrays = (self.arrays[name] for name in names)
+        wholes = (array.whole if isinstance(array, _Part) else array for array in arrays)
+        return all(isinstance(on_host(whole), jax.Array) for whole in wholes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Part of an array that is not taken out of it yet."""
+
+    whole: Any
+    index: Index
 
 
 def described(arrays: Mapping[str, Any], what: str) -> dict[str, Tensor]:

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from slipway import models
-from slipway.checkpoint import files, hub, names, parts, quantize, reshard, tensor_reader
+from slipway.checkpoint import (
+    files,
+    hub,
+    module_names,
+    names,
+    parts,
+    quantize,
+    reshard,
+    tensor_reader,
+)
 from slipway.checkpoint.copying import count_above
 from slipway.checkpoint.files import Checkpoint
 from slipway.checkpoint.shards import Spec
@@ -67,10 +76,13 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
     keys = tensor_reader.names(weights.declaration)
     declared = {parts.whole(key) for key in keys}
     if mapping in (None, "hf"):
-        found = names.plain(arrays, declared)
-        arrays = {found[name]: array for name, array in arrays.items()}
-    if mapping in (None, "hf") and any(name in declared for name in arrays):
-        return FromTensors(_packed(parts.split(ArrayCheckpoint.of(arrays), keys), weights))
+        stacks = module_names.stacked(weights.declaration, arrays)
+        renamed = module_names.renamed(weights.declaration, arrays)
+        found = names.plain(arrays, {*declared, *stacks, *renamed})
+        arrays = {renamed.get(found[name], found[name]): array for name, array in arrays.items()}
+        if stacks or any(name in declared for name in arrays):
+            held = parts.split(_unstacked(ArrayCheckpoint.of(arrays), stacks), keys)
+            return FromTensors(_packed(held, weights))
     converted = ConvertedCheckpoint.of_tree(arrays, weights, mapping)
     return FromTensors(_packed(converted, weights))
 
@@ -253,6 +265,22 @@ def _packed(tensors: Checkpoint, weights: Weights) -> Checkpoint:
     if any(name.endswith(quantize.PACKED) for name in wanted):
         return quantize.packed_view(tensors, wanted)
     return tensors
+
+
+def _unstacked(
+    tensors: ArrayCheckpoint, stacks: Mapping[str, module_names.StackedExperts]
+) -> ArrayCheckpoint:
+    """Return the tensors with stacked experts taken apart.
+
+    Raises CheckpointError, listing each stack that has another shape than the model's.
+    """
+    if problems := [
+        f"{name}: shape {tensors.tensors[name].shape}, {stack.shape} declared"
+        for name, stack in stacks.items()
+        if tensors.tensors[name].shape != stack.shape
+    ]:
+        raise CheckpointError("the arrays", problems)
+    return tensors.with_parts({name: stack.places for name, stack in stacks.items()})
 
 
 def _structure(weights: Weights) -> Any:
