@@ -105,6 +105,41 @@ def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_s
         )
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_packed_experts_answer_as_transformers_does_with_the_same_numbers(name, tmp_path):
+    """Experts are packed one by one; transformers holds them stacked."""
+    theirs = make_checkpoint(Case("qwen3_moe", "qwen3_moe", SIZES | EXPERTS), tmp_path / "floats")
+    quantize_directory(str(tmp_path / "floats"), tmp_path / "packed", SCHEMES[name])
+    files, state = load_file(tmp_path / "packed" / "model.safetensors"), theirs.state_dict()
+    packed = [key.removesuffix("_packed") for key in files if key.endswith("_packed")]
+    assert len(packed) == (4 + 3 * 4) * 3
+    for key in packed:
+        matrix = torch.from_numpy(unpacked(files[f"{key}_packed"], files[f"{key}_scale"]))
+        layer, _, rest = key.partition(".mlp.experts.")
+        if not rest:
+            state[key].copy_(matrix)
+            continue
+        number, kind = int(rest.split(".")[0]), rest.split(".")[1].removesuffix("_proj")
+        rows = {"gate": slice(0, 64), "up": slice(64, 128), "down": slice(None)}[kind]
+        whole = state[f"{layer}.mlp.experts.{'down' if kind == 'down' else 'gate_up'}_proj"]
+        whole[number, rows] = matrix
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[key].copy_(torch.from_numpy(by_rows(files[key])))
+    ours = answers(start(tmp_path / "packed"))
+    assert answers(start(tmp_path / "floats", quantization=name)) == ours
+    for prompt, (tokens, logprobs) in zip(prompts(), ours):
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert expected.argmax(-1).tolist() == tokens
+        np.testing.assert_allclose(
+            logprobs, [row[t] for row, t in zip(expected, tokens)], atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_devices_share_a_packed_model(name, floats):
     one, two = (
