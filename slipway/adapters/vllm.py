@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from slipway import models, ops, tree
-from slipway.errors import InvalidConfig
+from slipway.errors import InvalidConfig, UnsupportedModel
 from slipway.mesh import DATA, TENSOR, partition
 from slipway.runtime import load
 
@@ -73,6 +73,7 @@ class Served(nnx.Module):
         raw = vllm_config.model_config.hf_config.to_dict() | {"architectures": [self.architecture]}
         self.dtype = np.dtype(vllm_config.model_config.dtype)
         declaration = load.on_mesh(models.declare(raw), mesh, self.dtype, layer_form=_unrolled)
+        _check(declaration)
         self.declaration = Static(declaration)
         if vllm_config.load_config.load_format == "dummy":
             arrays = jax.tree.leaves(
@@ -182,6 +183,16 @@ class Served(nnx.Module):
 
     def _specs(self) -> list[P]:
         return [partition(leaf.param, self.mesh) for leaf in self._leaves()]
+
+
+def _check(declaration: Any) -> None:
+    """Raise UnsupportedModel for a model that vLLM's caches or batches do not serve."""
+    if any(spec.latent_dim for spec in declaration.cache_specs):
+        expected = "keys and values of heads, which vLLM's caches hold"
+        raise UnsupportedModel("latent attention", "a cache of latents", expected)
+    if any(rope.needs_prompt for rope in declaration.config.ropes):
+        expected = "false: vLLM's batches do not have the lengths of prompts"
+        raise UnsupportedModel("config.json: use_dynamic_ntk", True, expected)
 
 
 def _unrolled(declaration: Any, mesh: Mesh, dtype: Any) -> Any:

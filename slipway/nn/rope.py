@@ -65,8 +65,13 @@ class Rope:
 
     @property
     def follows_prompt(self) -> bool:
-        """Whether the angles depend on the length of the prompt."""
-        return self.scaling.rope_type in ("dynamic", "dynamic_of_prompt")
+        """Whether the angles of a token depend on the length of its prompt."""
+        return self.needs_prompt or self.scaling.rope_type == "dynamic"
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether that holds for generated tokens, too."""
+        return self.scaling.rope_type == "dynamic_of_prompt"
 
     def frequencies(self) -> np.ndarray:
         """Return the frequencies in radians per position: f32 [head_dim / 2]."""
@@ -167,8 +172,13 @@ class LongQueries:
 
     @property
     def follows_prompt(self) -> bool:
-        """Whether the angles depend on the length of the prompt."""
+        """Whether the angles of a token depend on the length of its prompt."""
         return self.rope.follows_prompt
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether that holds for generated tokens, too."""
+        return self.rope.needs_prompt
 
     def __call__(self, positions_T, prompt_lengths_T):
         """Return cosines and sines at ``positions_T``, as ``Rope`` does."""

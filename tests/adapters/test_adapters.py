@@ -23,7 +23,7 @@ from slipway import models
 from slipway.adapters import maxtext
 from slipway.adapters import vllm as adapter
 from slipway.adapters.engine_fields import FIELDS
-from slipway.errors import CheckpointError, InvalidConfig
+from slipway.errors import CheckpointError, InvalidConfig, UnsupportedModel
 from tests.adapters import fakes
 
 ROWS, PAGE, PER_ROW = 3, 4, 8
@@ -65,6 +65,17 @@ CONFIGS = {
     "Qwen3ForCausalLM": transformers.Qwen3Config,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
     "LlamaForCausalLM": transformers.LlamaConfig,
+    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
+    "MixtralForCausalLM": transformers.MixtralConfig,
+}
+EXPERTS = {
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+    },
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -81,6 +92,7 @@ def saved(request, tmp_path):
         max_position_embeddings=64,
         tie_word_embeddings=request.param == "Qwen2ForCausalLM",
         architectures=[request.param],
+        **EXPERTS.get(request.param, {}),
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -229,3 +241,24 @@ def test_adapters_read_every_declared_field(kind):
     """Fields that no adapter reads need no check by the adapters benchmark."""
     source = Path(adapter.__file__).read_text() + Path(maxtext.__file__).read_text()
     assert not [field for field in FIELDS[kind] if field not in source]
+
+
+@pytest.mark.parametrize(
+    "name, raw, field",
+    [
+        (
+            "DeepseekV3ForCausalLM",
+            {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+             "n_group": 2, "topk_group": 1, "num_hidden_layers": 1},
+            "latent attention",
+        ),
+        ("QWenLMHeadModel", {"num_hidden_layers": 1}, "use_dynamic_ntk"),
+    ],
+)  # fmt: skip
+def test_what_vllms_caches_and_batches_lack_is_refused(name, raw, field):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = types.SimpleNamespace(to_dict=lambda: sizes | raw)
+    vllm_config = fakes.VllmConfig(fakes.ModelConfig("nowhere", config))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    with pytest.raises(UnsupportedModel, match=field):
+        adapter.served(name)(vllm_config, jax.random.key(0), mesh)
