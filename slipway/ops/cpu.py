@@ -354,8 +354,10 @@ def _refuses_experts(body: Any, mesh: Mesh, dtype: Any) -> str:
         return "biases of experts"
     if any(param.axes != param.hf_layout for param in params):
         return "matrices that lie transposed in the checkpoint"
-    itemsizes = [param.held_as(dtype).itemsize for param in params]
-    widths = [param.shape[-1] // parts(param.shard_axes[-1], mesh) for param in params]
+    # Scales are read one by one.
+    rows = [param for param in params if param.init != "scale"]
+    itemsizes = [param.held_as(dtype).itemsize for param in rows]
+    widths = [param.shape[-1] // parts(param.shard_axes[-1], mesh) for param in rows]
     if any(width * itemsize % 4 for width, itemsize in zip(widths, itemsizes)):
         return "rows of no whole 32-bit units"
     return refuses_dtype(dtype)

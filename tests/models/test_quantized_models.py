@@ -14,6 +14,7 @@ from slipway import LLM, SamplingParams
 from slipway.checkpoint.quantize import FIELD, Scheme
 from slipway.convert.quantize_directory import quantize_directory
 from slipway.errors import CheckpointError, InvalidConfig
+from slipway.ops import cpu
 from tests.models.runner import Case, make_checkpoint, prompts
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128}
@@ -128,6 +129,8 @@ def test_packed_experts_answer_as_transformers_does_with_the_same_numbers(name, 
         whole[number, rows] = matrix
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         state[key].copy_(torch.from_numpy(by_rows(files[key])))
+    llm = start(tmp_path / "packed", dtype="bfloat16")
+    assert cpu.isa() is None or llm.engine.limits.bodies["experts"].startswith("c++")
     ours = answers(start(tmp_path / "packed"))
     assert answers(start(tmp_path / "floats", quantization=name)) == ours
     for prompt, (tokens, logprobs) in zip(prompts(), ours):
