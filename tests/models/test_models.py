@@ -126,18 +126,15 @@ def _fresh(theirs, prompt: list[int]) -> list[int]:
     return runner.their_tokens(theirs, prompt)
 
 
-@pytest.mark.parametrize("tensor", [2, 4, 8])
-def test_tensor_parallel_equals_one_device(model, forward, tensor):
-    prompt = runner.prompts()[5]
-    np.testing.assert_allclose(
-        Forward(model[0], tensor=tensor)(prompt), forward(prompt), atol=LOGITS, rtol=0
-    )
+# Devices, and groups of them with different experts.
+SPLITS = {"dense": [(2, 1), (4, 1), (8, 1)], "experts": [(2, 2), (4, 1), (8, 4), (8, 8)]}
 
 
-@pytest.mark.parametrize("tensor, expert", [(4, 2), (4, 4), (8, 8)])
-def test_expert_parallel_equals_one_device(model, forward, tensor, expert):
-    if not any(name.endswith("gate.weight") for name in forward.saved()):
-        pytest.skip("a model without experts")
+@pytest.mark.parametrize("kind, tensor, expert", [(k, *each) for k in SPLITS for each in SPLITS[k]])
+def test_several_devices_equal_one(model, forward, kind, tensor, expert):
+    has_experts = any("experts" in name for name in forward.saved())
+    if has_experts != (kind == "experts"):
+        pytest.skip(f"not a model with {kind} layers")
     prompt = runner.prompts()[5]
     split = Forward(model[0], tensor=tensor, expert=expert)
     np.testing.assert_allclose(split(prompt), forward(prompt), atol=LOGITS, rtol=0)
