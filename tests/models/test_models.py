@@ -42,7 +42,7 @@ GROUPED = {
 }  # fmt: skip
 LATENT_SIZES = {
     "num_key_value_heads": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16, "v_head_dim": 12, "first_k_dense_replace": 1,
+    "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8, "first_k_dense_replace": 1,
 }  # fmt: skip
 LATENT = GROUPED | LATENT_SIZES
 FAR = {"rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 0.9}}
