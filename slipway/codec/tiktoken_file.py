@@ -79,8 +79,8 @@ def _ranks(path: Path) -> dict[bytes, int]:
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return the pairs that form each token, in the order of the tokens' ranks.
 
-    tiktoken merges the neighbours whose union has the lowest rank. Of the pairs that form one
-    token, only those of two tokens of lower rank can meet.
+    tiktoken merges the neighbours that form the token of the lowest rank. Of the pairs that form
+    one token, only those of two tokens of lower rank can meet.
     """
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -11,12 +11,11 @@ from slipway.errors import CheckpointError
 from tests.models import runner
 from tests.models.runner import Case
 
+QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 CASES = [
-    Case("qwen3-moe", "qwen3_moe", {
-        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16,
-    }),
+    Case("qwen3-moe", "qwen3_moe", QWEN),
     Case("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-]  # fmt: skip
+]
 PROMPTS = [[1, 2, 3], [7, 8, 9, 10, 11]]
 
 
