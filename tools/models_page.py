@@ -31,8 +31,8 @@ def page() -> str:
     for name, entry in sorted(models.ARCHITECTURES.items()):
         module = sys.modules[entry.declare_layer.__module__]
         family = (module.__doc__ or "").split("\n")[0].partition(" (")[0].rstrip(".:")
-        kinds = {"MoE": "experts", "LatentAttention": "latent attention"}
-        found = [text for kind, text in kinds.items() if hasattr(module, kind)]
+        kinds = {"experts": ("MoE", "Router"), "latent attention": ("LatentAttention",)}
+        found = [kind for kind, names in kinds.items() if any(hasattr(module, n) for n in names)]
         rows.append(f"| `{name}` | {family} | {', '.join(found) or 'dense'} |")
     return HEAD + "\n".join(rows) + "\n" + TAIL
 

@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from slipway.models.config import PartlyRotatedConfig, chosen_check, extra_layers, group_checks
+from slipway.models.config import PartlyRotatedConfig
 from slipway.models.decoder import DecoderLayer
 from slipway.models.naming import Naming
+from slipway.models.sparse import chosen_check, group_checks, layer, sigmoid_routing
 from slipway.nn.attention import Attention
-from slipway.nn.mlp import MLP
-from slipway.nn.moe import MoE, Router
+from slipway.nn.moe import Router
 from slipway.ops import Routing
 
 NAMING = Naming(
@@ -36,7 +36,6 @@ class BailingMoeConfig(PartlyRotatedConfig):
         "output_router_logits", "router_dtype", "seq_length", "sliding_window", "use_rmsnorm",
     )  # fmt: skip
 
-    partial_rotary_factor: float = 1.0
     rope_theta: float = 600000.0
     use_qkv_bias: bool = False
     use_bias: bool = False
@@ -94,24 +93,9 @@ class BailingMoeV2Config(BailingMoeConfig):
     num_nextn_predict_layers: int = 0
 
     @property
-    def unused_tensors(self) -> tuple[str, ...]:
-        """Glob patterns of the tensors of layers that draft tokens."""
-        return extra_layers(self)
-
-    @property
     def routing(self) -> Routing:
         """Rule of the choice of experts."""
-        return Routing(
-            num_experts=self.num_experts,
-            top_k=self.num_experts_per_tok,
-            score="sigmoid",
-            num_groups=self.n_group,
-            top_groups=self.topk_group,
-            group_score="sum_of_two",
-            normalize=self.num_experts_per_tok > 1,
-            epsilon=1e-20,
-            scale=self.routed_scaling_factor,
-        )
+        return sigmoid_routing(self, self.num_experts, self.num_experts_per_tok > 1)
 
     def router(self) -> Router:
         """Declare the router of a layer."""
@@ -138,11 +122,5 @@ class BailingMoeV2Config(BailingMoeConfig):
 
 def declare_layer(config: BailingMoeConfig, index: int) -> DecoderLayer:
     """Declare the layer at ``index``."""
-    embed, size = config.hidden_size, config.moe_intermediate_size
-    attention = config.attention(index)
-    if index < config.first_k_dense_replace:
-        dense = MLP.declare(embed, config.intermediate_size)
-        return DecoderLayer.declare(config, attention, dense)
-    shared = size * config.num_shared_experts
-    experts = MoE.declare(embed, size, config.router(), shared=shared)
-    return DecoderLayer.declare(config, attention, experts)
+    router, shared = config.router(), config.num_shared_experts
+    return layer(config, index, config.attention(index), router=router, shared=shared)

@@ -79,8 +79,13 @@ class DenseConfig:
 
     @property
     def unused_tensors(self) -> tuple[str, ...]:
-        """Glob patterns of tensors that a checkpoint may hold and the model does not use."""
-        return ()
+        """Glob patterns of tensors that a checkpoint may hold and the model does not use.
+
+        These are the layers behind the last one, which draft tokens: ``num_nextn_predict_layers``.
+        """
+        first = self.num_hidden_layers
+        last = first + getattr(self, "num_nextn_predict_layers", 0)
+        return tuple(f"model.layers.{index}.*" for index in range(first, last))
 
     @property
     def rotary_dim(self) -> int:
@@ -162,17 +167,22 @@ class PartlyRotatedConfig(DenseConfig):
     """Decoder that rotates a part of each head only: its first ``partial_rotary_factor``.
 
     ``rotary_size``: the number of rotated dimensions, which a config.json may state instead.
+    ``default_share``: of a config.json with neither.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"rotary_dim": "rotary_size"}
+    default_share: ClassVar[float] = 1.0
 
-    partial_rotary_factor: float = 0.5
+    partial_rotary_factor: float | None = None
     rotary_size: int = 0
 
     @property
     def rotary_dim(self) -> int:
         """Number of dimensions of a head that are rotated, the first ones."""
-        return self.rotary_size or int(self.head_dim * self.partial_rotary_factor)
+        share = self.partial_rotary_factor
+        if share is None and self.rotary_size:
+            return self.rotary_size
+        return int(self.head_dim * (self.default_share if share is None else share))
 
     def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
         """Yield the checks of a decoder and that of the rotated part."""
@@ -232,39 +242,6 @@ def _unaliased(raw: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, 
             raise UnsupportedModel(f"config.json: {alias}", value, expected)
         fields |= {} if value is None else {name: value}
     return fields
-
-
-def extra_layers(config: Any) -> tuple[str, ...]:
-    """Return glob patterns of the tensors of the layers behind the last one, which draft tokens.
-
-    ``num_nextn_predict_layers`` is their number.
-    """
-    first = config.num_hidden_layers
-    last = first + config.num_nextn_predict_layers
-    return tuple(f"model.layers.{index}.*" for index in range(first, last))
-
-
-def chosen_check(field: str, chosen: int, experts: int) -> tuple[str, Any, bool, str]:
-    """Return the check of the number of experts that a token has, for ``checks``."""
-    return field, chosen, chosen <= experts, f"at most the {experts} experts"
-
-
-def group_checks(
-    config: Any, groups: str, chosen: str, experts: int
-) -> Iterator[tuple[str, Any, bool, str]]:
-    """Yield the checks of groups of experts, for ``checks``.
-
-    ``groups`` and ``chosen``: the fields with the number of groups, and of those that a token may
-    use.
-    """
-    count, best, top_k = (getattr(config, name) for name in (groups, chosen, "num_experts_per_tok"))
-    is_divisor = experts % count == 0
-    yield groups, count, is_divisor, f"a divisor of the {experts} experts"
-    yield chosen, best, best <= count, f"at most the {count} groups"
-    if is_divisor:
-        available = best * (experts // count)
-        expected = f"at most {available}, the experts of {best} groups"
-        yield "num_experts_per_tok", top_k, top_k <= available, expected
 
 
 def _rope(values: Mapping[str, Any], length: int, default_theta: float) -> dict[str, Any]:

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from slipway.models.config import DenseConfig, chosen_check, extra_layers, group_checks
+from slipway.models.config import DenseConfig
 from slipway.models.decoder import DecoderLayer
+from slipway.models.sparse import chosen_check, group_checks, layer, sigmoid_routing
 from slipway.nn.latent_attention import LatentAttention
-from slipway.nn.mlp import MLP
-from slipway.nn.moe import MoE, Router
+from slipway.nn.moe import Router
 from slipway.nn.rope import magnitude
 from slipway.ops import Routing
 
@@ -43,11 +43,6 @@ class DeepseekConfig(DenseConfig):
     def rotary_dim(self) -> int:
         """Number of dimensions of a head that are rotated."""
         return self.qk_rope_head_dim
-
-    @property
-    def unused_tensors(self) -> tuple[str, ...]:
-        """Glob patterns of the tensors of layers that draft tokens."""
-        return extra_layers(self)
 
     @property
     def score_scale(self) -> float:
@@ -117,17 +112,7 @@ class DeepseekV3Config(DeepseekConfig):
 
     def router(self) -> Router:
         """Declare the router of a layer."""
-        routing = Routing(
-            num_experts=self.n_routed_experts,
-            top_k=self.num_experts_per_tok,
-            score="sigmoid",
-            num_groups=self.n_group,
-            top_groups=self.topk_group,
-            group_score="sum_of_two",
-            normalize=self.norm_topk_prob,
-            epsilon=1e-20,
-            scale=self.routed_scaling_factor,
-        )
+        routing = sigmoid_routing(self, self.n_routed_experts, self.norm_topk_prob)
         return Router.declare(self.hidden_size, routing, choice_bias=True)
 
     def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
@@ -138,11 +123,6 @@ class DeepseekV3Config(DeepseekConfig):
 
 def declare_layer(config: DeepseekConfig, index: int) -> DecoderLayer:
     """Declare the layer at ``index``."""
-    embed, size = config.hidden_size, config.moe_intermediate_size
     attention = LatentAttention.declare(config, config.rope_interleave, config.score_scale)
-    if index < config.first_k_dense_replace:
-        dense = MLP.declare(embed, config.intermediate_size, config.mlp_bias)
-        return DecoderLayer.declare(config, attention, dense)
-    shared = size * config.n_shared_experts
-    experts = MoE.declare(embed, size, config.router(), shared=shared)
-    return DecoderLayer.declare(config, attention, experts)
+    router, shared = config.router(), config.n_shared_experts
+    return layer(config, index, attention, router=router, shared=shared)

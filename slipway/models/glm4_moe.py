@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from slipway.models.config import PartlyRotatedConfig, extra_layers, group_checks
+from slipway.models.config import PartlyRotatedConfig
 from slipway.models.decoder import DecoderLayer
+from slipway.models.sparse import group_checks, layer, sigmoid_routing
 from slipway.nn.attention import Attention
-from slipway.nn.mlp import MLP
-from slipway.nn.moe import MoE, Router
-from slipway.ops import Routing
+from slipway.nn.moe import Router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +18,9 @@ class Glm4MoeConfig(PartlyRotatedConfig):
     aliases: ClassVar[Mapping[str, str]] = {
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
-        **PartlyRotatedConfig.aliases,
     }
+
+    default_share: ClassVar[float] = 0.5
 
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
@@ -37,24 +37,9 @@ class Glm4MoeConfig(PartlyRotatedConfig):
     first_k_dense_replace: int = 1
     num_nextn_predict_layers: int = 1
 
-    @property
-    def unused_tensors(self) -> tuple[str, ...]:
-        """Glob patterns of the tensors of layers that draft tokens."""
-        return extra_layers(self)
-
     def router(self) -> Router:
         """Declare the router of a layer."""
-        routing = Routing(
-            num_experts=self.n_routed_experts,
-            top_k=self.num_experts_per_tok,
-            score="sigmoid",
-            num_groups=self.n_group,
-            top_groups=self.topk_group,
-            group_score="sum_of_two",
-            normalize=self.norm_topk_prob,
-            epsilon=1e-20,
-            scale=self.routed_scaling_factor,
-        )
+        routing = sigmoid_routing(self, self.n_routed_experts, self.norm_topk_prob)
         return Router.declare(self.hidden_size, routing, choice_bias=True)
 
     def checks(self) -> Iterator[tuple[str, Any, bool, str]]:
@@ -71,10 +56,5 @@ def declare_layer(config: Glm4MoeConfig, index: int) -> DecoderLayer:
         qkv_bias=config.attention_bias,
         qk_norm="head" if config.use_qk_norm else "",
     )
-    embed, size = config.hidden_size, config.moe_intermediate_size
-    if index < config.first_k_dense_replace:
-        dense = MLP.declare(embed, config.intermediate_size)
-        return DecoderLayer.declare(config, attention, dense)
-    shared = size * config.n_shared_experts
-    experts = MoE.declare(embed, size, config.router(), shared=shared)
-    return DecoderLayer.declare(config, attention, experts)
+    router, shared = config.router(), config.n_shared_experts
+    return layer(config, index, attention, router=router, shared=shared)

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from slipway.models import mixtral
-from slipway.models.config import PartlyRotatedConfig, chosen_check
+from slipway.models.config import PartlyRotatedConfig
 from slipway.models.decoder import DecoderLayer
 from slipway.models.naming import Naming
+from slipway.models.sparse import chosen_check
 from slipway.nn.attention import Attention
 from slipway.nn.moe import MoE, Router
 from slipway.ops import Routing
@@ -30,7 +31,6 @@ class MiniMaxM2Config(PartlyRotatedConfig):
     head_dim: int = 128
     max_position_embeddings: int = 196608
     rope_theta: float = 5e6
-    partial_rotary_factor: float = 1.0
     num_local_experts: int = 256
     num_experts_per_tok: int = 8
 

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from slipway.models.config import DenseConfig, chosen_check
+from slipway.models.config import DenseConfig
 from slipway.models.decoder import DecoderLayer
+from slipway.models.sparse import chosen_check
 from slipway.nn.attention import Attention
 from slipway.nn.moe import MoE, Router
 from slipway.ops import Routing

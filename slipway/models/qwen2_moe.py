@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from slipway.models.config import WindowedConfig, chosen_check
+from slipway.models.config import WindowedConfig
 from slipway.models.decoder import DecoderLayer
 from slipway.models.naming import Naming
+from slipway.models.sparse import chosen_check
 from slipway.nn.attention import Attention
 from slipway.nn.mlp import MLP
 from slipway.nn.moe import MoE, Router
