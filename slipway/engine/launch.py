@@ -121,6 +121,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     declaration: LanguageModel = load.on_mesh(
         models.declare(fields), mesh, dtype, layer_form=layer_form, scheme=scheme
     )
+    _check_groups(config.expert_parallel_size, declaration)
     length = _max_model_len(config.max_model_len, declaration.config.max_context)
     # Every tensor is checked here, before anything takes time.
     weights_of = None
@@ -162,6 +163,12 @@ def _load(model: str, config: EngineConfig) -> Loaded:
 def _ignored(declaration: LanguageModel) -> tuple[str, ...]:
     """Return glob patterns of tensors that a checkpoint may hold and the model does not use."""
     return (*load.IGNORED_TENSORS, *declaration.config.unused_tensors)
+
+
+def _check_groups(groups: int, declaration: LanguageModel) -> None:
+    """Raise InvalidConfig for groups of devices with different experts, if the model has none."""
+    if groups > 1 and not declaration.load_shape[0]:
+        raise InvalidConfig("expert_parallel_size", groups, "1: the model has no experts")
 
 
 def _mesh(config: EngineConfig) -> Mesh:

@@ -7,6 +7,7 @@ import pytest
 
 from slipway import LLM, SamplingParams
 from slipway.engine.stats import ExpertCounts
+from slipway.errors import InvalidConfig
 from slipway.server.metrics import Metrics
 
 LING = Path(__file__).parents[1] / "data" / "families" / "ling1"
@@ -65,6 +66,11 @@ def test_counting_begins_anew_after_a_reset_and_goes_on_after_sleep():
     assert engine.snapshot().expert_tokens == before
     engine.reset_stats()
     assert sum(engine.snapshot().expert_tokens) == 0
+
+
+def test_groups_of_experts_are_refused_for_a_model_without_any():
+    with pytest.raises(InvalidConfig, match="the model has no experts"):
+        LLM(tensor_parallel_size=2, expert_parallel_size=2)
 
 
 def test_counters_that_wrap_are_summed():
