@@ -122,7 +122,7 @@ def quantize(declaration: Any, bits: int, group: int, tables: bool = True) -> An
 
     Projections get ``bits`` and a scale for each ``group``; with ``tables``, embeddings and heads
     get TABLE_BITS. Raises InvalidConfig if the innermost axis of a row is no multiple of a word or
-    a group.
+    a group, and for a matrix that the checkpoint holds transposed.
     """
 
     def packed(node: Any) -> Any:
@@ -148,6 +148,9 @@ def quantize(declaration: Any, bits: int, group: int, tables: bool = True) -> An
 
 def _packed(weight: Any, bits: int, group: int) -> tuple[Param, Param]:
     """Declare the words and the scales of a weight."""
+    if weight.hf_layout != weight.axes:
+        expected = "no packing: the checkpoint holds matrices of this model transposed"
+        raise InvalidConfig("quantization", f"{bits} bits", expected)
     *outer, last = layout.parse(weight.axes).groups
     axis, size = last[-1], weight.sizes[last[-1]]
     for name, unit in (("bits", 32 // bits), ("group", group)):

@@ -62,6 +62,18 @@ def answers(llm):
     ]
 
 
+def assert_answers_are_of(theirs, ours):
+    """Compare ``answers`` with the greedy tokens and log probabilities of transformers' model."""
+    for prompt, (tokens, logprobs) in zip(prompts(), ours):
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert expected.argmax(-1).tolist() == tokens
+        np.testing.assert_allclose(
+            logprobs, [row[t] for row, t in zip(expected, tokens)], atol=1e-4
+        )
+
+
 def start(directory: Path, **options) -> LLM:
     return LLM(
         directory,
@@ -96,14 +108,7 @@ def test_packed_files_and_packing_at_load_answer_as_transformers_does_with_the_s
             state[key].copy_(torch.from_numpy(by_rows(files[key])))
     ours = answers(start(tmp_path / "packed"))
     assert answers(start(directory, quantization=name)) == ours
-    for prompt, (tokens, logprobs) in zip(prompts(), ours):
-        with torch.inference_mode():
-            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1)
-        assert expected.argmax(-1).tolist() == tokens
-        np.testing.assert_allclose(
-            logprobs, [row[t] for row, t in zip(expected, tokens)], atol=1e-4
-        )
+    assert_answers_are_of(theirs, ours)
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -133,14 +138,14 @@ def test_packed_experts_answer_as_transformers_does_with_the_same_numbers(name, 
     assert cpu.isa() is None or llm.engine.limits.bodies["experts"].startswith("c++")
     ours = answers(start(tmp_path / "packed"))
     assert answers(start(tmp_path / "floats", quantization=name)) == ours
-    for prompt, (tokens, logprobs) in zip(prompts(), ours):
-        with torch.inference_mode():
-            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1)
-        assert expected.argmax(-1).tolist() == tokens
-        np.testing.assert_allclose(
-            logprobs, [row[t] for row, t in zip(expected, tokens)], atol=1e-4
-        )
+    assert_answers_are_of(theirs, ours)
+
+
+def test_matrices_that_lie_transposed_are_not_packed(tmp_path):
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+    make_checkpoint(Case("gpt_oss", "gpt_oss", SIZES | fields), tmp_path)
+    with pytest.raises(InvalidConfig, match="transposed"):
+        start(tmp_path, quantization="int8")
 
 
 @pytest.mark.parametrize("name", SCHEMES)
