@@ -141,11 +141,9 @@ def _misfit(key: str, param: tree.Param, tensor: Tensor | None) -> str:
         return f"{parts.whole(key)}: missing"
     if tensor.shape != param.hf_shape:
         return f"{key}: shape {tensor.shape} in the file, {param.hf_shape} declared"
-    expected = (
-        [name for name, dtype in DTYPES.items() if dtype == param.dtype]
-        if param.dtype
-        else WEIGHT_DTYPES
-    )
+    expected: Sequence[str] = WEIGHT_DTYPES
+    if param.dtype and np.dtype(param.dtype).kind != "f":
+        expected = [name for name, dtype in DTYPES.items() if dtype == param.dtype]
     if tensor.dtype not in expected:
         return f"{key}: dtype {tensor.dtype}, expected one of {', '.join(expected)}"
     return ""

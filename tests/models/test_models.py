@@ -130,11 +130,18 @@ def _fresh(theirs, prompt: list[int]) -> list[int]:
 SPLITS = {"dense": [(2, 1), (4, 1), (8, 1)], "experts": [(2, 2), (4, 1), (8, 4), (8, 8)]}
 
 
-@pytest.mark.parametrize("kind, tensor, expert", [(k, *each) for k in SPLITS for each in SPLITS[k]])
-def test_several_devices_equal_one(model, forward, kind, tensor, expert):
-    has_experts = any("experts" in name for name in forward.saved())
-    if has_experts != (kind == "experts"):
-        pytest.skip(f"not a model with {kind} layers")
+def splits():
+    """Return a parameter for each model and each way in which its kind of layers is split."""
+    for case in CASES:
+        kind = "experts" if any("expert" in field for field in case.fields) else "dense"
+        for tensor, expert in SPLITS[kind]:
+            name = f"{case.name}-{tensor}-{expert}"
+            group = pytest.mark.xdist_group(case.name)
+            yield pytest.param(case, tensor, expert, id=name, marks=group)
+
+
+@pytest.mark.parametrize("model, tensor, expert", splits(), indirect=["model"])
+def test_several_devices_equal_one(model, forward, tensor, expert):
     prompt = runner.prompts()[5]
     split = Forward(model[0], tensor=tensor, expert=expert)
     np.testing.assert_allclose(split(prompt), forward(prompt), atol=LOGITS, rtol=0)
@@ -156,8 +163,9 @@ def test_round_trip_is_exact(model, forward):
             np.testing.assert_array_equal(array, checkpoint.array(name), err_msg=name)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7]], ids=lambda case: case.name)
-def test_bf16_logits(case, tmp_path: Path):
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3-tied", "mixtral", "glm4-moe"])
+def test_bf16_logits(name, tmp_path: Path):
+    case = next(case for case in CASES if case.name == name)
     theirs = runner.make_checkpoint(case, tmp_path, torch.bfloat16)
     ours = Forward(tmp_path, ml_dtypes.bfloat16)
     for prompt in runner.prompts():
