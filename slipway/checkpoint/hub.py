@@ -11,7 +11,8 @@ from pathlib import Path
 
 from slipway.errors import CheckpointError, InvalidConfig
 
-WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")  # no code
+# No code, no pickles.
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken")
 FOLDER = "additional_chat_templates"  # the only folder that is downloaded
 ALLOW_PATTERNS = (*WITHOUT_WEIGHTS, "*.safetensors")
 
