@@ -114,6 +114,23 @@ def address(shard) -> int:
     return shard.data.unsafe_buffer_pointer()
 
 
+@pytest.mark.parametrize("stored", [np.float32, np.float16, BF16])
+def test_a_float32_parameter_is_made_from_any_float(put, stored):
+    """As the bias of a router's choice in a bf16 model."""
+    values = np.random.default_rng(0).standard_normal(4096, np.float32).astype(stored)
+    bias = Param("embed", {"embed": 4096}, dtype="float32")
+    arrays = load(Two(bias, VECTOR), put({"one": values, "two": values}), make_mesh(), BF16)
+    assert arrays.one.dtype == np.float32
+    np.testing.assert_array_equal(host(arrays.one), values.astype(np.float32))
+
+
+def test_a_parameter_of_integers_is_made_from_integers_only(put):
+    words = Param("embed", {"embed": 4096}, dtype="int32")
+    tensors = {"one": np.zeros(4096, np.float32), "two": np.zeros(4096, BF16)}
+    with pytest.raises(CheckpointError, match="one: dtype F32, expected one of I32"):
+        load(Two(words, VECTOR), put(tensors), make_mesh(), BF16)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_aligned_tensors_are_the_file_itself(put, tensor):
     rows = Param("mlp embed", {"mlp": 8, "embed": 64})

@@ -163,7 +163,7 @@ def test_round_trip_is_exact(model, forward):
             np.testing.assert_array_equal(array, checkpoint.array(name), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3-tied", "mixtral", "glm4-moe"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3-tied"])
 def test_bf16_logits(name, tmp_path: Path):
     case = next(case for case in CASES if case.name == name)
     theirs = runner.make_checkpoint(case, tmp_path, torch.bfloat16)
