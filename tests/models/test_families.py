@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slipway.checkpoint import files
+from slipway.checkpoint.quantize import Scheme
+from slipway.convert.quantize_directory import quantize_directory
 from slipway.errors import CheckpointError, UnsupportedModel
 from tests.models import published
 from tests.models.runner import Forward, our_tokens
@@ -82,6 +84,27 @@ def test_round_trip_is_exact(family):
         assert saved.keys() == checkpoint.tensors.keys()
         for name, array in saved.items():
             np.testing.assert_array_equal(array, checkpoint.array(name), err_msg=name)
+
+
+@pytest.mark.parametrize("name, bits", [("qwen1", 8), ("ling1", 4), ("ling2", 8)])
+def test_packed_directories_have_the_names_of_the_family(tmp_path, name, bits):
+    """A fused tensor is packed as one; the directory answers as packing at load does."""
+    scheme = Scheme(bits, 32 if bits == 4 else 0)
+    quantize_directory(str(FAMILIES / name), tmp_path / "packed", scheme)
+    floats, packed = (load_file(d / files.SINGLE) for d in (FAMILIES / name, tmp_path / "packed"))
+    suffixes = ("_packed", "_scale", "_shape")
+    for key in packed:
+        plain = next((key.removesuffix(s) for s in suffixes if key.endswith(s)), key)
+        assert plain in floats
+    fused = {"qwen1": "transformer.h.0.attn.c_attn"}.get(
+        name, "model.layers.0.attention.query_key_value"
+    )
+    rows, columns = floats[f"{fused}.weight"].shape
+    assert packed[f"{fused}.weight_packed"].shape == (rows, columns * bits // 32)
+    assert packed[f"{fused}.weight_shape"].tolist() == [rows, columns]
+    prompts = [[5, 17, 99, 3, 250]]
+    expected = our_tokens(FAMILIES / name, prompts, 8, quantization=f"int{bits}")
+    assert our_tokens(tmp_path / "packed", prompts, 8) == expected
 
 
 def variant(name, directory, seed=0, **fields):
