@@ -116,7 +116,7 @@ def address(shard) -> int:
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, BF16])
 def test_a_float32_parameter_is_made_from_any_float(put, stored):
-    """As the bias of a router's choice in a bf16 model."""
+    """Convert, for instance, the bias of a router's choice in a bf16 model."""
     values = np.random.default_rng(0).standard_normal(4096, np.float32).astype(stored)
     bias = Param("embed", {"embed": 4096}, dtype="float32")
     arrays = load(Two(bias, VECTOR), put({"one": values, "two": values}), make_mesh(), BF16)
