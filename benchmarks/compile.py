@@ -69,7 +69,18 @@ WITHOUT_DEVICE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "ragged-all-to-all",
+)
+# Operations that write a new array; a fusion may be one that only moves numbers.
+MOVES = (
+    "copy|copy-start|gather|all-gather|all-gather-start|dynamic-slice|concatenate|transpose|fusion"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,8 @@ class CompileBench:
     """TPU topology, such as v5e:2x4, v6e:2x4 or tpu7x:2x2x1. All its devices share each layer."""
     expert_parallel_size: int = 1
     """Groups of the devices that hold different experts."""
+    expert_exchange: Literal["auto", "sum", "all-to-all"] = "auto"
+    """How the results of experts on different devices are joined, as for slipway serve."""
     rows: int = 64
     """Sequences that decode together."""
     prefill_tokens: int = 2048
@@ -117,12 +130,14 @@ def compiled(options: CompileBench) -> dict[str, Any]:
     from slipway.engine import programs
     from slipway.engine.batch import Bucket, Sizes
     from slipway.engine.caches import Caches
+    from slipway.nn import moe
 
     topology: Any = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     devices = topology.devices
     groups = options.expert_parallel_size
     mesh = meshes.make_mesh(tensor=len(devices), devices=devices, expert=groups)
-    declaration = meshes.fit(models.declare(SHAPES[options.model]), mesh)
+    declared = moe.with_exchange(models.declare(SHAPES[options.model]), options.expert_exchange)
+    declaration = meshes.fit(declared, mesh)
     caches = Caches(declaration, mesh, jnp.bfloat16, page_size=options.page_size)
     shapes = caches.shapes((options.num_pages,), 1)
     sizes = Sizes(
@@ -176,7 +191,7 @@ def read(program: Any, kv: Any, experts: set[tuple[int, ...]]) -> dict[str, Any]
     # the whole cache, the same with layers and pages as one axis, and one layer's cache
     shapes = ((layers, *rest), (layers * rest[0], *rest[1:]), rest)
     whole = {",".join(map(str, shape)) for shape in shapes}
-    copied = re.findall(r"= bf16\[([\d,]*)\]\S* copy\(", text)
+    copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", text)
     return {
         "arguments_bytes": memory.argument_size_in_bytes,
         "temporaries_bytes": memory.temp_size_in_bytes,
@@ -186,9 +201,7 @@ def read(program: Any, kv: Any, experts: set[tuple[int, ...]]) -> dict[str, Any]
             [
                 shape
                 for shape in experts
-                if re.search(
-                    rf"= bf16\[{','.join(map(str, shape))}\]\S* (?!parameter|bitcast)", text
-                )
+                if re.search(rf"= bf16\[{','.join(map(str, shape))}\]\S* (?:{MOVES})\(", text)
             ]
         ),
         "collectives": {

@@ -115,7 +115,7 @@ _OPTIONS = {
 }
 
 
-def _split_over(axis: str) -> tuple[str, ...]:
+def split_over(axis: str) -> tuple[str, ...]:
     """Return the mesh axes of several devices that split ``axis``, while a step is traced."""
     held = _held(axis, jax.sharding.get_abstract_mesh().axis_names)
     return tuple(name for name in held if jax.lax.axis_size(name) > 1)
@@ -123,22 +123,22 @@ def _split_over(axis: str) -> tuple[str, ...]:
 
 def splits(axis: str) -> bool:
     """Whether ``axis`` is split over several devices; only while a step is traced."""
-    return bool(_split_over(axis))
+    return bool(split_over(axis))
 
 
 def parts_here(axis: str) -> int:
     """Return the number of parts into which ``axis`` is split; only while a step is traced."""
-    return math.prod(jax.lax.axis_size(name) for name in _split_over(axis))
+    return math.prod(jax.lax.axis_size(name) for name in split_over(axis))
 
 
 def psum(x, axis: str):
     """Sum partial results over the devices that ``axis`` is split over, if it is split."""
-    return jax.lax.psum(x, _split_over(axis)) if splits(axis) else x
+    return jax.lax.psum(x, split_over(axis)) if splits(axis) else x
 
 
 def all_gather(x, axis: str):
     """Join the last dimension, which is split along ``axis``, on every device."""
-    names = _split_over(axis)
+    names = split_over(axis)
     return jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True) if names else x
 
 
@@ -153,5 +153,5 @@ def all_rows(array):
 
 def local_offset(axis: str, local_size: int):
     """Return the global index at which this device's part of ``axis`` starts."""
-    names = _split_over(axis)
+    names = split_over(axis)
     return jax.lax.axis_index(names) * local_size if names else 0

@@ -48,6 +48,10 @@ class EngineConfig:
     expert_parallel_size: int = 1
     """Groups of the tensor_parallel_size devices that hold different experts; the devices of one
     group split each of its experts."""
+    expert_exchange: Literal["auto", "sum", "all-to-all"] = "auto"
+    """How groups of devices with different experts join their results: by one sum over the devices,
+    or all-to-all, where each device sends a token's result to the one that adds it. auto: the
+    latter on a TPU in steps in which it moves at least 1 MiB less in a layer."""
     data_parallel_size: int = 1
     """Copies of the weights; each serves its own requests."""
     nnodes: int = 1
@@ -128,6 +132,10 @@ class EngineConfig:
         yield "seed", _is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1"
         fine = self.dtype in ("auto", "float32", "bfloat16", "float16")
         yield "dtype", fine, "a float type, or auto"
+        fine = self.expert_exchange in ("auto", "sum", "all-to-all")
+        yield "expert_exchange", fine, "auto, sum or all-to-all"
+        fine = self.expert_exchange != "all-to-all" or self.expert_parallel_size > 1
+        yield "expert_exchange", fine, "auto or sum where expert_parallel_size is 1"
         yield "quantization", self.quantization in (None, "int8", "int4"), "int8, int4 or None"
         fine = isinstance(self.enable_prefix_caching, bool)
         yield "enable_prefix_caching", fine, "True or False"

@@ -31,6 +31,7 @@ from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
 from slipway.errors import InvalidConfig, UnsupportedModel
 from slipway.models.decoder import LanguageModel, ModelConfig
+from slipway.nn import moe
 from slipway.ops import backend, kv_cache
 from slipway.runtime import load, multihost
 from slipway.runtime.runner import Runner
@@ -121,7 +122,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     declaration: LanguageModel = load.on_mesh(
         models.declare(fields), mesh, dtype, layer_form=layer_form, scheme=scheme
     )
-    _check_groups(config.expert_parallel_size, declaration)
+    declaration = _with_exchange(declaration, mesh, dtype, config=config)
     length = _max_model_len(config.max_model_len, declaration.config.max_context)
     # Every tensor is checked here, before anything takes time.
     weights_of = None
@@ -165,10 +166,34 @@ def _ignored(declaration: LanguageModel) -> tuple[str, ...]:
     return (*load.IGNORED_TENSORS, *declaration.config.unused_tensors)
 
 
-def _check_groups(groups: int, declaration: LanguageModel) -> None:
-    """Raise InvalidConfig for groups of devices with different experts, if the model has none."""
-    if groups > 1 and not declaration.load_shape[0]:
+def _with_exchange(
+    declaration: LanguageModel, mesh: Mesh, dtype: Any, *, config: EngineConfig
+) -> LanguageModel:
+    """Return the declaration with the way in which groups of experts join their results; log it.
+
+    Raises InvalidConfig for groups of devices with different experts, if the model has none.
+    """
+    groups, exchange = config.expert_parallel_size, config.expert_exchange
+    if groups == 1:
+        return declaration
+    if not declaration.load_shape[0]:
         raise InvalidConfig("expert_parallel_size", groups, "1: the model has no experts")
+    platform = mesh.devices.flat[0].platform
+    if exchange == "auto" and "send_rows" not in backend.of(platform).bodies:
+        exchange = "sum"
+    declaration = moe.with_exchange(declaration, exchange)
+    layer = moe.layers(declaration)[0]
+    sizes = {"groups": groups, "parts": meshes.parts("expert_mlp", mesh)}
+    embed, itemsize = layer.gate.weight.sizes["embed"], np.dtype(dtype).itemsize
+    tokens = {
+        shape.num_tokens for shape in buckets(config.max_num_seqs, config.max_num_batched_tokens)
+    }
+    sending = [n for n in sorted(tokens) if layer.sends_rows((n, embed), itemsize, **sizes)]
+    steps = (
+        f"all-to-all in steps of {', '.join(map(str, sending))} tokens, else " if sending else ""
+    )
+    logger.info("%d groups of experts join their results by %sone sum", groups, steps)
+    return declaration
 
 
 def _mesh(config: EngineConfig) -> Mesh:

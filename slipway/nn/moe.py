@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from slipway import mesh, ops, tree
+from slipway.nn import expert_exchange
+from slipway.nn.expert_exchange import Exchange
 from slipway.nn.linear import Linear
 from slipway.nn.mlp import MLP, ClampedMLP
 from slipway.tree import Param, Stack, Tensor, module, static
@@ -69,13 +71,15 @@ class Router:
 class MoE:
     """Sum of the chosen experts of each token, times their weights, and of a shared MLP.
 
-    ``shared_expert_gate``: the sigmoid of its result is a factor on the shared MLP.
+    ``shared_expert_gate``: the sigmoid of its result is a factor on the shared MLP. ``exchange``:
+    how the results of experts on different devices are joined.
     """
 
     gate: Router
     experts: Stack
     shared_experts: MLP | None = None
     shared_expert_gate: Linear | None = None
+    exchange: Exchange = static(default="sum")
 
     @staticmethod
     def declare(
@@ -117,11 +121,68 @@ class MoE:
             num_tokens=step.num_tokens,
             num_experts=num_local,
         )
-        if self.shared_experts is not None:
-            shared_TD = self.shared_experts.partial_sums(x_TD, step)
-            if self.shared_expert_gate is not None:
-                gate_T1 = ops.linear(x_TD, self.shared_expert_gate.matrix, step.num_tokens)
-                shared_TD = shared_TD * jax.nn.sigmoid(gate_T1)
-            y_TD = y_TD + shared_TD
+        shared_TD = self._shared(x_TD, step)
+        if self._sends_rows(x_TD):
+            y_TD = expert_exchange.by_sending(
+                y_TD,
+                shared_TD,
+                experts_TK,
+                num_local=num_local,
+                num_tokens=step.num_tokens,
+                dtype=x_TD.dtype,
+            )
+            return y_TD, experts_TK
         # Experts and the shared MLP are split over the same devices: one sum for both.
+        y_TD = y_TD if shared_TD is None else y_TD + shared_TD
         return mesh.psum(y_TD, "mlp").astype(x_TD.dtype), experts_TK
+
+    def sends_rows(self, shape: tuple[int, int], itemsize: int, *, groups: int, parts: int) -> bool:
+        """Return whether the results for hidden states of a shape are joined by an exchange.
+
+        ``itemsize``: bytes of a number of the hidden states. ``groups``: devices with different
+        experts; ``parts``: those that split one expert. A number of rows that the groups do not
+        divide is joined by a sum in any case.
+        """
+        if self.exchange == "sum" or groups == 1 or shape[0] % groups:
+            return False
+        return self.exchange == "all-to-all" or expert_exchange.moves_less(
+            *shape,
+            itemsize,
+            top_k=self.gate.routing.top_k,
+            groups=groups,
+            parts=parts,
+            shared=self.shared_experts is not None,
+        )
+
+    def _sends_rows(self, x_TD: Any) -> bool:
+        groups, parts = mesh.parts_here("experts"), mesh.parts_here("expert_mlp")
+        return self.sends_rows(x_TD.shape, x_TD.dtype.itemsize, groups=groups, parts=parts)
+
+    def _shared(self, x_TD: Any, step: ops.StepInput) -> Any:
+        """Compute this device's part of the shared MLP: [T, embed] -> f32 [T, embed], or None."""
+        if self.shared_experts is None:
+            return None
+        shared_TD = self.shared_experts.partial_sums(x_TD, step)
+        if self.shared_expert_gate is None:
+            return shared_TD
+        gate_T1 = ops.linear(x_TD, self.shared_expert_gate.matrix, step.num_tokens)
+        return shared_TD * jax.nn.sigmoid(gate_T1)
+
+
+def layers(model: Any) -> list[MoE]:
+    """Return the layers of experts of a model; a stack of layers is one."""
+    nodes = jax.tree.leaves(model, is_leaf=_is_moe)
+    return [node for node in nodes if _is_moe(node)]
+
+
+def with_exchange(model: Any, exchange: Exchange) -> Any:
+    """Return a model with this way of joining the results of experts on different devices."""
+
+    def one(node: Any) -> Any:
+        return dataclasses.replace(node, exchange=exchange) if _is_moe(node) else node
+
+    return jax.tree.map(one, model, is_leaf=_is_moe)
+
+
+def _is_moe(node: Any) -> bool:
+    return isinstance(node, MoE)

@@ -5,8 +5,8 @@ values (kv_cache.py).
 
 ``num_tokens`` or ``num_rows`` is the number of leading rows that count. The other rows are padding:
 a body may skip them, and their results are undefined. A weight may be an IndexedArray: one of
-several arrays, chosen by a traced index. A matrix may be Quantized. The ops run under shard_map and
-do not communicate between devices.
+several arrays, chosen by a traced index. A matrix may be Quantized. The ops run under shard_map;
+``send_rows`` alone communicates between devices.
 """
 
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ __all__ = [
     "rotate",
     "route",
     "sample",
+    "send_rows",
     "zeros",
 ]
 
@@ -91,6 +92,16 @@ def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens, num_experts):
     """
     routed = x_TD, experts_TK, weights_TK, matrices, num_tokens
     return backend.call("experts", *routed, num_experts=num_experts)
+
+
+def send_rows(rows_RD, counts_NN, *, capacity, axis):
+    """Send rows to the other devices of a mesh axis: [R, D] -> the rows received, [capacity, D].
+
+    ``counts_NN``: of each device, int32, the number of rows that it sends to each; the same on all.
+    The rows of a device lie in the order of their destinations, and its received rows in the order
+    of their sources. Rows behind these are undefined.
+    """
+    return backend.call("send_rows", rows_RD, counts_NN, capacity=capacity, axis=axis)
 
 
 def rms_norm(x_TD, weight, num_tokens, eps):

@@ -36,10 +36,11 @@ class Backend:
     ``platform``: the name that JAX gives its devices. ``lowers_for``: the names under which XLA
     compiles for them. ``label``: returns a name of the bodies, which is logged at start.
     ``cache_class``: returns the class of the KVCache for a ``head_dim``; None: the portable one.
-    ``layer_form``: function of a declaration, its mesh and its dtype that takes stacks apart; None:
-    stacked layers stay so and are scanned. ``memory_fraction``: the default share of free memory
-    that the engine uses. ``uses_host_memory``: the devices share the memory of the host.
-    ``decode_steps``: the number of decode steps in one call for a small model on one device.
+    ``lanes``: vectors of a latent cache are padded to a multiple of it. ``layer_form``: function of
+    a declaration, its mesh and its dtype that takes stacks apart; None: stacked layers stay so and
+    are scanned. ``memory_fraction``: the default share of free memory that the engine uses.
+    ``uses_host_memory``: the devices share the memory of the host. ``decode_steps``: the number of
+    decode steps in one call for a small model on one device.
     """
 
     platform: str
@@ -47,6 +48,7 @@ class Backend:
     bodies: Mapping[str, Body] = dataclasses.field(default_factory=dict)
     label: Callable[[], str] = lambda: "xla"
     cache_class: Callable[[int], type] | None = None
+    lanes: int = 1
     layer_form: Callable[[Any, Mesh, Any], Any] | None = None
     compiler_options: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
     memory_fraction: float = 0.9

@@ -148,19 +148,20 @@ def allocate(
     ``num_pages``: of each numbering (``page_windows``). ``tensor``: the number of devices that the
     heads are split over; a model with fewer KV heads holds each of them several times.
     """
-    choose, windows = backend.of(platform).cache_class, page_windows(specs)
+    host, windows = backend.of(platform), page_windows(specs)
 
     def one(spec: CacheSpec) -> AllocatedCache:
-        cache_class: Any = PagedCache if choose is None else choose(spec.head_dim)
+        choose, head_dim = host.cache_class, spec.head_dim
+        cache_class: Any = PagedCache if choose is None else choose(head_dim)
         if spec.latent_dim:
-            cache_class = LatentCache
+            cache_class, head_dim = LatentCache, -(-head_dim // host.lanes) * host.lanes
         numbering = windows.index(spec.window)
         sizes = CacheSizes(
             num_layers=spec.num_layers,
             num_pages=num_pages[numbering],
             page_size=page_size,
             num_kv_heads=max(spec.num_kv_heads, tensor),
-            head_dim=spec.head_dim,
+            head_dim=head_dim,
         )
         kv = cache_class.empty(sizes, dtype)
         latent = {"latent_dim": spec.latent_dim} if spec.latent_dim else {}
@@ -207,8 +208,9 @@ class PagedCache(AllocatedCache):
 class LatentCache(AllocatedCache):
     """Cache kv_LPSH of latents: a vector for each layer, page and slot, on every device.
 
-    ``latent_dim``: the leading numbers of a vector, which are the values too. 16-bit floats are
-    stored as their bits, as in PagedCache.
+    ``latent_dim``: the leading numbers of a vector, which are the values too. A vector may be
+    longer than the keys, by zeros at its end. 16-bit floats are stored as their bits, as in
+    PagedCache.
     """
 
     latent_dim: int = static(default=0)
@@ -229,15 +231,18 @@ class LatentCache(AllocatedCache):
         """Write the vectors of the step's tokens; ``v_TKH`` must be None."""
         assert v_TKH is None, "values are a part of the keys"
         slots_T = step.pages[self.numbering].slots_T
-        kv = backend.call("write_latent", self.kv, layer, k_TKH[:, 0], slots_T)
+        kv = backend.call("write_latent", self.kv, layer, self._padded(k_TKH)[:, 0], slots_T)
         return dataclasses.replace(self, kv=kv)
 
     def read(self, q_TNH: Any, *, layer: Any, step: StepInput, options: AttentionOptions) -> Any:
         """Attend with the platform's body of ``latent_attention``: -> [T, heads, latent_dim]."""
         table_BM = step.pages[self.numbering].page_table_BM
         static = {name: getattr(options, name) for name in ("scale", "window", "soft_cap")}
-        given = q_TNH, self.kv, layer, step, table_BM, options.sinks_N
+        given = self._padded(q_TNH), self.kv, layer, step, table_BM, options.sinks_N
         return backend.call("latent_attention", *given, latent_dim=self.latent_dim, **static)
+
+    def _padded(self, x_TNH: Any) -> Any:
+        return jnp.pad(x_TNH, [(0, 0), (0, 0), (0, self.kv.shape[-1] - x_TNH.shape[-1])])
 
 
 @module

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from slipway.errors import UnsupportedModel
-from slipway.ops import backend, xla
+from slipway.ops import backend, row_exchange, xla
 from slipway.ops.backend import Backend, Body
 from slipway.ops.kv_cache import AllocatedCache, AttentionOptions, CacheSizes, PagedCache
 from slipway.ops.quantized import Quantized
@@ -146,9 +146,14 @@ def cache_class(head_dim: int) -> type:
 BACKEND = Backend(
     platform="tpu",
     lowers_for=("tpu",),
-    bodies={"experts": Body(partial(xla.experts, multiply=multiply_by_group), _refuses_experts)},
+    bodies={
+        "experts": Body(partial(xla.experts, multiply=multiply_by_group), _refuses_experts),
+        "send_rows": Body(row_exchange.ragged, lambda rows_RD, counts_NN, **_: ""),
+    },
     label=lambda: LABEL,
     cache_class=cache_class,
+    # Rows of other lengths get a layout with the pages last, and a step copies the cache twice.
+    lanes=LANES,
     # Without this option TPU7x copies every weight into other tiles at every step: 7.8 GB a device
     # for 32 B parameters on 8 devices.
     compiler_options={"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"},

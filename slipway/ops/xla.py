@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from slipway import tree
+from slipway.ops import row_exchange
 from slipway.ops.quantized import Quantized, dequantized
 from slipway.ops.routing import route
 
@@ -476,6 +477,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "rotate": rotate,
     "route": route,
     "experts": experts,
+    "send_rows": row_exchange.by_gather,
     "write_kv": write_kv,
     "paged_attention": paged_attention,
     "write_latent": write_latent,

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from slipway import LLM, SamplingParams, mesh, models, ops
 from slipway.checkpoint import files, save, tensor_reader
+from slipway.nn import moe
+from slipway.nn.expert_exchange import Exchange
 from slipway.ops import backend, kv_cache
 from slipway.ops.addresses import by_address
 from slipway.runtime import load
@@ -96,7 +98,8 @@ def our_tokens(
 class Forward:
     """Forward pass without the engine, over a cache for one sequence: logits of all its tokens.
 
-    ``separate``: layers and experts in the form of a CPU, else stacked.
+    ``separate``: layers and experts in the form of a CPU, else stacked. ``exchange``: how the
+    results of experts on several devices are joined.
     """
 
     def __init__(
@@ -106,10 +109,11 @@ class Forward:
         tensor: int = 1,
         separate: bool = True,
         expert: int = 1,
+        exchange: Exchange = "sum",
     ):
         checkpoint = files.open_checkpoint(directory)
         self.mesh = mesh.make_mesh(1, tensor, expert=expert)
-        declaration = models.declare(checkpoint.config)
+        declaration = moe.with_exchange(models.declare(checkpoint.config), exchange)
         form = backend.of("cpu").layer_form if separate else None
         self.declaration = load.on_mesh(declaration, self.mesh, dtype, form)
         self.params = tensor_reader.load(self.declaration, checkpoint, self.mesh, dtype)

@@ -126,24 +126,25 @@ def _fresh(theirs, prompt: list[int]) -> list[int]:
     return runner.their_tokens(theirs, prompt)
 
 
-# Devices, and groups of them with different experts.
-SPLITS = {"dense": [(2, 1), (4, 1), (8, 1)], "experts": [(2, 2), (4, 1), (8, 4), (8, 8)]}
+# Devices, groups of them with different experts, and how these join their results.
+DENSE_SPLITS = [(2, 1, "sum"), (4, 1, "sum"), (8, 1, "sum")]
+EXPERT_SPLITS = [(2, 2, "sum"), (4, 1, "sum"), (8, 4, "all-to-all"), (8, 8, "sum")]
 
 
 def splits():
     """Return a parameter for each model and each way in which its kind of layers is split."""
     for case in CASES:
-        kind = "experts" if any("expert" in field for field in case.fields) else "dense"
-        for tensor, expert in SPLITS[kind]:
+        has_experts = any("expert" in field for field in case.fields)
+        for tensor, expert, exchange in EXPERT_SPLITS if has_experts else DENSE_SPLITS:
             name = f"{case.name}-{tensor}-{expert}"
             group = pytest.mark.xdist_group(case.name)
-            yield pytest.param(case, tensor, expert, id=name, marks=group)
+            yield pytest.param(case, tensor, expert, exchange, id=name, marks=group)
 
 
-@pytest.mark.parametrize("model, tensor, expert", splits(), indirect=["model"])
-def test_several_devices_equal_one(model, forward, tensor, expert):
+@pytest.mark.parametrize("model, tensor, expert, exchange", splits(), indirect=["model"])
+def test_several_devices_equal_one(model, forward, tensor, expert, exchange):
     prompt = runner.prompts()[5]
-    split = Forward(model[0], tensor=tensor, expert=expert)
+    split = Forward(model[0], tensor=tensor, expert=expert, exchange=exchange)
     np.testing.assert_allclose(split(prompt), forward(prompt), atol=LOGITS, rtol=0)
 
 
@@ -176,16 +177,16 @@ def test_bf16_logits(name, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name, copies, tensor, expert",
+    "name, copies, tensor, expert, exchange",
     [
-        ("llama3", 2, 1, 1),
-        ("llama3", 2, 4, 1),
-        ("qwen3-bias-yarn", 2, 4, 1),
-        ("qwen2-moe-every-second", 2, 4, 2),
-        ("qwen3-moe-norm", 2, 4, 4),
+        ("llama3", 2, 1, 1, "auto"),
+        ("llama3", 2, 4, 1, "auto"),
+        ("qwen3-bias-yarn", 2, 4, 1, "auto"),
+        ("qwen2-moe-every-second", 2, 4, 2, "all-to-all"),
+        ("qwen3-moe-norm", 2, 4, 4, "sum"),
     ],
 )
-def test_data_parallel_equals_one_device(name, copies, tensor, expert, tmp_path: Path):
+def test_data_parallel_equals_one_device(name, copies, tensor, expert, exchange, tmp_path: Path):
     case = next(case for case in CASES if case.name == name)
     runner.make_checkpoint(case, tmp_path)
     asked = runner.prompts()
@@ -198,6 +199,7 @@ def test_data_parallel_equals_one_device(name, copies, tensor, expert, tmp_path:
             data_parallel_size=copies,
             tensor_parallel_size=tensor,
             expert_parallel_size=expert,
+            expert_exchange=exchange,
         )
         == alone
     )

@@ -119,6 +119,28 @@ def test_cache_and_arguments_mean_what_the_portable_bodies_do(counts, lengths, s
         )
 
 
+def test_padded_latents_mean_what_unpadded_ones_do():
+    rng, heads, latent, rotated = np.random.default_rng(0), 3, 32, 8
+    spec = ops.CacheSpec(2, 1, latent + rotated, latent_dim=latent)
+    caches = {
+        platform: kv_cache.allocate(
+            [spec], [PAGES], platform=platform, page_size=PAGE, dtype=jnp.float32
+        )[0]
+        for platform in ("gpu", "tpu")
+    }
+    assert caches["tpu"].kv.shape[-1] == 128, "other widths are copied in every step"
+    assert caches["gpu"].kv.shape[-1] == latent + rotated
+    step = ragged(rng, (5, 1, 7), (5, 1, 7))
+    q, k = (
+        jnp.asarray(rng.normal(size=(len(step.ids_T), n, latent + rotated)), jnp.float32)
+        for n in (heads, 1)
+    )
+    options = {"layer": jnp.int32(1), "step": step, "scale": 0.2, "window": None}
+    found = {name: cache.attend(q, k, None, **options)[0] for name, cache in caches.items()}
+    assert found["gpu"].shape[-1] == latent
+    np.testing.assert_allclose(found["tpu"][:13], found["gpu"][:13], atol=1e-6, rtol=0)
+
+
 def test_what_the_kernel_does_not_serve_is_portable_or_refused():
     sizes = 2, 4, 16, 2
     assert isinstance(cache("tpu", *sizes, 64, jnp.bfloat16), kv_cache.PagedCache), (
