@@ -3,7 +3,8 @@
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,14 @@ def read_bandwidth(threads: int, rounds: int = 3) -> float:
     parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), threads)
     jobs: list[Callable] = [part.sum for part in parts]
     return READ_BYTES / 1e9 / median_s(lambda: _run_together(jobs), rounds)
+
+
+def read_files(paths: Iterable[Path]) -> None:
+    """Read files, so that the system holds them in memory if there is room."""
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
 
 
 def matmul_rate(rounds: int = 5) -> float:

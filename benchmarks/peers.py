@@ -126,12 +126,30 @@ class PeersBench:
                 record.note("read GB/s", "host", host_limits.read_bandwidth(threads))
                 first = turn % len(self.engines)
                 for engine_name in (*self.engines[first:], *self.engines[:first]):
+                    # Weights that the engines before have pushed out of memory.
+                    host_limits.read_files(self._files(engine_name, folder))
                     engine = self._start(engine_name, folder, threads)
                     try:
+                        # Each expert is read once before steps are timed.
+                        engine.prefill(random_prompts(rng, 1, PREFILLS[0])[0])
                         self._measure_steps({engine_name: engine}, record, rng)
                     finally:
                         engine.stop()
+        for batch in BATCHES:
+            size = moe_step_bytes(MOE_SHAPE, batch)
+            rates = record.figures[f"decode b{batch} tok/s"]
+            bf16 = {name: values for name, values in rates.items() if name in UNPACKED}
+            record.figures[f"decode b{batch} GB/s"] = {
+                name: [rate / batch * size / 1e9 for rate in values]
+                for name, values in bf16.items()
+            }
         return record.figures
+
+    def _files(self, name: str, folder: Path) -> list[Path]:
+        """Return the files with the weights of an engine."""
+        if name.startswith("llama.cpp"):
+            return [folder / f"{_gguf_kind(name)}.gguf"]
+        return sorted(self._directory(folder).glob("*.safetensors"))
 
     def _report(self, figures: Figures) -> None:
         """Print the figures as a table and as JSON, and write them where the options state."""
@@ -367,10 +385,24 @@ def summary(figures: Figures) -> dict[str, Any]:
             own = _counterpart(name)
             if not name.startswith("ours") and own in runs:
                 ratio = statistics.median(a / b for a, b in zip(runs[own], values))
-                less_is_better = "tok/s" not in figure
+                less_is_better = not figure.endswith("/s")
                 ratio = 1 / ratio if less_is_better else ratio
                 ratios.setdefault(figure, {})[name] = round(ratio, 2)
     return {"medians": medians, "spread": spread, "times_as_good": ratios}
+
+
+def moe_step_bytes(shape: Mapping[str, Any], batch: int) -> float:
+    """Return the bytes of bf16 weights that a decode step of a Qwen3-MoE shape has to read.
+
+    Of the experts only those chosen: the expected number if each token chooses at random. Without
+    the cache, the norms and the rows of the token table.
+    """
+    embed, heads = shape["hidden_size"], shape["num_attention_heads"]
+    attention = 2 * embed * shape["head_dim"] * (heads + shape["num_key_value_heads"])
+    experts, chosen = shape["num_experts"], shape["num_experts_per_tok"]
+    read = experts * (1 - (1 - chosen / experts) ** batch)
+    layer = attention + embed * experts + read * 3 * embed * shape["moe_intermediate_size"]
+    return 2 * (shape["num_hidden_layers"] * layer + embed * shape["vocab_size"])
 
 
 def _counterpart(name: str) -> str:

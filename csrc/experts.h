@@ -15,6 +15,9 @@
 namespace slipway {
 namespace SLIPWAY_ISA {
 
+// Most experts that one call multiplies, and the pairs after which it takes no more.
+constexpr int64_t kExpertsAtOnce = 64, kTokensAtOnce = 256;
+
 // SortedPairs of a call, and the memory of their intermediate results.
 struct SortedPairs {
   int64_t count = 0;
@@ -110,7 +113,7 @@ inline void experts(const Experts& op, Team& team) {
   const ExpertRows rows{op, pairs};
   const auto multiply = op.bits ? quantized_linear : linear;
   const int64_t item = size_of(op.type);
-  // A single token has the same x for all of its experts: one call multiplies it by all.
+  // A single token has the same x for all of its experts.
   const bool is_single = op.tokens == 1;
   if (!is_single) team.run(pairs.count, 64, 0, gather_row, &rows);
   Linear into{}, out{};
@@ -120,12 +123,17 @@ inline void experts(const Experts& op, Team& team) {
   into.out_size = out.in = op.hidden;
   into.bits = out.bits = op.bits;
   into.group = out.group = op.group;
-  constexpr int64_t kAtOnce = 64;
-  Linear single[kAtOnce];
-  int64_t held = 0;
+  // Call `multiply` for several experts at once, so that threads wait for each other rarely.
+  Linear together[kExpertsAtOnce];
+  int64_t held = 0, tokens = 0;
   const auto flush = [&] {
-    if (held) multiply(single, held, team);
-    held = 0;
+    if (held) multiply(together, held, team);
+    held = tokens = 0;
+  };
+  const auto add = [&](const Linear& each) {
+    together[held++] = each;
+    tokens += each.tokens;
+    if (held == kExpertsAtOnce || tokens >= kTokensAtOnce) flush();
   };
   for (int64_t e = 0; e < op.experts; ++e) {
     const int64_t first = pairs.starts[e];
@@ -137,8 +145,7 @@ inline void experts(const Experts& op, Team& team) {
     into.scale = op.bits ? op.gate_scale[e] : nullptr;
     into.up_scale = op.bits ? op.up_scale[e] : nullptr;
     into.out = pairs.hidden + first * op.hidden * item;
-    single[held++] = into;
-    if (!is_single || held == kAtOnce) flush();
+    add(into);
   }
   flush();
   for (int64_t e = 0; e < op.experts; ++e) {
@@ -149,8 +156,9 @@ inline void experts(const Experts& op, Team& team) {
     out.weight = op.down[e];
     out.scale = op.bits ? op.down_scale[e] : nullptr;
     out.out = pairs.out + first * op.size;
-    multiply(&out, 1, team);
+    add(out);
   }
+  flush();
   if (is_single)
     add_rows(&rows, 0, nullptr);
   else

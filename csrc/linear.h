@@ -34,11 +34,18 @@ constexpr int64_t kPanelsAtOnce = 32;
 // Bytes of a slice of a block of tokens, so that it stays in the first-level cache.
 constexpr int64_t kBlockBytes = 32768;
 
-// Several matrices times the same tokens. Their panels have consecutive numbers, matrix by matrix.
+// Several matrices, each times its own tokens or all times the same. Their panels have consecutive
+// numbers, matrix by matrix. All have the same `in`, types and packing.
 struct Batch {
   const Linear* ops;
   int64_t count;
   int64_t outs;  // outputs of a panel
+  bool equal;    // all matrices have the same number of outputs
+
+  Batch(const Linear* ops, int64_t count, int64_t outs)
+      : ops(ops), count(count), outs(outs), equal(true) {
+    for (int64_t i = 1; i < count; ++i) equal = equal && ops[i].out_size == ops[0].out_size;
+  }
 
   int64_t panels(const Linear& op) const { return (op.out_size + outs - 1) / outs; }
   int64_t panels() const {
@@ -46,11 +53,35 @@ struct Batch {
     for (int64_t i = 0; i < count; ++i) all += panels(ops[i]);
     return all;
   }
-  // Return the matrix of a panel, and turn `panel` into its number within that matrix.
-  const Linear& at(int64_t& panel) const {
-    int64_t i = 0;
+  // Return the number of the matrix of a panel, and turn `panel` into its number within it.
+  int64_t find(int64_t& panel) const {
+    int64_t i = equal ? panel / panels(ops[0]) : 0;
+    panel -= i * panels(ops[0]);
     for (; panel >= panels(ops[i]); ++i) panel -= panels(ops[i]);
-    return ops[i];
+    return i;
+  }
+};
+
+// Whether a matrix has the tokens of the matrix before it.
+inline bool shares_tokens(const Linear* ops, int64_t i) {
+  return i > 0 && ops[i].x == ops[i - 1].x;
+}
+
+// Places of the tokens of each matrix of a batch, one behind the other.
+struct Places {
+  int64_t inputs = 0, end = 0;  // matrices with tokens of their own; end of the last place
+  int64_t* firsts;              // [count]
+
+  // size: places that the tokens of a matrix take. firsts: memory for them.
+  template <class Size>
+  Places(const Batch& batch, int64_t* firsts, Size size) : firsts(firsts) {
+    for (int64_t i = 0; i < batch.count; ++i) {
+      const bool shared = shares_tokens(batch.ops, i);
+      firsts[i] = shared ? firsts[i - 1] : end;
+      if (shared) continue;
+      end += size(batch.ops[i]);
+      ++inputs;
+    }
   }
 };
 
@@ -58,11 +89,11 @@ struct Batch {
 template <class T>
 struct Call {
   Batch batch;
-  const Linear& op;  // the first matrix; `x`, `tokens` and `in` are those of all matrices
-  uint32_t* x;       // tokens in the order that the kernel reads (`interleave`)
-  int64_t steps;     // of kLanes units along `in`; the last one is padded with zeros
+  int64_t steps;          // of kLanes units along `in`; the last one is padded with zeros
+  const int64_t* firsts;  // first quartet of each matrix
+  uint32_t* x;            // tokens in the order that the kernel reads (`interleave`)
 
-  int64_t row_bytes() const { return op.in * 4 / T::kPerUnit; }
+  int64_t row_bytes() const { return batch.ops->in * 4 / T::kPerUnit; }
 };
 
 // Load step `t` of a row: kLanes units, zeros after the end of the row.
@@ -81,22 +112,22 @@ struct Blocks {
   int64_t first(int64_t block) const { return block * quartets / count; }
 };
 
-// Write one block of tokens to call.x as [step][4][quartet][kLanes]: lane 4 q + i of vector c is
-// unit 4 q + c of the step, of token i of the quartet. Missing tokens of the last quartet are
-// zeros.
+// Write one block of tokens of a matrix to call.x as [step][4][quartet][kLanes]: lane 4 q + i of
+// vector c is unit 4 q + c of the step, of token i of the quartet. Missing tokens of the last
+// quartet are zeros.
 template <class T>
-void interleave(const Call<T>& call, int64_t block) {
-  const Blocks blocks(call.op.tokens);
+void interleave(const Call<T>& call, int64_t matrix, int64_t block) {
+  const Linear& op = call.batch.ops[matrix];
+  const Blocks blocks(op.tokens);
   const int64_t row_bytes = call.row_bytes(), first = blocks.first(block);
   const int64_t quartets = blocks.first(block + 1) - first;
-  uint32_t* out = call.x + first * call.steps * 4 * kLanes;
+  uint32_t* out = call.x + (call.firsts[matrix] + first) * call.steps * 4 * kLanes;
   for (int64_t t = 0; t < call.steps; ++t, out += 4 * quartets * kLanes)
     for (int64_t quartet = 0; quartet < quartets; ++quartet) {
       const int64_t token = 4 * (first + quartet);
       U x[4] = {};
-      for (int64_t i = 0; i < least(4, call.op.tokens - token); ++i)
-        x[i] = load_step(static_cast<const uint8_t*>(call.op.x) + (token + i) * row_bytes, t,
-                         row_bytes);
+      for (int64_t i = 0; i < least(4, op.tokens - token); ++i)
+        x[i] = load_step(static_cast<const uint8_t*>(op.x) + (token + i) * row_bytes, t, row_bytes);
       quads(x);
       for (int c = 0; c < 4; ++c) store(out + (c * quartets + quartet) * kLanes, x[c]);
     }
@@ -227,17 +258,18 @@ struct Cut {
 constexpr int64_t kParts = kQuartets * kWidth * kLanes;
 constexpr int64_t kScratch = 4 * (kParts + 4 * kQuartets * kWidth);
 
-// Multiply a panel by one block of tokens.
+// Multiply a panel by one block of tokens. first_quartet: of the panel's matrix.
 template <class T>
-void multiply_block(const Call<T>& call, const Panel& panel, const Blocks& blocks, int64_t block,
-                    float* parts, float* sums) {
+void multiply_block(const Call<T>& call, int64_t first_quartet, const Panel& panel,
+                    const Blocks& blocks, int64_t block, float* parts, float* sums) {
   const Cut cut(call.steps, blocks);
   const int64_t row_bytes = call.row_bytes();
   const int64_t quartets = blocks.first(block + 1) - blocks.first(block);
   for (int64_t i = 0; i < cut.pieces; ++i) {
     const int64_t group = i % kGroups, first = i / kGroups * cut.slice;
     const int64_t count = least(cut.slice, call.steps - first);
-    const uint32_t* x = call.x + (blocks.first(block) * call.steps + first * quartets) * 4 * kLanes;
+    const int64_t before = (first_quartet + blocks.first(block)) * call.steps + first * quartets;
+    const uint32_t* x = call.x + before * 4 * kLanes;
     Piece piece{panel.rows + group * kPieceRows, nullptr, 0, 0, first, count, row_bytes};
     if (block == 0) {
       // Prefetch weights: lines of whole rows in the order of memory, lines of slices in the order
@@ -263,34 +295,51 @@ void multiply_block(const Call<T>& call, const Panel& panel, const Blocks& block
 // Compute the outputs of one panel for all tokens.
 template <class T>
 void multiply_panel(const Call<T>& call, int64_t item, float* scratch) {
-  const Linear& op = call.batch.at(item);
+  const int64_t matrix = call.batch.find(item);
+  const Linear& op = call.batch.ops[matrix];
   const int64_t first = item * call.batch.outs;
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, call.row_bytes());
   const Blocks blocks(op.tokens);
   float* sums = scratch + kParts;
   for (int64_t b = 0; b < blocks.count; ++b) {
-    multiply_block(call, panel, blocks, b, scratch, sums);
+    multiply_block(call, call.firsts[matrix], panel, blocks, b, scratch, sums);
     for (int64_t t = 4 * blocks.first(b); t < least(4 * blocks.first(b + 1), op.tokens); ++t)
       finish<T>(op, first, sums + (t - 4 * blocks.first(b)) * kWidth, t);
   }
 }
 
-// Multiply tokens by `matrices` matrices: interleave the tokens, then compute all panels.
+// Multiply by `matrices` matrices: interleave the tokens, then compute all panels.
 template <class T>
 void linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
   const int64_t units = (op.in + T::kPerUnit - 1) / T::kPerUnit;
   const int64_t steps = (units + kLanes - 1) / kLanes;
-  const Blocks blocks(op.tokens);
-  Call<T> call{{ops, matrices, op.up ? kHalf : kWidth}, op, nullptr, steps};
-  call.x = static_cast<uint32_t*>(team.shared(4 * blocks.quartets * 4 * steps * kLanes));
-  const auto one = [](const void* context, int64_t block, void*) {
-    interleave(*static_cast<const Call<T>*>(context), block);
-  };
-  if (blocks.count == 1)
-    one(&call, 0, nullptr);
-  else
-    team.run(blocks.count, 1, 0, one, &call);
+  const auto quartets = [](const Linear& op) { return Blocks(op.tokens).quartets; };
+  int64_t all = 0;
+  for (int64_t i = 0; i < matrices; ++i)
+    if (!shares_tokens(ops, i)) all += quartets(ops[i]);
+  const int64_t x_bytes = 4 * all * 4 * steps * kLanes;
+  auto* memory = static_cast<uint8_t*>(team.shared(x_bytes + 8 * matrices));
+  const Batch batch(ops, matrices, op.up ? kHalf : kWidth);
+  const Places places(batch, reinterpret_cast<int64_t*>(memory + x_bytes), quartets);
+  const Call<T> call{batch, steps, places.firsts, reinterpret_cast<uint32_t*>(memory)};
+  if (places.inputs == 1) {
+    const auto one = [](const void* context, int64_t block, void*) {
+      interleave(*static_cast<const Call<T>*>(context), 0, block);
+    };
+    if (Blocks(op.tokens).count == 1)
+      one(&call, 0, nullptr);
+    else
+      team.run(Blocks(op.tokens).count, 1, 0, one, &call);
+  } else {
+    const auto one = [](const void* context, int64_t matrix, void*) {
+      const Call<T>& call = *static_cast<const Call<T>*>(context);
+      if (shares_tokens(call.batch.ops, matrix)) return;
+      const Blocks blocks(call.batch.ops[matrix].tokens);
+      for (int64_t block = 0; block < blocks.count; ++block) interleave(call, matrix, block);
+    };
+    team.run(matrices, kPanelsAtOnce, 0, one, &call);
+  }
   team.run(
       call.batch.panels(), kPanelsAtOnce, kScratch,
       [](const void* context, int64_t item, void* memory) {
@@ -301,13 +350,22 @@ void linear_of(const Linear* ops, int64_t matrices, Team& team) {
 
 #if defined(__AMX_BF16__)
 void tiled_linear(const Linear* ops, int64_t matrices, Team& team);
+
+// Call tiled_linear, which takes matrices with the same tokens only.
+inline void tiled_by_tokens(const Linear* ops, int64_t matrices, Team& team) {
+  for (int64_t first = 0, i = 1; i <= matrices; ++i)
+    if (i == matrices || !shares_tokens(ops, i)) {
+      tiled_linear(ops + first, i - first, team);
+      first = i;
+    }
+}
 #endif
 
 inline void linear(const Linear* ops, int64_t count, Team& team) {
   if (ops->tokens == 0) return;
   if (ops->type == Type::kFloat) return linear_of<Float>(ops, count, team);
 #if defined(__AMX_BF16__)
-  tiled_linear(ops, count, team);
+  tiled_by_tokens(ops, count, team);
 #else
   linear_of<BFloat16>(ops, count, team);
 #endif

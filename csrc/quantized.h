@@ -334,14 +334,23 @@ auto* rows_kernel(Scales scales) {
 template <class T>
 struct QuantizedCall {
   Batch batch;
-  Packed packed;
+  Packed packed;          // of the first matrix
+  const int64_t* firsts;  // first token of each matrix in packed.x
+
+  Packed of(int64_t matrix) const {
+    Packed own = packed;
+    own.tokens = batch.ops[matrix].tokens;
+    own.x = block_at<T>(packed, firsts[matrix]);
+    return own;
+  }
 };
 
 // Compute the outputs of one panel for all tokens.
 template <class T>
 void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
-  const Linear& op = call.batch.at(item);
-  const Packed& packed = call.packed;
+  const int64_t matrix = call.batch.find(item);
+  const Linear& op = call.batch.ops[matrix];
+  const Packed packed = call.of(matrix);
   const Scales kind = scales_of<T>(packed);
   const int64_t first = item * call.batch.outs, scale_bytes = packed.groups * 4 / T::kPerUnit;
   const Panel panel = panel_at(op, op.weight, op.up, first, call.batch.outs, 4 * packed.words);
@@ -362,7 +371,7 @@ void quantized_panel(const QuantizedCall<T>& call, int64_t item, float* sums) {
   }
 }
 
-// Multiply tokens by `matrices` matrices: spread the tokens, then compute all panels.
+// Multiply by `matrices` matrices: spread the tokens, then compute all panels.
 template <class T>
 void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   const Linear& op = ops[0];
@@ -372,17 +381,35 @@ void quantized_of(const Linear* ops, int64_t matrices, Team& team) {
   int shift = -1;
   while (group_words >> (shift + 1)) ++shift;
   const int64_t groups = op.group ? op.in / op.group : 1;
-  auto* memory = static_cast<uint32_t*>(team.shared(op.tokens * steps * T::kVectors * step_bytes));
-  const Packed packed{words, steps, shift, groups, op.tokens, memory};
-  const QuantizedCall<T> call{{ops, matrices, op.up ? kHalf : kWidth}, packed};
-  const auto one = [](const void* context, int64_t token, void*) {
-    const auto& call = *static_cast<const QuantizedCall<T>*>(context);
-    spread<T>(call.packed, call.batch.ops->x, call.batch.ops->in, token);
-  };
-  if (op.tokens == 1)
-    one(&call, 0, nullptr);
-  else
-    team.run(op.tokens, kQuantTokens, 0, one, &call);
+  int64_t all = 0;
+  for (int64_t i = 0; i < matrices; ++i)
+    if (!shares_tokens(ops, i)) all += ops[i].tokens;
+  const int64_t x_bytes = all * steps * T::kVectors * step_bytes;
+  auto* memory = static_cast<uint8_t*>(team.shared(x_bytes + 8 * matrices));
+  const Batch batch(ops, matrices, op.up ? kHalf : kWidth);
+  const Places places(batch, reinterpret_cast<int64_t*>(memory + x_bytes),
+                      [](const Linear& op) { return op.tokens; });
+  const Packed packed{words, steps, shift, groups, op.tokens, reinterpret_cast<uint32_t*>(memory)};
+  const QuantizedCall<T> call{batch, packed, places.firsts};
+  if (places.inputs == 1) {
+    const auto one = [](const void* context, int64_t token, void*) {
+      const auto& call = *static_cast<const QuantizedCall<T>*>(context);
+      spread<T>(call.packed, call.batch.ops->x, call.batch.ops->in, token);
+    };
+    if (op.tokens == 1)
+      one(&call, 0, nullptr);
+    else
+      team.run(op.tokens, kQuantTokens, 0, one, &call);
+  } else {
+    const auto one = [](const void* context, int64_t matrix, void*) {
+      const auto& call = *static_cast<const QuantizedCall<T>*>(context);
+      const Linear& op = call.batch.ops[matrix];
+      if (shares_tokens(call.batch.ops, matrix)) return;
+      const Packed packed = call.of(matrix);
+      for (int64_t token = 0; token < op.tokens; ++token) spread<T>(packed, op.x, op.in, token);
+    };
+    team.run(matrices, kPanelsAtOnce, 0, one, &call);
+  }
   team.run(
       call.batch.panels(), kPanelsAtOnce, 4 * kQuantTokens * kWidth,
       [](const void* context, int64_t item, void* memory) {
@@ -397,7 +424,8 @@ inline void quantized_linear(const Linear* ops, int64_t count, Team& team) {
   const bool is_float = ops->type == Type::kFloat;
 #if defined(__AMX_BF16__)
   // Tiles need one scale for a row, or groups of whole steps that fit in a slice (kSlice).
-  if (!is_float && ops->group % 32 == 0 && ops->group <= 256) return tiled_linear(ops, count, team);
+  if (!is_float && ops->group % 32 == 0 && ops->group <= 256)
+    return tiled_by_tokens(ops, count, team);
 #endif
   if (is_float)
     ops->bits == 4 ? quantized_of<Floats<4>>(ops, count, team)

@@ -114,7 +114,7 @@ void find_band(const Tiled& call, int64_t number, Band& band) {
   band.count = least(call.together(), call.batch.panels() - first);
   for (int64_t i = 0; i < band.count; ++i) {
     int64_t panel = first + i;
-    const Linear& op = call.batch.at(panel);
+    const Linear& op = call.batch.ops[call.batch.find(panel)];
     Band::Member& member = band.members[i];
     member.op = &op;
     member.out = panel * outs;
@@ -386,7 +386,7 @@ void tiled_linear_of(const Linear* ops, int64_t matrices, Team& team) {
   const int64_t columns = (op.tokens + kSide - 1) / kSide;
   int shift = 0;
   while (2 * kSide << shift < op.group) ++shift;
-  const Batch batch{ops, matrices, op.up ? kHalf : kWidth};
+  const Batch batch(ops, matrices, op.up ? kHalf : kWidth);
   Tiled call{
       batch, op, steps, columns, op.tokens == 1 ? 1 : kSide, shift, columns <= From::kFewColumns};
   call.x = static_cast<uint32_t*>(team.shared(4 * columns * steps * kSide * call.width));
