@@ -1,7 +1,7 @@
 // Experts of a mixture-of-experts layer: gated layers of the tokens that chose them.
 //
-// Not here: the multiplications (linear.h, quantized.h, tiled_linear.h), the choice of experts
-// (slipway/ops).
+// Not here: the multiplications (linear.h, quantized.h, tiled_linear.h, transposed.h), the choice
+// of experts (slipway/ops).
 //
 // A pair is a token and one of its experts on this device. SortedPairs are sorted by expert, and by
 // token within an expert, so that each expert has one block of rows. Only the matrices of chosen
@@ -11,6 +11,7 @@
 #pragma once
 
 #include "quantized.h"
+#include "transposed.h"
 
 namespace slipway {
 namespace SLIPWAY_ISA {
@@ -29,6 +30,7 @@ struct SortedPairs {
   uint8_t* x;           // [count][size], of the op's type
   uint8_t* hidden;      // [count][hidden], of the op's type
   float* out;           // [count][size]
+  float* sums;          // [count][2 hidden], of matrices that lie transposed; else null
 };
 
 // Return the end of an array of `bytes` bytes at `memory`, on a 64-byte boundary.
@@ -38,7 +40,8 @@ inline uint8_t* after(uint8_t* memory, int64_t bytes) { return memory + (bytes +
 inline SortedPairs sort_pairs(const Experts& op, Team& team) {
   const int64_t most = op.tokens * op.chosen, item = size_of(op.type);
   const int64_t small = 4 * (op.experts + 1 + 3 * most + op.tokens) + 6 * 64;
-  const int64_t large = most * (op.size * (item + 4) + op.hidden * item) + 3 * 64;
+  const int64_t sums = op.up ? 0 : most * op.hidden * 8;
+  const int64_t large = most * (op.size * (item + 4) + op.hidden * item) + sums + 4 * 64;
   auto* memory = static_cast<uint8_t*>(team.workspace(small + large));
   SortedPairs pairs;
   const auto take = [&](int64_t bytes) {
@@ -54,6 +57,7 @@ inline SortedPairs sort_pairs(const Experts& op, Team& team) {
   pairs.x = take(most * op.size * item);
   pairs.hidden = take(most * op.hidden * item);
   pairs.out = reinterpret_cast<float*>(take(most * op.size * 4));
+  pairs.sums = op.up ? nullptr : reinterpret_cast<float*>(take(sums));
 
   std::memset(pairs.starts, 0, 4 * (op.experts + 1));
   std::memset(pairs.num_places, 0, 4 * op.tokens);
@@ -92,6 +96,16 @@ inline void gather_row(const void* context, int64_t place, void*) {
               static_cast<const uint8_t*>(op.x) + pairs.tokens[place] * bytes, bytes);
 }
 
+// Compute the hidden numbers of one pair from the sums of gate and up.
+inline void activate_row(const void* context, int64_t place, void*) {
+  const auto& [op, pairs] = *static_cast<const ExpertRows*>(context);
+  const Clamp clamp{op.alpha, op.limit};
+  const float* sums = pairs.sums + place * 2 * op.hidden;
+  void* hidden = pairs.hidden + place * op.hidden * size_of(op.type);
+  op.type == Type::kFloat ? clamped<Float>(clamp, sums, op.hidden, hidden)
+                          : clamped<BFloat16>(clamp, sums, op.hidden, hidden);
+}
+
 // Add the results of the experts of one token, times their weights.
 inline void add_rows(const void* context, int64_t token, void*) {
   const auto& [op, pairs] = *static_cast<const ExpertRows*>(context);
@@ -107,15 +121,10 @@ inline void add_rows(const void* context, int64_t token, void*) {
   }
 }
 
-inline void experts(const Experts& op, Team& team) {
-  if (op.tokens == 0) return;
-  const SortedPairs pairs = sort_pairs(op, team);
-  const ExpertRows rows{op, pairs};
+// Multiply the pairs by matrices with rows along `in`.
+inline void multiply_experts(const Experts& op, const SortedPairs& pairs, Team& team) {
   const auto multiply = op.bits ? quantized_linear : linear;
   const int64_t item = size_of(op.type);
-  // A single token has the same x for all of its experts.
-  const bool is_single = op.tokens == 1;
-  if (!is_single) team.run(pairs.count, 64, 0, gather_row, &rows);
   Linear into{}, out{};
   into.type = out.type = into.out_type = op.type;
   out.out_type = Type::kFloat;
@@ -139,7 +148,8 @@ inline void experts(const Experts& op, Team& team) {
     const int64_t first = pairs.starts[e];
     into.tokens = pairs.starts[e + 1] - first;
     if (into.tokens == 0) continue;
-    into.x = is_single ? op.x : pairs.x + first * op.size * item;
+    // A single token has the same x for all of its experts.
+    into.x = op.tokens == 1 ? op.x : pairs.x + first * op.size * item;
     into.weight = op.gate[e];
     into.up = op.up[e];
     into.scale = op.bits ? op.gate_scale[e] : nullptr;
@@ -159,6 +169,44 @@ inline void experts(const Experts& op, Team& team) {
     add(out);
   }
   flush();
+}
+
+// Multiply the pairs by matrices that lie transposed.
+inline void multiply_transposed(const Experts& op, const SortedPairs& pairs, Team& team) {
+  const int64_t item = size_of(op.type);
+  Transposed together[kExpertsAtOnce];
+  int64_t held = 0;
+  const auto all_experts = [&](auto add) {
+    for (int64_t e = 0; e < op.experts; ++e) {
+      const int64_t first = pairs.starts[e], tokens = pairs.starts[e + 1] - first;
+      if (tokens) together[held++] = add(e, first, tokens);
+      if (held < kExpertsAtOnce && e + 1 < op.experts) continue;
+      transposed_linear(op.type, together, held, team);
+      held = 0;
+    }
+  };
+  all_experts([&](int64_t e, int64_t first, int64_t tokens) {
+    const void* x = pairs.x + first * op.size * item;
+    float* out = pairs.sums + first * 2 * op.hidden;
+    return Transposed{tokens, op.size, 2 * op.hidden, x, op.gate[e], op.gate_bias[e], 1.0f, out};
+  });
+  const ExpertRows rows{op, pairs};
+  team.run(pairs.count, 8, 0, activate_row, &rows);
+  all_experts([&](int64_t e, int64_t first, int64_t tokens) {
+    const void* x = pairs.hidden + first * op.hidden * item;
+    float* out = pairs.out + first * op.size;
+    return Transposed{tokens,     op.hidden,       op.size,       x,
+                      op.down[e], op.down_bias[e], op.bias_scale, out};
+  });
+}
+
+inline void experts(const Experts& op, Team& team) {
+  if (op.tokens == 0) return;
+  const SortedPairs pairs = sort_pairs(op, team);
+  const ExpertRows rows{op, pairs};
+  const bool is_single = op.tokens == 1;
+  if (!is_single || !op.up) team.run(pairs.count, 64, 0, gather_row, &rows);
+  op.up ? multiply_experts(op, pairs, team) : multiply_transposed(op, pairs, team);
   if (is_single)
     add_rows(&rows, 0, nullptr);
   else

@@ -110,14 +110,15 @@ ffi::Error Route(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer
 }
 
 // Call of slipway::Experts. `tables` has one table of addresses for each layer in each of these
-// groups: gate, up and down, followed by their scales if they are packed.
+// groups: gate, up and down, followed by their scales if they are packed; or, if they lie
+// transposed, one matrix for gate and up, then down, and their biases.
 ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> tokens,
                    ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> choice,
                    ffi::Buffer<ffi::F32> weights, ffi::RemainingArgs tables,
                    ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t hidden, int64_t bits,
-                   int64_t group) {
+                   int64_t group, bool transposed, float bias_scale, float alpha, float limit) {
   slipway::Experts op{};
-  const size_t groups = bits ? 6 : 3;
+  const size_t groups = transposed ? 4 : bits ? 6 : 3;
   const int32_t at = layer.typed_data()[0];
   const auto table = [&](size_t number) {
     return static_cast<const void* const*>(array_of_layer(tables, groups, number, at));
@@ -132,10 +133,19 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   op.choice = choice.typed_data();
   op.weights = weights.typed_data();
   op.gate = table(0);
-  op.up = table(1);
-  op.down = table(2);
   op.bits = static_cast<int32_t>(bits);
   op.group = group;
+  if (transposed) {
+    op.down = table(1);
+    op.gate_bias = table(2);
+    op.down_bias = table(3);
+    op.bias_scale = bias_scale;
+    op.alpha = alpha;
+    op.limit = limit;
+  } else {
+    op.up = table(1);
+    op.down = table(2);
+  }
   if (bits) {
     op.gate_scale = table(3);
     op.up_scale = table(4);
@@ -353,7 +363,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_experts, Experts,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("hidden")
                                   .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group"));
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("transposed")
+                                  .Attr<float>("bias_scale")
+                                  .Attr<float>("alpha")
+                                  .Attr<float>("limit"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slipway_embed, Embed,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -89,7 +89,12 @@ struct Experts {
   int32_t bits;  // as in Linear
   int64_t group;
   const void *const *gate_scale, *const *up_scale, *const *down_scale;  // packed matrices only
-  float* out;                                                           // [tokens][size]
+  // If `up` is null, the matrices lie transposed: `gate` is [size][2 hidden], with the columns of
+  // gate and up in turn, and `down` [hidden][size]. They have biases, [2 hidden] and [size]; that
+  // of `down` is multiplied by `bias_scale`. The activation is clamped (transposed.h).
+  const void *const *gate_bias, *const *down_bias;
+  float bias_scale, alpha, limit;
+  float* out;  // [tokens][size]
 };
 
 // Embedding: out[t] = table[ids[t]], zeros for an id outside [0, rows).

@@ -122,11 +122,15 @@ def quantize(declaration: Any, bits: int, group: int, tables: bool = True) -> An
 
     Projections get ``bits`` and a scale for each ``group``; with ``tables``, embeddings and heads
     get TABLE_BITS. Raises InvalidConfig if the innermost axis of a row is no multiple of a word or
-    a group, and for a matrix that the checkpoint holds transposed.
+    a group, and for a matrix with rows that run along the outputs.
     """
 
     def packed(node: Any) -> Any:
         if isinstance(node, Linear):
+            assert node.weight is not None, "a declaration of packed weights"
+            if layout.parse(node.weight.axes).groups[-1][0] != node.sums_over:
+                expected = "no packing: matrices of this model lie transposed"
+                raise InvalidConfig("quantization", f"{bits} bits", expected)
             words, scales = _packed(node.weight, bits, group)
             return dataclasses.replace(
                 node,
@@ -148,9 +152,6 @@ def quantize(declaration: Any, bits: int, group: int, tables: bool = True) -> An
 
 def _packed(weight: Any, bits: int, group: int) -> tuple[Param, Param]:
     """Declare the words and the scales of a weight."""
-    if weight.hf_layout != weight.axes:
-        expected = "no packing: the checkpoint holds matrices of this model transposed"
-        raise InvalidConfig("quantization", f"{bits} bits", expected)
     *outer, last = layout.parse(weight.axes).groups
     axis, size = last[-1], weight.sizes[last[-1]]
     for name, unit in (("bits", 32 // bits), ("group", group)):

@@ -48,10 +48,10 @@ class MLP:
 
 @module
 class ClampedMLP:
-    """Expert of gpt-oss: one matrix with the rows of gate and up in turn, and clamped results.
+    """Expert of gpt-oss: one matrix with the columns of gate and up in turn, and clamped results.
 
     ``down(min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clip(up, -limit, limit) + 1))``
-    (gpt-oss model card, 2025). It has biases; checkpoints hold its matrices as (in, out).
+    (gpt-oss model card, 2025). It has biases, and its matrices are (in, out), as in checkpoints.
     """
 
     gate_up_proj: Linear
@@ -63,11 +63,10 @@ class ClampedMLP:
     def declare(embed: int, mlp: int, alpha: float, limit: float) -> "ClampedMLP":
         """Declare an expert of input size ``embed`` and hidden size ``mlp``."""
         sizes = {"embed": embed, "expert_mlp": mlp, "gate_and_up": 2}
-        rows = "(expert_mlp gate_and_up)"
-        into = Param(f"{rows} embed", sizes, hf=f"embed {rows}")
-        out = Param("embed expert_mlp", sizes, hf="expert_mlp embed")
+        columns = "(expert_mlp gate_and_up)"
+        into, out = Param(f"embed {columns}", sizes), Param("expert_mlp embed", sizes)
         return ClampedMLP(
-            gate_up_proj=Linear(into, Param(rows, sizes, init="zeros"), sums_over="embed"),
+            gate_up_proj=Linear(into, Param(columns, sizes, init="zeros"), sums_over="embed"),
             down_proj=Linear(out, Param("embed", sizes, init="zeros"), sums_over="expert_mlp"),
             alpha=alpha,
             limit=limit,

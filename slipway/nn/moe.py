@@ -107,10 +107,8 @@ class MoE:
         """Compute the layer: [T, embed] -> ([T, embed], experts [T, top_k] of each token)."""
         experts_TK, weights_TK = self.gate(x_TD, step)
         matrices = self.experts.body.matrices
-        if matrices.down_bias is not None and (parts := mesh.parts_here("expert_mlp")) > 1:
-            # Each device adds its part of the bias.
-            bias = tree.value(matrices.down_bias) / parts
-            matrices = dataclasses.replace(matrices, down_bias=bias)
+        # Each device adds its part of a bias.
+        matrices = dataclasses.replace(matrices, parts=mesh.parts_here("expert_mlp"))
         num_local = self.gate.routing.num_experts // mesh.parts_here("experts")
         first = mesh.local_offset("experts", num_local)
         y_TD = ops.experts(

@@ -219,14 +219,24 @@ def experts(x_TD, experts_TK, weights_TK, matrices, num_tokens, *, num_experts):
     each = (*matrices.into, matrices.down)
     packed = isinstance(each[0], Quantized)
     tables = [matrix.packed if packed else matrix for matrix in each]
-    scales = [matrix.scale for matrix in each] if packed else []
+    rest = [matrix.scale for matrix in each] if packed else []
     bits, group = (each[0].bits, each[0].group) if packed else (0, 0)
+    alpha, limit = matrices.clamp or (0.0, 0.0)
+    if matrices.lie_transposed:
+        rest = [matrices.into_bias, matrices.down_bias]
     call = jax.ffi.ffi_call("slipway_experts", jax.ShapeDtypeStruct(x_TD.shape, jnp.float32))
-    first = tables[0].table
-    arrays = [array for table in (*tables, *scales) for array in _arrays(table.table)]
-    static = {"hidden": tables[0].shape[0], "bits": bits, "group": group}
+    arrays = [array for table in (*tables, *rest) for array in _arrays(table.table)]
+    static = {
+        "hidden": (tables[-1] if matrices.lie_transposed else tables[0]).shape[0],
+        "bits": bits,
+        "group": group,
+        "transposed": matrices.lie_transposed,
+        "bias_scale": np.float32(1 / matrices.parts),
+        "alpha": np.float32(alpha),
+        "limit": np.float32(limit),
+    }
     routed = experts_TK.astype(jnp.int32), weights_TK
-    return call(x_TD, jnp.int32(num_tokens), _index(first), *routed, *arrays, **static)
+    return call(x_TD, jnp.int32(num_tokens), _index(tables[0].table), *routed, *arrays, **static)
 
 
 def _has_addresses(x_TD, experts_TK, weights_TK, matrices, num_tokens, num_experts) -> bool:
@@ -349,11 +359,11 @@ def _is_experts(node: Any) -> bool:
 
 def _refuses_experts(body: Any, mesh: Mesh, dtype: Any) -> str:
     """Return why no kernel computes experts with these matrices on a mesh, "" if one does."""
+    if body.matrices.lie_transposed:
+        return refuses_dtype(dtype)
     params = [leaf for leaf in jax.tree.leaves(body, is_leaf=tree.is_param)]
     if any(len(param.shape) != len(param.stacks) + 2 for param in params):
         return "biases of experts"
-    if any(param.axes != param.hf_layout for param in params):
-        return "matrices that lie transposed in the checkpoint"
     # Scales are read one by one.
     rows = [param for param in params if param.init != "scale"]
     itemsizes = [param.held_as(dtype).itemsize for param in rows]

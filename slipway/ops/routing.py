@@ -57,9 +57,11 @@ class ExpertLoad:
 class ExpertMatrices:
     """Matrices of E experts of one layer, stacked along their first axis.
 
-    ``into``: gate and up, [E, F, D] each, or one matrix [E, 2 F, D] in which their rows alternate.
-    ``down``: [E, D, F]. ``into_bias`` [E, 2 F] and ``down_bias`` [E, D], or None. ``clamp``: alpha
-    and limit of a clamped gate (slipway/nn/mlp.py), () for silu(gate) * up.
+    ``into``: gate and up, [E, F, D] each, and ``down``: [E, D, F]. Or they lie transposed: ``into``
+    is one matrix [E, D, 2 F], with the columns of gate and up in turn, and ``down`` [E, F, D]; then
+    there are ``into_bias`` [E, 2 F] and ``down_bias`` [E, D], and ``clamp``: alpha and limit of a
+    clamped gate (slipway/nn/mlp.py). ``parts``: the number of devices that split each expert; each
+    adds its part of ``down_bias``.
     """
 
     into: tuple[Any, ...]
@@ -67,6 +69,12 @@ class ExpertMatrices:
     into_bias: Tensor | None = None
     down_bias: Tensor | None = None
     clamp: tuple[float, ...] = static(default=())
+    parts: int = static(default=1)
+
+    @property
+    def lie_transposed(self) -> bool:
+        """Whether the rows of the matrices run along the outputs."""
+        return len(self.into) == 1
 
 
 def route(logits_TE, bias_E, num_tokens, rule):

@@ -92,7 +92,9 @@ class TpuCache(AllocatedCache):
         )
 
 
-def multiply_by_group(x_SI, matrix, counts_E, interpret: bool = False):
+def multiply_by_group(
+    x_SI, matrix, counts_E, *, is_transposed: bool = False, interpret: bool = False
+):
     """Multiply runs of rows by the matrices of their groups, as ``xla.multiply_by_group`` does.
 
     The kernel gets the matrices of all layers of a scan, and counts that are zero for all but the
@@ -109,7 +111,7 @@ def multiply_by_group(x_SI, matrix, counts_E, interpret: bool = False):
         matrix = matrix.array.reshape(layers * num_groups, *matrix.array.shape[2:])
     rows = x_SI.shape[0]
     padded_SI = jnp.pad(x_SI, [(0, -rows % ROWS_PER_TILE), (0, 0)])
-    out_size, in_size = matrix.shape[1:]
+    in_size, out_size = matrix.shape[1:] if is_transposed else matrix.shape[:0:-1]
     tiles = ROWS_PER_TILE, _tile(in_size), _tile(out_size)
     return megablox.gmm(
         padded_SI,
@@ -117,7 +119,7 @@ def multiply_by_group(x_SI, matrix, counts_E, interpret: bool = False):
         counts_E.astype(jnp.int32),
         preferred_element_type=jnp.float32,
         tiling=tiles,
-        transpose_rhs=True,
+        transpose_rhs=not is_transposed,
         interpret=interpret,
     )[:rows]
 

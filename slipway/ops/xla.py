@@ -79,15 +79,19 @@ def gated_linear(x_TD, gate, up, num_tokens, gate_bias=None, up_bias=None, dtype
     return (jax.nn.silu(gate_TO) * linear(x_TD, up, num_tokens, bias=up_bias)).astype(dtype)
 
 
-# Dimensions of a product of rows [S, in], sorted by group, and matrices [group, out, in].
-_BY_GROUP = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
+# Dimensions of a product of rows [S, in], sorted by group, and matrices [group, out, in] or, where
+# they lie transposed, [group, in, out].
+_BY_GROUP = {
+    is_transposed: lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (1 if is_transposed else 2,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    for is_transposed in (False, True)
+}
 
 
-def multiply_by_group(x_SI, matrix, counts_E):
+def multiply_by_group(x_SI, matrix, counts_E, *, is_transposed=False):
     """Multiply runs of rows, ``counts_E[e]`` each, by matrix e: [S, in] -> f32 [S, out]."""
 
     def multiply(matrix):
@@ -96,7 +100,7 @@ def multiply_by_group(x_SI, matrix, counts_E):
             x_SI,
             dequantized(matrix).astype(x_SI.dtype) if is_packed else matrix,
             counts_E,
-            ragged_dot_dimension_numbers=_BY_GROUP,
+            ragged_dot_dimension_numbers=_BY_GROUP[is_transposed],
             preferred_element_type=jnp.float32,
         )
 
@@ -119,20 +123,23 @@ def experts(
     order_S = jnp.argsort(expert_S)
     counts_E = jnp.bincount(expert_S, length=num_experts)
 
-    def biased(y_SO, bias):
+    multiply = partial(multiply, is_transposed=matrices.lie_transposed)
+
+    def biased(y_SO, bias, parts=1):
         if bias is None:
             return y_SO
         rows_S = jnp.minimum(expert_S[order_S], num_experts - 1)
-        return y_SO + tree.value(bias)[rows_S].astype(jnp.float32)
+        return y_SO + tree.value(bias)[rows_S].astype(jnp.float32) / parts
 
     x_SD = x_TD[order_S // K]
-    if len(matrices.into) == 2:
-        gate_SF, up_SF = (multiply(x_SD, matrix, counts_E) for matrix in matrices.into)
-    else:
+    if matrices.lie_transposed:
         both_SX = biased(multiply(x_SD, matrices.into[0], counts_E), matrices.into_bias)
         gate_SF, up_SF = both_SX[:, 0::2], both_SX[:, 1::2]
+    else:
+        gate_SF, up_SF = (multiply(x_SD, matrix, counts_E) for matrix in matrices.into)
     hidden_SF = _gated(gate_SF, up_SF, matrices.clamp).astype(dtype)
-    y_SD = biased(multiply(hidden_SF, matrices.down, counts_E), matrices.down_bias)
+    y_SD = multiply(hidden_SF, matrices.down, counts_E)
+    y_SD = biased(y_SD, matrices.down_bias, parts=matrices.parts)
     y_TKD = y_SD[jnp.argsort(order_S)].reshape(T, K, -1)
     # The rows behind the last group are undefined, not zero.
     y_TKD = jnp.where(is_held[..., None], y_TKD * weights_TK[..., None], 0.0)

@@ -3,12 +3,15 @@ shape."""
 
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
+from slipway import tree
 from slipway.checkpoint import files
+from slipway.ops import cpu
 from tests.models import runner
 from tests.models.runner import Case, Forward
 
@@ -146,6 +149,12 @@ def test_several_devices_equal_one(model, forward, tensor, expert, exchange):
     prompt = runner.prompts()[5]
     split = Forward(model[0], tensor=tensor, expert=expert, exchange=exchange)
     np.testing.assert_allclose(split(prompt), forward(prompt), atol=LOGITS, rtol=0)
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="no compiled kernels")
+def test_a_cpu_reads_the_experts_where_they_lie(forward):
+    nodes = jax.tree.leaves(forward.params, is_leaf=lambda node: isinstance(node, tree.Stack))
+    assert not [node for node in nodes if isinstance(node, tree.Stack) and node.axis == "experts"]
 
 
 def test_stacked_layers_equal_separate_ones(model, forward):

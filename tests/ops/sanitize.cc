@@ -5,6 +5,7 @@
 // Buffers have exactly the necessary size, so that a sanitizer finds accesses outside. The program
 // also checks that products of a row do not depend on other rows. It prints the number of calls.
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -178,6 +179,47 @@ void experts(Type type) {
       }
 }
 
+// Experts with matrices that lie transposed, and biases.
+void transposed_experts(Type type) {
+  for (int64_t tokens : {1, 2, 9})
+    for (int64_t hidden : {3, 150}) {
+      const int64_t count = 5, size = 68, chosen = 3;
+      std::vector<std::vector<char>> held;
+      std::vector<const void*> tables[4];
+      for (int64_t e = 0; e < count; ++e)
+        for (int m = 0; m < 4; ++m) {
+          held.push_back(
+              numbers(std::array{size * 2 * hidden, hidden * size, 2 * hidden, size}[m], type));
+          tables[m].push_back(held.back().data());
+        }
+      std::vector<int32_t> choice;
+      for (int64_t i = 0; i < tokens * chosen; ++i)
+        choice.push_back(static_cast<int32_t>(i * 7 / 3 % (count + 2)) - 1);
+      auto x = numbers(tokens * size, type), weights = numbers(tokens * chosen, Type::kFloat);
+      std::vector<char> out(tokens * size * 4);
+      Experts op{};
+      op.type = type;
+      op.tokens = tokens;
+      op.chosen = chosen;
+      op.experts = count;
+      op.size = size;
+      op.hidden = hidden;
+      op.x = x.data();
+      op.choice = choice.data();
+      op.weights = reinterpret_cast<float*>(weights.data());
+      op.gate = tables[0].data();
+      op.down = tables[1].data();
+      op.gate_bias = tables[2].data();
+      op.down_bias = tables[3].data();
+      op.bias_scale = 0.5f;
+      op.alpha = 1.702f;
+      op.limit = 7.0f;
+      op.out = reinterpret_cast<float*>(out.data());
+      SLIPWAY_ISA::table.experts(op, team);
+      ++calls;
+    }
+}
+
 void embeds(Type type) {
   for (int64_t size : {4, 16, 20, 128}) {
     const std::vector<int32_t> ids{0, 4, -1, 5};
@@ -312,6 +354,7 @@ int main() {
     linears(type);
     quantized_linears(type);
     experts(type);
+    transposed_experts(type);
     embeds(type);
     norms(type);
     for (int64_t page_size : {16, 48, 64, 128})

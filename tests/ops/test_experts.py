@@ -251,25 +251,69 @@ def test_the_tables_of_several_layers_are_told_apart():
         np.testing.assert_array_equal(found[index], run(matrices, x, choice, weights))
 
 
-def test_alternating_rows_biases_and_a_clamp():
-    """gpt-oss: one matrix with the rows of gate and up in turn."""
-    rng = np.random.default_rng(6)
-    both = rng.normal(size=(E, 2 * F, D)).astype(np.float32)
-    down = rng.normal(size=(E, D, F)).astype(np.float32) / F**0.5
-    both_bias, down_bias = (rng.normal(size=(E, n)).astype(np.float32) for n in (2 * F, D))
-    arrays = (jnp.asarray(array) for array in (down, both_bias, down_bias))
-    matrices = ExpertMatrices((jnp.asarray(both),), *arrays, clamp=(1.702, 7.0))
-    x, choice = rng.normal(size=(5, D)).astype(np.float32), random_choice(rng, 5)
-    weights = rng.uniform(size=(5, K)).astype(np.float32)
-    expected = np.zeros((5, D), np.float32)
-    for t in range(5):
+def transposed_experts(rng, dtype):
+    """Return gpt-oss's matrices of each expert, gate and up in turn, and their biases."""
+    # no multiples of a vector, and several runs of columns
+    size, hidden = 68, 150
+    shapes = {
+        "both": (size, 2 * hidden),
+        "down": (hidden, size),
+        "both_bias": (2 * hidden,),
+        "down_bias": (size,),
+    }
+    return [
+        {name: jnp.asarray(rng.normal(size=shape) / 8, dtype) for name, shape in shapes.items()}
+        for _ in range(E)
+    ]
+
+
+def expected_transposed(x, choice, weights, experts, parts):
+    out = np.zeros(x.shape, np.float32)
+    for t in range(len(x)):
         for e, weight in zip(choice[t], weights[t]):
-            rows = both[e] @ x[t] + both_bias[e]
-            gate, up = np.minimum(rows[0::2], 7.0), np.clip(rows[1::2], -7.0, 7.0)
+            if not 0 <= e < E:
+                continue
+            of = {name: np.asarray(array, np.float32) for name, array in experts[e].items()}
+            both = np.asarray(x[t], np.float32) @ of["both"] + of["both_bias"]
+            gate, up = np.minimum(both[0::2], 0.7), np.clip(both[1::2], -0.7, 0.7)
             hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
-            expected[t] += weight * (down[e] @ hidden + down_bias[e])
-    found = run(matrices, jnp.asarray(x), choice, jnp.asarray(weights))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+            hidden = np.asarray(jnp.asarray(hidden, x.dtype), np.float32)
+            out[t] += weight * (hidden @ of["down"] + of["down_bias"] / parts)
+    return out
+
+
+def transposed(experts, form):
+    if form == "stacked":
+        of = jax.tree.map(lambda *each: jnp.stack(each), *experts)
+    else:
+        one = mesh.make_mesh(devices=jax.devices()[:1])
+        experts = jax.device_put(experts, jax.NamedSharding(one, jax.P()))
+        of = by_address(tree.Separate(tuple(experts), axis="experts"), one).body
+    options = {"into_bias": of["both_bias"], "down_bias": of["down_bias"], "clamp": (1.702, 0.7)}
+    return ExpertMatrices((of["both"],), of["down"], **options), experts
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("tokens, parts", [(1, 1), (5, 2), (33, 1)])
+def test_transposed_matrices_biases_and_a_clamp(form, dtype, tokens, parts):
+    """gpt-oss: gate and up in one matrix, rows along the outputs."""
+    rng = np.random.default_rng(tokens)
+    experts = transposed_experts(rng, dtype)
+    matrices, _held = transposed(experts, form)
+    matrices = dataclasses.replace(matrices, parts=parts)
+    x = jnp.asarray(rng.normal(size=(tokens, 68)), dtype)
+    choice, weights = random_choice(rng, tokens, -2, E + 2), rng.uniform(size=(tokens, K))
+    expected = expected_transposed(x, choice, weights, experts, parts)
+    found = run(matrices, x, choice, jnp.asarray(weights, F32))
+    tolerance = 1e-4 if dtype == F32 else 1e-2
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    if form == "addressed":
+        for t in range(0, tokens, 7):
+            alone = run(
+                matrices, x[t : t + 1], choice[t : t + 1], jnp.asarray(weights[t:][:1], F32)
+            )
+            np.testing.assert_array_equal(alone[0], found[t])
 
 
 def test_addresses_are_those_of_the_arrays():
