@@ -58,9 +58,9 @@ class ConvertConfig:
 
     mapping: str | None = None
     """maxtext, maxtext-interleaved, maxtext-halves, tunix, nnx, linen, hf, or a Python or YAML file
-    with a mapping; by default the one that fits. MaxText's Llama, Mistral and Mixtral rotate
-    either interleaved pairs or halves of a head: maxtext chooses by rope_type in config.json, the
-    other two choose explicitly.
+    with a mapping; by default the one that fits. MaxText's Llama, Mistral, Mixtral and DeepSeek
+    rotate either interleaved pairs or halves of a head: maxtext chooses by rope_type in
+    config.json, the other two choose explicitly.
     """
     allow_unknown_names: bool = False
     """Accept a tree's names as Hugging Face's own, although the architecture is unknown here

@@ -232,10 +232,29 @@ def test_deepseeks_rotary_embedding_is_stated():
     assert "halves, as in MaxText with rope_type: yarn and rope_interleave: false" in explain(
         halves
     )
-    default = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    assert "(config.json's rope_type is 'default')" in explain(
-        prepare(source, ConvertConfig(), default)
-    )
+
+
+@pytest.mark.parametrize("is_v3", [True, False])
+def test_another_type_of_deepseeks_rotary_embedding_must_be_named(is_v3, tmp_path):
+    """Under MaxText's default one, halves are rotated: pairs gave logits 5.0 apart, of 4.7."""
+    name = "deepseek3" if is_v3 else "deepseek2"
+    source = open_source(MAXTEXT / f"{name}_scan_orbax")
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    config = config_of(f"hf_{name}") | rope
+    config.pop("rope_interleave", None)
+    text = told(f"{name}_scan_orbax", config)
+    assert "rope_type: 'default' does not determine which rotary embedding" in text
+    assert "--mapping maxtext-interleaved" in text and ("maxtext-halves" in text) is is_v3
+    pairs = prepare(source, ConvertConfig(mapping="maxtext-interleaved"), config)
+    assert not pairs.problems and pairs.config.get("rope_interleave") is (True if is_v3 else None)
+    halves = prepare(source, ConvertConfig(mapping="maxtext-halves"), config)
+    assert bool(halves.problems) is not is_v3
+    if is_v3:
+        assert halves.config["rope_interleave"] is False
+        stated = config | {"rope_interleave": False}
+        assert not prepare(source, ConvertConfig(), stated).problems
+        contradicted = prepare(source, ConvertConfig(mapping="maxtext-interleaved"), stated)
+        assert any("rope_interleave: got False" in p for p in contradicted.problems)
 
 
 def test_qwens_weights_of_experts_are_normalized_as_in_maxtext():

@@ -333,7 +333,6 @@ def _compared(mapping: TreeMapping, config: Mapping[str, Any]) -> TreeMapping:
     """Return the mapping with what config.json states of a family's own choices in MaxText."""
     match mapping.config.get("model_type"):
         case "qwen3_moe" if config.get("norm_topk_prob") is False:
-            # An old spelling of Qwen3-MoE's config.json; it is the default of transformers.
             note = "experts: MaxText divides the weights of the chosen experts by their sum; "
             note += "config.json's norm_topk_prob false does not, so the results differ"
             rest = {k: v for k, v in mapping.config.items() if k != "norm_topk_prob"}
@@ -342,13 +341,28 @@ def _compared(mapping: TreeMapping, config: Mapping[str, Any]) -> TreeMapping:
             told = "config.json: layer_types: windows do not alternate, from the first layer on, as"
             return dataclasses.replace(mapping, undecided=f"{told} in MaxText's gpt-oss models")
         case "deepseek_v2" | "deepseek_v3":
-            is_pairs = config.get("rope_interleave") is not False
-            note = f"rotary embedding: {'neighbouring pairs' if is_pairs else 'halves'}, as in "
-            note += f"MaxText with rope_type: yarn and rope_interleave: {str(is_pairs).lower()}"
-            if rope_type(config) != "yarn":
-                note += f" (config.json's rope_type is {rope_type(config)!r})"
-            return dataclasses.replace(mapping, note=note)
+            return _with_rotation(mapping, config)
     return mapping
+
+
+def _with_rotation(mapping: TreeMapping, config: Mapping[str, Any]) -> TreeMapping:
+    """Return a mapping of DeepSeek with the rotary embedding that follows from config.json.
+
+    MaxText's DeepSeek models have yarn with ``rope_interleave``; its default rotary embedding
+    rotates halves. The rows of a rotated part are never permuted: for DeepSeek V3, transformers
+    reads ``rope_interleave``, for V2 it always rotates pairs.
+    """
+    kind, is_v3 = rope_type(config), mapping.config["model_type"] == "deepseek_v3"
+    is_halves = is_v3 and config.get("rope_interleave") is False
+    if is_halves or kind == "yarn":
+        note = f"rotary embedding: {'halves' if is_halves else 'neighbouring pairs'}, as in MaxText"
+        note += f" with rope_type: yarn and rope_interleave: {str(not is_halves).lower()}"
+        return dataclasses.replace(mapping, note=note)
+    told = f"config.json: rope_type: {kind!r} does not determine which rotary embedding MaxText's "
+    told += "tree has; give --mapping maxtext-interleaved if it has neighbouring pairs (rope_type: "
+    told += "yarn and rope_interleave: true), "
+    told += "or --mapping maxtext-halves" if is_v3 else "there is no rule for halves of DeepSeek V2"
+    return dataclasses.replace(mapping, undecided=told)
 
 
 def _alternates(layer_types: Any) -> bool:
@@ -361,4 +375,15 @@ def _alternates(layer_types: Any) -> bool:
 def given(asked: Rotation) -> tuple[TreeMapping, ...]:
     """Return the mappings of the rotary embedding that the user names."""
     note = f"rotary embedding: {asked}, as --mapping maxtext-{asked} says"
-    return tuple(dataclasses.replace(mapping, note=note) for mapping in BY_ROTATION[asked])
+    deepseek = [
+        dataclasses.replace(
+            mapping, config={**mapping.config, "rope_interleave": asked == "interleaved"}
+        )
+        if mapping.config["model_type"] == "deepseek_v3"
+        else mapping
+        for mapping in _DEEPSEEK
+        if asked == "interleaved" or mapping.config["model_type"] == "deepseek_v3"
+    ]
+    return tuple(
+        dataclasses.replace(mapping, note=note) for mapping in (*BY_ROTATION[asked], *deepseek)
+    )
