@@ -183,7 +183,7 @@ def check(config: Any, hf_config: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 def computed_rotation(config: Any) -> Rotation | None:
-    """Return the rotation of MaxText's Llama and Mistral under ``config``: pairs or halves.
+    """Return the rotation of MaxText's Llama, Mistral, Mixtral under ``config``: pairs or halves.
 
     None for yarn, which supports both.
     """

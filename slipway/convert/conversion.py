@@ -27,8 +27,9 @@ from slipway.convert.executor import Delta, Options, Written
 from slipway.convert.hf_config import TIE, configure, known_sizes
 from slipway.convert.lora import Merge, read_adapter
 from slipway.convert.mappings import hf
+from slipway.convert.moves import Move
 from slipway.convert.orbax import OrbaxWriter
-from slipway.convert.plan import Direction, Move, Plan, resolve
+from slipway.convert.plan import Direction, Plan, resolve
 from slipway.convert.rules import TreeMapping
 from slipway.convert.source import Source, fingerprint
 from slipway.convert.tokenizer import (
@@ -57,9 +58,9 @@ class ConvertConfig:
 
     mapping: str | None = None
     """maxtext, maxtext-interleaved, maxtext-halves, tunix, nnx, linen, hf, or a Python or YAML file
-    with a mapping; by default the one that fits. MaxText's Llama and Mistral rotate either
-    interleaved pairs or halves of a head: maxtext chooses by rope_type in config.json, the other
-    two choose explicitly.
+    with a mapping; by default the one that fits. MaxText's Llama, Mistral, Mixtral and DeepSeek
+    rotate either interleaved pairs or halves of a head: maxtext chooses by rope_type in
+    config.json, the other two choose explicitly.
     """
     allow_unknown_names: bool = False
     """Accept a tree's names as Hugging Face's own, although the architecture is unknown here
@@ -264,23 +265,37 @@ def _plan(
         found = [
             mapping for mapping in found if ("not scanned" in mapping.name) != options.scan_layers
         ]
-    plans = [
-        resolve(
-            mapping,
-            "to_jax" if backward else "to_hf",
-            source.specs,
-            known=known_sizes(mapping, given),
-        )
-        for mapping in found
-    ]
+    plans = []
+    direction: Direction = "to_jax" if backward else "to_hf"
+    for mapping in found:
+        plans.append(resolve(mapping, direction, source.specs, known=known_sizes(mapping, given)))
+        if backward and plans[-1].fits and not _contradicts(plans[-1], given):
+            break
     # By names first, so that the right mapping that meets a wrong shape stays the right one.
     best = min(
         plans, key=lambda plan: (len(plan.unmatched), _contradicts(plan, given), len(plan.problems))
     )
     fits = not (best.unmatched or _contradicts(best, given))
+    if not backward and best.fits:
+        best = _only(best, [plan for plan in plans if plan.fits])
     if candidates or name not in (None, "hf") or (fits and twin is None):
         return best, source
     return _own_names(best, source, options, given=given, twin=twin)
+
+
+def _only(best: Plan, fitting: Sequence[Plan]) -> Plan:
+    """Return ``best``, with a problem if the shapes fit another mapping of its model_type, too."""
+    model_type = best.mapping.config.get("model_type")
+    names = [
+        repr(plan.mapping.name)
+        for plan in fitting
+        if plan.mapping.config.get("model_type") == model_type
+    ]
+    if len(names) < 2:
+        return best
+    told = f"mapping: {' and '.join(names)} fit alike, but read the tree differently; "
+    told += "give the right rules with --mapping FILE"
+    return dataclasses.replace(best, problems=(*best.problems, told))
 
 
 def _contradicts(plan: Plan, given: Mapping[str, Any]) -> bool:

@@ -20,7 +20,8 @@ import numpy as np
 from slipway.checkpoint.copying import on_a_page
 from slipway.checkpoint.shards import Spec
 from slipway.convert import transfer
-from slipway.convert.plan import Move, Plan
+from slipway.convert.moves import Move
+from slipway.convert.plan import Plan
 from slipway.convert.source import Source
 from slipway.convert.writer import Pieces, Writer
 from slipway.errors import CheckpointError

@@ -26,7 +26,9 @@ class HfConfig:
 def known_sizes(mapping: TreeMapping, given: Mapping[str, Any]) -> dict[str, int]:
     """Return the axis sizes that ``given`` states, for rules with tensors that do not show them."""
     sizes = {
-        axis: given[field] for axis, field in mapping.fields.items() if _is_count(given.get(field))
+        axis: given[field]
+        for axis, field in mapping.fields.items()
+        if axis.isidentifier() and _is_count(given.get(field))
     }
     if (
         "head_dim" in mapping.fields
@@ -49,7 +51,10 @@ def configure(plan: Plan, given: Mapping[str, Any], targets: Mapping[str, Spec])
     problems += [
         f"config.json: {field}: missing; it does not follow from the tensors, give it with --config"
         for field in mapping.required
-        if field not in config and field not in (config.get("rope_parameters") or {})
+        if not any(
+            field in (place or {})
+            for place in (config, config.get("rope_parameters"), config.get("rope_scaling"))
+        )
     ]
     dtypes = sorted({str(spec.dtype) for spec in targets.values()})
     if len(dtypes) == 1:
@@ -66,8 +71,8 @@ def _facts(plan: Plan, targets: Mapping[str, Spec]) -> Iterator[tuple[str, Any, 
     for field, value in plan.mapping.config.items():
         yield field, value, f"mapping {plan.mapping.name!r}"
     for axis, field in plan.mapping.fields.items():
-        if axis in plan.sizes:
-            yield field, plan.sizes[axis], f"axis {axis} of the tensors"
+        if (size := plan.mapping.size(axis, plan.sizes)) is not None:
+            yield field, size, f"axis {axis} of the tensors"
     if plan.unmatched:  # the head may be there under an unknown name
         return
     for head in plan.mapping.tied:

@@ -1,81 +1,27 @@
 """Plan of a conversion: rules resolved against names and shapes, before values are read.
 
 Either side may be the source. Every mismatch is collected. A plan without mismatches accounts for
-each source tensor exactly once. Not here: the meaning of a rule (rules.py), its execution
-(executor.py).
+each source tensor exactly once. Not here: the meaning of a rule (rules.py), one move of
+numbers (moves.py), its execution (executor.py).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 from slipway import layout
 from slipway.checkpoint.shards import Spec
+from slipway.convert.moves import End, Move
 from slipway.convert.rules import Rule, Side, TreeMapping
 
 Direction = Literal["to_hf", "to_jax"]
 Sizes = dict[str, int]
 Labels = dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """One tensor's share in a move: its axes taken apart, and the range of each that takes part."""
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    split: tuple[int, ...]
-    take: tuple[slice, ...]
-    data_size: int  # elements that are not padding
-
-    @property
-    def filled(self) -> int:
-        """Number of elements in the share."""
-        return math.prod(
-            len(range(*part.indices(size))) for part, size in zip(self.take, self.split)
-        )
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the share is the whole tensor."""
-        return all(
-            len(range(*part.indices(size))) == size for part, size in zip(self.take, self.split)
-        )
-
-    def view(self, array: Any, order: tuple[str, ...]) -> Any:
-        """Return the share as a view of ``array``, axes in ``order``; a missing axis has size 1."""
-        taken: Any = (*self.take, ...)  # the ellipsis makes a view, even of a scalar
-        atoms = array.reshape(self.split)[taken]
-        kept = [axis for axis in order if axis in self.axes]
-        dropped = [axis for axis in self.axes if axis not in order]
-        first: Any = (*(0,) * len(dropped), ...)
-        atoms = atoms.transpose([self.axes.index(axis) for axis in (*dropped, *kept)])[first]
-        spread: Any = (*(slice(None) if axis in self.axes else None for axis in order), ...)
-        return atoms[spread]
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """Numbers to copy from ``source`` to ``target``, multiplied by ``factor``."""
-
-    rule: Rule
-    source: End
-    target: End
-    factor: float
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """Axes in the order in which the target holds them."""
-        return self.target.axes
-
-    @property
-    def copies(self) -> tuple[str, ...]:
-        """Axes along which the source repeats the same numbers."""
-        return tuple(axis for axis in self.source.axes if axis not in self.target.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +175,7 @@ def _root(mapping: TreeMapping, sources: Iterable[str]) -> str:
     for root in mapping.roots:
         held = [name.removeprefix(root) for name in names if name.startswith(root)]
         if any(
-            ours.match(name, mapping.parts) is not None
+            ours.match(name, mapping.sizes) is not None
             for _, ours, _ in mapping.sides()
             for name in held
         ):
@@ -250,6 +196,11 @@ class _Rule:
     local: Sizes
     found: dict[str, tuple[Labels, Spec]] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def axes(self) -> frozenset[str]:
+        """Every axis of the rule's pattern."""
+        return frozenset(re.findall(r"\w+", self.rule.axes))
+
 
 class _Resolver:
     """Collection of sizes and problems over all rules."""
@@ -265,29 +216,56 @@ class _Resolver:
     def match(self, sources: Mapping[str, Spec], prefix: str) -> None:
         """Give each source tensor to the first rule that names it.
 
-        Count the indices in the names.
+        Count the indices in the names. A name that only a counted size gives to a rule waits for
+        it.
         """
+        left = sorted(sources.items())
+        for name, spec in left:
+            if not name.startswith(prefix):
+                self._refuse(name, spec)
+        left = [item for item in left if item[0].startswith(prefix)]
         indices: dict[str, set[int]] = {}
-        for name, spec in sorted(sources.items()):
-            for rule in self.rules:
-                labels = (
-                    rule.source.match(name.removeprefix(prefix), self.mapping.parts)
-                    if name.startswith(prefix)
-                    else None
-                )
-                if labels is not None:
-                    rule.found[name] = (labels, spec)
-                    for axis, label in labels.items():
-                        if axis not in self.mapping.parts:
-                            indices.setdefault(axis, set()).add(int(label))
-                    break
-            else:
-                self.unnamed.append(
-                    f"{name}: no rule of mapping {self.mapping.name!r} names it (shape "
-                    f"{spec.shape})"
-                )
-        for axis, numbers in indices.items():
-            self._settle(axis, max(numbers) + 1, "the names' indices")
+        while left:
+            before, left = left, [item for item in left if not self._match(*item, prefix, indices)]
+            for axis, numbers in indices.items():
+                self._settle(axis, max(numbers) + 1, "the names' indices")
+            if len(left) == len(before) and not self._settle_absent():
+                break
+        self._settle_absent()
+        for name, spec in left:
+            self._refuse(name, spec)
+
+    def _match(self, name: str, spec: Spec, prefix: str, indices: dict[str, set[int]]) -> bool:
+        """Give a tensor to the first rule that names it; return False if it has to wait."""
+        bare = name.removeprefix(prefix)
+        for rule in self.rules:
+            if rule.source.waits(bare, self.sizes):
+                return False
+            if (labels := rule.source.match(bare, self.sizes)) is None:
+                continue
+            rule.found[name] = (labels, spec)
+            for axis, label in labels.items():
+                if axis not in self.mapping.parts:
+                    indices.setdefault(axis, set()).add(int(label))
+            return True
+        self._refuse(name, spec)
+        return True
+
+    def _refuse(self, name: str, spec: Spec) -> None:
+        """Record a tensor that no rule names."""
+        told = f"no rule of mapping {self.mapping.name!r} names it (shape {spec.shape})"
+        self.unnamed.append(f"{name}: {told}")
+
+    def _settle_absent(self) -> bool:
+        """Set axes to 0 that may be absent and that no tensor has; return whether there are any."""
+        found = [rule for rule in self.rules if rule.found]
+        absent = [
+            axis
+            for axis in self.mapping.absent
+            if axis not in self.sizes and not any(axis in rule.axes for rule in found)
+        ]
+        self.sizes |= dict.fromkeys(absent, 0)
+        return bool(absent)
 
     def solve(self, then: Mapping[str, int]) -> None:
         """Infer axis sizes from shapes until nothing more follows.
@@ -307,10 +285,11 @@ class _Resolver:
     def complete(self, prefix: str) -> None:
         """Record every tensor that a rule needs and the source lacks."""
         for rule in self.rules:
-            if rule.rule.optional and not rule.found:
+            is_absent = any(self.sizes.get(axis) == 0 for axis in rule.axes)
+            if (rule.rule.optional or is_absent) and not rule.found:
                 continue
             for labels in self._combinations(rule.source.indices):
-                name = prefix + rule.source.format(labels)
+                name = prefix + rule.source.format(labels, self.sizes)
                 if name not in rule.found:
                     self.missing.append(f"{name}: missing")
 
@@ -321,7 +300,7 @@ class _Resolver:
             sizes = self.sizes | rule.local
             indices = dict.fromkeys((*rule.source.indices, *rule.target.indices))
             for labels in self._combinations(tuple(indices)) if rule.found else ():
-                name = source_prefix + rule.source.format(labels)
+                name = source_prefix + rule.source.format(labels, sizes)
                 if name not in rule.found:
                     continue
                 try:
@@ -332,9 +311,8 @@ class _Resolver:
                         sizes=sizes,
                         flipped=rule.source.flipped ^ rule.target.flipped,
                     )
-                    target = self._end(
-                        rule.target, target_prefix + rule.target.format(labels), labels, sizes=sizes
-                    )
+                    target_name = target_prefix + rule.target.format(labels, sizes)
+                    target = self._end(rule.target, target_name, labels, sizes=sizes)
                 except KeyError as error:
                     self.problems.append(
                         f"{name}: the size of axis {error.args[0]!r} follows from nothing here"
@@ -380,9 +358,7 @@ class _Resolver:
             if axis in side.pads:
                 self._settle_padded(axis, side.pads[axis], solved[axis], name=name, final=final)
             elif axis in parts:
-                expression = parts[axis][labels[axis]] if axis in labels else 0
-                if isinstance(expression, str):
-                    self._settle(expression, solved[axis], name)
+                self._settle_part(axis, labels.get(axis), solved[axis], name=name, rule=rule)
             elif axis not in side.indices:
                 self._settle(axis, solved[axis], name, rule=rule)
 
@@ -395,6 +371,16 @@ class _Resolver:
         sizes = self.sizes if rule is None or self.mapping.is_global(axis) else rule.local
         if sizes.setdefault(axis, size) != size:
             self.problems.append(f"{where}: axis {axis} has size {size}, elsewhere {sizes[axis]}")
+
+    def _settle_part(self, axis: str, label: str | None, size: int, name: str, rule: _Rule) -> None:
+        """Settle the size of the part ``label``; without one, of the only unknown part."""
+        parts = self.mapping.parts[axis]
+        counts = {part: self._part_size(expression, rule) for part, expression in parts.items()}
+        unknown = [label] if label else [part for part, count in counts.items() if count is None]
+        expression = parts[unknown[0]] if len(unknown) == 1 else 0
+        if isinstance(expression, str):
+            others = sum(count or 0 for part, count in counts.items() if part not in unknown)
+            self._settle(expression, size - (0 if label else others), name)
 
     def _settle_padded(self, axis: str, pad: str, size: int, name: str, final: bool) -> None:
         if axis not in self.sizes and not final:

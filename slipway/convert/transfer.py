@@ -13,7 +13,7 @@ import numpy as np
 
 from slipway.checkpoint.copying import copy_bits, count_above
 from slipway.checkpoint.shards import PAGE, Spec
-from slipway.convert.plan import Move
+from slipway.convert.moves import Move
 
 PIECE_ELEMENTS = 1 << 20
 

@@ -39,7 +39,7 @@ from slipway.checkpoint.swap import (
 )
 from slipway.convert import executor, transfer
 from slipway.convert.conversion import Conversion, ConvertConfig, prepare
-from slipway.convert.plan import Move
+from slipway.convert.moves import Move
 from slipway.convert.source import MemorySource, flatten
 from slipway.errors import CheckpointError, InvalidRequest
 from slipway.tree import is_param

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -22,7 +21,7 @@ from slipway.convert.source import MemorySource, flatten
 from slipway.convert.transfer import max_ulp
 from slipway.convert.verify import explain, report, summary, verify
 from slipway.convert.writer import ASIDE
-from tests.convert.twins import BF16, MAXTEXT, NANO, assert_same, flax_tree, tensors
+from tests.convert.twins import BF16, MAXTEXT, NANO, assert_same, flax_tree, restored, tensors
 from training.model import Model, ModelConfig
 
 pytestmark = pytest.mark.host
@@ -31,12 +30,8 @@ PAIRS = [
     ("qwen3_scan_orbax", "hf_qwen3", "scanned"),
     ("qwen3_unscan_orbax", "hf_qwen3", "unscanned"),
     ("qwen3moe_scan_orbax", "hf_qwen3moe", "scanned"),
+    ("qwen3moe_unscan_orbax", "hf_qwen3moe", "unscanned"),
 ]
-
-
-def restored(path: Path) -> dict:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute())
 
 
 @pytest.mark.parametrize(("tree", "twin", "_"), PAIRS)

@@ -102,6 +102,68 @@ def test_pairs_and_halves_of_a_rotated_head():
     assert np.array_equal(tensor[:, 3:], x[..., 1::2].transpose(1, 2, 0))
 
 
+def test_two_axes_are_one_index_of_a_name():
+    """Layers of two kinds alternate, and each kind is stacked: layer 5 is block 2, place 1."""
+    rule = ("layers_{cycle}.w", "l.{blocks cycle}.w", "a blocks b -> blocks b a")
+    trees = {f"layers_{i}.w": numbers(4, 3, 5) + np.array(i, BF16) for i in range(2)}
+    tensors = forth_and_back(mapping(rule, sizes={"cycle": 2}), trees)
+    assert sorted(tensors) == [f"l.{i}.w" for i in range(6)]
+    for i in range(6):
+        assert np.array_equal(tensors[f"l.{i}.w"], trees[f"layers_{i % 2}.w"][:, i // 2].T)
+
+
+LAYERS = (
+    ("moe.norm", "l.{dense+moe}.norm", "a moe -> moe a"),
+    ("moe.w", "l.{dense+moe}.experts.{experts}", "experts moe a b -> moe experts b a"),
+    ("dense.norm", "l.{dense}.norm", "a dense -> dense a"),
+    ("dense.w", "l.{dense}.w", "a dense b -> dense b a"),
+)
+
+
+@pytest.mark.parametrize("dense", [0, 1, 3])
+def test_an_index_begins_after_another_axis(dense):
+    tree = {"moe.norm": numbers(4, 2), "moe.w": numbers(3, 2, 4, 5)}
+    if dense:
+        tree |= {"dense.norm": numbers(4, dense), "dense.w": numbers(4, dense, 5)}
+    tensors = forth_and_back(mapping(*LAYERS, absent=("dense",)), tree)
+    names = {f"l.{i}.norm" for i in range(dense + 2)} | {f"l.{i}.w" for i in range(dense)}
+    assert tensors.keys() == names | {
+        f"l.{dense + i}.experts.{j}" for i in range(2) for j in range(3)
+    }
+    assert np.array_equal(tensors[f"l.{dense + 1}.experts.2"], tree["moe.w"][2, 1].T)
+    assert np.array_equal(tensors[f"l.{dense + 1}.norm"], tree["moe.norm"][:, 1])
+    if dense:
+        assert np.array_equal(tensors[f"l.{dense - 1}.norm"], tree["dense.norm"][:, -1])
+
+
+def test_some_tensors_of_an_axis_that_may_be_absent_are_no_whole():
+    absent = mapping(*LAYERS, absent=("dense",))
+    tree = {"moe.norm": numbers(4, 2), "moe.w": numbers(3, 2, 4, 5), "dense.w": numbers(4, 1, 5)}
+    assert planned(absent, "to_hf", tree).unmatched == ("dense.norm: missing",)
+    tree = {"moe.norm": numbers(4, 2), "moe.w": numbers(3, 2, 4, 5)}
+    assert set(planned(mapping(*LAYERS), "to_hf", tree).unmatched) == {
+        "dense.norm: missing",
+        "dense.w: missing",
+    }
+    tensors = {"l.0.w": numbers(5, 4), "l.1.norm": numbers(4), "l.1.experts.0": numbers(5, 4)}
+    assert planned(absent, "to_jax", tensors).unmatched == ("l.0.norm: missing",)
+
+
+def test_the_only_unknown_part_of_an_axis_is_the_rest():
+    parts = {"both": {"latent": "rank", "rope": "rope"}, "query": {"nope": "nope", "rope": "rope"}}
+    fields = {axis: axis for axis in ("rank", "rope", "nope", "heads")}
+    rows = (
+        ("norm", "norm", "rank -> rank"),
+        ("down", "down", "a both -> both a"),
+        ("query", "query", "a heads query -> (heads query) a"),
+    )
+    tree = {"norm": numbers(6), "down": numbers(4, 6 + 2), "query": numbers(4, 3, 5 + 2)}
+    plan = planned(mapping(*rows, parts=parts, fields=fields), "to_hf", tree)
+    assert plan.fits
+    sizes = {"rank": 6, "rope": 2, "nope": 5, "heads": 3}
+    assert {axis: plan.sizes[axis] for axis in fields} == sizes
+
+
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_scale_is_computed_in_float32_and_its_loss_is_told(dtype, head_dim):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from slipway.checkpoint import files
@@ -25,6 +26,12 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
     for name in left:
         assert left[name].dtype == right[name].dtype and left[name].shape == right[name].shape, name
         assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def restored(path: Path) -> dict:
+    """Return the nested tree of an Orbax checkpoint, as Orbax restores it."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute())
 
 
 def flax_tree(twin: str, folder: Path, mapping: str = "nnx") -> dict:

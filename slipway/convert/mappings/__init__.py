@@ -34,6 +34,7 @@ _FIELDS = (
     "required",
     "roots",
     "ignored",
+    "absent",
 )
 
 
@@ -106,7 +107,7 @@ def _from_yaml(path: Path) -> TreeMapping:
             expected = "[JAX name, HF key, pattern] or with a scale as a fourth"
             raise InvalidConfig("mapping", f"{path}: {row}", expected)
     extra = {field: content[field] for field in _FIELDS if field in content}
-    for field in ("required", "roots", "ignored"):
+    for field in ("required", "roots", "ignored", "absent"):
         if field in extra:
             extra[field] = tuple(extra[field])
     return TreeMapping(name=path.stem, rules=rules(content["rules"]), **extra)

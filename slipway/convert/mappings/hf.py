@@ -66,15 +66,13 @@ class DeclaredNames:
             for mapping in DECODERS
             if mapping.config["model_type"] == config.get("model_type")
         ]
-        self._sides = [
-            (theirs, mapping.parts) for mapping in found for _, _, theirs in mapping.sides()
-        ]
+        self._sides = [theirs for mapping in found for _, _, theirs in mapping.sides()]
         self._ignored = [glob for mapping in found for glob in mapping.ignored]
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
-        is_tensor = any(side.match(name, parts) is not None for side, parts in self._sides)
+        is_tensor = any(side.match(name, {}) is not None for side in self._sides)
         return is_tensor or any(fnmatchcase(name, glob) for glob in self._ignored)
 
 
