@@ -123,7 +123,6 @@ class PeersBench:
             self._write_models(folder)
             for turn in range(self.rounds):
                 record.turn = turn + 1
-                record.note("read GB/s", "host", host_limits.read_bandwidth(threads))
                 first = turn % len(self.engines)
                 for engine_name in (*self.engines[first:], *self.engines[:first]):
                     # Weights that the engines before have pushed out of memory.
@@ -132,6 +131,8 @@ class PeersBench:
                     try:
                         # Each expert is read once before steps are timed.
                         engine.prefill(random_prompts(rng, 1, PREFILLS[0])[0])
+                        read = host_limits.read_bandwidth(threads)
+                        record.note("read GB/s of the host", engine_name, read)
                         self._measure_steps({engine_name: engine}, record, rng)
                     finally:
                         engine.stop()
@@ -246,7 +247,8 @@ class PeersBench:
         """Start an engine; Slipway's first start in a run finds no compiled programs."""
         directory = self._directory(folder)
         # short for packed weights, so that the memory of all engines together suffices
-        length = MAX_MODEL_LEN if name in UNPACKED else PACKED_MODEL_LEN
+        is_alone = self.model == "moe"
+        length = MAX_MODEL_LEN if is_alone or name in UNPACKED else PACKED_MODEL_LEN
         if self.model == "nano":
             length = _nano_config()["max_position_embeddings"]
         if name.startswith("llama.cpp"):

@@ -193,12 +193,13 @@ ALWAYS F from_bfloat16(H x) {
 #endif
 }
 
-// Number types. kPerUnit: numbers of a unit. dot: sum + products of the numbers of two units. read
-// and write: convert `n` numbers from index `i` on to and from floats. first: one number. round:
-// round to the type.
+// Number types. kPerUnit: numbers of a unit. dot: sum + products of the numbers of two units.
+// widen: the first number of each unit, then the second, as floats. read and write: convert `n`
+// numbers from index `i` on to and from floats. first: one number. round: round to the type.
 struct Float {
   static constexpr int kPerUnit = 1;
   static ALWAYS F dot(F sum, U a, U b) { return sum + as_floats(a) * as_floats(b); }
+  static ALWAYS void widen(U units, F (&numbers)[1]) { numbers[0] = as_floats(units); }
   static ALWAYS F read(const void* p, int64_t i, int64_t n) {
     return load_part<F>(static_cast<const float*>(p) + i, n);
   }
@@ -210,6 +211,10 @@ struct Float {
 };
 struct BFloat16 {
   static constexpr int kPerUnit = 2;
+  static ALWAYS void widen(U units, F (&numbers)[2]) {
+    numbers[0] = low(units);
+    numbers[1] = high(units);
+  }
   static ALWAYS F dot(F sum, U a, U b) {
 #if defined(__AVX512BF16__)
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -323,6 +328,22 @@ ALWAYS void add_quads(const F (&rows)[4], float* out) {
       out[4 * i + r] = kQuads == 2 ? lanes[i] + lanes[kLanes - 4 + i] : lanes[i];
   }
 #endif
+}
+
+// Add the lanes of each of four vectors, in pairs: out[r] is the sum of vector r.
+ALWAYS void add_lanes(const F (&rows)[4], float* out) {
+  const F a =
+      __builtin_shuffle(rows[0], rows[1], kLow) + __builtin_shuffle(rows[0], rows[1], kHigh);
+  const F b =
+      __builtin_shuffle(rows[2], rows[3], kLow) + __builtin_shuffle(rows[2], rows[3], kHigh);
+  // Lane 4 q + r is the sum of quad q of vector r.
+  float quads[kLanes];
+  store(quads, __builtin_shuffle(a, b, kLowPair) + __builtin_shuffle(a, b, kHighPair));
+  for (int r = 0; r < 4; ++r) {
+    float sum = quads[r];
+    for (int q = 1; q < kQuads; ++q) sum += quads[4 * q + r];
+    out[r] = sum;
+  }
 }
 
 // Second operand of a product: rows of kLanes units for each column. Row k of column j lies at
