@@ -177,3 +177,15 @@ def test_the_step_of_a_32b_model_compiles_for_eight_devices_that_are_not_there(t
         # the embedding, then two in the body that stands for every layer
         assert program["collectives"]["all-reduce"] == 3
         assert program["collectives"]["all-gather"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+def test_experts_compile_for_devices_that_are_not_there(topology):
+    """Three grouped products and one exchange of rows; no copy of the experts of a layer."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "tests.ops.compile_experts", topology]
+    variables = os.environ | WITHOUT_DEVICE
+    run = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["3", "1", "0"]
