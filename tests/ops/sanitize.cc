@@ -133,11 +133,38 @@ void routes() {
         }
 }
 
+// Arrays of a call of experts, beside the matrices. Experts of other devices have numbers outside
+// [0, count).
+struct RoutedTokens {
+  std::vector<char> x, weights, out;
+  std::vector<int32_t> choice;
+  Experts op{};
+
+  RoutedTokens(Type type, int64_t tokens, int64_t count, int64_t size, int64_t hidden) {
+    const int64_t chosen = 3;
+    for (int64_t i = 0; i < tokens * chosen; ++i)
+      choice.push_back(static_cast<int32_t>(i * 7 / 3 % (count + 2)) - 1);
+    x = numbers(tokens * size, type);
+    weights = numbers(tokens * chosen, Type::kFloat);
+    out.resize(tokens * size * 4);
+    op.type = type;
+    op.tokens = tokens;
+    op.chosen = chosen;
+    op.experts = count;
+    op.size = size;
+    op.hidden = hidden;
+    op.x = x.data();
+    op.choice = choice.data();
+    op.weights = reinterpret_cast<float*>(weights.data());
+    op.out = reinterpret_cast<float*>(out.data());
+  }
+};
+
 void experts(Type type) {
   for (int64_t tokens : {0, 1, 2, 9, 40})
     for (auto [bits, group] : {std::pair<int, int64_t>{0, 0}, {8, 0}, {4, 32}})
       for (int64_t hidden : {32, 96}) {
-        const int64_t count = 5, size = 64, chosen = 3;
+        const int64_t count = 5, size = 64;
         std::vector<std::vector<char>> held;
         std::vector<const void*> tables[6];
         for (int64_t e = 0; e < count; ++e)
@@ -149,22 +176,8 @@ void experts(Type type) {
             held.push_back(numbers(rows * (group ? in / group : 1), type));
             tables[3 + m].push_back(held.back().data());
           }
-        // Experts of other devices have numbers outside [0, count).
-        std::vector<int32_t> choice;
-        for (int64_t i = 0; i < tokens * chosen; ++i)
-          choice.push_back(static_cast<int32_t>(i * 7 / 3 % (count + 2)) - 1);
-        auto x = numbers(tokens * size, type), weights = numbers(tokens * chosen, Type::kFloat);
-        std::vector<char> out(tokens * size * 4);
-        Experts op{};
-        op.type = type;
-        op.tokens = tokens;
-        op.chosen = chosen;
-        op.experts = count;
-        op.size = size;
-        op.hidden = hidden;
-        op.x = x.data();
-        op.choice = choice.data();
-        op.weights = reinterpret_cast<float*>(weights.data());
+        RoutedTokens routed(type, tokens, count, size, hidden);
+        Experts& op = routed.op;
         op.gate = tables[0].data();
         op.up = tables[1].data();
         op.down = tables[2].data();
@@ -173,7 +186,6 @@ void experts(Type type) {
         op.gate_scale = tables[3].data();
         op.up_scale = tables[4].data();
         op.down_scale = tables[5].data();
-        op.out = reinterpret_cast<float*>(out.data());
         SLIPWAY_ISA::table.experts(op, team);
         ++calls;
       }
@@ -183,7 +195,7 @@ void experts(Type type) {
 void transposed_experts(Type type) {
   for (int64_t tokens : {1, 2, 9})
     for (int64_t hidden : {3, 150}) {
-      const int64_t count = 5, size = 68, chosen = 3;
+      const int64_t count = 5, size = 68;
       std::vector<std::vector<char>> held;
       std::vector<const void*> tables[4];
       for (int64_t e = 0; e < count; ++e)
@@ -192,21 +204,8 @@ void transposed_experts(Type type) {
               numbers(std::array{size * 2 * hidden, hidden * size, 2 * hidden, size}[m], type));
           tables[m].push_back(held.back().data());
         }
-      std::vector<int32_t> choice;
-      for (int64_t i = 0; i < tokens * chosen; ++i)
-        choice.push_back(static_cast<int32_t>(i * 7 / 3 % (count + 2)) - 1);
-      auto x = numbers(tokens * size, type), weights = numbers(tokens * chosen, Type::kFloat);
-      std::vector<char> out(tokens * size * 4);
-      Experts op{};
-      op.type = type;
-      op.tokens = tokens;
-      op.chosen = chosen;
-      op.experts = count;
-      op.size = size;
-      op.hidden = hidden;
-      op.x = x.data();
-      op.choice = choice.data();
-      op.weights = reinterpret_cast<float*>(weights.data());
+      RoutedTokens routed(type, tokens, count, size, hidden);
+      Experts& op = routed.op;
       op.gate = tables[0].data();
       op.down = tables[1].data();
       op.gate_bias = tables[2].data();
@@ -214,7 +213,6 @@ void transposed_experts(Type type) {
       op.bias_scale = 0.5f;
       op.alpha = 1.702f;
       op.limit = 7.0f;
-      op.out = reinterpret_cast<float*>(out.data());
       SLIPWAY_ISA::table.experts(op, team);
       ++calls;
     }
