@@ -64,7 +64,9 @@ def main() -> None:
         text = jax.jit(run).lower(*arguments).compile().as_text()
     products = len(re.findall(r'custom_call_target="tpu_custom_call"', text))
     exchanges = len(re.findall(r" ragged-all-to-all(?:-start)?\(", text))
-    sizes = [f"{n},{HIDDEN},{SIZE}" for n in (local, LAYERS * local, f"{LAYERS},{local}")]
+    matrices = f"{HIDDEN},{SIZE}", f"{SIZE},{HIDDEN}"
+    counts = local, LAYERS * local, f"{LAYERS},{local}"
+    sizes = [f"{count},{matrix}" for count in counts for matrix in matrices]
     copies = sum(bool(re.search(rf"= bf16\[{each}\]\S* (?:{MOVES})\(", text)) for each in sizes)
     print(products, exchanges, copies)
 
