@@ -138,7 +138,7 @@ class PeersBench:
                         engine.stop()
         for batch in BATCHES:
             size = moe_step_bytes(MOE_SHAPE, batch)
-            rates = record.figures[f"decode b{batch} tok/s"]
+            rates = record.figures.get(f"decode b{batch} tok/s", {})
             bf16 = {name: values for name, values in rates.items() if name in UNPACKED}
             record.figures[f"decode b{batch} GB/s"] = {
                 name: [rate / batch * size / 1e9 for rate in values]
