@@ -137,12 +137,11 @@ class PeersBench:
                     finally:
                         engine.stop()
         for batch in BATCHES:
-            size = moe_step_bytes(MOE_SHAPE, batch)
             rates = record.figures.get(f"decode b{batch} tok/s", {})
-            bf16 = {name: values for name, values in rates.items() if name in UNPACKED}
+            sizes = {name: moe_step_bytes(MOE_SHAPE, batch, *bits_of(name)) for name in rates}
             record.figures[f"decode b{batch} GB/s"] = {
-                name: [rate / batch * size / 1e9 for rate in values]
-                for name, values in bf16.items()
+                name: [rate / batch * sizes[name] / 1e9 for rate in values]
+                for name, values in rates.items()
             }
         return record.figures
 
@@ -393,18 +392,35 @@ def summary(figures: Figures) -> dict[str, Any]:
     return {"medians": medians, "spread": spread, "times_as_good": ratios}
 
 
-def moe_step_bytes(shape: Mapping[str, Any], batch: int) -> float:
-    """Return the bytes of bf16 weights that a decode step of a Qwen3-MoE shape has to read.
+def bits_of(engine: str) -> tuple[float, float]:
+    """Return the bits of a weight of projections and experts, and of the head, with their scales.
+
+    Slipway's head has 8 bits beside projections of 4, llama.cpp's q6_K.
+    """
+    packed = {
+        "ours int8": (8.0, 8.0),
+        "ours int4": (4.5, 8.0),
+        "llama.cpp q8_0": (8.5, 8.5),
+        "llama.cpp q4_0": (4.5, 6.5625),
+    }
+    return packed.get(engine, (16.0, 16.0))
+
+
+def moe_step_bytes(
+    shape: Mapping[str, Any], batch: int, bits: float = 16.0, head_bits: float = 16.0
+) -> float:
+    """Return the bytes of weights that a decode step of a Qwen3-MoE shape has to read.
 
     Of the experts only those chosen: the expected number if each token chooses at random. Without
-    the cache, the norms and the rows of the token table.
+    the router, the cache, the norms and the rows of the token table.
     """
     embed, heads = shape["hidden_size"], shape["num_attention_heads"]
     attention = 2 * embed * shape["head_dim"] * (heads + shape["num_key_value_heads"])
     experts, chosen = shape["num_experts"], shape["num_experts_per_tok"]
     read = experts * (1 - (1 - chosen / experts) ** batch)
-    layer = attention + embed * experts + read * 3 * embed * shape["moe_intermediate_size"]
-    return 2 * (shape["num_hidden_layers"] * layer + embed * shape["vocab_size"])
+    layer = attention + read * 3 * embed * shape["moe_intermediate_size"]
+    layers = shape["num_hidden_layers"] * layer
+    return (bits * layers + head_bits * embed * shape["vocab_size"]) / 8
 
 
 def _counterpart(name: str) -> str:

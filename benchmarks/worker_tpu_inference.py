@@ -29,40 +29,52 @@ PAGE_SIZE, NUM_PAGES, PAGES_PER_ROW, ROWS = 16, 64, 8, 4
 STEP_TOKENS = 32
 KERNEL = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
 METADATA = "tpu_inference.layers.common.attention_metadata"
-CONFIG = transformers.Qwen3Config(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=128,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+CONFIGS = {
+    "Qwen3ForCausalLM": transformers.Qwen3Config(**SIZES),
+    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
+}
 
 
 def main(devices: int) -> None:
     """Compare and print."""
-    loader = importlib.import_module("tpu_inference.models.common.model_loader")
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_model(CONFIG, folder)
-        adapter.register()
-        config = vllm_config(folder, adapter.PREFIX + "Qwen3ForCausalLM")
-        replace_tpu_parts(loader)
-        mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "model"))
-        with importlib.import_module("vllm.config").set_current_vllm_config(config):
-            interface = loader.get_flax_model(config, jax.random.PRNGKey(0), mesh)
+    adapter.register()
+    replace_tpu_parts(importlib.import_module("tpu_inference.models.common.model_loader"))
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "model"))
     version = importlib.import_module("importlib.metadata").version
     report = {
         "tpu_inference": version("tpu_inference"),
         "jax": jax.__version__,
-        "class": type(interface.model).__name__,
         "tensor_parallel_size": devices,
-        **compare(model, Runner(interface, mesh, CONFIG)),
-        "fields_that_the_real_objects_lack": missing_fields(config),
+        **{name: measure(name, config, mesh) for name, config in CONFIGS.items()},
     }
     print(json.dumps(report))
+
+
+def measure(name: str, config: Any, mesh: Mesh) -> dict[str, Any]:
+    """Load a random model of one architecture through its registered class, and compare it."""
+    loader = importlib.import_module("tpu_inference.models.common.model_loader")
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(config, folder)
+        engine = vllm_config(folder, adapter.PREFIX + name)
+        with importlib.import_module("vllm.config").set_current_vllm_config(engine):
+            interface = loader.get_flax_model(engine, jax.random.PRNGKey(0), mesh)
+    return {
+        "class": type(interface.model).__name__,
+        **compare(model, Runner(interface, mesh, config)),
+        "fields_that_the_real_objects_lack": missing_fields(engine),
+    }
 
 
 def compare(model: torch.nn.Module, runner: "Runner") -> dict[str, float]:

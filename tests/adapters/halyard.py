@@ -1,7 +1,8 @@
 """Halyard, an architecture that no engine has, as a user of `slipway adapt` writes its torch twin.
 
 Attention and feed-forward read the same normed input, with a gain per channel for each; squared
-ReLU; half of every head is rotated, and the softmax is sharper than usual.
+ReLU; half of every head is rotated, and the softmax is sharper than usual. With ``num_experts``,
+the feed-forward is a mixture of experts.
 """
 
 from typing import ClassVar
@@ -24,6 +25,8 @@ class HalyardConfig(PreTrainedConfig):
     head_dim: int = 64
     max_position_embeddings: int = 256
     tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
 
 
 class HalyardAttention(nn.Module):
@@ -53,19 +56,42 @@ class HalyardAttention(nn.Module):
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
+class HalyardMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu() ** 2)
+
+
+class HalyardExperts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.chosen = config.num_experts_per_tok
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(HalyardMLP(config) for _ in range(config.num_experts))
+
+    def forward(self, x):
+        weights, chosen = self.router(x).softmax(-1).topk(self.chosen)
+        shares = torch.zeros(*x.shape[:-1], len(self.experts), dtype=x.dtype, device=x.device)
+        shares = shares.scatter(-1, chosen, weights.to(x.dtype))
+        return sum(shares[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+
 class HalyardLayer(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.attn = HalyardAttention(config, layer_idx)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.mlp = HalyardExperts(config) if config.num_experts else HalyardMLP(config)
         self.gains = nn.Parameter(torch.ones(2, config.hidden_size))
 
     def forward(self, x, angles, **kwargs):
         y = self.norm(x)
         attended = self.attn(y, angles, **kwargs)
-        return x + self.gains[0] * attended + self.gains[1] * self.down(self.up(y).relu() ** 2)
+        return x + self.gains[0] * attended + self.gains[1] * self.mlp(y)
 
 
 class HalyardPreTrainedModel(PreTrainedModel):

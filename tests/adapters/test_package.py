@@ -126,7 +126,7 @@ def test_every_misfit_is_in_one_error_and_nothing_is_written(tmp_path, monkeypat
     def change(tensors):
         del tensors["model.layers.1.gains"]
         tensors["model.layers.0.gate.weight"] = np.zeros((3, 4), np.float32)
-        tensors["model.layers.0.up.weight"] = tensors["model.layers.0.up.weight"].T.copy()
+        tensors["model.layers.0.mlp.up.weight"] = tensors["model.layers.0.mlp.up.weight"].T.copy()
 
     edited(saved, change)
     out = tmp_path / "package"
@@ -149,8 +149,22 @@ def test_every_misfit_is_in_one_error_and_nothing_is_written(tmp_path, monkeypat
     assert "3 problems" in err
     assert not out.exists()
     assert "model.layers.0.gate.weight: the twin has no parameter for this tensor (3, 4)" in err
-    assert "model.layers.0.up.weight: got (128, 192), the twin has (192, 128)" in err
+    assert "model.layers.0.mlp.up.weight: got (128, 192), the twin has (192, 128)" in err
     assert "model.layers.1.gains: no tensor for the twin's (2, 128)" in err
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_twin_with_experts(tmp_path, engine):
+    saved = save(tmp_path / "model", num_experts=4)
+    assert adapt(str(saved), str(TWIN), engine, tmp_path / "package").num_tensors == 36
+
+
+def test_an_expert_without_a_tensor_is_refused(tmp_path):
+    saved = save(tmp_path / "model", num_experts=4)
+    name = "model.layers.1.mlp.experts.3.down.weight"
+    edited(saved, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"{name}: no tensor for the twin's"):
+        adapt(str(saved), str(TWIN), "vllm", tmp_path / "package")
 
 
 def test_tied_tables(tmp_path):

@@ -85,14 +85,23 @@ def their_tokens(
         return out[0, len(prompt) :].tolist()
 
 
+def engine_of(directory: Path, **options: Any) -> LLM:
+    """Start our engine, with steps so short that prompts are fed in chunks."""
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 176} | options
+    return LLM(directory, skip_tokenizer_init=True, memory_fraction=0.1, **options)
+
+
+def greedy(llm: LLM, asked: list[list[int]], count: int) -> list[list[int]]:
+    """Return the greedy continuations of an engine, all in one run."""
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    return [output.outputs[0].token_ids for output in llm.generate(asked, params, use_tqdm=False)]
+
+
 def our_tokens(
     directory: Path, asked: list[list[int]], count: int = OUTPUT_TOKENS, **options: Any
 ) -> list[list[int]]:
-    """Return the greedy continuations of our engine, all in one run."""
-    options = {"max_num_seqs": 8, "max_num_batched_tokens": 8, "max_model_len": 176} | options
-    llm = LLM(directory, skip_tokenizer_init=True, memory_fraction=0.1, **options)
-    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    return [output.outputs[0].token_ids for output in llm.generate(asked, params, use_tqdm=False)]
+    """Return the greedy continuations of a new engine."""
+    return greedy(engine_of(directory, **options), asked, count)
 
 
 class Forward:

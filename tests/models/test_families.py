@@ -18,7 +18,7 @@ from slipway.checkpoint.quantize import Scheme
 from slipway.convert.quantize_directory import quantize_directory
 from slipway.errors import CheckpointError, UnsupportedModel
 from tests.models import published
-from tests.models.runner import Forward, our_tokens
+from tests.models.runner import Forward, engine_of, greedy, our_tokens
 
 FAMILIES = Path(__file__).parents[1] / "data" / "families"
 NAMES = ("qwen1", "ling1", "ling2")
@@ -121,6 +121,18 @@ def variant(name, directory, seed=0, **fields):
 
 def write(directory, tensors):
     save_file(tensors, directory / files.SINGLE)
+
+
+def test_a_running_engine_takes_new_weights(family, tmp_path):
+    directory, reference = family
+    _, tensors = variant(directory.name, tmp_path)
+    write(tmp_path, tensors)
+    llm, asked, count = engine_of(tmp_path), [reference["ids"].tolist()], len(reference["tokens"])
+    expected = [reference["tokens"].tolist()]
+    assert greedy(llm, asked, count) != expected
+    new = load_file(directory / files.SINGLE)
+    llm.update_weights({name: tensor.numpy() for name, tensor in new.items()})
+    assert greedy(llm, asked, count) == expected
 
 
 def draw(rows, size=None, seed=1):
