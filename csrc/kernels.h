@@ -192,7 +192,8 @@ struct Attention {
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;
-  // The two linear kernels multiply the same x by `count` matrices of one kind.
+  // The two linear kernels multiply by `count` matrices of one kind; each has an x of its own, or
+  // that of the matrix before it.
   void (*linear)(const Linear*, int64_t count, Team&);
   void (*quantized_linear)(const Linear*, int64_t count, Team&);
   void (*route)(const Route&, Team&);
