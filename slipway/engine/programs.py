@@ -214,7 +214,7 @@ def _sample(
         token_B = draw(logits_BV)
     else:
         token_B = _edited(draw, logits_BV, newest_R, sampling=sampling, edits=edits)
-    newest_R = jnp.zeros(max_rows, jnp.int32).at[: token_B.shape[0]].set(token_B)
+    newest_R = jnp.pad(token_B, (0, max_rows - token_B.shape[0]))
     token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
     num_top = min(num_logprobs, logits_BV.shape[1])
     sampled = jax.lax.cond(
