@@ -7,11 +7,13 @@ processor. The directory is therefore named after those, so that machines of dif
 share one home directory.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ OFF = "off"
 
 
 def use(directory: str) -> Path | None:
-    """Keep compiled programs in a directory below ``directory``, and return that directory.
+    """Let JAX keep compiled programs in a directory below ``directory``; return that directory.
 
     ``directory``: a path, ``"auto"`` for the user's cache, ``"off"`` to keep nothing (returns
     None). A directory that JAX was given otherwise (JAX_COMPILATION_CACHE_DIR, for example) stays
@@ -56,13 +58,31 @@ def use(directory: str) -> Path | None:
 
 # "path": the directory that ``use`` set in JAX.
 _ours: dict[str, str | None] = {}
+# Least seconds of compilation of a program that JAX keeps, as it was before this module changed it.
+_least_s: float = _config.jax_persistent_cache_min_compile_time_secs
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Keep every program that is compiled meanwhile, in the directory that ``use`` set.
+
+    Other programs of the process are kept as JAX does by default, if their compilation takes a
+    second: for each that it keeps, JAX reads the sizes of all files there.
+    """
+    if _ours.get("path") is None:
+        yield
+        return
+    _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        yield
+    finally:
+        _config.update("jax_persistent_cache_min_compile_time_secs", _least_s)
 
 
 def _tell(path: str | None) -> None:
     if path == _config.jax_compilation_cache_dir:
         return
     _config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _config.update("jax_compilation_cache_dir", path)
     # JAX may have looked for a directory already, and found none.
