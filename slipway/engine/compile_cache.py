@@ -36,10 +36,8 @@ def use(directory: str) -> Path | None:
     None). A directory that JAX was given otherwise (JAX_COMPILATION_CACHE_DIR, for example) stays
     in use. Returns None with a warning if the directory cannot be written.
     """
-    held = _config.jax_compilation_cache_dir
-    # An empty variable counts as unset.
-    if held and held != _ours.get("path"):
-        return Path(held)
+    if (given := _given()) is not None:
+        return given
     if directory == OFF:
         _tell(None)
         return None
@@ -62,14 +60,20 @@ _ours: dict[str, str | None] = {}
 _least_s: float = _config.jax_persistent_cache_min_compile_time_secs
 
 
+def _given() -> Path | None:
+    """Return the directory that JAX was given by others; an empty variable counts as unset."""
+    held = _config.jax_compilation_cache_dir
+    return Path(held) if held and held != _ours.get("path") else None
+
+
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """Keep every program that is compiled meanwhile, in the directory that ``use`` set.
+    """Keep each program that is compiled meanwhile, however short its compilation is.
 
-    Other programs of the process are kept as JAX does by default, if their compilation takes a
-    second: for each that it keeps, JAX reads the sizes of all files there.
+    Not in a directory that JAX was given otherwise. Later programs of the process are kept as JAX
+    is told, by default from a second on: for each, JAX reads the sizes of all files that it keeps.
     """
-    if _ours.get("path") is None:
+    if _given() is not None:
         yield
         return
     _config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

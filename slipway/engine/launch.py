@@ -100,6 +100,7 @@ def follow(model: str, config: EngineConfig) -> None:
     multihost.follow(loaded.runner, config.dist_init_addr)
 
 
+@compile_cache.keeping()
 def _load(model: str, config: EngineConfig) -> Loaded:
     """Load and compile this process's part of a model, as described in ``launch``."""
     started = time.perf_counter()
@@ -214,7 +215,7 @@ def _load_weights(
     """Load the weights and allocate the device state, while the ``wanted`` programs compile."""
     mesh = runner.mesh
     with ThreadPoolExecutor(1) as pool:
-        rest = pool.submit(_compile, runner, wanted)
+        rest = pool.submit(runner.compile, wanted)
         params = load.arrays(declaration, checkpoint, mesh, dtype=dtype, seed=config.seed)
         weights = Weights(
             declaration,
@@ -255,12 +256,6 @@ def _limits(
         max_logprobs=config.max_logprobs,
         bodies=bodies,
     )
-
-
-def _compile(runner: Runner, wanted: list[tuple[str, Bucket | int]]) -> None:
-    """Compile the ``wanted`` programs that are missing, and keep them for the next start."""
-    with compile_cache.keeping():
-        runner.compile(wanted)
 
 
 def _compiled(
@@ -315,7 +310,7 @@ def _compiled(
             repeats=repeats,
         )
         is_ample = num_pages == budget.useful
-        _compile(runner, programs.wanted(shapes if is_ample else shapes[-1:], repeats))
+        runner.compile(programs.wanted(shapes if is_ample else shapes[-1:], repeats))
         temp = runner.temp_bytes()
         if budget.fit(temp) >= num_pages:
             return runner, num_pages
