@@ -32,7 +32,7 @@ void multiply_quartets(const Piece& piece, const uint32_t* x, float* parts, bool
 #pragma GCC unroll 4
     for (int r = 0; r < kPieceRows; ++r) {
       w[r] = load_step(piece.rows[r], t, row_bytes);
-      __builtin_prefetch(ahead + r * line, 0, 2);
+      __builtin_prefetch(ahead + r * line, 0, kIntoSecondLevel);
     }
 #pragma GCC unroll 4
     for (uint32_t c = 0; c < 4; ++c) {

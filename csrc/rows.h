@@ -62,7 +62,7 @@ ALWAYS void multiply_rows_of(const Piece& piece, int begin, const float* x,
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       units[r] = load<U>(rows[r] + kLine * t);
-      if (kFetch) __builtin_prefetch(ahead + r * line, 0, 2);
+      if (kFetch) __builtin_prefetch(ahead + r * line, 0, kIntoSecondLevel);
     }
     multiply_step<T, kTokens, kRows>(units, x, sums);
   }
