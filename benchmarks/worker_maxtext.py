@@ -25,16 +25,6 @@ from slipway.adapters import vllm as adapter
 
 CONVERTER = "maxtext.checkpoint_conversion.to_maxtext"
 HF_CONFIGS = "maxtext.checkpoint_conversion.utils.hf_model_configs"
-SIZES: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "max_position_embeddings": 256,
-}
 LLAMA_31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -43,7 +33,6 @@ LLAMA_31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +45,12 @@ class Case:
 
 
 CASES = {
-    "qwen3": Case("qwen3-0.6b", transformers.Qwen3Config(**SIZES, tie_word_embeddings=True)),
-    "llama": Case("llama3.1-8b", transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA_31)),
+    "qwen3": Case("qwen3-0.6b", transformers.Qwen3Config(**host.SIZES, tie_word_embeddings=True)),
+    "llama": Case("llama3.1-8b", transformers.LlamaConfig(**host.SIZES, rope_parameters=LLAMA_31)),
     "qwen3_moe": Case(
         "qwen3-30b-a3b",
-        transformers.Qwen3MoeConfig(
-            **SIZES,
-            **EXPERTS,
-            moe_intermediate_size=96,
-            norm_topk_prob=True,
-            tie_word_embeddings=False,
-        ),
-        EXPERTS | {"base_moe_mlp_dim": 96},
+        host.CONFIGS["Qwen3MoeForCausalLM"],
+        host.EXPERTS | {"base_moe_mlp_dim": 96},
     ),
 }
 

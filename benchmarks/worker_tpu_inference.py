@@ -38,12 +38,17 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 128,
     "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
 }
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
-    "Qwen3ForCausalLM": transformers.Qwen3Config(**SIZES),
-    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
+    "Qwen3ForCausalLM": transformers.Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(
+        **SIZES,
+        **EXPERTS,
+        moe_intermediate_size=96,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    ),
 }
 
 
