@@ -41,6 +41,14 @@ Engine = Literal[
 ]
 # Slipway's packed weights -> llama.cpp's weights of about the same size
 COUNTERPARTS = {"ours int8": "llama.cpp q8_0", "ours int4": "llama.cpp q4_0"}
+# Packed weights -> bits of a weight of projections and experts, and of the head, with their scales.
+# Beside projections of 4 bits, Slipway's head has 8, and llama.cpp's is q6_K.
+BITS = {
+    "ours int8": (8.0, 8.0),
+    "ours int4": (4.5, 8.0),
+    "llama.cpp q8_0": (8.5, 8.5),
+    "llama.cpp q4_0": (4.5, 6.5625),
+}
 SERVERS = ("ours", "vllm", "llama.cpp")
 UNPACKED = ("ours", "transformers", "vllm", "llama.cpp")
 MOE_SHAPE = QWEN3_MOE_SHAPE | {"num_hidden_layers": 8}
@@ -393,22 +401,11 @@ def summary(figures: Figures) -> dict[str, Any]:
 
 
 def bits_of(engine: str) -> tuple[float, float]:
-    """Return the bits of a weight of projections and experts, and of the head, with their scales.
-
-    Slipway's head has 8 bits beside projections of 4, llama.cpp's q6_K.
-    """
-    packed = {
-        "ours int8": (8.0, 8.0),
-        "ours int4": (4.5, 8.0),
-        "llama.cpp q8_0": (8.5, 8.5),
-        "llama.cpp q4_0": (4.5, 6.5625),
-    }
-    return packed.get(engine, (16.0, 16.0))
+    """Return the bits of a weight of projections and experts, and those of the head."""
+    return BITS.get(engine, (16.0, 16.0))
 
 
-def moe_step_bytes(
-    shape: Mapping[str, Any], batch: int, bits: float = 16.0, head_bits: float = 16.0
-) -> float:
+def moe_step_bytes(shape: Mapping[str, Any], batch: int, bits: float, head_bits: float) -> float:
     """Return the bytes of weights that a decode step of a Qwen3-MoE shape has to read.
 
     Of the experts only those chosen: the expected number if each token chooses at random. Without
