@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from slipway import LLM, SamplingParams
 from slipway.checkpoint import files
 from slipway.errors import CheckpointError
 from tests.models import runner
@@ -31,14 +30,8 @@ def models(request, tmp_path):
     return first, second, theirs
 
 
-def engine_of(directory, **options):
-    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64}
-    return LLM(directory, skip_tokenizer_init=True, memory_fraction=0.05, **sizes, **options)
-
-
 def tokens(llm):
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, params, use_tqdm=False)]
+    return runner.greedy(llm, PROMPTS, 8)
 
 
 def in_memory(theirs):
@@ -60,7 +53,7 @@ def test_every_form_of_the_weights_gives_the_tokens_of_a_fresh_engine(models, ki
         "in memory": lambda: in_memory(theirs),
         "on devices": lambda: jax.device_put(in_memory(theirs), jax.devices()[1]),
     }[kind]()
-    llm, expected = engine_of(first), tokens(engine_of(second))
+    llm, expected = runner.engine_of(first), tokens(runner.engine_of(second))
     before, compiled = tokens(llm), llm.engine.num_compiled
     assert before != expected
     llm.update_weights(source, mode=mode)
@@ -72,14 +65,14 @@ def test_every_form_of_the_weights_gives_the_tokens_of_a_fresh_engine(models, ki
 
 def test_groups_of_devices_take_new_weights(models):
     first, second, theirs = models
-    llm = engine_of(first, tensor_parallel_size=4, expert_parallel_size=2)
+    llm = runner.engine_of(first, tensor_parallel_size=4, expert_parallel_size=2)
     llm.update_weights(in_memory(theirs))
-    assert tokens(llm) == tokens(engine_of(second))
+    assert tokens(llm) == tokens(runner.engine_of(second))
 
 
 def test_a_stack_of_another_shape_is_refused_and_changes_nothing(models):
     first, _, theirs = models
-    llm, arrays = engine_of(first), in_memory(theirs)
+    llm, arrays = runner.engine_of(first), in_memory(theirs)
     before = tokens(llm)
     name = next(name for name in arrays if name.endswith("gate_up_proj"))
     arrays[name] = arrays[name][:-1]
