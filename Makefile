@@ -17,7 +17,7 @@ demo: $(VENV)/core.stamp
 		'    def push(self, item):')" --max-tokens 64 --temperature 0.8 --top-p 0.95 --seed 14 --show-speed
 
 test: $(VENV)/test.stamp check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 60
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 8
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check $(CHECKED)
