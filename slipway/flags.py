@@ -51,6 +51,20 @@ NOTHING = {
     "--enable-auto-tool-choice": "a model may call tools whenever a request has tools",
 }
 COMMANDS = ("serve", "run-batch", "follow")
+# SGLang's flags of speculative decoding, which become one --speculative-config.
+ALGORITHM = "--speculative-algorithm"
+DRAFT_MODEL = "--speculative-draft-model-path"
+NUM_STEPS = "--speculative-num-steps"
+TOP_K = "--speculative-eagle-topk"
+NUM_DRAFT_TOKENS = "--speculative-num-draft-tokens"
+# SGLang's algorithm -> vLLM's method. EAGLE without a draft model is the model's own MTP layer.
+METHODS = {
+    "EAGLE": "eagle",
+    "EAGLE3": "eagle3",
+    "NEXTN": "mtp",
+    "NGRAM": "ngram",
+    "STANDALONE": "draft_model",
+}
 
 
 def expand(words: Sequence[str]) -> list[str]:
@@ -72,7 +86,7 @@ def expand(words: Sequence[str]) -> list[str]:
         has_model = bool(given) and not given[0].startswith("-")
         stated = _renamed(_from_file(path))
         given += _without(stated, held, has_model)
-    return [command, *_with_expert_groups(given)]
+    return [command, *_with_speculation(_with_expert_groups(given))]
 
 
 def _with_expert_groups(words: list[str]) -> list[str]:
@@ -84,6 +98,51 @@ def _with_expert_groups(words: list[str]) -> list[str]:
         size = words[words.index(tensor) + 1]
     rest = [word for word in words if word != EXPERTS_EVERYWHERE]
     return [*rest, "--expert-parallel-size", size]
+
+
+def _with_speculation(words: list[str]) -> list[str]:
+    """Replace SGLang's flags of speculative decoding by one --speculative-config.
+
+    Raises InvalidConfig for an unknown algorithm, for trees of drafts, and for numbers that
+    contradict each other.
+    """
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    given = iter(words)
+    for word in given:
+        if word in (ALGORITHM, DRAFT_MODEL, NUM_STEPS, TOP_K, NUM_DRAFT_TOKENS):
+            found[word] = next(given, "")
+        else:
+            rest.append(word)
+    if not found:
+        return rest
+    algorithm = found.get(ALGORITHM, "nothing")
+    if algorithm not in METHODS:
+        raise InvalidConfig(ALGORITHM, algorithm, " | ".join(METHODS))
+    if found.get(TOP_K, "1") != "1":
+        raise InvalidConfig(TOP_K, found[TOP_K], "1: drafts are chains, not trees")
+    numbers = {
+        name: _count(name, found[name]) for name in (NUM_STEPS, NUM_DRAFT_TOKENS) if name in found
+    }
+    # The last token of the sequence is one of SGLang's draft tokens.
+    steps = numbers.get(NUM_STEPS, numbers.get(NUM_DRAFT_TOKENS, 0) - 1)
+    if numbers.get(NUM_DRAFT_TOKENS, steps + 1) != steps + 1:
+        expected = f"{steps + 1}, one more than {NUM_STEPS}"
+        raise InvalidConfig(NUM_DRAFT_TOKENS, numbers[NUM_DRAFT_TOKENS], expected)
+    config: dict[str, Any] = {"method": METHODS[algorithm]}
+    if algorithm == "EAGLE" and DRAFT_MODEL not in found:
+        config["method"] = "mtp"
+    if numbers:
+        config["num_speculative_tokens"] = steps
+    if DRAFT_MODEL in found:
+        config["model"] = found[DRAFT_MODEL]
+    return [*rest, "--speculative-config", json.dumps(config)]
+
+
+def _count(flag: str, text: str) -> int:
+    if not text.isdecimal():
+        raise InvalidConfig(flag, text, "an integer")
+    return int(text)
 
 
 def _split(words: Sequence[str]) -> list[str]:

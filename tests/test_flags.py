@@ -25,6 +25,20 @@ CASES = {
         "serve M --tp 4 --enable-expert-parallel",
         "serve M --tensor-parallel-size 4 --expert-parallel-size 4",
     ),
+    "SGLang's n-grams": (
+        "serve M --speculative-algorithm NGRAM --speculative-num-draft-tokens 9",
+        'serve M --speculative-config {"method":"ngram","num_speculative_tokens":8}',
+    ),
+    "SGLang's MTP": (
+        "serve M --speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1"
+        " --speculative-num-draft-tokens 2 --port 1",
+        'serve M --port 1 --speculative-config {"method":"mtp","num_speculative_tokens":1}',
+    ),
+    "SGLang's EAGLE-3": (
+        "serve M --speculative-algorithm EAGLE3 --speculative-draft-model-path D "
+        "--speculative-num-steps=3",
+        'serve M --speculative-config {"method":"eagle3","num_speculative_tokens":3,"model":"D"}',
+    ),
     "SGLang's switch": (
         "serve --model-path M --disable-radix-cache",
         "serve M --no-enable-prefix-caching",
@@ -38,7 +52,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_words_come_out_as_ours(name):
     words, expected = CASES[name]
-    assert expand(words.split()) == expected.split()
+    found = [word.replace(" ", "") for word in expand(words.split())]
+    assert found == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("--speculative-algorithm MEDUSA", "--speculative-algorithm"),
+        ("--speculative-num-steps 3", "--speculative-algorithm"),
+        ("--speculative-algorithm EAGLE --speculative-eagle-topk 4", "--speculative-eagle-topk"),
+        (
+            "--speculative-algorithm EAGLE --speculative-num-steps 3 "
+            "--speculative-num-draft-tokens 8",
+            "--speculative-num-draft-tokens",
+        ),
+        ("--speculative-algorithm NGRAM --speculative-num-steps many", "--speculative-num-steps"),
+    ],
+)
+def test_flags_of_speculation_that_cannot_be_honoured_are_named(words, field):
+    with pytest.raises(InvalidConfig) as caught:
+        expand(["serve", "M", *words.split()])
+    assert str(caught.value).startswith(field)
 
 
 def test_what_changes_nothing_is_said(capsys):

@@ -160,6 +160,10 @@ class Matcher:
         """Add a token; return False if it is not allowed or a limit of the grammar is reached."""
         return self._matcher.consume_token(token_id)
 
+    def fork(self) -> "Matcher":
+        """Return an independent constraint in the same state."""
+        return Matcher(self._matcher.deep_copy(), self._num_words)
+
 
 def _lark(grammar: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": grammar}]})

@@ -7,6 +7,7 @@ Not here: separation of reasoning and content in an output (output_parser.py), g
 (grammar.py).
 """
 
+import copy
 import dataclasses
 import json
 from collections import deque
@@ -34,6 +35,9 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> bool:
         """Add a token; return False if it is not allowed or a limit of the grammar is reached."""
+
+    def fork(self) -> "Constraint":
+        """Return an independent constraint in the same state."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +181,13 @@ class ReasoningBudget:
         if self._state != "after":
             self._follow(token_id)
         return self._inner is None or self._inner.accept(token_id)
+
+    def fork(self) -> "ReasoningBudget":
+        """Return an independent constraint in the same state."""
+        forked = copy.copy(self)
+        forked._inner = None if self._inner is None else self._inner.fork()
+        forked._forced = self._forced.copy()
+        return forked
 
     def _follow(self, token_id: int) -> None:
         self._text += self._tokenizer.token_bytes(token_id)

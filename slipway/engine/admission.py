@@ -7,6 +7,7 @@ server/).
 import dataclasses
 import math
 import time
+from typing import Any
 
 from slipway.codec.detokenizer import Detokenizer
 from slipway.codec.grammar import Grammars
@@ -30,6 +31,7 @@ class Limits:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_rows: int  # rows of results of a step
     page_size: int
     num_pages: tuple[int, ...]
     windows: tuple[int | None, ...]
@@ -37,6 +39,7 @@ class Limits:
     prefix_caching: bool
     stream_interval: int
     max_logprobs: int  # -1: the whole vocabulary
+    speculation: dict[str, Any] | None  # options of speculative decoding, None if it is off
     bodies: dict[str, str]  # which serves each op
 
     @property

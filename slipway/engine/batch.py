@@ -97,19 +97,19 @@ class Batch:
     sampling: Sampling
 
 
-def buckets(max_num_seqs: int, max_num_tokens: int) -> list[Bucket]:
+def buckets(max_num_seqs: int, max_num_tokens: int, max_rows: int) -> list[Bucket]:
     """Return the buckets, smallest first.
 
     Their numbers of tokens: SMALLEST times powers of GROWTH, ``max_num_seqs`` (all sequences
     decode) and ``max_num_tokens``. Sizes below SMALLEST_CHUNK are left out unless decoding needs
-    them.
+    them. ``max_rows``: the most rows of results of a step.
     """
     sizes, size = {max(SMALLEST, max_num_seqs), max(SMALLEST, max_num_tokens)}, SMALLEST
     while size < max_num_tokens:
-        if size <= max_num_seqs or size == SMALLEST or size >= SMALLEST_CHUNK:
+        if size <= max_rows or size == SMALLEST or size >= SMALLEST_CHUNK:
             sizes.add(size)
         size *= GROWTH
-    return [Bucket(size, min(size, max(SMALLEST, max_num_seqs))) for size in sorted(sizes)]
+    return [Bucket(size, min(size, max(SMALLEST, max_rows))) for size in sorted(sizes)]
 
 
 def choose(shapes: Sequence[Bucket], chunks: Sequence[Sequence[Chunk]]) -> Bucket:
@@ -147,7 +147,7 @@ class Builder:
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
         counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
         first = np.array([chunk.start for chunk in chunks], np.int32)
-        known = np.array([sequence.num_tokens for sequence in sequences], np.int32)
+        known = np.array([c.sequence.num_tokens + len(c.drafts) for c in chunks], np.int32)
         newest = np.array([sequence.last_row for sequence in sequences], np.int32)
         # The row of the last step's results with the newest token, if the host does not have it.
         newest = np.where(first + counts > known, newest, -1)
@@ -160,9 +160,8 @@ class Builder:
         at = np.arange(T, dtype=np.int32) + (first - starts)[row_of_token]
         for index in np.flatnonzero(first < known).tolist():
             chunk, end = chunks[index], int(ends[index])
-            held = chunk.sequence.tokens[
-                chunk.start : min(chunk.start + chunk.num_tokens, chunk.sequence.num_tokens)
-            ]
+            last = min(chunk.start + chunk.num_tokens, int(known[index]))
+            held = chunk.sequence.tokens[chunk.start : last]
             ids_T[end - chunk.num_tokens :][: len(held)] = held
         ids_T[ends[newest >= 0] - 1] = -1 - newest[newest >= 0]
         positions_T[:T] = at
@@ -211,10 +210,9 @@ class Builder:
     ) -> tuple[Array, Sampling]:
         """Return the token and the sampling parameters of each row of results.
 
-        Rows follow the chunks; in a chunk the rows that score the prompt precede the one that
-        samples.
+        Rows follow the chunks; in a chunk the rows that score the prompt precede those that sample.
         """
-        num_rows = np.array([len(chunk.scored) + chunk.samples for chunk in chunks], np.int32)
+        num_rows = np.array([chunk.num_rows for chunk in chunks], np.int32)
         last_rows = np.cumsum(num_rows, dtype=np.int32) - 1
         of_row = np.repeat(np.arange(len(chunks)), num_rows)
         n, sampling = len(of_row), empty_sampling(bucket.num_rows)
@@ -229,13 +227,18 @@ class Builder:
         for index, (chunk, last_row) in enumerate(zip(chunks, last_rows.tolist())):
             sequence = chunk.sequence
             if chunk.scored:
-                end = last_row + 1 - chunk.samples
+                end = last_row + 1 - chunk.samples - len(chunk.drafts)
                 rows = slice(end - len(chunk.scored), end)
                 positions = np.array(chunk.scored, np.int32)
                 sample_at_B[rows] = ends[index] - (chunk.start + chunk.num_tokens - positions)
                 sampling.given_B[rows] = sequence.tokens[positions + 1]
                 sampling.position_B[rows] = positions + 1
                 sampling.last_B[rows] = -1
+            if chunk.drafts:
+                rows = slice(last_row - len(chunk.drafts), last_row + 1)
+                before = np.arange(-len(chunk.drafts), 1, dtype=np.int32)
+                sample_at_B[rows] += before
+                sampling.position_B[rows] += before
             if chunk.samples:
                 sequence.last_row = last_row
         return sample_at_B, sampling

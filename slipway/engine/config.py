@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from slipway.engine.drafts.config import SpeculativeConfig
 from slipway.errors import InvalidConfig
 
 MAX_DECODE_STEPS = 64
@@ -71,6 +72,10 @@ class EngineConfig:
     at most 32 run. A new request starts, and an aborted one ends, after at most twice as many
     tokens. 1: single steps; auto: 8 on one CPU device with at most 32 MiB of weights, else 1. Above
     1, one more program is compiled."""
+    speculative_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Speculative decoding, with the fields of vLLM's --speculative-config
+    (engine/drafts/config.py): {"method": "ngram", "num_speculative_tokens": 8}. Outputs do not
+    change. Empty: off."""
     stream_interval: int = 1
     """Tokens of a sequence from one delta to the next; the first token and the end of the output
     are sent at once. A larger interval saves time of the host where steps are short and streams
@@ -102,6 +107,18 @@ class EngineConfig:
             if not fine:
                 raise InvalidConfig(field, getattr(self, field), expected)
 
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """Options of speculative decoding, None if it is off."""
+        given = self.speculative_config
+        return SpeculativeConfig.read(given) if given else None
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of results of a step, for each copy of the weights."""
+        drafts = 0 if self.speculation is None else self.speculation.num_speculative_tokens
+        return min(self.max_num_batched_tokens, self.max_num_seqs * (1 + drafts))
+
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
         """Yield name, validity and expected value of each field.
 
@@ -128,6 +145,9 @@ class EngineConfig:
         fraction = self.memory_fraction
         fine = fraction is None or (type(fraction) in (int, float) and 0 < fraction <= 1)
         yield "memory_fraction", fine, "more than 0, at most 1, or None"
+        fine = isinstance(self.speculative_config, Mapping)
+        yield "speculative_config", fine, "a mapping"
+        assert self.speculation or not self.speculative_config  # raises InvalidConfig
         yield "hf_overrides", isinstance(self.hf_overrides, Mapping), "a mapping"
         yield "seed", _is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1"
         fine = self.dtype in ("auto", "float32", "bfloat16", "float16")

@@ -20,6 +20,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import programs, results
 from slipway.engine.admission import Admission, Limits
 from slipway.engine.batch import Bucket, Repeat
+from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.pipeline import Pipeline
 from slipway.engine.programs import CACHES, NEWEST, WEIGHTS
 from slipway.engine.request import FinishReason, Request, RequestOutput, RequestSpec, Sequence
@@ -51,6 +52,7 @@ class Engine:
         seed: int,
         defaults: Mapping[str, Any],
         leader: Leader | None,
+        speculation: Speculation | None,
     ):
         self.limits = limits
         self.tokenizer = tokenizer
@@ -68,6 +70,7 @@ class Engine:
                 table_width=limits.sizes.table_width,
                 max_num_seqs=limits.max_num_seqs,
                 max_num_tokens=limits.max_num_batched_tokens,
+                max_rows=limits.max_rows,
                 prefix_caching=limits.prefix_caching,
                 windows=[(w, n) for w, n in zip(limits.windows, limits.num_pages) if w is not None],
             )
@@ -80,7 +83,9 @@ class Engine:
             shapes=shapes,
             repeats=repeats,
             sizes=limits.sizes,
+            speculation=speculation,
         )
+        self._speculation = speculation
         self._versions = itertools.count(1)
         self._requests: dict[str, Request] = {}
         self._has_deadlines = False
@@ -339,6 +344,8 @@ class Engine:
             sequence.finish_reason or "", time.monotonic() - sequence.request.arrived_at
         )
         self.schedulers[sequence.request.copy].release(sequence)
+        if self._speculation is not None:
+            self._speculation.end(sequence)
 
     def _place(self, request: Request) -> int:
         """Return the copy of the weights with the fewest tokens left to compute."""

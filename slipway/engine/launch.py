@@ -27,6 +27,9 @@ from slipway.engine.admission import Limits
 from slipway.engine.batch import Bucket, Repeat, Sizes, buckets
 from slipway.engine.caches import Caches
 from slipway.engine.config import EngineConfig
+from slipway.engine.drafts.config import SpeculativeConfig
+from slipway.engine.drafts.ngram import NgramDrafter
+from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
 from slipway.errors import InvalidConfig, UnsupportedModel
@@ -71,6 +74,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
         raise InvalidConfig(
             "node_rank", config.node_rank, "0 here; the other processes run `slipway follow`"
         )
+    speculation = _speculation(config.speculation)
     loaded = _load(model, config)
     leader = None
     if config.nnodes > 1:
@@ -86,6 +90,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
         seed=config.seed,
         defaults=loaded.defaults,
         leader=leader,
+        speculation=speculation,
     )
 
 
@@ -130,7 +135,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     if not held.is_dummy:
         ignored = _ignored(declaration)
         weights_of = load.checked(declaration, checkpoint, dtype, ignored=ignored, scheme=scheme)
-    shapes = buckets(config.max_num_seqs, config.max_num_batched_tokens)
+    shapes = _buckets(config)
     weights_bytes = _weights_bytes(declaration, mesh, dtype)
     repeats = _repeats(config, mesh, weights_bytes, shapes=shapes)
     runner, num_pages = _compiled(
@@ -186,15 +191,31 @@ def _with_exchange(
     layer = moe.layers(declaration)[0]
     sizes = {"groups": groups, "parts": meshes.parts("expert_mlp", mesh)}
     embed, itemsize = layer.gate.weight.sizes["embed"], np.dtype(dtype).itemsize
-    tokens = {
-        shape.num_tokens for shape in buckets(config.max_num_seqs, config.max_num_batched_tokens)
-    }
+    tokens = {shape.num_tokens for shape in _buckets(config)}
     sending = [n for n in sorted(tokens) if layer.sends_rows((n, embed), itemsize, **sizes)]
     steps = (
         f"all-to-all in steps of {', '.join(map(str, sending))} tokens, else " if sending else ""
     )
     logger.info("%d groups of experts join their results by %sone sum", groups, steps)
     return declaration
+
+
+def _buckets(config: EngineConfig) -> list[Bucket]:
+    return buckets(config.max_num_seqs, config.max_num_batched_tokens, config.max_rows)
+
+
+def _speculation(config: SpeculativeConfig | None) -> Speculation | None:
+    """Return what proposes drafts, None without speculation. Raises InvalidConfig."""
+    if config is None:
+        return None
+    return Speculation(
+        NgramDrafter(
+            config.prompt_lookup_min,
+            config.prompt_lookup_max,
+            config.num_speculative_tokens,
+            shared_tokens=config.shared_tokens,
+        )
+    )
 
 
 def _mesh(config: EngineConfig) -> Mesh:
@@ -242,11 +263,13 @@ def _limits(
     bodies: dict[str, str],
 ) -> Limits:
     """Return the limits of the engine, from the configuration and the sizes of its caches."""
+    asked = config.speculation
     return Limits(
         vocab_size=declaration.config.vocab_size,
         max_model_len=length,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_rows=config.max_rows,
         page_size=config.page_size,
         num_pages=num_pages,
         windows=kv_cache.page_windows(declaration.cache_specs),
@@ -254,6 +277,7 @@ def _limits(
         prefix_caching=_caches(config.enable_prefix_caching, declaration.config),
         stream_interval=config.stream_interval,
         max_logprobs=config.max_logprobs,
+        speculation=None if asked is None else dataclasses.asdict(asked),
         bodies=bodies,
     )
 
@@ -417,6 +441,8 @@ def _announce(
     logger.info(
         "decode steps in one call: %s", "1" if repeats is None else f"up to {repeats.num_steps}"
     )
+    if limits.speculation is not None:
+        logger.info("speculation: %s", limits.speculation)
     tokens = limits.num_tokens
     logger.info(
         "cache: %d pages of %d tokens = %d tokens, %.1f requests of the full context (%d); "

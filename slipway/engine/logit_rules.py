@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from slipway.codec.reasoning import Constraint
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
 from slipway.engine.request import Sequence
@@ -85,19 +86,20 @@ class Rules:
             )
         self._masks = {early: _bits(self._mask(early)) for early in {False, params.min_tokens > 0}}
 
-    def allowed(self, sequence: Sequence, num_output: int) -> np.ndarray:
-        """Return the bits [W] of the tokens that may follow ``num_output`` tokens of output.
+    def allowed(self, sequence: Sequence, length: int, matcher: Constraint | None) -> np.ndarray:
+        """Return the bits [W] of the tokens that may follow the first ``length`` tokens.
 
+        ``sequence.tokens`` holds these tokens, and ``matcher`` has accepted the output among them.
         Where the grammar and the other rules have no token in common, the grammar decides.
         """
-        bits = self._masks[num_output < self.params.min_tokens]
-        banned = [last for prefix, last in self._endings if self._ends_with(sequence, prefix)]
+        bits = self._masks[length - sequence.num_prompt < self.params.min_tokens]
+        banned = [last for ids, last in self._endings if _ends_with(sequence, length, ids)]
         if banned:
             bits = bits.copy()
             for token in banned:
                 bits[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
-        if sequence.matcher is not None:
-            grammatical = sequence.matcher.allowed()
+        if matcher is not None:
+            grammatical = matcher.allowed()
             bits = bits & grammatical if (bits & grammatical).any() else grammatical
         return bits
 
@@ -107,13 +109,6 @@ class Rules:
         if early:
             mask[self._stop_ids] = False
         return mask
-
-    def _ends_with(self, sequence: Sequence, prefix: list[int]) -> bool:
-        end = sequence.num_tokens
-        return (
-            end - len(prefix) >= sequence.num_prompt
-            and sequence.tokens[end - len(prefix) : end].tolist() == prefix
-        )
 
 
 def needed(params: SamplingParams) -> bool:
@@ -144,39 +139,63 @@ def empty(num_rows: int, vocab_size: int, max_model_len: int) -> Edits:
     )
 
 
-def edited(chunks: Many[Many[Chunk]], num_rows: int) -> list[tuple[int, int, Sequence]]:
-    """Return (row of results, position of the token to sample, sequence) of each row with rules."""
+def edited(chunks: Many[Many[Chunk]], num_rows: int) -> list[tuple[int, Chunk]]:
+    """Return each chunk that samples by rules, with its last row of results."""
     return [
-        (rank * num_rows + chunk.sequence.last_row, chunk.start + chunk.num_tokens, chunk.sequence)
+        (rank * num_rows + chunk.sequence.last_row, chunk)
         for rank, of_rank in enumerate(chunks)
         for chunk in of_rank
         if chunk.samples and chunk.sequence.request.rules is not None
     ]
 
 
-def build(edits: Edits, rows: Many[tuple[int, int, Sequence]]) -> Edits:
+def build(edits: Edits, rows: Many[tuple[int, Chunk]]) -> Edits:
     """Fill the ``rows`` of ``edited`` into empty ``edits`` and return these.
 
     Bans and grammars may depend on the newest token of a sequence, so the host must have it;
-    penalties read that token on the device.
+    penalties read that token on the device. A row after a draft gets the rules that hold if the
+    sequence continues with the chunk's drafts up to there.
     """
     edits.any_1[:] = True
-    for row, length, sequence in rows:
-        rules = sequence.request.rules
-        if rules is None or sequence.finish_reason is not None:
+    for last_row, (sequence, start, count, _, _, drafts) in rows:
+        if sequence.finish_reason is not None:
             continue
-        params = rules.params
-        edits.allowed_BW[row] = rules.allowed(sequence, length - sequence.num_prompt)
-        edits.bias_id_BX[row, : len(params.logit_bias)] = list(params.logit_bias)
-        edits.bias_BX[row, : len(params.logit_bias)] = list(params.logit_bias.values())
-        if params.penalizes:
-            edits.repetition_B[row] = params.repetition_penalty
-            edits.frequency_B[row] = params.frequency_penalty
-            edits.presence_B[row] = params.presence_penalty
-            edits.num_prompt_B[row] = sequence.num_prompt
-            num_tokens = sequence.num_tokens
-            edits.history_BC[row, :num_tokens] = sequence.tokens[:num_tokens]
+        matcher = sequence.matcher
+        if drafts and matcher is not None:
+            matcher = matcher.fork()
+        first = start + count - len(drafts)
+        for index in range(len(drafts) + 1):
+            row = last_row - len(drafts) + index
+            _build_row(edits, row, sequence, length=first + index, matcher=matcher)
+            if index == len(drafts) or matcher is None:
+                continue
+            # No token follows a draft that the grammar excludes or that completes the output.
+            if not matcher.accept(drafts[index]) or matcher.is_done:
+                break
     return edits
+
+
+def _build_row(
+    edits: Edits, row: int, sequence: Sequence, *, length: int, matcher: Constraint | None
+) -> None:
+    """Fill in the rules of the row that samples after the first ``length`` tokens of a sequence."""
+    rules = sequence.request.rules
+    params = rules.params
+    edits.allowed_BW[row] = rules.allowed(sequence, length, matcher)
+    edits.bias_id_BX[row, : len(params.logit_bias)] = list(params.logit_bias)
+    edits.bias_BX[row, : len(params.logit_bias)] = list(params.logit_bias.values())
+    if params.penalizes:
+        edits.repetition_B[row] = params.repetition_penalty
+        edits.frequency_B[row] = params.frequency_penalty
+        edits.presence_B[row] = params.presence_penalty
+        edits.num_prompt_B[row] = sequence.num_prompt
+        edits.history_BC[row, :length] = sequence.tokens[:length]
+
+
+def _ends_with(sequence: Sequence, length: int, ids: list[int]) -> bool:
+    """Whether the output among the first ``length`` tokens of a sequence ends with ``ids``."""
+    first = length - len(ids)
+    return first >= sequence.num_prompt and sequence.tokens[first:length].tolist() == ids
 
 
 def _spellings(word: str, tokenizer: Tokenizer | None) -> list[list[int]]:

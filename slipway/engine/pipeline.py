@@ -7,6 +7,7 @@ While the device computes a step, the host schedules, builds and dispatches the 
 the results of the first.
 """
 
+import logging
 import time
 from collections import Counter
 from typing import Protocol
@@ -16,14 +17,19 @@ import numpy as np
 
 from slipway.engine import batch, logit_rules, results
 from slipway.engine.batch import Bucket, Repeat, Sizes
+from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.programs import FORWARD, REPEAT, SAMPLE
-from slipway.engine.request import Request, Sequence
+from slipway.engine.request import DraftCounts, Request, Sequence
 from slipway.engine.results import Dispatched
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Stats
 from slipway.runtime.runner import Runner
 
+logger = logging.getLogger(__name__)
+
+# Least time between two log lines about the acceptance of drafts.
+LOG_INTERVAL_S = 10.0
 # A step is long if it takes more than LONG times the host's work: the host then waits for its
 # results before it plans the next step.
 LONG = 100
@@ -51,12 +57,14 @@ class Pipeline:
         shapes: list[Bucket],
         repeats: Repeat | None,
         sizes: Sizes,
+        speculation: Speculation | None = None,
     ):
         self._runner = runner
         self._schedulers = schedulers
         self._append = append
         self._shapes = shapes
         self._repeats = repeats
+        self._speculation = speculation
         self.stats = Stats()
         self._builders = [batch.Builder(sizes, scheduler.page_tables) for scheduler in schedulers]
         self._dispatched: Dispatched | None = None
@@ -68,6 +76,8 @@ class Pipeline:
         self._early = (0.0, 0.0)
         # Seconds that the last device call of each bucket and number of steps took.
         self._seconds: dict[tuple[Bucket, int], float] = {}
+        # When the acceptance of drafts was last logged, in seconds of time.perf_counter().
+        self._logged_at = 0.0
 
     def advance(self, moved: dict[str, Request], started: float) -> None:
         """Dispatch a step and take the results of the one before.
@@ -83,7 +93,8 @@ class Pipeline:
             waited = self._take(before, moved)
             self._early = (time.perf_counter() - started - waited, waited)
             return
-        waited = self._dispatch(before, moved)
+        follows = before is not None or self._early != (0.0, 0.0)
+        waited = self._dispatch(before, moved, follows)
         host_s = time.perf_counter() - started - waited + self._early[0]
         self._host_s += (host_s - self._host_s) / 16
         self.stats.step(host_s, waited + self._early[1])
@@ -100,12 +111,19 @@ class Pipeline:
         """Drop the results of the step that is on the device."""
         self._dispatched = None
 
-    def _dispatch(self, before: Dispatched | None, moved: dict[str, Request]) -> float:
+    def _dispatch(
+        self, before: Dispatched | None, moved: dict[str, Request], follows: bool
+    ) -> float:
         """Schedule and start the next step, if any sequence can run, and take the one before.
 
-        Returns the seconds spent waiting for results.
+        ``follows``: as in Dispatched. Returns the seconds spent waiting for results.
         """
         waited = 0.0
+        if before is not None and self._needs_results(before):
+            waited = self._take(before, moved)
+            before = None
+        if before is None and self._speculation is not None:
+            self._speculation.propose([s for s in self._running() if s.awaits_a_step])
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
             bucket, num_steps = self._shape(chunks)
@@ -133,11 +151,21 @@ class Pipeline:
                 sampled=sampled,
                 x_TD=x_TD,
                 at=time.perf_counter(),
+                follows=follows,
             )
             self._count(chunks)
         if before is not None:
             waited += self._take(before, moved)
         return waited
+
+    def _needs_results(self, before: Dispatched) -> bool:
+        """Whether the results of the step before decide which tokens the next step computes."""
+        if self._speculation is None:
+            return False
+        return before.has_drafts or self._speculation.pays(self._running())
+
+    def _running(self) -> list[Sequence]:
+        return [s for scheduler in self._schedulers for s in scheduler.running]
 
     def _shape(self, chunks: list[list[Chunk]]) -> tuple[Bucket, int]:
         """Return the bucket of the next step and the number of steps in its call.
@@ -177,6 +205,13 @@ class Pipeline:
         x_TD = np.asarray(step.x_TD, np.float32) if is_pooled else None
         ended = time.perf_counter()
         self._seconds[step.shape] = ended - max(step.at, self._taken_at)
+        if self._speculation is not None and step.follows and step.only_decodes:
+            self._speculation.lengths.measured(
+                max(sum(chunk.num_tokens for chunk in chunks) for chunks in step.chunks),
+                step.num_steps,
+                seconds=ended - self._taken_at,
+                has_drafts=step.has_drafts,
+            )
         self._taken_at = ended
         now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
@@ -191,8 +226,10 @@ class Pipeline:
                         results.pool(sequence, x_CD, chunk)
                     if chunk.samples:
                         moved[sequence.request.request_id] = sequence.request
-                    only = (row + len(chunk.scored),) if chunk.samples else ()
-                    for found in only if step.num_steps == 1 else step.rows(row, chunk):
+                    rows = step.rows(row, chunk)
+                    if chunk.drafts:
+                        rows = rows[: 1 + self._verify(chunk, [tokens[found] for found in rows])]
+                    for found in rows:
                         # Counted by time: nearly all sequences share one value.
                         gaps[sequence.last_token_at] += 1
                         sequence.last_token_at = now
@@ -200,12 +237,41 @@ class Pipeline:
                         # Tokens of the same call after the end of the output are dropped.
                         if sequence.finish_reason is not None:
                             break
-                row += len(chunk.scored) + chunk.samples
+                row += chunk.num_rows
                 first_token += chunk.num_tokens
         for at, times in gaps.items():
             if at:
                 self.stats.inter_token.add(now - at, times)
+        if self._speculation is not None:
+            self._speculation.observe(asked)
+            if step.has_drafts and ended - self._logged_at > LOG_INTERVAL_S:
+                self._logged_at = ended
+                self._log_acceptance()
         return ended - started
+
+    def _log_acceptance(self) -> None:
+        """Log how many drafts were accepted since the statistics began."""
+        stats = self.stats
+        logger.info(
+            "speculation: acceptance length %.2f, %d of %d drafts accepted in %d verifications",
+            stats.acceptance_length,
+            stats.spec_decode_num_accepted_tokens,
+            stats.spec_decode_num_draft_tokens,
+            stats.spec_decode_num_drafts,
+        )
+
+    def _verify(self, chunk: Chunk, tokens: list[int]) -> int:
+        """Count the drafts of a chunk that became tokens, and take back the others.
+
+        ``tokens``: those sampled after the token before the drafts, and after each of them.
+        """
+        sequence, count = chunk.sequence, len(chunk.drafts)
+        accepted = results.accepted(chunk.drafts, tokens)
+        self._schedulers[sequence.request.copy].reject(sequence, count - accepted)
+        sequence.num_pending += accepted
+        sequence.draft_counts = sequence.draft_counts.plus(DraftCounts(1, count, accepted))
+        self.stats.verify(count, accepted)
+        return accepted
 
     def _is_long(self, step: Dispatched) -> bool:
         """Whether the host should wait for a step before it plans the next one.

@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,22 @@ class Logprob:
 
 Logprobs = dict[int, Logprob]
 FROM_BODY = {"from_body": True}  # metadata of a field that HTTP clients set by the same name
+
+
+class DraftCounts(NamedTuple):
+    """Sums of speculative decoding.
+
+    ``verified``: how often drafts of a sequence were verified; ``drafted``: all these drafts;
+    ``accepted``: those among them that became tokens.
+    """
+
+    verified: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def plus(self, other: "DraftCounts") -> "DraftCounts":
+        """Return the sums of both."""
+        return DraftCounts(*(a + b for a, b in zip(self, other)))
 
 
 class FinishReason(enum.StrEnum):
@@ -66,7 +82,7 @@ class RequestOutput:
 
     ``prompt_logprobs``: for each token of the prompt, None for the first. ``num_cached_tokens``: of
     the prompt, those that were in the cache already. ``hidden``: the pooled hidden state, where
-    that was asked for.
+    that was asked for. ``drafts``: sums of speculation over all samples.
     """
 
     request_id: str
@@ -77,6 +93,7 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
     hidden: np.ndarray | None = None
+    drafts: DraftCounts = DraftCounts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +130,10 @@ class Sequence:
     # Attributes by slots: a dictionary of more than 30 is slower to read in CPython.
     __slots__ = (
         "_flushed", "_num_hidden", "_num_read", "_num_shown", "cumulative_logprob", "detokenizer",
-        "duplicates", "finish_reason", "first_run", "index", "last_row", "last_token_at",
-        "logprobs", "matcher", "max_length", "needs_every_token", "node", "num_cached",
-        "num_computed", "num_pending", "num_prompt", "num_scored", "num_tokens", "overtaken",
-        "pages", "params", "pooling", "request", "scores", "seed", "slot", "stop_ids",
+        "draft_counts", "drafts", "duplicates", "finish_reason", "first_run", "index", "last_row",
+        "last_token_at", "logprobs", "matcher", "max_length", "needs_every_token", "node",
+        "num_cached", "num_computed", "num_pending", "num_prompt", "num_scored", "num_tokens",
+        "overtaken", "pages", "params", "pooling", "request", "scores", "seed", "slot", "stop_ids",
         "stop_reason", "tokens", "wants_logprobs", "weights", "window_pages",
     )  # fmt: skip
 
@@ -163,17 +180,17 @@ class Sequence:
         # (cache/windows.py).
         self.window_pages: list[list[int]] = []
         self.duplicates: list[int] = []  # its own copies of pages that the tree has from others
-        self.node: Node | None = (
-            None  # the tree's deepest page among them; those after it are the sequence's own
-        )
+        # The tree's deepest page among them; those after it are the sequence's own.
+        self.node: Node | None = None
         self.slot = -1  # its row of the scheduler's page tables while it runs
-        self.last_row = (
-            -1
-        )  # its row of the last step's results, which hold its token while that is pending
+        # Its row of the last step's results, which hold its token while that is pending.
+        self.last_row = -1
         self.overtaken = 0
-        self.matcher: Constraint | None = (
-            None  # state of its grammar or budget of reasoning, if it has one
-        )
+        # State of its grammar or budget of reasoning, if it has one.
+        self.matcher: Constraint | None = None
+        # Tokens that may follow its last one, for the next step to verify (engine/drafts/).
+        self.drafts: list[int] = []
+        self.draft_counts = DraftCounts()
         self.first_run = True
         self.last_token_at = 0.0  # seconds of time.monotonic(); 0: none yet
         self.num_cached: int | None = None  # tokens that the cache held when it first ran
@@ -185,6 +202,16 @@ class Sequence:
     def length(self) -> int:
         """Number of its tokens, those still on the device included."""
         return self.num_tokens + self.num_pending
+
+    @property
+    def awaits_a_step(self) -> bool:
+        """Whether only its newest token is still to be computed, and the host has that token."""
+        return not self.num_pending and self.num_computed + 1 == self.num_tokens
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether tokens of its prompt are still to be scored."""
+        return self.scores and self.num_scored < self.num_prompt - 1
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -334,6 +361,14 @@ class Request:
         return (self.sequences[0].num_cached or 0) if self.sequences else 0
 
     @property
+    def draft_counts(self) -> DraftCounts:
+        """Sums of speculation over all its samples."""
+        found = DraftCounts()
+        for sequence in self.sequences:
+            found = found.plus(sequence.draft_counts)
+        return found
+
+    @property
     def num_generated(self) -> int:
         """Number of output tokens of all its samples."""
         return sum(sequence.num_tokens - sequence.num_prompt for sequence in self.sequences)
@@ -376,4 +411,5 @@ class Request:
             prompt_logprobs=scored,
             num_cached_tokens=self.num_cached,
             hidden=self.hidden,
+            drafts=self.draft_counts,
         )

@@ -4,6 +4,7 @@ Not here: the computation of the log probabilities (sample.py), sampled tokens (
 """
 
 import dataclasses
+from collections.abc import Sequence as Many
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ class Dispatched:
 
     ``num_steps``: decode steps in its call; their results follow each other. ``x_TD``: the hidden
     states, None if there are several steps. ``at``: when it was dispatched, in seconds of
-    time.perf_counter().
+    time.perf_counter(). ``follows``: whether it was dispatched without a pause after the step
+    before, so that it ends one step's time after that.
     """
 
     chunks: list[list[Chunk]]
@@ -29,20 +31,40 @@ class Dispatched:
     sampled: Sampled
     x_TD: jax.Array | None
     at: float
+    follows: bool
 
     @property
     def shape(self) -> tuple[Bucket, int]:
         """Bucket and number of steps, on which the time of the call depends."""
         return self.bucket, self.num_steps
 
-    def rows(self, first: int, chunk: Chunk) -> range:
-        """Return the rows of results with the sampled tokens of a chunk, one for each step.
+    @property
+    def only_decodes(self) -> bool:
+        """Whether no chunk is part of a prompt."""
+        return all(c.samples and c.num_tokens == 1 + len(c.drafts) for r in self.chunks for c in r)
 
-        ``first``: the chunk's first row of results. Empty if the chunk does not sample.
+    @property
+    def has_drafts(self) -> bool:
+        """Whether the step verifies drafts: the next step depends on its results."""
+        return any(chunk.drafts for chunks in self.chunks for chunk in chunks)
+
+    def rows(self, first: int, chunk: Chunk) -> range:
+        """Return the rows of results with the sampled tokens of a chunk.
+
+        One for each step, or one for each draft and one more; none if the chunk does not sample.
+        ``first``: the chunk's first row of results.
         """
-        stride = len(self.chunks) * self.bucket.num_rows
         start = first + len(chunk.scored)
+        if self.num_steps == 1:
+            return range(start, first + chunk.num_rows)
+        stride = len(self.chunks) * self.bucket.num_rows
         return range(start, start + self.num_steps * stride if chunk.samples else start, stride)
+
+
+def accepted(drafts: Many[int], tokens: Many[int]) -> int:
+    """Return how many leading drafts equal the tokens that were sampled in their places."""
+    right = [draft == token for draft, token in zip(drafts, tokens)]
+    return right.index(False) if False in right else len(right)
 
 
 def logprobs(sampled: Sampled, row: int, top: int) -> Logprobs:

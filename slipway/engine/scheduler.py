@@ -26,6 +26,7 @@ sequences of its priority, and later computes its lost tokens again.
 import bisect
 import dataclasses
 from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ class Chunk(NamedTuple):
 
     ``samples``: the chunk ends with the last token of the sequence, so the step samples the next
     token. ``scored``: positions of prompt tokens after which the log probability of the next prompt
-    token is reported.
+    token is reported. ``drafts``: the chunk's last tokens, which are not part of the sequence yet;
+    the step also samples the token before and after each of them (engine/drafts/).
     """
 
     sequence: Sequence
@@ -50,11 +52,12 @@ class Chunk(NamedTuple):
     num_tokens: int
     samples: bool
     scored: range = range(0)
+    drafts: Many[int] = ()
 
     @property
     def num_rows(self) -> int:
-        """Rows of results: one for each scored position, and one for the sampled token."""
-        return len(self.scored) + self.samples
+        """Rows of results: one for each scored position, and one for each sampled token."""
+        return len(self.scored) + self.samples + len(self.drafts)
 
 
 @dataclasses.dataclass
@@ -87,13 +90,15 @@ class Scheduler:
         table_width: int,
         max_num_seqs: int,
         max_num_tokens: int,
+        max_rows: int | None = None,
         prefix_caching: bool = True,
         windows: Iterable[tuple[int, int]] = (),
     ):
         """Create an empty scheduler.
 
-        ``table_width``: the most pages of one sequence. ``windows``: (window in positions, number
-        of pages) for each sliding window of the model; each has a pool of its own.
+        ``table_width``: the most pages of one sequence. ``max_rows``: the most rows of results of a
+        step; default: one for each sequence. ``windows``: (window in positions, number of pages)
+        for each sliding window of the model; each has a pool of its own.
         """
         self._paging = Paging(
             num_pages=num_pages,
@@ -112,6 +117,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
+        self.max_rows = max_num_seqs if max_rows is None else max_rows
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         # Both lists are sorted by Sequence.order.
         self.waiting: list[Sequence] = []
@@ -165,21 +171,23 @@ class Scheduler:
         """Plan the next step: return a chunk for each sequence that takes part in it.
 
         The chunks have their pages and count as computed. At most ``max_num_tokens`` tokens and
-        ``max_num_seqs`` rows of results. Empty if no sequence can advance. The caller may have at
-        most one earlier step on the device that has not given its results to the sequences yet.
+        ``max_rows`` rows of results. Empty if no sequence can advance. The caller may have at most
+        one earlier step on the device that has not given its results to the sequences yet; none if
+        a chunk of it has drafts.
         """
         chunks: list[Chunk] = []
         # What is left of the step, after one token and one row for each running sequence.
         tokens = self.max_num_tokens - len(self.running)
-        rows = self.max_num_seqs - len(self.running)
+        rows = self.max_rows - len(self.running)
         for sequence in self.running.copy():
             # Skip a sequence that was preempted in this loop, or that waits for its last token from
             # the device.
             start, length = sequence.num_computed, sequence.length
             if sequence.slot < 0 or length >= sequence.max_length:
                 continue
-            if start + 1 == length and not sequence.scores:  # it decodes, as nearly all do
-                chunk = Chunk(sequence, start, 1, samples=True)
+            if start + 1 == length and not sequence.is_scoring:  # it decodes, as nearly all do
+                drafts = self._drafts(sequence, min(tokens, rows)) if sequence.drafts else ()
+                chunk = Chunk(sequence, start, 1 + len(drafts), samples=True, drafts=drafts)
             else:
                 if sequence.num_tokens - start > self.page_size:
                     self._adopt(sequence)
@@ -187,7 +195,7 @@ class Scheduler:
             if self._grow(sequence, chunk):
                 chunks.append(chunk)
                 tokens -= chunk.num_tokens - 1
-                if chunk.scored:
+                if chunk.scored or chunk.drafts:
                     rows -= chunk.num_rows - 1
         while self.waiting and self._slots and tokens > 0 and rows > 0:
             admitted = self._admit()
@@ -231,6 +239,13 @@ class Scheduler:
             self._paging.take(sequence, needed)
         self.counts.computed_tokens += steps * len(chunks)
 
+    def reject(self, sequence: Sequence, count: int) -> None:
+        """Take back the last ``count`` computed tokens of a running sequence: rejected drafts.
+
+        The next tokens are written over their keys and values. Their pages stay the sequence's.
+        """
+        sequence.num_computed -= count
+
     def release(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended or was aborted, waiting or running.
 
@@ -260,7 +275,7 @@ class Scheduler:
         start = sequence.num_computed
         count = min(sequence.length - start, spare_tokens + 1)
         scored = range(0)
-        if sequence.scores and sequence.num_scored < sequence.num_prompt - 1:
+        if sequence.is_scoring:
             count = min(count, spare_rows + 1)
             scored = range(
                 max(start, sequence.num_scored), min(start + count, sequence.num_prompt - 1)
@@ -270,6 +285,21 @@ class Scheduler:
             count -= (start + count) % self.page_size
         samples = start + count == sequence.length
         return Chunk(sequence, start, count, samples=samples, scored=scored)
+
+    def _drafts(self, sequence: Sequence, most: int) -> Many[int]:
+        """Return the drafts of a sequence that the next step verifies, at most ``most``.
+
+        At most as many as it may still get tokens beside the sampled one, and as fit into pages
+        that others do not need. The sequence's ``tokens`` hold them, after its own.
+        """
+        length = sequence.num_tokens
+        assert not sequence.num_pending, "drafts follow the newest token"
+        spare = max(0, self._paging.num_available() - len(self.running))
+        room = (len(sequence.pages) + spare) * self.page_size - length
+        drafts = sequence.drafts[: max(0, min(most, room, sequence.max_length - length - 1))]
+        sequence.drafts = []
+        sequence.tokens[length : length + len(drafts)] = drafts
+        return drafts
 
     def _grow(self, sequence: Sequence, chunk: Chunk) -> bool:
         """Give a sequence the pages of its chunk and count the chunk as computed.
@@ -389,6 +419,7 @@ class Scheduler:
         self._paging.drop_windows(sequence.window_pages)
         self.tree.unlock(sequence.node)
         self._slots.append(sequence.slot)
+        sequence.drafts = []
         sequence.pages = []
         sequence.window_pages = []
         sequence.duplicates = []

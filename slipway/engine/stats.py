@@ -49,7 +49,9 @@ class Stats:
 
     ``steps``: calls of the device; several decode steps in one call count once, and so does their
     time. ``host_s``: seconds of the host's work, without those that it waited for the device
-    (``device_s``). ``finished``: sequences by finish_reason. Times run from the arrival of a
+    (``device_s``). ``finished``: sequences by finish_reason. ``spec_decode_num_drafts``: how often
+    drafts of a sequence were verified (vLLM's names); ``spec_decode_accepted_per_pos``: accepted
+    drafts by their place after the last token. Times run from the arrival of a
     request to its first chunk (``queue``), first token (``first_token``) and end (``e2e``);
     ``inter_token`` is the time between two tokens of a sequence.
     """
@@ -60,6 +62,10 @@ class Stats:
     host_s: float = 0.0
     device_s: float = 0.0
     finished: dict[str, int] = dataclasses.field(default_factory=dict)
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
+    spec_decode_accepted_per_pos: list[int] = dataclasses.field(default_factory=list)
     step_host: Histogram = _histogram(STEP_BOUNDS_S)
     step_device: Histogram = _histogram(STEP_BOUNDS_S)
     queue: Histogram = _histogram(WAIT_BOUNDS_S)
@@ -73,6 +79,21 @@ class Stats:
         self.device_s += device_s
         self.step_host.add(host_s)
         self.step_device.add(device_s)
+
+    def verify(self, count: int, accepted: int) -> None:
+        """Count a verification of ``count`` drafts, the first ``accepted`` of which were right."""
+        self.spec_decode_num_drafts += 1
+        self.spec_decode_num_draft_tokens += count
+        self.spec_decode_num_accepted_tokens += accepted
+        places = self.spec_decode_accepted_per_pos
+        places += [0] * (accepted - len(places))
+        for place in range(accepted):
+            places[place] += 1
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens of a sequence in a step that verifies drafts, on average; 1 without any."""
+        return 1 + self.spec_decode_num_accepted_tokens / max(1, self.spec_decode_num_drafts)
 
     def finish(self, reason: str, seconds: float) -> None:
         """Count the end of a sequence, ``seconds`` after its request arrived."""

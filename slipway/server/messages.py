@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from slipway.engine.config import EngineConfig
-from slipway.engine.request import RequestSpec
+from slipway.engine.request import DraftCounts, RequestSpec
 from slipway.engine.stats import Snapshot
 from slipway.errors import (
     CheckpointError,
@@ -96,8 +96,8 @@ class Sample(msgspec.Struct, array_like=True):
 class Delta(msgspec.Struct, tag=True):
     """New output of a request.
 
-    The first and the last Delta have ``prompt_logprobs``. Only the last has ``num_cached_tokens``
-    and ``hidden``, the pooled hidden state of the prompt.
+    The first and the last Delta have ``prompt_logprobs``. Only the last has ``num_cached_tokens``,
+    ``drafts``, the sums of speculation, and ``hidden``, the pooled hidden state of the prompt.
     """
 
     number: int
@@ -106,6 +106,7 @@ class Delta(msgspec.Struct, tag=True):
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, tuple[float, int]] | None] | None = None
     hidden: list[float] | None = None
+    drafts: DraftCounts = DraftCounts()
 
 
 class Reply(msgspec.Struct, tag=True):

@@ -6,6 +6,7 @@ adds the metrics that dashboards for vLLM use, under vLLM's names.
 Not here: counting inside the engine (engine/stats.py).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -31,6 +32,9 @@ COUNTERS = {
     "preemptions": "num_preemptions",
     "prompt_tokens": "prompt_tokens",
     "generated_tokens": "generation_tokens",
+    "spec_decode_num_drafts": "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens": "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens": "spec_decode_num_accepted_tokens",
     "compilations": None,
     "computed_tokens": None,
     "steps": None,
@@ -104,6 +108,15 @@ class Metrics:
                 merged = _merged([getattr(each.stats, name) for each in snapshots])
                 histogram.add_metric(values, *merged)
                 yield histogram
+        accepted = CounterMetricFamily(
+            prefix + "spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that became tokens, by their place after the last token.",
+            labels=[*labels, "position"],
+        )
+        places = [each.stats.spec_decode_accepted_per_pos for each in snapshots]
+        for position, counts in enumerate(itertools.zip_longest(*places, fillvalue=0)):
+            accepted.add_metric([*values, str(position)], sum(counts))
+        yield accepted
         if not vllm and any(each.expert_tokens for each in snapshots):
             yield from _expert_families(snapshots, self._labels)
         ended = CounterMetricFamily(

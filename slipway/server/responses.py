@@ -18,6 +18,7 @@ import msgspec
 from slipway.codec.offsets import Offsets
 from slipway.codec.reasoning import ReasoningTokens
 from slipway.codec.tokenizer import Tokenizer
+from slipway.engine.request import DraftCounts
 from slipway.server.messages import Delta, Sample
 
 Entry = dict[int, tuple[float, int]]  # token id -> (log probability, rank)
@@ -33,6 +34,7 @@ class Usage:
         self.prompt = 0
         self.completion = 0
         self.cached = 0
+        self.drafts = DraftCounts()
         # Of chats only: reasoning tokens by sample; empty if the model does not reason.
         self.thinking: dict[int, ReasoningTokens] | None = None
 
@@ -43,19 +45,26 @@ class Usage:
             if self.thinking and sample.index in self.thinking:
                 self.thinking[sample.index].push(sample.token_ids)
         self.cached += delta.num_cached_tokens
+        self.drafts = self.drafts.plus(delta.drafts)
 
     def as_json(self) -> dict[str, Any]:
-        """Return OpenAI's usage object."""
-        found = {
+        """Return OpenAI's usage object.
+
+        OpenAI's fields for predicted outputs are those of accepted and rejected drafts.
+        """
+        found: dict[str, Any] = {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
-        if self.thinking is None:
-            return found
-        reasoning = sum(each.count for each in self.thinking.values())
-        return found | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
+        details = {}
+        if self.thinking is not None:
+            details["reasoning_tokens"] = sum(each.count for each in self.thinking.values())
+        if self.drafts.verified:
+            details["accepted_prediction_tokens"] = self.drafts.accepted
+            details["rejected_prediction_tokens"] = self.drafts.drafted - self.drafts.accepted
+        return found | ({"completion_tokens_details": details} if details else {})
 
 
 class Envelope:

@@ -244,6 +244,14 @@ class GenerateHandler:
             "completion_tokens": len(sample.token_ids),
             "cached_tokens": last.num_cached_tokens,
         }
+        if (drafts := last.drafts).verified:
+            meta |= {
+                "spec_verify_ct": drafts.verified,
+                "spec_draft_token_num": drafts.drafted,
+                "spec_accept_token_num": drafts.accepted,
+                "spec_accept_rate": drafts.accepted / drafts.drafted,
+                "spec_accept_length": 1 + drafts.accepted / drafts.verified,
+            }
         if self._body.return_logprob:
             meta |= self._logprobs("output", sample.token_ids, sample.logprobs or [])
             if last.finished:  # the last message brings the prompt's log probabilities

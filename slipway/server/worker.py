@@ -186,6 +186,7 @@ class Worker:
             hidden = request.hidden
             self._scored.discard(number)
             delta.num_cached_tokens = request.num_cached
+            delta.drafts = request.draft_counts
             delta.hidden = None if hidden is None else hidden.tolist()
             del self._numbers[request.request_id], self._ids[number]
         self._out.append(delta)

@@ -35,8 +35,8 @@ def empty(bucket, sizes):
 def steps(draw, max_rows=5):
     """Chunks of sequences in any state, and the page table.
 
-    A chunk is a part of a prompt, its rest, or a generated token; the newest token of some
-    sequences is still on the device.
+    A chunk is a part of a prompt, its rest, or a generated token, perhaps with drafts after it; the
+    newest token of some sequences is still on the device.
     """
     pages = iter(draw(st.permutations(range(NUM_PAGES))))
     slots = iter(draw(st.permutations(range(SLOTS))))
@@ -69,15 +69,22 @@ def steps(draw, max_rows=5):
             if draw(st.booleans()) and count <= 2
             else range(0)
         )
-        found.append(Chunk(sequence, start, count, start + count == sequence.length, scored))
+        drafts = []
+        if start + count == sequence.length == sequence.num_tokens:
+            most = min(3, sequence.max_length - sequence.length)
+            drafts = draw(st.lists(st.integers(0, VOCAB - 1), max_size=most))
+        sequence.tokens[sequence.num_tokens :][: len(drafts)] = drafts
+        samples = start + count == sequence.length
+        found.append(Chunk(sequence, start, count + len(drafts), samples, scored, drafts))
     return found, page_table
 
 
 def reference(chunks, batch):
     """Fill an empty batch like ``Builder.build``, token by token and row by row."""
     tokens, sampling, t, row = batch.step, batch.sampling, 0, 0
-    for index, (sequence, start, count, samples, scored) in enumerate(chunks):
-        ids, prompt = sequence.tokens[: sequence.num_tokens], sequence.request.spec.token_ids
+    for index, (sequence, start, count, samples, scored, drafts) in enumerate(chunks):
+        ids = [*sequence.tokens[: sequence.num_tokens], *drafts]
+        prompt = sequence.request.spec.token_ids
         tokens.starts_B[index] = t
         tokens.counts_B[index] = count
         tokens.lengths_B[index] = start + count
@@ -94,7 +101,7 @@ def reference(chunks, batch):
                 page = moved(sequence.pages, numbering)[position // PAGE_SIZE]
                 pages.slots_T[t] = page * PAGE_SIZE + position % PAGE_SIZE
             for wanted in ([prompt[position + 1]] if position in scored else []) + (
-                [-1] if samples and position == start + count - 1 else []
+                [-1] if samples and position >= start + count - 1 - len(drafts) else []
             ):
                 tokens.sample_at_B[row] = t
                 sampling.given_B[row], sampling.position_B[row] = wanted, position + 1
@@ -141,7 +148,7 @@ def same(got, expected):
 @given(steps())
 def test_build_is_what_a_plain_loop_builds(step):
     chunks, page_table = step
-    bucket = Bucket(5 * LONGEST, 10)
+    bucket = Bucket(5 * LONGEST, 25)
     expected = reference(chunks, empty(bucket, SIZES))
     rows = np.cumsum([chunk.num_rows for chunk in chunks]).tolist()
     same(Builder(SIZES, tables(page_table)).build(chunks, bucket), expected)
@@ -186,7 +193,7 @@ def test_padding_points_past_the_last_page_and_asks_for_nothing():
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(steps(), steps())
 def test_join_puts_the_ranks_one_after_the_other(first, second):
-    bucket = Bucket(5 * LONGEST, 10)
+    bucket = Bucket(5 * LONGEST, 25)
     parts = [
         Builder(SIZES, tables(page_table)).build(chunks, bucket)
         for chunks, page_table in (first, second)
@@ -199,11 +206,12 @@ def test_join_puts_the_ranks_one_after_the_other(first, second):
             assert len(joined[name]) == 2 * len(array)
 
 
-@given(st.integers(1, 70), st.integers(0, 600))
+@given(st.integers(1, 70), st.integers(0, 600), st.integers(0, 8))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_buckets_cover_every_step_the_scheduler_may_ask_for(rows, spare):
-    tokens = rows + spare
-    shapes = buckets(rows, tokens)
+def test_buckets_cover_every_step_the_scheduler_may_ask_for(sequences, spare, drafts):
+    tokens = sequences + spare
+    rows = min(tokens, sequences * (1 + drafts))
+    shapes = buckets(sequences, tokens, max_rows=rows)
     assert shapes == sorted(shapes, key=lambda bucket: bucket.num_tokens)
     assert len({*shapes}) == len(shapes) <= 8
     assert shapes[-1].num_tokens == max(2, tokens)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from slipway.engine import logit_rules, sample
 from slipway.engine.params import MAX_LOGIT_BIAS, SamplingParams
 from slipway.engine.request import Request, RequestSpec, Sequence
+from slipway.engine.scheduler import Chunk
 from slipway.errors import InvalidRequest
 from slipway.llm import LLM
 
@@ -30,7 +31,11 @@ def rows(*cases, stop_ids=frozenset()):
         for token in output:
             sequence.append(token, None)
         found.append(sequence)
-    changed = [(row, s.num_tokens, s) for row, s in enumerate(found) if s.request.rules is not None]
+    changed = [
+        (row, Chunk(sequence, 0, sequence.num_tokens, samples=True))
+        for row, sequence in enumerate(found)
+        if sequence.request.rules is not None
+    ]
     return logit_rules.build(logit_rules.empty(len(cases), V, LONGEST), changed), found
 
 

@@ -1,0 +1,96 @@
+"""Speculation of one engine: proposes drafts for its sequences and learns from what came true.
+
+Not here: where drafts come from (ngram.py), how many of them pay (lengths.py).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+import numpy as np
+
+from slipway.engine.drafts.lengths import WEIGHT, Lengths, observed
+from slipway.engine.request import Sequence
+
+# Rate of acceptance before anything was observed.
+FIRST_RATE = 0.6
+
+
+class Drafter(Protocol):
+    """Source of drafts."""
+
+    def draft(self, sequences: Many[Sequence]) -> list[list[int]]:
+        """Return drafts of the tokens that follow the newest one of each sequence."""
+
+    def end(self, sequence: Sequence) -> None:
+        """Take note that a sequence has ended."""
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """Drafts of one sequence, proposed when it had ``length`` tokens, and its rate of acceptance.
+
+    ``rate``: moving average of the probability that a draft is right if those before it were.
+    """
+
+    drafts: list[int]
+    length: int
+    rate: float
+
+
+class Speculation:
+    """Drafts of the running sequences of one engine.
+
+    In every step, plain ones too, the drafts are compared with the tokens that followed: so the
+    rate of a row is known while its drafts are not used.
+    """
+
+    def __init__(self, drafter: Drafter):
+        self.lengths = Lengths()
+        self._drafter = drafter
+        self._rows: dict[Sequence, Row] = {}
+        self._rate = FIRST_RATE
+
+    def pays(self, sequences: Many[Sequence]) -> bool:
+        """Whether the next step should verify drafts, so that it needs the results before it."""
+        rows = [self._rows[sequence] for sequence in sequences if sequence in self._rows]
+        return bool(rows) and bool(self._counts(rows).any())
+
+    def propose(self, sequences: Many[Sequence]) -> None:
+        """Set ``drafts`` of sequences that await a step: those which that step verifies."""
+        self._refresh(sequences)
+        rows = [self._rows[sequence] for sequence in sequences]
+        for sequence, row, count in zip(sequences, rows, self._counts(rows).tolist()):
+            sequence.drafts = row.drafts[:count]
+
+    def observe(self, sequences: Iterable[Sequence]) -> None:
+        """Learn from the new tokens of sequences."""
+        self._refresh([s for s in sequences if s.finish_reason is None])
+
+    def end(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
+        if self._rows.pop(sequence, None) is not None:
+            self._drafter.end(sequence)
+
+    def _counts(self, rows: Many[Row]) -> np.ndarray:
+        rates = np.array([row.rate for row in rows])
+        return self.lengths.choose(rates, np.array([len(row.drafts) for row in rows]))
+
+    def _refresh(self, sequences: Many[Sequence]) -> None:
+        """Compare the drafts of sequences with their new tokens, and draft what follows these."""
+        stale = []
+        for sequence in sequences:
+            row = self._rows.get(sequence)
+            if row is None:
+                row = self._rows[sequence] = Row([], 0, self._rate)
+            if row.length == sequence.num_tokens:
+                continue
+            if row.drafts:
+                tokens = sequence.tokens[row.length : sequence.num_tokens].tolist()
+                row.rate = observed(row.rate, row.drafts, tokens)
+                self._rate += WEIGHT**2 * (row.rate - self._rate)
+            row.length = sequence.num_tokens
+            stale.append(sequence)
+        for sequence, drafts in zip(stale, self._drafter.draft(stale) if stale else ()):
+            self._rows[sequence].drafts = drafts

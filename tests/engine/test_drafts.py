@@ -1,0 +1,245 @@
+"""Drafts from repeated text, the number of drafts that pay, and the options of speculation."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipway.engine.config import EngineConfig
+from slipway.engine.drafts.lengths import PLAIN_CALLS, STALE, Lengths, observed
+from slipway.engine.drafts.ngram import NgramDrafter
+from slipway.engine.drafts.speculation import Speculation
+from slipway.engine.params import SamplingParams
+from slipway.engine.request import FinishReason, Request, RequestSpec, Sequence
+from slipway.errors import InvalidConfig
+
+pytestmark = pytest.mark.host
+CANDIDATES = 32
+
+
+def sequence_of(tokens, room=100, salt=""):
+    request = Request("0", RequestSpec(list(tokens), SamplingParams(), cache_salt=salt), room)
+    return Sequence(request, 0, 0, frozenset(), None)
+
+
+def best_match(text, ending, shortest, longest, own):
+    """Return (length, position of its last token) of the longest match, of equal ones the newest.
+
+    Written from the definition: every position after which the ``shortest`` last tokens recur.
+    """
+    best = (0, -1)
+    if len(ending) < shortest:
+        return best
+    ends = range(len(text) - 1 - own, shortest - 2, -1)
+    ends = [e for e in ends if text[e + 1 - shortest : e + 1] == ending[-shortest:]][:CANDIDATES]
+    for end in ends:
+        length = 0
+        while (
+            length < min(longest, len(ending), end + 1)
+            and text[end - length] == ending[-1 - length]
+        ):
+            length += 1
+        if length > best[0]:
+            best = length, end
+    return best
+
+
+def expected_draft(own, shared, shortest, longest, most):
+    found = [(*best_match(own, own, shortest, longest, True), own)]
+    found += [(*best_match(text, own, shortest, longest, False), text) for text in shared]
+    length, end, text = max(found, key=lambda match: match[0])
+    if not length:
+        return []
+    continued = list(text[end + 1 :])
+    if text is own:
+        while len(continued) < most:
+            continued.append(continued[len(continued) - (len(own) - 1 - end)])
+    draft = continued[:most]
+    return draft[: draft.index(-1)] if -1 in draft else draft
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.lists(st.integers(0, 3), max_size=120),
+    pieces=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    shortest=st.integers(1, 4),
+    more=st.integers(0, 8),
+    most=st.integers(1, 9),
+    outputs=st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=3),
+)
+def test_a_draft_follows_the_longest_and_newest_match(text, pieces, shortest, more, most, outputs):
+    longest = shortest + more
+    drafter = NgramDrafter(shortest, longest, most, shared_tokens=10_000)
+    shared = []
+    for output in outputs:
+        ended = sequence_of([0], room=len(output) + 1)
+        for token in output:
+            ended.append(token, None)
+        drafter.end(ended)
+        shared += [*output, -1]
+    text = [0, *text]
+    sequence = sequence_of(text[:1], room=len(text) + 5)
+    for size in [1, *pieces]:
+        for token in text[sequence.num_tokens :][: size - 1]:
+            sequence.append(token, None)
+        (draft,) = drafter.draft([sequence])
+        own = text[: sequence.num_tokens]
+        assert draft == expected_draft(own, [shared, []], shortest, longest, most)
+
+
+def test_rows_of_a_batch_do_not_mix():
+    texts = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 8], [9, 9, 9, 9], [1, 2, 3, 7, 1, 2, 3]]
+    drafter = NgramDrafter(2, 8, 4)
+    rows = [sequence_of(text) for text in texts]
+    assert drafter.draft(rows) == [[4, 1, 2, 3], [], [9, 9, 9, 9], [7, 1, 2, 3]]
+    assert drafter.draft(rows[3:]) == [[7, 1, 2, 3]]
+
+
+def test_outputs_of_salted_requests_are_not_shared():
+    drafter = NgramDrafter(2, 8, 4, shared_tokens=100)
+    for number, salt in enumerate(["secret", ""]):
+        ended = sequence_of([0], salt=salt)
+        for token in (number, 11, 12, 13 + number):
+            ended.append(token, None)
+        drafter.end(ended)
+    assert drafter.draft([sequence_of([11, 12])]) == [[14]]
+
+
+def test_shared_outputs_are_forgotten_in_time():
+    drafter = NgramDrafter(2, 8, 4, shared_tokens=40)
+    for number in range(60):
+        ended = sequence_of([0])
+        for token in (100 + number, 200 + number, 300 + number):
+            ended.append(token, None)
+        drafter.end(ended)
+    found = [drafter.draft([sequence_of([100 + n, 200 + n])])[0] for n in range(60)]
+    assert found[-5:] == [[300 + n] for n in range(55, 60)]
+    assert found[:45] == [[]] * 45
+    assert sum(len(index) for index in found) < 15
+
+
+def lengths_with(plain_s, of_tokens, rows=1):
+    """Return Lengths that have measured plain steps, and steps that verify drafts."""
+    lengths = Lengths()
+    assert not lengths.choose(np.full(rows, 0.9), np.full(rows, 4)).any(), "nothing is measured"
+    for _ in range(PLAIN_CALLS):
+        lengths.measured(rows, 1, plain_s, has_drafts=False)
+    for num_tokens, seconds in of_tokens.items():
+        lengths.measured(num_tokens, 1, seconds, has_drafts=True)
+    return lengths
+
+
+def test_free_drafts_are_all_verified():
+    lengths = lengths_with(1.0, {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
+    assert lengths.choose(np.array([0.95]), np.array([7])) == [7]
+
+
+def test_drafts_that_cost_too_much_are_not_verified():
+    lengths = lengths_with(1.0, {2: 1.9, 4: 3.7, 8: 7.0})
+    assert lengths.choose(np.array([0.8]), np.array([7])) == [0]
+    assert lengths.choose(np.array([0.99]), np.array([7])) == [7]
+
+
+def test_rows_that_accept_more_get_more_drafts():
+    lengths = lengths_with(1.0, {8: 1.5, 16: 1.7, 32: 3.0}, rows=4)
+    counts = lengths.choose(np.array([0.95, 0.7, 0.3, 0.05]), np.array([6, 6, 6, 6]))
+    assert list(counts) == sorted(counts, reverse=True)
+    assert counts[0] >= 3 > counts[2]
+    assert counts[3] == 0
+
+
+def test_calls_of_several_steps_are_compared_by_their_tokens():
+    lengths = Lengths()
+    lengths.choose(np.array([0.9]), np.array([4]))
+    for _ in range(PLAIN_CALLS):
+        lengths.measured(1, 8, 1.0, has_drafts=False)
+    for count in (2, 4, 8):
+        lengths.measured(count, 1, 0.9, has_drafts=True)
+    assert lengths.choose(np.array([0.9]), np.array([7])) == [0], "8 tokens in 1 s"
+
+
+def test_times_are_measured_again():
+    lengths = lengths_with(1.0, {8: 100.0})
+    assert lengths.choose(np.array([0.99]), np.array([7])) == [0]
+    for _ in range(STALE + 1):
+        lengths.measured(1, 1, 1.0, has_drafts=False)
+    assert lengths.choose(np.array([0.99]), np.array([7])) == [7]
+
+
+def test_a_pause_of_the_host_is_forgotten():
+    lengths = lengths_with(1.0, {8: 2.0})
+    lengths.measured(8, 1, 1000.0, has_drafts=True)
+    assert lengths.choose(np.array([0.95]), np.array([7])).any()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "tokens", "trials"),
+    [
+        ([1, 2, 3], [1, 2, 3], [1, 1, 1]),
+        ([1, 2, 3], [1, 5, 3], [1, 0]),
+        ([1, 2], [1], [1]),
+        ([], [1, 2], []),
+    ],
+)
+def test_each_draft_up_to_the_first_wrong_one_is_a_trial(drafts, tokens, trials):
+    rate = 0.5
+    for trial in trials:
+        rate += (trial - rate) / 8
+    assert observed(0.5, drafts, tokens) == pytest.approx(rate)
+
+
+def test_a_row_learns_while_its_drafts_are_not_used():
+    speculation = Speculation(NgramDrafter(2, 8, 4))
+    sequence = sequence_of([1, 2, 3, 1, 2])
+    speculation.propose([sequence])
+    assert sequence.drafts == [], "no time is measured"
+    before = speculation._rows[sequence].rate
+    sequence.append(3, None)
+    speculation.observe([sequence])
+    assert speculation._rows[sequence].rate > before
+    before = speculation._rows[sequence].rate
+    sequence.append(7, None)
+    speculation.observe([sequence])
+    assert speculation._rows[sequence].rate < before
+    sequence.finish(FinishReason.STOP)
+    speculation.end(sequence)
+    assert not speculation._rows
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "expected"),
+    [
+        ({"method": "magic"}, "method", "ngram"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens", "1 to 64"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens", "1 to 64"),
+        ({"prompt_lookup_min": 0}, "prompt_lookup_min", "1 to 256"),
+        ({"prompt_lookup_max": 2}, "prompt_lookup_max", "at least prompt_lookup_min"),
+        ({"shared_tokens": -1}, "shared_tokens", "from 0"),
+        ({"draft_sample_method": "greedy"}, "draft_sample_method", "no such field"),
+    ],
+)
+def test_invalid_options_are_named(given, field, expected):
+    with pytest.raises(InvalidConfig) as caught:
+        EngineConfig(speculative_config=NGRAM | given)
+    assert f"speculative_config: {field}" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["method", "num_speculative_tokens"])
+def test_missing_options_are_named(missing):
+    with pytest.raises(InvalidConfig, match=f"speculative_config: {missing}"):
+        EngineConfig(speculative_config={k: v for k, v in NGRAM.items() if k != missing})
+
+
+def test_it_must_be_a_mapping():
+    with pytest.raises(InvalidConfig, match="speculative_config"):
+        EngineConfig(speculative_config="ngram")
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch):
+    monkeypatch.setattr("slipway.native.library", lambda: None)
+    with pytest.raises(InvalidConfig, match="without a C\\+\\+ compiler"):
+        NgramDrafter(2, 8, 4)
