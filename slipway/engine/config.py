@@ -103,6 +103,10 @@ class EngineConfig:
     """Fields to replace in config.json; None removes one."""
 
     def __post_init__(self):
+        for name in ("hf_overrides", "speculative_config"):
+            # vLLM's callers pass None.
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {})
         for field, fine, expected in self._checks():
             if not fine:
                 raise InvalidConfig(field, getattr(self, field), expected)

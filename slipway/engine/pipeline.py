@@ -205,13 +205,7 @@ class Pipeline:
         x_TD = np.asarray(step.x_TD, np.float32) if is_pooled else None
         ended = time.perf_counter()
         self._seconds[step.shape] = ended - max(step.at, self._taken_at)
-        if self._speculation is not None and step.follows and step.only_decodes:
-            self._speculation.lengths.measured(
-                max(sum(chunk.num_tokens for chunk in chunks) for chunks in step.chunks),
-                step.num_steps,
-                seconds=ended - self._taken_at,
-                has_drafts=step.has_drafts,
-            )
+        cycle_s = ended - self._taken_at
         self._taken_at = ended
         now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
@@ -243,7 +237,7 @@ class Pipeline:
             if at:
                 self.stats.inter_token.add(now - at, times)
         if self._speculation is not None:
-            self._speculation.observe(asked)
+            self._speculation.observe(step, gaps.total(), cycle_s)
             if step.has_drafts and ended - self._logged_at > LOG_INTERVAL_S:
                 self._logged_at = ended
                 self._log_acceptance()

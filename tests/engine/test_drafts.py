@@ -5,12 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slipway.engine.batch import Bucket
 from slipway.engine.config import EngineConfig
-from slipway.engine.drafts.lengths import PLAIN_CALLS, STALE, Lengths, observed
+from slipway.engine.drafts.lengths import CALLS, STALE, Lengths, observed
 from slipway.engine.drafts.ngram import NgramDrafter
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.params import SamplingParams
 from slipway.engine.request import FinishReason, Request, RequestSpec, Sequence
+from slipway.engine.results import Dispatched
+from slipway.engine.scheduler import Chunk
 from slipway.errors import InvalidConfig
 
 pytestmark = pytest.mark.host
@@ -118,26 +121,30 @@ def test_shared_outputs_are_forgotten_in_time():
     assert sum(len(index) for index in found) < 15
 
 
-def lengths_with(plain_s, of_tokens, rows=1):
+def lengths_with(plain_s, of_tokens, rows=1, num_steps=1):
     """Return Lengths that have measured plain steps, and steps that verify drafts."""
     lengths = Lengths()
     assert not lengths.choose(np.full(rows, 0.9), np.full(rows, 4)).any(), "nothing is measured"
-    for _ in range(PLAIN_CALLS):
-        lengths.measured(rows, 1, plain_s, has_drafts=False)
-    for num_tokens, seconds in of_tokens.items():
-        lengths.measured(num_tokens, 1, seconds, has_drafts=True)
+    for _ in range(CALLS):
+        lengths.plain(rows, num_steps, plain_s)
+        for num_tokens, seconds in of_tokens.items():
+            lengths.drafted(rows, num_tokens, new_tokens=rows, seconds=seconds)
     return lengths
 
 
+def one(lengths, rate, most=7):
+    (count,) = lengths.choose(np.array([rate]), np.array([most])).tolist()
+    return count
+
+
 def test_free_drafts_are_all_verified():
-    lengths = lengths_with(1.0, {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})
-    assert lengths.choose(np.array([0.95]), np.array([7])) == [7]
+    assert one(lengths_with(1.0, {2: 1.0, 4: 1.0, 8: 1.0}), 0.95) == 7
 
 
 def test_drafts_that_cost_too_much_are_not_verified():
     lengths = lengths_with(1.0, {2: 1.9, 4: 3.7, 8: 7.0})
-    assert lengths.choose(np.array([0.8]), np.array([7])) == [0]
-    assert lengths.choose(np.array([0.99]), np.array([7])) == [7]
+    assert one(lengths, 0.8) == 0
+    assert one(lengths, 0.99) == 7
 
 
 def test_rows_that_accept_more_get_more_drafts():
@@ -149,27 +156,52 @@ def test_rows_that_accept_more_get_more_drafts():
 
 
 def test_calls_of_several_steps_are_compared_by_their_tokens():
-    lengths = Lengths()
-    lengths.choose(np.array([0.9]), np.array([4]))
-    for _ in range(PLAIN_CALLS):
-        lengths.measured(1, 8, 1.0, has_drafts=False)
-    for count in (2, 4, 8):
-        lengths.measured(count, 1, 0.9, has_drafts=True)
-    assert lengths.choose(np.array([0.9]), np.array([7])) == [0], "8 tokens in 1 s"
+    lengths = lengths_with(1.0, {2: 0.9, 4: 0.9, 8: 0.9}, num_steps=8)
+    assert one(lengths, 0.9) == 0, "8 tokens in 1 s, 5.7 in 0.9 s"
+    assert one(lengths, 0.99) == 7, "7.7 in 0.9 s"
 
 
-def test_times_are_measured_again():
-    lengths = lengths_with(1.0, {8: 100.0})
-    assert lengths.choose(np.array([0.99]), np.array([7])) == [0]
-    for _ in range(STALE + 1):
-        lengths.measured(1, 1, 1.0, has_drafts=False)
-    assert lengths.choose(np.array([0.99]), np.array([7])) == [7]
+def test_numbers_of_drafts_are_tried():
+    assert one(lengths_with(1.0, {}), 0.95) == 7
+
+
+def test_trials_that_lose_become_rare():
+    lengths = lengths_with(1.0, {})
+    trials, calls = 0, 3000
+    for call in range(calls):
+        # No number of tokens is tried twice in a row, so none is ever measured.
+        most = 1 + call % 60
+        count = one(lengths, 0.99, most)
+        if count:
+            trials += 1
+            lengths.drafted(1, 1 + count, new_tokens=1, seconds=10.0)
+            lengths._drafted.clear()
+        else:
+            lengths.plain(1, 1, 1.0)
+    assert trials >= 2
+    assert 9 * trials <= 0.012 * calls + 5 + 9
+
+
+def test_the_first_call_of_a_program_does_not_count():
+    lengths = lengths_with(1.0, {2: 1.0, 4: 1.0})
+    for seconds in (100.0, 2.0, 2.0):
+        lengths.drafted(1, 8, new_tokens=8, seconds=seconds)
+    assert one(lengths, 0.95) == 7
 
 
 def test_a_pause_of_the_host_is_forgotten():
-    lengths = lengths_with(1.0, {8: 2.0})
-    lengths.measured(8, 1, 1000.0, has_drafts=True)
-    assert lengths.choose(np.array([0.95]), np.array([7])).any()
+    lengths = lengths_with(1.0, {2: 1.0, 4: 1.0, 8: 2.0})
+    for seconds in (1000.0, 2.0):
+        lengths.drafted(1, 8, new_tokens=8, seconds=seconds)
+    assert one(lengths, 0.95) == 7
+
+
+def test_times_are_measured_again():
+    lengths = lengths_with(1.0, {2: 10.0, 4: 10.0, 8: 10.0})
+    assert one(lengths, 0.99) == 0
+    for _ in range(20 * STALE):
+        lengths.plain(1, 1, 1.0)
+    assert one(lengths, 0.99) == 7
 
 
 @pytest.mark.parametrize(
@@ -188,6 +220,13 @@ def test_each_draft_up_to_the_first_wrong_one_is_a_trial(drafts, tokens, trials)
     assert observed(0.5, drafts, tokens) == pytest.approx(rate)
 
 
+def step_of(sequence):
+    chunk = Chunk(sequence, sequence.num_tokens - 2, 1, samples=True)
+    return Dispatched(
+        [[chunk]], Bucket(2, 2), num_steps=1, sampled=None, x_TD=None, at=0.0, follows=True
+    )
+
+
 def test_a_row_learns_while_its_drafts_are_not_used():
     speculation = Speculation(NgramDrafter(2, 8, 4))
     sequence = sequence_of([1, 2, 3, 1, 2])
@@ -195,11 +234,11 @@ def test_a_row_learns_while_its_drafts_are_not_used():
     assert sequence.drafts == [], "no time is measured"
     before = speculation._rows[sequence].rate
     sequence.append(3, None)
-    speculation.observe([sequence])
+    speculation.observe(step_of(sequence), 1, seconds=1.0)
     assert speculation._rows[sequence].rate > before
     before = speculation._rows[sequence].rate
     sequence.append(7, None)
-    speculation.observe([sequence])
+    speculation.observe(step_of(sequence), 1, seconds=1.0)
     assert speculation._rows[sequence].rate < before
     sequence.finish(FinishReason.STOP)
     speculation.end(sequence)

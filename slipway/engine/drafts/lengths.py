@@ -14,23 +14,35 @@ import numpy as np
 
 # Weight of a new value in the moving averages.
 WEIGHT = 1 / 8
+# Weight of a time that is shorter than the average: on a shared host the shorter times are those of
+# the step, the longer ones have pauses in them.
+WEIGHT_OF_SHORTER = 1 / 2
 # A draft is verified if the product of the rates up to it is at least one of these numbers: the
 # candidates among which ``choose`` finds the best.
 LEAST_CHANCES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
 # Drafts must promise this gain over a plain step before they are used.
 MARGIN = 1.03
-# Calls after which a measured time is measured again, as load and lengths of sequences change.
+# Calls after which a time is measured again, as load and lengths of sequences change.
 STALE = 400
-# Plain calls in a row that measure their time: the first of them does not overlap with the host's
-# work for the one before.
-PLAIN_CALLS = 3
+# Calls that measure a time before it is used: the first of several plain calls does not overlap
+# with the host's work for the call before.
+CALLS = 3
+# Numbers of drafts that were never tried are tried while all such trials together have cost at most
+# this share of the time, and the time of a few plain steps.
+TRIAL_SHARE = 0.01
+TRIAL_STEPS = 5
 
 
 @dataclasses.dataclass
-class Measured:
-    """Moving average of a time in seconds, and the number of the call that measured it last."""
+class Time:
+    """Moving average of the seconds of a call: with how many tokens, how often and when measured.
 
+    ``at``: the number of the last call.
+    """
+
+    num_tokens: int
     seconds: float
+    count: int
     at: int
 
 
@@ -40,24 +52,36 @@ class Lengths:
     def __init__(self) -> None:
         self._calls = 0
         # By size class of the number of rows: seconds for one token of each row, without drafts.
-        self._plain: dict[int, Measured] = {}
+        self._plain: dict[int, Time] = {}
         # By size class of the number of tokens: seconds of a step that verifies drafts.
-        self._drafted: dict[int, Measured] = {}
+        self._drafted: dict[int, Time] = {}
         # Plain calls left that measure their time.
         self._measuring = 0
+        # Seconds of all calls, and those that trials lost against plain steps.
+        self._total = 0.0
+        self._lost = 0.0
 
-    def measured(self, num_tokens: int, num_steps: int, seconds: float, has_drafts: bool) -> None:
-        """Add the time of a call that decoded, from the end of the call before to its own end.
+    def plain(self, rows: int, num_steps: int, seconds: float) -> None:
+        """Add the time of a call of ``num_steps`` steps without drafts.
 
-        ``num_tokens``: of all rows in each of its ``num_steps`` steps.
+        ``seconds``: from the end of the call before to its own end.
         """
         self._calls += 1
-        if has_drafts:
-            self._add(self._drafted, num_tokens, seconds)
-            return
+        self._total += seconds
         self._measuring = max(0, self._measuring - 1)
-        if self._measuring < PLAIN_CALLS - 1:
-            self._add(self._plain, num_tokens, seconds / num_steps)
+        self._add(self._plain, rows, seconds / num_steps)
+
+    def drafted(self, rows: int, num_tokens: int, new_tokens: int, seconds: float) -> None:
+        """Add the time of a step that verified drafts.
+
+        ``num_tokens``: that it computed, drafts included; ``new_tokens``: that the rows got.
+        """
+        self._calls += 1
+        self._total += seconds
+        plain = self._fresh(self._plain, rows)
+        if plain is not None and self._fresh(self._drafted, num_tokens) is None:
+            self._lost += max(0.0, seconds - plain * new_tokens / rows)
+        self._add(self._drafted, num_tokens, seconds)
 
     def choose(self, rates: np.ndarray, most: np.ndarray) -> np.ndarray:
         """Return the number of drafts of each row that the next step verifies.
@@ -68,8 +92,8 @@ class Lengths:
         rows = len(rates)
         none = np.zeros(rows, np.int64)
         plain = self._fresh(self._plain, rows)
-        if plain is None:
-            self._measuring = self._measuring or PLAIN_CALLS
+        if plain is None and not self._measuring:
+            self._measuring = CALLS
         if plain is None or self._measuring or not most.any():
             return none
         best, best_rate = none, MARGIN * rows / plain
@@ -77,37 +101,55 @@ class Lengths:
         for chance in LEAST_CHANCES:
             counts = np.minimum(most, (np.log(chance) / np.log(odds)).astype(np.int64))
             expected = rows + float((odds * (1 - odds**counts) / (1 - odds)).sum())
-            seconds = self._seconds_with_drafts(rows + int(counts.sum()), plain)
-            if expected / seconds > best_rate and counts.any():
+            tokens = rows + int(counts.sum())
+            seconds = self._seconds(tokens, rows, plain)
+            if expected / seconds > best_rate and tokens > rows:
                 best, best_rate = counts, expected / seconds
         return best
 
-    def _seconds_with_drafts(self, num_tokens: int, plain: float) -> float:
-        """Return the seconds of a step with ``num_tokens`` tokens.
+    def _seconds(self, num_tokens: int, rows: int, plain: float) -> float:
+        """Return the seconds of a step that verifies drafts: measured, or estimated.
 
-        Not measured yet, it is taken to cost as much as the next smaller measured one, or as a
-        plain step: so it is tried, and then measured.
+        A step that may be tried is taken to cost as much as a plain one. Otherwise seconds are
+        interpolated between those that are known, and grow in proportion beyond these.
         """
-        for size in range(_size_class(num_tokens), -1, -1):
-            found = self._fresh_class(self._drafted, size)
-            if found is not None:
-                return found
-        return plain
+        known = self._fresh(self._drafted, num_tokens)
+        if known is not None:
+            return known
+        if self._lost <= TRIAL_SHARE * self._total + TRIAL_STEPS * plain:
+            return plain
+        points = {rows: plain}
+        for time in self._drafted.values():
+            if time.num_tokens > rows and time.count >= CALLS:
+                points[time.num_tokens] = time.seconds
+        last = max(points)
+        points[1000 * last] = 1000 * points[last]
+        sizes = sorted(points)
+        return float(np.interp(num_tokens, sizes, [points[size] for size in sizes]))
 
-    def _add(self, times: dict[int, Measured], count: int, seconds: float) -> None:
-        size = _size_class(count)
-        held = self._fresh_class(times, size)
-        if held is not None:
-            # A pause of the host is no property of the step.
-            seconds = held + WEIGHT * (min(seconds, 3 * held) - held)
-        times[size] = Measured(seconds, self._calls)
-
-    def _fresh(self, times: dict[int, Measured], count: int) -> float | None:
-        return self._fresh_class(times, _size_class(count))
-
-    def _fresh_class(self, times: dict[int, Measured], size: int) -> float | None:
+    def _add(self, times: dict[int, Time], num_tokens: int, seconds: float) -> None:
+        size = _size_class(num_tokens)
         held = times.get(size)
-        return None if held is None or self._calls - held.at > STALE else held.seconds
+        if held is None or self._calls - held.at > STALE:
+            times[size] = Time(num_tokens, seconds, 1, self._calls)
+            return
+        if held.count == 1:
+            # The first call of a program takes longer.
+            held.seconds = seconds
+        shorter = seconds < held.seconds
+        # A long pause of the host must not count for many calls.
+        change = min(seconds, 3 * held.seconds) - held.seconds
+        held.seconds += (WEIGHT_OF_SHORTER if shorter else WEIGHT) * change
+        held.num_tokens = num_tokens
+        held.count += 1
+        held.at = self._calls
+
+    def _fresh(self, times: dict[int, Time], num_tokens: int) -> float | None:
+        """Return the seconds of a number of tokens, None if they are to be measured."""
+        held = times.get(_size_class(num_tokens))
+        if held is None or held.count < CALLS or self._calls - held.at > STALE:
+            return None
+        return held.seconds
 
 
 def observed(rate: float, drafts: Many[int], tokens: Many[int]) -> float:

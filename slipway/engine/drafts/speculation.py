@@ -4,7 +4,6 @@ Not here: where drafts come from (ngram.py), how many of them pay (lengths.py).
 """
 
 import dataclasses
-from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from typing import Protocol
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from slipway.engine.drafts.lengths import WEIGHT, Lengths, observed
 from slipway.engine.request import Sequence
+from slipway.engine.results import Dispatched
 
 # Rate of acceptance before anything was observed.
 FIRST_RATE = 0.6
@@ -64,8 +64,20 @@ class Speculation:
         for sequence, row, count in zip(sequences, rows, self._counts(rows).tolist()):
             sequence.drafts = row.drafts[:count]
 
-    def observe(self, sequences: Iterable[Sequence]) -> None:
-        """Learn from the new tokens of sequences."""
+    def observe(self, step: Dispatched, new_tokens: int, seconds: float) -> None:
+        """Learn from the results of a step.
+
+        ``new_tokens``: that its sequences got. ``seconds``: from the end of the step before to its
+        own end.
+        """
+        if step.follows and step.only_decodes:
+            rows = max(map(len, step.chunks))
+            if step.has_drafts:
+                counts = [sum(chunk.num_tokens for chunk in chunks) for chunks in step.chunks]
+                self.lengths.drafted(rows, max(counts), new_tokens=new_tokens, seconds=seconds)
+            else:
+                self.lengths.plain(rows, step.num_steps, seconds)
+        sequences = [chunk.sequence for chunks in step.chunks for chunk in chunks]
         self._refresh([s for s in sequences if s.finish_reason is None])
 
     def end(self, sequence: Sequence) -> None:
