@@ -138,8 +138,8 @@ def compiled(options: CompileBench) -> dict[str, Any]:
     mesh = meshes.make_mesh(tensor=len(devices), devices=devices, expert=groups)
     declared = moe.with_exchange(models.declare(SHAPES[options.model]), options.expert_exchange)
     declaration = meshes.fit(declared, mesh)
-    caches = Caches(declaration, mesh, jnp.bfloat16, page_size=options.page_size)
-    shapes = caches.shapes((options.num_pages,), 1)
+    caches = Caches(declaration, (), mesh, dtype=jnp.bfloat16, page_size=options.page_size)
+    shapes, _ = caches.shapes((options.num_pages,), 1)
     sizes = Sizes(
         page_size=options.page_size,
         num_pages=(options.num_pages,),

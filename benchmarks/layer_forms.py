@@ -76,7 +76,8 @@ class LayerFormsBench:
             devices = topology.devices
         mesh = meshes.make_mesh(tensor=1 if devices is None else len(devices), devices=devices)
         declaration = FORMS[form](meshes.fit(models.declare(QWEN3_SHAPE), mesh))
-        caches = Caches(declaration, mesh, dtype, page_size=PAGE_SIZE).shapes((NUM_PAGES,), 1)
+        all_caches = Caches(declaration, (), mesh, dtype=dtype, page_size=PAGE_SIZE)
+        caches, _ = all_caches.shapes((NUM_PAGES,), 1)
         sizes, bucket = _sizes(declaration.config), Bucket(self.rows, self.rows)
         runner = programs.runner(
             declaration,

@@ -15,18 +15,27 @@ from jax.sharding import PartitionSpec as P
 from slipway import mesh as meshes
 from slipway.engine import memory
 from slipway.models.decoder import LanguageModel
-from slipway.ops import ExpertLoad, kv_cache
+from slipway.ops import CacheSpec, ExpertLoad, kv_cache
 from slipway.ops.kv_cache import AllocatedCache
 
 
 class Caches:
-    """Caches that a model declares, as shapes on a mesh."""
+    """Caches that a model, and perhaps its draft model, declare, as shapes on a mesh."""
 
-    def __init__(self, declaration: LanguageModel, mesh: Mesh, dtype: Any, page_size: int):
-        self._specs = declaration.cache_specs
+    def __init__(
+        self,
+        declaration: LanguageModel,
+        draft_specs: tuple[CacheSpec, ...],
+        mesh: Mesh,
+        *,
+        dtype: Any,
+        page_size: int,
+    ):
+        self._num_drafting = len(draft_specs)
+        self._specs = declaration.cache_specs + draft_specs
         self._load_shape = declaration.load_shape
         self._windows = kv_cache.page_windows(self._specs)
-        self._mesh = mesh
+        self.mesh = mesh
         self._dtype = dtype
         self._page_size = page_size
 
@@ -42,7 +51,7 @@ class Caches:
         for cache in self._empty([1] * len(self._windows)):
             # A single page cannot be split over copies of the weights, only over their devices.
             parts = [
-                meshes.parts(axis, self._mesh) for axis in cache.axes if axis not in (None, "pages")
+                meshes.parts(axis, self.mesh) for axis in cache.axes if axis not in (None, "pages")
             ]
             sizes[cache.numbering] += cache.kv.size * cache.kv.dtype.itemsize // math.prod(parts)
         of_step = -(-max_num_tokens // self._page_size)
@@ -57,29 +66,39 @@ class Caches:
             for size, window in zip(sizes, self._windows)
         )
 
-    def shapes(self, num_pages: tuple[int, ...], copies: int) -> tuple[Any, ...]:
-        """Return the model's caches as shapes with shardings, and its ExpertLoad if it has experts.
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Windows of the pools of pages (kv_cache.page_windows)."""
+        return self._windows
 
-        ``num_pages``: of each pool, for one of the ``copies`` of the weights.
+    def shapes(
+        self, num_pages: tuple[int, ...], copies: int
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the caches of the model and of the draft model as shapes with shardings.
+
+        The model's have its ExpertLoad behind them if it has experts. ``num_pages``: of each pool,
+        for one of the ``copies`` of the weights.
         """
 
         def placed(cache: Any) -> AllocatedCache:
-            sharding = NamedSharding(self._mesh, meshes.spec(cache.axes, self._mesh))
+            sharding = NamedSharding(self.mesh, meshes.spec(cache.axes, self.mesh))
             kv = jax.ShapeDtypeStruct(cache.kv.shape, cache.kv.dtype, sharding=sharding)
             return dataclasses.replace(cache, kv=kv)
 
         caches = [placed(cache) for cache in self._empty([copies * count for count in num_pages])]
+        of_model = len(caches) - self._num_drafting
+        own, drafting = tuple(caches[:of_model]), tuple(caches[of_model:])
         layers, experts = self._load_shape
         if not layers:
-            return tuple(caches)
-        by_copy = NamedSharding(self._mesh, P(meshes.DATA))
+            return own, drafting
+        by_copy = NamedSharding(self.mesh, P(meshes.DATA))
         counts = jax.ShapeDtypeStruct((copies * layers, experts), np.uint32, sharding=by_copy)
-        return (*caches, ExpertLoad(counts))
+        return (*own, ExpertLoad(counts)), drafting
 
     def _empty(self, num_pages: list[int]) -> tuple[AllocatedCache, ...]:
         """Return the caches of one copy of the weights, as shapes."""
-        sizes = {"page_size": self._page_size, "tensor": meshes.parts("kv_heads", self._mesh)}
-        platform = self._mesh.devices.flat[0].platform
+        sizes = {"page_size": self._page_size, "tensor": meshes.parts("kv_heads", self.mesh)}
+        platform = self.mesh.devices.flat[0].platform
         return jax.eval_shape(
             lambda: kv_cache.allocate(
                 self._specs, num_pages, platform=platform, dtype=self._dtype, **sizes

@@ -20,6 +20,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import programs, results
 from slipway.engine.admission import Admission, Limits
 from slipway.engine.batch import Bucket, Repeat
+from slipway.engine.drafts.loading import DraftState
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.pipeline import Pipeline
 from slipway.engine.programs import CACHES, NEWEST, WEIGHTS
@@ -53,6 +54,7 @@ class Engine:
         defaults: Mapping[str, Any],
         leader: Leader | None,
         speculation: Speculation | None,
+        draft_state: DraftState | None,
     ):
         self.limits = limits
         self.tokenizer = tokenizer
@@ -86,6 +88,7 @@ class Engine:
             speculation=speculation,
         )
         self._speculation = speculation
+        self._draft_state = draft_state
         self._versions = itertools.count(1)
         self._requests: dict[str, Request] = {}
         self._has_deadlines = False
@@ -186,6 +189,8 @@ class Engine:
         self.weights.delete()
         self.runner.free(CACHES)
         self.runner.free(NEWEST)
+        if self._draft_state is not None:
+            self._draft_state.delete()
         self._pipeline.forget()
         if self._leader is not None:
             self._leader.close()
@@ -236,6 +241,8 @@ class Engine:
         def apply() -> None:
             if not self._updates.sleep_level:
                 self.runner.free(CACHES)
+                if self._draft_state is not None:
+                    self._draft_state.sleep()
                 self._expert_counts.restart()
             self._updates.sleep(level)
 
@@ -248,6 +255,8 @@ class Engine:
             if self._updates.sleep_level:
                 self._updates.wake_up()
                 self.runner.allocate(CACHES)
+                if self._draft_state is not None:
+                    self._draft_state.wake_up()
 
         return self._updates.add(apply, "continue")
 

@@ -8,46 +8,39 @@ compiles the programs. The last two overlap: both need the declaration only.
 
 import dataclasses
 import logging
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from slipway import mesh as meshes
-from slipway import models, tree
-from slipway.checkpoint import files, quantize
 from slipway.checkpoint.swap import Weights
 from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import compile_cache, memory, programs
 from slipway.engine.admission import Limits
-from slipway.engine.batch import Bucket, Repeat, Sizes, buckets
-from slipway.engine.caches import Caches
+from slipway.engine.batch import Bucket, Repeat, Sizes
 from slipway.engine.config import EngineConfig
+from slipway.engine.declared import Declared, declare
 from slipway.engine.drafts.config import SpeculativeConfig
+from slipway.engine.drafts.loading import DraftState
+from slipway.engine.drafts.model_drafter import ModelDrafter
 from slipway.engine.drafts.ngram import NgramDrafter
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
-from slipway.errors import InvalidConfig, UnsupportedModel
-from slipway.models.decoder import LanguageModel, ModelConfig
-from slipway.nn import moe
-from slipway.ops import backend, kv_cache
+from slipway.errors import InvalidConfig
+from slipway.models.decoder import ModelConfig
+from slipway.ops import backend
 from slipway.runtime import load, multihost
 from slipway.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
-SCHEMES = {"int8": quantize.Scheme(8, 0), "int4": quantize.Scheme(4, 32)}
 # With decode_steps "auto", one call makes several decode steps if the weights take at most
 # SMALL_BYTES; and it does so for at most MAX_REPEATED_ROWS sequences. docs/log.md has the gain by
 # size of the model and number of rows.
 SMALL_BYTES = 32 * 2**20
 MAX_REPEATED_ROWS = 32
-NAMED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +49,7 @@ class Loaded:
 
     runner: Runner
     weights: Weights
+    draft_state: DraftState | None
     shapes: list[Bucket]
     repeats: Repeat | None
     limits: Limits
@@ -91,6 +85,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
         defaults=loaded.defaults,
         leader=leader,
         speculation=speculation,
+        draft_state=loaded.draft_state,
     )
 
 
@@ -117,164 +112,93 @@ def _load(model: str, config: EngineConfig) -> Loaded:
         overrides=config.hf_overrides,
         is_dummy=config.load_format == "dummy",
     )
-    checkpoint, raw = held.checkpoint, held.raw_config
+    checkpoint = held.checkpoint
     tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(checkpoint.directory)
-    mesh = _mesh(config)
-    scheme = _scheme(config.quantization, raw)
-    fields = {key: value for key, value in raw.items() if key != quantize.FIELD}
-    platform = mesh.devices.flat[0].platform
-    layer_form = backend.of(platform).layer_form
-    dtype = _dtype(config.dtype, raw, checkpoint)
-    declaration: LanguageModel = load.on_mesh(
-        models.declare(fields), mesh, dtype, layer_form=layer_form, scheme=scheme
-    )
-    declaration = _with_exchange(declaration, mesh, dtype, config=config)
-    length = _max_model_len(config.max_model_len, declaration.config.max_context)
     # Every tensor is checked here, before anything takes time.
-    weights_of = None
-    if not held.is_dummy:
-        ignored = _ignored(declaration)
-        weights_of = load.checked(declaration, checkpoint, dtype, ignored=ignored, scheme=scheme)
-    shapes = _buckets(config)
-    weights_bytes = _weights_bytes(declaration, mesh, dtype)
-    repeats = _repeats(config, mesh, weights_bytes, shapes=shapes)
-    runner, num_pages = _compiled(
-        declaration, mesh, dtype, length=length, config=config, shapes=shapes, repeats=repeats
-    )
-    wanted = programs.wanted(shapes, repeats)
-    weights = _load_weights(
-        declaration, weights_of, runner, dtype=dtype, raw=raw, config=config, wanted=wanted
-    )
-    limits = _limits(declaration, config, length=length, num_pages=num_pages, bodies=runner.bodies)
+    declared = declare(held, config)
+    repeats = _repeats(config, declared)
+    runner, num_pages = _compiled(declared, config, repeats)
+    weights, draft_state = _load_weights(declared, runner, config, repeats=repeats)
+    limits = _limits(declared, config, num_pages, bodies=runner.bodies)
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
-    _announce(
-        platform,
-        np.dtype(dtype).name,
-        mesh,
-        limits=limits,
-        repeats=repeats,
-        seconds=time.perf_counter() - started,
-    )
+    _announce(declared, limits, repeats, seconds=time.perf_counter() - started)
     return Loaded(
         runner=runner,
         weights=weights,
-        shapes=shapes,
+        draft_state=draft_state,
+        shapes=declared.shapes,
         repeats=repeats,
         limits=limits,
         tokenizer=tokenizer,
-        eos_ids=_eos_ids(raw, checkpoint.generation_config, tokenizer),
+        eos_ids=_eos_ids(held.raw_config, checkpoint.generation_config, tokenizer),
         defaults=generation_defaults(checkpoint.generation_config),
     )
-
-
-def _ignored(declaration: LanguageModel) -> tuple[str, ...]:
-    """Return glob patterns of tensors that a checkpoint may hold and the model does not use."""
-    return (*load.IGNORED_TENSORS, *declaration.config.unused_tensors)
-
-
-def _with_exchange(
-    declaration: LanguageModel, mesh: Mesh, dtype: Any, *, config: EngineConfig
-) -> LanguageModel:
-    """Return the declaration with the way in which groups of experts join their results; log it.
-
-    Raises InvalidConfig for groups of devices with different experts, if the model has none.
-    """
-    groups, exchange = config.expert_parallel_size, config.expert_exchange
-    if groups == 1:
-        return declaration
-    if not declaration.load_shape[0]:
-        raise InvalidConfig("expert_parallel_size", groups, "1: the model has no experts")
-    platform = mesh.devices.flat[0].platform
-    if exchange == "auto" and "send_rows" not in backend.of(platform).bodies:
-        exchange = "sum"
-    declaration = moe.with_exchange(declaration, exchange)
-    layer = moe.layers(declaration)[0]
-    sizes = {"groups": groups, "parts": meshes.parts("expert_mlp", mesh)}
-    embed, itemsize = layer.gate.weight.sizes["embed"], np.dtype(dtype).itemsize
-    tokens = {shape.num_tokens for shape in _buckets(config)}
-    sending = [n for n in sorted(tokens) if layer.sends_rows((n, embed), itemsize, **sizes)]
-    steps = (
-        f"all-to-all in steps of {', '.join(map(str, sending))} tokens, else " if sending else ""
-    )
-    logger.info("%d groups of experts join their results by %sone sum", groups, steps)
-    return declaration
-
-
-def _buckets(config: EngineConfig) -> list[Bucket]:
-    return buckets(config.max_num_seqs, config.max_num_batched_tokens, config.max_rows)
 
 
 def _speculation(config: SpeculativeConfig | None) -> Speculation | None:
     """Return what proposes drafts, None without speculation. Raises InvalidConfig."""
     if config is None:
         return None
+    most = config.num_speculative_tokens
+    if config.method == "mtp":
+        return Speculation(ModelDrafter(most))
     return Speculation(
         NgramDrafter(
             config.prompt_lookup_min,
             config.prompt_lookup_max,
-            config.num_speculative_tokens,
+            most,
             shared_tokens=config.shared_tokens,
         )
     )
 
 
-def _mesh(config: EngineConfig) -> Mesh:
-    copies, devices = config.data_parallel_size, config.tensor_parallel_size
-    return meshes.make_mesh(copies, devices, expert=config.expert_parallel_size)
-
-
 def _load_weights(
-    declaration: LanguageModel,
-    checkpoint: files.Checkpoint | None,
-    runner: Runner,
-    *,
-    dtype: Any,
-    raw: dict[str, Any],
-    config: EngineConfig,
-    wanted: list[tuple[str, Bucket | int]],
-) -> Weights:
-    """Load the weights and allocate the device state, while the ``wanted`` programs compile."""
-    mesh = runner.mesh
+    declared: Declared, runner: Runner, config: EngineConfig, *, repeats: Repeat | None
+) -> tuple[Weights, DraftState | None]:
+    """Load the weights and allocate the device state, while the other programs compile."""
+    model, mesh, dtype = declared.model, declared.mesh, declared.dtype
     with ThreadPoolExecutor(1) as pool:
+        wanted = programs.wanted(declared.shapes, repeats, declared.further_programs)
         rest = pool.submit(runner.compile, wanted)
-        params = load.arrays(declaration, checkpoint, mesh, dtype=dtype, seed=config.seed)
+        params = load.arrays(model, declared.checkpoint, mesh, dtype=dtype, seed=config.seed)
         weights = Weights(
-            declaration,
+            model,
             mesh,
             dtype,
             arrays=params,
-            config=raw,
+            config=declared.raw_config,
             overrides=config.hf_overrides,
-            ignored=_ignored(declaration),
+            ignored=declared.ignored,
         )
         runner.state[programs.WEIGHTS] = programs.operands(weights)
         runner.allocate(programs.CACHES)
         runner.allocate(programs.NEWEST)
+        drafting = declared.drafting
+        draft_state = None if drafting is None else drafting.load(runner, config.seed)
         rest.result()
-    return weights
+    return weights, draft_state
 
 
 def _limits(
-    declaration: LanguageModel,
+    declared: Declared,
     config: EngineConfig,
-    *,
-    length: int,
     num_pages: tuple[int, ...],
+    *,
     bodies: dict[str, str],
 ) -> Limits:
     """Return the limits of the engine, from the configuration and the sizes of its caches."""
-    asked = config.speculation
+    asked, fields = config.speculation, declared.model.config
     return Limits(
-        vocab_size=declaration.config.vocab_size,
-        max_model_len=length,
+        vocab_size=fields.vocab_size,
+        max_model_len=declared.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_rows=config.max_rows,
         page_size=config.page_size,
         num_pages=num_pages,
-        windows=kv_cache.page_windows(declaration.cache_specs),
+        windows=declared.caches.windows,
         copies=config.data_parallel_size,
-        prefix_caching=_caches(config.enable_prefix_caching, declaration.config),
+        prefix_caching=_caches(config.enable_prefix_caching, fields),
         stream_interval=config.stream_interval,
         max_logprobs=config.max_logprobs,
         speculation=None if asked is None else dataclasses.asdict(asked),
@@ -283,14 +207,7 @@ def _limits(
 
 
 def _compiled(
-    declaration: LanguageModel,
-    mesh: Mesh,
-    dtype: Any,
-    *,
-    length: int,
-    config: EngineConfig,
-    shapes: list[Bucket],
-    repeats: Repeat | None,
+    declared: Declared, config: EngineConfig, repeats: Repeat | None
 ) -> tuple[Runner, tuple[int, ...]]:
     """Return the runner with its largest bucket compiled, and the pages of each pool that fit.
 
@@ -299,21 +216,20 @@ def _compiled(
     and again with fewer pages until everything fits. If the first caches are as large as could ever
     be useful, all programs are compiled at once.
     """
-    caches = Caches(declaration, mesh, dtype, page_size=config.page_size)
-    table_width = -(-length // config.page_size)
-    mine = mesh.local_devices
+    caches, shapes = declared.caches, declared.shapes
+    table_width = -(-declared.max_model_len // config.page_size)
+    mine = declared.mesh.local_devices
     budget = memory.budget(
         config.memory_fraction,
         mine[0],
         len(mine),
-        weights=_weights_bytes(declaration, mesh, dtype),
+        weights=declared.weights_bytes + declared.draft_bytes,
         pages=caches.costs(
             config.max_num_seqs, config.max_num_batched_tokens, table_width=table_width
         ),
     )
     budget = dataclasses.replace(budget, total=multihost.least(budget.total))
-    vocab_size, temp = declaration.config.vocab_size, 0
-    num_logprobs = vocab_size if config.max_logprobs < 0 else config.max_logprobs
+    vocab_size, temp = declared.model.config.vocab_size, 0
     while True:
         num_pages = budget.fit(temp)
         sizes = Sizes(
@@ -321,64 +237,53 @@ def _compiled(
             num_pages=num_pages,
             table_width=table_width,
             vocab_size=vocab_size,
-            max_model_len=length,
-            num_logprobs=num_logprobs,
+            max_model_len=declared.max_model_len,
+            num_logprobs=vocab_size if config.max_logprobs < 0 else config.max_logprobs,
         )
-        runner = programs.runner(
-            declaration,
-            mesh,
-            caches.shapes(num_pages, config.data_parallel_size),
-            dtype=dtype,
-            sizes=sizes,
-            max_rows=shapes[-1].num_rows,
-            repeats=repeats,
-        )
+        runner = _runner(declared, sizes, repeats, copies=config.data_parallel_size)
         is_ample = num_pages == budget.useful
-        runner.compile(programs.wanted(shapes if is_ample else shapes[-1:], repeats))
+        wanted = shapes if is_ample else shapes[-1:]
+        runner.compile(programs.wanted(wanted, repeats, declared.further_programs))
         temp = runner.temp_bytes()
         if budget.fit(temp) >= num_pages:
             return runner, num_pages
 
 
-def _repeats(
-    config: EngineConfig, mesh: Mesh, weights_bytes: int, shapes: list[Bucket]
-) -> Repeat | None:
+def _runner(declared: Declared, sizes: Sizes, repeats: Repeat | None, *, copies: int) -> Runner:
+    """Return the runner of the programs of the model and its draft model, none compiled yet."""
+    caches, draft_caches = declared.caches.shapes(sizes.num_pages, copies)
+    drafting, further = declared.drafting, dict[str, Any]()
+    if drafting is not None:
+        further = {
+            "reads": drafting.reads,
+            "further": drafting.programs(declared.model, sizes),
+            "further_shapes": drafting.shapes(draft_caches),
+        }
+    return programs.runner(
+        declared.model,
+        declared.mesh,
+        caches,
+        dtype=declared.dtype,
+        sizes=sizes,
+        max_rows=declared.shapes[-1].num_rows,
+        repeats=repeats,
+        **further,
+    )
+
+
+def _repeats(config: EngineConfig, declared: Declared) -> Repeat | None:
     """Return the bucket and the number of decode steps of one call, None for single steps.
 
     One bucket serves all numbers of sequences, as rows of padding cost little.
     """
     steps = config.decode_steps
     if steps == "auto":
-        is_small = mesh.size == 1 and weights_bytes <= SMALL_BYTES
-        steps = backend.of(mesh.devices.flat[0].platform).decode_steps if is_small else 1
+        is_small = declared.mesh.size == 1 and declared.weights_bytes <= SMALL_BYTES
+        steps = backend.of(declared.platform).decode_steps if is_small else 1
     rows = min(config.max_num_seqs, MAX_REPEATED_ROWS)
     if steps <= 1:
         return None
-    return Repeat(next(shape for shape in shapes if shape.num_tokens >= rows), steps)
-
-
-def _weights_bytes(declaration: LanguageModel, mesh: Mesh, dtype: Any) -> int:
-    """Return the size of the weights on one device."""
-
-    def size(param: tree.Param) -> int:
-        shape = NamedSharding(mesh, meshes.partition(param, mesh)).shard_shape(param.shape)
-        return math.prod(shape) * param.held_as(dtype).itemsize
-
-    return sum(size(leaf.param) for leaf in tree.leaves(declaration))
-
-
-def _scheme(asked: str | None, raw: dict[str, Any]) -> quantize.Scheme | None:
-    """Return the packing of the projections: that of the files, or the one asked for.
-
-    Raises InvalidConfig if the two differ.
-    """
-    held = quantize.read_scheme(raw)
-    if asked is None:
-        return held
-    if held is not None and SCHEMES[asked] != held:
-        expected = f"none, for files of {held.bits} bits in groups of {held.group or 'a row'}"
-        raise InvalidConfig("quantization", asked, expected)
-    return SCHEMES[asked]
+    return Repeat(next(shape for shape in declared.shapes if shape.num_tokens >= rows), steps)
 
 
 def _caches(asked: bool, config: ModelConfig) -> bool:
@@ -390,28 +295,6 @@ def _caches(asked: bool, config: ModelConfig) -> bool:
         )
         return False
     return asked
-
-
-def _dtype(name: str, raw: dict[str, Any], checkpoint: files.Checkpoint) -> Any:
-    """Return the dtype ``name``; for "auto" that of config.json, else that of most tensors.
-
-    Raises UnsupportedModel if config.json has another dtype than those of NAMED_DTYPES.
-    """
-    stated = raw.get("dtype") or raw.get("torch_dtype")
-    if name == "auto" and stated is not None:
-        if stated not in NAMED_DTYPES:
-            raise UnsupportedModel("config.json: dtype", stated, " | ".join(NAMED_DTYPES))
-        name = stated
-    if name == "auto":
-        held = [files.DTYPES[tensor.dtype].name for tensor in checkpoint.tensors.values()]
-        name = max(NAMED_DTYPES, key=held.count) if held else "bfloat16"
-    return NAMED_DTYPES[name]
-
-
-def _max_model_len(asked: int | None, longest: int) -> int:
-    if asked is not None and asked > longest:
-        raise InvalidConfig("max_model_len", asked, f"at most {longest}, the model's context")
-    return asked or longest
 
 
 def _eos_ids(
@@ -426,17 +309,15 @@ def _eos_ids(
 
 
 def _announce(
-    platform: str,
-    dtype: str,
-    mesh: Mesh,
-    *,
-    limits: Limits,
-    repeats: Repeat | None,
-    seconds: float,
+    declared: Declared, limits: Limits, repeats: Repeat | None, *, seconds: float
 ) -> None:
     """Log platform, dtype, mesh, op bodies and sizes of the caches."""
     logger.info(
-        "on %s in %s, mesh %s; op bodies %s", platform, dtype, dict(mesh.shape), limits.bodies
+        "on %s in %s, mesh %s; op bodies %s",
+        declared.platform,
+        np.dtype(declared.dtype).name,
+        dict(declared.mesh.shape),
+        limits.bodies,
     )
     logger.info(
         "decode steps in one call: %s", "1" if repeats is None else f"up to {repeats.num_steps}"

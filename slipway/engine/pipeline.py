@@ -17,6 +17,8 @@ import numpy as np
 
 from slipway.engine import batch, logit_rules, results
 from slipway.engine.batch import Bucket, Repeat, Sizes
+from slipway.engine.drafts import draft_program
+from slipway.engine.drafts.draft_program import DRAFT
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.programs import FORWARD, REPEAT, SAMPLE
 from slipway.engine.request import DraftCounts, Request, Sequence
@@ -24,6 +26,7 @@ from slipway.engine.results import Dispatched
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Stats
+from slipway.ops import StepInput
 from slipway.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -126,10 +129,11 @@ class Pipeline:
             self._speculation.propose([s for s in self._running() if s.awaits_a_step])
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
-            bucket, num_steps = self._shape(chunks)
-            built = batch.join(
-                [builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)]
-            )
+            num_drafts = self._num_to_draft(chunks)
+            bucket, num_steps = self._shape(chunks, allows_several=not num_drafts)
+            parts = [builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)]
+            built = batch.join(parts)
+            drafts_BK = None
             if num_steps > 1:
                 x_TD, steps = None, np.full(len(chunks), num_steps, np.int32)
                 (sampled,) = self._runner.call(REPEAT, bucket, built.step, built.sampling, steps)
@@ -144,12 +148,15 @@ class Pipeline:
                     _, unedited = self._runner.inputs(SAMPLE, bucket.num_rows)
                     edits = logit_rules.build(unedited, rows)
                 (sampled,) = self._runner.call(SAMPLE, bucket.num_rows, built.sampling, edits)
+                drafts_BK = self._draft(chunks, parts, built.step, bucket=bucket, count=num_drafts)
             self._dispatched = Dispatched(
                 chunks,
                 bucket,
                 num_steps=num_steps,
                 sampled=sampled,
                 x_TD=x_TD,
+                drafts_BK=drafts_BK,
+                num_drafts=num_drafts,
                 at=time.perf_counter(),
                 follows=follows,
             )
@@ -157,6 +164,38 @@ class Pipeline:
         if before is not None:
             waited += self._take(before, moved)
         return waited
+
+    def _num_to_draft(self, chunks: list[list[Chunk]]) -> int:
+        """Return how many drafts the device should make for each row after a step."""
+        if self._speculation is None:
+            return 0
+        return self._speculation.num_to_draft(max(map(len, chunks)))
+
+    def _draft(
+        self,
+        chunks: list[list[Chunk]],
+        parts: list[batch.Batch],
+        step: StepInput,
+        *,
+        bucket: Bucket,
+        count: int,
+    ) -> jax.Array | None:
+        """Let the device draft ``count`` tokens after each row of a step; return the drafts.
+
+        ``parts``: the batches of each copy of the weights. A step with a part of a prompt needs the
+        call for the caches of the draft model, even if no drafts are wanted.
+        """
+        if self._speculation is None or self._speculation.on_device is None:
+            return None
+        if not count and all(chunk.decodes for rank in chunks for chunk in rank):
+            return None
+        page_size = self._schedulers[0].page_size
+        inputs = [
+            draft_program.build_input(rank, part, bucket, page_size=page_size, num_steps=count)
+            for rank, part in zip(chunks, parts)
+        ]
+        (drafts_BK,) = self._runner.call(DRAFT, bucket, step, batch.join(inputs))
+        return drafts_BK
 
     def _needs_results(self, before: Dispatched) -> bool:
         """Whether the results of the step before decide which tokens the next step computes."""
@@ -167,13 +206,13 @@ class Pipeline:
     def _running(self) -> list[Sequence]:
         return [s for scheduler in self._schedulers for s in scheduler.running]
 
-    def _shape(self, chunks: list[list[Chunk]]) -> tuple[Bucket, int]:
+    def _shape(self, chunks: list[list[Chunk]], *, allows_several: bool) -> tuple[Bucket, int]:
         """Return the bucket of the next step and the number of steps in its call.
 
-        Several if all sequences only decode.
+        Several if all sequences only decode, and if that is allowed.
         """
         bucket, repeats = batch.choose(self._shapes, chunks), self._repeats
-        if repeats is None or bucket.num_tokens > repeats.bucket.num_tokens:
+        if not allows_several or repeats is None or bucket.num_tokens > repeats.bucket.num_tokens:
             return bucket, 1
         each = list(zip(self._schedulers, chunks))
         more = min(scheduler.spare_steps(rank, repeats.num_steps - 1) for scheduler, rank in each)
@@ -207,10 +246,11 @@ class Pipeline:
         self._seconds[step.shape] = ended - max(step.at, self._taken_at)
         cycle_s = ended - self._taken_at
         self._taken_at = ended
+        drafts = None if step.drafts_BK is None else np.asarray(step.drafts_BK).tolist()
         now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
             row, first_token = rank * step.bucket.num_rows, rank * step.bucket.num_tokens
-            for chunk in chunks:
+            for index, chunk in enumerate(chunks):
                 sequence = chunk.sequence
                 if sequence.finish_reason is None:
                     if chunk.scored:
@@ -231,6 +271,10 @@ class Pipeline:
                         # Tokens of the same call after the end of the output are dropped.
                         if sequence.finish_reason is not None:
                             break
+                    if drafts is not None and chunk.samples and sequence.finish_reason is None:
+                        found = drafts[rank * step.bucket.num_rows + index][: step.num_drafts]
+                        assert self._speculation and self._speculation.on_device
+                        self._speculation.on_device.put(sequence, found)
                 row += chunk.num_rows
                 first_token += chunk.num_tokens
         for at, times in gaps.items():

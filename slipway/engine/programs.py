@@ -11,7 +11,7 @@ rows that only decode.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +32,10 @@ from slipway.ops.addresses import by_address
 from slipway.runtime.runner import Program, Runner, Shapes
 
 FORWARD, SAMPLE, REPEAT = "forward", "sample", "repeat"
-# Names of device state: the model's arrays as a flat list, its caches, and the sampled tokens and
-# the logits of the last step.
-WEIGHTS, CACHES, NEWEST, LOGITS = "weights", "caches", "newest", "logits"
+# Names of device state: the model's arrays as a flat list, its caches, and of the last step the
+# sampled tokens, the logits, and the hidden states that a draft model reads.
+WEIGHTS, CACHES = "weights", "caches"
+NEWEST, LOGITS, HIDDEN = "newest", "logits", "hidden"
 
 
 def runner(
@@ -46,19 +47,18 @@ def runner(
     sizes: Sizes,
     max_rows: int,
     repeats: Repeat | None,
+    reads: tuple[int, ...] = (),
+    further: Sequence[Program] = (),
+    further_shapes: Mapping[str, Shapes] | None = None,
 ) -> Runner:
     """Return the runner of a model's programs; no program is compiled yet.
 
     ``caches``: the shapes of the model's caches, with shardings. ``max_rows``: the most rows of any
-    bucket. ``repeats``: set if one call may make several decode steps.
+    bucket. ``repeats``: set if one call may make several decode steps. ``reads``: the hidden states
+    that the ``further`` programs read, as in ``CausalLM.run``; ``further_shapes``: those of their
+    own device state.
     """
-    weights = jax.tree.map(
-        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=sharding),
-        declaration,
-        meshes.shardings(declaration, mesh),
-        is_leaf=tree.is_param,
-    )
-    leaves, structure = jax.tree.flatten(by_address(weights, mesh))
+    leaves, structure = operand_shapes(declaration, mesh, dtype)
     rows, copies = NamedSharding(mesh, P(meshes.DATA)), mesh.shape[meshes.DATA]
     newest = jax.ShapeDtypeStruct((copies * max_rows,), np.int32, sharding=rows)
 
@@ -68,14 +68,23 @@ def runner(
             (copies * num_rows, sizes.vocab_size), np.float32, sharding=rows
         )
 
+    def hidden(key: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shape = (copies * key.num_tokens, declaration.config.hidden_size)
+        return (jax.ShapeDtypeStruct(shape, dtype, sharding=rows),) * len(reads)
+
     shapes: dict[str, Shapes] = {
         WEIGHTS: lambda _: leaves,
         CACHES: lambda _: caches,
         NEWEST: lambda _: newest,
         LOGITS: logits,
+        HIDDEN: hidden,
+        **(further_shapes or {}),
     }
     programs = [
-        _forward_program(structure, mesh, functools.partial(_step_input, copies, sizes)),
+        *further,
+        _forward_program(
+            structure, mesh, reads, inputs=functools.partial(_step_input, copies, sizes)
+        ),
         _sample_program(max_rows, sizes, copies),
     ]
     if repeats is not None:
@@ -85,6 +94,17 @@ def runner(
             )
         )
     return Runner(mesh, shapes, programs)
+
+
+def operand_shapes(declaration: Any, mesh: Mesh, dtype: Any) -> tuple[list[Any], Any]:
+    """Return the shapes of a model's arrays as its programs take them, and their tree structure."""
+    weights = jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.held_as(dtype), sharding=sharding),
+        declaration,
+        meshes.shardings(declaration, mesh),
+        is_leaf=tree.is_param,
+    )
+    return jax.tree.flatten(by_address(weights, mesh))
 
 
 def operands(weights: Weights) -> list[jax.Array]:
@@ -97,9 +117,16 @@ def operands(weights: Weights) -> list[jax.Array]:
     return jax.tree.leaves(by_address(held, weights.mesh))
 
 
-def wanted(buckets: Sequence[Bucket], repeats: Repeat | None) -> list[tuple[str, Bucket | int]]:
-    """Return (name, key) of every program that steps of these buckets call."""
-    programs: list[tuple[str, Bucket | int]] = [(FORWARD, bucket) for bucket in buckets]
+def wanted(
+    buckets: Sequence[Bucket], repeats: Repeat | None, further: Sequence[str] = ()
+) -> list[tuple[str, Bucket | int]]:
+    """Return (name, key) of every program that steps of these buckets call.
+
+    ``further``: programs that are called for each bucket, as the forward pass is.
+    """
+    programs: list[tuple[str, Bucket | int]] = [
+        (name, bucket) for name in (FORWARD, *further) for bucket in buckets
+    ]
     programs += [(SAMPLE, num_rows) for num_rows in sorted({bucket.num_rows for bucket in buckets})]
     if repeats is not None and repeats.bucket in buckets:
         programs.append((REPEAT, repeats.bucket))
@@ -107,7 +134,10 @@ def wanted(buckets: Sequence[Bucket], repeats: Repeat | None) -> list[tuple[str,
 
 
 def _forward_program(
-    structure: Any, mesh: Mesh, inputs: Callable[[Bucket], tuple[StepInput]]
+    structure: Any,
+    mesh: Mesh,
+    reads: tuple[int, ...],
+    inputs: Callable[[Bucket], tuple[StepInput]],
 ) -> Program:
     """Return the program of the forward pass; its result is the hidden states [T, embed]."""
     # Process 0 pools the hidden states of all copies of the weights, so every device gets them if
@@ -115,10 +145,10 @@ def _forward_program(
     apart = len({device.process_index for device in mesh.devices[:, 0, 0]}) > 1
     return Program(
         FORWARD,
-        functools.partial(_forward, structure, apart),
+        functools.partial(_forward, structure, apart, reads),
         inputs,
         reads=(WEIGHTS, CACHES, NEWEST),
-        writes=(CACHES, LOGITS),
+        writes=(CACHES, LOGITS, HIDDEN),
         donates=(CACHES,),
         results=(P() if apart else P(meshes.DATA),),
     )
@@ -178,20 +208,22 @@ def _step_input(copies: int, sizes: Sizes, bucket: Bucket) -> tuple[StepInput]:
 def _forward(
     structure: Any,
     apart: bool,
+    reads: tuple[int, ...],
     leaves: list[jax.Array],
     caches: tuple[Any, ...],
     newest_R: jax.Array,
     step: StepInput,
-) -> tuple[tuple[Any, ...], jax.Array, jax.Array]:
+) -> tuple[tuple[Any, ...], jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Compute caches, logits of the rows of results, and hidden states; traced under shard_map.
 
-    ``apart``: return the hidden states of all copies of the weights, on every device.
+    The hidden states are those that ``reads`` names, and the last. ``apart``: return the last ones
+    of all copies of the weights, on every device.
     """
     model: LanguageModel = jax.tree.unflatten(structure, leaves)
     ids_T = jnp.where(step.ids_T < 0, newest_R[jnp.maximum(-1 - step.ids_T, 0)], step.ids_T)
-    x_TD, caches = model(dataclasses.replace(step, ids_T=ids_T), caches)
+    x_TD, hidden, caches = model.run(dataclasses.replace(step, ids_T=ids_T), caches, reads)
     logits_BV = model.logits(x_TD[step.sample_at_B], step.num_samples_1[0])
-    return caches, logits_BV, meshes.all_rows(x_TD) if apart else x_TD
+    return caches, logits_BV, hidden, meshes.all_rows(x_TD) if apart else x_TD
 
 
 def _sample(
@@ -264,10 +296,11 @@ def _repeat(
 
     def body(index: jax.Array, carry: Any) -> Any:
         caches, newest_R, found = carry
-        caches, logits_BV, _ = _forward(
+        caches, logits_BV, *_ = _forward(
             structure,
             False,
-            leaves,
+            (),
+            leaves=leaves,
             caches=caches,
             newest_R=newest_R,
             step=_advanced(step, index, sizes),

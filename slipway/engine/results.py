@@ -20,9 +20,10 @@ class Dispatched:
     """A step on the device: the chunks of each copy of the weights, and the results to come.
 
     ``num_steps``: decode steps in its call; their results follow each other. ``x_TD``: the hidden
-    states, None if there are several steps. ``at``: when it was dispatched, in seconds of
-    time.perf_counter(). ``follows``: whether it was dispatched without a pause after the step
-    before, so that it ends one step's time after that.
+    states, None if there are several steps. ``drafts_BK``: drafts of the tokens that follow those
+    of the results, of which ``num_drafts`` count, if the device made some. ``at``: when it was
+    dispatched, in seconds of time.perf_counter(). ``follows``: whether it was dispatched without a
+    pause after the step before, so that it ends one step's time after that.
     """
 
     chunks: list[list[Chunk]]
@@ -30,6 +31,8 @@ class Dispatched:
     num_steps: int
     sampled: Sampled
     x_TD: jax.Array | None
+    drafts_BK: jax.Array | None
+    num_drafts: int
     at: float
     follows: bool
 
@@ -41,7 +44,7 @@ class Dispatched:
     @property
     def only_decodes(self) -> bool:
         """Whether no chunk is part of a prompt."""
-        return all(c.samples and c.num_tokens == 1 + len(c.drafts) for r in self.chunks for c in r)
+        return all(chunk.decodes for chunks in self.chunks for chunk in chunks)
 
     @property
     def has_drafts(self) -> bool:

@@ -55,6 +55,11 @@ class Chunk(NamedTuple):
     drafts: Many[int] = ()
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is the newest token of a sequence, perhaps with drafts after it."""
+        return self.samples and self.num_tokens == 1 + len(self.drafts)
+
+    @property
     def num_rows(self) -> int:
         """Rows of results: one for each scored position, and one for each sampled token."""
         return len(self.scored) + self.samples + len(self.drafts)

@@ -16,6 +16,7 @@ from slipway.models import (
     glm4_moe,
     gpt_oss,
     llama,
+    mimo,
     minimax_m2,
     mixtral,
     olmoe,
@@ -27,6 +28,7 @@ from slipway.models import (
 )
 from slipway.models.config import DenseConfig
 from slipway.models.decoder import CausalLM
+from slipway.models.mtp import Mtp, MtpModel
 from slipway.models.naming import Naming
 
 
@@ -34,12 +36,14 @@ from slipway.models.naming import Naming
 class Architecture:
     """Registry entry: the class that parses config.json, and the function that declares a layer.
 
-    ``naming``: the HF names of the tensors that are not those of Llama.
+    ``naming``: the HF names of the tensors that are not those of Llama. ``mtp``: the form of the
+    prediction layers that its checkpoints may hold.
     """
 
     config_class: type[DenseConfig]
     declare_layer: Callable[[Any, int], Any]
     naming: Naming = Naming()
+    mtp: Mtp | None = None
 
     def declare(self, raw_config: Mapping[str, Any]) -> CausalLM:
         """Declare the model of a config.json.
@@ -63,6 +67,7 @@ ARCHITECTURES = {
     "Glm4MoeForCausalLM": Architecture(glm4_moe.Glm4MoeConfig, glm4_moe.declare_layer),
     "GptOssForCausalLM": Architecture(gpt_oss.GptOssConfig, gpt_oss.declare_layer, gpt_oss.NAMING),
     "LlamaForCausalLM": Architecture(llama.LlamaConfig, llama.declare_layer),
+    "MiMoForCausalLM": Architecture(mimo.MiMoConfig, qwen2.declare_layer, mtp=mimo.MTP),
     "MiniMaxM2ForCausalLM": Architecture(
         minimax_m2.MiniMaxM2Config, minimax_m2.declare_layer, minimax_m2.NAMING
     ),
@@ -85,7 +90,27 @@ def declare(raw_config: Mapping[str, Any]) -> CausalLM:
 
     Raises UnsupportedModel for an unknown architecture and for a value that is not implemented.
     """
+    return _entry(raw_config).declare(raw_config)
+
+
+def declare_mtp(raw_config: Mapping[str, Any]) -> MtpModel:
+    """Declare the prediction layer that drafts tokens for the model of a config.json.
+
+    Raises UnsupportedModel as ``declare`` does, and if the model has no such layer.
+    """
+    entry = _entry(raw_config)
+    if entry.mtp is None:
+        having = [name for name, each in ARCHITECTURES.items() if each.mtp is not None]
+        name = raw_config["architectures"][0]
+        raise UnsupportedModel("config.json: architectures", name, " | ".join(having))
+    config: Any = entry.config_class.read(raw_config)
+    if not config.num_nextn_predict_layers:
+        raise UnsupportedModel("config.json: num_nextn_predict_layers", 0, "at least 1")
+    return entry.mtp.declare(config, entry.declare_layer)
+
+
+def _entry(raw_config: Mapping[str, Any]) -> Architecture:
     names = raw_config.get("architectures") or [None]
     if names[0] not in ARCHITECTURES:
         raise UnsupportedModel("config.json: architectures", names[0], " | ".join(ARCHITECTURES))
-    return ARCHITECTURES[names[0]].declare(raw_config)
+    return ARCHITECTURES[names[0]]

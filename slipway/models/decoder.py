@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+
 from slipway import ops
 from slipway.nn.attention import Attention
 from slipway.nn.latent_attention import LatentAttention
@@ -25,6 +27,10 @@ class ModelConfig(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of tokens, before a mesh pads the vocabulary."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of dimensions of a hidden state."""
 
     @property
     def max_context(self) -> int:
@@ -63,6 +69,17 @@ class LanguageModel(Protocol):
         """Compute the hidden states [T, embed] of a step, and the caches after it.
 
         ``caches``: of ``cache_specs``, and perhaps an ExpertLoad of ``load_shape`` behind them.
+        """
+
+    def run(
+        self,
+        step: ops.StepInput,
+        caches: Sequence[ops.KVCache | ops.ExpertLoad],
+        reads: Sequence[int] = (),
+    ) -> tuple[Any, tuple[Any, ...], tuple[ops.KVCache | ops.ExpertLoad, ...]]:
+        """Compute a step as ``__call__`` does: -> (hidden states, those of ``reads``, caches).
+
+        ``reads``: the number of layers before each of the hidden states; -1: behind the final norm.
         """
 
     def logits(self, x_BD: Any, num_rows: Any) -> Any:
@@ -165,6 +182,16 @@ class CausalLM:
 
         ``caches``: of ``cache_specs``, and perhaps an ExpertLoad of ``load_shape`` behind them.
         """
+        x_TD, _, caches = self.run(step, caches)
+        return x_TD, caches
+
+    def run(
+        self,
+        step: ops.StepInput,
+        caches: Sequence[ops.KVCache | ops.ExpertLoad],
+        reads: Sequence[int] = (),
+    ):
+        """Compute a step, as described in ``LanguageModel.run``."""
         load = caches[-1] if isinstance(caches[-1], ops.ExpertLoad) else None
         caches = caches if load is None else caches[:-1]
         positions = step.positions_T, step.prompt_lengths_T
@@ -175,22 +202,27 @@ class CausalLM:
         # Number of layers computed so far, for each cache.
         num_done = dict.fromkeys(held, 0)
         num_sparse = 0
+        inside = [number for number in reads if 0 <= number < len(self.layer_caches)]
+        found = dict.fromkeys(inside, x_TD)
         for part in self.model.layers:
             spec = part.one.self_attn.cache_spec
             firsts = num_done[spec] - part.first, num_sparse - part.first
 
             def apply(layer, index, carry, firsts=firsts):
-                x_TD, kv, load = carry
+                x_TD, kv, load, found = carry
+                found = {n: _either(index == n, x_TD, held) for n, held in found.items()}
                 x_TD, kv, experts_TK = layer(x_TD, kv, layer=index + firsts[0], step=step)
                 if load is not None and experts_TK is not None:
                     load = load.add(index + firsts[1], experts_TK, step.num_tokens)
-                return x_TD, kv, load
+                return x_TD, kv, load, found
 
-            x_TD, held[spec], load = part.fold(apply, (x_TD, held[spec], load))
+            x_TD, held[spec], load, found = part.fold(apply, (x_TD, held[spec], load, found))
             num_done[spec] += part.n
             num_sparse += part.n if isinstance(part.one.mlp, MoE) else 0
         counted = () if load is None else (load,)
-        return self.model.norm(x_TD, step), (*held.values(), *counted)
+        y_TD = self.model.norm(x_TD, step)
+        found |= {len(self.layer_caches): x_TD, -1: y_TD}
+        return y_TD, tuple(found[number] for number in reads), (*held.values(), *counted)
 
     def logits(self, x_BD, num_rows):
         """Compute logits: hidden states [B, embed] -> f32 [B, vocab]."""
@@ -198,3 +230,10 @@ class CausalLM:
         if self.config.normalizes_head:
             x_BD = head.divided_by_norms(x_BD)
         return head.logits(x_BD, num_rows, self.config.vocab_size)
+
+
+def _either(is_first, first, second):
+    """Return one of two arrays; ``is_first``: a bool, or traced."""
+    if isinstance(is_first, bool):
+        return first if is_first else second
+    return jnp.where(is_first, first, second)

@@ -173,6 +173,12 @@ def layers(model: Any) -> list[MoE]:
     return [node for node in nodes if _is_moe(node)]
 
 
+def exchange_of(model: Any) -> Exchange | None:
+    """Return how devices join the results of experts in a model, None if it has no experts."""
+    found = layers(model)
+    return found[0].exchange if found else None
+
+
 def with_exchange(model: Any, exchange: Exchange) -> Any:
     """Return a model with this way of joining the results of experts on different devices."""
 

@@ -223,7 +223,15 @@ def test_each_draft_up_to_the_first_wrong_one_is_a_trial(drafts, tokens, trials)
 def step_of(sequence):
     chunk = Chunk(sequence, sequence.num_tokens - 2, 1, samples=True)
     return Dispatched(
-        [[chunk]], Bucket(2, 2), num_steps=1, sampled=None, x_TD=None, at=0.0, follows=True
+        [[chunk]],
+        Bucket(2, 2),
+        num_steps=1,
+        sampled=None,
+        x_TD=None,
+        drafts_BK=None,
+        num_drafts=0,
+        at=0.0,
+        follows=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Qwen 1 and Bailing (Ling) in torch, written from the published formulas, for models of any shape.
+"""Qwen 1, Bailing (Ling) and MiMo in torch, from the published formulas, for models of any shape.
 
 tests/models/test_families.py checks them against logits that the authors' own code computed, and
 Slipway against them. Weights come by their names in the checkpoint. Everything is in float32.
@@ -137,3 +137,74 @@ def bailing_logits(weights: Weights, config: dict, ids: list[int]) -> Tensor:
     if config.get("norm_head"):
         head = F.normalize(head, dim=0, p=2, eps=1e-7)
     return F.linear(x, head)
+
+
+def qwen2_layer(x: Tensor, weights: Weights, prefix: str, config: dict) -> Tensor:
+    """Compute a decoder layer of a Qwen2: [T, D] -> [T, D]."""
+    heads, head_dim = config["num_attention_heads"], config["head_dim"]
+    kv_heads, eps = config["num_key_value_heads"], config["rms_norm_eps"]
+    y = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], eps)
+
+    def project(name: str, count: int) -> Tensor:
+        at = f"{prefix}.self_attn.{name}_proj"
+        out = F.linear(y, weights[f"{at}.weight"], weights[f"{at}.bias"])
+        return out.unflatten(-1, (count, head_dim))
+
+    q, k = project("q", heads), project("k", kv_heads)
+    q, k = (rotated(each, config["rope_theta"], head_dim) for each in (q, k))
+    attended = attention(q, k, project("v", kv_heads))
+    x = x + F.linear(attended, weights[f"{prefix}.self_attn.o_proj.weight"])
+    y = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], eps)
+    return x + mlp(y, weights, f"{prefix}.mlp")
+
+
+def mimo_logits(weights: Weights, config: dict, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Compute the logits [T, V] of a MiMo, and its hidden states before the final norm."""
+    x = weights["model.embed_tokens.weight"][ids]
+    for n in range(config["num_hidden_layers"]):
+        x = qwen2_layer(x, weights, f"model.layers.{n}", config)
+    y = rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
+    return F.linear(y, weights["lm_head.weight"]), x
+
+
+def mimo_draft_logits(weights: Weights, config: dict, ids: list[int]) -> Tensor:
+    """Compute the logits [T - 1, V] of a MiMo's prediction layer.
+
+    Row t reads the hidden state at position t and token t + 1, and predicts token t + 2. At
+    position 0 the embedding counts as zero (vLLM's mimo_mtp.py).
+    """
+    prefix, eps = "model.mtp_layers.0", config["rms_norm_eps"]
+    hidden = mimo_logits(weights, config, ids)[1][:-1]
+    embeds = weights["model.embed_tokens.weight"][ids[1:]].clone()
+    embeds[0] = 0
+    joined = [
+        rms_norm(hidden, weights[f"{prefix}.hidden_layernorm.weight"], eps),
+        rms_norm(embeds, weights[f"{prefix}.token_layernorm.weight"], eps),
+    ]
+    x = F.linear(torch.cat(joined, -1), weights[f"{prefix}.input_proj.weight"])
+    x = qwen2_layer(x, weights, prefix, config)
+    y = rms_norm(x, weights[f"{prefix}.final_layernorm.weight"], eps)
+    return F.linear(y, weights["lm_head.weight"])
+
+
+def mimo_drafts(weights: Weights, config: dict, ids: list[int], count: int) -> list[int]:
+    """Draft ``count`` tokens after ``ids`` with a MiMo's prediction layer, the likeliest each.
+
+    For the drafts after the first, the layer reads its own hidden state before the final norm.
+    """
+    prefix, eps = "model.mtp_layers.0", config["rms_norm_eps"]
+    hidden = mimo_logits(weights, config, ids)[1][:-1]
+    tokens, drafts = list(ids[1:]), []
+    for _ in range(count):
+        embeds = weights["model.embed_tokens.weight"][tokens].clone()
+        embeds[0] = 0
+        joined = [
+            rms_norm(hidden, weights[f"{prefix}.hidden_layernorm.weight"], eps),
+            rms_norm(embeds, weights[f"{prefix}.token_layernorm.weight"], eps),
+        ]
+        x = F.linear(torch.cat(joined, -1), weights[f"{prefix}.input_proj.weight"])
+        x = qwen2_layer(x, weights, prefix, config)
+        y = rms_norm(x, weights[f"{prefix}.final_layernorm.weight"], eps)
+        drafts.append(int(F.linear(y[-1], weights["lm_head.weight"]).argmax()))
+        hidden, tokens = torch.cat([hidden, x[-1:]]), [*tokens, drafts[-1]]
+    return drafts

@@ -125,7 +125,10 @@ class Forward:
         declaration = moe.with_exchange(models.declare(checkpoint.config), exchange)
         form = backend.of("cpu").layer_form if separate else None
         self.declaration = load.on_mesh(declaration, self.mesh, dtype, form)
-        self.params = tensor_reader.load(self.declaration, checkpoint, self.mesh, dtype)
+        ignored = declaration.config.unused_tensors
+        self.params = tensor_reader.load(
+            self.declaration, checkpoint, self.mesh, dtype, ignore=ignored
+        )
         self._weights = by_address(self.params, self.mesh)
         self.empty_caches = kv_cache.allocate(
             declaration.cache_specs,

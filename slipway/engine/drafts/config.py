@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from slipway.errors import InvalidConfig
 
-METHODS = ("ngram",)
+METHODS = ("ngram", "mtp")
 MAX_DRAFTS = 64
 MAX_LOOKUP = 256
 MAX_SHARED_TOKENS = 2**24
@@ -20,7 +20,7 @@ class SpeculativeConfig:
     """Options of speculation. Raises InvalidConfig, naming the field, for an invalid value."""
 
     method: str
-    """Source of the drafts: ngram, text that is repeated."""
+    """Source of the drafts. ngram: text that is repeated; mtp: the model's own prediction layer."""
     num_speculative_tokens: int
     """Most drafts of a sequence in one step; fewer, or none, where fewer pay."""
     prompt_lookup_min: int = 3

@@ -131,7 +131,7 @@ class Lengths:
         size = _size_class(num_tokens)
         held = times.get(size)
         if held is None or self._calls - held.at > STALE:
-            times[size] = Time(num_tokens, seconds, 1, self._calls)
+            times[size] = Time(num_tokens, seconds, count=1, at=self._calls)
             return
         if held.count == 1:
             # The first call of a program takes longer.

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from slipway.engine.drafts.lengths import WEIGHT, Lengths, observed
+from slipway.engine.drafts.model_drafter import ModelDrafter
 from slipway.engine.request import Sequence
 from slipway.engine.results import Dispatched
 
@@ -49,11 +50,15 @@ class Speculation:
     def __init__(self, drafter: Drafter):
         self.lengths = Lengths()
         self._drafter = drafter
+        # Set if drafts are made on the device, by a call after each step.
+        self.on_device = drafter if isinstance(drafter, ModelDrafter) else None
         self._rows: dict[Sequence, Row] = {}
         self._rate = FIRST_RATE
 
     def pays(self, sequences: Many[Sequence]) -> bool:
         """Whether the next step should verify drafts, so that it needs the results before it."""
+        if self.on_device is not None:
+            return bool(sequences) and self.num_to_draft(len(sequences)) > 0
         rows = [self._rows[sequence] for sequence in sequences if sequence in self._rows]
         return bool(rows) and bool(self._counts(rows).any())
 
@@ -63,6 +68,16 @@ class Speculation:
         rows = [self._rows[sequence] for sequence in sequences]
         for sequence, row, count in zip(sequences, rows, self._counts(rows).tolist()):
             sequence.drafts = row.drafts[:count]
+
+    def num_to_draft(self, num_rows: int) -> int:
+        """Return how many drafts the device should make for each of the rows after a step.
+
+        0 if drafts come from elsewhere, or do not pay.
+        """
+        if self.on_device is None:
+            return 0
+        rates = np.full(num_rows, self._rate)
+        return int(self.lengths.choose(rates, np.full(num_rows, self.on_device.most)).max())
 
     def observe(self, step: Dispatched, new_tokens: int, seconds: float) -> None:
         """Learn from the results of a step.

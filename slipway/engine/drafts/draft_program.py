@@ -1,0 +1,273 @@
+"""Program that drafts on the device, with a layer or model that reads the target's hidden states.
+
+Not here: draft models themselves (models/mtp.py), the target's step (engine/programs.py), how many
+drafts are wanted (lengths.py).
+
+A call follows each step of the target. It computes the draft model at all positions of the step,
+where the token after each position is known, and then drafts from the last accepted position of
+each row, one token after the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from slipway import mesh as meshes
+from slipway.engine import batch, sample
+from slipway.engine.batch import Bucket, Sampling, Sizes
+from slipway.engine.programs import HIDDEN, NEWEST, WEIGHTS
+from slipway.engine.scheduler import Chunk
+from slipway.ops import CacheSpec, KVCache, PageMap, StepInput
+from slipway.runtime.runner import Program
+from slipway.tree import module
+
+DRAFT = "draft"
+# Names of device state: arrays and caches of the draft model.
+DRAFT_WEIGHTS, DRAFT_CACHES = "draft weights", "draft caches"
+Array = Any  # a NumPy array on the host, a traced JAX array inside the program
+
+
+class DraftModel(Protocol):
+    """Model that drafts tokens: a tree of declared tensors, or the same tree with arrays."""
+
+    @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """Caches that it needs, in the order in which ``__call__`` takes them."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Hidden states of the target that it reads: as in ``CausalLM.run``."""
+
+    def features(self, hidden: tuple[Any, ...], step: StepInput) -> Any:
+        """Return what it reads beside tokens, from the target's hidden states ``reads``."""
+
+    def __call__(
+        self, target: Any, h_TD: Any, step: StepInput, *, caches: tuple[KVCache, ...]
+    ) -> tuple[Any, Any, tuple[KVCache, ...]]:
+        """Compute positions: -> (input of ``logits``, next ``h_TD``, caches).
+
+        ``h_TD``: the target's features at each position, or the second result for the draft before.
+        ``step.ids_T``: the token that follows each position.
+        """
+
+    def logits(self, target: Any, y_BD: Any, num_rows: Any) -> Any:
+        """Compute f32 logits of results of ``__call__``."""
+
+    def tokens(self, drawn_B: Any) -> Any:
+        """Return the target's token ids of tokens drawn from ``logits``."""
+
+
+@module
+class DraftInput:
+    """Input of drafting beside that of the step. All arrays are int32.
+
+    ``next_ids_T``: the token after each of the step's tokens; -1 - r: the one in row r of the
+    step's results. ``first_row_B``: the first row of results of each row of the step;
+    ``num_drafts_B``: how many of its last tokens are drafts. ``room_B``: tokens that its pages
+    hold. ``num_steps_1``: drafts wanted for each row. ``sampling``: of each row of the step; its
+    ``position_B`` is not used.
+    """
+
+    next_ids_T: Array
+    first_row_B: Array
+    num_drafts_B: Array
+    room_B: Array
+    num_steps_1: Array
+    sampling: Sampling
+
+
+def empty_input(bucket: Bucket) -> DraftInput:
+    """Return the input of a call that drafts nothing."""
+    T, B = bucket.num_tokens, bucket.num_rows
+    first_row_B, num_drafts_B, room_B = np.zeros((3, B), np.int32)
+    return DraftInput(
+        next_ids_T=np.zeros(T, np.int32),
+        first_row_B=first_row_B,
+        num_drafts_B=num_drafts_B,
+        room_B=room_B,
+        num_steps_1=np.zeros(1, np.int32),
+        sampling=batch.empty_sampling(B),
+    )
+
+
+def build_input(
+    chunks: Sequence[Chunk], built: batch.Batch, bucket: Bucket, *, page_size: int, num_steps: int
+) -> DraftInput:
+    """Return the input for the chunks of one copy of the weights, of which ``built`` was made."""
+    found = empty_input(bucket)
+    found.num_steps_1[0] = num_steps
+    found.sampling.num_rows_1[0] = len(chunks)
+    row = token = 0
+    for index, chunk in enumerate(chunks):
+        sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+        row += len(chunk.scored)
+        sampled = chunk.samples + len(chunk.drafts)
+        known = chunk.num_tokens - sampled
+        next_ids = found.next_ids_T[token : token + chunk.num_tokens]
+        next_ids[:known] = sequence.tokens[chunk.start + 1 : end + 1 - sampled]
+        next_ids[known:] = -1 - np.arange(row, row + sampled)
+        found.first_row_B[index] = row
+        found.num_drafts_B[index] = len(chunk.drafts)
+        found.room_B[index] = len(sequence.pages) * page_size if chunk.samples else 0
+        for name in batch.KEPT:
+            if sampled:
+                getattr(found.sampling, name)[index] = getattr(built.sampling, name)[row]
+        row += sampled
+        token += chunk.num_tokens
+    return found
+
+
+def program(structures: tuple[Any, Any], copies: int, sizes: Sizes, *, max_drafts: int) -> Program:
+    """Return the program; its result is the drafts [B, max_drafts] of each row.
+
+    ``structures``: of the trees of the target and the draft model.
+    """
+
+    def inputs(bucket: Bucket) -> tuple[StepInput, DraftInput]:
+        each = batch.empty_step(bucket, sizes), empty_input(bucket)
+        step, given = (batch.join([part] * copies) for part in each)
+        return step, given
+
+    return Program(
+        DRAFT,
+        functools.partial(_draft, structures, sizes=sizes, max_drafts=max_drafts),
+        inputs,
+        reads=(WEIGHTS, DRAFT_WEIGHTS, DRAFT_CACHES, HIDDEN, NEWEST),
+        writes=(DRAFT_CACHES,),
+        donates=(DRAFT_CACHES,),
+        results=(P(),),
+    )
+
+
+def _draft(
+    structures: tuple[Any, Any],
+    leaves: list[jax.Array],
+    draft_leaves: list[jax.Array],
+    caches: tuple[KVCache, ...],
+    hidden: tuple[jax.Array, ...],
+    newest_R: jax.Array,
+    step: StepInput,
+    given: DraftInput,
+    *,
+    sizes: Sizes,
+    max_drafts: int,
+) -> tuple[tuple[KVCache, ...], jax.Array]:
+    """Compute the draft model's caches and drafts [B, max_drafts]; traced under shard_map."""
+    target = jax.tree.unflatten(structures[0], leaves)
+    model: DraftModel = jax.tree.unflatten(structures[1], draft_leaves)
+    accepted_B = _accepted(newest_R, step, given, max_drafts=max_drafts)
+    ids_T = given.next_ids_T
+    ids_T = jnp.where(ids_T < 0, newest_R[jnp.maximum(-1 - ids_T, 0)], ids_T)
+    h_TD = model.features(hidden, step)
+    following = dataclasses.replace(step, ids_T=ids_T)
+    y_TD, h_TD, caches = model(target, h_TD, following, caches=caches)
+    last_B = jnp.maximum(step.starts_B + step.counts_B - 1 - given.num_drafts_B + accepted_B, 0)
+    drafts_BK, caches = draft_chain(
+        (target, model),
+        (y_TD[last_B], h_TD[last_B]),
+        caches,
+        step=step,
+        position_B=step.positions_T[last_B],
+        given=given,
+        sizes=sizes,
+        max_drafts=max_drafts,
+    )
+    return caches, meshes.all_rows(drafts_BK)
+
+
+def draft_chain(
+    models: tuple[Any, DraftModel],
+    state: tuple[jax.Array, jax.Array],
+    caches: tuple[KVCache, ...],
+    *,
+    step: StepInput,
+    position_B: jax.Array,
+    given: DraftInput,
+    sizes: Sizes,
+    max_drafts: int,
+) -> tuple[jax.Array, tuple[KVCache, ...]]:
+    """Draft tokens of each row, one after the other: -> ([B, max_drafts], caches).
+
+    ``state``: the draft model's results at ``position_B``, the last position of each row.
+    """
+    target, model = models
+    num_steps = given.num_steps_1[0]
+
+    def drawn(y_BD: jax.Array, index: jax.Array) -> jax.Array:
+        # With the random number of the token that the draft may equal.
+        sampling = dataclasses.replace(given.sampling, position_B=position_B + 2 + index)
+        logits_BV = model.logits(target, y_BD, sampling.num_rows_1[0])
+        return model.tokens(sample.sample(logits_BV, sampling))
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        drafts_BK, token_B, h_BD, caches = carry
+        at = one_token_each(step, token_B, position_B + index, room_B=given.room_B, sizes=sizes)
+        y_BD, h_BD, caches = model(target, h_BD, at, caches=caches)
+        token_B = drawn(y_BD, index)
+        return put(drafts_BK, token_B, index), token_B, h_BD, caches
+
+    def put(drafts_BK: jax.Array, token_B: jax.Array, index: jax.Array) -> jax.Array:
+        column_B1 = token_B[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(drafts_BK, column_B1, start_index=index, axis=1)
+
+    y_BD, h_BD = state
+    none_B = jnp.zeros(len(position_B), jnp.int32)
+    first = jnp.int32(0)
+    token_B = jax.lax.cond(num_steps > 0, lambda: drawn(y_BD, first), lambda: none_B)
+    drafts_BK = put(jnp.zeros((len(position_B), max_drafts), jnp.int32), token_B, first)
+    carry = drafts_BK, token_B, h_BD, caches
+    drafts_BK, _, _, caches = jax.lax.fori_loop(jnp.int32(1), num_steps, body, init_val=carry)
+    return drafts_BK, caches
+
+
+def one_token_each(
+    step: StepInput, ids_B: jax.Array, positions_B: jax.Array, *, room_B: jax.Array, sizes: Sizes
+) -> StepInput:
+    """Return the input of a step of one token of each row of ``step``.
+
+    ``room_B``: the number of tokens that a row's pages hold. A token at a position outside them is
+    computed at their last position instead, and not written.
+    """
+    rows_B = jnp.arange(len(positions_B), dtype=jnp.int32)
+    is_used_B = step.counts_B > 0
+    fits_B = (positions_B < room_B) & is_used_B
+    positions_B = jnp.where(fits_B, positions_B, jnp.maximum(room_B - 1, 0))
+    at_page_B = positions_B // sizes.page_size
+
+    def placed(pages: PageMap, num_pages: int) -> PageMap:
+        page_B = pages.page_table_BM[rows_B, at_page_B]
+        slots_B = page_B * sizes.page_size + positions_B % sizes.page_size
+        outside = jnp.int32(num_pages * sizes.page_size)
+        return dataclasses.replace(pages, slots_T=jnp.where(fits_B, slots_B, outside))
+
+    return dataclasses.replace(
+        step,
+        num_tokens_1=jnp.sum(is_used_B.astype(jnp.int32))[None],
+        ids_T=ids_B,
+        positions_T=positions_B,
+        prompt_lengths_T=step.prompt_lengths_T[step.starts_B],
+        row_T=rows_B,
+        starts_B=rows_B,
+        counts_B=is_used_B.astype(jnp.int32),
+        lengths_B=positions_B + 1,
+        pages=tuple(map(placed, step.pages, sizes.num_pages)),
+    )
+
+
+def _accepted(
+    newest_R: jax.Array, step: StepInput, given: DraftInput, *, max_drafts: int
+) -> jax.Array:
+    """Return how many leading drafts of each row equal the tokens sampled in their places."""
+    at_1K = jnp.arange(max_drafts, dtype=jnp.int32)[None]
+    first_B1 = (step.starts_B + step.counts_B - given.num_drafts_B)[:, None]
+    is_draft_BK = at_1K < given.num_drafts_B[:, None]
+    drafts_BK = step.ids_T[jnp.where(is_draft_BK, first_B1 + at_1K, 0)]
+    sampled_BK = newest_R[jnp.where(is_draft_BK, given.first_row_B[:, None] + at_1K, 0)]
+    right_BK = (drafts_BK == sampled_BK) & is_draft_BK
+    return jnp.sum(jnp.cumprod(right_BK.astype(jnp.int32), axis=1), axis=1).astype(jnp.int32)

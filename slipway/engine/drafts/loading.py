@@ -1,0 +1,156 @@
+"""Draft model of an engine: its files, declaration, arrays and programs.
+
+Not here: the target model (engine/launch.py), the computation (draft_program.py).
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from slipway import mesh as meshes
+from slipway import models
+from slipway.checkpoint import files, quantize
+from slipway.checkpoint.swap import Weights
+from slipway.engine import programs
+from slipway.engine.batch import Sizes
+from slipway.engine.drafts import draft_program
+from slipway.engine.drafts.config import SpeculativeConfig
+from slipway.engine.drafts.draft_program import DRAFT_CACHES, DRAFT_WEIGHTS, DraftModel
+from slipway.errors import InvalidConfig, UnsupportedModel
+from slipway.nn import moe
+from slipway.nn.expert_exchange import Exchange
+from slipway.ops import CacheSpec, backend
+from slipway.runtime import load
+from slipway.runtime.load import ModelFiles
+from slipway.runtime.runner import Program, Runner, Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """Draft model on a mesh, before its arrays are loaded.
+
+    ``checkpoint``: checked; None: random weights. ``max_drafts``: most drafts of a row in a step.
+    """
+
+    declaration: DraftModel
+    checkpoint: files.Checkpoint | None
+    raw_config: dict[str, Any]
+    mesh: Mesh
+    dtype: Any
+    max_drafts: int
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:
+        """Caches that the draft model needs."""
+        return self.declaration.cache_specs
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Hidden states of the target that it reads, as in ``CausalLM.run``."""
+        return self.declaration.reads
+
+    def programs(self, target: Any, sizes: Sizes) -> list[Program]:
+        """Return its programs; ``target``: the declaration of the target model on the mesh."""
+        structures = tuple(
+            programs.operand_shapes(declaration, self.mesh, self.dtype)[1]
+            for declaration in (target, self.declaration)
+        )
+        copies = self.mesh.shape[meshes.DATA]
+        return [draft_program.program(structures, copies, sizes, max_drafts=self.max_drafts)]
+
+    def shapes(self, caches: tuple[Any, ...]) -> dict[str, Shapes]:
+        """Return the shapes of its device state; ``caches``: of its caches, with shardings."""
+        leaves = programs.operand_shapes(self.declaration, self.mesh, self.dtype)[0]
+        return {DRAFT_WEIGHTS: lambda _: leaves, DRAFT_CACHES: lambda _: caches}
+
+    def load(self, runner: Runner, seed: int) -> "DraftState":
+        """Load the arrays, put them into the runner's state, and allocate the caches."""
+        arrays = load.arrays(
+            self.declaration, self.checkpoint, self.mesh, dtype=self.dtype, seed=seed
+        )
+        weights = Weights(
+            self.declaration,
+            self.mesh,
+            self.dtype,
+            arrays=arrays,
+            config=self.raw_config,
+            overrides={},
+            ignored=("*",),
+        )
+        return DraftState(runner, weights)
+
+
+class DraftState:
+    """Arrays and caches of a draft model on the devices."""
+
+    def __init__(self, runner: Runner, weights: Weights):
+        self._runner = runner
+        self._weights = weights
+        # The arrays of a sleeping engine, if they were taken off the devices.
+        self._kept: list[np.ndarray] | None = None
+        self.wake_up()
+
+    def sleep(self) -> None:
+        """Free the devices' memory; on a CPU the arrays stay where they are."""
+        self._runner.free(DRAFT_CACHES)
+        if not self._weights.on_cpu:
+            self._kept = self._weights.to_host()
+            self._weights.delete()
+
+    def wake_up(self) -> None:
+        """Bring the arrays back, and allocate the caches."""
+        if self._kept is not None:
+            self._weights.from_host(self._kept)
+        self._kept = None
+        self._runner.state[DRAFT_WEIGHTS] = programs.operands(self._weights)
+        self._runner.allocate(DRAFT_CACHES)
+
+    def delete(self) -> None:
+        """Free all memory."""
+        self._weights.delete()
+        self._runner.free(DRAFT_CACHES)
+
+
+def prepare(
+    config: SpeculativeConfig | None,
+    held: ModelFiles,
+    mesh: Mesh,
+    *,
+    dtype: Any,
+    scheme: quantize.Scheme | None,
+    exchange: Exchange | None,
+) -> Drafting | None:
+    """Return the draft model that the options name, None if drafts come from elsewhere.
+
+    ``held``: the files of the target. ``exchange``: how groups of experts join their results, if
+    there are several. Raises InvalidConfig if the target has no prediction layer, CheckpointError
+    if tensors of it are missing.
+    """
+    if config is None or config.method != "mtp":
+        return None
+    fields = {key: value for key, value in held.raw_config.items() if key != quantize.FIELD}
+    try:
+        declared = models.declare_mtp(fields)
+    except UnsupportedModel as error:
+        expected = "a model with a prediction layer (num_nextn_predict_layers)"
+        raise InvalidConfig("speculative_config: method", "mtp", f"{expected}: {error}") from error
+    platform = mesh.devices.flat[0].platform
+    form = backend.of(platform).layer_form
+    declaration = load.on_mesh(declared, mesh, dtype, layer_form=form, scheme=scheme)
+    if exchange is not None and moe.layers(declaration):
+        declaration = moe.with_exchange(declaration, exchange)
+    checkpoint = None
+    if not held.is_dummy:
+        checkpoint = load.checked(
+            declaration, held.checkpoint, dtype, ignored=("*",), scheme=scheme
+        )
+    return Drafting(
+        declaration,
+        checkpoint,
+        held.raw_config,
+        mesh=mesh,
+        dtype=dtype,
+        max_drafts=config.num_speculative_tokens,
+    )
