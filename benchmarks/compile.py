@@ -139,7 +139,7 @@ def compiled(options: CompileBench) -> dict[str, Any]:
     declared = moe.with_exchange(models.declare(SHAPES[options.model]), options.expert_exchange)
     declaration = meshes.fit(declared, mesh)
     caches = Caches(declaration, (), mesh, dtype=jnp.bfloat16, page_size=options.page_size)
-    shapes, _ = caches.shapes((options.num_pages,), 1)
+    shapes, _ = caches.shapes((options.num_pages,))
     sizes = Sizes(
         page_size=options.page_size,
         num_pages=(options.num_pages,),

@@ -77,7 +77,7 @@ class LayerFormsBench:
         mesh = meshes.make_mesh(tensor=1 if devices is None else len(devices), devices=devices)
         declaration = FORMS[form](meshes.fit(models.declare(QWEN3_SHAPE), mesh))
         all_caches = Caches(declaration, (), mesh, dtype=dtype, page_size=PAGE_SIZE)
-        caches, _ = all_caches.shapes((NUM_PAGES,), 1)
+        caches, _ = all_caches.shapes((NUM_PAGES,))
         sizes, bucket = _sizes(declaration.config), Bucket(self.rows, self.rows)
         runner = programs.runner(
             declaration,

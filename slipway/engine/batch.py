@@ -133,16 +133,25 @@ class Builder:
         self._prompts = np.zeros(slots, np.int32)
         self._sampling = empty_sampling(slots)
 
+    def fill(
+        self, chunks: Sequence[Chunk], sampling: Sampling, tables: Sequence[Array] = ()
+    ) -> None:
+        """Fill in the kept parameters of each chunk's sequence, a row each, and its page tables."""
+        self._enter_all(chunks)
+        slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
+        for name in KEPT:
+            getattr(sampling, name)[: len(slots)] = getattr(self._sampling, name)[slots]
+        for table_BM, page_table in zip(tables, self._page_tables):
+            table_BM[: len(slots)] = page_table[slots]
+
     def build(self, chunks: Sequence[Chunk], bucket: Bucket) -> Batch:
         """Return the arrays of a step; sets ``last_row`` of each sequence that samples.
 
         Slots of padding tokens lie past the last page. An id of -1 - row stands for a token that
         the host does not have yet: it is in that row of the last step's results.
         """
+        self._enter_all(chunks)
         sequences = [chunk.sequence for chunk in chunks]
-        for sequence in sequences:
-            if self._owners[sequence.slot] is not sequence:
-                self._enter(sequence)
         B = len(chunks)
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
         counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
@@ -242,6 +251,12 @@ class Builder:
             if chunk.samples:
                 sequence.last_row = last_row
         return sample_at_B, sampling
+
+    def _enter_all(self, chunks: Sequence[Chunk]) -> None:
+        """Store the kept values of sequences that have begun to run in their slots."""
+        for chunk in chunks:
+            if self._owners[chunk.sequence.slot] is not chunk.sequence:
+                self._enter(chunk.sequence)
 
     def _enter(self, sequence: Any) -> None:
         """Store the values of a sequence that do not change while it runs, at its slot."""

@@ -71,14 +71,13 @@ class Caches:
         """Windows of the pools of pages (kv_cache.page_windows)."""
         return self._windows
 
-    def shapes(
-        self, num_pages: tuple[int, ...], copies: int
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def shapes(self, num_pages: tuple[int, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the caches of the model and of the draft model as shapes with shardings.
 
         The model's have its ExpertLoad behind them if it has experts. ``num_pages``: of each pool,
-        for one of the ``copies`` of the weights.
+        for one of the copies of the weights.
         """
+        copies = self.mesh.shape[meshes.DATA]
 
         def placed(cache: Any) -> AllocatedCache:
             sharding = NamedSharding(self.mesh, meshes.spec(cache.axes, self.mesh))

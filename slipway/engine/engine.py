@@ -20,6 +20,7 @@ from slipway.codec.tokenizer import Tokenizer
 from slipway.engine import programs, results
 from slipway.engine.admission import Admission, Limits
 from slipway.engine.batch import Bucket, Repeat
+from slipway.engine.drafts.device_drafts import Rounds
 from slipway.engine.drafts.loading import DraftState
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.pipeline import Pipeline
@@ -55,6 +56,7 @@ class Engine:
         leader: Leader | None,
         speculation: Speculation | None,
         draft_state: DraftState | None,
+        rounds: Rounds | None,
     ):
         self.limits = limits
         self.tokenizer = tokenizer
@@ -86,6 +88,7 @@ class Engine:
             repeats=repeats,
             sizes=limits.sizes,
             speculation=speculation,
+            rounds=rounds,
         )
         self._speculation = speculation
         self._draft_state = draft_state

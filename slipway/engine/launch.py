@@ -22,9 +22,11 @@ from slipway.engine.batch import Bucket, Repeat, Sizes
 from slipway.engine.config import EngineConfig
 from slipway.engine.declared import Declared, declare
 from slipway.engine.drafts.config import SpeculativeConfig
+from slipway.engine.drafts.device_drafts import Rounds
 from slipway.engine.drafts.loading import DraftState
 from slipway.engine.drafts.model_drafter import ModelDrafter
 from slipway.engine.drafts.ngram import NgramDrafter
+from slipway.engine.drafts.rounds_program import ROUNDS
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.engine import Engine
 from slipway.engine.params import generation_defaults
@@ -52,6 +54,7 @@ class Loaded:
     draft_state: DraftState | None
     shapes: list[Bucket]
     repeats: Repeat | None
+    rounds: Rounds | None
     limits: Limits
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
@@ -86,6 +89,7 @@ def launch(model: str, config: EngineConfig) -> Engine:
         leader=leader,
         speculation=speculation,
         draft_state=loaded.draft_state,
+        rounds=loaded.rounds,
     )
 
 
@@ -117,8 +121,10 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     # Every tensor is checked here, before anything takes time.
     declared = declare(held, config)
     repeats = _repeats(config, declared)
-    runner, num_pages = _compiled(declared, config, repeats)
-    weights, draft_state = _load_weights(declared, runner, config, repeats=repeats)
+    rounds = _rounds(config, declared, repeats)
+    runner, num_pages = _compiled(declared, config, repeats, rounds=rounds)
+    wanted = _wanted(declared, declared.shapes, repeats, rounds=rounds)
+    weights, draft_state = _load_weights(declared, runner, config, wanted=wanted)
     limits = _limits(declared, config, num_pages, bodies=runner.bodies)
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
     _announce(declared, limits, repeats, seconds=time.perf_counter() - started)
@@ -128,6 +134,7 @@ def _load(model: str, config: EngineConfig) -> Loaded:
         draft_state=draft_state,
         shapes=declared.shapes,
         repeats=repeats,
+        rounds=rounds,
         limits=limits,
         tokenizer=tokenizer,
         eos_ids=_eos_ids(held.raw_config, checkpoint.generation_config, tokenizer),
@@ -153,12 +160,11 @@ def _speculation(config: SpeculativeConfig | None) -> Speculation | None:
 
 
 def _load_weights(
-    declared: Declared, runner: Runner, config: EngineConfig, *, repeats: Repeat | None
+    declared: Declared, runner: Runner, config: EngineConfig, *, wanted: list[tuple[str, Any]]
 ) -> tuple[Weights, DraftState | None]:
-    """Load the weights and allocate the device state, while the other programs compile."""
+    """Load the weights and allocate the device state, while the ``wanted`` programs compile."""
     model, mesh, dtype = declared.model, declared.mesh, declared.dtype
     with ThreadPoolExecutor(1) as pool:
-        wanted = programs.wanted(declared.shapes, repeats, declared.further_programs)
         rest = pool.submit(runner.compile, wanted)
         params = load.arrays(model, declared.checkpoint, mesh, dtype=dtype, seed=config.seed)
         weights = Weights(
@@ -207,7 +213,7 @@ def _limits(
 
 
 def _compiled(
-    declared: Declared, config: EngineConfig, repeats: Repeat | None
+    declared: Declared, config: EngineConfig, repeats: Repeat | None, *, rounds: Rounds | None
 ) -> tuple[Runner, tuple[int, ...]]:
     """Return the runner with its largest bucket compiled, and the pages of each pool that fit.
 
@@ -240,23 +246,34 @@ def _compiled(
             max_model_len=declared.max_model_len,
             num_logprobs=vocab_size if config.max_logprobs < 0 else config.max_logprobs,
         )
-        runner = _runner(declared, sizes, repeats, copies=config.data_parallel_size)
+        runner = _runner(declared, sizes, repeats, rounds=rounds)
         is_ample = num_pages == budget.useful
-        wanted = shapes if is_ample else shapes[-1:]
-        runner.compile(programs.wanted(wanted, repeats, declared.further_programs))
+        runner.compile(
+            _wanted(declared, shapes if is_ample else shapes[-1:], repeats, rounds=rounds)
+        )
         temp = runner.temp_bytes()
         if budget.fit(temp) >= num_pages:
             return runner, num_pages
 
 
-def _runner(declared: Declared, sizes: Sizes, repeats: Repeat | None, *, copies: int) -> Runner:
+def _wanted(
+    declared: Declared, shapes: list[Bucket], repeats: Repeat | None, *, rounds: Rounds | None
+) -> list[tuple[str, Any]]:
+    """Return (name, key) of the programs for steps of these shapes."""
+    others = () if rounds is None else ((ROUNDS, rounds.bucket),)
+    return programs.wanted(shapes, repeats, declared.further_programs, others=others)
+
+
+def _runner(
+    declared: Declared, sizes: Sizes, repeats: Repeat | None, *, rounds: Rounds | None
+) -> Runner:
     """Return the runner of the programs of the model and its draft model, none compiled yet."""
-    caches, draft_caches = declared.caches.shapes(sizes.num_pages, copies)
+    caches, draft_caches = declared.caches.shapes(sizes.num_pages)
     drafting, further = declared.drafting, dict[str, Any]()
-    if drafting is not None:
+    if drafting is not None and rounds is not None:
         further = {
             "reads": drafting.reads,
-            "further": drafting.programs(declared.model, sizes),
+            "further": drafting.programs(declared.model, sizes, rounds),
             "further_shapes": drafting.shapes(draft_caches),
         }
     return programs.runner(
@@ -284,6 +301,15 @@ def _repeats(config: EngineConfig, declared: Declared) -> Repeat | None:
     if steps <= 1:
         return None
     return Repeat(next(shape for shape in declared.shapes if shape.num_tokens >= rows), steps)
+
+
+def _rounds(config: EngineConfig, declared: Declared, repeats: Repeat | None) -> Rounds | None:
+    """Return the rounds of one call if a model drafts: as many as decode steps without drafts."""
+    if declared.drafting is None:
+        return None
+    rows, most = min(config.max_num_seqs, MAX_REPEATED_ROWS), declared.drafting.max_drafts
+    number = 1 if repeats is None else repeats.num_steps
+    return Rounds(Bucket(rows * (1 + most), rows), max_rounds=number, max_drafts=most)
 
 
 def _caches(asked: bool, config: ModelConfig) -> bool:

@@ -7,26 +7,25 @@ While the device computes a step, the host schedules, builds and dispatches the 
 the results of the first.
 """
 
+import functools
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence as Many
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from slipway.engine import batch, logit_rules, results
 from slipway.engine.batch import Bucket, Repeat, Sizes
-from slipway.engine.drafts import draft_program
-from slipway.engine.drafts.draft_program import DRAFT
+from slipway.engine.drafts.device_drafts import DeviceDrafts, Rounds
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.programs import FORWARD, REPEAT, SAMPLE
 from slipway.engine.request import DraftCounts, Request, Sequence
-from slipway.engine.results import Dispatched
+from slipway.engine.results import Dispatched, Taken
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.engine.stats import Stats
-from slipway.ops import StepInput
 from slipway.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -61,6 +60,7 @@ class Pipeline:
         repeats: Repeat | None,
         sizes: Sizes,
         speculation: Speculation | None = None,
+        rounds: Rounds | None = None,
     ):
         self._runner = runner
         self._schedulers = schedulers
@@ -70,6 +70,12 @@ class Pipeline:
         self._speculation = speculation
         self.stats = Stats()
         self._builders = [batch.Builder(sizes, scheduler.page_tables) for scheduler in schedulers]
+        # Set if drafts are made on the device.
+        self._device_drafts = None
+        if rounds is not None:
+            self._device_drafts = DeviceDrafts(
+                runner, schedulers, self._builders, sizes=sizes, rounds=rounds
+            )
         self._dispatched: Dispatched | None = None
         # Moving average of the host's work for a step, in seconds.
         self._host_s = 0.0
@@ -129,73 +135,83 @@ class Pipeline:
             self._speculation.propose([s for s in self._running() if s.awaits_a_step])
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
-            num_drafts = self._num_to_draft(chunks)
-            bucket, num_steps = self._shape(chunks, allows_several=not num_drafts)
-            parts = [builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)]
-            built = batch.join(parts)
-            drafts_BK = None
-            if num_steps > 1:
-                x_TD, steps = None, np.full(len(chunks), num_steps, np.int32)
-                (sampled,) = self._runner.call(REPEAT, bucket, built.step, built.sampling, steps)
-            else:
-                (x_TD,) = self._runner.call(FORWARD, bucket, built.step)
-                edits = None
-                if rows := logit_rules.edited(chunks, bucket.num_rows):
-                    # The logits of these rows depend on the tokens that the step before sampled.
-                    if before is not None:
-                        waited += self._take(before, moved)
-                        before = None
-                    _, unedited = self._runner.inputs(SAMPLE, bucket.num_rows)
-                    edits = logit_rules.build(unedited, rows)
-                (sampled,) = self._runner.call(SAMPLE, bucket.num_rows, built.sampling, edits)
-                drafts_BK = self._draft(chunks, parts, built.step, bucket=bucket, count=num_drafts)
-            self._dispatched = Dispatched(
-                chunks,
-                bucket,
-                num_steps=num_steps,
-                sampled=sampled,
-                x_TD=x_TD,
-                drafts_BK=drafts_BK,
-                num_drafts=num_drafts,
-                at=time.perf_counter(),
-                follows=follows,
-            )
+            dispatched = self._rounds(chunks, follows)
+            if dispatched is None:
+                dispatched, waited_here, before = self._step(chunks, before, moved, follows=follows)
+                waited += waited_here
+            self._dispatched = dispatched
             self._count(chunks)
         if before is not None:
             waited += self._take(before, moved)
         return waited
+
+    def _step(
+        self,
+        chunks: list[list[Chunk]],
+        before: Dispatched | None,
+        moved: dict[str, Request],
+        *,
+        follows: bool,
+    ) -> tuple[Dispatched, float, Dispatched | None]:
+        """Start a step, or several decode steps in one call.
+
+        Returns it, the seconds spent waiting for results, and the step before if its results were
+        not taken yet.
+        """
+        waited, count = 0.0, self._num_to_draft(chunks)
+        bucket, num_steps = self._shape(chunks, allows_several=not count)
+        built = batch.join(
+            [builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)]
+        )
+        started = functools.partial(Dispatched, chunks, bucket, num_steps, follows=follows)
+        if num_steps > 1:
+            steps = np.full(len(chunks), num_steps, np.int32)
+            (sampled,) = self._runner.call(REPEAT, bucket, built.step, built.sampling, steps)
+            return started(sampled, at=time.perf_counter()), waited, before
+        (x_TD,) = self._runner.call(FORWARD, bucket, built.step)
+        edits = None
+        if rows := logit_rules.edited(chunks, bucket.num_rows):
+            # The logits of these rows depend on the tokens that the step before sampled.
+            if before is not None:
+                waited = self._take(before, moved)
+                before = None
+            _, unedited = self._runner.inputs(SAMPLE, bucket.num_rows)
+            edits = logit_rules.build(unedited, rows)
+        (sampled,) = self._runner.call(SAMPLE, bucket.num_rows, built.sampling, edits)
+        drafts_BK = None
+        if self._device_drafts is not None:
+            drafts_BK = self._device_drafts.after(chunks, built.step, bucket, count=count)
+        step = started(
+            sampled, x_TD=x_TD, drafts_BK=drafts_BK, num_drafts=count, at=time.perf_counter()
+        )
+        return step, waited, before
+
+    def _rounds(self, chunks: list[list[Chunk]], follows: bool) -> Dispatched | None:
+        """Start rounds of speculation, if the device drafts and all sequences only decode."""
+        if self._device_drafts is None:
+            return None
+        count = self._num_to_draft(chunks)
+        number = self._device_drafts.num_rounds(chunks, count)
+        if not number:
+            return None
+        bucket, output = self._device_drafts.start(chunks, number, count)
+        return Dispatched(
+            chunks,
+            bucket,
+            number,
+            sampled=output.sampled,
+            at=time.perf_counter(),
+            follows=follows,
+            rounds=output,
+            drafts_BK=output.drafts_BK,
+            num_drafts=count,
+        )
 
     def _num_to_draft(self, chunks: list[list[Chunk]]) -> int:
         """Return how many drafts the device should make for each row after a step."""
         if self._speculation is None:
             return 0
         return self._speculation.num_to_draft(max(map(len, chunks)))
-
-    def _draft(
-        self,
-        chunks: list[list[Chunk]],
-        parts: list[batch.Batch],
-        step: StepInput,
-        *,
-        bucket: Bucket,
-        count: int,
-    ) -> jax.Array | None:
-        """Let the device draft ``count`` tokens after each row of a step; return the drafts.
-
-        ``parts``: the batches of each copy of the weights. A step with a part of a prompt needs the
-        call for the caches of the draft model, even if no drafts are wanted.
-        """
-        if self._speculation is None or self._speculation.on_device is None:
-            return None
-        if not count and all(chunk.decodes for rank in chunks for chunk in rank):
-            return None
-        page_size = self._schedulers[0].page_size
-        inputs = [
-            draft_program.build_input(rank, part, bucket, page_size=page_size, num_steps=count)
-            for rank, part in zip(chunks, parts)
-        ]
-        (drafts_BK,) = self._runner.call(DRAFT, bucket, step, batch.join(inputs))
-        return drafts_BK
 
     def _needs_results(self, before: Dispatched) -> bool:
         """Whether the results of the step before decide which tokens the next step computes."""
@@ -234,19 +250,11 @@ class Pipeline:
     def _take(self, step: Dispatched, moved: dict[str, Request]) -> float:
         """Give the sequences the results of a step; return the seconds spent waiting for them."""
         started = time.perf_counter()
-        asked = [chunk.sequence for rank in step.chunks for chunk in rank]
-        sampled = step.sampled
-        # Lists, not generators: half the cost for many rows.
-        if any([sequence.wants_logprobs for sequence in asked]):
-            sampled = jax.tree.map(np.asarray, sampled)
-        tokens = np.asarray(sampled.token_B).tolist()
-        is_pooled = any([sequence.pooling for sequence in asked])
-        x_TD = np.asarray(step.x_TD, np.float32) if is_pooled else None
+        taken = Taken(step)
         ended = time.perf_counter()
         self._seconds[step.shape] = ended - max(step.at, self._taken_at)
         cycle_s = ended - self._taken_at
         self._taken_at = ended
-        drafts = None if step.drafts_BK is None else np.asarray(step.drafts_BK).tolist()
         now, gaps = time.monotonic(), Counter[float]()
         for rank, chunks in enumerate(step.chunks):
             row, first_token = rank * step.bucket.num_rows, rank * step.bucket.num_tokens
@@ -254,27 +262,27 @@ class Pipeline:
                 sequence = chunk.sequence
                 if sequence.finish_reason is None:
                     if chunk.scored:
-                        results.score(sequence.request, sampled, row, chunk=chunk)
-                    if x_TD is not None and sequence.pooling:
-                        x_CD = x_TD[first_token : first_token + chunk.num_tokens]
+                        results.score(sequence.request, taken.sampled, row, chunk=chunk)
+                    if taken.x_TD is not None and sequence.pooling:
+                        x_CD = taken.x_TD[first_token : first_token + chunk.num_tokens]
                         results.pool(sequence, x_CD, chunk)
                     if chunk.samples:
                         moved[sequence.request.request_id] = sequence.request
-                    rows = step.rows(row, chunk)
-                    if chunk.drafts:
-                        rows = rows[: 1 + self._verify(chunk, [tokens[found] for found in rows])]
+                    rows, verified = taken.of(rank, index, row)
+                    if step.has_drafts and chunk.samples:
+                        self._settle(chunk, len(rows), verified)
                     for found in rows:
                         # Counted by time: nearly all sequences share one value.
                         gaps[sequence.last_token_at] += 1
                         sequence.last_token_at = now
-                        self._append(sequence, tokens[found], sampled=sampled, row=found)
+                        self._append(
+                            sequence, taken.tokens[found], sampled=taken.sampled, row=found
+                        )
                         # Tokens of the same call after the end of the output are dropped.
                         if sequence.finish_reason is not None:
                             break
-                    if drafts is not None and chunk.samples and sequence.finish_reason is None:
-                        found = drafts[rank * step.bucket.num_rows + index][: step.num_drafts]
-                        assert self._speculation and self._speculation.on_device
-                        self._speculation.on_device.put(sequence, found)
+                    if self._speculation is not None and chunk.samples:
+                        self._speculation.put(sequence, taken.drafts(rank, index))
                 row += chunk.num_rows
                 first_token += chunk.num_tokens
         for at, times in gaps.items():
@@ -298,18 +306,20 @@ class Pipeline:
             stats.spec_decode_num_drafts,
         )
 
-    def _verify(self, chunk: Chunk, tokens: list[int]) -> int:
-        """Count the drafts of a chunk that became tokens, and take back the others.
+    def _settle(self, chunk: Chunk, new_tokens: int, verified: Many[tuple[int, int]]) -> None:
+        """Take back what a sequence computed for rejected drafts, and count the accepted ones.
 
-        ``tokens``: those sampled after the token before the drafts, and after each of them.
+        ``new_tokens``: that it gets.
         """
-        sequence, count = chunk.sequence, len(chunk.drafts)
-        accepted = results.accepted(chunk.drafts, tokens)
-        self._schedulers[sequence.request.copy].reject(sequence, count - accepted)
-        sequence.num_pending += accepted
-        sequence.draft_counts = sequence.draft_counts.plus(DraftCounts(1, count, accepted))
-        self.stats.verify(count, accepted)
-        return accepted
+        sequence = chunk.sequence
+        computed = chunk.start + chunk.num_tokens - 1 - len(chunk.drafts) + new_tokens
+        self._schedulers[sequence.request.copy].reject(sequence, sequence.num_computed - computed)
+        sequence.num_pending += new_tokens - 1
+        for count, accepted in verified:
+            sequence.draft_counts = sequence.draft_counts.plus(DraftCounts(1, count, accepted))
+            self.stats.verify(count, accepted)
+            if self._speculation is not None:
+                self._speculation.verified(sequence, count, accepted)
 
     def _is_long(self, step: Dispatched) -> bool:
         """Whether the host should wait for a step before it plans the next one.

@@ -118,11 +118,15 @@ def operands(weights: Weights) -> list[jax.Array]:
 
 
 def wanted(
-    buckets: Sequence[Bucket], repeats: Repeat | None, further: Sequence[str] = ()
+    buckets: Sequence[Bucket],
+    repeats: Repeat | None,
+    further: Sequence[str] = (),
+    others: Sequence[tuple[str, Bucket]] = (),
 ) -> list[tuple[str, Bucket | int]]:
     """Return (name, key) of every program that steps of these buckets call.
 
-    ``further``: programs that are called for each bucket, as the forward pass is.
+    ``further``: programs that are called for each bucket, as the forward pass is. ``others``: names
+    and keys of programs with a bucket of their own.
     """
     programs: list[tuple[str, Bucket | int]] = [
         (name, bucket) for name in (FORWARD, *further) for bucket in buckets
@@ -130,7 +134,7 @@ def wanted(
     programs += [(SAMPLE, num_rows) for num_rows in sorted({bucket.num_rows for bucket in buckets})]
     if repeats is not None and repeats.bucket in buckets:
         programs.append((REPEAT, repeats.bucket))
-    return programs
+    return [*programs, *others]
 
 
 def _forward_program(
@@ -145,7 +149,7 @@ def _forward_program(
     apart = len({device.process_index for device in mesh.devices[:, 0, 0]}) > 1
     return Program(
         FORWARD,
-        functools.partial(_forward, structure, apart, reads),
+        functools.partial(forward, structure, apart, reads),
         inputs,
         reads=(WEIGHTS, CACHES, NEWEST),
         writes=(CACHES, LOGITS, HIDDEN),
@@ -205,7 +209,7 @@ def _step_input(copies: int, sizes: Sizes, bucket: Bucket) -> tuple[StepInput]:
     return (batch.join([batch.empty_step(bucket, sizes)] * copies),)
 
 
-def _forward(
+def forward(
     structure: Any,
     apart: bool,
     reads: tuple[int, ...],
@@ -248,13 +252,20 @@ def _sample(
         token_B = _edited(draw, logits_BV, newest_R, sampling=sampling, edits=edits)
     newest_R = jnp.pad(token_B, (0, max_rows - token_B.shape[0]))
     token_B = jnp.where(sampling.given_B < 0, token_B, sampling.given_B)
+    sampled = reported(logits_BV, sampling, token_B, num_logprobs=num_logprobs)
+    return newest_R, jax.tree.map(lambda array: meshes.all_rows(array), sampled)
+
+
+def reported(
+    logits_BV: jax.Array, sampling: Sampling, token_B: jax.Array, *, num_logprobs: int
+) -> sample.Sampled:
+    """Return the tokens as the host gets them, with log probabilities if a row asks for them."""
     num_top = min(num_logprobs, logits_BV.shape[1])
-    sampled = jax.lax.cond(
+    return jax.lax.cond(
         jnp.any(sampling.wants_logprobs_B),
         lambda: sample.logprobs(logits_BV, sampling.num_rows_1[0], token_B, num_top=num_top),
         lambda: sample.without_logprobs(token_B, num_top),
     )
-    return newest_R, jax.tree.map(lambda array: meshes.all_rows(array), sampled)
 
 
 def _edited(
@@ -296,7 +307,7 @@ def _repeat(
 
     def body(index: jax.Array, carry: Any) -> Any:
         caches, newest_R, found = carry
-        caches, logits_BV, *_ = _forward(
+        caches, logits_BV, *_ = forward(
             structure,
             False,
             (),

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from slipway.engine.batch import Bucket
+from slipway.engine.drafts.rounds_program import RoundsOutput
 from slipway.engine.request import Logprob, Logprobs, Request, Sequence
 from slipway.engine.sample import Sampled
 from slipway.engine.scheduler import Chunk
@@ -17,24 +18,26 @@ from slipway.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A step on the device: the chunks of each copy of the weights, and the results to come.
+    """A call on the device: the chunks of each copy of the weights, and the results to come.
 
-    ``num_steps``: decode steps in its call; their results follow each other. ``x_TD``: the hidden
-    states, None if there are several steps. ``drafts_BK``: drafts of the tokens that follow those
-    of the results, of which ``num_drafts`` count, if the device made some. ``at``: when it was
-    dispatched, in seconds of time.perf_counter(). ``follows``: whether it was dispatched without a
-    pause after the step before, so that it ends one step's time after that.
+    ``num_steps``: decode steps, or rounds of speculation, in it; their results follow each other.
+    ``x_TD``: the hidden states, None if there are several steps. ``rounds``: numbers of tokens, if
+    they are rounds. ``drafts_BK``: drafts of the tokens that follow those of the results, of which
+    ``num_drafts`` count, if the device made some. ``at``: when it was dispatched, in seconds of
+    time.perf_counter(). ``follows``: whether it was dispatched without a pause after the call
+    before, so that it ends one call's time after that.
     """
 
     chunks: list[list[Chunk]]
     bucket: Bucket
     num_steps: int
     sampled: Sampled
-    x_TD: jax.Array | None
-    drafts_BK: jax.Array | None
-    num_drafts: int
     at: float
     follows: bool
+    x_TD: jax.Array | None = None
+    rounds: RoundsOutput | None = None
+    drafts_BK: jax.Array | None = None
+    num_drafts: int = 0
 
     @property
     def shape(self) -> tuple[Bucket, int]:
@@ -48,20 +51,74 @@ class Dispatched:
 
     @property
     def has_drafts(self) -> bool:
-        """Whether the step verifies drafts: the next step depends on its results."""
+        """Whether it verifies drafts: the next call depends on its results."""
+        if self.rounds is not None:
+            return True
         return any(chunk.drafts for chunks in self.chunks for chunk in chunks)
 
-    def rows(self, first: int, chunk: Chunk) -> range:
-        """Return the rows of results with the sampled tokens of a chunk.
 
-        One for each step, or one for each draft and one more; none if the chunk does not sample.
-        ``first``: the chunk's first row of results.
+# Rows of the results with the tokens that a sequence gets, and for each verification the numbers of
+# drafts that were verified and accepted.
+Found = tuple[Many[int], Many[tuple[int, int]]]
+
+
+class Taken:
+    """Results of a call, in the host's memory."""
+
+    def __init__(self, step: Dispatched):
+        """Wait for the results."""
+        self._step = step
+        asked = [chunk.sequence for chunks in step.chunks for chunk in chunks]
+        self.sampled = step.sampled
+        # Lists, not generators: half the cost for many rows.
+        if any([sequence.wants_logprobs for sequence in asked]):
+            self.sampled = jax.tree.map(np.asarray, step.sampled)
+        self.tokens: list[int] = np.asarray(self.sampled.token_B).tolist()
+        is_pooled = any([sequence.pooling for sequence in asked])
+        self.x_TD = np.asarray(step.x_TD, np.float32) if is_pooled else None
+        self._drafts = None if step.drafts_BK is None else np.asarray(step.drafts_BK).tolist()
+        if step.rounds is not None:
+            shape = (-1, len(step.chunks), step.bucket.num_rows)
+            self._counts = np.asarray(step.rounds.counts_B).reshape(shape)
+            self._new = np.asarray(step.rounds.new_B).reshape(shape)
+
+    def of(self, rank: int, index: int, first: int) -> Found:
+        """Return what the chunk ``index`` of a copy gets; ``first``: its first row of results.
+
+        In rounds, ``first`` is not used: the rows depend on the accepted drafts.
         """
+        step = self._step
+        chunk = step.chunks[rank][index]
+        if step.rounds is not None:
+            return self._of_rounds(rank, index)
         start = first + len(chunk.scored)
-        if self.num_steps == 1:
-            return range(start, first + chunk.num_rows)
-        stride = len(self.chunks) * self.bucket.num_rows
-        return range(start, start + self.num_steps * stride if chunk.samples else start, stride)
+        if step.num_steps == 1:
+            rows = range(start, first + chunk.num_rows)
+            if not chunk.drafts:
+                return rows, ()
+            right = accepted(chunk.drafts, [self.tokens[row] for row in rows])
+            return rows[: 1 + right], ((len(chunk.drafts), right),)
+        stride = len(step.chunks) * step.bucket.num_rows
+        return range(start, start + step.num_steps * stride, stride), ()
+
+    def drafts(self, rank: int, index: int) -> list[int] | None:
+        """Return drafts of the tokens that follow those of a chunk, None if none were made."""
+        if self._drafts is None:
+            return None
+        row = rank * self._step.bucket.num_rows + index
+        return self._drafts[row][: self._step.num_drafts]
+
+    def _of_rounds(self, rank: int, index: int) -> Found:
+        step = self._step
+        rows, verified = list[int](), list[tuple[int, int]]()
+        for number in range(step.num_steps):
+            count, new = (int(each[number, rank, index]) for each in (self._counts, self._new))
+            before = int(self._counts[number, rank, :index].sum())
+            first = (number * len(step.chunks) + rank) * step.bucket.num_tokens + before
+            rows += range(first, first + new)
+            if new and count > 1:
+                verified.append((count - 1, new - 1))
+        return rows, verified
 
 
 def accepted(drafts: Many[int], tokens: Many[int]) -> int:

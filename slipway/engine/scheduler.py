@@ -235,14 +235,28 @@ class Scheduler:
         Each sequence gets the pages of its ``steps`` further tokens, which count as computed and
         pending.
         """
-        self._paging.make_free(self._missing(chunks, steps))
+        self.extend(chunks, steps)
+        for chunk in chunks:
+            chunk.sequence.num_pending += steps
+
+    def can_extend(self, chunks: list[Chunk], tokens: int) -> bool:
+        """Whether ``extend`` finds pages without a preemption, and no sequence waits."""
+        return not self.waiting and self._missing(chunks, tokens) <= self._paging.num_available()
+
+    def extend(self, chunks: list[Chunk], tokens: int) -> None:
+        """Count up to ``tokens`` more tokens of each chunk's sequence as computed, with pages.
+
+        At most as many as the sequence may still get. Those that are not computed after all are to
+        be taken back (``reject``).
+        """
+        self._paging.make_free(self._missing(chunks, tokens))
         for sequence, start, *_ in chunks:
             self._paging.slide(sequence, start)
-            sequence.num_computed += steps
-            sequence.num_pending += steps
+            more = min(tokens, sequence.max_length - sequence.num_computed)
+            sequence.num_computed += more
             needed = self._paging.num_for(sequence.num_computed) - len(sequence.pages)
-            self._paging.take(sequence, needed)
-        self.counts.computed_tokens += steps * len(chunks)
+            self._paging.take(sequence, max(0, needed))
+            self.counts.computed_tokens += more
 
     def reject(self, sequence: Sequence, count: int) -> None:
         """Take back the last ``count`` computed tokens of a running sequence: rejected drafts.
@@ -335,8 +349,11 @@ class Scheduler:
 
     def _missing(self, chunks: list[Chunk], steps: int) -> int:
         """Return how many more pages the chunks' sequences need for ``steps`` tokens each."""
-        sequences = [chunk.sequence for chunk in chunks]
-        return sum(self._paging.num_for(s.num_computed + steps) - len(s.pages) for s in sequences)
+        needed = 0
+        for sequence in (chunk.sequence for chunk in chunks):
+            end = min(sequence.num_computed + steps, sequence.max_length)
+            needed += max(0, self._paging.num_for(end) - len(sequence.pages))
+        return needed
 
     def _admit(self) -> Sequence | None:
         """Move the next waiting sequence to the running ones; return it, or None if it must wait.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slipway.checkpoint import files
 from slipway.engine.params import SamplingParams
@@ -49,6 +49,63 @@ def engine(directory=MIMO, count=3, **options):
     return LLM(directory, speculative_config=config, **OPTIONS, **options)
 
 
+@pytest.fixture(scope="module")
+def agreeing(tmp_path_factory):
+    """MiMo with a prediction layer that is right for most tokens.
+
+    Layers add nothing to the residual stream, so the next token follows from the last one alone;
+    the prediction layer computes the same from the next token, but for some noise.
+    """
+    directory = tmp_path_factory.mktemp("agreeing")
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(MIMO / files.SINGLE)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()
+        elif "norm" in name:
+            tensor.fill_(1.0)
+    projection = tensors["model.mtp_layers.0.input_proj.weight"]
+    size = projection.shape[0]
+    projection[:, :size] = 0.01 * torch.randn((size, size), generator=generator)
+    projection[:, size:] = torch.eye(size)
+    save_file(tensors, directory / files.SINGLE)
+    (directory / "config.json").write_text((MIMO / "config.json").read_text())
+    return directory
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"decode_steps": 1},
+        {"tensor_parallel_size": 2, "decode_steps": 4},
+        {"tensor_parallel_size": 2, "data_parallel_size": 2, "decode_steps": 3},
+    ],
+)
+def test_rounds_on_the_device_give_plain_outputs(agreeing, sizes):
+    """Drafts are made, verified and accepted in several rounds of one call."""
+    with LLM(agreeing, decode_steps=1, **OPTIONS) as llm:
+        expected = run(llm, asked())
+    with engine(agreeing, **sizes) as llm:
+        llm.engine._speculation.lengths.choose = lambda rates, most: most
+        results = [run(llm, asked(), dice) for dice in (None, random.Random(1), random.Random(2))]
+        stats, before = llm.engine.stats, llm.engine.num_compiled
+        for scheduler in llm.engine.schedulers:
+            free = scheduler.pages.num_free + scheduler.tree.num_unlocked
+            assert free == scheduler.pages.num_pages
+        assert llm.engine.num_compiled == before
+    for got in results:
+        for one, other in zip(got, expected):
+            if "tensor_parallel_size" in sizes:
+                assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs]
+            else:
+                assert outputs_of(one) == outputs_of(other)
+    accepted, drafted = stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens
+    assert 0.3 * drafted < accepted < drafted
+    assert len(stats.spec_decode_accepted_per_pos) == 3
+    assert sum(one.drafts.accepted for got in results for one in got) == accepted
+
+
 def always(llm, expected, seed=0):
     """Let an engine verify true continuations of random length; return the layer's own drafts.
 
@@ -64,7 +121,7 @@ def always(llm, expected, seed=0):
         true = known[tuple(sequence.tokens[: sequence.num_prompt].tolist())][start:]
         drafter._held[sequence] = (
             sequence.num_tokens,
-            [*true[: dice.randint(0, 3)], dice.randrange(512)],
+            [*true[: dice.randint(0, 2)], dice.randrange(512)],
         )
 
     drafter.put = put
@@ -85,7 +142,7 @@ def expected():
 def test_outputs_are_plain_and_drafts_those_of_torch(expected, sizes):
     weights = load_file(MIMO / files.SINGLE)
     config = json.loads((MIMO / "config.json").read_text())
-    with engine(**sizes) as llm:
+    with engine(**sizes, decode_steps=2) as llm:
         own = always(llm, expected)
         got = run(llm, asked(), random.Random(3))
         stats = llm.engine.stats
@@ -112,7 +169,7 @@ def test_further_drafts_of_a_chain(expected):
     """The layer is applied to its own hidden state and draft, at the next position."""
     weights = load_file(MIMO / files.SINGLE)
     config = json.loads((MIMO / "config.json").read_text())
-    with engine() as llm:
+    with engine(decode_steps=2) as llm:
         own = always(llm, expected)
         run(llm, asked()[:1])
     chains = [(tokens, drafts) for tokens, drafts in own if len(drafts) == 3]
@@ -139,8 +196,6 @@ def test_a_model_without_the_layer_is_refused(tiny, tmp_path):
     tensors = load_file(MIMO / files.SINGLE)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
     files_of = {name: t for name, t in tensors.items() if "mtp_layers" not in name}
-    from safetensors.torch import save_file
-
     save_file(files_of, tmp_path / files.SINGLE)
     with pytest.raises(InvalidConfig, match="num_nextn_predict_layers"):
         engine(tmp_path)

@@ -97,9 +97,9 @@ def empty_input(bucket: Bucket) -> DraftInput:
 
 
 def build_input(
-    chunks: Sequence[Chunk], built: batch.Batch, bucket: Bucket, *, page_size: int, num_steps: int
+    chunks: Sequence[Chunk], kept: batch.Builder, bucket: Bucket, *, page_size: int, num_steps: int
 ) -> DraftInput:
-    """Return the input for the chunks of one copy of the weights, of which ``built`` was made."""
+    """Return the input for the chunks of one copy of the weights; ``kept``: its builder."""
     found = empty_input(bucket)
     found.num_steps_1[0] = num_steps
     found.sampling.num_rows_1[0] = len(chunks)
@@ -115,11 +115,9 @@ def build_input(
         found.first_row_B[index] = row
         found.num_drafts_B[index] = len(chunk.drafts)
         found.room_B[index] = len(sequence.pages) * page_size if chunk.samples else 0
-        for name in batch.KEPT:
-            if sampled:
-                getattr(found.sampling, name)[index] = getattr(built.sampling, name)[row]
         row += sampled
         token += chunk.num_tokens
+    kept.fill(chunks, found.sampling)
     return found
 
 
@@ -174,7 +172,9 @@ def _draft(
         caches,
         step=step,
         position_B=step.positions_T[last_B],
-        given=given,
+        room_B=given.room_B,
+        num_steps=given.num_steps_1[0],
+        sampling=given.sampling,
         sizes=sizes,
         max_drafts=max_drafts,
     )
@@ -188,26 +188,29 @@ def draft_chain(
     *,
     step: StepInput,
     position_B: jax.Array,
-    given: DraftInput,
+    room_B: jax.Array,
+    num_steps: jax.Array,
+    sampling: Sampling,
     sizes: Sizes,
     max_drafts: int,
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-    """Draft tokens of each row, one after the other: -> ([B, max_drafts], caches).
+    """Draft ``num_steps`` tokens of each row, one after the other: -> ([B, max_drafts], caches).
 
     ``state``: the draft model's results at ``position_B``, the last position of each row.
+    ``room_B``: tokens that a row's pages hold. ``sampling``: of each row; the positions are not
+    used.
     """
     target, model = models
-    num_steps = given.num_steps_1[0]
 
     def drawn(y_BD: jax.Array, index: jax.Array) -> jax.Array:
         # With the random number of the token that the draft may equal.
-        sampling = dataclasses.replace(given.sampling, position_B=position_B + 2 + index)
+        at = dataclasses.replace(sampling, position_B=position_B + 2 + index)
         logits_BV = model.logits(target, y_BD, sampling.num_rows_1[0])
-        return model.tokens(sample.sample(logits_BV, sampling))
+        return model.tokens(sample.sample(logits_BV, at))
 
     def body(index: jax.Array, carry: Any) -> Any:
         drafts_BK, token_B, h_BD, caches = carry
-        at = one_token_each(step, token_B, position_B + index, room_B=given.room_B, sizes=sizes)
+        at = one_token_each(step, token_B, position_B + index, room_B=room_B, sizes=sizes)
         y_BD, h_BD, caches = model(target, h_BD, at, caches=caches)
         token_B = drawn(y_BD, index)
         return put(drafts_BK, token_B, index), token_B, h_BD, caches

@@ -152,13 +152,13 @@ class Lengths:
         return held.seconds
 
 
-def observed(rate: float, drafts: Many[int], tokens: Many[int]) -> float:
-    """Return the rate of a row after ``tokens`` followed where ``drafts`` were proposed.
+def observed(rate: float, drafts: Many[int], tokens: Many[int], *, weight: float = WEIGHT) -> float:
+    """Return a rate after ``tokens`` followed where ``drafts`` were proposed.
 
     Each draft up to the first wrong one is a trial: it was right or not, given those before it.
     """
     for draft, token in zip(drafts, tokens):
-        rate += WEIGHT * ((draft == token) - rate)
+        rate += weight * ((draft == token) - rate)
         if draft != token:
             break
     return rate

@@ -15,8 +15,9 @@ from slipway.checkpoint import files, quantize
 from slipway.checkpoint.swap import Weights
 from slipway.engine import programs
 from slipway.engine.batch import Sizes
-from slipway.engine.drafts import draft_program
+from slipway.engine.drafts import draft_program, rounds_program
 from slipway.engine.drafts.config import SpeculativeConfig
+from slipway.engine.drafts.device_drafts import Rounds
 from slipway.engine.drafts.draft_program import DRAFT_CACHES, DRAFT_WEIGHTS, DraftModel
 from slipway.errors import InvalidConfig, UnsupportedModel
 from slipway.nn import moe
@@ -51,14 +52,20 @@ class Drafting:
         """Hidden states of the target that it reads, as in ``CausalLM.run``."""
         return self.declaration.reads
 
-    def programs(self, target: Any, sizes: Sizes) -> list[Program]:
+    def programs(self, target: Any, sizes: Sizes, rounds: Rounds) -> list[Program]:
         """Return its programs; ``target``: the declaration of the target model on the mesh."""
         structures = tuple(
             programs.operand_shapes(declaration, self.mesh, self.dtype)[1]
             for declaration in (target, self.declaration)
         )
         copies = self.mesh.shape[meshes.DATA]
-        return [draft_program.program(structures, copies, sizes, max_drafts=self.max_drafts)]
+        most = self.max_drafts
+        return [
+            draft_program.program(structures, copies, sizes, max_drafts=most),
+            rounds_program.program(
+                structures, copies, sizes, max_drafts=most, max_rounds=rounds.max_rounds
+            ),
+        ]
 
     def shapes(self, caches: tuple[Any, ...]) -> dict[str, Shapes]:
         """Return the shapes of its device state; ``caches``: of its caches, with shardings."""

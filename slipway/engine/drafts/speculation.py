@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from slipway.engine.drafts.lengths import WEIGHT, Lengths, observed
+from slipway.engine.drafts.lengths import STALE, WEIGHT, Lengths, observed
 from slipway.engine.drafts.model_drafter import ModelDrafter
 from slipway.engine.request import Sequence
 from slipway.engine.results import Dispatched
@@ -54,6 +54,8 @@ class Speculation:
         self.on_device = drafter if isinstance(drafter, ModelDrafter) else None
         self._rows: dict[Sequence, Row] = {}
         self._rate = FIRST_RATE
+        # How often in a row the device was not asked for drafts.
+        self._unused = 0
 
     def pays(self, sequences: Many[Sequence]) -> bool:
         """Whether the next step should verify drafts, so that it needs the results before it."""
@@ -77,7 +79,24 @@ class Speculation:
         if self.on_device is None:
             return 0
         rates = np.full(num_rows, self._rate)
-        return int(self.lengths.choose(rates, np.full(num_rows, self.on_device.most)).max())
+        count = int(self.lengths.choose(rates, np.full(num_rows, self.on_device.most)).max())
+        self._unused = 0 if count else self._unused + 1
+        if self._unused > STALE:
+            # Drafts that are not made cannot show that they are right more often than before.
+            self._rate = max(self._rate, FIRST_RATE)
+            self._unused = 0
+        return count
+
+    def put(self, sequence: Sequence, drafts: list[int] | None) -> None:
+        """Keep drafts that the device made of the tokens after the newest one of a sequence."""
+        if self.on_device is not None and drafts and sequence.finish_reason is None:
+            self.on_device.put(sequence, drafts)
+
+    def verified(self, sequence: Sequence, count: int, accepted: int) -> None:
+        """Learn from drafts that were verified, if the host does not see them all otherwise."""
+        if self.on_device is not None:
+            right = [True] * accepted + [False] * (accepted < count)
+            self._rate = observed(self._rate, right, [True] * len(right), weight=WEIGHT / 4)
 
     def observe(self, step: Dispatched, new_tokens: int, seconds: float) -> None:
         """Learn from the results of a step.
@@ -87,7 +106,11 @@ class Speculation:
         """
         if step.follows and step.only_decodes:
             rows = max(map(len, step.chunks))
-            if step.has_drafts:
+            if step.rounds is not None:
+                each = seconds / step.num_steps
+                tokens = rows * (1 + step.num_drafts)
+                self.lengths.drafted(rows, tokens, new_tokens // step.num_steps, seconds=each)
+            elif step.has_drafts:
                 counts = [sum(chunk.num_tokens for chunk in chunks) for chunks in step.chunks]
                 self.lengths.drafted(rows, max(counts), new_tokens=new_tokens, seconds=seconds)
             else:
@@ -113,7 +136,7 @@ class Speculation:
                 row = self._rows[sequence] = Row([], 0, self._rate)
             if row.length == sequence.num_tokens:
                 continue
-            if row.drafts:
+            if row.drafts and self.on_device is None:
                 tokens = sequence.tokens[row.length : sequence.num_tokens].tolist()
                 row.rate = observed(row.rate, row.drafts, tokens)
                 self._rate += WEIGHT**2 * (row.rate - self._rate)
