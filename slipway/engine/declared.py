@@ -100,13 +100,18 @@ def declare(held: ModelFiles, config: EngineConfig) -> Declared:
     if not held.is_dummy:
         ignored = _ignored(model)
         weights_of = load.checked(model, checkpoint, dtype, ignored=ignored, scheme=scheme)
+    asked = config.speculation
+    if asked is not None and asked.num_speculative_tokens >= length:
+        field = "speculative_config: num_speculative_tokens"
+        expected = f"less than max_model_len ({length})"
+        raise InvalidConfig(field, asked.num_speculative_tokens, expected)
     drafting = loading.prepare(
         config.speculation,
         held,
         mesh,
         dtype=dtype,
         scheme=scheme,
-        exchange=moe.exchange_of(model),
+        target=model,
     )
     draft_specs = () if drafting is None else drafting.specs
     return Declared(

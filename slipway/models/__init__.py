@@ -60,11 +60,16 @@ ARCHITECTURES = {
     "BailingMoEForCausalLM": BAILING,
     "BailingMoeForCausalLM": BAILING,
     "BailingMoeV2ForCausalLM": Architecture(
-        bailing_moe.BailingMoeV2Config, bailing_moe.declare_layer, bailing_moe.NAMING
+        bailing_moe.BailingMoeV2Config,
+        bailing_moe.declare_layer,
+        bailing_moe.NAMING,
+        mtp=bailing_moe.MTP,
     ),
     "DeepseekV2ForCausalLM": Architecture(deepseek.DeepseekV2Config, deepseek.declare_layer),
-    "DeepseekV3ForCausalLM": Architecture(deepseek.DeepseekV3Config, deepseek.declare_layer),
-    "Glm4MoeForCausalLM": Architecture(glm4_moe.Glm4MoeConfig, glm4_moe.declare_layer),
+    "DeepseekV3ForCausalLM": Architecture(
+        deepseek.DeepseekV3Config, deepseek.declare_layer, mtp=Mtp()
+    ),
+    "Glm4MoeForCausalLM": Architecture(glm4_moe.Glm4MoeConfig, glm4_moe.declare_layer, mtp=Mtp()),
     "GptOssForCausalLM": Architecture(gpt_oss.GptOssConfig, gpt_oss.declare_layer, gpt_oss.NAMING),
     "LlamaForCausalLM": Architecture(llama.LlamaConfig, llama.declare_layer),
     "MiMoForCausalLM": Architecture(mimo.MiMoConfig, qwen2.declare_layer, mtp=mimo.MTP),
@@ -80,7 +85,7 @@ ARCHITECTURES = {
     "Qwen2MoeForCausalLM": Architecture(
         qwen2_moe.Qwen2MoeConfig, qwen2_moe.declare_layer, qwen2_moe.NAMING
     ),
-    "Qwen3ForCausalLM": Architecture(qwen3.Qwen3Config, qwen3.declare_layer),
+    "Qwen3ForCausalLM": Architecture(qwen3.Qwen3Config, qwen3.declare_layer, mtp=qwen3.MTP),
     "Qwen3MoeForCausalLM": Architecture(qwen3_moe.Qwen3MoeConfig, qwen3_moe.declare_layer),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from slipway.models.config import PartlyRotatedConfig
 from slipway.models.decoder import DecoderLayer
+from slipway.models.mtp import Mtp
 from slipway.models.naming import Naming
 from slipway.models.sparse import chosen_check, group_checks, layer, sigmoid_routing
 from slipway.nn.attention import Attention
@@ -24,6 +25,15 @@ NAMING = Naming(
         "gate.e_score_correction_bias": "gate.expert_bias",
     },
     {"attention.query_key_value": tuple(f"self_attn.{name}_proj" for name in "qkv")},
+)
+
+
+# The published code applies the layer's norm before it passes the hidden state on.
+MTP = Mtp(
+    naming=Naming(dict(NAMING.renames) | {"shared_head.norm": "final_layernorm"}, NAMING.fused),
+    has_head=False,
+    skips_first=False,
+    chains_normed=True,
 )
 
 

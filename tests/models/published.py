@@ -101,42 +101,64 @@ def chosen(x: Tensor, weights: Weights, prefix: str, config: dict) -> tuple[Tens
     return experts, found * config["routed_scaling_factor"]
 
 
-def bailing_logits(weights: Weights, config: dict, ids: list[int]) -> Tensor:
-    """Compute the logits [T, V] of Ling or Ring, first or second form."""
+def bailing_layer(x: Tensor, weights: Weights, n: int, config: dict) -> Tensor:
+    """Compute the layer ``n`` of Ling or Ring, first or second form: [T, D] -> [T, D]."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim, eps = config["head_dim"], config["rms_norm_eps"]
     size = int(head_dim * config.get("partial_rotary_factor", 1.0))
+    layer = f"model.layers.{n}"
+    y = rms_norm(x, weights[f"{layer}.input_layernorm.weight"], eps)
+    fused = f"{layer}.attention.query_key_value"
+    qkv = F.linear(y, weights[f"{fused}.weight"], weights.get(f"{fused}.bias"))
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
+    if (norm := weights.get(f"{layer}.attention.query_layernorm.weight")) is not None:
+        q = rms_norm(q, norm, eps)
+        k = rms_norm(k, weights[f"{layer}.attention.key_layernorm.weight"], eps)
+    q, k = rotated(q, config["rope_theta"], size), rotated(k, config["rope_theta"], size)
+    out = f"{layer}.attention.dense"
+    x = x + F.linear(attention(q, k, v), weights[f"{out}.weight"], weights.get(f"{out}.bias"))
+    y = rms_norm(x, weights[f"{layer}.post_attention_layernorm.weight"], eps)
+    if n < config["first_k_dense_replace"]:
+        return x + mlp(y, weights, f"{layer}.mlp")
+    experts, found = chosen(y, weights, f"{layer}.mlp", config)
+    rows = [
+        sum(w * mlp(row, weights, f"{layer}.mlp.experts.{e}") for e, w in zip(es, ws))
+        for row, es, ws in zip(y, experts.tolist(), found)
+    ]
+    shared = mlp(y, weights, f"{layer}.mlp.shared_experts") if config["num_shared_experts"] else 0
+    return x + torch.stack(rows) + shared
+
+
+def bailing_hidden(weights: Weights, config: dict, ids: list[int]) -> Tensor:
+    """Compute the hidden states [T, D] of Ling or Ring behind the final norm."""
     x = weights["model.word_embeddings.weight"][ids]
     for n in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{n}"
-        y = rms_norm(x, weights[f"{layer}.input_layernorm.weight"], eps)
-        fused = f"{layer}.attention.query_key_value"
-        qkv = F.linear(y, weights[f"{fused}.weight"], weights.get(f"{fused}.bias"))
-        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
-        if (norm := weights.get(f"{layer}.attention.query_layernorm.weight")) is not None:
-            q = rms_norm(q, norm, eps)
-            k = rms_norm(k, weights[f"{layer}.attention.key_layernorm.weight"], eps)
-        q, k = rotated(q, config["rope_theta"], size), rotated(k, config["rope_theta"], size)
-        out = f"{layer}.attention.dense"
-        x = x + F.linear(attention(q, k, v), weights[f"{out}.weight"], weights.get(f"{out}.bias"))
-        y = rms_norm(x, weights[f"{layer}.post_attention_layernorm.weight"], eps)
-        if n < config["first_k_dense_replace"]:
-            x = x + mlp(y, weights, f"{layer}.mlp")
-            continue
-        experts, found = chosen(y, weights, f"{layer}.mlp", config)
-        rows = [
-            sum(w * mlp(row, weights, f"{layer}.mlp.experts.{e}") for e, w in zip(es, ws))
-            for row, es, ws in zip(y, experts.tolist(), found)
-        ]
-        shared = (
-            mlp(y, weights, f"{layer}.mlp.shared_experts") if config["num_shared_experts"] else 0
-        )
-        x = x + torch.stack(rows) + shared
-    x = rms_norm(x, weights["model.norm.weight"], eps)
+        x = bailing_layer(x, weights, n, config)
+    return rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
+
+
+def bailing_logits(weights: Weights, config: dict, ids: list[int]) -> Tensor:
+    """Compute the logits [T, V] of Ling or Ring, first or second form."""
     head = weights["lm_head.weight"]
     if config.get("norm_head"):
         head = F.normalize(head, dim=0, p=2, eps=1e-7)
-    return F.linear(x, head)
+    return F.linear(bailing_hidden(weights, config, ids), head)
+
+
+def bailing_draft_logits(weights: Weights, config: dict, ids: list[int]) -> Tensor:
+    """Compute the logits [T - 1, V] of a Ling 2's prediction layer, as its authors' code does."""
+    n, eps = config["num_hidden_layers"], config["rms_norm_eps"]
+    layer = f"model.layers.{n}"
+    hidden = bailing_hidden(weights, config, ids)[:-1]
+    embeds = weights["model.word_embeddings.weight"][ids[1:]]
+    joined = [
+        rms_norm(embeds, weights[f"{layer}.enorm.weight"], eps),
+        rms_norm(hidden, weights[f"{layer}.hnorm.weight"], eps),
+    ]
+    x = F.linear(torch.cat(joined, -1), weights[f"{layer}.eh_proj.weight"])
+    x = bailing_layer(x, weights, n, config)
+    y = rms_norm(x, weights[f"{layer}.final_layernorm.weight"], eps)
+    return F.linear(y, weights["lm_head.weight"])
 
 
 def qwen2_layer(x: Tensor, weights: Weights, prefix: str, config: dict) -> Tensor:

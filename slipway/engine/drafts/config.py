@@ -21,6 +21,10 @@ class SpeculativeConfig:
 
     method: str
     """Source of the drafts. ngram: text that is repeated; mtp: the model's own prediction layer."""
+    model: str = ""
+    """mtp: directory or hub id of the prediction layer, if that is not among the model's files."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id in ``model``."""
     num_speculative_tokens: int
     """Most drafts of a sequence in one step; fewer, or none, where fewer pay."""
     prompt_lookup_min: int = 3
@@ -41,6 +45,8 @@ class SpeculativeConfig:
         }
         if self.method not in METHODS:
             raise _invalid("method", self.method, " | ".join(METHODS))
+        if not isinstance(self.model, str) or (self.model and self.method == "ngram"):
+            raise _invalid("model", self.model, "a directory or hub id, for mtp")
         for field, (low, high) in ranges.items():
             value = getattr(self, field)
             if type(value) is not int or not low <= value <= high:

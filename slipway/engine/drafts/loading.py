@@ -20,8 +20,8 @@ from slipway.engine.drafts.config import SpeculativeConfig
 from slipway.engine.drafts.device_drafts import Rounds
 from slipway.engine.drafts.draft_program import DRAFT_CACHES, DRAFT_WEIGHTS, DraftModel
 from slipway.errors import InvalidConfig, UnsupportedModel
+from slipway.models.decoder import LanguageModel
 from slipway.nn import moe
-from slipway.nn.expert_exchange import Exchange
 from slipway.ops import CacheSpec, backend
 from slipway.runtime import load
 from slipway.runtime.load import ModelFiles
@@ -127,25 +127,32 @@ def prepare(
     *,
     dtype: Any,
     scheme: quantize.Scheme | None,
-    exchange: Exchange | None,
+    target: LanguageModel,
 ) -> Drafting | None:
     """Return the draft model that the options name, None if drafts come from elsewhere.
 
-    ``held``: the files of the target. ``exchange``: how groups of experts join their results, if
-    there are several. Raises InvalidConfig if the target has no prediction layer, CheckpointError
-    if tensors of it are missing.
+    ``held``: the files of the target. Raises InvalidConfig if there is no prediction layer, or if
+    it was made for another model; CheckpointError if tensors of it are missing.
     """
     if config is None or config.method != "mtp":
         return None
+    if config.model:
+        held = load.open_files(config.model, config.revision, is_dummy=held.is_dummy)
     fields = {key: value for key, value in held.raw_config.items() if key != quantize.FIELD}
     try:
         declared = models.declare_mtp(fields)
     except UnsupportedModel as error:
         expected = "a model with a prediction layer (num_nextn_predict_layers)"
         raise InvalidConfig("speculative_config: method", "mtp", f"{expected}: {error}") from error
+    for name in ("vocab_size", "hidden_size"):
+        got, expected = getattr(declared.config, name), getattr(target.config, name)
+        if got != expected:
+            field = f"speculative_config: model: {name}"
+            raise InvalidConfig(field, got, f"{expected}, as the model that it drafts for")
     platform = mesh.devices.flat[0].platform
     form = backend.of(platform).layer_form
     declaration = load.on_mesh(declared, mesh, dtype, layer_form=form, scheme=scheme)
+    exchange = moe.exchange_of(target)
     if exchange is not None and moe.layers(declaration):
         declaration = moe.with_exchange(declaration, exchange)
     checkpoint = None
