@@ -4,6 +4,7 @@ Not here: the search itself (csrc/ngram.cc), how many drafts a step verifies (le
 """
 
 import ctypes
+import weakref
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -24,9 +25,8 @@ class NgramIndex:
         """Create an empty index; ``shortest`` and ``longest``: tokens of a match."""
         library: Any = native.library()
         library.slipway_ngram_new.restype = ctypes.c_void_p
-        # Looked up here, as ``__del__`` may run while the interpreter shuts down.
-        self._free = library.slipway_ngram_free
         self.handle = library.slipway_ngram_new(ctypes.c_int64(shortest), ctypes.c_int64(longest))
+        weakref.finalize(self, library.slipway_ngram_free, ctypes.c_void_p(self.handle))
 
     def add(self, tokens: np.ndarray) -> None:
         """Append int32 tokens."""
@@ -34,10 +34,6 @@ class NgramIndex:
         given = np.ascontiguousarray(tokens, np.int32)
         pointers = ctypes.c_void_p(self.handle), ctypes.c_void_p(given.ctypes.data)
         library.slipway_ngram_add(*pointers, ctypes.c_int64(given.size))
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):  # absent if the constructor raised
-            self._free(ctypes.c_void_p(self.handle))
 
 
 class NgramDrafter:
