@@ -153,7 +153,7 @@ QWEN = {
 def test_qwens_names_and_a_directory_of_its_own(tmp_path):
     reference = with_layer("qwen3-tied", tmp_path, QWEN, "mtp.layers.0.", own_head=False)
     compare(drafts_of(tmp_path), reference)
-    apart = tmp_path / "mtp"
+    apart = tmp_path / "layer"
     apart.mkdir()
     tensors = load_file(tmp_path / files.SINGLE)
     own = {key: value for key, value in tensors.items() if key.startswith("mtp.")}
@@ -165,10 +165,12 @@ def test_qwens_names_and_a_directory_of_its_own(tmp_path):
     with pytest.raises(CheckpointError, match=r"mtp\.fc\.weight: missing"):
         drafts_of(tmp_path)
     compare(drafts_of(tmp_path, model=str(apart)), reference)
+    apart = apart.rename(tmp_path / "mtp")
+    compare(drafts_of(tmp_path), reference)
     config = json.loads((apart / "config.json").read_text())
     (apart / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
     with pytest.raises(InvalidConfig, match="speculative_config: model: vocab_size"):
-        drafts_of(tmp_path, model=str(apart))
+        drafts_of(tmp_path)
 
 
 def test_ling_2(tmp_path):

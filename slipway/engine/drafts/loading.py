@@ -27,6 +27,9 @@ from slipway.runtime import load
 from slipway.runtime.load import ModelFiles
 from slipway.runtime.runner import Program, Runner, Shapes
 
+# Folder of a model's directory that may hold its prediction layer as a directory of its own.
+FOLDER = "mtp"
+
 
 @dataclasses.dataclass(frozen=True)
 class Drafting:
@@ -136,8 +139,10 @@ def prepare(
     """
     if config is None or config.method != "mtp":
         return None
-    if config.model:
-        held = load.open_files(config.model, config.revision, is_dummy=held.is_dummy)
+    folder = held.checkpoint.directory / FOLDER
+    apart = config.model or (str(folder) if (folder / "config.json").exists() else "")
+    if apart:
+        held = load.open_files(apart, config.revision, is_dummy=held.is_dummy)
     fields = {key: value for key, value in held.raw_config.items() if key != quantize.FIELD}
     try:
         declared = models.declare_mtp(fields)
