@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # size of the model and number of rows.
 SMALL_BYTES = 32 * 2**20
 MAX_REPEATED_ROWS = 32
+# Rows of the smaller buckets of rounds of speculation.
+ROUNDS_ROWS = (2, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _wanted(
     declared: Declared, shapes: list[Bucket], repeats: Repeat | None, *, rounds: Rounds | None
 ) -> list[tuple[str, Any]]:
     """Return (name, key) of the programs for steps of these shapes."""
-    others = () if rounds is None else ((ROUNDS, rounds.bucket),)
+    others = [] if rounds is None else [(ROUNDS, bucket) for bucket in rounds.buckets]
     return programs.wanted(shapes, repeats, declared.further_programs, others=others)
 
 
@@ -307,9 +309,13 @@ def _rounds(config: EngineConfig, declared: Declared, repeats: Repeat | None) ->
     """Return the rounds of one call if a model drafts: as many as decode steps without drafts."""
     if declared.drafting is None:
         return None
-    rows, most = min(config.max_num_seqs, MAX_REPEATED_ROWS), declared.drafting.max_drafts
-    number = 1 if repeats is None else repeats.num_steps
-    return Rounds(Bucket(rows * (1 + most), rows), max_rounds=number, max_drafts=most)
+    largest, most = min(config.max_num_seqs, MAX_REPEATED_ROWS), declared.drafting.max_drafts
+    sizes = sorted({*(rows for rows in ROUNDS_ROWS if rows < largest), largest})
+    return Rounds(
+        tuple(Bucket(rows * (1 + most), rows) for rows in sizes),
+        max_rounds=1 if repeats is None else repeats.num_steps,
+        max_drafts=most,
+    )
 
 
 def _caches(asked: bool, config: ModelConfig) -> bool:

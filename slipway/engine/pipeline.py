@@ -127,17 +127,23 @@ class Pipeline:
 
         ``follows``: as in Dispatched. Returns the seconds spent waiting for results.
         """
-        waited = 0.0
-        if before is not None and self._needs_results(before):
+        waited, count, needs_results = 0.0, 0, False
+        if self._speculation is not None:
+            rows = max(len(scheduler.running) for scheduler in self._schedulers)
+            count, needs_results = self._speculation.plan(self._running(), rows)
+        if before is not None and (needs_results or before.has_drafts):
             waited = self._take(before, moved)
             before = None
         if before is None and self._speculation is not None:
             self._speculation.propose([s for s in self._running() if s.awaits_a_step])
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
-            dispatched = self._rounds(chunks, follows)
+            # Rounds begin with the newest tokens, which the host must have.
+            dispatched = self._rounds(chunks, count, follows) if before is None else None
             if dispatched is None:
-                dispatched, waited_here, before = self._step(chunks, before, moved, follows=follows)
+                dispatched, waited_here, before = self._step(
+                    chunks, before, moved, follows=follows, count=count
+                )
                 waited += waited_here
             self._dispatched = dispatched
             self._count(chunks)
@@ -152,13 +158,14 @@ class Pipeline:
         moved: dict[str, Request],
         *,
         follows: bool,
+        count: int,
     ) -> tuple[Dispatched, float, Dispatched | None]:
         """Start a step, or several decode steps in one call.
 
-        Returns it, the seconds spent waiting for results, and the step before if its results were
-        not taken yet.
+        ``count``: the drafts that the device makes for each row after it. Returns the step, the
+        seconds spent waiting for results, and the step before if its results were not taken yet.
         """
-        waited, count = 0.0, self._num_to_draft(chunks)
+        waited = 0.0
         bucket, num_steps = self._shape(chunks, allows_several=not count)
         built = batch.join(
             [builder.build(rank, bucket) for builder, rank in zip(self._builders, chunks)]
@@ -186,11 +193,13 @@ class Pipeline:
         )
         return step, waited, before
 
-    def _rounds(self, chunks: list[list[Chunk]], follows: bool) -> Dispatched | None:
-        """Start rounds of speculation, if the device drafts and all sequences only decode."""
+    def _rounds(self, chunks: list[list[Chunk]], count: int, follows: bool) -> Dispatched | None:
+        """Start rounds of speculation, if the device drafts and all sequences only decode.
+
+        ``count``: drafts of each row in a round.
+        """
         if self._device_drafts is None:
             return None
-        count = self._num_to_draft(chunks)
         number = self._device_drafts.num_rounds(chunks, count)
         if not number:
             return None
@@ -206,18 +215,6 @@ class Pipeline:
             drafts_BK=output.drafts_BK,
             num_drafts=count,
         )
-
-    def _num_to_draft(self, chunks: list[list[Chunk]]) -> int:
-        """Return how many drafts the device should make for each row after a step."""
-        if self._speculation is None:
-            return 0
-        return self._speculation.num_to_draft(max(map(len, chunks)))
-
-    def _needs_results(self, before: Dispatched) -> bool:
-        """Whether the results of the step before decide which tokens the next step computes."""
-        if self._speculation is None:
-            return False
-        return before.has_drafts or self._speculation.pays(self._running())
 
     def _running(self) -> list[Sequence]:
         return [s for scheduler in self._schedulers for s in scheduler.running]

@@ -21,12 +21,13 @@ from slipway.runtime.runner import Runner
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """Rounds of speculation in one call: the bucket of each, and their largest numbers.
+    """Rounds of speculation in one call: the buckets, smallest first, and the largest numbers.
 
-    ``bucket``: rows, and as many tokens for each as one and ``max_drafts``.
+    Each bucket has as many tokens for each row as one and ``max_drafts``. There are several, as
+    padding costs time: nano alone in 32 rows drafts 0.7 times as fast as in 2 (docs/log.md).
     """
 
-    bucket: Bucket
+    buckets: tuple[Bucket, ...]
     max_rounds: int
     max_drafts: int
 
@@ -74,7 +75,7 @@ class DeviceDrafts:
         (penalties, grammars); if a sequence waits; or if too few pages are free.
         """
         rounds = self._rounds
-        if not count or max(map(len, chunks)) > rounds.bucket.num_rows:
+        if not count or max(map(len, chunks)) > rounds.buckets[-1].num_rows:
             return 0
         if not all(chunk.decodes for rank in chunks for chunk in rank):
             return 0
@@ -95,17 +96,19 @@ class DeviceDrafts:
     ) -> tuple[Bucket, RoundsOutput]:
         """Start a call of rounds; return its bucket and the results to come."""
         rounds, inputs = self._rounds, []
+        rows = max(map(len, chunks))
+        bucket = next(each for each in rounds.buckets if each.num_rows >= rows)
         for scheduler, rank, builder in zip(self._schedulers, chunks, self._builders):
             scheduler.extend(rank, num_rounds * (1 + count))
             inputs.append(
                 rounds_program.build_input(
                     rank,
                     builder,
-                    rounds_program.empty_input(rounds.bucket, self._sizes, rounds.max_drafts),
+                    rounds_program.empty_input(bucket, self._sizes, rounds.max_drafts),
                     page_size=self._sizes.page_size,
                     num_rounds=num_rounds,
                     num_steps=count,
                 )
             )
-        (output,) = self._runner.call(ROUNDS, rounds.bucket, batch.join(inputs))
-        return rounds.bucket, output
+        (output,) = self._runner.call(ROUNDS, bucket, batch.join(inputs))
+        return bucket, output

@@ -113,6 +113,7 @@ def build_input(
     empty.sampling.num_rows_1[0] = len(chunks)
     for index, chunk in enumerate(chunks):
         sequence = chunk.sequence
+        assert chunk.start + 1 == sequence.num_tokens, "the host has the newest token"
         empty.newest_B[index] = sequence.tokens[sequence.num_tokens - 1]
         empty.lengths_B[index] = sequence.num_tokens
         empty.limits_B[index] = sequence.max_length
