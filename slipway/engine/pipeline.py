@@ -127,19 +127,19 @@ class Pipeline:
 
         ``follows``: as in Dispatched. Returns the seconds spent waiting for results.
         """
-        waited, count, needs_results = 0.0, 0, False
-        if self._speculation is not None:
-            rows = max(len(scheduler.running) for scheduler in self._schedulers)
-            count, needs_results = self._speculation.plan(self._running(), rows)
-        if before is not None and (needs_results or before.has_drafts):
+        waited, count = 0.0, 0
+        if before is not None and self._needs_results(before):
             waited = self._take(before, moved)
             before = None
         if before is None and self._speculation is not None:
             self._speculation.propose([s for s in self._running() if s.awaits_a_step])
         chunks = [scheduler.schedule() for scheduler in self._schedulers]
         if any(chunks):
-            # Rounds begin with the newest tokens, which the host must have.
-            dispatched = self._rounds(chunks, count, follows) if before is None else None
+            dispatched = None
+            if before is None and self._speculation is not None:
+                # Rounds begin with the newest tokens, which the host must have.
+                count = self._speculation.num_to_draft(max(map(len, chunks)))
+                dispatched = self._rounds(chunks, count, follows)
             if dispatched is None:
                 dispatched, waited_here, before = self._step(
                     chunks, before, moved, follows=follows, count=count
@@ -215,6 +215,13 @@ class Pipeline:
             drafts_BK=output.drafts_BK,
             num_drafts=count,
         )
+
+    def _needs_results(self, before: Dispatched) -> bool:
+        """Whether the results of the step before decide which tokens the next step computes."""
+        if self._speculation is None:
+            return False
+        rows = max(len(scheduler.running) for scheduler in self._schedulers)
+        return before.has_drafts or self._speculation.pays(self._running(), rows)
 
     def _running(self) -> list[Sequence]:
         return [s for scheduler in self._schedulers for s in scheduler.running]

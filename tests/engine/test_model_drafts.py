@@ -174,7 +174,8 @@ def test_further_drafts_of_a_chain(expected):
     with engine(decode_steps=2) as llm:
         own = always(llm, expected)
         run(llm, asked()[:1])
-    chains = [(tokens, drafts) for tokens, drafts in own if len(drafts) == 3]
+    # The last drafts are those behind the longest length.
+    chains = [(tokens, drafts) for tokens, drafts in own[:-1] if len(drafts) == 3]
     assert len(chains) > 3
     for tokens, drafts in chains:
         assert drafts == published.mimo_drafts(weights, config, tokens, 3)

@@ -57,20 +57,16 @@ class Speculation:
         # How often in a row the device was not asked for drafts.
         self._unused = 0
 
-    def plan(self, sequences: Many[Sequence], num_rows: int) -> tuple[int, bool]:
-        """Plan the next step of running sequences.
+    def pays(self, sequences: Many[Sequence], num_rows: int) -> bool:
+        """Whether the next step of running sequences should verify or make drafts.
 
-        ``num_rows``: the most of them on one copy of the weights. Returns how many drafts the
-        device should make for each of them after it, and whether the step will verify drafts, so
-        that it needs the results of the step before.
+        It then needs the results of the step before. ``num_rows``: the most of them on one copy of
+        the weights.
         """
-        if not sequences:
-            return 0, False
         if self.on_device is not None:
-            count = self._num_to_draft(num_rows)
-            return count, count > 0
+            return bool(sequences) and self.num_to_draft(num_rows) > 0
         rows = [self._rows[sequence] for sequence in sequences if sequence in self._rows]
-        return 0, bool(rows) and bool(self._counts(rows).any())
+        return bool(rows) and bool(self._counts(rows).any())
 
     def propose(self, sequences: Many[Sequence]) -> None:
         """Set ``drafts`` of sequences that await a step: those which that step verifies."""
@@ -79,9 +75,13 @@ class Speculation:
         for sequence, row, count in zip(sequences, rows, self._counts(rows).tolist()):
             sequence.drafts = row.drafts[:count]
 
-    def _num_to_draft(self, num_rows: int) -> int:
-        """Return how many drafts the device should make for each row: 0 if they do not pay."""
-        assert self.on_device is not None
+    def num_to_draft(self, num_rows: int) -> int:
+        """Return how many drafts the device should make for each row after a step.
+
+        0 if drafts come from elsewhere, or do not pay.
+        """
+        if self.on_device is None:
+            return 0
         rates = np.full(num_rows, self._rate)
         count = int(self.lengths.choose(rates, np.full(num_rows, self.on_device.most)).max())
         self._unused = 0 if count else self._unused + 1
