@@ -149,7 +149,7 @@ def _speculation(config: SpeculativeConfig | None) -> Speculation | None:
     if config is None:
         return None
     most = config.num_speculative_tokens
-    if config.method == "mtp":
+    if config.method != "ngram":
         return Speculation(ModelDrafter(most))
     return Speculation(
         NgramDrafter(

@@ -33,9 +33,9 @@ from slipway.runtime.runner import Program, Runner, Shapes
 
 FORWARD, SAMPLE, REPEAT = "forward", "sample", "repeat"
 # Names of device state: the model's arrays as a flat list, its caches, and of the last step the
-# sampled tokens, the logits, and the hidden states that a draft model reads.
+# sampled tokens, the logits, and what a draft model reads: token ids and hidden states.
 WEIGHTS, CACHES = "weights", "caches"
-NEWEST, LOGITS, HIDDEN = "newest", "logits", "hidden"
+NEWEST, LOGITS, SEEN = "newest", "logits", "seen"
 
 
 def runner(
@@ -47,7 +47,7 @@ def runner(
     sizes: Sizes,
     max_rows: int,
     repeats: Repeat | None,
-    reads: tuple[int, ...] = (),
+    reads: tuple[int, ...] | None = None,
     further: Sequence[Program] = (),
     further_shapes: Mapping[str, Shapes] | None = None,
 ) -> Runner:
@@ -55,8 +55,8 @@ def runner(
 
     ``caches``: the shapes of the model's caches, with shardings. ``max_rows``: the most rows of any
     bucket. ``repeats``: set if one call may make several decode steps. ``reads``: the hidden states
-    that the ``further`` programs read, as in ``CausalLM.run``; ``further_shapes``: those of their
-    own device state.
+    that the ``further`` programs read, as in ``CausalLM.run``, None without such programs;
+    ``further_shapes``: those of their own device state.
     """
     leaves, structure = operand_shapes(declaration, mesh, dtype)
     rows, copies = NamedSharding(mesh, P(meshes.DATA)), mesh.shape[meshes.DATA]
@@ -68,16 +68,20 @@ def runner(
             (copies * num_rows, sizes.vocab_size), np.float32, sharding=rows
         )
 
-    def hidden(key: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = (copies * key.num_tokens, declaration.config.hidden_size)
-        return (jax.ShapeDtypeStruct(shape, dtype, sharding=rows),) * len(reads)
+    def seen(key: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+        if reads is None:
+            return ()
+        num_tokens = copies * key.num_tokens
+        ids = jax.ShapeDtypeStruct((num_tokens,), np.int32, sharding=rows)
+        shape = (num_tokens, declaration.config.hidden_size)
+        return ids, *[jax.ShapeDtypeStruct(shape, dtype, sharding=rows)] * len(reads)
 
     shapes: dict[str, Shapes] = {
         WEIGHTS: lambda _: leaves,
         CACHES: lambda _: caches,
         NEWEST: lambda _: newest,
         LOGITS: logits,
-        HIDDEN: hidden,
+        SEEN: seen,
         **(further_shapes or {}),
     }
     programs = [
@@ -140,7 +144,7 @@ def wanted(
 def _forward_program(
     structure: Any,
     mesh: Mesh,
-    reads: tuple[int, ...],
+    reads: tuple[int, ...] | None,
     inputs: Callable[[Bucket], tuple[StepInput]],
 ) -> Program:
     """Return the program of the forward pass; its result is the hidden states [T, embed]."""
@@ -152,7 +156,7 @@ def _forward_program(
         functools.partial(forward, structure, apart, reads),
         inputs,
         reads=(WEIGHTS, CACHES, NEWEST),
-        writes=(CACHES, LOGITS, HIDDEN),
+        writes=(CACHES, LOGITS, SEEN),
         donates=(CACHES,),
         results=(P() if apart else P(meshes.DATA),),
     )
@@ -212,7 +216,7 @@ def _step_input(copies: int, sizes: Sizes, bucket: Bucket) -> tuple[StepInput]:
 def forward(
     structure: Any,
     apart: bool,
-    reads: tuple[int, ...],
+    reads: tuple[int, ...] | None,
     leaves: list[jax.Array],
     caches: tuple[Any, ...],
     newest_R: jax.Array,
@@ -220,14 +224,16 @@ def forward(
 ) -> tuple[tuple[Any, ...], jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Compute caches, logits of the rows of results, and hidden states; traced under shard_map.
 
-    The hidden states are those that ``reads`` names, and the last. ``apart``: return the last ones
-    of all copies of the weights, on every device.
+    Results: caches, logits, what a draft model reads (token ids, and the hidden states that
+    ``reads`` names; nothing if that is None), and the last hidden states. ``apart``: return the
+    last ones of all copies of the weights, on every device.
     """
     model: LanguageModel = jax.tree.unflatten(structure, leaves)
     ids_T = jnp.where(step.ids_T < 0, newest_R[jnp.maximum(-1 - step.ids_T, 0)], step.ids_T)
-    x_TD, hidden, caches = model.run(dataclasses.replace(step, ids_T=ids_T), caches, reads)
+    x_TD, hidden, caches = model.run(dataclasses.replace(step, ids_T=ids_T), caches, reads or ())
     logits_BV = model.logits(x_TD[step.sample_at_B], step.num_samples_1[0])
-    return caches, logits_BV, hidden, meshes.all_rows(x_TD) if apart else x_TD
+    seen = () if reads is None else (ids_T, *hidden)
+    return caches, logits_BV, seen, meshes.all_rows(x_TD) if apart else x_TD
 
 
 def _sample(

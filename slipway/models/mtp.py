@@ -107,6 +107,11 @@ class MtpModel:
         """Hidden states of the target that it reads: as in ``CausalLM.run``."""
         return (NORMED if self.form.reads_normed else self.config.num_hidden_layers,)
 
+    @property
+    def offset(self) -> int:
+        """Position of a token in its cache, less that in the sequence."""
+        return -1
+
     def features(self, hidden: tuple[Any, ...], step: ops.StepInput) -> Any:
         """Return what the layer reads beside tokens, from the target's hidden states ``reads``."""
         del step
@@ -117,8 +122,8 @@ class MtpModel:
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         """Compute the layer: -> (input of ``logits``, next ``h_TD``, caches).
 
-        ``h_TD``: the target's features at each position, or the second result for the draft before.
-        ``step.ids_T``: the token that follows each position.
+        ``step.positions_T``: those of the tokens, less one. ``h_TD``: the target's features there,
+        or the second result for the draft before.
         """
         form = self.form
         angles = tuple(rope(step.positions_T, step.prompt_lengths_T) for rope in self.config.ropes)
@@ -145,7 +150,3 @@ class MtpModel:
         if head is None:
             return target.logits(y_BD, num_rows)
         return head.logits(y_BD, num_rows, self.config.vocab_size)
-
-    def tokens(self, drawn_B: Any) -> Any:
-        """Return the target's token ids of tokens drawn from ``logits``."""
-        return drawn_B

@@ -30,11 +30,12 @@ OPTIONS = {
     "max_model_len": 128,
     "memory_fraction": 0.1,
     "decode_steps": 2,
+    "page_size": 16,
 }
 
 
 def drafts_of(directory, **config):
-    """Return (tokens, first draft after them) of a greedy run in which every draft is verified."""
+    """Return (tokens, drafts after them) of a greedy run in which every draft is verified."""
     given = {"method": "mtp", "num_speculative_tokens": 2} | config
     prompts = [np.random.default_rng(n).integers(0, 120, n).tolist() for n in (1, 9, 40)]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -46,7 +47,9 @@ def drafts_of(directory, **config):
         put = speculation.on_device.put
 
         def recorded(sequence, drafts):
-            found.append((sequence.tokens[: sequence.num_tokens].tolist(), drafts[0]))
+            room = len(sequence.pages) * OPTIONS["page_size"] - sequence.num_tokens
+            # A draft behind the pages of a sequence is a guess.
+            found.append((sequence.tokens[: sequence.num_tokens].tolist(), drafts[: room + 1]))
             put(sequence, drafts)
 
         speculation.on_device.put = recorded
@@ -59,7 +62,7 @@ def drafts_of(directory, **config):
 def compare(found, draft_logits):
     """Check that each draft is the likeliest token of the reference, but for rounding."""
     assert len(found) > 8
-    for tokens, draft in found:
+    for tokens, (draft, *_) in found:
         logits = draft_logits(tokens)
         assert logits.max() - logits[draft] < 1e-3
 

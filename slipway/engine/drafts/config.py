@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from slipway.errors import InvalidConfig
 
-METHODS = ("ngram", "mtp")
+METHODS = ("ngram", "mtp", "eagle", "eagle3", "draft_model")
+# Methods of which ``model`` names the files.
+OF_OTHER_FILES = ("eagle", "eagle3", "draft_model")
 MAX_DRAFTS = 64
 MAX_LOOKUP = 256
 MAX_SHARED_TOKENS = 2**24
@@ -20,9 +22,11 @@ class SpeculativeConfig:
     """Options of speculation. Raises InvalidConfig, naming the field, for an invalid value."""
 
     method: str
-    """Source of the drafts. ngram: text that is repeated; mtp: the model's own prediction layer."""
+    """Source of the drafts. ngram: text that is repeated; mtp: the model's own prediction layer;
+    eagle, eagle3: a head trained for the model; draft_model: a smaller model."""
     model: str = ""
-    """mtp: directory or hub id of the prediction layer, if that is not among the model's files."""
+    """Directory or hub id of the head or of the smaller model; mtp: of the prediction layer, if
+    that is not among the model's files."""
     revision: str | None = None
     """Branch, tag or commit of a hub id in ``model``."""
     num_speculative_tokens: int
@@ -46,7 +50,11 @@ class SpeculativeConfig:
         if self.method not in METHODS:
             raise _invalid("method", self.method, " | ".join(METHODS))
         if not isinstance(self.model, str) or (self.model and self.method == "ngram"):
-            raise _invalid("model", self.model, "a directory or hub id, for mtp")
+            raise _invalid(
+                "model", self.model, "a directory or hub id, and a method other than ngram"
+            )
+        if not self.model and self.method in OF_OTHER_FILES:
+            raise _invalid("model", "nothing", f"a directory or hub id, for {self.method}")
         for field, (low, high) in ranges.items():
             value = getattr(self, field)
             if type(value) is not int or not low <= value <= high:

@@ -1,11 +1,10 @@
-"""Program that drafts on the device, with a layer or model that reads the target's hidden states.
+"""Program that drafts on the device, with a draft model.
 
-Not here: draft models themselves (models/mtp.py), the target's step (engine/programs.py), how many
-drafts are wanted (lengths.py).
+Not here: draft models themselves (models/mtp.py, eagle.py, draft_lm.py), the target's step
+(engine/programs.py), how many drafts are wanted (lengths.py).
 
-A call follows each step of the target. It computes the draft model at all positions of the step,
-where the token after each position is known, and then drafts from the last accepted position of
-each row, one token after the other.
+A call follows each step of the target. It computes the draft model at all tokens of the step, and
+then drafts after the newest token of each row, one token after the other.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from slipway import mesh as meshes
 from slipway.engine import batch, sample
 from slipway.engine.batch import Bucket, Sampling, Sizes
-from slipway.engine.programs import HIDDEN, NEWEST, WEIGHTS
+from slipway.engine.programs import NEWEST, SEEN, WEIGHTS
 from slipway.engine.scheduler import Chunk
 from slipway.ops import CacheSpec, KVCache, PageMap, StepInput
 from slipway.runtime.runner import Program
@@ -44,23 +43,27 @@ class DraftModel(Protocol):
     def reads(self) -> tuple[int, ...]:
         """Hidden states of the target that it reads: as in ``CausalLM.run``."""
 
+    @property
+    def offset(self) -> int:
+        """Position of a token in its caches, less that in the sequence: -1 or 0.
+
+        -1: it computes a token together with the target's hidden state at the token before.
+        """
+
     def features(self, hidden: tuple[Any, ...], step: StepInput) -> Any:
         """Return what it reads beside tokens, from the target's hidden states ``reads``."""
 
     def __call__(
         self, target: Any, h_TD: Any, step: StepInput, *, caches: tuple[KVCache, ...]
     ) -> tuple[Any, Any, tuple[KVCache, ...]]:
-        """Compute positions: -> (input of ``logits``, next ``h_TD``, caches).
+        """Compute the tokens of a step: -> (input of ``logits``, next ``h_TD``, caches).
 
-        ``h_TD``: the target's features at each position, or the second result for the draft before.
-        ``step.ids_T``: the token that follows each position.
+        ``step.positions_T``: those of the tokens, plus ``offset``. ``h_TD``: ``features`` there, or
+        the second result for the draft before.
         """
 
     def logits(self, target: Any, y_BD: Any, num_rows: Any) -> Any:
-        """Compute f32 logits of results of ``__call__``."""
-
-    def tokens(self, drawn_B: Any) -> Any:
-        """Return the target's token ids of tokens drawn from ``logits``."""
+        """Compute f32 logits [B, vocab], in the target's vocabulary, of results of ``__call__``."""
 
 
 @module
@@ -136,7 +139,7 @@ def program(structures: tuple[Any, Any], copies: int, sizes: Sizes, *, max_draft
         DRAFT,
         functools.partial(_draft, structures, sizes=sizes, max_drafts=max_drafts),
         inputs,
-        reads=(WEIGHTS, DRAFT_WEIGHTS, DRAFT_CACHES, HIDDEN, NEWEST),
+        reads=(WEIGHTS, DRAFT_WEIGHTS, DRAFT_CACHES, SEEN, NEWEST),
         writes=(DRAFT_CACHES,),
         donates=(DRAFT_CACHES,),
         results=(P(),),
@@ -148,7 +151,7 @@ def _draft(
     leaves: list[jax.Array],
     draft_leaves: list[jax.Array],
     caches: tuple[KVCache, ...],
-    hidden: tuple[jax.Array, ...],
+    seen: tuple[jax.Array, ...],
     newest_R: jax.Array,
     step: StepInput,
     given: DraftInput,
@@ -162,16 +165,23 @@ def _draft(
     accepted_B = _accepted(newest_R, step, given, max_drafts=max_drafts)
     ids_T = given.next_ids_T
     ids_T = jnp.where(ids_T < 0, newest_R[jnp.maximum(-1 - ids_T, 0)], ids_T)
-    h_TD = model.features(hidden, step)
-    following = dataclasses.replace(step, ids_T=ids_T)
-    y_TD, h_TD, caches = model(target, h_TD, following, caches=caches)
     last_B = jnp.maximum(step.starts_B + step.counts_B - 1 - given.num_drafts_B + accepted_B, 0)
-    drafts_BK, caches = draft_chain(
+    state, caches = extend(
         (target, model),
-        (y_TD[last_B], h_TD[last_B]),
+        seen,
         caches,
         step=step,
-        position_B=step.positions_T[last_B],
+        following_T=ids_T,
+        last_B=last_B,
+        room_B=given.room_B,
+        sizes=sizes,
+    )
+    drafts_BK, caches = draft_chain(
+        (target, model),
+        state,
+        caches,
+        step=step,
+        newest_B=step.positions_T[last_B] + 1,
         room_B=given.room_B,
         num_steps=given.num_steps_1[0],
         sampling=given.sampling,
@@ -181,13 +191,95 @@ def _draft(
     return caches, meshes.all_rows(drafts_BK)
 
 
+def extend(
+    models: tuple[Any, DraftModel],
+    seen: tuple[jax.Array, ...],
+    caches: tuple[KVCache, ...],
+    *,
+    step: StepInput,
+    following_T: jax.Array,
+    last_B: jax.Array,
+    room_B: jax.Array,
+    sizes: Sizes,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[KVCache, ...]]:
+    """Compute the draft model at the tokens of a step: -> (its results at the newest ones, caches).
+
+    ``seen``: the token ids of the step, and the hidden states that the model reads.
+    ``following_T``: the token after each. ``last_B``: the index of the last accepted token of each
+    row; the one that follows it is the row's newest. ``room_B``: tokens that a row's pages hold.
+    """
+    target, model = models
+    h_TD = model.features(seen[1:], step)
+    if model.offset:
+        step, at_B = dataclasses.replace(step, ids_T=following_T), last_B
+    else:
+        step = dataclasses.replace(step, ids_T=seen[0])
+        step, at_B = _with_newest(step, following_T, last_B, room_B=room_B, sizes=sizes)
+    y_TD, h_TD, caches = model(target, h_TD, step, caches=caches)
+    return (y_TD[at_B], h_TD[at_B]), caches
+
+
+def _with_newest(
+    step: StepInput, following_T: jax.Array, last_B: jax.Array, *, room_B: jax.Array, sizes: Sizes
+) -> tuple[StepInput, jax.Array]:
+    """Return a step's accepted tokens with the newest after them, and the index of the last ones.
+
+    A token for which a row's pages have no room is left out.
+    """
+    T, is_used_B = len(step.ids_T), step.counts_B > 0
+    accepted_B = jnp.where(is_used_B, last_B - step.starts_B + 1, 0)
+    newest_B = step.positions_T[last_B] + 1
+    counts_B = accepted_B + (is_used_B & (newest_B < room_B)).astype(jnp.int32)
+    starts_B, row_T, offset_T, is_token_T = in_rows(counts_B, T + len(counts_B))
+    is_newest_T = offset_T == accepted_B[row_T]
+    shift_T = is_newest_T.astype(jnp.int32)
+    before_T = jnp.clip(step.starts_B[row_T] + offset_T - shift_T, 0, T - 1)
+    positions_T = step.positions_T[before_T] + shift_T
+
+    def placed(pages: PageMap, num_pages: int) -> PageMap:
+        at_T = jnp.minimum(positions_T // sizes.page_size, sizes.table_width - 1)
+        new_T = pages.page_table_BM[row_T, at_T] * sizes.page_size + positions_T % sizes.page_size
+        slots_T = jnp.where(is_newest_T, new_T, pages.slots_T[before_T])
+        outside = jnp.int32(num_pages * sizes.page_size)
+        return dataclasses.replace(pages, slots_T=jnp.where(is_token_T, slots_T, outside))
+
+    ends_B = starts_B + counts_B
+    extended = dataclasses.replace(
+        step,
+        num_tokens_1=ends_B[-1:],
+        ids_T=jnp.where(is_newest_T, following_T[before_T], step.ids_T[before_T]),
+        positions_T=positions_T,
+        prompt_lengths_T=step.prompt_lengths_T[before_T],
+        row_T=jnp.where(is_token_T, row_T, 0),
+        starts_B=starts_B,
+        counts_B=counts_B,
+        lengths_B=jnp.where(is_used_B, newest_B + counts_B - accepted_B, 0),
+        pages=tuple(map(placed, step.pages, sizes.num_pages)),
+    )
+    return extended, jnp.maximum(ends_B - 1, 0)
+
+
+def in_rows(counts_B: jax.Array, T: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Lay out rows of tokens along an axis of ``T``, one after the other.
+
+    Returns the first index of each row; and of each token its row, its index in the row, and
+    whether it is one.
+    """
+    ends_B = jnp.cumsum(counts_B).astype(jnp.int32)
+    starts_B = ends_B - counts_B
+    at_T = jnp.arange(T, dtype=jnp.int32)
+    row_T = jnp.searchsorted(ends_B, at_T, side="right").astype(jnp.int32)
+    row_T = jnp.minimum(row_T, len(counts_B) - 1)
+    return starts_B, row_T, jnp.maximum(at_T - starts_B[row_T], 0), at_T < ends_B[-1]
+
+
 def draft_chain(
     models: tuple[Any, DraftModel],
     state: tuple[jax.Array, jax.Array],
     caches: tuple[KVCache, ...],
     *,
     step: StepInput,
-    position_B: jax.Array,
+    newest_B: jax.Array,
     room_B: jax.Array,
     num_steps: jax.Array,
     sampling: Sampling,
@@ -196,21 +288,22 @@ def draft_chain(
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
     """Draft ``num_steps`` tokens of each row, one after the other: -> ([B, max_drafts], caches).
 
-    ``state``: the draft model's results at ``position_B``, the last position of each row.
-    ``room_B``: tokens that a row's pages hold. ``sampling``: of each row; the positions are not
-    used.
+    ``state``: the draft model's results at the newest token of each row, which has the position
+    ``newest_B`` in its sequence. ``room_B``: tokens that a row's pages hold. ``sampling``: of each
+    row; the positions are not used.
     """
     target, model = models
 
     def drawn(y_BD: jax.Array, index: jax.Array) -> jax.Array:
         # With the random number of the token that the draft may equal.
-        at = dataclasses.replace(sampling, position_B=position_B + 2 + index)
+        at = dataclasses.replace(sampling, position_B=newest_B + 1 + index)
         logits_BV = model.logits(target, y_BD, sampling.num_rows_1[0])
-        return model.tokens(sample.sample(logits_BV, at))
+        return sample.sample(logits_BV, at)
 
     def body(index: jax.Array, carry: Any) -> Any:
         drafts_BK, token_B, h_BD, caches = carry
-        at = one_token_each(step, token_B, position_B + index, room_B=room_B, sizes=sizes)
+        positions_B = newest_B + index + model.offset
+        at = one_token_each(step, token_B, positions_B, room_B=room_B, sizes=sizes)
         y_BD, h_BD, caches = model(target, h_BD, at, caches=caches)
         token_B = drawn(y_BD, index)
         return put(drafts_BK, token_B, index), token_B, h_BD, caches
@@ -220,10 +313,10 @@ def draft_chain(
         return jax.lax.dynamic_update_slice_in_dim(drafts_BK, column_B1, start_index=index, axis=1)
 
     y_BD, h_BD = state
-    none_B = jnp.zeros(len(position_B), jnp.int32)
+    none_B = jnp.zeros(len(newest_B), jnp.int32)
     first = jnp.int32(0)
     token_B = jax.lax.cond(num_steps > 0, lambda: drawn(y_BD, first), lambda: none_B)
-    drafts_BK = put(jnp.zeros((len(position_B), max_drafts), jnp.int32), token_B, first)
+    drafts_BK = put(jnp.zeros((len(newest_B), max_drafts), jnp.int32), token_B, first)
     carry = drafts_BK, token_B, h_BD, caches
     drafts_BK, _, _, caches = jax.lax.fori_loop(jnp.int32(1), num_steps, body, init_val=carry)
     return drafts_BK, caches

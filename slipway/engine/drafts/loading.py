@@ -4,6 +4,8 @@ Not here: the target model (engine/launch.py), the computation (draft_program.py
 """
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ from slipway.engine.drafts.config import SpeculativeConfig
 from slipway.engine.drafts.device_drafts import Rounds
 from slipway.engine.drafts.draft_program import DRAFT_CACHES, DRAFT_WEIGHTS, DraftModel
 from slipway.errors import InvalidConfig, UnsupportedModel
+from slipway.models import eagle
 from slipway.models.decoder import LanguageModel
+from slipway.models.draft_lm import DraftLM
 from slipway.nn import moe
 from slipway.ops import CacheSpec, backend
 from slipway.runtime import load
@@ -134,26 +138,24 @@ def prepare(
 ) -> Drafting | None:
     """Return the draft model that the options name, None if drafts come from elsewhere.
 
-    ``held``: the files of the target. Raises InvalidConfig if there is no prediction layer, or if
-    it was made for another model; CheckpointError if tensors of it are missing.
+    ``held``: the files of the target; ``scheme``: of its packed weights. Raises InvalidConfig if
+    there is no draft model of the method, or if it was made for another model; CheckpointError if
+    tensors of it are missing; UnsupportedModel for a value in its config.json.
     """
-    if config is None or config.method != "mtp":
+    if config is None or config.method == "ngram":
         return None
+    name, target_files = config.model, held
     folder = held.checkpoint.directory / FOLDER
-    apart = config.model or (str(folder) if (folder / "config.json").exists() else "")
-    if apart:
-        held = load.open_files(apart, config.revision, is_dummy=held.is_dummy)
+    if config.method == "mtp" and not name and (folder / "config.json").exists():
+        name = str(folder)
+    if name:
+        held = load.open_files(name, config.revision, is_dummy=held.is_dummy)
+        scheme = quantize.read_scheme(held.raw_config) or scheme
     fields = {key: value for key, value in held.raw_config.items() if key != quantize.FIELD}
-    try:
-        declared = models.declare_mtp(fields)
-    except UnsupportedModel as error:
-        expected = "a model with a prediction layer (num_nextn_predict_layers)"
-        raise InvalidConfig("speculative_config: method", "mtp", f"{expected}: {error}") from error
-    for name in ("vocab_size", "hidden_size"):
-        got, expected = getattr(declared.config, name), getattr(target.config, name)
-        if got != expected:
-            field = f"speculative_config: model: {name}"
-            raise InvalidConfig(field, got, f"{expected}, as the model that it drafts for")
+    declared, ignored = _declared(config.method, fields, held.checkpoint, target=target)
+    _check_made_for(config.method, declared, target=target)
+    if name and not held.is_dummy:
+        _check_tokenizers(held.checkpoint, target_files.checkpoint)
     platform = mesh.devices.flat[0].platform
     form = backend.of(platform).layer_form
     declaration = load.on_mesh(declared, mesh, dtype, layer_form=form, scheme=scheme)
@@ -163,7 +165,7 @@ def prepare(
     checkpoint = None
     if not held.is_dummy:
         checkpoint = load.checked(
-            declaration, held.checkpoint, dtype, ignored=("*",), scheme=scheme
+            declaration, held.checkpoint, dtype, ignored=ignored, scheme=scheme
         )
     return Drafting(
         declaration,
@@ -173,3 +175,64 @@ def prepare(
         dtype=dtype,
         max_drafts=config.num_speculative_tokens,
     )
+
+
+def _declared(
+    method: str, fields: dict[str, Any], checkpoint: files.Checkpoint, *, target: LanguageModel
+) -> tuple[Any, tuple[str, ...]]:
+    """Declare a draft model: -> (declaration, patterns of further tensors in its files)."""
+    if method == "mtp":
+        try:
+            return models.declare_mtp(fields), ("*",)
+        except UnsupportedModel as error:
+            expected = "a model with a prediction layer (num_nextn_predict_layers)"
+            field = "speculative_config: method"
+            raise InvalidConfig(field, method, f"{expected}: {error}") from error
+    if method == "draft_model":
+        model = models.declare(fields)
+        return DraftLM.declare(model), (*load.IGNORED_TENSORS, *model.config.unused_tensors)
+    tensors, key = checkpoint.tensors, eagle.OFFSETS
+    head = eagle.declare(
+        fields,
+        is_third=method == "eagle3",
+        target=target.config,
+        names=tensors,
+        offsets=checkpoint.array(key).tolist() if key in tensors else (),
+    )
+    return head, (*load.IGNORED_TENSORS, *eagle.UNUSED)
+
+
+def _check_made_for(method: str, declared: Any, *, target: LanguageModel) -> None:
+    """Raise InvalidConfig for a draft model of another vocabulary, or of other hidden states."""
+    config, of_target = declared.config, target.config
+    sizes = [("vocab_size", config.vocab_size, of_target.vocab_size)]
+    is_eagle3 = method == "eagle3"
+    shares = is_eagle3 and None in (declared.model.embed_tokens, declared.lm_head)
+    if method in ("mtp", "eagle") or shares:
+        sizes.append(("hidden_size", config.hidden_size, of_target.hidden_size))
+    if is_eagle3 and config.target_hidden_size:
+        sizes.append(("target_hidden_size", config.target_hidden_size, of_target.hidden_size))
+    for name, got, expected in sizes:
+        if got != expected:
+            field = f"speculative_config: model: {name}"
+            raise InvalidConfig(field, got, f"{expected}, as the model that it drafts for")
+
+
+def _check_tokenizers(drafting: files.Checkpoint, target: files.Checkpoint) -> None:
+    """Raise InvalidConfig if both directories have a vocabulary, with different tokens."""
+    one, other = (_vocabulary(held.directory / "tokenizer.json") for held in (drafting, target))
+    for number, token in one.items():
+        if other.get(number, token) != token:
+            field = f"speculative_config: model: tokenizer.json: token {number}"
+            expected = f"{other[number]!r}, as for the model that it drafts for"
+            raise InvalidConfig(field, repr(token), expected)
+
+
+def _vocabulary(path: Path) -> dict[int, str]:
+    """Return the tokens in a tokenizer.json by number; none without the file."""
+    if not path.exists():
+        return {}
+    vocab = json.loads(path.read_text()).get("model", {}).get("vocab", {})
+    if isinstance(vocab, list):  # Unigram: pairs of token and score
+        return {number: token for number, (token, *_) in enumerate(vocab)}
+    return {number: token for token, number in vocab.items()}

@@ -20,7 +20,13 @@ from jax.sharding import PartitionSpec as P
 from slipway import mesh as meshes
 from slipway.engine import batch, programs, sample
 from slipway.engine.batch import Bucket, Sampling, Sizes
-from slipway.engine.drafts.draft_program import DRAFT_CACHES, DRAFT_WEIGHTS, draft_chain
+from slipway.engine.drafts.draft_program import (
+    DRAFT_CACHES,
+    DRAFT_WEIGHTS,
+    draft_chain,
+    extend,
+    in_rows,
+)
 from slipway.engine.programs import CACHES, WEIGHTS
 from slipway.engine.scheduler import Chunk
 from slipway.ops import PageMap, StepInput
@@ -206,7 +212,7 @@ def _round(
     model = jax.tree.unflatten(structures[1], draft_leaves)
     B, K = rows.drafts_BK.shape
     step = _step(rows, B * (1 + K), sizes)
-    caches, logits_TV, hidden, _ = programs.forward(
+    caches, logits_TV, seen, _ = programs.forward(
         structures[0],
         False,
         model.reads,
@@ -222,7 +228,7 @@ def _round(
     draft_caches, drafts_BK = _drafted(
         held,
         draft_caches,
-        hidden,
+        seen,
         step=step,
         rows=rows,
         token_T=token_T,
@@ -245,13 +251,8 @@ def _step(rows: RoundsInput, T: int, sizes: Sizes) -> StepInput:
     left_B = jnp.minimum(rows.limits_B - 1, rows.room_B) - rows.lengths_B
     num_drafts_B = jnp.where(is_active_B, jnp.clip(left_B, 0, rows.num_drafts_B), 0)
     counts_B = jnp.where(is_used_B, 1 + num_drafts_B, 0)
-    ends_B = jnp.cumsum(counts_B).astype(jnp.int32)
-    starts_B = ends_B - counts_B
-    at_T = jnp.arange(T, dtype=jnp.int32)
-    row_T = jnp.searchsorted(ends_B, at_T, side="right").astype(jnp.int32)
-    row_T = jnp.minimum(row_T, B - 1)
-    offset_T = jnp.maximum(at_T - starts_B[row_T], 0)
-    is_token_T = at_T < ends_B[-1]
+    starts_B, row_T, offset_T, is_token_T = in_rows(counts_B, T)
+    num_tokens_1 = starts_B[-1:] + counts_B[-1:]
     drafts_T = rows.drafts_BK[row_T, jnp.clip(offset_T - 1, 0, rows.drafts_BK.shape[1] - 1)]
     ids_T = jnp.where(offset_T == 0, rows.newest_B[row_T], drafts_T)
     positions_T = jnp.where(is_token_T, rows.lengths_B[row_T] - 1 + offset_T, 0)
@@ -264,7 +265,7 @@ def _step(rows: RoundsInput, T: int, sizes: Sizes) -> StepInput:
         return PageMap(jnp.where(is_written_T, slots_T, outside), table_BM)
 
     return StepInput(
-        num_tokens_1=ends_B[-1:],
+        num_tokens_1=num_tokens_1,
         ids_T=ids_T,
         positions_T=positions_T,
         prompt_lengths_T=rows.prompt_lengths_B[row_T],
@@ -273,8 +274,8 @@ def _step(rows: RoundsInput, T: int, sizes: Sizes) -> StepInput:
         counts_B=counts_B,
         lengths_B=jnp.where(is_used_B, rows.lengths_B - 1 + counts_B, 0),
         pages=tuple(map(placed, rows.tables, sizes.num_pages)),
-        num_samples_1=ends_B[-1:],
-        sample_at_B=at_T,
+        num_samples_1=num_tokens_1,
+        sample_at_B=jnp.arange(T, dtype=jnp.int32),
     )
 
 
@@ -304,7 +305,7 @@ def _accepted(token_T: jax.Array, rows: RoundsInput, step: StepInput) -> jax.Arr
 def _drafted(
     held: Held,
     caches: tuple[Any, ...],
-    hidden: tuple[jax.Array, ...],
+    seen: tuple[jax.Array, ...],
     *,
     step: StepInput,
     rows: RoundsInput,
@@ -316,16 +317,23 @@ def _drafted(
     structures, leaves, draft_leaves = held
     target = jax.tree.unflatten(structures[0], leaves)
     model = jax.tree.unflatten(structures[1], draft_leaves)
-    following = dataclasses.replace(step, ids_T=token_T)
-    h_TD = model.features(hidden, step)
-    y_TD, h_TD, caches = model(target, h_TD, following, caches=caches)
     last_B = jnp.maximum(step.starts_B + accepted_B, 0)
-    drafts_BK, caches = draft_chain(
+    state, caches = extend(
         (target, model),
-        (y_TD[last_B], h_TD[last_B]),
+        seen,
         caches,
         step=step,
-        position_B=step.positions_T[last_B],
+        following_T=token_T,
+        last_B=last_B,
+        room_B=rows.room_B,
+        sizes=sizes,
+    )
+    drafts_BK, caches = draft_chain(
+        (target, model),
+        state,
+        caches,
+        step=step,
+        newest_B=step.positions_T[last_B] + 1,
         room_B=rows.room_B,
         num_steps=rows.num_steps_1[0],
         sampling=rows.sampling,
