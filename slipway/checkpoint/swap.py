@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from slipway import tree
-from slipway.checkpoint import reshard, tensor_reader
+from slipway.checkpoint import quantize, reshard, tensor_reader
 from slipway.checkpoint.copying import count_above, stream
 from slipway.checkpoint.files import DTYPES, Checkpoint, Index, Tensor
 from slipway.errors import CheckpointError, WeightsLost
@@ -136,6 +136,13 @@ class Weights:
         self.changes += 1
         for at, array in enumerate(arrays):
             self.arrays[at] = jax.device_put(array, self.shardings[at], may_alias=False)
+
+    def packed(self, tensors: Checkpoint) -> Checkpoint:
+        """Return the tensors, with floats packed where the declaration is packed."""
+        wanted = tensor_reader.wanted(self.declaration)
+        if any(name.endswith(quantize.PACKED) for name in wanted):
+            return quantize.packed_view(tensors, wanted)
+        return tensors
 
     @property
     def on_cpu(self) -> bool:

@@ -67,7 +67,7 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
         tensors = names.declared(
             _directory(str(source), weights), tensor_reader.names(weights.declaration)
         )
-        return FromTensors(_packed(tensors, weights))
+        return FromTensors(weights.packed(tensors))
     if isinstance(source, Weights):
         source = jax.tree.unflatten(_structure(source), source.arrays)
     if mapping is None and _has_structure(source, weights):
@@ -82,9 +82,9 @@ def values(source: Any, weights: Weights, mapping: str | None = None) -> Values:
         arrays = {renamed.get(found[name], found[name]): array for name, array in arrays.items()}
         if stacks or any(name in declared for name in arrays):
             held = parts.split(_unstacked(ArrayCheckpoint.of(arrays), stacks), keys)
-            return FromTensors(_packed(held, weights))
+            return FromTensors(weights.packed(held))
     converted = ConvertedCheckpoint.of_tree(arrays, weights, mapping)
-    return FromTensors(_packed(converted, weights))
+    return FromTensors(weights.packed(converted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,14 +257,6 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
         for field, value in config.items()
         if field != quantize.FIELD and value is not None
     }
-
-
-def _packed(tensors: Checkpoint, weights: Weights) -> Checkpoint:
-    """Return the tensors, with floats packed where the declaration is packed."""
-    wanted = tensor_reader.wanted(weights.declaration)
-    if any(name.endswith(quantize.PACKED) for name in wanted):
-        return quantize.packed_view(tensors, wanted)
-    return tensors
 
 
 def _unstacked(

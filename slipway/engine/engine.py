@@ -212,7 +212,8 @@ class Engine:
         other begins. ``recompute``: their keys and values are computed anew, their output so far
         stays. ``continue``: they go on with the keys and values of the old version. ``mode`` as in
         ``Weights.replace``; if that fails half-way, all requests are aborted and new ones refused
-        until an update succeeds. Cached prefixes are forgotten.
+        until an update succeeds. Cached prefixes are forgotten. A prediction layer that drafts gets
+        its values too, if they are among those of the source.
         """
         self._need_one_process("update_weights")
         if mode not in get_args(Mode):
@@ -220,7 +221,11 @@ class Engine:
         version = version or str(next(self._versions))
 
         def apply() -> str:
+            drafting = self._draft_state
+            of_drafts = None if drafting is None else drafting.among(values)
             self._updates.replace(values, version, mode)
+            if drafting is not None and of_drafts is not None:
+                drafting.replace(of_drafts, version, mode)
             for sequence in (
                 sequence for request in self._requests.values() for sequence in request.sequences
             ):

@@ -208,6 +208,31 @@ def test_a_model_without_the_layer_is_refused(tiny, tmp_path):
     assert len(LLM(tmp_path, **OPTIONS).generate([1, 2], GREEDY)[0].outputs[0].token_ids) == 24
 
 
+def test_a_prediction_layer_gets_new_weights(agreeing):
+    """A source with the layer's tensors changes it too; a part of them changes nothing."""
+    weights = {name: t.numpy() for name, t in load_file(agreeing / files.SINGLE).items()}
+    layer = [name for name in weights if "mtp_layers" in name]
+    spoilt = {name: np.roll(weights[name], 1, axis=0) for name in layer}
+    accepted = []
+    with engine(agreeing) as llm:
+        llm.engine._speculation.lengths.choose = lambda rates, most: most
+
+        def measure():
+            before = llm.engine.stats.spec_decode_num_accepted_tokens
+            tokens = [o.outputs[0].token_ids for o in run(llm, [RequestSpec([5, 6], GREEDY)])]
+            accepted.append(llm.engine.stats.spec_decode_num_accepted_tokens - before)
+            return tokens
+
+        first = measure()
+        with pytest.raises(CheckpointError, match=rf"{layer[0]}: missing"):
+            llm.update_weights({n: a for n, a in weights.items() if n != layer[0]})
+        others = {name: array for name, array in weights.items() if name not in layer}
+        for source in (weights | spoilt, others, weights):
+            llm.update_weights(source)
+            assert measure() == first
+    assert accepted[1] == accepted[2] < accepted[0] == accepted[3]
+
+
 def test_sleep_and_new_weights(expected):
     with engine() as llm:
         always(llm, expected)

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from slipway import mesh as meshes
 from slipway import models
-from slipway.checkpoint import files, quantize
-from slipway.checkpoint.swap import Weights
+from slipway.checkpoint import files, names, quantize, tensor_reader
+from slipway.checkpoint.swap import FromTensors, Mode, Values, Weights
 from slipway.engine import programs
 from slipway.engine.batch import Sizes
 from slipway.engine.drafts import draft_program, rounds_program
@@ -39,7 +39,8 @@ FOLDER = "mtp"
 class Drafting:
     """Draft model on a mesh, before its arrays are loaded.
 
-    ``checkpoint``: checked; None: random weights. ``max_drafts``: most drafts of a row in a step.
+    ``checkpoint``: checked; None: random weights. ``is_layer``: whether its tensors are a part of
+    the target's. ``max_drafts``: most drafts of a row in a step.
     """
 
     declaration: DraftModel
@@ -47,6 +48,7 @@ class Drafting:
     raw_config: dict[str, Any]
     mesh: Mesh
     dtype: Any
+    is_layer: bool
     max_drafts: int
 
     @property
@@ -93,18 +95,43 @@ class Drafting:
             overrides={},
             ignored=("*",),
         )
-        return DraftState(runner, weights)
+        return DraftState(runner, weights, self.is_layer)
 
 
 class DraftState:
-    """Arrays and caches of a draft model on the devices."""
+    """Arrays and caches of a draft model on the devices.
 
-    def __init__(self, runner: Runner, weights: Weights):
+    ``is_layer``: whether its tensors are a part of the target's.
+    """
+
+    def __init__(self, runner: Runner, weights: Weights, is_layer: bool):
         self._runner = runner
         self._weights = weights
+        self._is_layer = is_layer
         # The arrays of a sleeping engine, if they were taken off the devices.
         self._kept: list[np.ndarray] | None = None
         self.wake_up()
+
+    def among(self, values: Values) -> FromTensors | None:
+        """Return the draft model's own part of new values for the target, checked.
+
+        None if there is none. Raises CheckpointError for a part that is not whole.
+        """
+        if not self._is_layer or not isinstance(values, FromTensors):
+            return None
+        keys = tensor_reader.names(self._weights.declaration)
+        found = names.declared(values.tensors, keys)
+        if not any(key in found.tensors for key in keys):
+            return None
+        own = FromTensors(self._weights.packed(found))
+        own.check(self._weights)
+        return own
+
+    def replace(self, values: FromTensors, version: str, mode: Mode) -> None:
+        """Give the arrays new values, from ``among``."""
+        self._kept = None
+        self._weights.replace(values, version, mode)
+        self._runner.state[DRAFT_WEIGHTS] = programs.operands(self._weights)
 
     def sleep(self) -> None:
         """Free the devices' memory; on a CPU the arrays stay where they are."""
@@ -173,6 +200,7 @@ def prepare(
         held.raw_config,
         mesh=mesh,
         dtype=dtype,
+        is_layer=config.method == "mtp",
         max_drafts=config.num_speculative_tokens,
     )
 
