@@ -4,8 +4,9 @@ Not here: engines timed over HTTP (servers.py), how llama.cpp is built and calle
 what runs inside the child processes (slipway/bench/worker.py, worker_vllm.py).
 """
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,23 @@ VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def start_process(
-    name: str, directory: Path, max_model_len: int, max_num_seqs: int, *, cache: Path | None = None
+    name: str,
+    directory: Path,
+    max_model_len: int,
+    max_num_seqs: int,
+    *,
+    cache: Path | None = None,
+    vllm_options: Mapping[str, Any] | None = None,
 ) -> EngineProcess:
     """Start vLLM, transformers or Slipway in bfloat16.
 
     ``cache``: folder for Slipway's compiled programs, instead of the user's cache.
+    ``vllm_options``: further options of vLLM.
     """
     command, variables = None, {} if cache is None else {"XDG_CACHE_HOME": str(cache)}
     if name == "vllm":
-        command = [str(environments.vllm()), "-P", str(WORKER_VLLM)]
+        options = json.dumps(dict(vllm_options or {}))
+        command = [str(environments.vllm()), "-P", str(WORKER_VLLM), options]
         variables = VLLM_VARIABLES
     return EngineProcess(
         name,

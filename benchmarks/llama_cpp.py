@@ -75,7 +75,7 @@ def environment(folder: Path) -> Path:
 
 
 def write_gguf(directory: Path, out: Path, folder: Path) -> None:
-    """Write a bf16 GGUF file of a Qwen3 or Qwen3-MoE directory.
+    """Write a bf16 GGUF file of a Llama, Qwen3 or Qwen3-MoE directory.
 
     ``folder`` is where llama.cpp was built.
 
@@ -89,7 +89,8 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
     config = checkpoint.config
     has_experts = "num_experts" in config
     # The temporary file of tensors: those of the experts do not fit into memory beside the model.
-    writer = gguf.GGUFWriter(out, "qwen3moe" if has_experts else "qwen3", use_temp_file=has_experts)
+    kind = "qwen3moe" if has_experts else config["model_type"]
+    writer = gguf.GGUFWriter(out, kind, use_temp_file=has_experts)
     if has_experts:
         writer.add_expert_count(config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -100,10 +101,12 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    rope = config.get("rope_parameters") or config
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     words = [f"<{i}>" for i in range(config["vocab_size"])]
     writer.add_tokenizer_model("gpt2")
@@ -119,6 +122,10 @@ def write_gguf(directory: Path, out: Path, folder: Path) -> None:
             continue
         if len(keys) > 1:
             array = np.stack([checkpoint.array(key) for key in keys])
+        if kind == "llama" and (".attn_q." in name or ".attn_k." in name):
+            # Llama's pairs of rotated dimensions are neighbours in a GGUF file.
+            halves = array.reshape(-1, 2, head_dim // 2, array.shape[1])
+            array = halves.swapaxes(1, 2).reshape(array.shape)
         bits = np.ascontiguousarray(array).view(np.uint8)
         writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
         for key in keys:
@@ -188,9 +195,19 @@ class Server:
     """A llama-server process with ``slots`` sequences at a time."""
 
     def __init__(
-        self, binaries: Path, model: Path, *, slots: int, max_model_len: int, threads: int
+        self,
+        binaries: Path,
+        model: Path,
+        *,
+        slots: int,
+        max_model_len: int,
+        threads: int,
+        options: Sequence[Any] = (),
     ):
-        """Start the server and wait until it is ready. Raises RuntimeError if it exits."""
+        """Start the server, with further ``options``, and wait until it is ready.
+
+        Raises RuntimeError if it exits.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -198,7 +215,7 @@ class Server:
         words += ["-np", slots, "-c", slots * max_model_len, "--no-webui", "-b", 2048]
         # Slots keep their prompts. Copies of prompts outside them, 8 GB by default, gain nothing
         # under these loads.
-        words += ["--cache-ram", 0]
+        words += ["--cache-ram", 0, *options]
         self.process = subprocess.Popen(
             list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -79,7 +79,7 @@ class SpeculationBench:
 
     def measure(self, plain: LLM, drafting: LLM, *, text: Text, rows: int) -> dict[str, float]:
         """Return tokens a second of both engines, their ratio, and the acceptance length."""
-        prompts = prompts_of(text, plain, rows)
+        prompts = prompts_of(text, rows)
         params = [self._params(text, number) for number in range(rows)]
         rates: dict[str, list[float]] = {"plain": [], "speculative": []}
         engines = {"plain": plain, "speculative": drafting}
@@ -115,7 +115,7 @@ class SpeculationBench:
         return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
 
 
-def prompts_of(text: Text, llm: LLM, rows: int) -> list[str]:
+def prompts_of(text: Text, rows: int) -> list[str]:
     """Return ``rows`` different prompts of a kind; the code is of files that nano never saw."""
     sources = _sources(rows)
     if text == "editing":

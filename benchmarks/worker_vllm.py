@@ -1,9 +1,10 @@
 """vLLM's offline engine under the loads of slipway/bench/driver.py, in vLLM's own environment.
 
-Arguments: the model directory, the dtype, the longest context, the number of requests at a time.
-Slipway is not installed here.
+Arguments: further options of vLLM as JSON, the model directory, the dtype, the longest context, the
+number of requests at a time. Slipway is not installed here.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from driver import answer
 class Engine:
     """vLLM's LLMEngine with the methods that the driver calls."""
 
-    def __init__(self, directory, dtype, max_model_len, max_num_seqs):
+    def __init__(self, directory, dtype, max_model_len, max_num_seqs, **options):
         llm = LLM(
             model=directory,
             dtype=dtype,
@@ -29,6 +30,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            **options,
         )
         self._engine = llm.llm_engine
         # a request's number -> its tokens so far
@@ -56,7 +58,7 @@ if __name__ == "__main__":
     # vLLM prints on standard output, which here carries the answers: let it print on stderr
     answers = os.dup(1)
     os.dup2(2, 1)
-    directory, dtype, *sizes = sys.argv[1:]
-    engine = Engine(directory, dtype, *map(int, sizes))
+    options, directory, dtype, *sizes = sys.argv[1:]
+    engine = Engine(directory, dtype, *map(int, sizes), **json.loads(options))
     sys.stdout = os.fdopen(answers, "w")
     answer(engine)

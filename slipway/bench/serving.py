@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slipway.bench.client import Timed, complete
@@ -77,6 +78,8 @@ class ServingBench:
     """Limit of running requests, of the engine and of a server that is started here."""
     stream_interval: int = 1
     """Tokens per streamed event, of the engine and of a server that is started here."""
+    speculative_config: str = "{}"
+    """Options of speculation as JSON, of the engine and of a server that is started here."""
     out: Path | None = None
     """Write the figures here as JSON."""
     plot: Path | None = None
@@ -93,11 +96,18 @@ class ServingBench:
         conversations, rounds = self.conversations(), list[dict[str, Any]]()
         for _ in range(self.rounds):
             with self._served() as (base_url, ready_s):
+                before = draft_counts(base_url)
                 timed, seconds = run_event_loop(
                     self._drive(conversations, self._over_http(base_url))
                 )
-            started = {} if ready_s is None else {"process start to ready_s": round(ready_s, 2)}
-            rounds.append({"server": started | self._figures(timed, seconds)})
+                drafts, accepted = np.subtract(draft_counts(base_url), before).tolist()
+            figures: dict[str, Any] = {}
+            if ready_s is not None:
+                figures["process start to ready_s"] = round(ready_s, 2)
+            figures |= self._figures(timed, seconds)
+            if drafts:
+                figures["acceptance_length"] = round(1 + accepted / drafts, 3)
+            rounds.append({"server": figures})
             if self.against_engine:
                 rounds[-1]["engine"] = self._engine_figures(conversations)
         report = self._report(rounds)
@@ -207,6 +217,7 @@ class ServingBench:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         options = self._engine_options()
+        options["speculative_config"] = self.speculative_config
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         words += ["--max-requests-per-client", "1000000", "--max-queued-requests", "1000000"]
         code = "from slipway.cli import main; main()"
@@ -225,6 +236,7 @@ class ServingBench:
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": max(self.max_num_seqs, EngineConfig().max_num_batched_tokens),
             "stream_interval": self.stream_interval,
+            "speculative_config": json.loads(self.speculative_config),
         }
 
     def _report(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -265,6 +277,25 @@ class ServingBench:
     def _is_good(self, timed: Timed) -> bool:
         ttft_ms = 1e3 * (timed.events[0] - timed.sent)
         return ttft_ms <= self.slo_ttft_ms and 1e3 * _tpot(timed) <= self.slo_itl_ms
+
+
+def draft_counts(base_url: str) -> tuple[float, float]:
+    """Return how often drafts were verified, and how many were accepted; zeros if unknown.
+
+    These are counters of /metrics, which vLLM's servers have, too.
+    """
+    found = [0.0, 0.0]
+    with contextlib.suppress(OSError):
+        url = f"{base_url.removesuffix('/').removesuffix('/v1')}/metrics"
+        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
+        for at, name in enumerate(("num_drafts_total", "num_accepted_tokens_total")):
+            by_prefix = [
+                [sample.value for sample in samples if sample.name == f"{prefix}spec_decode_{name}"]
+                for prefix in ("slipway_", "vllm:")
+            ]
+            found[at] = sum(by_prefix[0] or by_prefix[1])
+    return found[0], found[1]
 
 
 def _tpot(timed: Timed) -> float:

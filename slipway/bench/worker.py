@@ -4,6 +4,7 @@ Not here: the parent's side (engine_process.py), the loads and the measurement (
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,9 @@ from slipway.engine.request import RequestSpec
 
 # Models of benchmarks may take most of the memory, which the default of a CPU does not allow.
 MEMORY_FRACTION = 0.8
+# Options of speculation.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 8}
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
 
 
 class Ours:
@@ -24,6 +28,7 @@ class Ours:
         max_model_len: int,
         max_num_seqs: int,
         quantization: str | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
     ):
         # brings JAX, which a process with transformers does not need
         from slipway import LLM, SamplingParams
@@ -37,6 +42,7 @@ class Ours:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(512, max_num_seqs),
             quantization=quantization,
+            speculative_config=speculative_config,
             memory_fraction=MEMORY_FRACTION,
         ).engine
         # request id -> the request's number in the load, and its tokens so far
@@ -97,6 +103,8 @@ ENGINES: dict[str, Any] = {
     "ours": Ours,
     "ours int8": partial(Ours, quantization="int8"),
     "ours int4": partial(Ours, quantization="int4"),
+    "ours ngram": partial(Ours, speculative_config=NGRAM),
+    "ours mtp": partial(Ours, speculative_config=MTP),
     "transformers": Transformers,
 }
 

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from slipway.bench.serving import ServingBench
+
 pytestmark = pytest.mark.xdist_group("server")
 REPEATED = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n\n\n" * 4
 NGRAM = {"method": "ngram", "num_speculative_tokens": 6}
+PREDICTION = ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "2")
 WORDS = ("--speculative-config", json.dumps(NGRAM), "--vllm-metric-names")
 
 
@@ -56,8 +59,20 @@ def test_answers_and_counts(server, launch):
     assert "speculation: acceptance length" in drafting.log.read_text()
 
 
-def test_streams_and_grammars(server, launch):
-    drafting = launch(*WORDS).wait_ready()
+def test_the_benchmark_of_servers_states_the_acceptance_length(server, launch, capsys):
+    for each in (server, launch(*WORDS).wait_ready()):
+        # Long outputs of few tokens repeat themselves.
+        sizes = {"prompt_tokens": (4, 8), "output_tokens": (200, 200), "num_prompts": 2}
+        ServingBench(base_url=f"{each.url}/v1", concurrency=1, **sizes).run()
+    plain, speculative = capsys.readouterr().out.split("| failed | 0 |")[1:]
+    assert "acceptance_length" not in plain
+    length = float(speculative.split("| acceptance_length | ")[1].split(" ")[0])
+    assert 1.5 < length <= 7
+
+
+@pytest.mark.parametrize("words", [WORDS, PREDICTION], ids=["ngram", "nextn"])
+def test_streams_and_grammars(server, launch, words):
+    drafting = launch(*words).wait_ready()
     schema = {
         "type": "array",
         "items": {
@@ -91,8 +106,8 @@ def test_streams_and_grammars(server, launch):
         (("--speculative-config", '{"method": "magic"}'), "speculative_config: num_speculative"),
         (("--speculative-algorithm", "EAGLE"), "speculative_config: num_speculative_tokens"),
         (
-            ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "2"),
-            "num_nextn_predict_layers",
+            ("--speculative-algorithm", "EAGLE3", "--speculative-num-steps", "2"),
+            "speculative_config: model: got 'nothing'",
         ),
     ],
 )
