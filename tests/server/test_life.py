@@ -209,6 +209,8 @@ def test_two_replicas_share_the_work(launch):
     expected = server.choice(prompt=PROMPT)["text"]
     (first, second) = server.engine_pids()
     os.kill(first, signal.SIGKILL)
-    time.sleep(0.5)
+    while server.metric("slipway_engines_running") == 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert server.choice(prompt=PROMPT)["text"] == expected, "the other replica answers"
     assert second in server.engine_pids()
