@@ -127,6 +127,9 @@ def _load(model: str, config: EngineConfig) -> Loaded:
     runner, num_pages = _compiled(declared, config, repeats, rounds=rounds)
     wanted = _wanted(declared, declared.shapes, repeats, rounds=rounds)
     weights, draft_state = _load_weights(declared, runner, config, wanted=wanted)
+    if config.speculation is not None:
+        # The number of drafts follows from times of steps.
+        programs.call_once(runner, declared.shapes, wanted)
     limits = _limits(declared, config, num_pages, bodies=runner.bodies)
     logger.info("%s with %s; compiled programs in %s", model, config, kept)
     _announce(declared, limits, repeats, seconds=time.perf_counter() - started)

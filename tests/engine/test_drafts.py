@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slipway.engine.batch import Bucket
 from slipway.engine.config import EngineConfig
-from slipway.engine.drafts.lengths import CALLS, STALE, Lengths, observed
+from slipway.engine.drafts.lengths import CALLS, STALE, WEIGHT, Lengths, chances, observe
 from slipway.engine.drafts.ngram import NgramDrafter
 from slipway.engine.drafts.speculation import Speculation
 from slipway.engine.params import SamplingParams
@@ -28,8 +28,16 @@ def sequence_of(tokens, room=100, salt=""):
 def best_match(text, ending, shortest, longest, own):
     """Return (length, position of its last token) of the longest match, of equal ones the newest.
 
-    Written from the definition: every position after which the ``shortest`` last tokens recur.
+    Written from the definition: every position after which the last 3 tokens recur, or the last 2,
+    or the last one, but not fewer than ``shortest``.
     """
+    for run in range(max(shortest, min(3, longest)), shortest - 1, -1):
+        if (found := best_of_run(text, ending, run, longest, own))[0]:
+            return found
+    return (0, -1)
+
+
+def best_of_run(text, ending, shortest, longest, own):
     best = (0, -1)
     if len(ending) < shortest:
         return best
@@ -52,13 +60,13 @@ def expected_draft(own, shared, shortest, longest, most):
     found += [(*best_match(text, own, shortest, longest, False), text) for text in shared]
     length, end, text = max(found, key=lambda match: match[0])
     if not length:
-        return []
+        return [], 0
     continued = list(text[end + 1 :])
     if text is own:
         while len(continued) < most:
             continued.append(continued[len(continued) - (len(own) - 1 - end)])
     draft = continued[:most]
-    return draft[: draft.index(-1)] if -1 in draft else draft
+    return draft[: draft.index(-1)] if -1 in draft else draft, length
 
 
 @settings(max_examples=300, deadline=None)
@@ -94,8 +102,9 @@ def test_rows_of_a_batch_do_not_mix():
     texts = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7, 8], [9, 9, 9, 9], [1, 2, 3, 7, 1, 2, 3]]
     drafter = NgramDrafter(2, 8, 4)
     rows = [sequence_of(text) for text in texts]
-    assert drafter.draft(rows) == [[4, 1, 2, 3], [], [9, 9, 9, 9], [7, 1, 2, 3]]
-    assert drafter.draft(rows[3:]) == [[7, 1, 2, 3]]
+    drafts = [([4, 1, 2, 3], 3), ([], 0), ([9, 9, 9, 9], 3), ([7, 1, 2, 3], 3)]
+    assert drafter.draft(rows) == drafts
+    assert drafter.draft(rows[3:]) == drafts[3:]
 
 
 def test_outputs_of_salted_requests_are_not_shared():
@@ -105,7 +114,7 @@ def test_outputs_of_salted_requests_are_not_shared():
         for token in (number, 11, 12, 13 + number):
             ended.append(token, None)
         drafter.end(ended)
-    assert drafter.draft([sequence_of([11, 12])]) == [[14]]
+    assert drafter.draft([sequence_of([11, 12])]) == [([14], 2)]
 
 
 def test_shared_outputs_are_forgotten_in_time():
@@ -115,16 +124,22 @@ def test_shared_outputs_are_forgotten_in_time():
         for token in (100 + number, 200 + number, 300 + number):
             ended.append(token, None)
         drafter.end(ended)
-    found = [drafter.draft([sequence_of([100 + n, 200 + n])])[0] for n in range(60)]
+    found = [drafter.draft([sequence_of([100 + n, 200 + n])])[0][0] for n in range(60)]
     assert found[-5:] == [[300 + n] for n in range(55, 60)]
     assert found[:45] == [[]] * 45
     assert sum(len(index) for index in found) < 15
 
 
+def chosen(lengths, rates, most):
+    """Choose the numbers of drafts of rows, each with one rate of acceptance."""
+    most = np.array(most)
+    return lengths.choose(chances(np.array(rates)[:, None], np.zeros_like(most), most), most)
+
+
 def lengths_with(plain_s, of_tokens, rows=1, num_steps=1):
     """Return Lengths that have measured plain steps, and steps that verify drafts."""
     lengths = Lengths()
-    assert not lengths.choose(np.full(rows, 0.9), np.full(rows, 4)).any(), "nothing is measured"
+    assert not chosen(lengths, [0.9] * rows, [4] * rows).any(), "nothing is measured"
     for _ in range(CALLS):
         lengths.plain(rows, num_steps, plain_s)
         for num_tokens, seconds in of_tokens.items():
@@ -133,7 +148,7 @@ def lengths_with(plain_s, of_tokens, rows=1, num_steps=1):
 
 
 def one(lengths, rate, most=7):
-    (count,) = lengths.choose(np.array([rate]), np.array([most])).tolist()
+    (count,) = chosen(lengths, [rate], [most]).tolist()
     return count
 
 
@@ -149,7 +164,7 @@ def test_drafts_that_cost_too_much_are_not_verified():
 
 def test_rows_that_accept_more_get_more_drafts():
     lengths = lengths_with(1.0, {8: 1.5, 16: 1.7, 32: 3.0}, rows=4)
-    counts = lengths.choose(np.array([0.95, 0.7, 0.3, 0.05]), np.array([6, 6, 6, 6]))
+    counts = chosen(lengths, [0.95, 0.7, 0.3, 0.05], [6, 6, 6, 6])
     assert list(counts) == sorted(counts, reverse=True)
     assert counts[0] >= 3 > counts[2]
     assert counts[3] == 0
@@ -204,6 +219,14 @@ def test_times_are_measured_again():
     assert one(lengths, 0.99) == 7
 
 
+def test_a_longer_match_is_trusted_further():
+    """A draft's chance is the product of rates that grow by one token of match each."""
+    rates = np.array([[0.0, 0.5, 0.8, 1.0]] * 3)
+    found = chances(rates, basis=np.array([1, 2, 3]), most=np.array([4, 4, 2]))
+    expected = [[0.5, 0.4, 0.4, 0.4], [0.8, 0.8, 0.8, 0.8], [1.0, 1.0, 0.0, 0.0]]
+    np.testing.assert_allclose(found, expected)
+
+
 @pytest.mark.parametrize(
     ("drafts", "tokens", "trials"),
     [
@@ -214,10 +237,12 @@ def test_times_are_measured_again():
     ],
 )
 def test_each_draft_up_to_the_first_wrong_one_is_a_trial(drafts, tokens, trials):
-    rate = 0.5
-    for trial in trials:
-        rate += (trial - rate) / 8
-    assert observed(0.5, drafts, tokens) == pytest.approx(rate)
+    rates = np.full(5, 0.5)
+    observe(rates, 3, drafts, tokens=tokens)
+    expected = np.full(5, 0.5)
+    for at, trial in zip((3, 4, 4), trials):
+        expected[at] += WEIGHT * (trial - expected[at])
+    np.testing.assert_allclose(rates, expected)
 
 
 def step_of(sequence):
@@ -240,14 +265,15 @@ def test_a_row_learns_while_its_drafts_are_not_used():
     sequence = sequence_of([1, 2, 3, 1, 2])
     speculation.propose([sequence])
     assert sequence.drafts == [], "no time is measured"
-    before = speculation._rows[sequence].rate
+    # The match of two tokens has the basis 2.
+    before = speculation._rows[sequence].rates[2]
     sequence.append(3, None)
     speculation.observe(step_of(sequence), 1, seconds=1.0)
-    assert speculation._rows[sequence].rate > before
-    before = speculation._rows[sequence].rate
+    assert speculation._rows[sequence].rates[2] > before
+    before = speculation._rows[sequence].rates[3]
     sequence.append(7, None)
     speculation.observe(step_of(sequence), 1, seconds=1.0)
-    assert speculation._rows[sequence].rate < before
+    assert speculation._rows[sequence].rates[3] < before
     sequence.finish(FinishReason.STOP)
     speculation.end(sequence)
     assert not speculation._rows
@@ -263,7 +289,11 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
         ({"num_speculative_tokens": 0}, "num_speculative_tokens", "1 to 64"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens", "1 to 64"),
         ({"prompt_lookup_min": 0}, "prompt_lookup_min", "1 to 256"),
-        ({"prompt_lookup_max": 2}, "prompt_lookup_max", "at least prompt_lookup_min"),
+        (
+            {"prompt_lookup_min": 9, "prompt_lookup_max": 2},
+            "prompt_lookup_max",
+            "at least prompt_lookup_min",
+        ),
         ({"shared_tokens": -1}, "shared_tokens", "from 0"),
         ({"draft_sample_method": "greedy"}, "draft_sample_method", "no such field"),
     ],

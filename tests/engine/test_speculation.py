@@ -40,7 +40,7 @@ class KnownDrafter:
         self.ended = []
 
     def draft(self, sequences):
-        return [self.of(sequence) for sequence in sequences]
+        return [(self.of(sequence), 0) for sequence in sequences]
 
     def of(self, sequence):
         prompt = tuple(sequence.tokens[: sequence.num_prompt].tolist())

@@ -31,7 +31,7 @@ class SpeculativeConfig:
     """Branch, tag or commit of a hub id in ``model``."""
     num_speculative_tokens: int
     """Most drafts of a sequence in one step; fewer, or none, where fewer pay."""
-    prompt_lookup_min: int = 3
+    prompt_lookup_min: int = 1
     """ngram: fewest tokens of a match."""
     prompt_lookup_max: int = 32
     """ngram: tokens from which on a longer match is not preferred."""

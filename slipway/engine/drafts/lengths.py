@@ -3,8 +3,9 @@
 Not here: the drafts (speculation.py and its drafters).
 
 Drafts cost time: a step that verifies n tokens takes longer than one that decodes. They pay if the
-expected tokens per second of such a step exceed those of a step, or of a call of several steps,
-without drafts. All three numbers are measured while the engine runs.
+expected tokens per second of a sequence in such a step exceed those in a step, or in a call of
+several steps, without drafts; of several sequences, the geometric mean counts. All three numbers
+are measured while the engine runs.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ WEIGHT_OF_SHORTER = 1 / 2
 # candidates among which ``choose`` finds the best.
 LEAST_CHANCES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
 # Drafts must promise this gain over a plain step before they are used.
-MARGIN = 1.03
+MARGIN = 1.05
 # Calls after which a time is measured again, as load and lengths of sequences change.
 STALE = 400
 # Calls that measure a time before it is used: the first of several plain calls does not overlap
@@ -83,24 +84,26 @@ class Lengths:
             self._lost += max(0.0, seconds - plain * new_tokens / rows)
         self._add(self._drafted, num_tokens, seconds)
 
-    def choose(self, rates: np.ndarray, most: np.ndarray) -> np.ndarray:
+    def choose(self, chances_RK: np.ndarray, most: np.ndarray) -> np.ndarray:
         """Return the number of drafts of each row that the next step verifies.
 
-        ``rates``: for each row, the probability that a draft is accepted if those before it were.
-        ``most``: the number of drafts that each row has.
+        ``chances_RK``: of each draft, the probability that it and those before it are right; 0 for
+        none. ``most``: the number of drafts that each row has.
         """
-        rows = len(rates)
+        rows = len(chances_RK)
         none = np.zeros(rows, np.int64)
         plain = self._fresh(self._plain, rows)
         if plain is None and not self._measuring:
             self._measuring = CALLS
         if plain is None or self._measuring or not most.any():
             return none
-        best, best_rate = none, MARGIN * rows / plain
-        odds = np.clip(rates, 0.01, 0.99)
+        best, best_rate = none, MARGIN / plain
         for chance in LEAST_CHANCES:
-            counts = np.minimum(most, (np.log(chance) / np.log(odds)).astype(np.int64))
-            expected = rows + float((odds * (1 - odds**counts) / (1 - odds)).sum())
+            verified_RK = chances_RK >= chance
+            counts = verified_RK.sum(axis=1)
+            expected_R = 1 + np.where(verified_RK, chances_RK, 0.0).sum(axis=1)
+            # The geometric mean: drafts of some rows hold up the others.
+            expected = float(np.exp(np.log(expected_R).mean()))
             tokens = rows + int(counts.sum())
             seconds = self._seconds(tokens, rows, plain)
             if expected / seconds > best_rate and tokens > rows:
@@ -110,14 +113,17 @@ class Lengths:
     def _seconds(self, num_tokens: int, rows: int, plain: float) -> float:
         """Return the seconds of a step that verifies drafts: measured, or estimated.
 
-        A step that may be tried is taken to cost as much as a plain one. Otherwise seconds are
-        interpolated between those that are known, and grow in proportion beyond these.
+        A step that may be tried is taken to cost as much as a plain one, or as one that verifies
+        fewer drafts. Otherwise seconds are interpolated between those that are known, and grow in
+        proportion beyond these.
         """
         known = self._fresh(self._drafted, num_tokens)
         if known is not None:
             return known
         if self._lost <= TRIAL_SHARE * self._total + TRIAL_STEPS * plain:
-            return plain
+            smaller = [t for t in self._drafted.values() if t.num_tokens < num_tokens]
+            fresh = [self._fresh(self._drafted, each.num_tokens) for each in smaller]
+            return max([plain, *(seconds for seconds in fresh if seconds is not None)])
         points = {rows: plain}
         for time in self._drafted.values():
             if time.num_tokens > rows and time.count >= CALLS:
@@ -152,16 +158,35 @@ class Lengths:
         return held.seconds
 
 
-def observed(rate: float, drafts: Many[int], tokens: Many[int], *, weight: float = WEIGHT) -> float:
-    """Return a rate after ``tokens`` followed where ``drafts`` were proposed.
+def chances(rates_RB: np.ndarray, basis: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Return, for each draft of each row, the probability that it and those before it are right.
+
+    ``rates_RB``: of each row by basis, that a draft is right if those before it were. ``basis``: of
+    the first draft of each row; ``most``: the number of its drafts, behind which chances are 0.
+    """
+    at_K = np.arange(most.max())
+    basis_RK = np.minimum(basis[:, None] + at_K, rates_RB.shape[1] - 1)
+    chances_RK = np.cumprod(np.take_along_axis(rates_RB, basis_RK, axis=1), axis=1)
+    return np.where(at_K < most[:, None], chances_RK, 0.0)
+
+
+def observe(
+    rates: np.ndarray,
+    basis: int,
+    drafts: Many[int],
+    *,
+    tokens: Many[int],
+    weight: float = WEIGHT,
+) -> None:
+    """Change rates, by basis, after ``tokens`` followed where ``drafts`` were proposed.
 
     Each draft up to the first wrong one is a trial: it was right or not, given those before it.
     """
-    for draft, token in zip(drafts, tokens):
-        rate += weight * ((draft == token) - rate)
+    for at, (draft, token) in enumerate(zip(drafts, tokens), basis):
+        at = min(at, len(rates) - 1)
+        rates[at] += weight * ((draft == token) - rates[at])
         if draft != token:
             break
-    return rate
 
 
 def _size_class(count: int) -> int:

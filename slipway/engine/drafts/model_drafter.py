@@ -20,11 +20,11 @@ class ModelDrafter:
         """Keep the drafts of the tokens that follow the newest token of a sequence."""
         self._held[sequence] = sequence.num_tokens, drafts
 
-    def draft(self, sequences: Many[Sequence]) -> list[list[int]]:
-        """Return the drafts of the tokens that follow the newest one of each sequence."""
+    def draft(self, sequences: Many[Sequence]) -> list[tuple[list[int], int]]:
+        """Return the drafts of the tokens that follow the newest one of each sequence; basis 0."""
         found = (self._held.get(sequence, (0, [])) for sequence in sequences)
         return [
-            drafts if length == sequence.num_tokens else []
+            (drafts if length == sequence.num_tokens else [], 0)
             for sequence, (length, drafts) in zip(sequences, found)
         ]
 

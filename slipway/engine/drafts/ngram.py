@@ -60,8 +60,11 @@ class NgramDrafter:
         self._shared = [self._index(), self._index()] if shared_tokens else []
         self._num_shared = 0
 
-    def draft(self, sequences: Many[Sequence]) -> list[list[int]]:
-        """Return drafts of the tokens that follow the newest one of each sequence."""
+    def draft(self, sequences: Many[Sequence]) -> list[tuple[list[int], int]]:
+        """Return drafts of the tokens that follow the newest one of each sequence.
+
+        Their basis is the number of tokens of the match.
+        """
         library: Any = native.library()
         rows = len(sequences)
         indexes = [self._of(sequence).handle for sequence in sequences]
@@ -69,12 +72,15 @@ class NgramDrafter:
         counts = [sequence.num_tokens for sequence in sequences]
         shared = [index.handle for index in self._shared]
         drafts = np.empty((rows, self._most), np.int32)
-        lengths = np.empty(rows, np.int32)
+        lengths, matches = np.empty((2, rows), np.int32)
         given = np.array([indexes, tokens, counts], np.int64)
         numbers = [ctypes.c_int64(number) for number in (rows, len(shared), self._most)]
-        arrays = [ctypes.c_void_p(array.ctypes.data) for array in (*given, drafts, lengths)]
+        arrays = [
+            ctypes.c_void_p(array.ctypes.data) for array in (*given, drafts, lengths, matches)
+        ]
         library.slipway_ngram_draft(*numbers, *arrays, (ctypes.c_void_p * len(shared))(*shared))
-        return [ids[:count] for ids, count in zip(drafts.tolist(), lengths.tolist())]
+        found = zip(drafts.tolist(), lengths.tolist(), matches.tolist())
+        return [(ids[:count], match) for ids, count, match in found]
 
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence; its output may be repeated in others."""

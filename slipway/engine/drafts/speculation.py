@@ -4,25 +4,34 @@ Not here: where drafts come from (ngram.py), how many of them pay (lengths.py).
 """
 
 import dataclasses
+import time
 from collections.abc import Sequence as Many
 from typing import Protocol
 
 import numpy as np
 
-from slipway.engine.drafts.lengths import STALE, WEIGHT, Lengths, observed
+from slipway.engine.drafts.lengths import STALE, WEIGHT, Lengths, chances, observe
 from slipway.engine.drafts.model_drafter import ModelDrafter
 from slipway.engine.request import Sequence
 from slipway.engine.results import Dispatched
 
-# Rate of acceptance before anything was observed.
+# Rate of acceptance of a model's drafts before anything was observed.
 FIRST_RATE = 0.6
+# Rates of acceptance are known by basis, up to this one.
+MAX_BASIS = 32
+# While no drafts are verified, looking them up takes at most this share of the time.
+HOST_SHARE = 0.01
 
 
 class Drafter(Protocol):
     """Source of drafts."""
 
-    def draft(self, sequences: Many[Sequence]) -> list[list[int]]:
-        """Return drafts of the tokens that follow the newest one of each sequence."""
+    def draft(self, sequences: Many[Sequence]) -> list[tuple[list[int], int]]:
+        """Return drafts of the tokens that follow the newest one of each sequence, and their basis.
+
+        The basis is a number from 0 to MAX_BASIS: a draft is right more often on a larger one. If a
+        draft is right, the next one's is larger by 1.
+        """
 
     def end(self, sequence: Sequence) -> None:
         """Take note that a sequence has ended."""
@@ -30,14 +39,16 @@ class Drafter(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Row:
-    """Drafts of one sequence, proposed when it had ``length`` tokens, and its rate of acceptance.
+    """Drafts of one sequence, proposed when it had ``length`` tokens, and its rates of acceptance.
 
-    ``rate``: moving average of the probability that a draft is right if those before it were.
+    ``rates``: by basis, moving averages of the probability that a draft is right if those before it
+    were.
     """
 
     drafts: list[int]
+    basis: int
     length: int
-    rate: float
+    rates: np.ndarray
 
 
 class Speculation:
@@ -53,9 +64,20 @@ class Speculation:
         # Set if drafts are made on the device, by a call after each step.
         self.on_device = drafter if isinstance(drafter, ModelDrafter) else None
         self._rows: dict[Sequence, Row] = {}
-        self._rate = FIRST_RATE
+        # By basis, over all sequences; before anything was observed, those of a model are equal.
+        basis = np.arange(MAX_BASIS + 1)
+        self._first_rates = (
+            basis / (basis + 2) if self.on_device is None else basis * 0 + FIRST_RATE
+        )
+        self._rates = self._first_rates.copy()
         # How often in a row the device was not asked for drafts.
         self._unused = 0
+        # Whether any drafts were chosen last, and whether there are other drafts since.
+        self._chosen = False
+        self._is_new = False
+        # Seconds that the host took to look drafts up last, and seconds of the steps since then.
+        self._cost_s = 0.0
+        self._since_s = 0.0
 
     def pays(self, sequences: Many[Sequence], num_rows: int) -> bool:
         """Whether the next step of running sequences should verify or make drafts.
@@ -65,8 +87,9 @@ class Speculation:
         """
         if self.on_device is not None:
             return bool(sequences) and self.num_to_draft(num_rows) > 0
-        rows = [self._rows[sequence] for sequence in sequences if sequence in self._rows]
-        return bool(rows) and bool(self._counts(rows).any())
+        if self._is_new:
+            self._counts([self._rows[sequence] for sequence in sequences if sequence in self._rows])
+        return self._chosen
 
     def propose(self, sequences: Many[Sequence]) -> None:
         """Set ``drafts`` of sequences that await a step: those which that step verifies."""
@@ -82,12 +105,14 @@ class Speculation:
         """
         if self.on_device is None:
             return 0
-        rates = np.full(num_rows, self._rate)
-        count = int(self.lengths.choose(rates, np.full(num_rows, self.on_device.most)).max())
+        most = np.full(num_rows, self.on_device.most)
+        rates_RK = np.broadcast_to(self._rates, (num_rows, len(self._rates)))
+        found = self.lengths.choose(chances(rates_RK, np.zeros(num_rows, np.int64), most), most)
+        count = int(found.max())
         self._unused = 0 if count else self._unused + 1
         if self._unused > STALE:
             # Drafts that are not made cannot show that they are right more often than before.
-            self._rate = max(self._rate, FIRST_RATE)
+            self._rates = np.maximum(self._rates, self._first_rates)
             self._unused = 0
         return count
 
@@ -100,7 +125,7 @@ class Speculation:
         """Learn from drafts that were verified, if the host does not see them all otherwise."""
         if self.on_device is not None:
             right = [True] * accepted + [False] * (accepted < count)
-            self._rate = observed(self._rate, right, [True] * len(right), weight=WEIGHT / 4)
+            observe(self._rates, 0, right, tokens=[True] * len(right), weight=WEIGHT / 4)
 
     def observe(self, step: Dispatched, new_tokens: int, seconds: float) -> None:
         """Learn from the results of a step.
@@ -119,8 +144,13 @@ class Speculation:
                 self.lengths.drafted(rows, max(counts), new_tokens=new_tokens, seconds=seconds)
             else:
                 self.lengths.plain(rows, step.num_steps, seconds)
-        sequences = [chunk.sequence for chunks in step.chunks for chunk in chunks]
-        self._refresh([s for s in sequences if s.finish_reason is None])
+        self._since_s += seconds
+        if self._chosen or self._since_s * HOST_SHARE >= self._cost_s:
+            started = time.perf_counter()
+            sequences = [chunk.sequence for chunks in step.chunks for chunk in chunks]
+            self._refresh([s for s in sequences if s.finish_reason is None])
+            self._cost_s = time.perf_counter() - started
+            self._since_s = 0.0
 
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended."""
@@ -128,23 +158,32 @@ class Speculation:
             self._drafter.end(sequence)
 
     def _counts(self, rows: Many[Row]) -> np.ndarray:
-        rates = np.array([row.rate for row in rows])
-        return self.lengths.choose(rates, np.array([len(row.drafts) for row in rows]))
+        most = np.array([len(row.drafts) for row in rows])
+        found = most
+        if most.any():
+            basis = np.array([row.basis for row in rows])
+            rates_RB = np.array([row.rates for row in rows])
+            found = self.lengths.choose(chances(rates_RB, basis, most), most)
+        self._chosen = bool(found.any())
+        self._is_new = False
+        return found
 
     def _refresh(self, sequences: Many[Sequence]) -> None:
         """Compare the drafts of sequences with their new tokens, and draft what follows these."""
         stale = []
+        self._is_new = True
         for sequence in sequences:
             row = self._rows.get(sequence)
             if row is None:
-                row = self._rows[sequence] = Row([], 0, self._rate)
+                row = self._rows[sequence] = Row([], 0, 0, rates=self._rates.copy())
             if row.length == sequence.num_tokens:
                 continue
             if row.drafts and self.on_device is None:
                 tokens = sequence.tokens[row.length : sequence.num_tokens].tolist()
-                row.rate = observed(row.rate, row.drafts, tokens)
-                self._rate += WEIGHT**2 * (row.rate - self._rate)
+                observe(row.rates, row.basis, row.drafts, tokens=tokens)
+                observe(self._rates, row.basis, row.drafts, tokens=tokens, weight=WEIGHT / 4)
             row.length = sequence.num_tokens
             stale.append(sequence)
-        for sequence, drafts in zip(stale, self._drafter.draft(stale) if stale else ()):
-            self._rows[sequence].drafts = drafts
+        for sequence, found in zip(stale, self._drafter.draft(stale) if stale else ()):
+            row = self._rows[sequence]
+            row.drafts, row.basis = found
