@@ -19,7 +19,7 @@ from slipway.engine.batch import Bucket, buckets
 from slipway.engine.caches import Caches
 from slipway.engine.config import EngineConfig
 from slipway.engine.drafts import loading
-from slipway.engine.drafts.draft_program import DRAFT
+from slipway.engine.drafts.draft_program import DRAFT, FILL
 from slipway.engine.drafts.loading import Drafting
 from slipway.errors import InvalidConfig, UnsupportedModel
 from slipway.models.decoder import LanguageModel
@@ -77,7 +77,7 @@ class Declared:
     @property
     def further_programs(self) -> tuple[str, ...]:
         """Names of programs that are called for each bucket beside the forward pass."""
-        return () if self.drafting is None else (DRAFT,)
+        return () if self.drafting is None else (DRAFT, FILL)
 
 
 def declare(held: ModelFiles, config: EngineConfig) -> Declared:

@@ -138,7 +138,8 @@ class Pipeline:
             dispatched = None
             if before is None and self._speculation is not None:
                 # Rounds begin with the newest tokens, which the host must have.
-                count = self._speculation.num_to_draft(max(map(len, chunks)))
+                sequences = [chunk.sequence for rank in chunks for chunk in rank]
+                count = self._speculation.num_to_draft(sequences, max(map(len, chunks)))
                 dispatched = self._rounds(chunks, count, follows)
             if dispatched is None:
                 dispatched, waited_here, before = self._step(
@@ -198,9 +199,10 @@ class Pipeline:
 
         ``count``: drafts of each row in a round.
         """
-        if self._device_drafts is None:
+        if self._device_drafts is None or self._speculation is None:
             return None
-        number = self._device_drafts.num_rounds(chunks, count)
+        most = self._speculation.most_rounds(max(map(len, chunks)) * (1 + count))
+        number = self._device_drafts.num_rounds(chunks, count, most)
         if not number:
             return None
         bucket, output = self._device_drafts.start(chunks, number, count)

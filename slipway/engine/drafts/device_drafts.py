@@ -12,7 +12,7 @@ import jax
 from slipway.engine import batch
 from slipway.engine.batch import Bucket, Builder, Sizes
 from slipway.engine.drafts import draft_program, rounds_program
-from slipway.engine.drafts.draft_program import DRAFT
+from slipway.engine.drafts.draft_program import DRAFT, FILL
 from slipway.engine.drafts.rounds_program import ROUNDS, RoundsOutput
 from slipway.engine.scheduler import Chunk, Scheduler
 from slipway.ops import StepInput
@@ -65,11 +65,11 @@ class DeviceDrafts:
             draft_program.build_input(rank, builder, bucket, page_size=size, num_steps=count)
             for rank, builder in zip(chunks, self._builders)
         ]
-        (drafts_BK,) = self._runner.call(DRAFT, bucket, step, batch.join(inputs))
-        return drafts_BK
+        found = self._runner.call(DRAFT if count else FILL, bucket, step, batch.join(inputs))
+        return found[0] if count else None
 
-    def num_rounds(self, chunks: list[list[Chunk]], count: int) -> int:
-        """Return how many rounds with ``count`` drafts of each row may be one call.
+    def num_rounds(self, chunks: list[list[Chunk]], count: int, most: int | None = None) -> int:
+        """Return how many rounds with ``count`` drafts of each row may be one call, up to ``most``.
 
         0 if a chunk does anything but decode; if the logits of a row depend on the tokens before
         (penalties, grammars); if a sequence waits; or if too few pages are free.
@@ -84,7 +84,7 @@ class DeviceDrafts:
         longest = max(
             c.sequence.max_length - c.sequence.num_tokens for rank in chunks for c in rank
         )
-        number = min(rounds.max_rounds, longest)
+        number = min(rounds.max_rounds, longest, most or rounds.max_rounds)
         fits = [
             scheduler.can_extend(rank, number * (1 + count))
             for scheduler, rank in zip(self._schedulers, chunks)

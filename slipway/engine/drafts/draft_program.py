@@ -26,7 +26,8 @@ from slipway.ops import CacheSpec, KVCache, PageMap, StepInput
 from slipway.runtime.runner import Program
 from slipway.tree import module
 
-DRAFT = "draft"
+# Programs: one that drafts, and one that only writes the keys and values of a step's tokens.
+DRAFT, FILL = "draft", "fill"
 # Names of device state: arrays and caches of the draft model.
 DRAFT_WEIGHTS, DRAFT_CACHES = "draft weights", "draft caches"
 Array = Any  # a NumPy array on the host, a traced JAX array inside the program
@@ -124,8 +125,10 @@ def build_input(
     return found
 
 
-def program(structures: tuple[Any, Any], copies: int, sizes: Sizes, *, max_drafts: int) -> Program:
-    """Return the program; its result is the drafts [B, max_drafts] of each row.
+def programs(
+    structures: tuple[Any, Any], copies: int, sizes: Sizes, *, max_drafts: int
+) -> list[Program]:
+    """Return both programs; the result of the first is the drafts [B, max_drafts] of each row.
 
     ``structures``: of the trees of the target and the draft model.
     """
@@ -135,18 +138,55 @@ def program(structures: tuple[Any, Any], copies: int, sizes: Sizes, *, max_draft
         step, given = (batch.join([part] * copies) for part in each)
         return step, given
 
-    return Program(
-        DRAFT,
-        functools.partial(_draft, structures, sizes=sizes, max_drafts=max_drafts),
-        inputs,
-        reads=(WEIGHTS, DRAFT_WEIGHTS, DRAFT_CACHES, SEEN, NEWEST),
-        writes=(DRAFT_CACHES,),
-        donates=(DRAFT_CACHES,),
-        results=(P(),),
-    )
+    def made(name: str, body: Any, results: tuple[P, ...]) -> Program:
+        return Program(
+            name,
+            functools.partial(body, structures, sizes=sizes, max_drafts=max_drafts),
+            inputs,
+            reads=(WEIGHTS, DRAFT_WEIGHTS, DRAFT_CACHES, SEEN, NEWEST),
+            writes=(DRAFT_CACHES,),
+            donates=(DRAFT_CACHES,),
+            results=results,
+        )
+
+    return [made(DRAFT, _draft, (P(),)), made(FILL, _fill, ())]
+
+
+def _fill(
+    structures: tuple[Any, Any], *operands: Any, sizes: Sizes, max_drafts: int
+) -> tuple[tuple[KVCache, ...]]:
+    """Compute the draft model's caches only; traced under shard_map.
+
+    What a layer computes behind its keys and values is not part of the compiled program.
+    """
+    _, _, caches, _ = _extended(structures, *operands, sizes=sizes, max_drafts=max_drafts)
+    return (caches,)
 
 
 def _draft(
+    structures: tuple[Any, Any], *operands: Any, sizes: Sizes, max_drafts: int
+) -> tuple[tuple[KVCache, ...], jax.Array]:
+    """Compute the draft model's caches and drafts [B, max_drafts]; traced under shard_map."""
+    *_, step, given = operands
+    models, state, caches, last_B = _extended(
+        structures, *operands, sizes=sizes, max_drafts=max_drafts
+    )
+    drafts_BK, caches = draft_chain(
+        models,
+        state,
+        caches,
+        step=step,
+        newest_B=step.positions_T[last_B] + 1,
+        room_B=given.room_B,
+        num_steps=given.num_steps_1[0],
+        sampling=given.sampling,
+        sizes=sizes,
+        max_drafts=max_drafts,
+    )
+    return caches, meshes.all_rows(drafts_BK)
+
+
+def _extended(
     structures: tuple[Any, Any],
     leaves: list[jax.Array],
     draft_leaves: list[jax.Array],
@@ -158,8 +198,8 @@ def _draft(
     *,
     sizes: Sizes,
     max_drafts: int,
-) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Compute the draft model's caches and drafts [B, max_drafts]; traced under shard_map."""
+) -> tuple[Any, tuple[jax.Array, jax.Array], tuple[KVCache, ...], jax.Array]:
+    """Compute the draft model at a step: -> (models, its results, caches, last accepted tokens)."""
     target = jax.tree.unflatten(structures[0], leaves)
     model: DraftModel = jax.tree.unflatten(structures[1], draft_leaves)
     accepted_B = _accepted(newest_R, step, given, max_drafts=max_drafts)
@@ -176,19 +216,7 @@ def _draft(
         room_B=given.room_B,
         sizes=sizes,
     )
-    drafts_BK, caches = draft_chain(
-        (target, model),
-        state,
-        caches,
-        step=step,
-        newest_B=step.positions_T[last_B] + 1,
-        room_B=given.room_B,
-        num_steps=given.num_steps_1[0],
-        sampling=given.sampling,
-        sizes=sizes,
-        max_drafts=max_drafts,
-    )
-    return caches, meshes.all_rows(drafts_BK)
+    return (target, model), state, caches, last_B
 
 
 def extend(

@@ -48,19 +48,38 @@ class Time:
 
 
 class Lengths:
-    """Times of steps, with and without drafts, and the choice between them."""
+    """Times of steps, with and without drafts, and the choice between them.
+
+    ``has_rules``: whether a row of the steps in question has rules for its logits. Such steps need
+    the host after each, and have times of their own.
+    """
 
     def __init__(self) -> None:
+        self.has_rules = False
         self._calls = 0
-        # By size class of the number of rows: seconds for one token of each row, without drafts.
-        self._plain: dict[int, Time] = {}
-        # By size class of the number of tokens: seconds of a step that verifies drafts.
-        self._drafted: dict[int, Time] = {}
+        # By size class of the number of rows: seconds for one token of each row, without drafts;
+        # by size class of the number of tokens: seconds of a step that verifies drafts.
+        self._times: dict[bool, tuple[dict[int, Time], dict[int, Time]]] = {
+            False: ({}, {}),
+            True: ({}, {}),
+        }
         # Plain calls left that measure their time.
         self._measuring = 0
         # Seconds of all calls, and those that trials lost against plain steps.
         self._total = 0.0
         self._lost = 0.0
+
+    @property
+    def _plain(self) -> dict[int, Time]:
+        return self._times[self.has_rules][0]
+
+    @property
+    def _drafted(self) -> dict[int, Time]:
+        return self._times[self.has_rules][1]
+
+    def knows(self, num_tokens: int) -> bool:
+        """Whether the time of a step that verifies so many tokens is known."""
+        return self._fresh(self._drafted, num_tokens) is not None
 
     def plain(self, rows: int, num_steps: int, seconds: float) -> None:
         """Add the time of a call of ``num_steps`` steps without drafts.

@@ -70,7 +70,7 @@ class Drafting:
         copies = self.mesh.shape[meshes.DATA]
         most = self.max_drafts
         return [
-            draft_program.program(structures, copies, sizes, max_drafts=most),
+            *draft_program.programs(structures, copies, sizes, max_drafts=most),
             rounds_program.program(
                 structures, copies, sizes, max_drafts=most, max_rounds=rounds.max_rounds
             ),

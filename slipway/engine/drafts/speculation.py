@@ -19,6 +19,8 @@ from slipway.engine.results import Dispatched
 FIRST_RATE = 0.6
 # Rates of acceptance are known by basis, up to this one.
 MAX_BASIS = 32
+# Most rounds of a call while the time of a round is not known.
+TRIAL_ROUNDS = 4
 # While no drafts are verified, looking them up takes at most this share of the time.
 HOST_SHARE = 0.01
 
@@ -86,25 +88,29 @@ class Speculation:
         the weights.
         """
         if self.on_device is not None:
-            return bool(sequences) and self.num_to_draft(num_rows) > 0
+            return bool(sequences) and self.num_to_draft(sequences, num_rows) > 0
         if self._is_new:
+            self.lengths.has_rules = _have_rules(sequences)
             self._counts([self._rows[sequence] for sequence in sequences if sequence in self._rows])
         return self._chosen
 
     def propose(self, sequences: Many[Sequence]) -> None:
         """Set ``drafts`` of sequences that await a step: those which that step verifies."""
         self._refresh(sequences)
+        self.lengths.has_rules = _have_rules(sequences)
         rows = [self._rows[sequence] for sequence in sequences]
         for sequence, row, count in zip(sequences, rows, self._counts(rows).tolist()):
             sequence.drafts = row.drafts[:count]
 
-    def num_to_draft(self, num_rows: int) -> int:
+    def num_to_draft(self, sequences: Many[Sequence], num_rows: int) -> int:
         """Return how many drafts the device should make for each row after a step.
 
-        0 if drafts come from elsewhere, or do not pay.
+        0 if drafts come from elsewhere, or do not pay. ``sequences``: those of the step;
+        ``num_rows``: the most of them on one copy of the weights.
         """
         if self.on_device is None:
             return 0
+        self.lengths.has_rules = _have_rules(sequences)
         most = np.full(num_rows, self.on_device.most)
         rates_RK = np.broadcast_to(self._rates, (num_rows, len(self._rates)))
         found = self.lengths.choose(chances(rates_RK, np.zeros(num_rows, np.int64), most), most)
@@ -115,6 +121,13 @@ class Speculation:
             self._rates = np.maximum(self._rates, self._first_rates)
             self._unused = 0
         return count
+
+    def most_rounds(self, num_tokens: int) -> int | None:
+        """Return the most rounds of a call on the device, None for any number.
+
+        ``num_tokens``: that a round verifies. A call that measures its time is short.
+        """
+        return None if self.lengths.knows(num_tokens) else TRIAL_ROUNDS
 
     def put(self, sequence: Sequence, drafts: list[int] | None) -> None:
         """Keep drafts that the device made of the tokens after the newest one of a sequence."""
@@ -133,7 +146,9 @@ class Speculation:
         ``new_tokens``: that its sequences got. ``seconds``: from the end of the step before to its
         own end.
         """
+        sequences = [chunk.sequence for chunks in step.chunks for chunk in chunks]
         if step.follows and step.only_decodes:
+            self.lengths.has_rules = _have_rules(sequences)
             rows = max(map(len, step.chunks))
             if step.rounds is not None:
                 each = seconds / step.num_steps
@@ -147,7 +162,6 @@ class Speculation:
         self._since_s += seconds
         if self._chosen or self._since_s * HOST_SHARE >= self._cost_s:
             started = time.perf_counter()
-            sequences = [chunk.sequence for chunks in step.chunks for chunk in chunks]
             self._refresh([s for s in sequences if s.finish_reason is None])
             self._cost_s = time.perf_counter() - started
             self._since_s = 0.0
@@ -187,3 +201,7 @@ class Speculation:
         for sequence, found in zip(stale, self._drafter.draft(stale) if stale else ()):
             row = self._rows[sequence]
             row.drafts, row.basis = found
+
+
+def _have_rules(sequences: Many[Sequence]) -> bool:
+    return any(sequence.request.rules is not None for sequence in sequences)
