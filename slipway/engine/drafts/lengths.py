@@ -20,7 +20,7 @@ WEIGHT = 1 / 8
 WEIGHT_OF_SHORTER = 1 / 2
 # A draft is verified if the product of the rates up to it is at least one of these numbers: the
 # candidates among which ``choose`` finds the best.
-LEAST_CHANCES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
+LEAST_CHANCES = np.array([0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1])
 # Drafts must promise this gain over a plain step before they are used.
 MARGIN = 1.05
 # Calls after which a time is measured again, as load and lengths of sequences change.
@@ -117,16 +117,16 @@ class Lengths:
         if plain is None or self._measuring or not most.any():
             return none
         best, best_rate = none, MARGIN / plain
-        for chance in LEAST_CHANCES:
-            verified_RK = chances_RK >= chance
-            counts = verified_RK.sum(axis=1)
-            expected_R = 1 + np.where(verified_RK, chances_RK, 0.0).sum(axis=1)
-            # The geometric mean: drafts of some rows hold up the others.
-            expected = float(np.exp(np.log(expected_R).mean()))
-            tokens = rows + int(counts.sum())
-            seconds = self._seconds(tokens, rows, plain)
-            if expected / seconds > best_rate and tokens > rows:
-                best, best_rate = counts, expected / seconds
+        # For each of the least chances: the drafts that have it, and the tokens to expect.
+        verified_CRK = chances_RK[None] >= LEAST_CHANCES[:, None, None]
+        counts_CR = verified_CRK.sum(axis=2)
+        expected_CR = 1 + (verified_CRK * chances_RK[None]).sum(axis=2)
+        # The geometric mean: drafts of some rows hold up the others.
+        expected_C = np.exp(np.log(expected_CR).mean(axis=1)).tolist()
+        for at, num_drafts in enumerate(counts_CR.sum(axis=1).tolist()):
+            seconds = self._seconds(rows + num_drafts, rows, plain)
+            if num_drafts and expected_C[at] / seconds > best_rate:
+                best, best_rate = counts_CR[at], expected_C[at] / seconds
         return best
 
     def _seconds(self, num_tokens: int, rows: int, plain: float) -> float:
