@@ -228,12 +228,14 @@ def _reads(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     nested = raw.get("eagle_config") or {}
     if not nested.get("use_aux_hidden_state", True):
         raise UnsupportedModel("config.json: eagle_config.use_aux_hidden_state", False, "True")
-    found = [2, num_layers // 2, num_layers - 3]
-    if AUX_LAYERS in raw:
-        found = list(raw[AUX_LAYERS])
-    elif AUX_LAYERS in nested:
+    found: Any = [2, num_layers // 2, num_layers - 3]
+    if raw.get(AUX_LAYERS) is not None:
+        found = raw[AUX_LAYERS]
+    elif nested.get(AUX_LAYERS) is not None:
         found = [index + 1 for index in nested[AUX_LAYERS]]
-    if len(found) != 3 or not all(0 <= number <= num_layers for number in found):
+    allowed = range(num_layers + 1)
+    is_list = isinstance(found, list) and len(found) == 3
+    if not is_list or not all(type(number) is int and number in allowed for number in found):
         raise UnsupportedModel(
             f"config.json: {AUX_LAYERS}", found, f"three layers of the target's {num_layers}"
         )

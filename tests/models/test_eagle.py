@@ -150,6 +150,8 @@ def test_eagle3(target, tmp_path, form):
         more |= {"eagle_aux_hidden_state_layer_ids": [4, 0, 1], "norm_before_residual": True}
     else:
         reads, prefix = (2, 2, 2), ""
+        # As the speculators library writes what is not stated.
+        more |= {"eagle_aux_hidden_state_layer_ids": None}
     head = Head(reads, vocab=KEPT, residual="normed" if form == "vllm" else "raw")
     head.write(tmp_path, "eagle3", prefix, **more)
     compare(directory, model, head, "eagle3", tmp_path, tokens.tolist())
@@ -179,6 +181,7 @@ def refused(directory, path, method="eagle3"):
         ({"architectures": ["Qwen3ForCausalLM"]}, UnsupportedModel, "architectures"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1]}, UnsupportedModel, "layer_ids: got"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1, 9]}, UnsupportedModel, "layer_ids: got"),
+        ({"eagle_aux_hidden_state_layer_ids": "0,1"}, UnsupportedModel, "layer_ids: got '0,1'"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, UnsupportedModel, "use_aux"),
         ({"d2t": torch.zeros(5, dtype=torch.int64)}, UnsupportedModel, "d2t: length: got 5"),
         ({"d2t": -torch.arange(VOCAB)}, UnsupportedModel, "d2t: got"),
