@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,8 +78,8 @@ class ServingBench:
     """Limit of running requests, of the engine and of a server that is started here."""
     stream_interval: int = 1
     """Tokens per streamed event, of the engine and of a server that is started here."""
-    speculative_config: str = "{}"
-    """Options of speculation as JSON, of the engine and of a server that is started here."""
+    speculative_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of speculation, of the engine and of a server that is started here."""
     out: Path | None = None
     """Write the figures here as JSON."""
     plot: Path | None = None
@@ -217,7 +217,7 @@ class ServingBench:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         options = self._engine_options()
-        options["speculative_config"] = self.speculative_config
+        options["speculative_config"] = json.dumps(dict(self.speculative_config))
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         words += ["--max-requests-per-client", "1000000", "--max-queued-requests", "1000000"]
         code = "from slipway.cli import main; main()"
@@ -236,7 +236,7 @@ class ServingBench:
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": max(self.max_num_seqs, EngineConfig().max_num_batched_tokens),
             "stream_interval": self.stream_interval,
-            "speculative_config": json.loads(self.speculative_config),
+            "speculative_config": self.speculative_config,
         }
 
     def _report(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
