@@ -153,40 +153,6 @@ def programs(
 
 
 def _fill(
-    structures: tuple[Any, Any], *operands: Any, sizes: Sizes, max_drafts: int
-) -> tuple[tuple[KVCache, ...]]:
-    """Compute the draft model's caches only; traced under shard_map.
-
-    What a layer computes behind its keys and values is not part of the compiled program.
-    """
-    _, _, caches, _ = _extended(structures, *operands, sizes=sizes, max_drafts=max_drafts)
-    return (caches,)
-
-
-def _draft(
-    structures: tuple[Any, Any], *operands: Any, sizes: Sizes, max_drafts: int
-) -> tuple[tuple[KVCache, ...], jax.Array]:
-    """Compute the draft model's caches and drafts [B, max_drafts]; traced under shard_map."""
-    *_, step, given = operands
-    models, state, caches, last_B = _extended(
-        structures, *operands, sizes=sizes, max_drafts=max_drafts
-    )
-    drafts_BK, caches = draft_chain(
-        models,
-        state,
-        caches,
-        step=step,
-        newest_B=step.positions_T[last_B] + 1,
-        room_B=given.room_B,
-        num_steps=given.num_steps_1[0],
-        sampling=given.sampling,
-        sizes=sizes,
-        max_drafts=max_drafts,
-    )
-    return caches, meshes.all_rows(drafts_BK)
-
-
-def _extended(
     structures: tuple[Any, Any],
     leaves: list[jax.Array],
     draft_leaves: list[jax.Array],
@@ -198,66 +164,141 @@ def _extended(
     *,
     sizes: Sizes,
     max_drafts: int,
-) -> tuple[Any, tuple[jax.Array, jax.Array], tuple[KVCache, ...], jax.Array]:
-    """Compute the draft model at a step: -> (models, its results, caches, last accepted tokens)."""
-    target = jax.tree.unflatten(structures[0], leaves)
-    model: DraftModel = jax.tree.unflatten(structures[1], draft_leaves)
+) -> tuple[tuple[KVCache, ...]]:
+    """Compute the draft model's caches only; traced under shard_map.
+
+    What a layer computes behind its keys and values is not part of the compiled program.
+    """
+    models = _models(structures, leaves, draft_leaves)
+    newest = _newest(newest_R, step, given, max_drafts=max_drafts)
+    _, caches = _extend(models, seen, caches, step=step, newest=newest, sizes=sizes)
+    return (caches,)
+
+
+def _draft(
+    structures: tuple[Any, Any],
+    leaves: list[jax.Array],
+    draft_leaves: list[jax.Array],
+    caches: tuple[KVCache, ...],
+    seen: tuple[jax.Array, ...],
+    newest_R: jax.Array,
+    step: StepInput,
+    given: DraftInput,
+    *,
+    sizes: Sizes,
+    max_drafts: int,
+) -> tuple[tuple[KVCache, ...], jax.Array]:
+    """Compute the draft model's caches and drafts [B, max_drafts]; traced under shard_map."""
+    drafts_BK, caches = draft_after(
+        _models(structures, leaves, draft_leaves),
+        seen,
+        caches,
+        step=step,
+        newest=_newest(newest_R, step, given, max_drafts=max_drafts),
+        num_steps=given.num_steps_1[0],
+        sampling=given.sampling,
+        sizes=sizes,
+        max_drafts=max_drafts,
+    )
+    return caches, meshes.all_rows(drafts_BK)
+
+
+def _models(
+    structures: tuple[Any, Any], leaves: list[jax.Array], draft_leaves: list[jax.Array]
+) -> tuple[Any, DraftModel]:
+    """Return the trees of the target and the draft model, with their arrays."""
+    return jax.tree.unflatten(structures[0], leaves), jax.tree.unflatten(
+        structures[1], draft_leaves
+    )
+
+
+def _newest(
+    newest_R: jax.Array, step: StepInput, given: DraftInput, *, max_drafts: int
+) -> "Newest":
+    """Return the newest tokens after a step, of which ``newest_R`` are the results."""
     accepted_B = _accepted(newest_R, step, given, max_drafts=max_drafts)
     ids_T = given.next_ids_T
     ids_T = jnp.where(ids_T < 0, newest_R[jnp.maximum(-1 - ids_T, 0)], ids_T)
     last_B = jnp.maximum(step.starts_B + step.counts_B - 1 - given.num_drafts_B + accepted_B, 0)
-    state, caches = extend(
-        (target, model),
-        seen,
-        caches,
-        step=step,
-        following_T=ids_T,
-        last_B=last_B,
-        room_B=given.room_B,
-        sizes=sizes,
-    )
-    return (target, model), state, caches, last_B
+    return Newest(following_T=ids_T, last_B=last_B, room_B=given.room_B)
 
 
-def extend(
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """Newest token of each row after a step.
+
+    ``following_T``: the token after each of the step's. ``last_B``: the index of the last accepted
+    token of each row; the one that follows it is the row's newest. ``room_B``: tokens that a row's
+    pages hold.
+    """
+
+    following_T: jax.Array
+    last_B: jax.Array
+    room_B: jax.Array
+
+
+def draft_after(
     models: tuple[Any, DraftModel],
     seen: tuple[jax.Array, ...],
     caches: tuple[KVCache, ...],
     *,
     step: StepInput,
-    following_T: jax.Array,
-    last_B: jax.Array,
-    room_B: jax.Array,
+    newest: Newest,
+    num_steps: jax.Array,
+    sampling: Sampling,
+    sizes: Sizes,
+    max_drafts: int,
+) -> tuple[jax.Array, tuple[KVCache, ...]]:
+    """Compute the draft model at the tokens of a step, and draft after the newest ones.
+
+    Returns the drafts [B, max_drafts] and the caches. ``seen``: the token ids of the step, and the
+    hidden states that the model reads. ``num_steps``: drafts of each row. ``sampling``: of each
+    row; the positions are not used.
+    """
+    state, caches = _extend(models, seen, caches, step=step, newest=newest, sizes=sizes)
+    return _draft_chain(
+        models,
+        state,
+        caches,
+        step=step,
+        newest_B=step.positions_T[newest.last_B] + 1,
+        room_B=newest.room_B,
+        num_steps=num_steps,
+        sampling=sampling,
+        sizes=sizes,
+        max_drafts=max_drafts,
+    )
+
+
+def _extend(
+    models: tuple[Any, DraftModel],
+    seen: tuple[jax.Array, ...],
+    caches: tuple[KVCache, ...],
+    *,
+    step: StepInput,
+    newest: Newest,
     sizes: Sizes,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[KVCache, ...]]:
-    """Compute the draft model at the tokens of a step: -> (its results at the newest ones, caches).
-
-    ``seen``: the token ids of the step, and the hidden states that the model reads.
-    ``following_T``: the token after each. ``last_B``: the index of the last accepted token of each
-    row; the one that follows it is the row's newest. ``room_B``: tokens that a row's pages hold.
-    """
+    """Compute the draft model at the tokens of a step: -> (results at the newest ones, caches)."""
     target, model = models
     h_TD = model.features(seen[1:], step)
     if model.offset:
-        step, at_B = dataclasses.replace(step, ids_T=following_T), last_B
+        step, at_B = dataclasses.replace(step, ids_T=newest.following_T), newest.last_B
     else:
-        step = dataclasses.replace(step, ids_T=seen[0])
-        step, at_B = _with_newest(step, following_T, last_B, room_B=room_B, sizes=sizes)
+        step, at_B = _with_newest(dataclasses.replace(step, ids_T=seen[0]), newest, sizes)
     y_TD, h_TD, caches = model(target, h_TD, step, caches=caches)
     return (y_TD[at_B], h_TD[at_B]), caches
 
 
-def _with_newest(
-    step: StepInput, following_T: jax.Array, last_B: jax.Array, *, room_B: jax.Array, sizes: Sizes
-) -> tuple[StepInput, jax.Array]:
+def _with_newest(step: StepInput, newest: Newest, sizes: Sizes) -> tuple[StepInput, jax.Array]:
     """Return a step's accepted tokens with the newest after them, and the index of the last ones.
 
     A token for which a row's pages have no room is left out.
     """
-    T, is_used_B = len(step.ids_T), step.counts_B > 0
+    T, is_used_B, last_B = len(step.ids_T), step.counts_B > 0, newest.last_B
     accepted_B = jnp.where(is_used_B, last_B - step.starts_B + 1, 0)
     newest_B = step.positions_T[last_B] + 1
-    counts_B = accepted_B + (is_used_B & (newest_B < room_B)).astype(jnp.int32)
+    counts_B = accepted_B + (is_used_B & (newest_B < newest.room_B)).astype(jnp.int32)
     starts_B, row_T, offset_T, is_token_T = in_rows(counts_B, T + len(counts_B))
     is_newest_T = offset_T == accepted_B[row_T]
     shift_T = is_newest_T.astype(jnp.int32)
@@ -275,7 +316,7 @@ def _with_newest(
     extended = dataclasses.replace(
         step,
         num_tokens_1=ends_B[-1:],
-        ids_T=jnp.where(is_newest_T, following_T[before_T], step.ids_T[before_T]),
+        ids_T=jnp.where(is_newest_T, newest.following_T[before_T], step.ids_T[before_T]),
         positions_T=positions_T,
         prompt_lengths_T=step.prompt_lengths_T[before_T],
         row_T=jnp.where(is_token_T, row_T, 0),
@@ -301,7 +342,7 @@ def in_rows(counts_B: jax.Array, T: int) -> tuple[jax.Array, jax.Array, jax.Arra
     return starts_B, row_T, jnp.maximum(at_T - starts_B[row_T], 0), at_T < ends_B[-1]
 
 
-def draft_chain(
+def _draft_chain(
     models: tuple[Any, DraftModel],
     state: tuple[jax.Array, jax.Array],
     caches: tuple[KVCache, ...],
@@ -331,7 +372,7 @@ def draft_chain(
     def body(index: jax.Array, carry: Any) -> Any:
         drafts_BK, token_B, h_BD, caches = carry
         positions_B = newest_B + index + model.offset
-        at = one_token_each(step, token_B, positions_B, room_B=room_B, sizes=sizes)
+        at = _one_token_each(step, token_B, positions_B, room_B=room_B, sizes=sizes)
         y_BD, h_BD, caches = model(target, h_BD, at, caches=caches)
         token_B = drawn(y_BD, index)
         return put(drafts_BK, token_B, index), token_B, h_BD, caches
@@ -350,7 +391,7 @@ def draft_chain(
     return drafts_BK, caches
 
 
-def one_token_each(
+def _one_token_each(
     step: StepInput, ids_B: jax.Array, positions_B: jax.Array, *, room_B: jax.Array, sizes: Sizes
 ) -> StepInput:
     """Return the input of a step of one token of each row of ``step``.

@@ -23,8 +23,8 @@ from slipway.engine.batch import Bucket, Sampling, Sizes
 from slipway.engine.drafts.draft_program import (
     DRAFT_CACHES,
     DRAFT_WEIGHTS,
-    draft_chain,
-    extend,
+    Newest,
+    draft_after,
     in_rows,
 )
 from slipway.engine.programs import CACHES, WEIGHTS
@@ -318,23 +318,12 @@ def _drafted(
     target = jax.tree.unflatten(structures[0], leaves)
     model = jax.tree.unflatten(structures[1], draft_leaves)
     last_B = jnp.maximum(step.starts_B + accepted_B, 0)
-    state, caches = extend(
+    drafts_BK, caches = draft_after(
         (target, model),
         seen,
         caches,
         step=step,
-        following_T=token_T,
-        last_B=last_B,
-        room_B=rows.room_B,
-        sizes=sizes,
-    )
-    drafts_BK, caches = draft_chain(
-        (target, model),
-        state,
-        caches,
-        step=step,
-        newest_B=step.positions_T[last_B] + 1,
-        room_B=rows.room_B,
+        newest=Newest(following_T=token_T, last_B=last_B, room_B=rows.room_B),
         num_steps=rows.num_steps_1[0],
         sampling=rows.sampling,
         sizes=sizes,
